@@ -1,0 +1,40 @@
+# Two commands: `make serve` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What serving needs, and what tests, training and benchmarks need beside it.
+SERVE := $(VENV)/.serve-installed
+TEST := $(VENV)/.test-installed
+
+.PHONY: serve test demo model lint protos clean
+
+serve: $(SERVE)
+	$(BIN)/baton serve
+
+demo: $(SERVE)
+	$(BIN)/baton demo
+
+test: $(TEST)
+	$(BIN)/python -m pytest
+
+lint: $(TEST)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers
+
+model: $(TEST)
+	$(BIN)/python models/train.py --output models/ernie-4.5-tiny
+
+protos: $(TEST)
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/workers/pb/worker.proto
+
+$(SERVE): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[demo]"
+	touch $@
+
+$(TEST): $(SERVE)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
