@@ -1,0 +1,88 @@
+"""What a router and a worker say to each other on one Attach stream, and the router's end of it. Knows no gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.request import Output, Request
+from workers.status import KvEvent, Load, Role, WorkerAddress, WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message on a stream: who attaches."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run a request. `generation` is the decode worker's as the router knows it.
+
+    `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself.
+    """
+
+    request: Request
+    generation: int
+    prefill_workers: tuple[WorkerAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget a request; it gets no further output."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DumpRequest:
+    """Send the whole set of prefix-cache hashes again, as a KvEvent with `reset`."""
+
+
+RouterMessage = Hello | Submit | Cancel | DumpRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFrame:
+    """What one engine step of a worker means for one router.
+
+    `load` None: unchanged. `status` comes with the first frame, after a role switch, and about once a second.
+    """
+
+    generation: int
+    outputs: tuple[Output, ...] = ()
+    load: Load | None = None
+    kv_events: tuple[KvEvent, ...] = ()
+    status: WorkerStatus | None = None
+
+
+class WorkerLink(Protocol):
+    """One attached stream to one worker. Used from one event loop."""
+
+    def frames(self) -> AsyncIterator[WorkerFrame]:
+        """Frames in order; raises WorkerLost, once, when the stream ends for any reason but `close`."""
+        ...
+
+    def send(self, message: Submit | Cancel | DumpRequest) -> bool:
+        """Queues a message, without waiting. False: the queue is full or the link is gone, nothing was queued."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class WorkerClient(Protocol):
+    """Reaches workers."""
+
+    def attach(self, target: str, router_id: str) -> WorkerLink:
+        """Starts a stream to host:port, without waiting; a failure shows in the link's frames."""
+        ...
+
+    async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
+        """Asks for a role switch; `generation` 0 means any. Raises WorkerLost, Refused or InvalidRequest."""
+        ...
+
+    async def describe(self, target: str) -> WorkerStatus:
+        """Raises WorkerLost."""
+        ...

@@ -1,0 +1,92 @@
+"""The settings of one worker: model, KV pool, batch limits and timeouts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from workers.errors import InvalidConfig
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Settings of a worker; every bound the worker keeps is here. Sizes in bytes and tokens, times in seconds.
+
+    Raises InvalidConfig on construction when a value cannot work.
+    """
+
+    model: str
+    """Path of a "-PT" checkpoint folder."""
+    served_model_name: str = ""
+    """Name in the API; the folder's name when empty."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    device: str = "cpu"
+    """cpu, cuda, or cuda:N for the N-th GPU that the process sees."""
+    deterministic: bool = True
+    """A sequence gets the same bits whatever runs beside it. False, on cuda only, allows kernels that depend on the batch."""
+    num_threads: int = 1
+    native: bool = True
+    """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
+    cache_folder: str = ""
+    """Where compiled kernels are kept; ~/.cache/baton when empty."""
+    max_model_len: int = 0
+    """Longest prompt + output; 0: the model's max_position_embeddings."""
+    kv_memory_bytes: int = 0
+    """Size of the KV pool; 0: kv_memory_fraction of the memory (on cuda, of the GPU, beside the weights) that is free when the worker starts, but at most 64 full-length sequences."""
+    kv_memory_fraction: float = 0.2
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_batch_tokens: int = 512
+    """Token budget of one step, prefill chunks and decode tokens together."""
+    max_queue: int = 512
+    """Requests waiting for admission before QUEUE_FULL."""
+    prefix_cache: bool = True
+    local_prefill_tokens: int = 64
+    """A decode worker computes a prompt with at most this many uncached tokens itself."""
+    transports: tuple[str, ...] = ("shm", "grpc")
+    """KV transports this worker may use, best first."""
+    transfer_timeout_s: float = 30.0
+    """A handoff without any progress for this long has failed."""
+    transfer_window_bytes: int = 32 << 20
+    """KV bytes of one handoff that may be announced and not yet acknowledged."""
+    max_pending_frames: int = 1024
+    """Outputs of this many steps may wait for a slow router before it is disconnected."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """gRPC port; 0: any free one."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (bool(self.model), "model", "needs the path of a checkpoint folder"),
+            (self.dtype in ("float32", "bfloat16"), "dtype", "must be float32 or bfloat16"),
+            (re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None, "device", "must be cpu, cuda or cuda:N"),
+            (
+                self.deterministic or self.device != "cpu",
+                "deterministic",
+                "must be true on cpu, which has no other mode",
+            ),
+            (self.num_threads >= 1, "num_threads", "must be at least 1"),
+            (self.max_model_len >= 0, "max_model_len", "must be 0 (the model's own) or positive"),
+            (self.kv_memory_bytes >= 0, "kv_memory_bytes", "must be 0 (automatic) or positive"),
+            (0 < self.kv_memory_fraction <= 0.95, "kv_memory_fraction", "must be above 0 and at most 0.95"),
+            (self.max_num_seqs >= 1, "max_num_seqs", "must be at least 1"),
+            (
+                self.max_batch_tokens >= self.max_num_seqs,
+                "max_batch_tokens",
+                "must be at least max_num_seqs, so that every running sequence gets its token each step",
+            ),
+            (self.max_queue >= 1, "max_queue", "must be at least 1"),
+            (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
+            (
+                bool(self.transports) and set(self.transports) <= {"shm", "grpc"},
+                "transports",
+                "must name at least one of shm, grpc",
+            ),
+            (self.transfer_timeout_s > 0, "transfer_timeout_s", "must be positive"),
+            (self.transfer_window_bytes >= 1 << 20, "transfer_window_bytes", "must be at least 1 MiB"),
+            (0 <= self.port < 65536, "port", "must be a TCP port, or 0 for any free one"),
+        )
+        for ok, name, what in checks:
+            if not ok:
+                raise InvalidConfig(f"worker.{name} {what}; it is {getattr(self, name)!r}")

@@ -1,0 +1,125 @@
+"""Reaches workers over gRPC: one Attach stream each, and the two unary calls. Translates; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from workers import wire
+from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
+from workers.pb import worker_pb2 as pb
+from workers.pb import worker_pb2_grpc
+from workers.status import Role, WorkerStatus
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""A full dump of a prefix cache has 8 bytes a block; a prompt at most 5 bytes a token."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+"""A subchannel pool of its own lets a new connection skip the back-off of the one that just broke.
+
+No HTTP/2 keepalive: workers speak about once a second, so silence is noticed without pings (RouterConfig.worker_stale_s).
+"""
+
+
+class GrpcWorkerLink:
+    """A WorkerLink on a channel of its own."""
+
+    def __init__(self, target: str, router_id: str, max_pending_messages: int) -> None:
+        """Must be made inside a running event loop."""
+        self._target = target
+        self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
+        self._outgoing.put_nowait(Hello(router_id))
+        self._is_open = True
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
+        self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
+
+    async def frames(self) -> AsyncIterator[WorkerFrame]:
+        try:
+            async for message in self._call:
+                yield wire.frame_from_pb(message)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerLost(_describe(self._target, error)) from error
+        except ValueError as error:
+            raise WorkerLost(f"{self._target} sent a frame that this version does not know: {error}") from error
+        except asyncio.CancelledError:
+            if self._is_open:
+                raise
+            return
+        finally:
+            was_open, self._is_open = self._is_open, False
+        if was_open:
+            raise WorkerLost(f"{self._target} closed the stream")
+
+    def send(self, message: Submit | Cancel | DumpRequest) -> bool:
+        if not self._is_open:
+            return False
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            return False
+        return True
+
+    async def close(self) -> None:
+        self._is_open = False
+        self._writer.cancel()
+        self._call.cancel()
+        await self._channel.close()
+
+    async def _write(self) -> None:
+        """Not a request iterator: gRPC leaves one waiting for ever when the worker ends the stream."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `frames` says what happened
+            while True:
+                await self._call.write(wire.router_message_to_pb(await self._outgoing.get()))
+
+
+class GrpcWorkerClient:
+    """A WorkerClient. `timeout_s` bounds the unary calls."""
+
+    def __init__(self, max_pending_messages: int = 4096, timeout_s: float = 30.0) -> None:
+        self._max_pending_messages = max_pending_messages
+        self._timeout_s = timeout_s
+
+    def attach(self, target: str, router_id: str) -> GrpcWorkerLink:
+        return GrpcWorkerLink(target, router_id, self._max_pending_messages)
+
+    async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
+        request = pb.SetRoleRequest(role=role.value, generation=generation)
+        return await self._call(target, "SetRole", request)
+
+    async def describe(self, target: str) -> WorkerStatus:
+        return await self._call(target, "Describe", pb.DescribeRequest())
+
+    async def _call(self, target: str, method: str, request: Any) -> WorkerStatus:
+        async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                return wire.status_from_pb(await getattr(stub, method)(request, timeout=self._timeout_s))
+            except grpc.aio.AioRpcError as error:
+                raise _error_from(target, error) from error
+
+
+def _error_from(target: str, error: grpc.aio.AioRpcError) -> InvalidRequest | Refused | WorkerLost:
+    """The error a worker meant: FAILED_PRECONDITION is a generation that has passed."""
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequest(details)
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return Refused(Refusal.STALE_GENERATION, details)
+    return WorkerLost(_describe(target, error))
+
+
+def _describe(target: str, error: grpc.aio.AioRpcError) -> str:
+    return f"{target}: {error.code().name.lower()}: {error.details()}"

@@ -1,0 +1,1 @@
+"""Bookkeeping of KV cache blocks; integers only, no tensors."""

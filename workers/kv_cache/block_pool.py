@@ -1,0 +1,73 @@
+"""Owns the ids of KV blocks: who holds each, which are free, which may be evicted; knows nothing of what they contain."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+from workers.errors import InvariantViolated
+
+
+class OutOfBlocks(Exception):
+    """The pool cannot give that many blocks now; nothing was taken."""
+
+
+class BlockPool:
+    """Reference-counted block ids 0 .. num_blocks-1.
+
+    A block is held (count > 0), cached (count 0, its content may be wanted again) or free. `allocate` takes free
+    blocks first, then evicts cached ones, least recently released first, and tells `on_evict`.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
+        self.num_blocks = num_blocks
+        self._counts = [0] * num_blocks
+        self._free: deque[int] = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._on_evict = on_evict
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` could give now: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - self.num_available
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks, each held once. Raises OutOfBlocks and takes nothing when there are fewer."""
+        if count > self.num_available:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
+        blocks = []
+        for _ in range(count):
+            if self._free:
+                block = self._free.popleft()
+            else:
+                block, _ = self._cached.popitem(last=False)
+                self._on_evict(block)
+            self._counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more holder for each block; cached blocks become held again."""
+        for block in blocks:
+            if self._counts[block] == 0 and self._cached.pop(block, 0) == 0:
+                raise InvariantViolated(f"block {block} is free and cannot be shared")
+            self._counts[block] += 1
+
+    def release(self, blocks: Iterable[int], is_cached: Callable[[int], bool]) -> None:
+        """One holder less for each block; at none it becomes cached if `is_cached` says so, else free.
+
+        Blocks are released last first, so that of one sequence the tail is evicted before the head.
+        """
+        for block in reversed(list(blocks)):
+            if self._counts[block] <= 0:
+                raise InvariantViolated(f"block {block} was released more often than held")
+            self._counts[block] -= 1
+            if self._counts[block] == 0:
+                if is_cached(block):
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)

@@ -1,0 +1,1 @@
+"""Moves KV cache blocks from a prefill worker to a decode worker."""

@@ -1,0 +1,139 @@
+"""The bytes of a worker's KV pool: anonymous shared memory that a peer on the same host can map, and that the kernel frees when its last user dies."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.errors import TransferFailed
+
+_NONCE_BYTES = 4096
+"""One page before the blocks holds a random nonce, so that a mapper knows it got the right memory."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+"""A pool never changes its size, so a peer that maps it cannot be killed by SIGBUS."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of a KV pool: [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim] of `dtype`, C order.
+
+    Block-major, so a block is one contiguous run of bytes, and so is each layer of it (`layer_bytes`).
+    """
+
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: str
+    itemsize: int
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer (K and V) of one block."""
+        return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SharedHandle:
+    """Where a same-host peer finds a pool: /proc/<pid>/fd/<fd>, proven by `nonce`."""
+
+    pid: int
+    fd: int
+    num_bytes: int
+    nonce: bytes
+
+
+class KvMemory:
+    """Owns the bytes of one KV pool in a memfd. `bytes` is uint8 [num_blocks * block_bytes], writable, zeroed.
+
+    memfd rather than a named segment: it has no name to leak after SIGKILL and no /dev/shm size limit.
+    """
+
+    def __init__(self, layout: KvLayout) -> None:
+        self.layout = layout
+        self._fd = -1
+        size = _NONCE_BYTES + layout.pool_bytes
+        self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, size)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._map = mmap.mmap(self._fd, size)
+        self._nonce = secrets.token_bytes(16)
+        self._map[: len(self._nonce)] = self._nonce
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, offset=_NONCE_BYTES)
+
+    @property
+    def handle(self) -> SharedHandle:
+        return SharedHandle(os.getpid(), self._fd, len(self._map), self._nonce)
+
+    def block(self, block_id: int, first_layer: int, num_layers: int) -> npt.NDArray[np.uint8]:
+        """View of some layers of one block, uint8 [num_layers * layer_bytes]. Raises IndexError when out of range."""
+        if not (0 <= block_id < self.layout.num_blocks and first_layer >= 0):
+            raise IndexError(f"block {block_id} layer {first_layer} is outside the pool")
+        if num_layers < 1 or first_layer + num_layers > self.layout.num_layers:
+            raise IndexError(f"layers {first_layer}+{num_layers} are outside the model")
+        start = block_id * self.layout.block_bytes + first_layer * self.layout.layer_bytes
+        return self.bytes[start : start + num_layers * self.layout.layer_bytes]
+
+    def expose(self, blocks: Sequence[int]) -> None:
+        """Makes visible here what the model wrote to blocks. Nothing to do where it writes to this very memory."""
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Makes visible to the model what a transfer placed here. Nothing to do where it reads this very memory."""
+
+    def close(self) -> None:
+        """Drops this process's name for the memory; live views keep their pages until they go."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+class MappedKvMemory:
+    """A peer's pool mapped read-only. Raises TransferFailed when it is not there or not the right one."""
+
+    def __init__(self, handle: SharedHandle, layout: KvLayout) -> None:
+        expected = _NONCE_BYTES + layout.pool_bytes
+        if handle.num_bytes != expected:
+            raise TransferFailed(f"peer's pool has {handle.num_bytes} bytes, its layout says {expected}")
+        try:
+            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TransferFailed(f"peer's pool cannot be opened: {error}") from error
+        try:
+            if os.fstat(fd).st_size != expected or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise TransferFailed("peer's pool is not a sealed memfd of the announced size")
+            mapped = mmap.mmap(fd, expected, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise TransferFailed(f"peer's pool cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        if mapped[: len(handle.nonce)] != handle.nonce:
+            raise TransferFailed("peer's pool carries another nonce")
+        self.layout = layout
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8, offset=_NONCE_BYTES)
+
+    def block(self, block_id: int, first_layer: int, num_layers: int) -> npt.NDArray[np.uint8]:
+        """As KvMemory.block, read-only."""
+        if not 0 <= block_id < self.layout.num_blocks or first_layer + num_layers > self.layout.num_layers:
+            raise TransferFailed(f"block {block_id} is outside the peer's pool")
+        start = block_id * self.layout.block_bytes + first_layer * self.layout.layer_bytes
+        return self._bytes[start : start + num_layers * self.layout.layer_bytes]

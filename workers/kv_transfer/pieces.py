@@ -1,0 +1,58 @@
+"""Cuts the blocks of a transfer into numbered pieces; both ends compute the same cut from the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.kv_transfer.memory import KvLayout
+
+MAX_PIECE_BYTES = 1 << 20
+"""Part of the protocol: one gRPC message of this size is what gRPC moves fastest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a piece belongs: layers of one entry of the block table."""
+
+    block: int
+    first_layer: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Pieces 0 .. num_pieces-1 of blocks first_block .. first_block+num_blocks-1, block by block, layers in order.
+
+    A piece has at most MAX_PIECE_BYTES, but always a whole layer of a block.
+    """
+
+    layout: KvLayout
+    first_block: int
+    num_blocks: int
+
+    @property
+    def layers_per_piece(self) -> int:
+        return max(1, min(self.layout.num_layers, MAX_PIECE_BYTES // self.layout.layer_bytes))
+
+    @property
+    def pieces_per_block(self) -> int:
+        return -(-self.layout.num_layers // self.layers_per_piece)
+
+    @property
+    def num_pieces(self) -> int:
+        return self.num_blocks * self.pieces_per_block
+
+    def slot(self, piece: int) -> Slot:
+        """Raises IndexError for a number outside the transfer."""
+        if not 0 <= piece < self.num_pieces:
+            raise IndexError(f"piece {piece} is outside a transfer of {self.num_pieces}")
+        block, part = divmod(piece, self.pieces_per_block)
+        first = part * self.layers_per_piece
+        return Slot(self.first_block + block, first, min(self.layers_per_piece, self.layout.num_layers - first))
+
+    def pieces_before(self, block: int) -> int:
+        """How many pieces belong to blocks before this entry of the block table."""
+        return min(max(block - self.first_block, 0), self.num_blocks) * self.pieces_per_block
+
+    def piece_bytes(self, piece: int) -> int:
+        return self.slot(piece).num_layers * self.layout.layer_bytes

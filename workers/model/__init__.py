@@ -1,0 +1,1 @@
+"""The ERNIE 4.5 model in PyTorch; the only room that knows tensors."""

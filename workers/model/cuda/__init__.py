@@ -1,0 +1,1 @@
+"""The model on a CUDA device: Triton kernels, grouped experts, CUDA graphs."""

@@ -1,0 +1,80 @@
+"""The KV pool in device memory, and its mirror in host memory that transfers read from and write to.
+
+Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.kv_transfer.memory import KvLayout, KvMemory
+
+_STAGED_BYTES = 32 << 20
+"""What one copy between host and device moves at most; the size of the pinned memory between them."""
+
+
+class DevicePool:
+    """Keys and values [N + 1, L, 2 (K, V), K, B, C] on the device; the last block is scratch, for rows nobody reads."""
+
+    def __init__(self, layout: KvLayout, device: torch.device) -> None:
+        self.layout = layout
+        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        self.values = torch.zeros(layout.num_blocks + 1, *shape, dtype=dtype, device=device)
+
+    @property
+    def scratch_block(self) -> int:
+        return self.layout.num_blocks
+
+    def layer(self, index: int) -> Tensor:
+        """View [N + 1, 2, K, B, C] of one layer."""
+        return self.values[:, index]
+
+
+class StagedKvMemory(KvMemory):
+    """Host memory with a place for each block of a DevicePool; a block takes real memory once it was transferred.
+
+    Copies run on the caller's thread, behind what the device was given before, and have ended on return.
+    """
+
+    def __init__(self, pool: DevicePool) -> None:
+        super().__init__(pool.layout)
+        self._device = pool.values.device
+        self._blocks = pool.values.view(pool.layout.num_blocks + 1, -1).view(torch.uint8)
+        self._host = torch.from_numpy(self.bytes).view(pool.layout.num_blocks, -1)
+        self._group = max(1, _STAGED_BYTES // pool.layout.block_bytes)
+        self._staged: Tensor | None = None
+
+    def expose(self, blocks: Sequence[int]) -> None:
+        """Copies blocks from the device to the host, where `block` shows them to a transfer."""
+        with torch.inference_mode():
+            for first in range(0, len(blocks), self._group):
+                index = torch.tensor(blocks[first : first + self._group])
+                staged = self._staging()[: len(index)]
+                staged.copy_(self._blocks.index_select(0, index.to(self._device)), non_blocking=True)
+                self._wait()
+                self._host.index_copy_(0, index, staged)
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Copies blocks that a transfer has placed from the host to the device."""
+        with torch.inference_mode():
+            for first in range(0, len(blocks), self._group):
+                index = torch.tensor(blocks[first : first + self._group])
+                staged = self._staging()[: len(index)]
+                torch.index_select(self._host, 0, index, out=staged)
+                arrived = staged.to(self._device, non_blocking=True)
+                self._blocks.index_copy_(0, index.to(self._device), arrived)
+                self._wait()
+
+    def _staging(self) -> Tensor:
+        if self._staged is None:
+            shape = (self._group, self.layout.block_bytes)
+            self._staged = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return self._staged
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()

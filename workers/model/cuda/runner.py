@@ -1,0 +1,130 @@
+"""Computes batches on a CUDA device: the Runner of a served checkpoint there. Knows no scheduler and no network.
+
+A step with prompts and decode tokens makes two passes over the weights, so that decode always has its graphs and its
+tiles. Shapes: T rows of a step, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+from workers.model.cuda.decode_graphs import DecodeGraphs
+from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
+from workers.model.cuda.ernie import CudaErnie
+from workers.model.cuda.step_inputs import StepInputs, Upload
+from workers.model.ernie_config import ErnieConfig
+from workers.model.kv_memory import available_bytes, choose_layout
+from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
+from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
+from workers.status import ModelInfo
+
+_MAX_GRAPH_BYTES = 1 << 30
+_GRAPH_SHARE = 4
+"""Graphs may hold 1 GiB, but no more than this part of what the KV pool leaves free; activations need the rest."""
+
+
+class CudaRunner(ModelRunner[CudaErnie]):
+    """Implements workers.runner.Runner on one CUDA device."""
+
+    def __init__(
+        self,
+        model: CudaErnie,
+        pool: DevicePool,
+        info: ModelInfo,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_num_seqs: int,
+    ) -> None:
+        super().__init__(model, StagedKvMemory(pool), info)
+        self._pool = pool
+        self._device = device
+        self._upload = Upload(device)
+        self._decode = DecodeGraphs(
+            self._forward,
+            hidden_size=model.config.hidden_size,
+            dtype=dtype,
+            max_rows=max_num_seqs,
+            max_blocks=-(-info.max_model_len // BLOCK_SIZE),
+            scratch_block=pool.scratch_block,
+            device=device,
+        )
+
+    @staticmethod
+    def load(config: WorkerConfig) -> CudaRunner:
+        """The runner of a "-PT" checkpoint folder. Raises InvalidConfig when it cannot be served as configured."""
+        if not torch.cuda.is_available():
+            raise InvalidConfig(f"worker.device {config.device!r} needs a GPU; torch {torch.__version__} finds none")
+        device = torch.device(config.device)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise InvalidConfig(
+                f"worker.device {config.device!r} does not exist; there are {torch.cuda.device_count()}"
+            )
+        return CudaRunner.load_on(config, device)
+
+    @staticmethod
+    def load_on(config: WorkerConfig, device: torch.device) -> CudaRunner:
+        """As `load`, on a given device; with Triton's interpreter that may be the CPU."""
+        folder = checkpoint_folder(config.model)
+        dimensions = ErnieConfig.load(folder)
+        max_model_len = served_len(config, dimensions)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        checkpoint = Checkpoint(folder)
+        require_memory(checkpoint, dimensions, dtype, free_bytes(device))
+        with torch.inference_mode(), as_current(device):
+            model = CudaErnie(dimensions, checkpoint, dtype, max_model_len, device, config.deterministic)
+            layout = choose_layout(config, dimensions, dtype, max_model_len, free_bytes(device))
+            pool = DevicePool(layout, device)
+            info = describe_model(config, checkpoint, layout, dimensions.vocab_size, max_model_len, device.type)
+            runner = CudaRunner(model, pool, info, device=device, dtype=dtype, max_num_seqs=config.max_num_seqs)
+            if device.type == "cuda":
+                runner.warnings = runner.warm_up()
+        return runner
+
+    def execute(self, batch: Batch) -> list[Sampled]:
+        with as_current(self._device):
+            return super().execute(batch)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Runs the layers, writes KV, returns the last layer's output [T, D], valid until the next step."""
+        with torch.inference_mode(), as_current(self._device):
+            parts = []
+            for piece in batch.prefill:
+                if piece.start + len(piece.token_ids) > self.max_model_len:
+                    raise IndexError(f"{self.max_model_len} positions are the longest sequence of this runner")
+            if batch.prefill:
+                parts.append(self._forward(self._upload.prefill(batch.prefill)))
+            if batch.decode:
+                parts.append(self._decode.run(batch.decode))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def warm_up(self) -> tuple[str, ...]:
+        """Compiles the kernels of prompts and records the decode graphs; warnings about graphs that found no memory."""
+        with torch.inference_mode(), as_current(self._device):
+            scratch = SequenceSlice(0, (0,), 0, (self._pool.scratch_block,))
+            self._model.logits(self.hidden_states(Batch(prefill=(scratch,))))
+            return self._decode.record(min(_MAX_GRAPH_BYTES, free_bytes(self._device) // _GRAPH_SHARE))
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        return self._model.forward(inputs, self._pool)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that can still be allocated, what torch keeps in reserve returned first."""
+    if device.type != "cuda":
+        return available_bytes()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def as_current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` current for kernels that are launched on the current one, as Triton's are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,119 @@
+"""The KV pool as a tensor, and how many blocks fit; knows neither sequences nor who owns a block.
+
+Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C channels of a head, T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.model.ernie_config import ErnieConfig
+from workers.runner import BLOCK_SIZE
+
+_MAX_FULL_SEQUENCES = 64
+"""The automatic pool holds at most this many sequences of full length."""
+
+
+class KvPool:
+    """Reads and writes the bytes of a KvMemory as a tensor [N, L, 2 (K, V), K, B, C].
+
+    It keeps one promise: what follows the last token in a block is zero. A probability of zero times such a value is
+    zero, where stale bytes could be infinite and spread to other rows.
+    """
+
+    def __init__(self, memory: KvMemory) -> None:
+        layout = memory.layout
+        self.layout = layout
+        values = torch.from_numpy(memory.bytes).view(getattr(torch, layout.dtype))
+        self._positions = values.view(-1, layout.head_dim)
+        self._halves = values.view(layout.num_blocks * layout.num_layers * 2, -1)
+        self._blocks = values.view(layout.num_blocks, -1)
+
+    @property
+    def address(self) -> int:
+        """Where the first block begins in this process."""
+        return self._blocks.data_ptr()
+
+    def slots(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
+        """Where layer 0 keeps the K and V of each token, [T, 2*K]: an argument of `write`."""
+        heads = torch.arange(2 * self.layout.num_kv_heads)
+        per_block = self.layout.num_layers * 2 * self.layout.num_kv_heads
+        return ((blocks_T * per_block)[:, None] + heads) * self.layout.block_size + offsets_T[:, None]
+
+    def write(self, layer: int, slots: Tensor, kv_T2KC: Tensor) -> None:
+        """Stores keys and values of T tokens, heads flattened: [T, 2*K, C]."""
+        first = layer * 2 * self.layout.num_kv_heads * self.layout.block_size
+        self._positions.index_copy_(0, (slots + first).flatten(), kv_T2KC.flatten(0, 1))
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and the values of some blocks, each fp32 [len(blocks), K, B, C]."""
+        shape = (-1, self.layout.num_kv_heads, self.layout.block_size, self.layout.head_dim)
+        halves = (blocks * self.layout.num_layers + layer) * 2
+        keys, values = self._halves.index_select(0, halves), self._halves.index_select(0, halves + 1)
+        return keys.float().view(shape), values.float().view(shape)
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zeroes blocks in all layers."""
+        self._blocks.index_fill_(0, blocks, 0)
+
+
+def allocate(config: WorkerConfig, model: ErnieConfig, dtype: torch.dtype, max_model_len: int) -> KvMemory:
+    """The pool that WorkerConfig asks for. Raises InvalidConfig when one sequence of full length does not fit."""
+    return KvMemory(choose_layout(config, model, dtype, max_model_len, available_bytes()))
+
+
+def choose_layout(
+    config: WorkerConfig, model: ErnieConfig, dtype: torch.dtype, max_model_len: int, free_bytes: int
+) -> KvLayout:
+    """As many blocks as WorkerConfig asks for, given the free memory of the device that will hold them."""
+    layout = kv_layout(model, dtype, num_blocks=1)
+    blocks_per_sequence = -(-max_model_len // BLOCK_SIZE)
+    sequence_bytes = blocks_per_sequence * layout.block_bytes
+    if config.kv_memory_bytes:
+        pool_bytes, source = config.kv_memory_bytes, "worker.kv_memory_bytes"
+    else:
+        pool_bytes = min(int(config.kv_memory_fraction * free_bytes), _MAX_FULL_SEQUENCES * sequence_bytes)
+        source = f"worker.kv_memory_fraction ({config.kv_memory_fraction}) of {free_bytes / 2**20:.0f} MiB free"
+    if pool_bytes > free_bytes:
+        raise InvalidConfig(
+            f"{source} asks for {pool_bytes / 2**20:.0f} MiB of KV, but {free_bytes / 2**20:.0f} MiB are free"
+        )
+    num_blocks = pool_bytes // layout.block_bytes
+    if num_blocks < blocks_per_sequence:
+        raise InvalidConfig(
+            f"{source} gives {pool_bytes / 2**20:.1f} MiB of KV, but one sequence of {max_model_len} tokens needs "
+            f"{sequence_bytes / 2**20:.1f} MiB; raise it or lower worker.max_model_len"
+        )
+    return kv_layout(model, dtype, num_blocks)
+
+
+def kv_layout(model: ErnieConfig, dtype: torch.dtype, num_blocks: int) -> KvLayout:
+    return KvLayout(
+        num_blocks,
+        model.num_layers,
+        model.num_kv_heads,
+        BLOCK_SIZE,
+        model.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+    )
+
+
+def available_bytes() -> int:
+    """Host memory that can still be used: the kernel's estimate, or what the cgroup leaves if that is less."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free_bytes = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit_bytes = int((group / "memory.max").read_text())  # "max" raises: no limit
+        used_bytes = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free_bytes
+    return max(0, min(free_bytes, limit_bytes - used_bytes + int(stat.get("inactive_file", 0))))

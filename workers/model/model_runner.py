@@ -1,0 +1,171 @@
+"""What every runner of a language model shares: hidden states to results, and what a worker says about its model.
+
+Shapes: T rows of a step, D hidden, R rows that are sampled, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.model.ernie_config import ErnieConfig
+from workers.model.weights import Checkpoint, fingerprint
+from workers.request import TokenLogprob
+from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
+from workers.sampling.logprobs import token_logprobs
+from workers.sampling.placement import on_device
+from workers.sampling.sampler import Drawn, is_plain, sample
+from workers.status import ModelInfo
+
+_PROMPT_LOGPROB_ROWS = 64
+"""Rows of logits computed at once for prompt logprobs: bounds memory to 64 * V floats."""
+
+
+class LanguageModel(Protocol):
+    config: ErnieConfig
+
+    def logits(self, x_RD: Tensor) -> Tensor: ...
+
+    def greedy(self, x_RD: Tensor) -> list[int]: ...
+
+
+M = TypeVar("M", bound=LanguageModel)
+
+
+class ModelRunner(ABC, Generic[M]):
+    """Implements workers.runner.Runner but for the layers."""
+
+    def __init__(self, model: M, memory: KvMemory, info: ModelInfo) -> None:
+        self._model = model
+        self._memory = memory
+        self._info = info
+        self.warnings: tuple[str, ...] = ()
+        """What was found at start-up, one sentence each."""
+
+    @abstractmethod
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Runs the layers, writes KV, returns the last layer's output [T, D] for `model.logits`."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self._info.vocab_size
+
+    @property
+    def kv_memory(self) -> KvMemory:
+        return self._memory
+
+    @property
+    def model(self) -> M:
+        return self._model
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def max_model_len(self) -> int:
+        return self._info.max_model_len
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """From generation_config.json, else config.json."""
+        return self._model.config.eos_token_ids
+
+    def execute(self, batch: Batch) -> list[Sampled]:
+        """Computes as the Runner protocol says; a block table too short for its slice raises IndexError."""
+        slices = (*batch.prefill, *batch.decode)
+        if not slices:
+            return []
+        with torch.inference_mode():
+            x_TD = self.hidden_states(batch)
+            rows = [0]
+            for piece in slices:
+                rows.append(rows[-1] + len(piece.token_ids))
+            drawn = self._sample(x_TD, slices, rows)
+            return [
+                Sampled(
+                    piece.sequence_id,
+                    drawn[i].token_id if i in drawn else None,
+                    drawn[i].logprob if i in drawn else None,
+                    self._prompt_logprobs(x_TD[rows[i] : rows[i + 1]], piece),
+                )
+                for i, piece in enumerate(slices)
+            ]
+
+    def _sample(self, x_TD: Tensor, slices: Sequence[SequenceSlice], rows: Sequence[int]) -> dict[int, Drawn]:
+        """What each slice that asks for a token gets, by its place; forced tokens need no logits."""
+        drawn: dict[int, Drawn] = {}
+        wanted: list[tuple[int, SampleSpec]] = []
+        for i, piece in enumerate(slices):
+            if piece.sample is None:
+                continue
+            if piece.sample.forced_token_id is not None:
+                drawn[i] = Drawn(piece.sample.forced_token_id)
+            else:
+                wanted.append((i, piece.sample))
+        if wanted:
+            last_rows = on_device([rows[i + 1] - 1 for i, _ in wanted], x_TD.device)
+            x_RD, specs = x_TD.index_select(0, last_rows), [spec for _, spec in wanted]
+            if all(is_plain(spec) for spec in specs):
+                found = [Drawn(token_id) for token_id in self._model.greedy(x_RD)]
+            else:
+                found = sample(self._model.logits(x_RD), specs)
+            drawn.update(zip((i for i, _ in wanted), found, strict=True))
+        return drawn
+
+    def _prompt_logprobs(self, x_TD: Tensor, piece: SequenceSlice) -> tuple[TokenLogprob, ...]:
+        """One entry for each row that a prompt token follows."""
+        if piece.prompt_logprobs is None:
+            return ()
+        following = [*piece.token_ids[1:], *(() if piece.next_token_id is None else (piece.next_token_id,))]
+        found: list[TokenLogprob] = []
+        for first in range(0, len(following), _PROMPT_LOGPROB_ROWS):
+            tokens = following[first : first + _PROMPT_LOGPROB_ROWS]
+            logits_RV = self._model.logits(x_TD[first : first + len(tokens)])
+            found += token_logprobs(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens))
+        return tuple(found)
+
+
+def served_len(config: WorkerConfig, dimensions: ErnieConfig) -> int:
+    """The longest sequence to serve. Raises InvalidConfig when the model cannot."""
+    max_model_len = config.max_model_len or dimensions.max_position_embeddings
+    if max_model_len > dimensions.max_position_embeddings:
+        raise InvalidConfig(
+            f"worker.max_model_len {max_model_len} is above the model's {dimensions.max_position_embeddings} positions"
+        )
+    return max_model_len
+
+
+def describe_model(
+    config: WorkerConfig, checkpoint: Checkpoint, layout: KvLayout, vocab_size: int, max_model_len: int, *facts: object
+) -> ModelInfo:
+    """What routers and peers learn; workers exchange KV only when checkpoint, dtype, KV format and `facts` agree."""
+    folder = checkpoint.folder
+    kv_format = (layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
+    return ModelInfo(
+        name=config.served_model_name or folder.resolve().name,
+        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, *facts),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        block_size=BLOCK_SIZE,
+    )
+
+
+def require_memory(checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch.dtype, free_bytes: int) -> None:
+    """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`."""
+    num_values = checkpoint.num_parameters()
+    if dimensions.tie_word_embeddings:
+        num_values += dimensions.vocab_size * dimensions.hidden_size  # kept as a table and packed as the head
+    needed_bytes = num_values * dtype.itemsize
+    if needed_bytes > free_bytes:
+        raise InvalidConfig(
+            f"{checkpoint.folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
+            f"but {free_bytes / 2**20:.1f} MiB are free"
+        )

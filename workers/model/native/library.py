@@ -1,0 +1,115 @@
+"""Declares the kernels' C interface (source/baton.cpp) to Python; a call runs without the interpreter's lock."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from pathlib import Path
+
+from workers.errors import InvariantViolated
+from workers.model.native.build import BuildFailed
+
+
+class Part(IntEnum):
+    """What a weight is to the model; the order is that of `enum class Part` in source/model.h."""
+
+    EMBEDDING = 0
+    HEAD = 1
+    NORM = 2
+    INPUT_NORM = 3
+    QUERY = 4
+    KEY = 5
+    VALUE = 6
+    OUTPUT = 7
+    MLP_NORM = 8
+    ROUTER = 9
+    ROUTER_BIAS = 10
+    GATE = 11
+    UP = 12
+    DOWN = 13
+
+
+class Dimensions(ctypes.Structure):
+    """`struct Dimensions` of source/model.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_width",
+                "num_experts", "num_choices", "expert_width", "shared_width", "num_threads",
+            )
+        ),
+        ("eps", ctypes.c_double),
+        ("norm_min", ctypes.c_double),
+        ("frequencies", ctypes.c_void_p),
+        ("is_mixture", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """`struct Step` of source/model.h."""
+
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        ("num_slices", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "first_rows", "tables", "first_blocks")),
+    )
+
+
+_SIGNATURES = {
+    "baton_create": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
+    "baton_destroy": (None, (ctypes.c_void_p,)),
+    "baton_take": (ctypes.c_char_p, (ctypes.c_void_p, *(ctypes.c_int64,) * 5, ctypes.c_void_p)),
+    "baton_forward": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
+    "baton_head": (
+        ctypes.c_char_p,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
+    ),
+    "baton_kernels": (ctypes.c_char_p, ()),
+}
+
+
+class Library:
+    """The loaded kernels. A call that reports an error raises InvariantViolated with its message."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises BuildFailed when the file is no such library."""
+        try:
+            self._functions = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self._functions, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise BuildFailed(f"{path} cannot be loaded: {error}") from error
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set that the kernels were compiled for; part of what their bits depend on."""
+        name: bytes = self._functions.baton_kernels()
+        return name.decode()
+
+    def create(self, dimensions: Dimensions, is_bf16: bool) -> ctypes.c_void_p:
+        model = ctypes.c_void_p()
+        _check(self._functions.baton_create(ctypes.byref(dimensions), int(is_bf16), ctypes.byref(model)))
+        return model
+
+    def destroy(self, model: ctypes.c_void_p) -> None:
+        self._functions.baton_destroy(model)
+
+    def take(
+        self, model: ctypes.c_void_p, part: Part, layer: int, expert: int, first: int, count: int, address: int
+    ) -> None:
+        """Copies `count` rows of a weight, from row `first` on; a vector is one element a row."""
+        _check(self._functions.baton_take(model, int(part), layer, expert, first, count, address))
+
+    def forward(self, model: ctypes.c_void_p, step: Step, pool: int, x: int) -> None:
+        _check(self._functions.baton_forward(model, ctypes.byref(step), pool, x))
+
+    def head(self, model: ctypes.c_void_p, x: int, num_rows: int, logits: int | None, best: int) -> None:
+        _check(self._functions.baton_head(model, x, num_rows, logits, best))
+
+
+def _check(message: bytes | None) -> None:
+    if message is not None:
+        raise InvariantViolated(message.decode(errors="replace"))

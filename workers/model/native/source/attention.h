@@ -1,0 +1,131 @@
+// Causal grouped-query attention over a paged KV pool, block by block of 64 positions, with a running maximum.
+//
+// A row meets the blocks of its sequence from the first to its own, each by the same operations, whatever rows are
+// computed beside it: prefill in chunks of any size and decode give the same bits. The rescaling is that of FlashAttention
+// (Dao et al. 2022, algorithm 1). Weights are rounded to the model's type before they meet the values.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "product.h"
+
+namespace baton {
+
+constexpr int kBlock = 64;  // positions of a block: a panel's width
+
+// One head's keys and values of a block as panels, and the running state of the rows that meet them.
+template <class T> class HeadAttention {
+ public:
+  static constexpr int kDeep = kDepth<T>;
+
+  // `channels` of a head, a multiple of 32; `max_rows` rows at once.
+  HeadAttention(int64_t channels, int64_t max_rows)
+      : channels_(channels), groups_(channels / kDeep), panels_((channels + kPanel - 1) / kPanel),
+        keys_((groups_ + kLanes) * kPanel), values_(panels_ * kBlock / kDeep * kPanel),
+        output_(max_rows * panels_ * kPanel), maximum_(max_rows), total_(max_rows) {}
+
+  void start(int64_t num_rows) {
+    std::fill_n(output_.data(), num_rows * panels_ * kPanel, 0.0f);
+    std::fill_n(maximum_.data(), num_rows, -INFINITY);
+    std::fill_n(total_.data(), num_rows, 0.0f);
+  }
+
+  // Takes in a block, of which the first `num_valid` positions exist; the others may hold anything. The block to come,
+  // `next` words further on, is fetched meanwhile.
+  void take_block(const T* keys, const T* values, int64_t num_valid, int64_t next) {
+    for (int64_t j = 0; j < kBlock; j += kLanes)
+      for (int64_t g = 0; g < groups_; g += kLanes)
+        transpose(reinterpret_cast<const uint32_t*>(keys) + j * groups_ + g, groups_,
+                  std::clamp<int64_t>(num_valid - j, 0, kLanes), next, keys_.data() + g * kPanel + j);
+    for (int64_t j = 0; j < kBlock / kDeep; ++j)
+      for (int64_t c = 0; c < channels_; c += kLanes) {
+        __builtin_prefetch(reinterpret_cast<const uint32_t*>(values) + (j * channels_ + c) + next);
+        store(values_.data() + (c / kPanel * (kBlock / kDeep) + j) * kPanel + c % kPanel,
+              value_lanes(values + c, j, num_valid));
+      }
+  }
+
+  // Rows first .. first+count-1 of one task meet the block; query(i) points at row i, valid(i) positions are visible to it.
+  template <class Query, class Valid>
+  void meet(int64_t first, int64_t count, float scale, Query&& query, Valid&& valid) {
+    for (int64_t row = first; row < first + count;) {
+      const int64_t together = tile_rows(first + count - row);
+      with_rows(together, [&](auto M) { meet_tile<M>(row, scale, query, valid); });
+      row += together;
+    }
+  }
+
+  // The finished output of a row.
+  void finish(int64_t row, T* to) const {
+    const float* from = output_.data() + row * panels_ * kPanel;
+    for (int64_t c = 0; c < channels_; c += kLanes) write(to + c, load<Floats>(from + c) / total_[row]);
+  }
+
+ private:
+  // The values that share lanes in row `j` of a panel, for sixteen channels; zero where a position does not exist.
+  Words value_lanes(const T* from, int64_t j, int64_t num_valid) const {
+    const int64_t first = j * kDeep;
+    if (first >= num_valid) return Words{};
+    from += first * channels_;
+    if constexpr (kDeep == 1) return load<Words>(from);
+    const Words even = __builtin_convertvector(load<Halves>(from), Words);
+    if (first + 1 == num_valid) return even;
+    return even | __builtin_convertvector(load<Halves>(from + channels_), Words) << 16;
+  }
+
+  template <int M, class Query, class Valid>
+  inline __attribute__((always_inline)) void meet_tile(int64_t row, float scale, Query& query, Valid& valid) {
+    const uint32_t* x[M];
+    for (int m = 0; m < M; ++m) x[m] = reinterpret_cast<const uint32_t*>(query(row + m));
+    Floats scores[M][kVectors] = {};
+    multiply_tile<T, M, 0>(x, keys_.data(), groups_, scores);
+    alignas(64) T weights[M][kBlock];
+    Floats rescale = Floats{};
+    for (int m = 0; m < M; ++m) {
+      const int num_valid = valid(row + m);
+      const Ints lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      for (int v = 0; v < kVectors; ++v) {
+        scores[m][v] *= scale;
+        if (num_valid < kBlock) scores[m][v] = pick(lane + v * kLanes < num_valid, scores[m][v], all(-INFINITY));
+      }
+      const float before = maximum_[row + m];
+      const float peak = std::max(
+          before, largest(larger(larger(scores[m][0], scores[m][1]), larger(scores[m][2], scores[m][3]))));
+      maximum_[row + m] = peak;
+      rescale[m] = before - peak;
+      Floats added = Floats{};
+      for (int v = 0; v < kVectors; ++v) {
+        Floats weight = exponential(scores[m][v] - peak);
+        if (num_valid < kBlock) weight = pick(lane + v * kLanes < num_valid, weight, Floats{});
+        weight = as_stored<T>(weight);
+        write(weights[m] + v * kLanes, weight);
+        added += weight;
+      }
+      scores[m][0] = added;
+    }
+    rescale = exponential(rescale);
+    const uint32_t* p[M];
+    for (int m = 0; m < M; ++m) {
+      total_[row + m] = total_[row + m] * rescale[m] + sum(scores[m][0]);
+      p[m] = reinterpret_cast<const uint32_t*>(weights[m]);
+    }
+    for (int64_t c = 0; c < panels_; ++c) {
+      Floats sums[M][kVectors];
+      float* out = output_.data() + row * panels_ * kPanel + c * kPanel;
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kVectors; ++v)
+          sums[m][v] = load<Floats>(out + m * panels_ * kPanel + v * kLanes) * rescale[m];
+      multiply_tile<T, M, 0>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kVectors; ++v) store(out + m * panels_ * kPanel + v * kLanes, sums[m][v]);
+    }
+  }
+
+  int64_t channels_, groups_, panels_;
+  std::vector<uint32_t> keys_, values_;
+  std::vector<float> output_, maximum_, total_;
+};
+
+}  // namespace baton

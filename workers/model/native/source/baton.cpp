@@ -1,0 +1,57 @@
+// The C interface of the kernels, for workers.model.native.library. Returns null or 0 when all is well, else a message.
+
+#include <exception>
+
+#include "forward.h"
+#include "load.h"
+
+namespace {
+
+template <class Body> const char* guarded(Body&& body) {
+  static thread_local std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* baton_kernels() {
+#if defined(__AVX512BF16__)
+  return "avx512bf16";
+#else
+  return "avx512";
+#endif
+}
+
+const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {
+  return guarded([&] {
+    if (is_bf16)
+      *model = new baton::Model<baton::Bf16>(*dimensions);
+    else
+      *model = new baton::Model<float>(*dimensions);
+  });
+}
+
+void baton_destroy(baton::AnyModel* model) { delete model; }
+
+const char* baton_take(baton::AnyModel* model, int64_t part, int64_t layer, int64_t expert, int64_t first, int64_t count,
+                       const void* source) {
+  return guarded([&] { model->take(static_cast<baton::Part>(part), layer, expert, first, count, source); });
+}
+
+const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void* pool, void* x) {
+  return guarded([&] { model->forward(*step, pool, x); });
+}
+
+const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, float* logits, int64_t* best) {
+  return guarded([&] { model->head(x, num_rows, logits, best); });
+}
+
+}  // extern "C"

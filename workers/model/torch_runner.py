@@ -1,0 +1,86 @@
+"""Computes batches with PyTorch: the Runner of a served checkpoint. Knows no scheduler and no network.
+
+Shapes: T rows of a step, D hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+from workers.kv_transfer.memory import KvMemory
+from workers.model.ernie import Ernie
+from workers.model.ernie_config import ErnieConfig
+from workers.model.kv_memory import KvPool, allocate, available_bytes
+from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
+from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
+from workers.model.native.ernie import NativeErnie, is_supported
+from workers.model.native.library import Library
+from workers.model.self_test import require_invariance
+from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.runner import Batch
+from workers.status import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+
+class TorchRunner(ModelRunner[Ernie | NativeErnie]):
+    """Implements workers.runner.Runner on the CPU."""
+
+    def __init__(self, model: Ernie | NativeErnie, memory: KvMemory, info: ModelInfo, num_threads: int = 1) -> None:
+        super().__init__(model, memory, info)
+        self._pool = KvPool(memory)
+        self._num_threads = num_threads
+        self._thread = 0
+
+    @staticmethod
+    def load(config: WorkerConfig) -> TorchRunner:
+        """The runner of a "-PT" checkpoint folder. Raises InvalidConfig when it cannot be served as configured."""
+        if config.device != "cpu":
+            raise InvalidConfig(f"TorchRunner runs on worker.device cpu, not {config.device!r}")
+        folder = checkpoint_folder(config.model)
+        dimensions = ErnieConfig.load(folder)
+        max_model_len = served_len(config, dimensions)
+        torch.set_num_threads(config.num_threads)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        checkpoint = Checkpoint(folder)
+        require_memory(checkpoint, dimensions, dtype, available_bytes())
+        with torch.inference_mode():
+            model, kernels, warnings = _load_model(config, dimensions, checkpoint, dtype, max_model_len)
+            memory = allocate(config, dimensions, dtype, max_model_len)
+        info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
+        runner = TorchRunner(model, memory, info, config.num_threads)
+        runner.warnings = warnings
+        return runner
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Runs the layers, writes KV, returns the last layer's output [T, D] for `model.logits`."""
+        if self._thread != threading.get_ident():  # torch keeps the number of threads per calling thread
+            torch.set_num_threads(self._num_threads)
+            self._thread = threading.get_ident()
+        with torch.inference_mode():
+            return self._model.compute(batch, self._pool)
+
+
+def _load_model(
+    config: WorkerConfig, dimensions: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
+) -> tuple[Ernie | NativeErnie, str, tuple[str, ...]]:
+    """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
+    warnings: tuple[str, ...] = ()
+    if config.native and is_supported(dimensions):
+        try:
+            library = Library(build(Path(config.cache_folder) if config.cache_folder else default_cache_folder()))
+        except BuildFailed as error:
+            warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
+            logger.warning(warnings[0])
+        else:
+            native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
+            return native, f"native {library.kernels} {source_hash()}", ()
+    model = Ernie(dimensions, checkpoint, dtype, max_model_len)
+    return model, "torch", (*warnings, *require_invariance(model, dtype))

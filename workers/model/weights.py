@@ -1,0 +1,185 @@
+"""Reads tensors from a folder of safetensors files one at a time; knows no layers.
+
+A served model never holds a second full copy in memory: the caller packs each tensor, or piece of one, before it asks
+for the next. Files are read rather than mapped, as mapped pages count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from workers.errors import InvalidConfig
+from workers.model.ernie_config import read_json
+
+_READABLE_DTYPES = ("F32", "F16", "BF16")
+_PIECE_BYTES = 8 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_IGNORED = re.compile(r"^model\.mtp_|rotary_emb\.inv_freq$")
+"""Multi-token-prediction weights (not used yet) and buffers that old exporters stored."""
+
+
+class Checkpoint:
+    """The tensors of a "-PT" folder: model.safetensors, or shards named by model.safetensors.index.json.
+
+    Raises InvalidConfig that names the file or tensor when something is missing or of another shape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of_tensor: dict[str, Path] = {}
+        self._offsets: dict[str, int] = {}
+        self._taken: set[str] = set()
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._handles: dict[Path, Any] = {path: _open(path) for path in _weight_files(folder)}
+        for path, handle in self._handles.items():
+            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+                self._file_of_tensor[name] = path
+            self._offsets |= _data_offsets(path)
+        if any(name.startswith("ernie.") for name in self._file_of_tensor):
+            raise InvalidConfig(f'{folder} holds PaddlePaddle tensor names; use the "-PT" checkpoint of this model')
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self._handles)
+
+    def num_parameters(self) -> int:
+        """Elements of all tensors that a model can take."""
+        shapes = (self._slice(n).get_shape() for n in self._file_of_tensor if not _IGNORED.search(n))
+        return sum(int(torch.Size(shape).numel()) for shape in shapes)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor called `name`, cast to `dtype`."""
+        stored_dtype = self._check(name, shape)
+        tensor = torch.empty(shape, dtype=stored_dtype)
+        self._read(name, 0, tensor.view(-1).view(torch.uint8))
+        return tensor.to(dtype)
+
+    def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """The same, some rows at a time: (first row, rows), valid until the next are asked for."""
+        stored_dtype = self._check(name, shape)
+        row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
+        step = max(1, _PIECE_BYTES // row_bytes)
+        for first in range(0, shape[0], step):
+            num_bytes = min(step, shape[0] - first) * row_bytes
+            if self._staging.numel() < num_bytes:
+                self._staging = torch.empty(num_bytes, dtype=torch.uint8)
+            staged = self._staging[:num_bytes]
+            self._read(name, first * row_bytes, staged)
+            yield first, staged.view(stored_dtype).view(-1, *shape[1:]).to(dtype)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
+        """Element type on disk of a tensor that is as it should be, which now counts as taken. Raises InvalidConfig."""
+        if name not in self._file_of_tensor:
+            raise InvalidConfig(f"{self.folder} has no tensor {name}, which its config.json calls for")
+        stored = self._slice(name)
+        where = f"tensor {name} in {self._file_of_tensor[name]}"
+        if stored.get_dtype() not in _READABLE_DTYPES:
+            raise InvalidConfig(f"{where} is {stored.get_dtype()}; quantized checkpoints are not supported")
+        if tuple(stored.get_shape()) != shape:
+            raise InvalidConfig(f"{where} has shape {stored.get_shape()}; config.json calls for {list(shape)}")
+        self._taken.add(name)
+        return self.stored_dtype(name)
+
+    def _read(self, name: str, start: int, into: Tensor) -> None:
+        """Fills a flat uint8 tensor with the bytes of a tensor from `start` on."""
+        path = self._file_of_tensor[name]
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(self._offsets[name] + start)
+            view = into.numpy().data
+            while len(view):
+                num_read = stream.readinto(view)
+                if not num_read:
+                    raise InvalidConfig(f"{path} ends within tensor {name}")
+                view = view[num_read:]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Element type on disk; fp32 where there is none to read, which `take` then explains."""
+        kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return kinds.get(self._slice(name).get_dtype() if name in self._file_of_tensor else "F32", torch.float32)
+
+    def require_all_taken(self, unused: tuple[str, ...] = ()) -> None:
+        """Raises InvalidConfig when a tensor is left that the model does not know, such as a bias or a scale."""
+        for name in sorted(self._file_of_tensor.keys() - self._taken - set(unused)):
+            if not _IGNORED.search(name):
+                raise InvalidConfig(
+                    f"tensor {name} in {self._file_of_tensor[name]} is not part of the model in config.json"
+                )
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of_tensor[name]].get_slice(name)
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in a file that safetensors has accepted."""
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    return {
+        name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
+
+
+def fingerprint(folder: Path, files: tuple[Path, ...], *facts: object) -> str:
+    """Names the content of a checkpoint without reading all of it; equal on every host that holds the same files.
+
+    Covers config.json, each weight file's size, its safetensors header (names, types, shapes, offsets) and 16 samples
+    of 4 KiB, and `facts` such as the dtype served.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update((folder / "config.json").read_bytes())
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            digest.update(f"{path.name}/{size}/{header_bytes}".encode())
+            digest.update(stream.read(header_bytes))
+            for sample in range(_SAMPLES):
+                stream.seek(8 + header_bytes + (size - 8 - header_bytes) * sample // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder that `model` names. Raises InvalidConfig when it cannot be one."""
+    folder = Path(model)
+    if folder.name.lower().endswith("-paddle"):
+        raise InvalidConfig(f'{model} names PaddlePaddle weights; use the "-PT" checkpoint of the same model instead')
+    if not folder.is_dir():
+        raise InvalidConfig(f'worker.model {model} is not a folder; download the "-PT" checkpoint and give its path')
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files to read, in order of name."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InvalidConfig(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InvalidConfig(f"{index} needs a weight_map from tensor names to file names")
+    for name in shards.values():
+        if Path(name).name != name:
+            raise InvalidConfig(f"{index} names {name!r}, which is outside the checkpoint folder")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise InvalidConfig(f"{path} is missing, though the index names it") from None
+    except (OSError, SafetensorError) as error:
+        raise InvalidConfig(f"{path} cannot be read as safetensors: {error}") from error

@@ -1,0 +1,1 @@
+"""Protobuf messages generated from proto/; only wire.py and the gRPC layers import them."""

@@ -1,0 +1,171 @@
+"""The values that describe one generation request and what comes back; plain data, no behaviour beyond validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from workers.errors import InvalidRequest, Refusal
+
+MAX_TOP_LOGPROBS = 20
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+LOGPROB_FLOOR = -9999.0
+"""Logprobs are clamped here: JSON has no -inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one choice are drawn, and when they end.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. `seed` None means "any":
+    it is made concrete (`with_seed`) before a request enters the system, so that a re-run draws the same tokens.
+    `logprobs` None: off; k: the drawn token's logprob and the k most likely ones (0 <= k <= 20).
+    `bad_words` are token id sequences that must not appear. `logit_bias` is (token id, bias) pairs.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest naming the first field that is out of range."""
+        checks: Sequence[tuple[bool, str, str]] = (
+            (self.max_tokens >= 1, "max_tokens", "must be at least 1"),
+            (0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be between 0 and max_tokens"),
+            (math.isfinite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "must be between 0 and 2"),
+            (0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1"),
+            (self.top_k >= 0, "top_k", "must be 0 (off) or positive"),
+            (0 <= self.min_p <= 1, "min_p", "must be between 0 and 1"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty", "must be between -2 and 2"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be between -2 and 2"),
+            (0 < self.repetition_penalty <= 100, "repetition_penalty", "must be above 0 and at most 100"),
+            (self.seed is None or INT64_MIN <= self.seed <= INT64_MAX, "seed", "must fit in a signed 64-bit integer"),
+            (all(self.stop), "stop", "must not contain an empty string"),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                "logprobs",
+                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            ),
+            (
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+                "prompt_logprobs",
+                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            ),
+            (
+                all(0 <= token < vocab_size and -100 <= bias <= 100 for token, bias in self.logit_bias),
+                "logit_bias",
+                f"needs token ids below {vocab_size} and biases between -100 and 100",
+            ),
+            (
+                all(0 <= token < vocab_size for token in self.stop_token_ids),
+                "stop_token_ids",
+                f"needs token ids below {vocab_size}",
+            ),
+            (
+                all(words and all(0 <= token < vocab_size for token in words) for words in self.bad_words),
+                "bad_words",
+                f"needs non-empty words of token ids below {vocab_size}",
+            ),
+        )
+        for ok, param, what in checks:
+            if not ok:
+                raise InvalidRequest(f"{param} {what}", param)
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """These params with `seed` filled in where the caller left it open."""
+        return self if self.seed is not None else replace(self, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One choice to generate. A client request with n choices becomes n of these.
+
+    `replay_token_ids` are output tokens that the client already has (its first worker was lost, or it was
+    preempted): they are fed again one by one through the decode path, never re-sampled and never re-emitted.
+    `params.seed` is concrete.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    choice_index: int = 0
+    replay_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    """Lower runs first."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token and of the most likely alternatives, best first, natural log, >= -9999."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffReport:
+    """How one request's prompt was computed; measured, and sent with its first output.
+
+    `prefill_worker` equals the decode worker when the prompt was computed locally (transport "local").
+    """
+
+    prefill_worker: str
+    decode_worker: str
+    transport: str
+    kv_bytes: int = 0
+    transfer_s: float = 0.0
+    prefill_s: float = 0.0
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one engine step adds to one request.
+
+    `position` is the index of token_ids[0] among the request's output tokens: a receiver refuses a gap or a repeat.
+    A replay that turns out to be complete is answered with no token and a finish_reason; with finish_reason ERROR,
+    `position` and `token_ids` mean nothing.
+    `text` may be empty (an unfinished UTF-8 character or a possible stop string is held back) and is a pure
+    function of the tokens so far. `logprobs` has one entry a token when asked for. The last output has
+    `finish_reason`; with ERROR, `refusal` and `message` say why. `stop_reason` is the stop string or
+    token id that ended it, None for EOS. `prompt_logprobs` and `handoff` come once, with the first output.
+    """
+
+    request_id: str
+    position: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    refusal: Refusal | None = None
+    message: str = ""
+    cached_tokens: int = 0
+    """Prompt tokens served from a prefix cache (first output)."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    handoff: HandoffReport | None = None

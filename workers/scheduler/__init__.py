@@ -1,0 +1,1 @@
+"""Decides, step by step, which tokens of which sequences run; integers only."""

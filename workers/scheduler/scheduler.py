@@ -1,0 +1,195 @@
+"""Continuous batching: decides each step's batch under one token budget; knows blocks and counts, no model and no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from workers.errors import InvariantViolated, Refusal, Refused
+from workers.kv_cache.block_pool import OutOfBlocks
+from workers.kv_cache.manager import BlockTable, KvCacheManager
+from workers.runner import Batch, SequenceSlice
+from workers.scheduler.preemption import choose_victim
+from workers.scheduler.sequence import Kind, Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one engine: sequences at once, tokens a step, requests waiting, tokens small enough to prefill locally."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_queue: int
+    local_prefill_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one call of `schedule` decided."""
+
+    batch: Batch
+    transfers: tuple[Sequence, ...] = ()
+    """Sequences whose blocks are reserved now and whose prompt another worker shall compute."""
+
+
+@dataclass(slots=True)
+class Counters:
+    preemptions: int = 0
+    cached_tokens: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    replayed_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Owns all sequences of an engine. Decoding comes first, then prompts under way, then new ones, FCFS by priority."""
+
+    kv: KvCacheManager
+    limits: Limits
+    waiting: list[Sequence] = field(default_factory=list)
+    active: list[Sequence] = field(default_factory=list)
+    """All sequences that hold blocks, in order of admission."""
+    counters: Counters = field(default_factory=Counters)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence. Raises Refused(QUEUE_FULL) at the bound."""
+        if len(self.waiting) >= self.limits.max_queue:
+            raise Refused(Refusal.QUEUE_FULL, f"the worker's queue of {self.limits.max_queue} requests is full", 1.0)
+        self._enqueue(sequence)
+
+    def schedule(self) -> Step:
+        """Picks the next batch and reserves what it needs; an empty batch means nothing can run."""
+        budget = self.limits.max_batch_tokens
+        decode = self._schedule_decodes(budget)
+        budget -= len(decode)
+        prefill: list[SequenceSlice] = []
+        for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
+            budget -= self._take_chunk(sequence, budget, prefill)
+        transfers: list[Sequence] = []
+        while self.waiting and len(self.active) < self.limits.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.pop(0)
+            self.active.append(sequence)
+            if self._goes_elsewhere(sequence):
+                sequence.move(State.TRANSFERRING)
+                transfers.append(sequence)
+            else:
+                sequence.move(State.PREFILLING)
+                budget -= self._take_chunk(sequence, budget, prefill)
+                if budget <= 0:
+                    break
+        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+
+    def computed_prefill(self, sequence: Sequence, num_tokens: int) -> None:
+        """A prefill chunk of this sequence has been computed."""
+        sequence.num_computed += num_tokens
+        self.counters.prefill_tokens += num_tokens
+        self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_computed)
+        if sequence.num_computed == sequence.num_prompt:
+            sequence.move(State.HELD if sequence.kind is Kind.SOURCE else State.DECODING)
+
+    def computed_decode(self, sequence: Sequence) -> None:
+        sequence.num_computed += 1
+        self.counters.decode_tokens += 1
+
+    def drew(self, sequence: Sequence, token_id: int) -> bool:
+        """Records the token at the next position; True when it is new rather than replayed."""
+        position = sequence.num_drawn
+        sequence.num_drawn += 1
+        if position < len(sequence.known):
+            if sequence.known[position] != token_id:
+                raise InvariantViolated(f"replay of sequence {sequence.sequence_id} changed token {position}")
+            self.counters.replayed_tokens += 1
+            return False
+        sequence.known.append(token_id)
+        return True
+
+    def landed(self, sequence: Sequence) -> None:
+        """All prompt blocks of a TRANSFERRING sequence have arrived and are verified."""
+        sequence.move(State.DECODING)
+        sequence.num_computed = sequence.num_prompt
+        self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_prompt)
+
+    def prefill_here(self, sequence: Sequence) -> None:
+        """No transfer came about: the reserved blocks are computed locally."""
+        sequence.move(State.PREFILLING)
+        sequence.kind = Kind.LOCAL
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence in any state and frees its blocks."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.active.remove(sequence)
+            self.kv.release(sequence.table)
+        sequence.move(State.FINISHED)
+
+    def _schedule_decodes(self, budget: int) -> list[SequenceSlice]:
+        chosen: dict[int, SequenceSlice] = {}
+        for sequence in sorted((s for s in self.active if s.state is State.DECODING), key=lambda s: s.rank):
+            if len(chosen) >= budget:
+                break
+            while sequence.state is State.DECODING:
+                try:
+                    self.kv.grow(sequence.table, sequence.num_computed + 1)
+                except OutOfBlocks:
+                    victim = choose_victim(self.active)
+                    chosen.pop(victim.sequence_id, None)
+                    self._preempt(victim)
+                else:
+                    chosen[sequence.sequence_id] = sequence.decode_slice()
+                    break
+        return list(chosen.values())
+
+    def _take_chunk(self, sequence: Sequence, budget: int, into: list[SequenceSlice]) -> int:
+        length = min(sequence.num_uncomputed_prompt, budget)
+        if length > 0:
+            into.append(sequence.prefill_slice(length))
+        return max(length, 0)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
+        spare = sum(1 for s in self.active if s.state is State.DECODING)
+        if sequence.hashes is None:
+            use_cache = request.params.prompt_logprobs is None
+            sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
+        try:
+            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes)
+        except OutOfBlocks:
+            return False
+        if self.kv.num_available < spare:
+            self.kv.release(table)
+            return False
+        sequence.table = table
+        sequence.num_computed = table.num_cached * self.kv.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.counters.cached_tokens += sequence.num_computed
+        return True
+
+    def _goes_elsewhere(self, sequence: Sequence) -> bool:
+        return (
+            sequence.kind is Kind.TARGET
+            and sequence.request.params.prompt_logprobs is None
+            and sequence.num_uncomputed_prompt > self.limits.local_prefill_tokens
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Frees the blocks; the prompt is computed again and the known tokens are replayed."""
+        self.active.remove(sequence)
+        self.kv.release(sequence.table)
+        sequence.table = BlockTable()
+        sequence.num_computed = sequence.num_drawn = 0
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        if sequence.kind is Kind.TARGET:
+            sequence.kind = Kind.LOCAL
+        sequence.move(State.WAITING)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda s: s.rank)

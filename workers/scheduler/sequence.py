@@ -1,0 +1,129 @@
+"""One request's progress through the engine; plain data with a table of legal states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from workers.errors import InvariantViolated
+from workers.kv_cache.manager import BlockTable
+from workers.request import Request
+from workers.runner import SampleSpec, SequenceSlice
+
+
+class State(Enum):
+    WAITING = auto()
+    """Holds no blocks; in the queue."""
+    TRANSFERRING = auto()
+    """Its blocks are reserved and another worker computes its prompt into them."""
+    PREFILLING = auto()
+    DECODING = auto()
+    HELD = auto()
+    """A finished prefill for another worker; its blocks stay until that worker has them."""
+    FINISHED = auto()
+
+
+_LEGAL: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
+    State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
+    State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.FINISHED}),
+    State.DECODING: frozenset({State.WAITING, State.FINISHED}),
+    State.HELD: frozenset({State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class Kind(Enum):
+    """Who does what for this sequence."""
+
+    LOCAL = auto()
+    """Prefill and decode here."""
+    TARGET = auto()
+    """Decode here, prefill elsewhere."""
+    SOURCE = auto()
+    """Prefill here for another worker; one token, then hold the blocks."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable progress of one request; the scheduler is its only owner.
+
+    `known` are all output tokens that exist (given for replay, or drawn here); `num_drawn` says how many of them this
+    run has passed. While num_drawn < len(known) the next token is forced, so a replay repeats the tokens
+    and rebuilds the KV through the decode path, bit for bit.
+    """
+
+    sequence_id: int
+    request: Request
+    kind: Kind
+    arrival: int
+    suppressed_token_ids: tuple[int, ...] = ()
+    """EOS and stop ids, not to be drawn before min_tokens."""
+    hashes: list[int] | None = None
+    """Of the prompt's full blocks; filled by the scheduler."""
+    state: State = State.WAITING
+    table: BlockTable = field(default_factory=BlockTable)
+    num_computed: int = 0
+    """Tokens whose KV is in the blocks."""
+    known: list[int] = field(default_factory=list)
+    num_drawn: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that a prefix cache gave, when the sequence was first admitted."""
+    num_preemptions: int = 0
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of service: priority, then arrival."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def num_uncomputed_prompt(self) -> int:
+        return max(0, self.num_prompt - self.num_computed)
+
+    def move(self, state: State) -> None:
+        """Raises InvariantViolated, and changes nothing, when the table does not allow it."""
+        if state not in _LEGAL[self.state]:
+            raise InvariantViolated(f"sequence {self.sequence_id} cannot go from {self.state.name} to {state.name}")
+        self.state = state
+
+    def sample_spec(self) -> SampleSpec:
+        """How to draw output token number `num_drawn`."""
+        position = self.num_drawn
+        params = self.request.params
+        return SampleSpec(
+            params=params,
+            choice_index=self.request.choice_index,
+            position=position,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.known if position == len(self.known) else self.known[:position],
+            suppressed_token_ids=self.suppressed_token_ids if position < params.min_tokens else (),
+            forced_token_id=self.known[position] if position < len(self.known) else None,
+        )
+
+    def prefill_slice(self, num_tokens: int) -> SequenceSlice:
+        """The next `num_tokens` prompt tokens; samples when they are the last."""
+        start, end = self.num_computed, self.num_computed + num_tokens
+        prompt = self.request.prompt_token_ids
+        return SequenceSlice(
+            sequence_id=self.sequence_id,
+            token_ids=prompt[start:end],
+            start=start,
+            block_table=self.table.blocks,
+            sample=self.sample_spec() if end == len(prompt) else None,
+            prompt_logprobs=self.request.params.prompt_logprobs,
+            next_token_id=prompt[end] if end < len(prompt) else None,
+        )
+
+    def decode_slice(self) -> SequenceSlice:
+        """The last drawn token, to draw the one after it."""
+        return SequenceSlice(
+            sequence_id=self.sequence_id,
+            token_ids=(self.known[self.num_drawn - 1],),
+            start=self.num_computed,
+            block_table=self.table.blocks,
+            sample=self.sample_spec(),
+        )

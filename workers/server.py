@@ -1,0 +1,266 @@
+"""The worker's gRPC face: attaches routers, serves handoffs, switches roles. Translates; decides nothing about batches."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import grpc
+
+from workers.client import Cancel, DumpRequest, Hello, Submit
+from workers.config import WorkerConfig
+from workers.engine import refusal_output
+from workers.engine_thread import Add, CancelSequence, Command, DumpKv, Report
+from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_transfer.memory import KvMemory
+from workers.pb import worker_pb2 as pb
+from workers.pb import worker_pb2_grpc
+from workers.request import FinishReason, Output, Request
+from workers.router_session import RouterSession
+from workers.scheduler.sequence import Kind
+from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.transfers import Identity, Transfers
+from workers.wire import frame_to_pb, router_message_from_pb, status_to_pb
+
+log = logging.getLogger(__name__)
+
+STATUS_INTERVAL_S = 1.0
+
+
+class WorkerServer(worker_pb2_grpc.WorkerServicer):
+    """Connects routers, transfers and the engine thread. Everything here runs on one event loop.
+
+    `post` hands a command to the engine thread; its reports come to `on_report`.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        identity: Identity,
+        model: ModelInfo,
+        memory: KvMemory,
+        post: Callable[[Command], None],
+        on_role_change: Callable[[Role, int], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._model = model
+        self._memory = memory
+        self._post = post
+        self._on_role_change = on_role_change
+        self._ids = itertools.count(1)
+        self._owners: dict[int, tuple[RouterSession, Request, tuple[WorkerAddress, ...]]] = {}
+        self._routers: set[RouterSession] = set()
+        self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
+        self._counters: tuple[tuple[str, float], ...] = ()
+        self._num_held_blocks = 0
+        self._is_stopping = False
+        self.transfers = Transfers(config, identity, memory, model.fingerprint, post, self._ids.__next__)
+
+    def status(self) -> WorkerStatus:
+        """The worker as it is now; `held_blocks` among the counters is 0 when idle."""
+        extra = (
+            ("held_blocks", float(self._num_held_blocks)),
+            ("running_transfers", float(self.transfers.num_running)),
+            *((name, float(value)) for name, value in sorted(self.transfers.counters.items())),
+        )
+        return WorkerStatus(
+            worker_id=self._identity.worker_id,
+            generation=self._identity.generation,
+            role=self._identity.role,
+            model=self._model,
+            load=self._load,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            kv_block_bytes=self._memory.layout.block_bytes,
+            counters=self._counters + extra,
+        )
+
+    def set_role(self, role: Role) -> WorkerStatus:
+        """Switches at once: what runs here runs on to its end, what comes from now on meets the new role."""
+        identity = self._identity
+        if role is not identity.role:
+            log.info("%s switches from %s to %s", identity.worker_id, identity.role, role)
+            identity.role = role
+            identity.generation += 1
+            if self._on_role_change is not None:
+                self._on_role_change(role, identity.generation)
+        self._broadcast_status()
+        return self.status()
+
+    # ---- reports of the engine thread ----
+
+    def on_report(self, report: Report) -> None:
+        """Distributes one engine step."""
+        self._load, self._counters = report.load, report.counters
+        self._num_held_blocks = report.num_held_blocks
+        result = report.result
+        for sequence_id, output in result.outputs:
+            self._deliver(sequence_id, output)
+        for wanted in result.transfers:
+            owner = self._owners.get(wanted.sequence_id)
+            if owner is None:  # cancelled meanwhile
+                self.transfers.decline(wanted)
+            else:
+                _, request, candidates = owner
+                # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
+                self.transfers.fetch(wanted, replace(request, replay_token_ids=()), candidates)
+        for sequence_id in result.abandoned:
+            self.transfers.abandon(sequence_id)
+        for filled in result.filled:
+            self.transfers.filled(filled)
+        for prefilled in result.prefilled:
+            self.transfers.prefilled(prefilled)
+        for router in self._routers:
+            router.add_load(report.load)
+            if result.kv_event is not None:
+                router.add_kv_event(result.kv_event)
+            if router.needs_dump:
+                self._post(DumpKv())
+
+    def _deliver(self, sequence_id: int, output: Output) -> None:
+        owner = self._owners.get(sequence_id)
+        if owner is None:
+            if output.finish_reason is not None:
+                self.transfers.source_failed(sequence_id, output.message)
+            return
+        session = owner[0]
+        session.add_output(output)
+        if output.finish_reason is not None:
+            del self._owners[sequence_id]
+            session.sequences.pop(output.request_id, None)
+
+    # ---- gRPC ----
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerFrame]:
+        """One router's stream. When it ends, its requests end."""
+        first = await anext(request_iterator, None)
+        hello = router_message_from_pb(first) if first is not None else None
+        if not isinstance(hello, Hello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
+            return
+        session = RouterSession(hello.router_id, self._config.max_pending_frames * self._config.max_num_seqs)
+        self._routers.add(session)
+        self._post(DumpKv())
+        session.add_status(self.status())
+        reader = asyncio.create_task(self._read(session, request_iterator))
+        try:
+            while not session.has_ended:
+                frame = await session.next_frame(self._identity.generation)
+                if session.is_overrun:
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not keep up")
+                yield frame_to_pb(frame)
+        finally:
+            reader.cancel()
+            self._routers.discard(session)
+            for sequence_id in session.sequences.values():
+                self._owners.pop(sequence_id, None)
+                self._post(CancelSequence(sequence_id))
+
+    async def _read(self, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
+        try:
+            async for message in messages:
+                try:
+                    parsed = router_message_from_pb(message)
+                except ValueError as error:
+                    log.warning("%s sent a message that cannot be read: %s", session.router_id, error)
+                    continue
+                match parsed:
+                    case Submit():
+                        self._submit(session, parsed)
+                    case Cancel(request_id):
+                        sequence_id = session.sequences.pop(request_id, None)
+                        if sequence_id is not None:
+                            self._owners.pop(sequence_id, None)
+                            self._post(CancelSequence(sequence_id))
+                    case DumpRequest():
+                        self._post(DumpKv())
+                    case Hello():
+                        log.warning("%s said hello twice", session.router_id)
+        finally:
+            session.close()
+
+    def _submit(self, session: RouterSession, submit: Submit) -> None:
+        request = submit.request
+        try:
+            self._check_submit(session, submit)
+        except (InvalidRequest, Refused) as error:
+            session.add_output(refusal_output(request, error))
+            return
+        sequence_id = next(self._ids)
+        candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
+        self._owners[sequence_id] = (session, request, candidates)
+        session.sequences[request.request_id] = sequence_id
+        self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
+
+    def _check_submit(self, session: RouterSession, submit: Submit) -> None:
+        me = self._identity
+        if self._is_stopping:
+            raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} is stopping")
+        if not me.role.can_decode:
+            raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
+        if submit.generation != me.generation:
+            raise Refused(
+                Refusal.STALE_GENERATION, f"{me.worker_id} is in generation {me.generation}, not {submit.generation}"
+            )
+        if submit.request.request_id in session.sequences:
+            raise InvalidRequest(f"request {submit.request.request_id} is running already")
+
+    async def Handoff(
+        self, request_iterator: AsyncIterator[pb.HandoffDown], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.HandoffUp]:
+        async for message in self.transfers.serve(request_iterator):
+            yield message
+
+    async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        try:
+            role = Role(request.role)
+        except ValueError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no role is called {request.role!r}")
+        if request.generation not in (0, self._identity.generation):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"{self._identity.worker_id} is in generation {self._identity.generation}, not {request.generation}",
+            )
+        return status_to_pb(self.set_role(role))
+
+    async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        return status_to_pb(self.status())
+
+    # ---- life ----
+
+    def _broadcast_status(self) -> None:
+        status = self.status()
+        for router in self._routers:
+            router.add_status(status)
+
+    async def tick_forever(self) -> None:
+        """Tells every router about once a second that the worker lives."""
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            self.transfers.tick()
+            self._broadcast_status()
+
+    async def close(self) -> None:
+        """Refuses what comes, ends what runs with SHUTTING_DOWN so that routers run it elsewhere."""
+        self._is_stopping = True
+        for sequence_id, (_, request, _) in list(self._owners.items()):
+            output = Output(
+                request_id=request.request_id,
+                position=0,
+                finish_reason=FinishReason.ERROR,
+                refusal=Refusal.SHUTTING_DOWN,
+                message=f"{self._identity.worker_id} is stopping",
+            )
+            self._deliver(sequence_id, output)
+            self._post(CancelSequence(sequence_id))
+        for router in self._routers:
+            router.close()
+        await self.transfers.close()

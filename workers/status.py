@@ -1,0 +1,89 @@
+"""What a worker says about itself: identity, role, load and the blocks it caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """PREFILL computes prompts for others, DECODE generates tokens, MIXED does both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def can_prefill(self) -> bool:
+        """Accepts handoffs from decode workers."""
+        return self is not Role.DECODE
+
+    @property
+    def can_decode(self) -> bool:
+        """Accepts requests from routers."""
+        return self is not Role.PREFILL
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Who and where: `target` is host:port of the worker's gRPC server; `generation` fences stale parties."""
+
+    worker_id: str
+    generation: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A worker's load after a step; counts at one instant."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_transferring: int = 0
+    waiting_prefill_tokens: int = 0
+    """Prompt tokens accepted and not yet computed."""
+    num_free_blocks: int = 0
+    """Free or evictable KV blocks."""
+    num_blocks: int = 0
+    step_s: float = 0.0
+    """Duration of the last step."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvEvent:
+    """Prefix-cache blocks that appeared or went since the last frame; `reset` means "this is the full set".
+
+    Hashes are those of workers.kv_cache.block_hash. `sequence` rises by one per event; a gap means: ask for a dump.
+    """
+
+    sequence: int
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a router must know of the model that a worker serves. `fingerprint` covers weights' config, dtype and KV layout."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """The whole public state of a worker."""
+
+    worker_id: str
+    generation: int
+    role: Role
+    model: ModelInfo
+    load: Load
+    pid: int = 0
+    host: str = ""
+    kv_block_bytes: int = 0
+    counters: tuple[tuple[str, float], ...] = ()
+    """Monotonic totals such as ("preemptions", 3)."""

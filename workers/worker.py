@@ -1,0 +1,153 @@
+"""Puts one worker together: model, engine thread, transfers, gRPC server. Knows no router and no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+
+from workers.config import WorkerConfig
+from workers.engine import Engine
+from workers.engine_thread import EngineThread
+from workers.errors import InvalidConfig
+from workers.kv_transfer.memory import KvMemory
+from workers.pb import worker_pb2_grpc
+from workers.peers import SERVER_OPTIONS
+from workers.request import Request
+from workers.runner import Runner
+from workers.sampling.output import Detokenizer
+from workers.scheduler.scheduler import Limits
+from workers.server import WorkerServer
+from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.transfers import Identity
+
+log = logging.getLogger(__name__)
+
+STARTS_SHIFT = 16
+"""A generation is (starts << 16) + role switches."""
+
+STOP_GRACE_S = 3.0
+"""How long a stopping worker waits for its routers to take their last frame."""
+
+
+class LoadedModel(Protocol):
+    """A model ready to run: what an Engine needs beside the bounds."""
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def make_detokenizer(self, request: Request) -> Detokenizer: ...
+
+
+def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "local") -> Engine:
+    """An engine with the bounds of `config`."""
+    limits = Limits(config.max_num_seqs, config.max_batch_tokens, config.max_queue, config.local_prefill_tokens)
+    return Engine(
+        model.runner,
+        limits,
+        make_detokenizer=model.make_detokenizer,
+        eos_token_ids=model.eos_token_ids,
+        max_model_len=model.info.max_model_len,
+        prefix_cache=config.prefix_cache,
+        worker_id=worker_id,
+    )
+
+
+def load_checkpoint(config: WorkerConfig) -> LoadedModel:
+    """Loads config.model. Raises InvalidConfig with one sentence when that cannot work."""
+    from workers.loaded import Checkpoint  # torch takes seconds to import; a worker needs it, its callers do not
+
+    return Checkpoint.load(config)
+
+
+class Worker:
+    """One worker process. `start_count` counts the starts of this worker id and makes its generation rise.
+
+    `on_role_change(role, generation)` is called on the event loop after each switch.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        worker_id: str,
+        start_count: int,
+        role: Role,
+        on_role_change: Callable[[Role, int], None] | None = None,
+        load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
+    ) -> None:
+        self._config = config
+        self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
+        self._on_role_change = on_role_change
+        self._load = load
+        self._server: WorkerServer | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self._thread: EngineThread | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._memory: KvMemory | None = None
+
+    async def start(self) -> WorkerAddress:
+        """Loads the model, binds the port, starts the engine. Raises InvalidConfig."""
+        model = await asyncio.to_thread(self._load, self._config)
+        engine = make_engine(self._config, model, self._identity.worker_id)
+        loop = asyncio.get_running_loop()
+        thread = EngineThread(engine, loop, lambda report: server.on_report(report))
+        server = WorkerServer(
+            self._config, self._identity, model.info, model.runner.kv_memory, thread.post, self._on_role_change
+        )
+        self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
+        self._identity.target = self._bind(self._grpc)
+        self._server, self._thread, self._memory = server, thread, model.runner.kv_memory
+        await self._grpc.start()
+        thread.start()
+        self._ticker = asyncio.create_task(server.tick_forever())
+        log.info("%s serves %s at %s", self._identity.worker_id, model.info.name, self._identity.target)
+        return self._identity.address
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        host, port = self._config.host, self._config.port
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise InvalidConfig(f"port {port} on {host} is in use: set worker.port to a free one, or to 0")
+        return f"{host}:{bound}"
+
+    def status(self) -> WorkerStatus:
+        """Raises RuntimeError before `start`."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        return self._server.status()
+
+    def set_role(self, role: Role) -> WorkerStatus:
+        """As WorkerServer.set_role."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        return self._server.set_role(role)
+
+    async def stop(self) -> None:
+        """Ends requests and transfers, the server and the engine thread; safe to call twice."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+        if self._server is not None:
+            await self._server.close()
+        if self._grpc is not None:
+            await self._grpc.stop(grace=STOP_GRACE_S)
+            self._grpc = None
+        if self._thread is not None:
+            await self._thread.stop()
+            self._thread = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
