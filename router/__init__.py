@@ -1,0 +1,1 @@
+"""Assigns requests to workers and speaks HTTP to clients; knows no Ray."""

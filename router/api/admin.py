@@ -1,0 +1,48 @@
+"""/admin: the router's state, and switching a worker's role while it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from router.api.answer import Services, read_body
+from router.api.problems import rejected
+from router.api.schema import RoleBody, parse_body
+from router.api.sse import to_json
+from router.backend import RouterStatus
+from workers.errors import InvalidRequest
+from workers.status import Role, WorkerStatus
+
+
+def admin_routes(services: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/admin/status", response_model=None)
+    async def status() -> Response:
+        return Response(to_json(_router_status(services.backend.status())), media_type="application/json")
+
+    @routes.post("/admin/workers/{worker_id}/role", response_model=None)
+    async def set_role(worker_id: str, http: HttpRequest) -> Response:
+        body = parse_body(RoleBody, await read_body(http, services.config))
+        if body.role not in set(Role):
+            raise InvalidRequest(f"role must be one of {', '.join(Role)}", "role")
+        if worker_id not in {view.status.worker_id for view in services.backend.status().workers}:
+            raise rejected(404, "worker_not_found", f"there is no worker {worker_id!r:.200}", "worker_id")
+        switched = await services.backend.set_role(worker_id, Role(body.role), bool(body.force))
+        return Response(to_json(_worker_status(switched)), media_type="application/json")
+
+    return routes
+
+
+def _router_status(status: RouterStatus) -> dict[str, Any]:
+    written = dataclasses.asdict(status) | {"counters": dict(status.counters)}
+    for view, place in zip(status.workers, written["workers"], strict=True):
+        place["status"] = _worker_status(view.status)
+    return written
+
+
+def _worker_status(status: WorkerStatus) -> dict[str, Any]:
+    return dataclasses.asdict(status) | {"counters": dict(status.counters)}

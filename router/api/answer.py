@@ -1,0 +1,204 @@
+"""Runs one job and sends its answer, whole or as a stream; the endpoints' shapes say what the JSON looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from router.api import sse
+from router.api.config import ApiConfig
+from router.api.generation import Generation, unless_disconnected
+from router.api.metrics import Metrics
+from router.api.middleware import too_large
+from router.api.problems import describe, note_refusal
+from router.api.progress import Choice, Progress
+from router.api.schema import AnyBody, parse_body
+from router.api.translate import Job
+from router.backend import Backend
+from workers.request import Output
+from workers.status import ModelInfo
+from workers.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every endpoint works with."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    config: ApiConfig
+    metrics: Metrics
+
+
+class Shape(Protocol):
+    """How one endpoint writes its JSON."""
+
+    def head(self) -> str:
+        """A chunk up to the opening bracket of its choices."""
+        ...
+
+    def piece(self, choice: Choice, output: Output) -> str:
+        """The entry of `choices` that shows one output; the choice's first when it is not announced yet."""
+        ...
+
+    def extras(self, choice: Choice) -> str:
+        """Top-level fields of a choice's first chunk, each with a leading comma."""
+        ...
+
+    def whole(self, progress: Progress) -> dict[str, Any]:
+        """The answer of a finished job, without usage and trace."""
+        ...
+
+
+async def read_body(http: HttpRequest, config: ApiConfig) -> bytes:
+    """The body, as long as it stays within the bound. Raises Rejected, or ClientDisconnect."""
+    received = bytearray()
+    async for part in http.stream():
+        received += part
+        if len(received) > config.max_body_bytes:
+            raise too_large(config)
+    return bytes(received)
+
+
+Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
+
+
+async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], translate: Translate[AnyBody]) -> Job:
+    """Reads, checks and tokenizes one request; a long one in a thread."""
+    raw = await read_body(http, services.config)
+    model = services.backend.model
+
+    def build() -> Job:
+        return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
+
+    return await asyncio.to_thread(build) if len(raw) > services.config.offload_bytes else build()
+
+
+class Answer(Response):
+    """Sends a job's answer. Everything starts and ends inside the call, so no stream of the backend can be left open."""
+
+    def __init__(self, services: Services, job: Job, shape: Shape) -> None:
+        super().__init__()
+        self._services = services
+        self._job = job
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_sent = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal is_sent
+            is_sent = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        await unless_disconnected(receive, self._run(scope, receive, send_noted), lambda: is_sent)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services, job = self._services, self._job
+        start_s = time.monotonic()
+        heartbeat_s = services.config.heartbeat_s if job.stream else None
+        generation = await Generation.open(
+            services.backend, job.requests, services.config.max_pending_outputs, heartbeat_s
+        )
+        progress = Progress(job, services.metrics, start_s)
+        try:
+            if job.stream:
+                await self._send_stream(generation, progress, scope, send)
+            else:
+                await self._send_whole(generation, progress, scope, receive, send)
+        finally:
+            progress.abandon()
+            await generation.aclose()
+
+    async def _send_whole(
+        self, generation: Generation, progress: Progress, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        while progress.num_unfinished:
+            for index, output in await generation.next_batch():
+                progress.accept(index, output, time.monotonic())
+        answer = self._shape.whole(progress) | {"usage": progress.usage()}
+        if self._job.trace:
+            answer["baton"] = progress.trace()
+        response = Response(sse.to_json(answer).encode(), media_type="application/json")
+        await response(scope, receive, send)
+
+    async def _send_stream(self, generation: Generation, progress: Progress, scope: Scope, send: Send) -> None:
+        """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
+        is_open = False
+
+        async def transmit(body: bytes, more: bool = True) -> None:
+            nonlocal is_open
+            if not is_open:
+                is_open = True
+                await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        writer = ChunkWriter(self._job, self._shape, progress)
+        try:
+            while progress.num_unfinished:
+                batch = await generation.next_batch()
+                now_s = time.monotonic()
+                chunks = [writer.chunk(*progress.accept(index, output, now_s)) for index, output in batch]
+                body = "".join(chunks).encode() if batch else sse.HEARTBEAT
+                if body and progress.num_unfinished:
+                    await transmit(body)
+            await transmit(body + writer.last_chunk().encode() + sse.DONE, more=False)
+        except OSError as error:
+            raise ClientDisconnect from error
+        except Exception as error:
+            if not is_open:
+                raise
+            problem = describe(error)
+            note_refusal(scope, problem)
+            if problem.row.status >= 500:
+                _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
+            await generation.aclose()
+            await transmit(sse.event(problem.body()) + sse.DONE, more=False)
+
+
+class ChunkWriter:
+    """Writes the chunks of one stream from prepared pieces: only what changes is encoded per output."""
+
+    def __init__(self, job: Job, shape: Shape, progress: Progress) -> None:
+        self._job = job
+        self._shape = shape
+        self._progress = progress
+        self._head = "data: " + shape.head()
+
+    def chunk(self, choice: Choice, output: Output) -> str:
+        """One event; empty when the output has nothing to show yet."""
+        job = self._job
+        extras = ""
+        if not choice.is_announced:
+            extras = self._shape.extras(choice)
+        elif not (output.text or output.finish_reason or output.logprobs or job.return_token_ids):
+            return ""
+        piece = self._shape.piece(choice, output)
+        choice.is_announced = True
+        if job.continuous_usage:
+            extras += f',"usage":{sse.to_json(self._progress.usage())}'
+        elif job.include_usage:
+            extras += ',"usage":null'
+        if job.trace and not job.include_usage and not self._progress.num_unfinished:
+            extras += f',"baton":{sse.to_json(self._progress.trace())}'
+        return f"{self._head}{piece}]{extras}}}\n\n"
+
+    def last_chunk(self) -> str:
+        """The chunk without choices that ends a stream with include_usage; otherwise empty."""
+        if not self._job.include_usage:
+            return ""
+        extras = f',"usage":{sse.to_json(self._progress.usage())}'
+        if self._job.trace:
+            extras += f',"baton":{sse.to_json(self._progress.trace())}'
+        return f"{self._head}]{extras}}}\n\n"

@@ -1,0 +1,41 @@
+"""Assembles the HTTP API: the endpoints, the gate before them and the handlers for what goes wrong."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from router.api.admin import admin_routes
+from router.api.answer import Services
+from router.api.chat import chat_routes
+from router.api.completions import completion_routes
+from router.api.config import ApiConfig
+from router.api.health import health_routes
+from router.api.metrics import Metrics
+from router.api.middleware import Gate
+from router.api.models import model_routes
+from router.api.problems import answer_problem
+from router.api.tokenization import tokenization_routes
+from router.backend import Backend
+from workers.errors import BatonError
+from workers.tokenizer import Tokenizer
+
+
+def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig) -> FastAPI:
+    """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics."""
+    services = Services(backend, tokenizer, config, Metrics(backend))
+    app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    for routes in (
+        chat_routes(services),
+        completion_routes(services),
+        model_routes(services),
+        tokenization_routes(services),
+        health_routes(services),
+        admin_routes(services),
+    ):
+        app.include_router(routes)
+    for kind in (BatonError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answer_problem)
+    app.add_middleware(Gate, config=config, metrics=services.metrics)
+    return app

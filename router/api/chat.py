@@ -1,0 +1,89 @@
+"""/v1/chat/completions: how a chat answer is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from router.api.answer import Answer, Services, read_job
+from router.api.logprobs import LogprobWriter, write_prompt_logprobs
+from router.api.progress import Choice, Progress
+from router.api.schema import ChatBody
+from router.api.sse import to_json
+from router.api.translate import Job, translate_chat
+from workers.request import Output
+from workers.tokenizer import Tokenizer
+
+
+def chat_routes(services: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(http: HttpRequest) -> Response:
+        job = await read_job(http, services, ChatBody, translate_chat)
+        return Answer(services, job, ChatShape(job, services.tokenizer))
+
+    return routes
+
+
+class ChatShape:
+    """The JSON of chat completions and their chunks."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._tokenizer = tokenizer
+        self._logprobs = LogprobWriter(tokenizer, job.tokens_as_ids, job.logprobs or 0)
+
+    def _fixed(self, kind: str) -> dict[str, Any]:
+        job = self._job
+        return {"id": f"chatcmpl-{job.job_id}", "object": kind, "created": job.created, "model": job.model}
+
+    def head(self) -> str:
+        return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
+
+    def piece(self, choice: Choice, output: Output) -> str:
+        role = "" if choice.is_announced else '"role":"assistant",'
+        logprobs = "null" if self._job.logprobs is None else to_json(self._logprobs.chat(output.logprobs))
+        end = "null"
+        if output.finish_reason is not None:
+            end = f'"{output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
+        if self._job.return_token_ids:
+            end += f',"token_ids":{to_json(output.token_ids)}'
+        delta = f'{{{role}"content":{to_json(output.text)}}}'
+        return f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}'
+
+    def extras(self, choice: Choice) -> str:
+        if choice.index != 0:
+            return ""
+        return "".join(f',"{name}":{to_json(value)}' for name, value in self._about_prompt(choice).items())
+
+    def whole(self, progress: Progress) -> dict[str, Any]:
+        answer = self._fixed("chat.completion")
+        answer["choices"] = [self._choice(choice) for choice in progress.choices]
+        return answer | self._about_prompt(progress.choices[0])
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        entries = [entry for output in choice.outputs for entry in output.logprobs]
+        text = "".join(output.text for output in choice.outputs)
+        written: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None if self._job.logprobs is None else self._logprobs.chat(entries),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._job.return_token_ids:
+            written["token_ids"] = [token_id for output in choice.outputs for token_id in output.token_ids]
+        return written
+
+    def _about_prompt(self, choice: Choice) -> dict[str, Any]:
+        """A conversation has one prompt, so what is said of it stands beside the choices."""
+        fields: dict[str, Any] = {}
+        if self._job.return_token_ids:
+            fields["prompt_token_ids"] = choice.prompt.token_ids
+        if self._job.prompt_logprobs is not None:
+            scores = choice.prompt_logprobs
+            fields["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, scores, self._job.prompt_logprobs)
+        return fields

@@ -1,0 +1,98 @@
+"""/v1/completions: how a text completion is written, with echo and its four-list logprobs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from router.api.answer import Answer, Services, read_job
+from router.api.logprobs import CompletionLogprobs, LogprobWriter, write_prompt_logprobs
+from router.api.progress import Choice, Progress
+from router.api.schema import CompletionBody
+from router.api.sse import to_json
+from router.api.translate import Job, translate_completion
+from workers.request import Output
+from workers.tokenizer import Tokenizer
+
+
+def completion_routes(services: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", response_model=None)
+    async def create_completion(http: HttpRequest) -> Response:
+        job = await read_job(http, services, CompletionBody, translate_completion)
+        return Answer(services, job, CompletionShape(job, services.tokenizer))
+
+    return routes
+
+
+class CompletionShape:
+    """The JSON of text completions; chunks and whole answers have the same form."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._tokenizer = tokenizer
+        self._writer = LogprobWriter(tokenizer, job.tokens_as_ids, job.logprobs or 0)
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+        """By choice; needed while a stream runs, because offsets go on from chunk to chunk."""
+
+    def _fixed(self) -> dict[str, Any]:
+        job = self._job
+        return {"id": f"cmpl-{job.job_id}", "object": "text_completion", "created": job.created, "model": job.model}
+
+    def head(self) -> str:
+        return f'{to_json(self._fixed())[:-1]},"choices":['
+
+    def piece(self, choice: Choice, output: Output) -> str:
+        echo = "" if choice.is_announced else self._echo(choice)
+        logprobs = "null" if self._job.logprobs is None else to_json(self._scores(choice, [output]))
+        end = "null"
+        if output.finish_reason is not None:
+            end = f'"{output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
+        if self._job.return_token_ids:
+            end += f',"token_ids":{to_json(output.token_ids)}'
+        if not choice.is_announced:
+            end += "".join(f',"{name}":{to_json(value)}' for name, value in self._about_prompt(choice).items())
+        text = to_json(echo + output.text)
+        return f'{{"index":{choice.index},"text":{text},"logprobs":{logprobs},"finish_reason":{end}}}'
+
+    def extras(self, choice: Choice) -> str:
+        return ""
+
+    def whole(self, progress: Progress) -> dict[str, Any]:
+        return {**self._fixed(), "choices": [self._choice(choice) for choice in progress.choices]}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        written: dict[str, Any] = {
+            "index": choice.index,
+            "text": self._echo(choice) + "".join(output.text for output in choice.outputs),
+            "logprobs": None if self._job.logprobs is None else self._scores(choice, choice.outputs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._job.return_token_ids:
+            written["token_ids"] = [token_id for output in choice.outputs for token_id in output.token_ids]
+        return written | self._about_prompt(choice)
+
+    def _echo(self, choice: Choice) -> str:
+        if not self._job.echo:
+            return ""
+        prompt = choice.prompt
+        return prompt.text if prompt.text is not None else self._tokenizer.decode(prompt.token_ids)
+
+    def _scores(self, choice: Choice, outputs: list[Output]) -> dict[str, list[Any]]:
+        if choice.index not in self._logprobs:
+            self._logprobs[choice.index] = CompletionLogprobs(self._writer, self._tokenizer, choice, self._job.echo)
+        return self._logprobs[choice.index].piece([entry for output in outputs for entry in output.logprobs])
+
+    def _about_prompt(self, choice: Choice) -> dict[str, Any]:
+        """Each choice names its own prompt: there may be several."""
+        fields: dict[str, Any] = {}
+        if self._job.return_token_ids:
+            fields["prompt_token_ids"] = choice.prompt.token_ids
+        if self._job.prompt_logprobs is not None:
+            scores = choice.prompt_logprobs
+            fields["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, scores, self._job.prompt_logprobs)
+        return fields

@@ -1,0 +1,46 @@
+"""/health, /ready, /version and /metrics: what orchestrators and monitors ask; none needs a key."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from router.api.answer import Services
+from router.api.sse import to_json
+from workers.errors import Refusal, Refused
+
+
+def health_routes(services: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health", response_model=None)
+    async def health() -> Response:
+        """Alive: this process answers. Says nothing about workers, so a cluster without them is not restarted."""
+        return Response(to_json({"status": "ok"}), media_type="application/json")
+
+    @routes.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """Ready: a request could run now."""
+        if not services.backend.is_ready():
+            raise Refused(Refusal.NO_WORKERS, "no worker can run a request now")
+        return Response(to_json({"status": "ready"}), media_type="application/json")
+
+    @routes.get("/version", response_model=None)
+    async def version() -> Response:
+        return Response(to_json({"version": _version()}), media_type="application/json")
+
+    @routes.get("/metrics", response_model=None)
+    async def metrics(http: HttpRequest) -> Response:
+        content, content_type = services.metrics.render(http.headers.get("accept", ""))
+        return Response(content, headers={"content-type": content_type})
+
+    return routes
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("baton-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"

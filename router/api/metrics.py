@@ -1,0 +1,129 @@
+"""What the API measures, in Prometheus form; it holds numbers and decides nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from router.backend import Backend
+from workers.request import HandoffReport
+
+_API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
+_ENDPOINTS = frozenset((*_API_PATHS, "/health", "/ready", "/version", "/metrics"))
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_TRANSFER_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """The counters of one app, in a registry of its own, so that several apps share a process."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._requests = Counter(
+            "baton_requests", "HTTP requests answered", ("endpoint", "status", "refusal"), registry=registry
+        )
+        self.running = Gauge("baton_num_requests_running", "Requests that generate now", registry=registry)
+        self.ttft = Histogram(
+            "baton_time_to_first_token_seconds",
+            "From submission to a choice's first token",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "baton_inter_token_latency_seconds",
+            "Between the tokens of a choice",
+            buckets=_GAP_BUCKETS,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "baton_e2e_request_latency_seconds",
+            "From submission to the last token of a request",
+            buckets=_E2E_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens of finished requests", registry=registry)
+        self.generation_tokens = Counter("baton_generation_tokens", "Tokens generated", registry=registry)
+        self.cached_tokens = Counter(
+            "baton_cached_prompt_tokens", "Prompt tokens of finished requests found in a cache", registry=registry
+        )
+        self._handoff_bytes = Counter(
+            "baton_kv_handoff_bytes", "KV bytes moved from prefill to decode", ("transport",), registry=registry
+        )
+        self._handoff_seconds = Histogram(
+            "baton_kv_handoff_seconds",
+            "Duration of a KV handoff",
+            ("transport",),
+            buckets=_TRANSFER_BUCKETS,
+            registry=registry,
+        )
+        registry.register(_BackendCollector(backend))
+
+    def count_request(self, path: str, status: int, refusal: str) -> None:
+        """`path` outside the known endpoints counts as "other": clients do not make up label values."""
+        self._requests.labels(path if path in _ENDPOINTS else "other", str(status), refusal).inc()
+
+    def observe_handoff(self, report: HandoffReport) -> None:
+        """Prompts computed where they decode moved nothing and are not observed."""
+        if report.transport != "local":
+            self._handoff_bytes.labels(report.transport).inc(report.kv_bytes)
+            self._handoff_seconds.labels(report.transport).observe(report.transfer_s)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition text and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class _BackendCollector(Collector):
+    """Reads the router's status at scrape time; nothing is kept twice."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the families depend on the workers, and registering must not ask for them."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._backend.status()
+        waiting = GaugeMetricFamily("baton_num_requests_waiting", "Requests that wait for a worker")
+        waiting.add_metric((), status.num_waiting)
+        yield waiting
+        for name, value in status.counters:
+            total = CounterMetricFamily(f"baton_router_{_metric_name(name)}", f"Router total of {name}")
+            total.add_metric((), value)
+            yield total
+        info = GaugeMetricFamily("baton_worker_up", "1: connected", labels=("worker_id", "role"))
+        gauges = {
+            name: GaugeMetricFamily(f"baton_worker_{name}", f"Worker's {name}", labels=("worker_id",))
+            for name in ("num_running", "num_waiting", "num_transferring", "num_free_blocks", "num_blocks")
+        }
+        totals: dict[str, CounterMetricFamily] = {}
+        for view in status.workers:
+            worker_id = view.status.worker_id
+            info.add_metric((worker_id, view.status.role.value), float(view.connected))
+            for name, gauge in gauges.items():
+                gauge.add_metric((worker_id,), getattr(view.status.load, name))
+            for name, value in view.status.counters:
+                family = totals.setdefault(
+                    name,
+                    CounterMetricFamily(
+                        f"baton_worker_{_metric_name(name)}", f"Worker's total of {name}", labels=("worker_id",)
+                    ),
+                )
+                family.add_metric((worker_id,), value)
+        yield info
+        yield from gauges.values()
+        yield from totals.values()
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_total")

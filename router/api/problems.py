@@ -1,0 +1,112 @@
+"""Maps every failure to what a client sees: HTTP status, error type and code, whether to retry, and the metric label."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from starlette.exceptions import HTTPException
+
+from workers.errors import BatonError, InvalidRequest, Refusal, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one kind of failure is told. `retry` goes out as x-should-retry, which openai clients obey."""
+
+    status: int
+    type: str
+    retry: bool
+    retry_after_s: float | None = None
+
+
+REFUSALS: dict[Refusal, Row] = {
+    Refusal.INVALID: Row(400, "invalid_request_error", False),
+    Refusal.QUEUE_FULL: Row(429, "rate_limit_error", True, 1.0),
+    Refusal.RATE_LIMITED: Row(429, "rate_limit_error", True, 1.0),
+    Refusal.NO_WORKERS: Row(503, "service_unavailable_error", True, 1.0),
+    Refusal.DEADLINE_EXCEEDED: Row(504, "timeout_error", False),
+    Refusal.WORKER_LOST: Row(503, "service_unavailable_error", True),
+    Refusal.WRONG_ROLE: Row(503, "service_unavailable_error", True),
+    Refusal.STALE_GENERATION: Row(503, "service_unavailable_error", True),
+    Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
+    Refusal.INTERNAL: Row(500, "server_error", False),
+}
+"""A request that met an internal error may be the one that causes it: it is not to be sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One failure, ready to be sent. `label` is the `refusal` label of baton_requests_total."""
+
+    row: Row
+    message: str
+    code: str
+    param: str | None = None
+    label: str = Refusal.INVALID.value
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self.row.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, ensure_ascii=False).encode()
+
+    def response(self) -> Response:
+        headers = {"x-should-retry": "true" if self.row.retry else "false"}
+        if self.row.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.row.retry_after_s)))
+        if self.row.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return Response(self.body(), self.row.status, headers, media_type="application/json")
+
+
+class Rejected(BatonError):
+    """A failure that the API itself has found and described."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def rejected(status: int, code: str, message: str, param: str | None = None) -> Rejected:
+    """A caller's fault other than plain 400 `invalid_value`."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return Rejected(Problem(Row(status, kind, False), message, code, param))
+
+
+def describe(error: BaseException) -> Problem:
+    """The problem that stands for any exception; what is not ours to explain becomes INTERNAL without its text."""
+    match error:
+        case Rejected():
+            return error.problem
+        case InvalidRequest():
+            return Problem(REFUSALS[Refusal.INVALID], str(error), "invalid_value", error.param)
+        case Refused():
+            row = REFUSALS[error.refusal]
+            if error.retry_after_s is not None:
+                row = Row(row.status, row.type, row.retry, error.retry_after_s)
+            return Problem(row, str(error) or error.refusal.value, error.refusal.value, None, error.refusal.value)
+        case HTTPException():
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+            row = Row(error.status_code, "invalid_request_error", False)
+            return Problem(row, str(error.detail), code)
+        case _:
+            row = REFUSALS[Refusal.INTERNAL]
+            return Problem(row, "internal error", Refusal.INTERNAL.value, None, Refusal.INTERNAL.value)
+
+
+async def answer_problem(http: HttpRequest, error: Exception) -> Response:
+    """FastAPI's exception handler for everything that is raised on purpose."""
+    problem = describe(error)
+    note_refusal(http.scope, problem)
+    response = problem.response()
+    if isinstance(error, HTTPException) and error.headers:
+        response.headers.update(error.headers)  # Allow, of a 405
+    return response
+
+
+def note_refusal(scope: Any, problem: Problem) -> None:
+    """Remembers the label for the request counter."""
+    scope.setdefault("state", {})["refusal"] = problem.label

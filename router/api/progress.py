@@ -1,0 +1,142 @@
+"""Follows the choices of one job while their outputs arrive: order, usage, timings and the trace that clients may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from router.api.metrics import Metrics
+from router.api.prompts import Prompt
+from router.api.translate import Job
+from workers.errors import InvariantViolated, Refusal, Refused
+from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice so far. `outputs` are kept only for an answer that is sent whole."""
+
+    index: int
+    prompt: Prompt
+    request: Request
+    outputs: list[Output]
+    num_drawn: int = 0
+    """Tokens the backend has sent."""
+    num_tokens: int = 0
+    """Tokens that count and are shown."""
+    cached_tokens: int = 0
+    first_s: float | None = None
+    last_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    handoff: HandoffReport | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    is_announced: bool = False
+    """Its first chunk has been sent."""
+
+
+class Progress:
+    """All choices of one job; the only place that changes them. Times are seconds of one monotonic clock."""
+
+    def __init__(self, job: Job, metrics: Metrics, now_s: float) -> None:
+        self.job = job
+        self._metrics = metrics
+        self._start_s = now_s
+        self._keep = not job.stream
+        self.choices = tuple(
+            Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
+        )
+        self.num_unfinished = len(self.choices)
+        self.prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        """Prompt tokens found in a cache; a prompt's later choices may hit what its first one stored, so its least counts."""
+        self._least_cached: dict[int, int] = {}
+        metrics.running.inc()
+
+    def accept(self, index: int, output: Output, now_s: float) -> tuple[Choice, Output]:
+        """Takes the next output of a choice and returns what may be shown of it.
+
+        Raises Refused when the output says that the request was given up, InvariantViolated for a gap or a repeat.
+        """
+        choice = self.choices[index]
+        if output.finish_reason is FinishReason.ERROR:
+            raise Refused(output.refusal or Refusal.INTERNAL, output.message)
+        if output.position != choice.num_drawn or choice.finish_reason is not None:
+            raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
+        num_new = len(output.token_ids)
+        choice.num_drawn += num_new
+        if self.job.hide_output:
+            finish = FinishReason.LENGTH if output.finish_reason else None
+            output = replace(output, token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
+        if choice.first_s is None:
+            choice.first_s = now_s
+            choice.prompt_logprobs = output.prompt_logprobs
+            self._count_cached(choice, output.cached_tokens)
+            self._metrics.ttft.observe(now_s - self._start_s)
+        elif num_new:
+            self._metrics.inter_token.observe((now_s - choice.last_s) / num_new)
+        choice.last_s = now_s
+        if output.handoff is not None:
+            choice.handoff = output.handoff
+            self._metrics.observe_handoff(output.handoff)
+        if num_new and not self.job.hide_output:
+            choice.num_tokens += num_new
+            self.completion_tokens += num_new
+            self._metrics.generation_tokens.inc(num_new)
+        if output.finish_reason is not None:
+            choice.finish_reason = output.finish_reason
+            choice.stop_reason = output.stop_reason
+            self._finish(now_s)
+        if self._keep:
+            choice.outputs.append(output)
+        return choice, output
+
+    def _count_cached(self, choice: Choice, cached_tokens: int) -> None:
+        choice.cached_tokens = cached_tokens
+        place = choice.index // self.job.n
+        known = self._least_cached.get(place)
+        self._least_cached[place] = cached_tokens if known is None else min(known, cached_tokens)
+        self.cached_tokens += self._least_cached[place] - (known or 0)
+
+    def _finish(self, now_s: float) -> None:
+        self.num_unfinished -= 1
+        if self.num_unfinished == 0:
+            self._metrics.running.dec()
+            self._metrics.e2e.observe(now_s - self._start_s)
+            self._metrics.prompt_tokens.inc(self.prompt_tokens)
+            self._metrics.cached_tokens.inc(self.cached_tokens)
+
+    def abandon(self) -> None:
+        """The job ends, whether or not its choices have."""
+        if self.num_unfinished:
+            self.num_unfinished = 0
+            self._metrics.running.dec()
+
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def trace(self) -> dict[str, Any]:
+        """Where each choice ran and how long the job took, as measured here; null for what is not known."""
+        first = [choice.first_s for choice in self.choices if choice.first_s is not None]
+        spans = [(choice.last_s - (choice.first_s or 0.0), choice.num_drawn - 1) for choice in self.choices]
+        gaps = sum(count for _, count in spans if count > 0)
+        return {
+            "choices": [_trace_choice(choice) for choice in self.choices],
+            "ttft_s": min(first) - self._start_s if first else None,
+            "tpot_s": sum(span for span, count in spans if count > 0) / gaps if gaps else None,
+            "total_s": max(choice.last_s for choice in self.choices) - self._start_s,
+        }
+
+
+_HANDOFF_FIELDS = ("prefill_worker", "decode_worker", "transport", "kv_bytes", "transfer_s", "prefill_s", "attempts")
+
+
+def _trace_choice(choice: Choice) -> dict[str, Any]:
+    report = {name: getattr(choice.handoff, name, None) for name in _HANDOFF_FIELDS}
+    return {"index": choice.index, **report, "cached_tokens": choice.cached_tokens}

@@ -1,0 +1,99 @@
+"""Turns what a client wrote - a prompt in one of four forms, or a conversation - into prompts of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workers.errors import InvalidRequest
+from workers.tokenizer import Tokenizer
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "audio", "tool_call_id")
+_RESERVED_NAMES = frozenset(("self", "messages", "tools", "add_generation_prompt"))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is what the client wrote; None when it sent token ids or a conversation."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int, add_special_tokens: bool) -> list[Prompt]:
+    """A string, strings, token ids, or arrays of token ids. Raises InvalidRequest naming `prompt`."""
+    texts: list[str] = []
+    arrays: list[list[Any]] = []
+    match value:
+        case str():
+            texts = [value]
+        case [str(), *_] if all(isinstance(item, str) for item in value):
+            texts = value
+        case [int(), *_]:
+            arrays = [value]
+        case [list(), *_] if all(isinstance(item, list) for item in value):
+            arrays = value
+        case _:
+            what = "must be a string, an array of strings, an array of token ids, or an array of arrays of token ids"
+            raise InvalidRequest(f"prompt {what}, and not empty", "prompt")
+    prompts = [Prompt(tuple(tokenizer.encode(text, add_special_tokens)), text) for text in texts]
+    prompts += [Prompt(check_token_ids(array, vocab_size, "prompt")) for array in arrays]
+    if not all(prompt.token_ids for prompt in prompts):
+        raise InvalidRequest("prompt must have at least one token", "prompt")
+    return prompts
+
+
+def check_token_ids(token_ids: Sequence[Any], vocab_size: int, param: str) -> tuple[int, ...]:
+    """The ids, every one in the vocabulary. Raises InvalidRequest."""
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidRequest(f"{param} needs token ids from 0 to {vocab_size - 1}, not {token_id!r:.80}", param)
+    return tuple(token_ids)
+
+
+def read_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+    add_special_tokens: bool,
+    template_kwargs: Mapping[str, Any],
+) -> Prompt:
+    """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used."""
+    if not messages:
+        raise InvalidRequest("messages must not be empty", "messages")
+    for name in template_kwargs:
+        if name in _RESERVED_NAMES or not name.isidentifier():
+            raise InvalidRequest(f"chat_template_kwargs must not set {name!r:.80}", "chat_template_kwargs")
+    plain = [_read_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    text = tokenizer.render_chat(plain, None, add_generation_prompt, **template_kwargs)
+    token_ids = tokenizer.encode(text, add_special_tokens)
+    if not token_ids:
+        raise InvalidRequest("messages give an empty prompt", "messages")
+    return Prompt(tuple(token_ids))
+
+
+def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in _ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; it is {role!r:.80}", "messages")
+    for key in _UNSUPPORTED_KEYS:
+        if message.get(key):
+            raise InvalidRequest(f"{where}.{key} is not supported", "messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_read_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+    if not isinstance(content, str):
+        raise InvalidRequest(f"{where}.content must be a string or an array of text parts", "messages")
+    return {**message, "role": _ROLES[role], "content": content}
+
+
+def _read_part(part: Any, where: str) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise InvalidRequest(f"{where}: content of type {kind!r:.80} is not supported", "messages")
+        case _:
+            raise InvalidRequest(f"{where} must be a text part", "messages")

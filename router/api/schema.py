@@ -1,0 +1,159 @@
+"""The JSON bodies that clients send, field by field, and the fields that Baton refuses rather than ignores.
+
+Fields that change nothing about the tokens (user, metadata, store, ...) and unknown ones are accepted and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import pydantic
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from workers.errors import InvalidRequest
+
+Number = StrictInt | StrictFloat
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class StreamOptions(_Body):
+    include_usage: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = None
+
+
+class GenerationBody(_Body):
+    """What both generating endpoints share. None means: left open."""
+
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: StrictInt | None = None
+    max_tokens: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = None
+    min_tokens: StrictInt | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    seed: StrictInt | None = None
+    logit_bias: dict[str, Number] | None = None
+    bad_words: list[StrictStr | list[StrictInt]] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: StrictBool | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
+    prompt_logprobs: StrictInt | None = None
+    priority: StrictInt | None = None
+    add_special_tokens: StrictBool | None = None
+    return_token_ids: StrictBool | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+    trace: StrictBool | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: list[dict[str, Any]]
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    add_generation_prompt: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: StrictStr | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Any
+    logprobs: StrictInt | None = None
+    echo: StrictBool | None = None
+
+
+class TokenizeBody(_Body):
+    """Either `prompt` or `messages`."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: StrictBool | None = None
+
+
+class DetokenizeBody(_Body):
+    model: StrictStr | None = None
+    tokens: list[StrictInt]
+    skip_special_tokens: StrictBool | None = None
+
+
+class RoleBody(_Body):
+    role: StrictStr
+    force: StrictBool | None = None
+
+
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "best_of": (1,),
+    "bad_words_ids": (),
+    "cache_salt": (),
+    "chat_template": (),
+    "continue_final_message": (),
+    "documents": (),
+    "echo": (),
+    "enable_thinking": (),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "grammar": (),
+    "guided_choice": (),
+    "guided_decoding": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_json_object": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "logits_processors": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "suffix": (),
+    "thinking": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (),
+    "web_search_options": (),
+}
+"""Fields that would change the answer in a way Baton does not offer yet, and the values that ask for nothing."""
+
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
+
+
+def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
+    """One body, read and checked. Raises InvalidRequest naming the first field that is wrong or not supported."""
+    try:
+        content = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest("the request body must be a JSON object")
+    for name in _HARMLESS.keys() & content.keys() - kind.model_fields.keys():
+        value = content[name]
+        if value not in (None, False, [], {}, "") and value not in _HARMLESS[name]:
+            raise InvalidRequest(f"{name} is not supported", name)
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = [str(step) for step in first["loc"]]
+        known = path[0] if path else None
+        raise InvalidRequest(f"{known or 'body'}: {first['msg']}", known) from error

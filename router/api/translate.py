@@ -1,0 +1,208 @@
+"""Turns a parsed body into a Job: the requests to run and how their answer is to look. Nothing here waits or submits."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+from router.api.config import ApiConfig
+from router.api.problems import rejected
+from router.api.prompts import Prompt, check_token_ids, read_chat, read_prompts
+from router.api.schema import ChatBody, CompletionBody, GenerationBody
+from workers.errors import InvalidRequest, Refusal, Refused
+from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from workers.status import ModelInfo
+from workers.tokenizer import Tokenizer
+
+_INT32_MAX = 2**31 - 1
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP generation request. `requests` are prompt-major; choice i belongs to prompt i // n."""
+
+    job_id: str
+    created: int
+    model: str
+    prompts: tuple[Prompt, ...]
+    requests: tuple[Request, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    logprobs: int | None
+    """Top entries the client asked for per token; None: no logprobs."""
+    prompt_logprobs: int | None
+    echo: bool
+    hide_output: bool
+    """max_tokens 0 with echo: one token is drawn, because the engine must, and not shown."""
+    return_token_ids: bool
+    tokens_as_ids: bool
+    trace: bool
+
+
+def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
+    """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
+    info = require_model(body.model, model)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    prompt = read_chat(
+        body.messages, tokenizer, body.add_generation_prompt is not False, bool(body.add_special_tokens), kwargs
+    )
+    check_length(prompt.token_ids, info, "messages")
+    room = info.max_model_len - len(prompt.token_ids)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
+
+
+def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
+    """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
+    info = require_model(body.model, model)
+    if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
+        _check_bound(len(body.prompt), config.max_prompts, "prompt")
+    prompts = read_prompts(body.prompt, tokenizer, info.vocab_size, body.add_special_tokens is not False)
+    for prompt in prompts:
+        check_length(prompt.token_ids, info, "prompt")
+    return _job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+
+
+def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
+    """The served model, if that is the one meant. Leaving the name out means the served one."""
+    if model is None:
+        raise Refused(Refusal.NO_WORKERS, "no worker has reported a model yet")
+    if name is not None and name != model.name:
+        raise rejected(404, "model_not_found", f"the model {name!r:.200} does not exist", "model")
+    return model
+
+
+def check_length(token_ids: tuple[int, ...], info: ModelInfo, param: str, max_tokens: int = 1) -> None:
+    """Raises Rejected when prompt and output cannot both fit the context."""
+    if len(token_ids) + max_tokens > info.max_model_len:
+        message = (
+            f"this model's context holds {info.max_model_len} tokens; "
+            f"{len(token_ids)} in {param} and {max_tokens} to generate do not fit"
+        )
+        raise rejected(400, "context_length_exceeded", message, param)
+
+
+def _job(
+    body: GenerationBody,
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    config: ApiConfig,
+    prompts: list[Prompt],
+    param: str,
+    default_max_tokens: int,
+    logprobs: int | None,
+) -> Job:
+    echo = isinstance(body, CompletionBody) and bool(body.echo)
+    n = 1 if body.n is None else body.n
+    _check_bound(n, config.max_n, "n")
+    _check_bound(n * len(prompts), config.max_choices, "n")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    if not -_INT32_MAX <= (body.priority or 0) <= _INT32_MAX:
+        raise InvalidRequest("priority must fit in 32 bits", "priority")
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    hide_output = asked == 0 and echo
+    params = _sampling(body, info, tokenizer, config.sampling_defaults)
+    scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
+    params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(secrets.randbits(63))
+    job_id = uuid.uuid4().hex
+    requests = []
+    for place, prompt in enumerate(prompts):
+        room = info.max_model_len - len(prompt.token_ids)
+        max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
+        own = replace(params, max_tokens=max_tokens)
+        own.validate(info.vocab_size)
+        check_length(prompt.token_ids, info, param, max_tokens)
+        requests += [
+            Request(f"{job_id}-{place}-{choice}", prompt.token_ids, own, choice, priority=body.priority or 0)
+            for choice in range(n)
+        ]
+    options = body.stream_options
+    return Job(
+        job_id=job_id,
+        created=int(time.time()),
+        model=info.name,
+        prompts=tuple(prompts),
+        requests=tuple(requests),
+        n=n,
+        stream=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        echo=echo,
+        hide_output=hide_output,
+        return_token_ids=bool(body.return_token_ids),
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        trace=bool(body.trace),
+    )
+
+
+def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defaults: SamplingParams) -> SamplingParams:
+    """The client's fields over the defaults; max_tokens and logprobs are filled in by the caller."""
+    given: dict[str, Any] = {}
+    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        if (value := getattr(body, name)) is not None:
+            given[name] = _finite(value, name)
+    for name in ("seed", "min_tokens", "ignore_eos", "skip_special_tokens"):
+        if (value := getattr(body, name)) is not None:
+            given[name] = value
+    if body.top_k is not None:
+        given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return replace(
+        defaults,
+        **given,
+        include_stop=bool(body.include_stop_str_in_output),
+        stop=tuple(dict.fromkeys(stop)),
+        stop_token_ids=check_token_ids(body.stop_token_ids or [], info.vocab_size, "stop_token_ids"),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        bad_words=_bad_words(body.bad_words or [], tokenizer),
+    )
+
+
+def _finite(value: float, param: str) -> float:
+    """A float that holds; JSON integers may be larger than any."""
+    if not -1e9 <= value <= 1e9 or not math.isfinite(value):
+        raise InvalidRequest(f"{param} is out of range", param)
+    return float(value)
+
+
+def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    pairs = []
+    for token, bias in biases.items():
+        if not token.isascii() or not token.isdecimal() or len(token) > 10:
+            raise InvalidRequest(f"logit_bias needs token ids as keys, not {token!r:.80}", "logit_bias")
+        pairs.append((int(token), _finite(bias, "logit_bias")))
+    return tuple(pairs)
+
+
+def _bad_words(words: list[str | list[int]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """A word is forbidden as it begins a text and as it follows a blank: those are different tokens."""
+    sequences: list[tuple[int, ...]] = []
+    for word in words:
+        if isinstance(word, str):
+            if not word.strip():
+                raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
+            sequences += [tuple(tokenizer.encode(form)) for form in (word, " " + word.lstrip())]
+        else:
+            sequences.append(tuple(word))
+    return tuple(dict.fromkeys(sequences))
+
+
+def _check_bound(count: int, bound: int, param: str) -> None:
+    if not 1 <= count <= bound:
+        raise InvalidRequest(f"{param} must ask for between 1 and {bound} choices, not {count}", param)

@@ -1,0 +1,68 @@
+"""What the HTTP API needs from the part that runs requests; implemented by router.driver and, in tests, by an engine in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.request import Output, Request
+from workers.status import ModelInfo, Role, WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker as the router sees it. `connected` False: known to the cluster, no stream at the moment."""
+
+    status: WorkerStatus
+    connected: bool
+    frame_age_s: float
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """The router's whole public state."""
+
+    router_id: str
+    workers: tuple[WorkerView, ...]
+    num_waiting: int
+    num_running: int
+    counters: tuple[tuple[str, float], ...] = ()
+
+
+class OutputStream(Protocol):
+    """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason.
+
+    `aclose` before the end cancels the request and frees everything it holds in the workers.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Output]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Runs requests. All methods are called from one event loop."""
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The served model; None until a first worker has reported."""
+        ...
+
+    def is_ready(self) -> bool:
+        """True when a request could run now: some worker can decode. (It computes prompts itself when nobody else can.)"""
+        ...
+
+    def submit(self, request: Request) -> OutputStream:
+        """Accepts a request at once or raises Refused (QUEUE_FULL, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
+        ...
+
+    def status(self) -> RouterStatus: ...
+
+    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+        """Switches a live worker's role; returns once the worker has it.
+
+        Raises InvalidRequest for an unknown worker, or (without `force`) when no worker could prefill or decode afterwards.
+        """
+        ...

@@ -1,0 +1,104 @@
+"""The settings of one router: its address, its bounds, and how long it waits for workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from router.api.config import ApiConfig
+from workers.errors import InvalidConfig
+
+POLICIES = ("kv_aware", "round_robin")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Settings of a router; every bound the router keeps is here. Times in seconds, sizes in tokens, blocks or counts.
+
+    Raises InvalidConfig on construction when a value cannot work.
+    """
+
+    model: str
+    """Path of a checkpoint folder; the router reads its tokenizer only."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """HTTP port; 0: any free one."""
+    policy: str = "kv_aware"
+    """kv_aware or round_robin."""
+    max_queue: int = 2048
+    """Requests waiting for a worker before QUEUE_FULL."""
+    max_running: int = 1024
+    """Requests on workers at once."""
+    max_attempts: int = 5
+    """Attempts of one request in a row that bring no token before it is given up."""
+    retry_backoff_s: float = 0.1
+    """Wait before the second re-run in a row (the first is immediate); doubles each time."""
+    max_retry_backoff_s: float = 2.0
+    recovery_timeout_s: float = 60.0
+    """How long a request waits for a worker to come back, or for busy ones to take it."""
+    request_timeout_s: float = 600.0
+    """Longest life of a request, waiting included."""
+    worker_stale_s: float = 5.0
+    """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
+    settle_s: float = 0.5
+    """A request counts as extra load on its workers until a load report this much later than its submission."""
+    max_prefix_index_blocks: int = 1_000_000
+    """(block, worker) pairs of the prefix index; about 100 bytes each."""
+    max_prefill_candidates: int = 3
+    """Prefill workers that a decode worker may try for one request."""
+    sequence_cost_tokens: int = 128
+    """What one more running sequence weighs against uncached prompt tokens when a decode worker is chosen."""
+    handoff_cost_tokens: int = 64
+    """What moving a prompt's KV weighs against computing it on a MIXED decode worker."""
+    expected_output_tokens: int = 256
+    """An answer is assumed to get at most this long when free KV blocks are compared."""
+    max_buffered_tokens: int = 8192
+    """Tokens that wait for a slow client before its request is cancelled."""
+    max_pending_messages: int = 4096
+    """Messages that wait to be sent to one worker before it is given up."""
+    tick_s: float = 0.1
+    """How often timeouts are looked at."""
+    set_role_timeout_s: float = 30.0
+    """How long a role switch may take."""
+    shutdown_timeout_s: float = 5.0
+    """How long open HTTP connections may take to end when the router stops."""
+    api: ApiConfig = field(default_factory=ApiConfig)
+
+    def __post_init__(self) -> None:
+        checks = [
+            (bool(self.model), "model", "needs the path of a checkpoint folder"),
+            (bool(self.host), "host", "needs an address to listen on"),
+            (0 <= self.port < 65536, "port", "must be a TCP port, or 0 for any free one"),
+            (self.policy in POLICIES, "policy", f"must be one of {', '.join(POLICIES)}"),
+            (self.max_prefill_candidates >= 0, "max_prefill_candidates", "must not be negative"),
+            (self.retry_backoff_s >= 0, "retry_backoff_s", "must not be negative"),
+            (self.settle_s >= 0, "settle_s", "must not be negative"),
+            (self.sequence_cost_tokens >= 0, "sequence_cost_tokens", "must not be negative"),
+            (self.handoff_cost_tokens >= 0, "handoff_cost_tokens", "must not be negative"),
+            (
+                self.max_retry_backoff_s >= self.retry_backoff_s,
+                "max_retry_backoff_s",
+                "must be at least retry_backoff_s",
+            ),
+        ]
+        counts = (
+            "max_queue",
+            "max_running",
+            "max_attempts",
+            "max_prefix_index_blocks",
+            "expected_output_tokens",
+            "max_buffered_tokens",
+            "max_pending_messages",
+        )
+        checks += [(getattr(self, name) >= 1, name, "must be at least 1") for name in counts]
+        times = (
+            "recovery_timeout_s",
+            "request_timeout_s",
+            "worker_stale_s",
+            "tick_s",
+            "set_role_timeout_s",
+            "shutdown_timeout_s",
+        )
+        checks += [(getattr(self, name) > 0, name, "must be positive") for name in times]
+        for ok, name, what in checks:
+            if not ok:
+                raise InvalidConfig(f"router.{name} {what}; it is {getattr(self, name)!r}")

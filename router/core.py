@@ -1,0 +1,137 @@
+"""Decides everything a router decides: `handle(event, now) -> commands`. Knows no sockets, no threads and no clock.
+
+Joins the parts: the fleet (streams to workers), the prefix index (what they cache) and the flights (requests).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import assert_never
+
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.events import (
+    Command,
+    Detach,
+    Event,
+    FrameArrived,
+    RequestArrived,
+    RequestCancelled,
+    Send,
+    ShutDown,
+    Tick,
+    WorkerDetached,
+    WorkersChanged,
+)
+from router.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
+from router.flights import Flights
+from router.policies.policy import Policy
+from router.prefix_index import PrefixIndex
+from router.view import WorkerEntry
+from workers.client import DumpRequest
+from workers.status import WorkerAddress
+
+
+class RouterCore:
+    """The router's state machine. `now` is any clock in seconds that does not go back."""
+
+    def __init__(self, config: RouterConfig, policy: Policy) -> None:
+        self.counters: Counter[str] = Counter()
+        """Totals; each counts one kind of decision that an operator would want to know of."""
+        self._out: list[Command] = []
+        self._is_shut_down = False
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s)
+        self.index = PrefixIndex(config.max_prefix_index_blocks)
+        dispatcher = Dispatcher(policy, self.fleet, self.index, config.expected_output_tokens)
+        self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Takes one event and returns what to do, in this order."""
+        match event:
+            case FrameArrived():
+                self._on_frame(event, now)
+            case RequestArrived(request):
+                self.flights.arrive(request, now)
+            case RequestCancelled(request_id, reason):
+                self.flights.cancel(request_id, reason)
+            case Tick():
+                self._on_tick(now)
+            case WorkerDetached(worker_id, connection, reason):
+                entry = self.fleet.on_connection(worker_id, connection)
+                if entry is not None:
+                    self._lose(entry, "detached", now, reconnect_delay_s(entry.num_failures), reason)
+            case WorkersChanged(addresses):
+                self._on_workers(addresses, now)
+            case ShutDown():
+                self._on_shut_down()
+            case _:
+                assert_never(event)
+        self.flights.dispatch(now)
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
+
+    # ---- what workers say ----
+
+    def _on_frame(self, event: FrameArrived, now: float) -> None:
+        frame = event.frame
+        entry = self.fleet.on_connection(event.worker_id, event.connection)
+        if entry is None:
+            self.counters["stale_frames"] += 1
+            return
+        fault = entry.fault_of(frame)
+        if fault is not None:
+            self._lose(entry, fault, now, FIRST_RECONNECT_S)
+            return
+        was_up = entry.is_up
+        entry.update(frame, now)
+        if frame.status is not None:
+            self.fleet.check_model(entry, is_idle=not self.flights)
+        if not entry.is_up:
+            self.counters["frames_before_status"] += 1
+            return
+        if not was_up:
+            self.index.attach(entry.worker_id)
+        if any([self.index.apply(entry.worker_id, kv_event) for kv_event in frame.kv_events]):
+            self.counters["prefix_index_gaps"] += 1
+            self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
+        for output in frame.outputs:
+            self.flights.take(output, entry.worker_id, now)
+
+    # ---- which workers there are ----
+
+    def _on_workers(self, addresses: tuple[WorkerAddress, ...], now: float) -> None:
+        for entry in self.fleet.set_members(addresses):
+            self._lose(entry, "moved", now, 0.0)
+        if not self._is_shut_down:
+            self._out.extend(self.fleet.connect(now))
+
+    def _lose(self, entry: WorkerEntry, reason: str, now: float, reconnect_s: float, message: str = "") -> None:
+        """Gives up a stream and moves its requests elsewhere. `reason` names a counter."""
+        if entry.is_up:
+            self.counters[f"workers_lost_{reason}"] += 1
+        if entry.connection is not None:
+            self._out.append(Detach(entry.worker_id, entry.connection))
+        entry.close(now + reconnect_s)
+        self.index.drop(entry.worker_id)
+        self.flights.lose_worker(entry.worker_id, f"lost worker {entry.worker_id}: {message or reason}", now)
+
+    # ---- time ----
+
+    def _on_tick(self, now: float) -> None:
+        for entry in self.fleet.stale(now):
+            self._lose(entry, "stale", now, FIRST_RECONNECT_S)
+        for entry in self.fleet:
+            if not entry.is_member and entry.connection is not None and not self.flights.running_on(entry.worker_id):
+                self._lose(entry, "left", now, 0.0)
+        if not self._is_shut_down:
+            self._out.extend(self.fleet.connect(now))
+        self.flights.check_time(now)
+
+    def _on_shut_down(self) -> None:
+        self._is_shut_down = True
+        self.flights.close()
+        for entry in self.fleet:
+            if entry.connection is not None:
+                self._out.append(Detach(entry.worker_id, entry.connection))
+                entry.close(float("inf"))

@@ -1,0 +1,87 @@
+"""Puts one request on a worker: asks the policy for a route, keeps the books of what was sent, writes the Submit."""
+
+from __future__ import annotations
+
+from router.charges import Charge
+from router.events import Send
+from router.fleet import Fleet
+from router.policies.policy import Demand, Policy, Route, WorkerSnapshot
+from router.prefix_index import PrefixIndex
+from router.progress import Flight
+from router.view import WorkerEntry
+from workers.client import Submit
+from workers.errors import InvariantViolated
+
+
+class Dispatcher:
+    """Routes requests over a fleet. `expected_output_tokens` is how long an answer is assumed to get, at most."""
+
+    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, expected_output_tokens: int) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._index = index
+        self._expected_output_tokens = expected_output_tokens
+
+    def route(self, flight: Flight) -> Route | None:
+        """Where the request would go now; None: nowhere."""
+        snapshots = [self._snapshot(entry, flight) for entry in self._fleet if entry.takes_requests]
+        return self._policy.route(self._demand(flight), snapshots)
+
+    def submit(self, flight: Flight, route: Route, now: float) -> Send:
+        """Begins the request's next attempt."""
+        decode = self._fleet.get(route.decode)
+        if decode is None or decode.connection is None:
+            raise InvariantViolated(f"the policy chose {route.decode}, which takes no requests")
+        flight.begin_attempt(route)
+        self._charge(flight, decode, now)
+        prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
+        addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
+        submit = Submit(flight.attempt_request(), decode.generation, addresses)
+        return Send(decode.worker_id, decode.connection, submit)
+
+    def release(self, flight: Flight) -> None:
+        """The workers' own reports contain the request by now, or it has ended."""
+        for worker_id in (flight.worker_id, flight.prefill_worker_id):
+            entry = self._fleet.get(worker_id)
+            if entry is not None and entry.charges:
+                entry.charges.release(flight.wire_id)
+
+    def _demand(self, flight: Flight) -> Demand:
+        model = self._fleet.model
+        if model is None:
+            raise InvariantViolated("a request was admitted before any worker had reported")
+        num_left = flight.request.params.max_tokens - len(flight.delivered)
+        return Demand(
+            key=str(flight.hashes[0]) if flight.hashes else flight.request.request_id,
+            num_prompt_tokens=len(flight.request.prompt_token_ids),
+            num_output_tokens=len(flight.delivered) + max(1, min(num_left, self._expected_output_tokens)),
+            block_size=model.block_size,
+        )
+
+    def _snapshot(self, entry: WorkerEntry, flight: Flight) -> WorkerSnapshot:
+        load, charges = entry.load, entry.charges
+        num_reported = load.num_running + load.num_waiting + load.num_transferring
+        return WorkerSnapshot(
+            worker_id=entry.worker_id,
+            can_decode=entry.can_decode,
+            can_prefill=entry.can_prefill,
+            num_sequences=num_reported + charges.num_sequences,
+            prefill_tokens=load.waiting_prefill_tokens + charges.prefill_tokens,
+            free_blocks=load.num_free_blocks - charges.num_blocks,
+            cached_blocks=self._index.match(entry.worker_id, flight.hashes),
+            avoid=entry.worker_id == flight.avoid_worker_id,
+        )
+
+    def _charge(self, flight: Flight, decode: WorkerEntry, now: float) -> None:
+        """Counts the request on its workers, and keeps its cached blocks longest in the index."""
+        demand = self._demand(flight)
+        prefill = self._fleet.get(flight.prefill_worker_id) or decode
+        cached = self._index.match(prefill.worker_id, flight.hashes)
+        num_tokens = max(1, demand.num_prompt_tokens - cached * demand.block_size)
+        if prefill is decode:
+            decode.charges.add(flight.wire_id, Charge(now, 1, demand.num_blocks, num_tokens))
+        else:
+            decode.charges.add(flight.wire_id, Charge(now, 1, demand.num_blocks))
+            prefill.charges.add(flight.wire_id, Charge(now, prefill_tokens=num_tokens))
+            self._index.touch(prefill.worker_id, flight.hashes)
+        self._index.touch(decode.worker_id, flight.hashes)

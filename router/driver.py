@@ -1,0 +1,228 @@
+"""Runs the router core on asyncio: carries frames and requests in, messages and outputs out. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import assert_never
+
+from router.backend import RouterStatus, WorkerView
+from router.config import RouterConfig
+from router.core import RouterCore
+from router.events import (
+    Attach,
+    Deliver,
+    Detach,
+    Event,
+    FrameArrived,
+    Reject,
+    RequestArrived,
+    RequestCancelled,
+    Send,
+    ShutDown,
+    Tick,
+    WorkerDetached,
+    WorkersChanged,
+)
+from router.policies.kv_aware import KvAwarePolicy
+from router.policies.policy import Policy
+from router.policies.round_robin import RoundRobinPolicy
+from router.stream import RequestStream
+from workers.client import WorkerClient, WorkerLink
+from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
+from workers.grpc_client import GrpcWorkerClient
+from workers.request import Output, Request
+from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+
+def make_policy(config: RouterConfig) -> Policy:
+    """The policy that the config names."""
+    if config.policy == "round_robin":
+        return RoundRobinPolicy(config.max_prefill_candidates)
+    return KvAwarePolicy(config.sequence_cost_tokens, config.handoff_cost_tokens, config.max_prefill_candidates)
+
+
+class RouterDriver:
+    """A Backend over workers. Every method is called from the event loop that `start` ran in."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        router_id: str,
+        client: WorkerClient | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._router_id = router_id
+        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s)
+        self._clock = clock
+        self._core = RouterCore(config, make_policy(config))
+        self._streams: dict[str, RequestStream] = {}
+        self._links: dict[int, WorkerLink] = {}
+        self._readers: dict[int, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._status_changed = asyncio.Event()
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Begins to connect and to watch the clock."""
+        self._ticker = asyncio.create_task(self._tick(), name="router-tick")
+
+    async def stop(self) -> None:
+        """Ends every request with SHUTTING_DOWN, then closes every stream."""
+        self._handle(ShutDown())
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._closing.add(self._ticker)
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def set_workers(self, addresses: Iterable[WorkerAddress]) -> None:
+        """The cluster's members now are these."""
+        self._handle(WorkersChanged(tuple(addresses)))
+
+    async def _tick(self) -> None:
+        while True:
+            try:
+                self._handle(Tick())
+            except Exception:
+                logger.exception("a tick could not be handled")
+            await asyncio.sleep(self._config.tick_s)
+
+    # ---- Backend ----
+
+    @property
+    def model(self) -> ModelInfo | None:
+        return self._core.fleet.model
+
+    def is_ready(self) -> bool:
+        return self._core.fleet.can_decode
+
+    def submit(self, request: Request) -> RequestStream:
+        name = request.request_id
+        if name in self._streams:
+            raise InvalidRequest(f"request id {name!r} is in use", "request_id")
+        stream = self._streams[name] = RequestStream(name, self._config.max_buffered_tokens, self._leave)
+        rejection = self._handle(RequestArrived(request))
+        if rejection is None:
+            return stream
+        del self._streams[name]
+        if rejection.refusal is Refusal.INVALID:
+            raise InvalidRequest(rejection.message, rejection.param)
+        raise Refused(rejection.refusal, rejection.message, rejection.retry_after_s)
+
+    def status(self) -> RouterStatus:
+        now = self._clock()
+        core = self._core
+        workers = tuple(
+            WorkerView(
+                status=replace(entry.status, load=entry.load),
+                connected=entry.is_up,
+                frame_age_s=max(0.0, now - entry.last_frame_s),
+                num_requests=len(core.flights.running_on(entry.worker_id)),
+            )
+            for entry in core.fleet
+            if entry.status is not None
+        )
+        counters = dict(core.counters)
+        counters["prefix_index_blocks"] = len(core.index)
+        counters["prefix_index_evicted"] = core.index.num_evicted
+        named = tuple((name, float(value)) for name, value in sorted(counters.items()))
+        return RouterStatus(self._router_id, workers, core.flights.num_waiting, core.flights.num_running, named)
+
+    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+        entry = self._core.fleet.check_role(worker_id, role, force)
+        try:
+            async with asyncio.timeout(self._config.set_role_timeout_s):
+                await self._client.set_role(entry.address.target, role, entry.generation)
+                while entry.is_up and (entry.status is None or entry.status.role is not role):
+                    await self._status_changed.wait()
+        except TimeoutError as error:
+            raise Refused(Refusal.DEADLINE_EXCEEDED, f"worker {worker_id} did not become {role} in time") from error
+        except WorkerLost as error:
+            raise Refused(Refusal.WORKER_LOST, str(error)) from error
+        if not entry.is_up or entry.status is None:
+            raise Refused(Refusal.WORKER_LOST, f"worker {worker_id} was lost while it became {role}")
+        return entry.status
+
+    # ---- the loop around the core ----
+
+    def _handle(self, event: Event) -> Reject | None:
+        """Feeds an event, and those that carrying out its commands brings up. Returns the rejection, if there is one."""
+        rejection: Reject | None = None
+        events: deque[Event] = deque([event])
+        while events:
+            for command in self._core.handle(events.popleft(), self._clock()):
+                match command:
+                    case Deliver(output):
+                        self._deliver(output, events)
+                    case Send(worker_id, connection, message):
+                        link = self._links.get(connection)
+                        if link is None or not link.send(message):
+                            events.append(WorkerDetached(worker_id, connection, "its send queue is full"))
+                    case Attach():
+                        task = asyncio.create_task(self._read(command), name=f"router-{command.worker_id}")
+                        self._readers[command.connection] = task
+                        task.add_done_callback(self._closing.discard)
+                    case Detach(_, connection):
+                        self._detach(connection)
+                    case Reject():
+                        rejection = command
+                    case _:
+                        assert_never(command)
+        if not isinstance(event, FrameArrived) or event.frame.status is not None:
+            self._status_changed.set()
+            self._status_changed.clear()
+        return rejection
+
+    def _deliver(self, output: Output, events: deque[Event]) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if stream.push(output):
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+            return
+        del self._streams[output.request_id]
+        stream.fail(Refusal.QUEUE_FULL, "outputs were read too slowly")
+        events.append(RequestCancelled(output.request_id, "slow_client"))
+
+    def _leave(self, request_id: str) -> None:
+        """The reader of a stream went away."""
+        if self._streams.pop(request_id, None) is not None:
+            self._handle(RequestCancelled(request_id))
+
+    def _detach(self, connection: int) -> None:
+        self._links.pop(connection, None)
+        reader = self._readers.pop(connection, None)
+        if reader is not None:
+            self._closing.add(reader)
+            reader.cancel()
+
+    async def _read(self, command: Attach) -> None:
+        """Carries one worker's frames in until its stream ends."""
+        link = self._client.attach(command.target, self._router_id)
+        self._links[command.connection] = link
+        try:
+            async for frame in link.frames():
+                self._handle(FrameArrived(command.worker_id, command.connection, frame))
+            reason = "closed"
+        except WorkerLost as error:
+            reason = str(error)
+        except Exception:
+            logger.exception("a frame of %s could not be handled", command.worker_id)
+            reason = "internal error"
+        finally:
+            self._links.pop(command.connection, None)
+            await link.close()
+        task = self._readers.pop(command.connection, None)
+        if task is not None:
+            logger.info("lost the stream of %s: %s", command.worker_id, reason)
+            self._handle(WorkerDetached(command.worker_id, command.connection, reason))

@@ -1,0 +1,111 @@
+"""The values that go into the router core (events) and come out of it (commands).
+
+A `connection` numbers one attempt to keep a stream to one worker: what an old connection still says is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
+from workers.errors import Refusal
+from workers.request import Output, Request
+from workers.status import WorkerAddress
+
+# ---- events ----
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChanged:
+    """The cluster's members now are these."""
+
+    addresses: tuple[WorkerAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameArrived:
+    worker_id: str
+    connection: int
+    frame: WorkerFrame
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDetached:
+    """A stream ended, or could not be opened, or its send queue is full."""
+
+    worker_id: str
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """Nobody reads this request's outputs any more. `reason` names a counter."""
+
+    request_id: str
+    reason: str = "client_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShutDown:
+    """End every request and every stream."""
+
+
+Event = WorkersChanged | FrameArrived | WorkerDetached | RequestArrived | RequestCancelled | Tick | ShutDown
+
+# ---- commands ----
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Open a stream; its frames and its end come back as events with this connection number."""
+
+    worker_id: str
+    connection: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """Close a stream; no event is expected."""
+
+    worker_id: str
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    worker_id: str
+    connection: int
+    message: Submit | Cancel | DumpRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """An output for the client; the last one has a finish_reason."""
+
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A request was not accepted; it leaves no trace."""
+
+    request_id: str
+    refusal: Refusal
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+Command = Attach | Detach | Send | Deliver | Reject

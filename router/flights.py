@@ -1,0 +1,217 @@
+"""Decides what becomes of each request between its arrival and its end: wait, run, run again, or fail.
+
+A request waits in the admission queue or runs as one attempt on one decode worker. An attempt has a name of its own on
+the wire, so what an earlier attempt still says is recognised and ignored. Knows no streams.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from router.admission import AdmissionQueue
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.events import Command, Deliver, Reject, Send
+from router.fleet import Fleet
+from router.progress import Flight, Mismatch
+from router.retry import RetryPolicy
+from workers.client import Cancel
+from workers.errors import Refusal
+from workers.kv_cache.block_hash import block_hashes
+from workers.request import FinishReason, Output, Request
+
+
+class Flights:
+    """All requests that have not ended. Appends its commands to `out`, its surprises to `counters`."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, out: list[Command], counters: Counter[str]
+    ) -> None:
+        self._config = config
+        self._retry = RetryPolicy(
+            config.max_attempts, config.retry_backoff_s, config.max_retry_backoff_s, config.recovery_timeout_s
+        )
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._out = out
+        self._counters = counters
+        self._flights: dict[str, Flight] = {}
+        self._attempts: dict[str, Flight] = {}
+        self._queue = AdmissionQueue(config.max_queue)
+        self._num_arrived = 0
+        self._unroutable_since_s: float | None = None
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._attempts)
+
+    def running_on(self, worker_id: str) -> list[Flight]:
+        return [flight for flight in self._attempts.values() if flight.worker_id == worker_id]
+
+    # ---- arrival ----
+
+    def arrive(self, request: Request, now: float) -> None:
+        rejection = self._rejection_of(request)
+        if rejection is not None:
+            self._counters[f"rejected_{rejection.refusal}"] += 1
+            self._out.append(rejection)
+            return
+        self._counters["requests"] += 1
+        self._num_arrived += 1
+        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
+        if self._fleet.model is not None:
+            flight.hashes = block_hashes(request.prompt_token_ids, self._fleet.model.block_size)
+        self._flights[request.request_id] = flight
+        self._queue.push(request.request_id, request.priority, flight.order)
+
+    def _rejection_of(self, request: Request) -> Reject | None:
+        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        if self._is_closed:
+            return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
+        if model is None:
+            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
+        if name in self._flights:
+            return Reject(name, Refusal.INVALID, f"request id {name!r} is in use", "request_id")
+        if num_tokens == 0:
+            return Reject(name, Refusal.INVALID, "the prompt is empty", "prompt")
+        if num_tokens >= model.max_model_len:
+            what = f"the prompt has {num_tokens} tokens; prompt and output have room for {model.max_model_len}"
+            return Reject(name, Refusal.INVALID, what, "prompt")
+        if self._queue.is_full:
+            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
+        return None
+
+    def dispatch(self, now: float) -> None:
+        """Sends waiting requests to workers, while there is room and a worker takes them."""
+        while self._queue and len(self._attempts) < self._config.max_running:
+            request_id = self._queue.first(now)
+            if request_id is None:
+                return
+            flight = self._flights[request_id]
+            route = self._dispatcher.route(flight)
+            if route is None:
+                self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+                return
+            self._unroutable_since_s = None
+            self._queue.remove(request_id)
+            self._out.append(self._dispatcher.submit(flight, route, now))
+            self._attempts[flight.wire_id] = flight
+            self._counters["replayed_tokens"] += len(flight.delivered)
+            self._counters["routed_remote_prefill" if route.prefill else "routed_local_prefill"] += 1
+
+    # ---- outputs ----
+
+    def take(self, output: Output, worker_id: str, now: float) -> None:
+        """An output came from a worker's current stream."""
+        flight = self._attempts.get(output.request_id)
+        if flight is None or flight.worker_id != worker_id:
+            self._counters["stale_outputs"] += 1
+            return
+        if output.finish_reason is FinishReason.ERROR:
+            self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
+            return
+        accepted = flight.accept(output)
+        match accepted:
+            case Mismatch.REPEAT:
+                self._counters["repeated_outputs"] += 1
+            case Mismatch.CONFLICT:
+                self._counters["conflicting_outputs"] += 1
+                self._cancel_attempt(flight)
+                self._fail(flight, Refusal.INTERNAL, "a re-run brought other tokens than those already sent")
+            case Mismatch.GAP | Mismatch.UNCUTTABLE:
+                self._counters[f"{accepted.value}_outputs"] += 1
+                self._cancel_attempt(flight)
+                self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
+            case Output():
+                self._deliver(flight, accepted)
+
+    def _deliver(self, flight: Flight, output: Output) -> None:
+        if output.token_ids and flight.history.num_setbacks:
+            flight.history.progress()
+        if output.position == 0:
+            self._dispatcher.release(flight)
+        self._out.append(Deliver(output))
+        if output.finish_reason is not None:
+            self._counters[f"finished_{output.finish_reason}"] += 1
+            self._forget(flight)
+
+    # ---- trouble ----
+
+    def lose_worker(self, worker_id: str, message: str, now: float) -> None:
+        """A worker's stream is gone, and with it what ran there."""
+        for flight in self.running_on(worker_id):
+            self._set_back(flight, Refusal.WORKER_LOST, message, now)
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Nobody wants this request any more; no output follows. `reason` names a counter."""
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._counters[f"cancelled_{reason}"] += 1
+            self._cancel_attempt(flight)
+            self._forget(flight)
+
+    def check_time(self, now: float) -> None:
+        """Fails requests that live too long, and those for which no worker has come back in time."""
+        for flight in list(self._flights.values()):
+            if now - flight.arrived_s > self._config.request_timeout_s:
+                self._cancel_attempt(flight)
+                self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows")
+        if self._fleet.can_decode:
+            self._unroutable_since_s = None
+            return
+        since_s = self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+        for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
+            if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
+                self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time")
+
+    def close(self) -> None:
+        """Fails everything and accepts nothing more."""
+        self._is_closed = True
+        for flight in list(self._flights.values()):
+            self._cancel_attempt(flight)
+            self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down")
+
+    def _set_back(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+        """An attempt has failed: runs the request again, or gives it up."""
+        self._end_attempt(flight)
+        delay_s = flight.history.setback(refusal, self._retry, now)
+        if delay_s is None:
+            self._fail(flight, refusal, message)
+            return
+        self._counters[f"reruns_{refusal}"] += 1
+        flight.avoid_worker_id = flight.worker_id
+        flight.queued_s = now
+        self._queue.push(flight.request.request_id, flight.request.priority, flight.order, now + delay_s)
+
+    def _fail(self, flight: Flight, refusal: Refusal, message: str) -> None:
+        """Ends a request for good with an error."""
+        self._counters[f"failed_{refusal}"] += 1
+        name, position = flight.request.request_id, len(flight.delivered)
+        error = Output(name, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+        self._out.append(Deliver(error))
+        self._forget(flight)
+
+    def _cancel_attempt(self, flight: Flight) -> None:
+        entry = self._fleet.get(flight.worker_id)
+        if flight.wire_id and entry is not None and entry.connection is not None:
+            self._out.append(Send(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
+        self._end_attempt(flight)
+
+    def _end_attempt(self, flight: Flight) -> None:
+        if flight.wire_id:
+            del self._attempts[flight.wire_id]
+            self._dispatcher.release(flight)
+            flight.wire_id = ""
+
+    def _forget(self, flight: Flight) -> None:
+        self._end_attempt(flight)
+        self._queue.remove(flight.request.request_id)
+        del self._flights[flight.request.request_id]

@@ -1,0 +1,1 @@
+"""Policies that pick the workers for a request."""

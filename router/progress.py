@@ -1,0 +1,110 @@
+"""One request on its way through the router: what the client has, and whether an output may follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from router.policies.policy import Route
+from router.retry import RetryHistory
+from workers.request import FinishReason, Output, Request
+
+
+class Mismatch(Enum):
+    """Why an output cannot follow the tokens that were delivered.
+
+    REPEAT: it brings nothing new. GAP: tokens before it are missing. UNCUTTABLE: it begins with delivered tokens, and
+    its text cannot be divided. CONFLICT: it says other tokens than those that the client has.
+    """
+
+    REPEAT = "repeat"
+    GAP = "gap"
+    UNCUTTABLE = "uncuttable"
+    CONFLICT = "conflict"
+
+
+@dataclass(slots=True)
+class Flight:
+    """A request that was accepted and has not ended. `delivered` are the output tokens the client has."""
+
+    request: Request
+    order: int
+    arrived_s: float
+    queued_s: float
+    hashes: list[int] = field(default_factory=list)
+    """Names of the prompt's full blocks."""
+    delivered: list[int] = field(default_factory=list)
+    is_started: bool = False
+    """The client has its first output."""
+    num_attempts: int = 0
+    wire_id: str = ""
+    """The running attempt's name on the wire; empty while the request waits for a worker."""
+    worker_id: str = ""
+    """Where the running attempt decodes, or the last one did."""
+    prefill_worker_id: str = ""
+    """Who was expected to compute the prompt."""
+    avoid_worker_id: str = ""
+    history: RetryHistory = field(default_factory=RetryHistory)
+
+    def begin_attempt(self, route: Route) -> None:
+        """Names the next attempt on the wire and remembers where it runs."""
+        self.num_attempts += 1
+        self.wire_id = f"{self.request.request_id}#{self.num_attempts}"
+        self.worker_id = route.decode
+        self.prefill_worker_id = route.prefill[0] if route.prefill else route.decode
+
+    def attempt_request(self) -> Request:
+        """The request for the wire: named after the attempt, with the delivered tokens to replay."""
+        request = self.request
+        return Request(
+            request_id=self.wire_id,
+            prompt_token_ids=request.prompt_token_ids,
+            params=request.params,
+            choice_index=request.choice_index,
+            replay_token_ids=tuple(self.delivered),
+            priority=request.priority,
+        )
+
+    def accept(self, output: Output) -> Output | Mismatch:
+        """Takes an output that follows what the client has, trimmed and named for the client; or says why not."""
+        skip = len(self.delivered) - output.position
+        if skip:
+            mismatch = _compare(self.delivered, output, skip)
+            if mismatch is not None:
+                return mismatch
+        position = len(self.delivered)
+        token_ids = output.token_ids[skip:]
+        self.delivered.extend(token_ids)
+        is_first, self.is_started = not self.is_started, True
+        return Output(
+            request_id=self.request.request_id,
+            position=position,
+            token_ids=token_ids,
+            text=output.text,
+            logprobs=output.logprobs[skip:] if skip else output.logprobs,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            refusal=output.refusal,
+            message=output.message,
+            cached_tokens=output.cached_tokens if is_first else 0,
+            prompt_logprobs=output.prompt_logprobs if is_first else None,
+            handoff=output.handoff if is_first else None,
+        )
+
+
+def _compare(delivered: Sequence[int], output: Output, skip: int) -> Mismatch | None:
+    """Judges an output whose first token is not the next one; None: its first `skip` tokens may be cut off."""
+    if skip < 0:
+        return Mismatch.GAP
+    repeated = output.token_ids[:skip]
+    if tuple(delivered[output.position : output.position + len(repeated)]) != repeated:
+        return Mismatch.CONFLICT
+    is_whole = skip >= len(output.token_ids)
+    if output.finish_reason is FinishReason.ERROR:
+        return Mismatch.REPEAT
+    if output.finish_reason is None and is_whole:
+        return Mismatch.REPEAT
+    if output.finish_reason is not None and skip > len(output.token_ids):
+        return Mismatch.CONFLICT
+    return Mismatch.UNCUTTABLE if output.text else None

@@ -1,0 +1,148 @@
+"""Serves the HTTP API of one router from a thread with its own event loop, so that it can live inside any process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+
+import uvicorn
+import uvloop
+
+from router.api.app import create_app
+from router.api.config import load_sampling_defaults
+from router.backend import RouterStatus
+from router.config import RouterConfig
+from router.driver import RouterDriver
+from workers.errors import InvalidConfig, Refusal, Refused
+from workers.request import SamplingParams
+from workers.status import WorkerAddress
+from workers.tokenizer import Tokenizer
+
+STATUS_TIMEOUT_S = 5.0
+
+
+class RouterServer:
+    """One router: HTTP in front, workers behind. `set_workers` and `status` may be called from any thread."""
+
+    def __init__(self, config: RouterConfig, router_id: str) -> None:
+        self._config = config
+        self._router_id = router_id
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._driver: RouterDriver | None = None
+        self._stop_asked: asyncio.Event | None = None
+
+    async def start(self) -> str:
+        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken."""
+        tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        if self._config.api.sampling_defaults == SamplingParams():
+            defaults = load_sampling_defaults(self._config.model)
+            self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
+        listener = bind(self._config.host, self._config.port)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(tokenizer, listener, started), name=f"router-{self._router_id}", daemon=True
+        )
+        self._thread.start()
+        await asyncio.wrap_future(started)
+        host, port = listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def set_workers(self, addresses: tuple[WorkerAddress, ...]) -> None:
+        """The cluster's members now are these. Takes effect soon after; a stopped router ignores it."""
+        loop, driver = self._loop, self._driver
+        if loop is not None and driver is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(driver.set_workers, addresses)
+
+    def status(self) -> RouterStatus:
+        """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run."""
+        loop, driver = self._loop, self._driver
+        if loop is None or driver is None:
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not run")
+        answer: Future[RouterStatus] = Future()
+        try:
+            loop.call_soon_threadsafe(lambda: answer.set_result(driver.status()))
+            return answer.result(STATUS_TIMEOUT_S)
+        except (RuntimeError, TimeoutError) as error:
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer") from error
+
+    async def stop(self) -> None:
+        """Ends every stream with a final error, closes every connection and waits for the thread."""
+        loop, thread, asked = self._loop, self._thread, self._stop_asked
+        self._loop = self._driver = self._thread = None
+        if loop is not None and asked is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(asked.set)
+        if thread is not None:
+            await asyncio.to_thread(thread.join)
+
+    def _run(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
+        """The thread."""
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve(tokenizer, listener, started))
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+                return
+            raise
+        finally:
+            listener.close()
+
+    async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
+        driver = RouterDriver(self._config, self._router_id)
+        await driver.start()
+        http = _HttpServer(
+            uvicorn.Config(
+                create_app(driver, tokenizer, self._config.api),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=max(1, round(self._config.shutdown_timeout_s)),
+            ),
+            on_started=lambda: started.set_result(None),
+        )
+        self._stop_asked = asyncio.Event()
+        self._loop, self._driver = asyncio.get_running_loop(), driver
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        asked = asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            await driver.stop()
+            http.should_exit = True
+            await serving
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, saying when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_started()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections send at once (TCP_NODELAY is inherited). Raises InvalidConfig."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise InvalidConfig(f"router.port {port} cannot be used on {host}: {error.strerror}; choose another") from error
+    return listener
