@@ -1,0 +1,1 @@
+"""Assembles routers and workers into a cluster with Ray; owns the CLI."""

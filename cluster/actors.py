@@ -1,0 +1,246 @@
+"""The Ray actors of a cluster: each holds one object, starts it, feeds it and keeps it registered. No token passes here."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, Protocol, TypeVar
+
+from cluster.config import StoreConfig
+from cluster.following import follow_members
+from cluster.membership import ROUTERS, Registration, Superseded
+from cluster.registration import Registrar, count_start
+from cluster.roles import desired_role
+from cluster.store.open import open_store
+from cluster.store.store import Store, StoreUnavailable
+from router.config import RouterConfig
+from workers.config import WorkerConfig
+from workers.status import Role, WorkerAddress, WorkerStatus
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRY_START_S = 5.0
+"""A start that failed is told to whoever waits in ready(), and after this long tried again in a new process."""
+
+
+class WorkerLike(Protocol):
+    """What a WorkerActor forwards to: workers.worker.Worker, or a stand-in in tests."""
+
+    async def start(self) -> WorkerAddress: ...
+
+    def status(self) -> WorkerStatus: ...
+
+    def set_role(self, role: Role) -> WorkerStatus: ...
+
+    async def stop(self) -> None: ...
+
+
+WorkerFactory = Callable[[WorkerConfig, str, int, Role, Callable[[Role, int], None]], WorkerLike]
+
+
+class _Actor(ABC):
+    """Starts its content from the constructor, because that is all that Ray runs again after a crash.
+
+    A content whose thread (its name starts with `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
+    """
+
+    vital_thread = ""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        threading.excepthook = self._on_thread_died
+        self._stopping = False
+        self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._life = asyncio.get_running_loop().create_task(self._live())
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def ready(self) -> str:
+        """Waits for the start; returns the address. Raises what the start raised."""
+        return await asyncio.shield(self._started)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def _live(self) -> None:
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            log.exception("%s failed", self._name)
+            if not self._started.done():
+                self._started.set_exception(error)
+                await asyncio.sleep(RETRY_START_S)
+            if isinstance(error, Superseded):
+                _leave_for_good()
+            elif not self._stopping:
+                os._exit(1)  # Ray starts the actor again, in a clean process
+
+    def _on_thread_died(self, args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else ""
+        log.critical("%s: thread %s died", self._name, name, exc_info=args.exc_value)
+        if name.startswith(self.vital_thread) and not self._stopping:
+            os._exit(1)
+
+    @abstractmethod
+    async def _run(self) -> None:
+        """Starts the content, tells `_started`, and runs for as long as the actor lives."""
+
+    async def _end(self, *steps: Awaitable[object]) -> None:
+        self._stopping = True
+        self._life.cancel()
+        for step in steps:
+            with suppress(Exception):
+                await step
+
+
+class WorkerActor(_Actor):
+    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role."""
+
+    vital_thread = "engine"
+
+    def __init__(
+        self,
+        worker_id: str,
+        config: WorkerConfig,
+        role: Role,
+        store: StoreConfig,
+        namespace: str,
+        factory: WorkerFactory | None = None,
+    ) -> None:
+        self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
+        self._factory = factory
+        self._worker: WorkerLike | None = None
+        self._registrar: Registrar | None = None
+        self._loop = asyncio.get_running_loop()
+        super().__init__(worker_id)
+
+    async def status(self) -> WorkerStatus:
+        """The worker's own account of itself."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.status()
+
+    async def set_role(self, role: Role) -> WorkerStatus:
+        """Switches the role from within the cluster; operators go through a router, which keeps the last of its kind."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.set_role(role)
+
+    async def stop(self) -> None:
+        """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
+        registrar, worker = self._registrar, self._worker
+        await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
+
+    async def _run(self) -> None:
+        make = await asyncio.to_thread(_import_worker) if self._factory is None else self._factory
+        store = open_store(self._store_config, self._namespace)
+        start_count = await _insist(lambda: count_start(store, self._name))
+        role = await _insist(lambda: desired_role(store, self._name, self._role))
+        worker = make(self._config, self._name, start_count, role, self._on_role_change)
+        self._worker = worker
+        address = await worker.start()
+        registrar = Registrar(
+            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s
+        )
+        self._registrar = registrar
+        await _insist(registrar.register)
+        self._started.set_result(address.target)
+        await registrar.run()
+
+    def _on_role_change(self, role: Role, generation: int) -> None:
+        """Called by the worker on a thread of its own."""
+        self._loop.call_soon_threadsafe(self._change_role, role, generation)
+
+    def _change_role(self, role: Role, generation: int) -> None:
+        if self._registrar is not None:
+            self._registrar.change_role(role, generation)
+
+
+class RouterActor(_Actor):
+    """One router, told of every change of membership. After a crash it is back on the same port."""
+
+    vital_thread = "router-"
+
+    def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
+        self._config, self._store_config, self._namespace = config, store, namespace
+        self._router: Any = None
+        self._store: Store | None = None
+        super().__init__(router_id)
+
+    async def status(self) -> Any:
+        """The router's RouterStatus."""
+        await self.ready()
+        return await asyncio.to_thread(self._router.status)
+
+    async def stop(self) -> None:
+        """Takes no more requests and ends the router; the process stays for Ray to end."""
+        router, store = self._router, self._store
+        await self._end(*([router.stop()] if router else []), *([store.delete(ROUTERS + self._name)] if store else []))
+
+    async def _run(self) -> None:
+        make = await asyncio.to_thread(_import_router)
+        self._store = open_store(self._store_config, self._namespace)
+        router = make(self._config, self._name)
+        self._router = router
+        url = await router.start()
+        self._started.set_result(url)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._announce(self._store, url))
+            tasks.create_task(self._follow(self._store, router))
+
+    async def _announce(self, store: Store, url: str) -> None:
+        """Keeps a lease with the router's URL, for those who look for one."""
+        version, ttl_s = 0, self._store_config.lease_ttl_s
+        while True:
+            with suppress(StoreUnavailable):
+                if not await store.renew(ROUTERS + self._name, version, ttl_s):
+                    version = await store.put(ROUTERS + self._name, url, ttl_s)
+            await asyncio.sleep(ttl_s / 3)
+
+    async def _follow(self, store: Store, router: Any) -> None:
+        """Feeds the router with the membership: after each change in the store, and when a grace period ends."""
+        async with aclosing(follow_members(store, grace_s=self._store_config.lease_ttl_s)) as changes:
+            async for workers in changes:
+                log.info("workers now: %s", workers)
+                router.set_workers(tuple(worker.address for worker in workers))
+
+
+async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Repeats what the store's absence defeats, for up to a minute; a starting cluster's Redis may be slower than we."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        try:
+            return await attempt()
+        except StoreUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(0.5)
+
+
+def _leave_for_good() -> None:
+    """Ends this actor without a restart, which would only push the newer one out in turn."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _import_worker() -> WorkerFactory:
+    """On a thread, as it loads torch: the actor answers meanwhile."""
+    factory: WorkerFactory = importlib.import_module("workers.worker").Worker
+    return factory
+
+
+def _import_router() -> Callable[[RouterConfig, str], Any]:
+    factory: Callable[[RouterConfig, str], Any] = importlib.import_module("router.server").RouterServer
+    return factory

@@ -1,0 +1,86 @@
+"""Flags that several subcommands share, and how they become settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workers.errors import InvalidConfig
+
+DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that starts something takes."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, JSON or TOML; flags win over it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="NAME=VALUE",
+        help="any setting, such as worker.max_num_seqs=32; may be repeated; `baton config-schema` lists them",
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder; default: models/ernie-4.5-tiny")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of weights and KV; default: float32")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per worker; default: 1")
+    parser.add_argument("--store", metavar="URL", help="memory (default) or redis://HOST:PORT/DB")
+
+
+def add_router_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen on; default: 127.0.0.1")
+    parser.add_argument("--port", type=int, help="HTTP port; default: 8000; 0: any free one")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        dest="api_keys",
+        metavar="KEY",
+        help="clients must send one of these; default: $BATON_API_KEY, else none is asked for",
+    )
+
+
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that talks to a running router takes."""
+    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
+    parser.add_argument("--api-key", metavar="KEY", help="default: $BATON_API_KEY")
+
+
+def client_target(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """URL, without a slash at its end, and API key ("": none)."""
+    url = args.url or environment.get("BATON_URL") or DEFAULT_URL
+    if not url.startswith(("http://", "https://")):
+        raise InvalidConfig(f"--url must start with http:// or https://; it is {url!r}")
+    return url.rstrip("/"), args.api_key or environment.get("BATON_API_KEY") or ""
+
+
+def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Dotted settings of the common flags; None for those not given."""
+    given = vars(args)
+    keys = given.get("api_keys") or ([environment["BATON_API_KEY"]] if environment.get("BATON_API_KEY") else None)
+    return {
+        "worker.model": args.model,
+        "worker.dtype": args.dtype,
+        "worker.num_threads": args.threads,
+        "store.url": args.store,
+        "router.host": given.get("host"),
+        "router.port": given.get("port"),
+        "router.api.api_keys": keys,
+        "pools.prefill": given.get("prefill"),
+        "pools.decode": given.get("decode"),
+        "pools.mixed": given.get("mixed"),
+        "ray.dashboard": given.get("dashboard"),
+        "ray.address": given.get("ray_address"),
+    }
+
+
+def find_default_model() -> str:
+    """The shipped checkpoint: in the current folder, else beside the installed packages. Raises InvalidConfig."""
+    places = (Path.cwd(), Path(__file__).resolve().parents[2])
+    for place in places:
+        if (place / DEFAULT_MODEL).is_dir():
+            return str(place / DEFAULT_MODEL)
+    raise InvalidConfig(f"there is no {DEFAULT_MODEL} here; give the path of a checkpoint folder with --model")

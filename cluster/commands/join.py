@@ -1,0 +1,112 @@
+"""`baton worker` and `baton router`: put one more actor of this host into a running Ray cluster, and stay with it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.progress import Progress
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+    from cluster.pools import Pools
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    worker = commands.add_parser(
+        "worker",
+        help="add a worker to a running Ray cluster",
+        description="Starts a worker on this host in a running Ray cluster; Ctrl-C removes it again.",
+    )
+    worker.add_argument("--role", choices=("prefill", "decode", "mixed"), default="mixed", help="default: mixed")
+    worker.add_argument("--name", required=True, help="such as decode-3; it comes back under this name after a crash")
+    worker.add_argument("--host", dest="worker_host", help="address for the others; default: this host's in Ray")
+    worker.set_defaults(run=run_worker)
+    router = commands.add_parser(
+        "router",
+        help="add a router to a running Ray cluster",
+        description="Starts a router on this host in a running Ray cluster; Ctrl-C removes it again.",
+    )
+    router.add_argument("--name", required=True, help="such as router-1")
+    add_router_flags(router)
+    router.set_defaults(run=run_router)
+    for parser in (worker, router):
+        parser.add_argument(
+            "--ray-address", default="auto", metavar="ADDRESS", help="auto (default: the Ray of this host) or HOST:PORT"
+        )
+        add_cluster_flags(parser)
+
+
+def run_worker(args: argparse.Namespace) -> int:
+    from cluster.commands.loading import config_from
+    from cluster.commands.signals import run_until_stopped
+    from cluster.preflight import check_model
+    from workers.status import Role
+
+    config = config_from(args)
+    check_model(config.worker.model)
+    if args.worker_host:
+        config = replace(config, worker=replace(config.worker, host=args.worker_host))
+    progress = Progress()
+
+    def create(pools: Pools) -> Any:
+        return pools.create_worker(args.name, Role(args.role))
+
+    return run_until_stopped(_attach(config, args.name, create, progress), "", progress)
+
+
+def run_router(args: argparse.Namespace) -> int:
+    from cluster.commands.loading import config_from
+    from cluster.commands.signals import run_until_stopped
+    from cluster.preflight import check_model, check_port
+
+    config = config_from(args)
+    check_model(config.router.model)
+    check_port(config.router.host, config.router.port, "--port")
+    progress = Progress()
+
+    def create(pools: Pools) -> Any:
+        return pools.create_router(args.name)
+
+    return run_until_stopped(_attach(config, args.name, create, progress), "", progress)
+
+
+async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progress) -> int:
+    """Creates the actor, shows what becomes of it until cancelled, then removes it."""
+    from cluster.commands.watching import tell_changes
+    from cluster.joining import join_ray
+    from cluster.launch import bounded, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.local import LOOPBACK
+    from cluster.pools import Pools
+    from cluster.preflight import check_store
+
+    await check_store(config.store)
+    with progress.step(f"joining Ray at {config.ray.address}"):
+        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace)
+        session = await bounded(joining, config.start_timeout_s, f"Ray at {config.ray.address} did not answer")
+    rearm_signals()
+    if config.worker.host == LOOPBACK:
+        config = replace(config, worker=replace(config.worker, host=session.node_ip))
+    pools = Pools(config, here=True)
+    actor = None
+    try:
+        if config.store.url == "memory":
+            controller = await asyncio.to_thread(pools.create_controller, True)
+            await bounded(controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
+        actor = await asyncio.to_thread(create, pools)
+        with progress.step(f"starting {name}"):
+            await wait_ready({name: actor}, config.start_timeout_s)
+        print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
+        with suppress(asyncio.CancelledError):
+            await tell_changes(config, progress, only=name)
+        return 0
+    finally:
+        if actor is not None:
+            with progress.step(f"removing {name}"):
+                await stop_actors([actor], config.stop_timeout_s)
+                await asyncio.to_thread(remove_actors, [actor])
+        await asyncio.to_thread(session.stop)

@@ -1,0 +1,82 @@
+"""`baton serve`: a whole cluster on this host (or in a running Ray), until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shlex
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.progress import Progress
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+    from cluster.launch import Cluster
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start workers and a router",
+        description="Starts prefill, decode and mixed workers and a router, and serves until Ctrl-C.",
+    )
+    parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers; default: 1")
+    parser.add_argument("--decode", type=int, metavar="N", help="decode workers; default: 1")
+    parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both; default: 0")
+    add_router_flags(parser)
+    parser.add_argument(
+        "--dashboard", action=argparse.BooleanOptionalAction, default=None, help="the Ray dashboard; default: on"
+    )
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="place the actors in a running Ray: auto or HOST:PORT")
+    add_cluster_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from cluster.commands.loading import config_from
+    from cluster.commands.signals import run_until_stopped
+    from cluster.local import make_folder
+
+    config = config_from(args)
+    progress = Progress()
+    folder = "" if config.ray.address else make_folder()
+
+    return run_until_stopped(_serve(config, progress, folder), folder, progress)
+
+
+async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
+    from cluster.commands.watching import tell_changes
+    from cluster.launch import launched
+
+    async with launched(config, progress, folder) as cluster:
+        print(banner(cluster), flush=True)
+        with suppress(asyncio.CancelledError):
+            await tell_changes(config, progress)
+    return 0
+
+
+def banner(cluster: Cluster) -> str:
+    """Where to go from here."""
+    config = cluster.config
+    url = cluster.url
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    keys = config.router.api.api_keys
+    headers = ["-H", "Content-Type: application/json"]
+    if keys:
+        headers += ["-H", f"Authorization: Bearer {keys[0]}"]
+    curl = shlex.join(["curl", f"{url}/v1/chat/completions", *headers, "-d", body])
+    pools = ", ".join(f"{name}" for name in cluster.workers)
+    lines = [
+        "",
+        f"Baton serves {config.worker.served_model_name or config.worker.model.rpartition('/')[2]}",
+        f"  API            {'  '.join(f'{each}/v1' for each in cluster.urls)}",
+        f"  workers        {pools}",
+    ]
+    if cluster.session.dashboard_url:
+        lines.append(f"  Ray dashboard  {cluster.session.dashboard_url}")
+    lines.append(f"  Ray            {cluster.session.address}")
+    lines += ["", f"  {curl}", "", "Ctrl-C stops it; a second one stops it at once.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""The settings of a whole cluster, and how a file and the command line become them; the environment is the CLI's alone."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config_reader import build, override
+from cluster.config_schema import json_schema
+from cluster.roles import check_roles
+from cluster.store.store import check_store_url
+from router.config import RouterConfig
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+from workers.status import Role
+
+MIN_OBJECT_STORE_BYTES = 75 * 2**20
+"""Ray refuses less."""
+MAX_WORKERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PoolsConfig:
+    """How many of each to start; worker `prefill-0` is the first of the prefill pool."""
+
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    routers: int = 1
+    """The first router listens on router.port, each further one on the next port."""
+
+    def __post_init__(self) -> None:
+        check_roles(self.prefill, self.decode, self.mixed)
+        if self.prefill + self.decode + self.mixed > MAX_WORKERS:
+            raise InvalidConfig(f"pools hold at most {MAX_WORKERS} workers together")
+        if not 1 <= self.routers <= 64:
+            raise InvalidConfig(f"pools.routers must be between 1 and 64; it is {self.routers}")
+
+    @property
+    def workers(self) -> tuple[tuple[str, Role], ...]:
+        """Id and role of every worker, prefill first."""
+        counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
+        return tuple((f"{role.value}-{at}", role) for role, count in counts for at in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where leases, desired roles and generations live."""
+
+    url: str = "memory"
+    """"memory": in the controller actor of this cluster; redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    cluster: str = "baton"
+    """Keyspace in Redis; two clusters on one Redis need two names."""
+    lease_ttl_s: float = 4.0
+    """A worker that has not renewed its lease for this long is taken out; it renews three times as often."""
+
+    def __post_init__(self) -> None:
+        check_store_url(self.url)
+        if not self.cluster or not set(self.cluster) <= set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+        ):
+            raise InvalidConfig(f"store.cluster takes letters, digits, '-', '_' and '.'; it is {self.cluster!r}")
+        if not 0.5 <= self.lease_ttl_s <= 300:
+            raise InvalidConfig(f"store.lease_ttl_s must be between 0.5 and 300; it is {self.lease_ttl_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """The Ray that places and supervises the actors. No token and no KV passes through it."""
+
+    address: str = ""
+    """Empty: start Ray on this host and stop it at the end; "auto" or HOST:PORT: join a running Ray."""
+    namespace: str = "baton"
+    """Actors of one cluster find each other by name in here; two clusters in one Ray need two namespaces."""
+    dashboard: bool = True
+    dashboard_port: int = 8265
+    """The next free port is taken when this one is in use."""
+    object_store_bytes: int = 80 * 2**20
+    """Shared memory for Ray's own objects; Baton puts none there. Ray needs at least 75 MiB."""
+    actor_cpus: float = 0.01
+    """CPU share that each actor reserves in Ray's book-keeping; small, so that a laptop holds a whole cluster."""
+    worker_gpus: float = 1.0
+    """GPUs that each worker reserves when worker.device is cuda; it sees no other. A fraction lets workers share one."""
+
+    def __post_init__(self) -> None:
+        if not self.namespace:
+            raise InvalidConfig("ray.namespace must not be empty")
+        if not 1 <= self.dashboard_port < 65536:
+            raise InvalidConfig(f"ray.dashboard_port must be a TCP port; it is {self.dashboard_port}")
+        if self.object_store_bytes < MIN_OBJECT_STORE_BYTES:
+            raise InvalidConfig(
+                f"ray.object_store_bytes must be at least {MIN_OBJECT_STORE_BYTES}; it is {self.object_store_bytes}"
+            )
+        if not 0 <= self.actor_cpus <= 1024:
+            raise InvalidConfig(f"ray.actor_cpus must be between 0 and 1024; it is {self.actor_cpus}")
+        if not 0 < self.worker_gpus <= 1:
+            raise InvalidConfig(f"ray.worker_gpus must be above 0 and at most 1; it is {self.worker_gpus}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Everything that `baton serve` starts."""
+
+    worker: WorkerConfig
+    router: RouterConfig
+    """Its model is the workers' unless it names its own copy."""
+    pools: PoolsConfig = field(default_factory=PoolsConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    start_timeout_s: float = 180.0
+    """Each step of the start must be done within this time."""
+    stop_timeout_s: float = 10.0
+    """Time for routers and workers to stop by themselves before their processes are ended."""
+
+    def __post_init__(self) -> None:
+        if self.start_timeout_s <= 0 or self.stop_timeout_s < 0:
+            raise InvalidConfig("start_timeout_s must be positive and stop_timeout_s must not be negative")
+
+    def router_at(self, at: int) -> RouterConfig:
+        """The settings of router number `at`: like the first, on a port of its own."""
+        return replace(self.router, port=self.router.port + at if self.router.port else 0)
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any], assignments: Iterable[str] = ()) -> ClusterConfig:
+    """The configuration from a file (YAML, JSON or TOML), the common flags over it and `a.b=c` texts over both.
+
+    `flags` maps dotted names to values; None stands for a flag that was not given. Raises InvalidConfig.
+    """
+    values = read_file(path) if path else {}
+    for name, value in flags.items():
+        if value is not None:
+            values = _lay(values, name.split("."), value)
+    values = override(values, assignments)
+    worker, router = values.get("worker"), values.get("router", {})
+    if isinstance(worker, Mapping) and isinstance(router, Mapping) and "model" in worker:
+        values["router"] = {"model": worker["model"], **router}
+    return build(ClusterConfig, values)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a configuration file; its suffix tells the format. Raises InvalidConfig."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = _read_yaml(text)
+        else:
+            raise InvalidConfig(f"the name of a configuration file ends in .yaml, .json or .toml; this is {path}")
+    except OSError as error:
+        raise InvalidConfig(f"cannot read the configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidConfig(f"cannot parse the configuration {path}: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InvalidConfig(f"the configuration {path} must be a mapping of settings")
+    return values
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of configuration files."""
+    written = json_schema(ClusterConfig, "Baton cluster configuration")
+    for part in ("worker", "router"):  # the model may come from a flag or be the shipped one
+        written["properties"][part].pop("required", None)
+    return written
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _lay(values: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    name, *rest = path
+    if not rest:
+        return {**values, name: value}
+    inner = values.get(name)
+    return {**values, name: _lay(inner if isinstance(inner, Mapping) else {}, rest, value)}

@@ -1,0 +1,61 @@
+"""The controller actor: owns the store of a cluster that has no Redis; knows nothing of workers and routers.
+
+When it dies its memory dies with it. Ray starts it again, its store has a new epoch, and every member registers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import aclosing
+
+from cluster.store.memory import MemoryStore
+from cluster.store.store import Entry, Snapshot
+
+CONTROLLER_NAME = "controller"
+
+
+class Controller:
+    """An async Ray actor; its methods are those of a Store, with `next_change` in place of `watch`."""
+
+    def __init__(self) -> None:
+        self._store = MemoryStore()
+
+    def __repr__(self) -> str:
+        return CONTROLLER_NAME
+
+    async def pid(self) -> int:
+        """The process id; answers once the actor runs."""
+        return os.getpid()
+
+    async def get(self, key: str) -> Entry | None:
+        return await self._store.get(key)
+
+    async def put(self, key: str, value: str, ttl_s: float | None = None) -> int:
+        return await self._store.put(key, value, ttl_s)
+
+    async def compare_and_set(self, key: str, version: int, value: str, ttl_s: float | None = None) -> int | None:
+        return await self._store.compare_and_set(key, version, value, ttl_s)
+
+    async def renew(self, key: str, version: int, ttl_s: float) -> bool:
+        return await self._store.renew(key, version, ttl_s)
+
+    async def delete(self, key: str, version: int | None = None) -> bool:
+        return await self._store.delete(key, version)
+
+    async def increment(self, key: str) -> int:
+        return await self._store.increment(key)
+
+    async def list(self, prefix: str) -> Snapshot:
+        return await self._store.list(prefix)
+
+    async def next_change(self, prefix: str, known: Snapshot | None, hold_s: float) -> Snapshot | None:
+        """The state under the prefix as soon as it differs from `known`; None when it does not for `hold_s`."""
+        try:
+            async with asyncio.timeout(hold_s), aclosing(self._store.watch(prefix)) as snapshots:
+                async for snapshot in snapshots:
+                    if snapshot != known:
+                        return snapshot
+        except TimeoutError:
+            pass
+        return None

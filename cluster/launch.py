@@ -1,0 +1,241 @@
+"""Brings a whole cluster up, step by step with a bound on each, and takes all of it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cluster.config import ClusterConfig
+from cluster.joining import join_ray
+from cluster.local import RaySession, end_local, make_folder, start_ray
+from cluster.preflight import check_memory, check_model, check_port, check_store
+from cluster.progress import Progress
+from workers.errors import BatonError, InvalidConfig
+
+T = TypeVar("T")
+
+
+class StartFailed(BatonError):
+    """A step of the start failed or hung; the message says which one and what to do."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A running cluster: where it is reached, and its actors by name."""
+
+    config: ClusterConfig
+    session: RaySession
+    controller: Any = None
+    """Held: Ray ends an actor that nobody holds."""
+    urls: tuple[str, ...] = ()
+    workers: dict[str, Any] = field(default_factory=dict)
+    routers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """The first router's URL."""
+        return self.urls[0]
+
+
+async def preflight(config: ClusterConfig) -> None:
+    """Refuses within a moment what cannot work. Raises InvalidConfig."""
+    check_model(config.worker.model)
+    if config.router.model != config.worker.model:
+        check_model(config.router.model)
+    for at in range(config.pools.routers):
+        router = config.router_at(at)
+        check_port(router.host, router.port, "--port")
+    check_memory(config)
+    await check_store(config.store)
+
+
+@asynccontextmanager
+async def launched(config: ClusterConfig, progress: Progress, folder: str = "") -> AsyncIterator[Cluster]:
+    """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, StartFailed.
+
+    A Ray that is started here keeps its files in `folder` (a new temporary one when empty).
+    """
+    await preflight(config)
+    folder = "" if config.ray.address else folder or make_folder()
+    cluster: Cluster | None = None
+    try:
+        session = await _connect(config, folder, progress)
+        rearm_signals()
+        if session.is_exposed:
+            progress.say(f"Ray listens on {session.node_ip}: whoever reaches this host could run code in it")
+        cluster = Cluster(config, session)
+        await _populate(cluster, progress)
+        yield cluster
+    finally:
+        # Once here, a further cancellation must not leave half of the processes behind.
+        await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
+
+
+async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
+    if config.ray.address:
+        with progress.step(f"joining Ray at {config.ray.address}"):
+            return await bounded(
+                asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace),
+                config.start_timeout_s,
+                f"Ray at {config.ray.address} did not answer",
+            )
+    num_actors = len(config.pools.workers) + config.pools.routers + 1
+    num_cpus = max(os.cpu_count() or 1, round(num_actors * config.ray.actor_cpus + 1))
+    with progress.step("starting Ray"):
+        return await bounded(
+            asyncio.to_thread(start_ray, config.ray, num_cpus, folder),
+            config.start_timeout_s,
+            "Ray did not start",
+        )
+
+
+def rearm_signals() -> None:
+    """Puts Python's signal handlers back: Ray's C++ part has laid its own over them, which print a stack and abort."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_DFL, signal.SIG_IGN):
+                signal.signal(number, handler)
+                signal.siginterrupt(number, False)
+
+
+async def _populate(cluster: Cluster, progress: Progress) -> None:
+    """Controller first, as every other actor needs the store; then workers and routers at the same time."""
+    from cluster.pools import Pools
+    from cluster.roles import forget_role
+    from cluster.store.open import open_store
+
+    config = cluster.config
+    pools = Pools(config)
+    if config.store.url == "memory":
+        with progress.step("starting the controller"):
+            cluster.controller = await asyncio.to_thread(pools.create_controller)
+            await bounded(cluster.controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
+    store = open_store(config.store, config.ray.namespace)
+    for name, _ in config.pools.workers:
+        await forget_role(store, name)  # a new cluster starts in its configured roles
+    await store.close()
+    for name, role in config.pools.workers:
+        cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
+    for at in range(config.pools.routers):
+        cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
+    with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
+        actors = {**cluster.workers, **cluster.routers}
+        await wait_ready(actors, config.start_timeout_s)
+        cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
+    with progress.step("connecting routers to workers"):
+        for url in cluster.urls:
+            await bounded(
+                _until_ready(url),
+                config.start_timeout_s,
+                f"the router at {url} found no workers",
+            )
+
+
+async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
+    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, StartFailed."""
+    waiting = {asyncio.ensure_future(_ready(name, actor)): name for name, actor in actors.items()}
+    try:
+        async with asyncio.timeout(timeout_s):
+            for done in asyncio.as_completed(waiting):
+                await done
+    except TimeoutError:
+        late = ", ".join(sorted(name for task, name in waiting.items() if not task.done()))
+        raise StartFailed(
+            f"{late} did not start within {timeout_s:g} s; is the machine too busy? (start_timeout_s sets the limit)"
+        ) from None
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _ready(name: str, actor: Any) -> None:
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        await actor.ready.remote()
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, InvalidConfig):
+            raise InvalidConfig(f"{name} cannot start: {cause}") from error
+        raise StartFailed(
+            f"{name} cannot start: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+        ) from error
+    except RayActorError as error:
+        raise StartFailed(
+            f"the process of {name} died while it started; was it out of memory? ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _reachable(url: str) -> str:
+    """A router that listens on every address is reached here at the loopback one."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+async def _until_ready(url: str) -> None:
+    """The router announces nothing to its outside, so its readiness is asked for, ten times a second."""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+        while True:
+            with suppress(httpx.TransportError):
+                if (await client.get(f"{url}/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+
+async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -> None:
+    """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
+    if cluster is not None:
+        timeout_s = cluster.config.stop_timeout_s
+        with progress.step("stopping routers and workers"):
+            for actors in (cluster.routers, cluster.workers):
+                await stop_actors(list(actors.values()), timeout_s)
+        if cluster.config.ray.address:
+            await asyncio.to_thread(remove_actors, [*cluster.routers.values(), *cluster.workers.values()])
+    with progress.step("stopping Ray"):
+        if cluster is not None:
+            left = await asyncio.to_thread(cluster.session.stop)
+        else:
+            left = await asyncio.to_thread(end_local, folder, 3.0) if folder else ()
+    if left:
+        progress.say(f"could not end these processes: {', '.join(str(process.pid) for process in left)}")
+
+
+async def stop_actors(actors: list[Any], timeout_s: float) -> None:
+    """Asks the actors to stop, all at once, and waits at most `timeout_s` for them."""
+    if actors:
+        stops = [asyncio.ensure_future(_stop(actor)) for actor in actors]
+        _, late = await asyncio.wait(stops, timeout=timeout_s)
+        for task in late:
+            task.cancel()
+
+
+async def _stop(actor: Any) -> None:
+    with suppress(Exception):  # an actor that is gone needs no stop
+        await actor.stop.remote()
+
+
+def remove_actors(actors: list[Any]) -> None:
+    """Ends the actors' processes for good."""
+    import ray
+
+    for actor in actors:
+        with suppress(Exception):
+            ray.kill(actor, no_restart=True)
+
+
+async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:
+    """Raises StartFailed with `what` when the work takes too long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise StartFailed(f"{what} within {timeout_s:g} s (start_timeout_s sets the limit)") from None

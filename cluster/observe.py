@@ -1,0 +1,69 @@
+"""Writes the state of a cluster for people: the table of `baton status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_HEADINGS = ("WORKER", "ROLE", "GENERATION", "STATE", "REQUESTS", "RUNNING", "WAITING", "BLOCKS USED", "FRAME AGE")
+
+
+def status_table(status: dict[str, Any]) -> str:
+    """The table from the JSON of GET /admin/status."""
+    rows = [_row(view) for view in status.get("workers", ())]
+    head = f"{status.get('router_id', 'router')}: {status['num_running']} running, {status['num_waiting']} waiting"
+    if not rows:
+        return f"{head}; no workers"
+    return f"{head}\n\n{table(_HEADINGS, rows)}"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    widths = [max(len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
+    numeric = [all(row[at][:1].isdigit() or row[at] == "-" for row in rows) for at in range(len(headings))]
+    lines = []
+    for row in (headings, *rows):
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Three digits that mean something: 850 µs, 12.3 ms, 4.2 s."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def size(num_bytes: float) -> str:
+    """512 B, 12.5 KiB, 3.0 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def _row(view: dict[str, Any]) -> tuple[str, ...]:
+    status = view["status"]
+    load = status["load"]
+    used = load["num_blocks"] - load["num_free_blocks"]
+    return (
+        status["worker_id"],
+        status["role"],
+        generation_text(status["generation"]),
+        "connected" if view["connected"] else "lost",
+        str(view["num_requests"]),
+        str(load["num_running"]),
+        str(load["num_waiting"]),
+        f"{used}/{load['num_blocks']}",
+        duration(view["frame_age_s"]),
+    )
+
+
+def generation_text(generation: int) -> str:
+    """Starts and switches, as they are packed: see docs/architecture.md, Generations."""
+    return f"{generation >> 16}.{generation & 0xFFFF}"

@@ -1,0 +1,126 @@
+"""Checks, before anything is started, what would otherwise fail minutes later and deep inside: model, ports, memory, Redis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cluster.config import ClusterConfig, StoreConfig
+from cluster.local import port_is_free
+from cluster.store.store import StoreUnavailable
+from workers.config import WorkerConfig
+from workers.errors import InvalidConfig
+
+PROCESS_BYTES = 400 * 2**20
+"""Python with torch, before any weight."""
+RAY_BYTES = 700 * 2**20
+"""Ray with its dashboard on one host."""
+_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def check_model(path: str) -> None:
+    """Raises InvalidConfig unless `path` is a folder with a checkpoint that a worker could load."""
+    folder = Path(path)
+    if not folder.is_dir():
+        hint = "that is a file" if folder.exists() else "there is no such folder"
+        raise InvalidConfig(
+            f"cannot find the model {path!r}: {hint}; give the path of a checkpoint folder with --model"
+        )
+    if not (folder / "config.json").is_file():
+        raise InvalidConfig(
+            f"the model folder {path!r} has no config.json; give a Hugging Face style checkpoint folder"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"the model's config.json in {path!r} cannot be read: {error}") from error
+    if "ernie" not in str(config.get("model_type", "")).lower():
+        raise InvalidConfig(f"the model in {path!r} is of type {config.get('model_type')!r}; Baton serves ERNIE 4.5")
+    if not any(folder.glob("*.safetensors")):
+        raise InvalidConfig(f"the model folder {path!r} has no .safetensors file; is its download complete?")
+
+
+def check_port(host: str, port: int, setting: str) -> None:
+    """Raises InvalidConfig when nobody could listen there."""
+    try:
+        free = port == 0 or port_is_free(host, port)
+    except OSError as error:
+        raise InvalidConfig(
+            f"{host!r} is not an address of this machine ({error.strerror or error}); choose another --host"
+        ) from error
+    if not free:
+        raise InvalidConfig(f"port {port} on {host} is in use; stop what listens there or choose another ({setting})")
+
+
+def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> None:
+    """Raises InvalidConfig when the workers of this host would not fit into its memory."""
+    available = available_memory() if available_bytes is None else available_bytes
+    if available is None:
+        return
+    count = len(config.pools.workers)
+    each = PROCESS_BYTES + weight_bytes(config.worker) + config.worker.kv_memory_bytes
+    needed = count * each + RAY_BYTES + config.ray.object_store_bytes
+    if needed > available:
+        raise InvalidConfig(
+            f"{count} workers need about {_gib(needed)} of memory and {_gib(available)} is free; "
+            "start fewer (--prefill, --decode, --mixed), use --dtype bfloat16, or a smaller worker.kv_memory_bytes"
+        )
+
+
+async def check_store(config: StoreConfig) -> None:
+    """Raises InvalidConfig when the configured Redis does not answer."""
+    if config.url == "memory":
+        return
+    from cluster.store.redis_store import RedisStore
+
+    store = RedisStore(config.url, config.cluster)
+    try:
+        await store.check()
+    except StoreUnavailable as error:
+        raise InvalidConfig(f"{error}; start it, or correct --store") from error
+    finally:
+        await store.close()
+
+
+def weight_bytes(config: WorkerConfig) -> int:
+    """The size of the weights in memory, from the files' headers and the configured dtype."""
+    size = 4 if config.dtype == "float32" else 2
+    return sum(_elements(file) for file in Path(config.model).glob("*.safetensors")) * size
+
+
+def available_memory() -> int | None:
+    """Bytes that could be used now, by the kernel's account and the container's limit; None when unknown."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return min(found, default=None)
+
+
+def _elements(file: Path) -> int:
+    """Number of weights in a safetensors file: 8 bytes of header length, a JSON header, data."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"{str(file)!r} is no safetensors file: {error}; is the download complete?") from error
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    return sum(
+        (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // _TYPE_BYTES.get(tensor["dtype"], 2)
+        for tensor in tensors
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

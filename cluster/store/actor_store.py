@@ -1,0 +1,76 @@
+"""ActorStore: a MemoryStore that lives in the controller actor, reached over Ray; used when there is no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray.exceptions import RayError
+
+from cluster.store.store import Entry, Snapshot, StoreUnavailable, check_entry
+
+WATCH_HOLD_S = 30.0
+"""The controller answers a watch at the next change, or after this long to show that it lives."""
+
+
+class ActorStore:
+    """A thin client: every method is one call of the same name on the controller (see cluster.controller)."""
+
+    def __init__(self, controller: Any, timeout_s: float = 5.0) -> None:
+        self._controller = controller
+        self._timeout_s = timeout_s
+
+    async def get(self, key: str) -> Entry | None:
+        check_entry(key)
+        entry: Entry | None = await self._call("get", key)
+        return entry
+
+    async def put(self, key: str, value: str, ttl_s: float | None = None) -> int:
+        check_entry(key, value, ttl_s)
+        return int(await self._call("put", key, value, ttl_s))
+
+    async def compare_and_set(self, key: str, version: int, value: str, ttl_s: float | None = None) -> int | None:
+        check_entry(key, value, ttl_s)
+        written: int | None = await self._call("compare_and_set", key, version, value, ttl_s)
+        return written
+
+    async def renew(self, key: str, version: int, ttl_s: float) -> bool:
+        check_entry(key, ttl_s=ttl_s)
+        return bool(await self._call("renew", key, version, ttl_s))
+
+    async def delete(self, key: str, version: int | None = None) -> bool:
+        check_entry(key)
+        return bool(await self._call("delete", key, version))
+
+    async def increment(self, key: str) -> int:
+        check_entry(key)
+        return int(await self._call("increment", key))
+
+    async def list(self, prefix: str) -> Snapshot:
+        snapshot: Snapshot = await self._call("list", prefix)
+        return snapshot
+
+    async def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
+        known: Snapshot | None = None
+        while True:
+            try:
+                changed: Snapshot | None = await self._call("next_change", prefix, known, WATCH_HOLD_S)
+            except StoreUnavailable:
+                await asyncio.sleep(0.5)
+                continue
+            if changed is not None:
+                known = changed
+                yield changed
+
+    async def close(self) -> None:
+        """The controller keeps the store: others use it."""
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        timeout_s = self._timeout_s + (WATCH_HOLD_S if method == "next_change" else 0.0)
+        try:
+            return await asyncio.wait_for(getattr(self._controller, method).remote(*arguments), timeout_s)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"the controller did not answer {method} within {timeout_s:g} s") from error
+        except RayError as error:
+            raise StoreUnavailable(f"the controller is not there: {error}") from error

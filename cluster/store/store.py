@@ -1,0 +1,94 @@
+"""The store's contract: a small key-value space with leases, compare-and-set, counters and a watch; knows nothing of what is kept in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.errors import BatonError, InvalidConfig
+
+MAX_KEY_BYTES = 512
+MAX_VALUE_BYTES = 64 * 1024
+ABSENT = 0
+"""The version of a key that does not exist, for compare_and_set."""
+
+
+class StoreUnavailable(BatonError):
+    """The world's fault: the store did not answer. What it held may be there again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key with its value. `version` is new with every write to the store, never reused, and positive."""
+
+    key: str
+    value: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All entries under a prefix at one instant, by key.
+
+    `epoch` names the store's life: it changes when a store comes back empty, so "everything is gone" can be told from
+    "everybody left".
+    """
+
+    epoch: str
+    entries: tuple[Entry, ...]
+
+
+class Store(Protocol):
+    """What must outlive a process. Every method may raise StoreUnavailable; nothing a token waits for calls one."""
+
+    async def get(self, key: str) -> Entry | None: ...
+
+    async def put(self, key: str, value: str, ttl_s: float | None = None) -> int:
+        """Writes and returns the new version. With `ttl_s` the entry is a lease: gone unless renewed; without, it stays."""
+        ...
+
+    async def compare_and_set(self, key: str, version: int, value: str, ttl_s: float | None = None) -> int | None:
+        """Writes if the entry still has `version` (ABSENT: if there is none) and returns the new version, else None."""
+        ...
+
+    async def renew(self, key: str, version: int, ttl_s: float) -> bool:
+        """Prolongs a lease without a new version or a wake-up of watchers; False when another write or expiry came between."""
+        ...
+
+    async def delete(self, key: str, version: int | None = None) -> bool:
+        """Removes the entry (with `version`: only that one); False when there was nothing to remove."""
+        ...
+
+    async def increment(self, key: str) -> int:
+        """Adds one to a counter, which starts at 0 and reads back as decimal text; returns the new count."""
+        ...
+
+    async def list(self, prefix: str) -> Snapshot: ...
+
+    def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
+        """Yields the state under a prefix now and after each change; quick changes may come as one.
+
+        Outages are waited out: the state is yielded again once the store answers. Never ends by itself; `aclose` it.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+def check_entry(key: str, value: str = "", ttl_s: float | None = None) -> None:
+    """Refuses what no store keeps. Raises ValueError: keys and values come from our own code."""
+    if not key or len(key.encode()) > MAX_KEY_BYTES or "\x00" in key:
+        raise ValueError(f"a store key has 1 to {MAX_KEY_BYTES} bytes; this one is {key[:80]!r}")
+    if len(value.encode()) > MAX_VALUE_BYTES:
+        raise ValueError(f"the value of {key!r} exceeds {MAX_VALUE_BYTES} bytes")
+    if ttl_s is not None and ttl_s <= 0:
+        raise ValueError(f"the lease of {key!r} must last longer than 0 s; it is {ttl_s}")
+
+
+def check_store_url(url: str) -> None:
+    """Raises InvalidConfig unless `url` is "memory" or names a Redis."""
+    if url != "memory" and not url.startswith(("redis://", "rediss://", "unix://")):
+        raise InvalidConfig(
+            f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it is {url!r}"
+        )
