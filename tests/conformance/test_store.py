@@ -1,0 +1,213 @@
+"""What every Store promises, run against the one in memory, the one in an actor and a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+
+from cluster.store.memory import MemoryStore
+from cluster.store.redis_store import RedisStore
+from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Store, StoreUnavailable
+
+BOUND_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    store: Store
+    if request.param == "memory":
+        store = MemoryStore()
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        store = RedisStore(server.url, cluster=uuid.uuid4().hex)
+    yield store
+    await store.close()
+
+
+async def test_a_value_reads_back_until_it_is_deleted(store: Store) -> None:
+    version = await store.put("workers/a", "one")
+    entry = await store.get("workers/a")
+    assert entry is not None and (entry.key, entry.value, entry.version) == ("workers/a", "one", version)
+    assert await store.delete("workers/a")
+    assert await store.get("workers/a") is None
+    assert not await store.delete("workers/a")
+
+
+async def test_text_of_any_script_survives(store: Store) -> None:
+    await store.put("keys/Клавиша 🔑", '{"名": "文心"}\n')
+    entry = await store.get("keys/Клавиша 🔑")
+    assert entry is not None and entry.value == '{"名": "文心"}\n'
+
+
+async def test_versions_rise_with_every_write_and_survive_a_delete(store: Store) -> None:
+    first = await store.put("a", "1")
+    second = await store.put("a", "1")
+    await store.delete("a")
+    third = await store.put("a", "1")
+    assert ABSENT < first < second < third
+
+
+async def test_compare_and_set_lets_one_of_many_writers_win(store: Store) -> None:
+    attempts = await asyncio.gather(*(store.compare_and_set("owner", ABSENT, str(n)) for n in range(10)))
+    (winner,) = [n for n, version in enumerate(attempts) if version is not None]
+    entry = await store.get("owner")
+    assert entry is not None and entry.value == str(winner)
+    assert await store.compare_and_set("owner", entry.version + 1000, "late") is None
+    assert await store.compare_and_set("owner", entry.version, "next") is not None
+    assert await store.compare_and_set("owner", entry.version, "stale") is None
+
+
+async def test_a_delete_that_names_a_version_spares_a_newer_one(store: Store) -> None:
+    old = await store.put("lease", "old")
+    await store.put("lease", "new")
+    assert not await store.delete("lease", old)
+    entry = await store.get("lease")
+    assert entry is not None and entry.value == "new"
+
+
+async def test_no_count_is_given_twice(store: Store) -> None:
+    counts = await asyncio.gather(*(store.increment("starts/decode-0") for _ in range(20)))
+    assert sorted(counts) == list(range(1, 21))
+    entry = await store.get("starts/decode-0")
+    assert entry is not None and entry.value == "20"
+
+
+async def test_a_counter_goes_on_from_a_written_value(store: Store) -> None:
+    await store.put("starts/decode-0", "7")
+    assert await store.increment("starts/decode-0") == 8
+
+
+async def test_list_shows_what_is_under_a_prefix_in_order(store: Store) -> None:
+    for key in ("workers/b", "workers/a", "workersmith", "routers/a", "worker"):
+        await store.put(key, key.upper())
+    snapshot = await store.list("workers/")
+    assert [(entry.key, entry.value) for entry in snapshot.entries] == [
+        ("workers/a", "WORKERS/A"),
+        ("workers/b", "WORKERS/B"),
+    ]
+    assert len((await store.list("")).entries) == 5
+    assert (await store.list("nothing/")).entries == ()
+
+
+async def test_a_lease_ends_and_a_renewed_one_does_not(store: Store) -> None:
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        kept = await store.put("workers/kept", "x", ttl_s=0.2)
+        await store.put("workers/gone", "x", ttl_s=0.2)
+        assert await store.renew("workers/kept", kept, ttl_s=60.0)
+        async for snapshot in snapshots:
+            if [entry.key for entry in snapshot.entries] == ["workers/kept"]:
+                break
+    assert await store.get("workers/gone") is None
+    assert await store.get("workers/kept") is not None
+
+
+async def test_a_plain_put_takes_the_time_limit_off(store: Store) -> None:
+    await store.put("workers/a", "x", ttl_s=0.05)
+    await store.put("workers/a", "y")
+    await store.put("workers/b", "x", ttl_s=0.05)
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        async for snapshot in snapshots:
+            if [entry.key for entry in snapshot.entries] == ["workers/a"]:
+                return
+
+
+async def test_only_the_holder_renews_a_lease(store: Store) -> None:
+    old = await store.put("workers/a", "generation 1", ttl_s=30.0)
+    new = await store.put("workers/a", "generation 2", ttl_s=30.0)
+    assert not await store.renew("workers/a", old, ttl_s=30.0)
+    assert await store.renew("workers/a", new, ttl_s=30.0)
+    assert not await store.renew("workers/b", ABSENT, ttl_s=30.0)
+
+
+async def test_a_watch_shows_the_present_then_each_change_under_its_prefix(store: Store) -> None:
+    await store.put("roles/a", "decode")
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("roles/")) as snapshots:
+        seen = [await anext(snapshots)]
+        for change in (
+            store.put("roles/b", "prefill"),
+            store.put("roles/a", "mixed"),
+            store.delete("roles/b"),
+        ):
+            upcoming = asyncio.ensure_future(anext(snapshots))
+            await store.put("elsewhere/a", "ignored")
+            await change
+            seen.append(await upcoming)
+    assert [{entry.key[-1]: entry.value for entry in snapshot.entries} for snapshot in seen] == [
+        {"a": "decode"},
+        {"a": "decode", "b": "prefill"},
+        {"a": "mixed", "b": "prefill"},
+        {"a": "mixed"},
+    ]
+    assert len({snapshot.epoch for snapshot in seen}) == 1
+
+
+async def test_two_watchers_see_the_same_change(store: Store) -> None:
+    async with asyncio.timeout(BOUND_S):
+        async with contextlib.aclosing(store.watch("a/")) as first, contextlib.aclosing(store.watch("a/")) as second:
+            await asyncio.gather(anext(first), anext(second))
+            upcoming = asyncio.gather(anext(first), anext(second))
+            await store.put("a/1", "x")
+            left, right = await upcoming
+    assert left == right and left.entries[0].value == "x"
+
+
+async def test_oversized_and_nameless_entries_are_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="exceeds"):
+        await store.put("a", "x" * (MAX_VALUE_BYTES + 1))
+    with pytest.raises(ValueError, match="store key"):
+        await store.put("", "x")
+    with pytest.raises(ValueError, match="longer than 0"):
+        await store.put("a", "x", ttl_s=0.0)
+
+
+async def test_clusters_in_one_redis_do_not_see_each_other(redis_server: RedisServer) -> None:
+    one, other = RedisStore(redis_server.url, "one"), RedisStore(redis_server.url, "other")
+    await one.put("a", "x")
+    assert await other.get("a") is None
+    assert (await other.list("")).entries == ()
+    await one.close()
+    await other.close()
+
+
+async def test_an_unreachable_redis_is_named_without_its_password() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        port = taken.getsockname()[1]
+        store = RedisStore(f"redis://user:hunter2@127.0.0.1:{port}/0", "c")
+        with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{port}/0 does not answer") as caught:
+            await store.check()
+        assert "hunter2" not in str(caught.value)
+        await store.close()
+
+
+async def test_a_watch_outlives_a_restart_of_redis_and_tells_of_the_new_epoch(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    store = RedisStore(server.url, "c")
+    try:
+        async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+            await store.put("workers/a", "x", ttl_s=60.0)
+            before = await anext(snapshots)
+            assert len(before.entries) == 1
+            server.stop()
+            server.start()
+            after = await anext(snapshots)
+            assert after.entries == () and after.epoch != before.epoch
+    finally:
+        await store.close()
+        server.stop()

@@ -1,0 +1,76 @@
+"""Fixtures of the end-to-end tests: one cluster for all of them, and the golden tokens of one process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from cluster_process import MODEL, ClusterProcess
+
+NUM_REQUESTS = 200
+NUM_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One of the mixed requests, in the terms of the completions API, and the tokens it must give."""
+
+    body: dict[str, Any]
+    golden: list[int]
+    text: str
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[ClusterProcess]:
+    """Two prefill and two decode workers behind a router, with pools too small to cache what the tests repeat."""
+    running = ClusterProcess(
+        "--prefill",
+        "2",
+        "--decode",
+        "2",
+        "--no-dashboard",
+        "--set",
+        "worker.kv_memory_bytes=50000000",
+        "--set",
+        "worker.transfer_timeout_s=5",
+    )
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def jobs() -> list[Job]:
+    """200 requests of 1 to 3,000 prompt tokens, greedy and seeded, some sharing prefixes, run by one engine in this process."""
+    import torch
+
+    from cluster.llm import LLM, SamplingParams
+
+    torch.set_num_threads(1)
+    rng = random.Random(2026)
+    llm = LLM(str(MODEL), kv_memory_bytes=400_000_000)
+    prompts, params, bodies = [], [], []
+    shared = [rng.randrange(300, 1400) for _ in range(3000)]
+    for index in range(NUM_REQUESTS):
+        length = (1, 2, 63, 64, 65, 128, 3000)[index] if index < 7 else round(3000 ** rng.random())
+        start = rng.choice([0, 0, length // 2, length])
+        prompt = shared[:start] + [rng.randrange(300, 1400) for _ in range(length - start)]
+        max_tokens = rng.randrange(1, 49)
+        sampling: dict[str, Any] = {"temperature": 0.0} if index % 2 else {"temperature": 0.9, "top_p": 0.95}
+        if index % 6 == 0:
+            sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
+        seed = rng.randrange(2**31)
+        prompts.append(prompt)
+        params.append(SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **sampling))
+        bodies.append(
+            {"model": MODEL.name, "prompt": prompt, "max_tokens": max_tokens, "seed": seed}
+            | sampling
+            | {"extra_body": {"ignore_eos": True, "return_token_ids": True, "trace": True, "top_k": 0, "min_p": 0.0}}
+        )
+    generations = llm.generate(prompts, params, progress=False)
+    return [
+        Job(body, generation.outputs[0].token_ids, generation.outputs[0].text)
+        for body, generation in zip(bodies, generations, strict=True)
+    ]

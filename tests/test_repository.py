@@ -1,0 +1,134 @@
+"""Promises that the repository makes about itself: direction of imports, generated stubs, names."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("workers", "router", "cluster")
+GENERATED = ROOT / "workers" / "pb"
+
+
+def sources(*rooms: str) -> list[Path]:
+    return [p for room in rooms for p in sorted((ROOT / room).rglob("*.py")) if GENERATED not in p.parents]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [("workers", {"router", "cluster", "ray", "redis", "fastapi"}), ("router", {"cluster", "ray", "redis", "torch"})],
+)
+def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
+    offenders = {str(p.relative_to(ROOT)): bad for p in sources(room) if (bad := imported(p) & forbidden)}
+    assert not offenders
+
+
+def test_tensors_stay_in_the_model_room() -> None:
+    allowed = {ROOT / "workers" / "model", ROOT / "workers" / "sampling"}
+    offenders = [p for p in sources("workers") if "torch" in imported(p) and not allowed & set(p.parents)]
+    assert not offenders
+
+
+def test_protobuf_is_known_only_at_the_edge() -> None:
+    edge = {
+        "wire.py", "wire_handoff.py", "server.py", "grpc_client.py", "peers.py", "worker.py", "transfers.py",
+        "handoff_source.py", "handoff_target.py",
+    }  # fmt: skip
+    offenders = [
+        str(path.relative_to(ROOT))
+        for path in sources(*ROOMS)
+        if "workers.pb" in path.read_text() and not (path.parent == ROOT / "workers" and path.name in edge)
+    ]
+    assert not offenders
+
+
+PURE = (
+    "workers/scheduler",
+    "workers/kv_cache",
+    "workers/kv_transfer/source.py",
+    "workers/kv_transfer/target.py",
+    "router/core.py",
+    "router/admission.py",
+    "router/retry.py",
+    "router/prefix_index.py",
+    "router/policies",
+    "cluster/membership.py",
+    "cluster/roles.py",
+)
+
+
+def test_decisions_are_pure() -> None:
+    effects = {"asyncio", "threading", "torch", "ray", "grpc", "redis", "time", "socket", "random"}
+    paths = [
+        p for name in PURE for p in ([ROOT / name] if name.endswith(".py") else sorted((ROOT / name).rglob("*.py")))
+    ]
+    assert len(paths) > len(PURE)
+    offenders = {str(p.relative_to(ROOT)): bad for p in paths if (bad := imported(p) & effects)}
+    assert not offenders
+
+
+def test_generated_stubs_match_the_protos(tmp_path: Path) -> None:
+    protos = sorted(str(p.relative_to(ROOT / "proto")) for p in (ROOT / "proto").rglob("*.proto"))
+    assert protos
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs, *protos], check=True, cwd=ROOT
+    )
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.py*"))
+    assert made
+    for path in made:
+        assert (tmp_path / path).read_text() == (ROOT / path).read_text(), f"{path}: run `make protos`"
+
+
+def test_init_files_hold_a_docstring_only() -> None:
+    for path in sources(*ROOMS):
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            assert len(body) == 1 and ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_every_file_says_what_it_does() -> None:
+    silent = [
+        str(p.relative_to(ROOT))
+        for p in [*sources(*ROOMS), *sorted((ROOT / "bench").glob("*.py")), *sorted((ROOT / "models").glob("*.py"))]
+        if not ast.get_docstring(ast.parse(p.read_text()))
+    ]
+    assert not silent
+
+
+def test_no_module_shadows_the_standard_library_or_a_dependency() -> None:
+    installed = set(importlib.metadata.packages_distributions()) - {"cluster", "router", "workers"}
+    taken = set(sys.stdlib_module_names) | installed
+    # Ray and scripts put a file's own folder on sys.path; inside a package that matters for top-level folders only.
+    tops = [*(ROOT / "bench").glob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    tops += [p for room in ROOMS for p in (ROOT / room).glob("*.py")]
+    offenders = [str(p.relative_to(ROOT)) for p in tops if p.stem in taken and p.stem != "__init__"]
+    assert not offenders
+
+
+def test_tracked_files_name_no_private_path() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    here, home = str(ROOT) + "/", str(Path.home()) + "/"
+    offenders = []
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".json", ".yaml", ".proto", ""}:
+            text = path.read_text(errors="ignore")
+            offenders += [name for prefix in (here, home) if prefix in text]
+    assert not offenders

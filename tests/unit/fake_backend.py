@@ -1,0 +1,234 @@
+"""A Backend without workers: it plays scripted outputs, refuses on demand and records what was submitted and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import openai
+import uvicorn
+
+from router.api.app import create_app
+from router.api.config import ApiConfig
+from router.backend import RouterStatus, WorkerView
+from workers.errors import InvalidRequest
+from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
+from workers.status import Load, ModelInfo, Role, WorkerStatus
+from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+
+CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
+MODEL = ModelInfo("ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16)
+WORDS = (" the", " is", " a", "é", "你", "好", "\n", "7", " day")
+"""What the fake says; several of these are tokens that end inside a character."""
+
+
+class Hang:
+    """A step that does not come: the stream waits until it is closed, or until a test releases it, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_released = False
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def release(self) -> None:
+        with self._lock:
+            self._is_released = True
+            for loop, event in self._waiting:
+                loop.call_soon_threadsafe(event.set)
+
+    async def wait(self) -> None:
+        event = asyncio.Event()
+        with self._lock:
+            if self._is_released:
+                return
+            self._waiting.append((asyncio.get_running_loop(), event))
+        await event.wait()
+
+
+Step = Output | Exception | Hang
+Script = Callable[["FakeBackend", Request], list[Step]]
+
+
+def draw_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
+    """Tokens that depend on prompt, seed and choice alone, as the engine's do; ends inside a character now and then."""
+    ids = [token_id for word in WORDS for token_id in tokenizer.encode(word)]
+    key = f"{request.prompt_token_ids} {request.params.seed} {request.choice_index}".encode()
+    digest = hashlib.shake_256(key).digest(request.params.max_tokens)
+    return [ids[byte % len(ids)] for byte in digest]
+
+
+def speak(backend: FakeBackend, request: Request) -> list[Step]:
+    """One output per token up to max_tokens, with whatever the request's params ask for."""
+    return say(backend, request, draw_tokens(backend.tokenizer, request))
+
+
+def say(backend: FakeBackend, request: Request, token_ids: list[int]) -> list[Step]:
+    """Outputs that say exactly these tokens."""
+    params = request.params
+    detokenizer = IncrementalDetokenizer(backend.tokenizer, request.prompt_token_ids[-4:], params.skip_special_tokens)
+    outputs: list[Output] = []
+    for position, token_id in enumerate(token_ids):
+        is_last = position == len(token_ids) - 1
+        text = detokenizer.push(token_id) + (detokenizer.flush() if is_last else "")
+        scores = () if params.logprobs is None else (score(token_id, params.logprobs),)
+        reason = FinishReason.LENGTH if is_last else None
+        outputs.append(Output(request.request_id, position, (token_id,), text, scores, reason))
+    prompt_logprobs = None
+    if params.prompt_logprobs is not None:
+        scored = [score(token_id, params.prompt_logprobs) for token_id in request.prompt_token_ids[1:]]
+        prompt_logprobs = (None, *scored)
+    report = HandoffReport("prefill-0", "decode-0", "shm", kv_bytes=4096, transfer_s=0.25, prefill_s=0.5)
+    outputs[0] = replace(
+        outputs[0], cached_tokens=backend.cached_tokens, prompt_logprobs=prompt_logprobs, handoff=report
+    )
+    return list(outputs)
+
+
+def score(token_id: int, num_top: int) -> TokenLogprob:
+    """The best alternative is token 300; the last one has no probability at all."""
+    top = [(300 + place, -0.5 - place) for place in range(num_top)]
+    if num_top > 1:
+        top[-1] = (top[-1][0], float("-inf"))
+    return TokenLogprob(token_id, -1.25, tuple(top))
+
+
+class FakeStream:
+    """Plays one script. Once closed, or after the last step, it is over."""
+
+    def __init__(self, backend: FakeBackend, request: Request, steps: list[Step]) -> None:
+        self._backend = backend
+        self._request = request
+        self._steps = iter(steps)
+        self._is_over = False
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self
+
+    async def __anext__(self) -> Output:
+        await asyncio.sleep(0)
+        for step in self._steps:
+            if isinstance(step, Hang):
+                await step.wait()
+                continue
+            if isinstance(step, Exception):
+                self._is_over = True
+                raise step
+            self._is_over = step.finish_reason is not None
+            return step
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._backend.note_cancelled(self._request.request_id)
+
+
+class FakeBackend:
+    """`script` makes the steps of each request; `refusals` maps the number of a submission to what it raises."""
+
+    def __init__(self, tokenizer: Tokenizer, script: Script = speak) -> None:
+        self.tokenizer = tokenizer
+        self.script = script
+        self.model: ModelInfo | None = MODEL
+        self.ready = True
+        self.cached_tokens = 0
+        self.refusals: dict[int, Exception] = {}
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self._changed = threading.Condition()
+        self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
+
+    def reset(self, script: Script = speak) -> None:
+        """As new; the server that runs over this backend stays."""
+        self.__init__(self.tokenizer, script)  # type: ignore[misc]
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def submit(self, request: Request) -> FakeStream:
+        with self._changed:
+            refusal = self.refusals.get(len(self.requests))
+            if refusal is not None:
+                raise refusal
+            self.requests.append(request)
+            self._changed.notify_all()
+        return FakeStream(self, request, self.script(self, request))
+
+    def note_cancelled(self, request_id: str) -> None:
+        with self._changed:
+            self.cancelled.append(request_id)
+            self._changed.notify_all()
+
+    def wait_until(self, promise: Callable[[FakeBackend], bool]) -> bool:
+        """Called from a test's thread: True once the promise holds, False when it never does."""
+        with self._changed:
+            return self._changed.wait_for(lambda: promise(self), timeout=30)
+
+    def status(self) -> RouterStatus:
+        views = tuple(WorkerView(self._worker(name), True, 0.0, 0) for name in self.roles)
+        return RouterStatus("router-0", views, num_waiting=2, num_running=1, counters=(("retries", 4.0),))
+
+    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+        others = [self.roles[name] for name in self.roles if name != worker_id]
+        if not force and not any(other.can_decode for other in (*others, role)):
+            raise InvalidRequest("no worker could decode afterwards", "role")
+        self.roles[worker_id] = role
+        return self._worker(worker_id)
+
+    def _worker(self, name: str) -> WorkerStatus:
+        load = Load(num_free_blocks=7, num_blocks=9)
+        return WorkerStatus(name, 65536, self.roles[name], MODEL, load, counters=(("preemptions", 3.0),))
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = threading.Event()
+
+    async def startup(self, sockets: object = None) -> None:
+        await super().startup(sockets=None)
+        self.listening.set()
+
+
+@contextmanager
+def serve(backend: FakeBackend, config: ApiConfig | None = None) -> Iterator[str]:
+    """A real HTTP server on a free port of this host, in a thread; the value is its URL."""
+    app = create_app(backend, backend.tokenizer, config or ApiConfig())
+    server = _Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert server.listening.wait(30), "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """A served FakeBackend and two clients of it: openai's own, and plain HTTP for what that one hides."""
+
+    backend: FakeBackend
+    url: str
+    client: openai.OpenAI
+    http: httpx.Client
+
+
+@contextmanager
+def open_api(config: ApiConfig | None = None, key: str = "any") -> Iterator[Api]:
+    """Serves the tiny checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
+    backend = FakeBackend(Tokenizer.load(CHECKPOINT))
+    headers = {"authorization": f"Bearer {key}"}
+    with (
+        serve(backend, config) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client,
+        httpx.Client(base_url=url, headers=headers, timeout=30) as http,
+    ):
+        yield Api(backend, url, client, http)

@@ -1,0 +1,171 @@
+"""When a client goes away, nothing that it asked for runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fake_backend import MODEL, Api, FakeBackend, Hang, Step, open_api, speak
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.api.generation import Generation
+from workers.request import Output, Request, SamplingParams
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Api]:
+    with open_api() as api:
+        yield api
+
+
+@pytest.fixture
+def api(served: Api) -> Api:
+    served.backend.reset()
+    return served
+
+
+def stall(after: int) -> Any:
+    def script(backend: FakeBackend, request: Request) -> list[Step]:
+        steps = speak(backend, request)
+        return [*steps[:after], Hang(), *steps[after:]]
+
+    return script
+
+
+def post(api: Api, path: str, body: dict[str, Any]) -> socket.socket:
+    """A connection that has sent its request and not read the answer."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection((urlsplit(api.url).hostname, urlsplit(api.url).port), timeout=30)
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def everything_was_cancelled(backend: FakeBackend) -> bool:
+    return sorted(backend.cancelled) == sorted(request.request_id for request in backend.requests)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels_all_choices_of_all_prompts(api: Api, stream: bool, after: int) -> None:
+    api.backend.script = stall(after)
+    body = {"prompt": ["a", "b"], "n": 3, "stream": stream}
+    with closing(post(api, "/v1/completions", body)):
+        assert api.backend.wait_until(lambda backend: len(backend.requests) == 6)
+        assert not api.backend.cancelled
+    assert api.backend.wait_until(everything_was_cancelled)
+
+
+def test_closing_an_openai_stream_cancels_its_request(api: Api) -> None:
+    api.backend.script = stall(3)
+    stream = api.client.chat.completions.create(model=MODEL.name, messages=MESSAGES, stream=True, n=2)
+    next(iter(stream))
+    stream.close()
+    assert api.backend.wait_until(lambda backend: len(backend.cancelled) == 2)
+
+
+def test_a_choice_that_had_ended_is_not_cancelled(api: Api) -> None:
+    def script(backend: FakeBackend, request: Request) -> list[Step]:
+        return speak(backend, request) if request.choice_index == 0 else stall(1)(backend, request)
+
+    api.backend.script = script
+    with closing(post(api, "/v1/completions", {"prompt": "a", "n": 2, "stream": True})) as connection:
+        received = b""
+        while b'"finish_reason":"length"' not in received:
+            received += connection.recv(4096)
+    assert api.backend.wait_until(lambda backend: bool(backend.cancelled))
+    assert api.backend.cancelled == [api.backend.requests[1].request_id]
+
+
+def test_a_client_that_stops_reading_stops_the_reading_of_its_streams_and_leaving_frees_them(api: Api) -> None:
+    """The text is larger than all buffers between, so the end is never read."""
+    sent = 0
+
+    def script(backend: FakeBackend, request: Request) -> Any:
+        def steps() -> Iterator[Step]:
+            nonlocal sent
+            for position in range(100_000):
+                sent = position
+                yield Output(request.request_id, position, (300,), "x" * 10_000)
+
+        return steps()
+
+    api.backend.script = script
+    with closing(post(api, "/v1/completions", {"prompt": "a", "stream": True})) as connection:
+        assert connection.recv(100)
+        assert api.backend.wait_until(lambda backend: len(backend.requests) == 1)
+    assert api.backend.wait_until(everything_was_cancelled)
+    assert sent < 99_999
+
+
+def test_answers_that_are_read_to_the_end_cancel_nothing_and_count_as_answered() -> None:
+    with open_api() as api:
+        for stream in (False, True):
+            for path in ("/v1/completions", "/v1/chat/completions"):
+                body = {"prompt": "a", "messages": MESSAGES, "stream": stream, "n": 2}
+                assert api.http.post(path, json=body).status_code == 200
+        assert api.backend.cancelled == []
+        families = text_string_to_metric_families(api.http.get("/metrics").text)
+        counted = [sample for each in families if each.name == "baton_requests" for sample in each.samples]
+        statuses = {sample.labels["status"] for sample in counted if sample.name == "baton_requests_total"}
+        assert statuses == {"200"}
+
+
+def test_a_client_that_goes_away_is_counted_as_such() -> None:
+    with open_api() as api:
+        api.backend.script = stall(1)
+        with closing(post(api, "/v1/completions", {"prompt": "a"})):
+            assert api.backend.wait_until(lambda backend: len(backend.requests) == 1)
+        assert api.backend.wait_until(everything_was_cancelled)
+        gone = 'baton_requests_total{endpoint="/v1/completions",refusal="client_disconnected",status="499"} 1.0'
+        assert any(gone in api.http.get("/metrics").text for _ in range(1000))
+
+
+class GeneratorStream:
+    """An output stream that is an async generator inside, as a backend may well have it."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._outputs = self._run()
+
+    async def _run(self) -> AsyncIterator[Output]:
+        try:
+            yield Output("r", 0, (5,), "a")
+            await asyncio.Event().wait()
+        finally:
+            self.is_closed = True
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self._outputs
+
+    async def aclose(self) -> None:
+        await self._outputs.aclose()  # type: ignore[attr-defined]
+
+
+async def test_streams_made_of_generators_are_closed_while_they_are_being_read() -> None:
+    stream = GeneratorStream()
+    generation = Generation([stream], max_pending=4, heartbeat_s=None)
+    assert [output.text for _, output in await generation.next_batch()] == ["a"]
+    await generation.aclose()
+    assert stream.is_closed
+
+
+async def test_closing_goes_on_when_the_closer_is_cancelled(api: Api) -> None:
+    request = Request("r", (5,), SamplingParams(seed=1))
+    api.backend.script = stall(0)
+    generation = await Generation.open(api.backend, (request,), max_pending=4)
+    closer = asyncio.create_task(generation.aclose())
+    await asyncio.sleep(0)
+    closer.cancel()
+    await asyncio.gather(closer, return_exceptions=True)
+    while not api.backend.cancelled:
+        await asyncio.sleep(0)
+    assert api.backend.cancelled == ["r"]

@@ -1,0 +1,211 @@
+"""The endpoints beside generation, who may call them, and what the metrics and the trace tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from fake_backend import MODEL, Api, open_api
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.api.config import ApiConfig
+from workers.errors import InvalidConfig, Refusal, Refused
+from workers.status import Role
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Api]:
+    with open_api() as api:
+        yield api
+
+
+@pytest.fixture
+def api(served: Api) -> Api:
+    served.backend.reset()
+    return served
+
+
+def metrics(api: Api) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    families = text_string_to_metric_families(api.http.get("/metrics").text)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value for each in families for sample in each.samples
+    }
+
+
+def test_the_served_model_is_listed_with_the_length_of_its_context(api: Api) -> None:
+    (model,) = api.client.models.list().data
+    assert model.id == MODEL.name and model.max_model_len == MODEL.max_model_len
+    assert api.client.models.retrieve(MODEL.name) == model
+    with pytest.raises(openai.NotFoundError):
+        api.client.models.retrieve("other/model")
+
+
+def test_no_model_is_listed_before_a_worker_has_reported(api: Api) -> None:
+    api.backend.model = None
+    assert api.client.models.list().data == []
+
+
+def test_alive_does_not_mean_ready(api: Api) -> None:
+    api.backend.ready = False
+    assert api.http.get("/health").status_code == 200
+    response = api.http.get("/ready")
+    assert response.status_code == 503 and response.json()["error"]["code"] == "no_workers"
+    api.backend.ready = True
+    assert api.http.get("/ready").status_code == 200
+
+
+def test_the_version_is_told(api: Api) -> None:
+    assert api.http.get("/version").json()["version"]
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(api: Api) -> None:
+    answer = api.http.post("/tokenize", json={"prompt": "a day é", "return_token_strs": True}).json()
+    assert answer["tokens"] == api.backend.tokenizer.encode("a day é")
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == MODEL.max_model_len
+    assert api.http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "a day é"}
+
+
+def test_tokenize_renders_conversations(api: Api) -> None:
+    answer = api.http.post("/tokenize", json={"messages": MESSAGES}).json()
+    assert tuple(answer["tokens"]) == tuple(api.backend.tokenizer.apply_chat_template(MESSAGES))
+
+
+def test_tokenize_wants_either_a_prompt_or_messages_and_detokenize_known_ids(api: Api) -> None:
+    for path, body in (
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": MESSAGES}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [MODEL.vocab_size]}),
+        ("/detokenize", {"tokens": "x"}),
+    ):
+        assert api.http.post(path, json=body).status_code == 400
+
+
+def test_an_operator_sees_the_routers_whole_state(api: Api) -> None:
+    status = api.http.get("/admin/status").json()
+    assert status["router_id"] == "router-0" and status["num_waiting"] == 2 and status["counters"] == {"retries": 4}
+    worker = status["workers"][0]
+    assert worker["connected"] is True and worker["status"]["role"] == "prefill"
+    assert worker["status"]["load"]["num_free_blocks"] == 7 and worker["status"]["counters"] == {"preemptions": 3}
+
+
+def test_an_operator_switches_a_role_and_gets_the_worker_as_it_is_then(api: Api) -> None:
+    response = api.http.post("/admin/workers/prefill-0/role", json={"role": "mixed"})
+    assert response.status_code == 200 and response.json()["role"] == "mixed"
+    assert api.backend.roles["prefill-0"] is Role.MIXED
+
+
+def test_a_switch_that_leaves_nobody_to_decode_is_400_unless_forced(api: Api) -> None:
+    path = "/admin/workers/decode-0/role"
+    assert api.http.post(path, json={"role": "prefill"}).status_code == 400
+    assert api.backend.roles["decode-0"] is Role.DECODE
+    assert api.http.post(path, json={"role": "prefill", "force": True}).status_code == 200
+
+
+def test_a_switch_of_an_unknown_worker_is_404_and_to_an_unknown_role_400(api: Api) -> None:
+    assert api.http.post("/admin/workers/nobody/role", json={"role": "mixed"}).status_code == 404
+    response = api.http.post("/admin/workers/decode-0/role", json={"role": "boss"})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "role"
+
+
+def test_without_the_right_key_everything_but_health_is_401() -> None:
+    with open_api(ApiConfig(api_keys=("alpha", "beta")), key="beta") as api:
+        assert api.client.models.list().data
+        assert api.http.get("/admin/status").status_code == 200
+        for key in ("gamma", "alphabeta", "alph"):
+            headers = {"authorization": f"Bearer {key}"}
+            for path in ("/v1/models", "/admin/status", "/nothing", "/tokenize"):
+                response = api.http.get(path, headers=headers)
+                assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+                assert response.headers["x-request-id"] and response.headers["x-should-retry"] == "false"
+            for path in ("/health", "/ready", "/version", "/metrics"):
+                assert api.http.get(path, headers=headers).status_code == 200
+        assert api.http.get("/v1/models", headers={"authorization": "Basic beta"}).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            api.client.with_options(api_key="gamma").completions.create(model=MODEL.name, prompt="Hi")
+        assert not api.backend.requests
+
+
+def test_admin_keys_keep_users_out_of_admin() -> None:
+    with open_api(ApiConfig(api_keys=("user",), admin_keys=("root",)), key="user") as api:
+        assert api.http.get("/v1/models").status_code == 200
+        assert api.http.get("/admin/status").status_code == 401
+        assert api.http.get("/admin/status", headers={"authorization": "Bearer root"}).status_code == 200
+
+
+def test_metrics_count_requests_by_status_and_reason(api: Api) -> None:
+    def count(status: str, refusal: str) -> float:
+        labels = {"endpoint": "/v1/completions", "status": status, "refusal": refusal}
+        return metrics(api).get(("baton_requests_total", frozenset(labels.items())), 0.0)
+
+    before = count("200", ""), count("429", "queue_full"), count("400", "invalid_request")
+    api.http.post("/v1/completions", json={"prompt": "Hi"})
+    api.http.post("/v1/completions", json={"prompt": "Hi", "stream": True})
+    api.backend.refusals = {2: Refused(Refusal.QUEUE_FULL, "full")}
+    api.http.post("/v1/completions", json={"prompt": "Hi"})
+    api.http.post("/v1/completions", json={"prompt": []})
+    after = count("200", ""), count("429", "queue_full"), count("400", "invalid_request")
+    assert [new - old for new, old in zip(after, before, strict=True)] == [2, 1, 1]
+
+
+def test_metrics_tell_tokens_latencies_and_handoffs() -> None:
+    with open_api() as api:
+        api.backend.cached_tokens = 1
+        api.client.completions.create(model=MODEL.name, prompt="a day", n=2, max_tokens=5)
+        told = {name: value for (name, labels), value in metrics(api).items() if not labels}
+        assert told["baton_prompt_tokens_total"] == 2 and told["baton_cached_prompt_tokens_total"] == 1
+        assert told["baton_generation_tokens_total"] == 10 and told["baton_num_requests_running"] == 0
+        assert told["baton_time_to_first_token_seconds_count"] == 2
+        assert told["baton_inter_token_latency_seconds_count"] == 8
+        assert told["baton_e2e_request_latency_seconds_count"] == 1
+        assert told["baton_num_requests_waiting"] == 2 and told["baton_router_retries_total"] == 4
+        shm = frozenset({("transport", "shm")})
+        assert metrics(api)["baton_kv_handoff_bytes_total", shm] == 8192
+        assert metrics(api)["baton_kv_handoff_seconds_sum", shm] == 0.5
+        decode = frozenset({("worker_id", "decode-0")})
+        assert metrics(api)["baton_worker_num_free_blocks", decode] == 7
+        assert metrics(api)["baton_worker_preemptions_total", decode] == 3
+
+
+def test_unknown_paths_do_not_become_metric_labels(api: Api) -> None:
+    api.http.get("/made/up")
+    endpoints = {dict(labels).get("endpoint") for _, labels in metrics(api)}
+    assert "other" in endpoints and "/made/up" not in endpoints
+
+
+def test_a_trace_tells_where_each_choice_ran_and_how_long_it_took(api: Api) -> None:
+    ask: dict[str, Any] = {"model": MODEL.name, "messages": MESSAGES, "max_tokens": 8, "extra_body": {"trace": True}}
+    trace = api.client.chat.completions.create(n=2, **ask).baton
+    assert trace["choices"][1] == {
+        "index": 1,
+        "prefill_worker": "prefill-0",
+        "decode_worker": "decode-0",
+        "transport": "shm",
+        "kv_bytes": 4096,
+        "transfer_s": 0.25,
+        "prefill_s": 0.5,
+        "attempts": 1,
+        "cached_tokens": 0,
+    }
+    assert 0 < trace["ttft_s"] <= trace["total_s"] and trace["tpot_s"] >= 0
+    chunks = list(api.client.chat.completions.create(stream=True, **ask))
+    assert chunks[-1].baton["choices"][0]["decode_worker"] == "decode-0" and chunks[-1].choices[0].finish_reason
+    assert not any(hasattr(chunk, "baton") for chunk in chunks[:-1])
+    chunks = list(api.client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **ask))
+    assert chunks[-1].baton and chunks[-1].choices == [] and not hasattr(chunks[-2], "baton")
+
+
+def test_without_being_asked_no_trace_is_told(api: Api) -> None:
+    assert not hasattr(api.client.chat.completions.create(model=MODEL.name, messages=MESSAGES), "baton")
+
+
+def test_settings_that_cannot_work_are_refused_by_name() -> None:
+    for name, value in (("max_n", 0), ("heartbeat_s", 0.0), ("api_keys", ("",)), ("max_body_bytes", 1)):
+        with pytest.raises(InvalidConfig, match=name):
+            dataclasses.replace(ApiConfig(), **{name: value})

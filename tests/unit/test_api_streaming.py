@@ -1,0 +1,169 @@
+"""A stream says exactly what the whole answer says, piece by piece, and ends properly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_backend import MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
+
+from router.api.config import ApiConfig
+from workers.request import Request
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Api]:
+    with open_api(ApiConfig(max_pending_outputs=2)) as api:
+        yield api
+
+
+@pytest.fixture
+def api(served: Api) -> Api:
+    served.backend.reset()
+    return served
+
+
+def stream_chat(api: Api, **fields: Any) -> list[Any]:
+    return list(api.client.chat.completions.create(messages=MESSAGES, stream=True, **{**SAMPLED, **fields}))
+
+
+def texts(chunks: list[Any], n: int) -> list[str]:
+    said = [""] * n
+    for chunk in chunks:
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content if hasattr(choice, "delta") else choice.text
+    return said
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_streamed_chat_text_joins_to_the_whole_answer(api: Api, n: int) -> None:
+    whole = api.client.chat.completions.create(messages=MESSAGES, n=n, **SAMPLED)
+    assert texts(stream_chat(api, n=n), n) == [choice.message.content for choice in whole.choices]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_streamed_completion_text_joins_to_the_whole_answer(api: Api, echo: bool) -> None:
+    asked: dict[str, Any] = {**SAMPLED, "prompt": ["one", "two"], "n": 2, "echo": echo}
+    whole = api.client.completions.create(**asked)
+    assert texts(list(api.client.completions.create(**asked, stream=True)), 4) == [
+        choice.text for choice in whole.choices
+    ]
+
+
+def test_the_first_chat_chunk_of_each_choice_names_the_assistant_and_no_other_does(api: Api) -> None:
+    roles: dict[int, list[str | None]] = {0: [], 1: []}
+    for chunk in stream_chat(api, n=2):
+        for choice in chunk.choices:
+            roles[choice.index].append(choice.delta.role)
+    for said in roles.values():
+        assert said[0] == "assistant" and set(said[1:]) == {None}
+
+
+def test_each_choice_has_one_finish_reason_and_nothing_after_it(api: Api) -> None:
+    for chunks in (
+        stream_chat(api, n=3),
+        list(api.client.completions.create(prompt="Hi", n=3, stream=True, **SAMPLED)),
+    ):
+        finished: list[int] = []
+        for chunk in chunks:
+            for choice in chunk.choices:
+                assert choice.index not in finished
+                finished += [choice.index] if choice.finish_reason else []
+        assert sorted(finished) == [0, 1, 2]
+
+
+def test_the_finishing_chunk_carries_text_too(api: Api) -> None:
+    api.backend.script = lambda backend, request: say(backend, request, backend.tokenizer.encode(" the day"))
+    last = stream_chat(api)[-1].choices[0]
+    assert last.finish_reason == "length" and last.delta.content == " day"
+
+
+def test_include_usage_adds_one_last_chunk_without_choices_and_others_have_null(api: Api) -> None:
+    chunks = stream_chat(api, stream_options={"include_usage": True})
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert all(chunk.choices for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    usage = chunks[-1].usage
+    assert usage.completion_tokens == 40 and usage.total_tokens == usage.prompt_tokens + 40
+    whole = api.client.chat.completions.create(messages=MESSAGES, **SAMPLED)
+    assert whole.usage == usage
+
+
+def test_usage_null_is_written_out_with_include_usage_and_absent_without(api: Api) -> None:
+    body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+    asked = api.http.post("/v1/chat/completions", json=body | {"stream_options": {"include_usage": True}}).text
+    plain = api.http.post("/v1/chat/completions", json=body).text
+    assert '"usage":null' in asked.split("\n\n")[0] and '"usage"' not in plain
+
+
+def test_continuous_usage_grows_strictly_up_to_the_exact_count(api: Api) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = stream_chat(api, n=2, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts[:-1] == sorted(set(counts[:-1])) and counts[-1] == counts[-2] == 80
+    assert all(
+        chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens for chunk in chunks
+    )
+
+
+def test_a_stream_ends_with_done_and_is_one_event_per_paragraph(api: Api) -> None:
+    text = api.http.post("/v1/completions", json={**SAMPLED, "prompt": "Hi", "stream": True}).text
+    *chunks, done, rest = text.split("\n\n")
+    assert done == "data: [DONE]" and rest == ""
+    assert {json.loads(chunk.removeprefix("data: "))["object"] for chunk in chunks} == {"text_completion"}
+
+
+def test_characters_that_some_clients_take_for_line_ends_are_escaped(api: Api) -> None:
+    said = "a\u2028b\u2029c\x85d\r\ne"
+    api.backend.script = lambda backend, request: say(backend, request, backend.tokenizer.encode(said))
+    body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+    raw = api.http.post("/v1/chat/completions", json=body).text
+    assert all(line == "" or line.startswith("data: ") for line in raw.splitlines())
+    assert texts(stream_chat(api), 1) == [said]
+
+
+def test_chunks_share_one_id_and_the_served_models_name(api: Api) -> None:
+    chunks = stream_chat(api, n=2)
+    assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].id.startswith("chatcmpl-")
+    assert {(chunk.model, chunk.object) for chunk in chunks} == {(MODEL.name, "chat.completion.chunk")}
+
+
+def test_the_choices_of_a_stream_are_read_side_by_side(api: Api) -> None:
+    """Choice 0 waits for ever until choice 1, which comes after it, has been sent whole."""
+    hang = Hang()
+
+    def script(backend: FakeBackend, request: Request) -> list[Step]:
+        steps = speak(backend, request)
+        return [steps[0], hang, *steps[1:]] if request.choice_index == 0 else steps
+
+    api.backend.script = script
+    finished = []
+    for chunk in api.client.chat.completions.create(messages=MESSAGES, stream=True, n=2, **SAMPLED):
+        for choice in chunk.choices:
+            if choice.finish_reason:
+                finished.append(choice.index)
+                if choice.index == 1:
+                    hang.release()
+    assert finished == [1, 0]
+
+
+def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
+    hang = Hang()
+    with open_api(ApiConfig(heartbeat_s=0.01)) as api:
+        api.backend.script = lambda backend, request: [hang, *speak(backend, request)]
+        body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+        with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert [next(lines), next(lines), next(lines)] == [": heartbeat", "", ": heartbeat"]
+            hang.release()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        hang = Hang()
+        api.backend.script = lambda backend, request: [hang, *speak(backend, request)]
+        chunks = api.client.chat.completions.create(messages=MESSAGES, stream=True, **SAMPLED)
+        hang.release()
+        assert texts(list(chunks), 1)[0]

@@ -1,0 +1,95 @@
+"""Who belongs to the cluster: registrations, leases that end, generations, a store that comes back empty."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.commands.watching import describe
+from cluster.membership import Membership, Registration, Tick
+from cluster.store.store import Entry, Snapshot
+from workers.status import Role, WorkerAddress
+
+
+def worker(worker_id: str, generation: int = 1 << 16, role: Role = Role.DECODE, port: int = 1) -> Registration:
+    return Registration(WorkerAddress(worker_id, generation, f"127.0.0.1:{port}"), role)
+
+
+def state(*workers: Registration, epoch: str = "first") -> Snapshot:
+    return Snapshot(epoch, tuple(Entry(w.key, w.encode(), at + 1) for at, w in enumerate(workers)))
+
+
+def test_a_registration_reads_back() -> None:
+    assert Registration.decode(worker("decode-0").encode()) == worker("decode-0")
+
+
+@given(st.text() | st.sampled_from(["{}", "[]", '{"worker_id": "a", "generation": "x"}', "null", '"a"']))
+def test_a_strangers_entry_is_no_worker_and_no_error(text: str) -> None:
+    membership = Membership(grace_s=4.0)
+    assert membership.handle(Snapshot("first", (Entry("workers/x", text, 1),)), 0.0) is None
+    assert membership.workers == ()
+
+
+def test_a_registration_under_another_workers_key_does_not_count() -> None:
+    membership = Membership(grace_s=4.0)
+    membership.handle(Snapshot("first", (Entry("workers/a", worker("b").encode(), 1),)), 0.0)
+    assert membership.workers == ()
+
+
+def test_members_come_and_go_with_their_leases() -> None:
+    membership = Membership(grace_s=4.0)
+    a, b = worker("a"), worker("b")
+    assert membership.handle(state(b, a), 0.0) == (a.address, b.address)
+    assert membership.handle(state(b, a), 1.0) is None, "no change, nothing to tell"
+    assert membership.handle(state(b), 2.0) == (b.address,)
+    assert membership.deadline is None
+
+
+def test_a_new_start_takes_the_place_of_the_dead_one_at_once() -> None:
+    membership = Membership(grace_s=4.0)
+    membership.handle(state(worker("a", 1 << 16)), 0.0)
+    back = worker("a", 2 << 16, port=2)
+    assert membership.handle(state(back), 1.0) == (back.address,)
+
+
+def test_an_emptied_store_removes_nobody_who_registers_again_in_time() -> None:
+    membership = Membership(grace_s=4.0)
+    a, b = worker("a"), worker("b")
+    membership.handle(state(a, b), 0.0)
+    assert membership.handle(state(epoch="second"), 10.0) is None
+    assert membership.deadline == 14.0
+    assert membership.handle(state(a, epoch="second"), 11.0) is None
+    assert membership.handle(Tick(), 13.9) is None
+    assert membership.handle(Tick(), 14.0) == (a.address,), "b did not come back"
+    assert membership.deadline is None
+
+
+def test_the_grace_ends_early_when_all_are_back() -> None:
+    membership = Membership(grace_s=4.0)
+    a = worker("a")
+    membership.handle(state(a), 0.0)
+    membership.handle(state(epoch="second"), 1.0)
+    membership.handle(state(a, epoch="second"), 2.0)
+    assert membership.deadline is None
+    assert membership.handle(state(epoch="second"), 3.0) == (), "from here an ended lease counts again"
+
+
+def test_a_second_loss_within_the_grace_keeps_both_groups() -> None:
+    membership = Membership(grace_s=4.0)
+    a, b = worker("a"), worker("b")
+    membership.handle(state(a, b), 0.0)
+    membership.handle(state(a, epoch="second"), 1.0)
+    assert membership.handle(state(epoch="third"), 2.0) is None
+    assert membership.addresses == (a.address, b.address)
+    assert membership.handle(Tick(), 6.0) == ()
+
+
+def test_the_operator_is_told_what_became_of_a_worker() -> None:
+    before = worker("a", 1 << 16, Role.DECODE)
+    assert describe("a", before, before) == ""
+    assert describe("a", before, None) == "a is gone"
+    assert describe("a", None, before) == "a is there: decode, generation 1.0"
+    assert describe("a", before, worker("a", (1 << 16) + 1, Role.MIXED)) == (
+        "a switched from decode to mixed, generation 1.1"
+    )
+    assert describe("a", before, worker("a", 2 << 16)) == "a was started again: decode, generation 2.0"

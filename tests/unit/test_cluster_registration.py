@@ -1,0 +1,145 @@
+"""A worker's entries in the store: lease, start count and desired role, through switches, rivals and a store that forgets."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from cluster.following import follow_members
+from cluster.membership import Registration, Superseded
+from cluster.registration import Registrar, count_start
+from cluster.roles import check_roles, desired_role, forget_role, resolve_role
+from cluster.store.memory import MemoryStore
+from workers.errors import InvalidConfig
+from workers.status import Role, WorkerAddress
+
+BOUND_S = 10.0
+LONG_S = 60.0
+
+
+async def start(
+    store: MemoryStore, worker_id: str = "decode-0", role: Role = Role.DECODE, ttl_s: float = LONG_S
+) -> Registrar:
+    """What a WorkerActor does at its start."""
+    count = await count_start(store, worker_id)
+    wanted = await desired_role(store, worker_id, role)
+    address = WorkerAddress(worker_id, count << 16, f"127.0.0.1:{count}")
+    return Registrar(store, Registration(address, wanted), role, count, ttl_s)
+
+
+async def registered(store: MemoryStore) -> list[Registration | None]:
+    return [Registration.decode(entry.value) for entry in (await store.list("workers/")).entries]
+
+
+async def test_each_start_registers_with_a_higher_generation() -> None:
+    store = MemoryStore()
+    first = await start(store)
+    await first.register()
+    second = await start(store)
+    await second.register()
+    assert await registered(store) == [second.registration]
+    assert second.registration.address.generation > first.registration.address.generation
+
+
+async def test_an_older_start_can_neither_register_nor_keep_nor_remove_the_newer_ones_lease() -> None:
+    store = MemoryStore()
+    old = await start(store, ttl_s=0.3)
+    await old.register()
+    new = await start(store)
+    await new.register()
+    with pytest.raises(Superseded):
+        await old.register()
+    with pytest.raises(Superseded):
+        await asyncio.wait_for(old.run(), BOUND_S)
+    await old.withdraw()
+    assert await registered(store) == [new.registration]
+
+
+async def test_a_switch_is_written_at_once_and_outlives_the_worker() -> None:
+    store = MemoryStore()
+    registrar = await start(store)
+    await registrar.register()
+    running = asyncio.create_task(registrar.run())
+    async with asyncio.timeout(BOUND_S), aclosing(follow_members(store, LONG_S)) as changes:
+        async for members in changes:
+            if members[0].role is Role.MIXED:
+                break
+            registrar.change_role(Role.MIXED, (1 << 16) + 1)
+    running.cancel()
+    again = await start(store)
+    assert again.registration.role is Role.MIXED
+
+
+async def test_switching_back_leaves_nothing_to_remember() -> None:
+    store = MemoryStore()
+    registrar = await start(store)
+    registrar.change_role(Role.PREFILL, (1 << 16) + 1)
+    await registrar.register()
+    assert len((await store.list("roles/")).entries) == 1
+    registrar.change_role(Role.DECODE, (1 << 16) + 2)
+    await registrar.register()
+    assert (await store.list("roles/")).entries == ()
+
+
+async def test_a_forgotten_role_gives_way_to_the_configured_one() -> None:
+    store = MemoryStore()
+    await store.put("roles/decode-0", "mixed")
+    await forget_role(store, "decode-0")
+    assert await desired_role(store, "decode-0", Role.DECODE) is Role.DECODE
+
+
+async def test_a_lease_is_renewed_for_as_long_as_the_worker_runs() -> None:
+    store = MemoryStore()
+    registrar = await start(store, ttl_s=0.3)
+    await registrar.register()
+    version = (await store.list("workers/")).entries[0].version
+    running = asyncio.create_task(registrar.run())
+    # A lease that began later and lasts twice as long has ended: the renewed one has been renewed.
+    await store.put("workers/other", "x", ttl_s=0.6)
+    async with asyncio.timeout(BOUND_S), aclosing(store.watch("workers/")) as snapshots:
+        async for snapshot in snapshots:
+            if len(snapshot.entries) == 1:
+                break
+    assert [(entry.key, entry.version) for entry in snapshot.entries] == [("workers/decode-0", version)]
+    running.cancel()
+
+
+async def test_a_worker_that_leaves_is_gone_at_once() -> None:
+    store = MemoryStore()
+    registrar = await start(store)
+    await registrar.register()
+    await registrar.withdraw()
+    assert await registered(store) == []
+
+
+async def test_a_store_that_forgot_everything_learns_it_again_from_the_worker() -> None:
+    before = MemoryStore()
+    await before.put("starts/decode-0", "6")
+    registrar = await start(before)
+    registrar.change_role(Role.MIXED, (7 << 16) + 1)
+
+    after = MemoryStore()
+    registrar._store = after
+    await registrar.register()
+    assert await count_start(after, "decode-0") == 8, "the next start is newer than this one"
+    assert await desired_role(after, "decode-0", Role.DECODE) is Role.MIXED
+
+
+@pytest.mark.parametrize(
+    ("remembered", "expected"), [(None, Role.DECODE), ("mixed", Role.MIXED), ("from another version", Role.DECODE)]
+)
+def test_a_remembered_role_wins_if_it_is_one(remembered: str | None, expected: Role) -> None:
+    assert resolve_role(Role.DECODE, remembered) is expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [((0, 1, 0), "no worker could prefill"), ((1, 0, 0), "no worker could decode"), ((-1, 1, 1), "negative")],
+)
+def test_pools_that_cannot_serve_are_refused(counts: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        check_roles(*counts)
+    check_roles(0, 0, 1)
+    check_roles(1, 1, 0)

@@ -1,0 +1,82 @@
+"""A router server in its own thread: HTTP in front, a worker behind, and nothing left when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import tokenizers
+from fake_worker import FakeWorker, golden_text
+from tokenizers import decoders, models, pre_tokenizers
+
+from router.config import RouterConfig
+from router.server import RouterServer, bind
+from workers.errors import InvalidConfig, Refused
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder with a byte-level tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({"</s>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return tmp_path
+
+
+async def test_a_completion_walks_from_http_to_a_worker_and_back(checkpoint: Path) -> None:
+    num_threads = threading.active_count()
+    worker = FakeWorker("w-0")
+    address = await worker.start()
+    server = RouterServer(RouterConfig(str(checkpoint), port=0, tick_s=0.02), "router-0")
+    url = await server.start()
+    try:
+        server.set_workers((address,))
+        while not any(view.connected for view in server.status().workers):
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            body = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 5, "seed": 1}
+            answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == 200
+            request = worker.submits[0].request
+            text = "".join(golden_text((6 * 31 + 17 + position * 7) % 1000) for position in range(5))
+            assert request.prompt_token_ids == (1, 2, 3)
+            assert answer.json()["choices"][0]["text"] == text
+
+            worker.steps = asyncio.Semaphore(2)
+            async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+                lines = stream.aiter_lines()
+                assert (await anext(lines)).startswith("data: ")
+                await server.stop()
+                rest = [line async for line in lines if line]
+            assert "error" in "".join(rest)
+    finally:
+        await server.stop()
+        await worker.die()
+    with pytest.raises(Refused):
+        server.status()
+    server.set_workers(())
+    assert not [thread for thread in threading.enumerate() if thread.name == "router-router-0"]
+    assert threading.active_count() <= num_threads + 3  # gRPC's poller and this loop's executor stay
+
+
+async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidConfig, match=f"router.port {port} cannot be used"):
+            await RouterServer(RouterConfig(str(checkpoint), port=port), "router-0").start()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("max_queue", 0), ("policy", "best"), ("port", 70000), ("worker_stale_s", 0), ("model", "")]
+)
+def test_a_setting_that_cannot_work_is_named(setting: str, value: object) -> None:
+    with pytest.raises(InvalidConfig, match=f"router.{setting} "):
+        RouterConfig(**{"model": "m", setting: value})  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""Everything that crosses the wire comes back as it went in, and block names depend on the whole prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers import wire
+from workers.client import Cancel, DumpRequest, Hello, Submit, WorkerFrame
+from workers.errors import InvariantViolated, Refusal
+from workers.kv_cache.block_hash import block_hashes
+from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.pb import worker_pb2 as pb
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
+from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+
+u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
+i64 = st.integers(-(2**63), 2**63 - 1)
+f64 = st.floats(allow_nan=False, allow_infinity=False)
+f32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def tuples(values: st.SearchStrategy[Any], max_size: int = 4) -> st.SearchStrategy[Any]:
+    return st.lists(values, max_size=max_size).map(tuple)
+
+
+params = st.builds(
+    SamplingParams,
+    max_tokens=u32,
+    min_tokens=u32,
+    temperature=f64,
+    top_p=f64,
+    top_k=u32,
+    min_p=f64,
+    presence_penalty=f64,
+    frequency_penalty=f64,
+    repetition_penalty=f64,
+    seed=i64,
+    logit_bias=tuples(st.tuples(u32, f32)),
+    bad_words=tuples(tuples(u32)),
+    stop=tuples(text),
+    stop_token_ids=tuples(u32),
+    ignore_eos=st.booleans(),
+    include_stop=st.booleans(),
+    skip_special_tokens=st.booleans(),
+    logprobs=st.none() | u32,
+    prompt_logprobs=st.none() | u32,
+)
+requests = st.builds(
+    Request,
+    request_id=text,
+    prompt_token_ids=tuples(u32, 20),
+    params=params,
+    choice_index=u32,
+    replay_token_ids=tuples(u32, 20),
+    priority=st.integers(-(2**31), 2**31 - 1),
+)
+logprobs = st.builds(TokenLogprob, token_id=u32, logprob=f32, top=tuples(st.tuples(u32, f32)))
+reports = st.builds(
+    HandoffReport,
+    prefill_worker=text,
+    decode_worker=text,
+    transport=text,
+    kv_bytes=u64,
+    transfer_s=f64,
+    prefill_s=f64,
+    attempts=u32,
+)
+progress = {
+    "request_id": text,
+    "position": u32,
+    "token_ids": tuples(u32),
+    "text": text,
+    "logprobs": tuples(logprobs),
+    "cached_tokens": u32,
+    "prompt_logprobs": st.none() | tuples(st.none() | logprobs),
+    "handoff": st.none() | reports,
+}
+outputs = st.builds(Output, **progress) | st.builds(
+    Output,
+    **progress,
+    finish_reason=st.sampled_from(FinishReason),
+    stop_reason=st.none() | u32 | text,
+    refusal=st.none() | st.sampled_from(Refusal),
+    message=text,
+)
+addresses = st.builds(WorkerAddress, worker_id=text, generation=u64, target=text)
+loads = st.builds(Load, *[u32] * 3, u64, u32, u32, f64)
+kv_events = st.builds(KvEvent, u64, tuples(u64), tuples(u64), st.booleans())
+models = st.builds(ModelInfo, text, text, u32, u32, u32)
+statuses = st.builds(
+    WorkerStatus,
+    text,
+    u64,
+    st.sampled_from(Role),
+    models,
+    loads,
+    u32,
+    text,
+    u64,
+    counters=tuples(st.tuples(text, f64)),
+)
+layouts = st.builds(KvLayout, *[u32] * 5, text, u32)
+handles = st.builds(SharedHandle, u32, u32, u64, st.binary(max_size=20))
+frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
+router_messages = (
+    st.builds(Submit, requests, u64, tuples(addresses))
+    | st.builds(Cancel, text)
+    | st.just(DumpRequest())
+    | st.builds(Hello, text)
+)
+
+PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {
+    "request": (requests, wire.request_to_pb, wire.request_from_pb),
+    "handoff_report": (reports, wire.handoff_report_to_pb, wire.handoff_report_from_pb),
+    "logprob": (st.none() | logprobs, wire.token_logprob_to_pb, wire.optional_logprob_from_pb),
+    "output": (outputs, wire.output_to_pb, wire.output_from_pb),
+    "address": (addresses, wire.address_to_pb, wire.address_from_pb),
+    "load": (loads, wire.load_to_pb, wire.load_from_pb),
+    "kv_event": (kv_events, wire.kv_event_to_pb, wire.kv_event_from_pb),
+    "model": (models, wire.model_to_pb, wire.model_from_pb),
+    "status": (statuses, wire.status_to_pb, wire.status_from_pb),
+    "layout": (layouts, wire.layout_to_pb, wire.layout_from_pb),
+    "shared_handle": (handles, wire.shared_handle_to_pb, wire.shared_handle_from_pb),
+    "frame": (frames, wire.frame_to_pb, wire.frame_from_pb),
+    "router_message": (router_messages, wire.router_message_to_pb, wire.router_message_from_pb),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_value_survives_the_wire(name: str) -> None:
+    values, to_pb, from_pb = PAIRS[name]
+
+    @settings(max_examples=40, deadline=None)
+    @given(values)
+    def survives(value: Any) -> None:
+        message = to_pb(value)
+        assert from_pb(type(message).FromString(message.SerializeToString())) == value
+
+    survives()
+
+
+def test_a_request_without_a_concrete_seed_does_not_leave() -> None:
+    with pytest.raises(InvariantViolated):
+        wire.request_to_pb(Request("r", (1,), SamplingParams()))
+
+
+def test_a_refusal_of_a_newer_peer_counts_as_internal() -> None:
+    message = pb.Output(request_id="r", finish_reason="error", refusal="solar_flare")
+    assert wire.output_from_pb(message).refusal is Refusal.INTERNAL
+
+
+def test_an_empty_router_message_is_refused() -> None:
+    with pytest.raises(ValueError, match="not known"):
+        wire.router_message_from_pb(pb.RouterMessage())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 2**31 - 1), max_size=40), st.integers(1, 8), u64)
+def test_a_block_hash_names_the_whole_prefix(tokens: list[int], block_size: int, salt: int) -> None:
+    expected = []
+    parent = salt
+    for end in range(block_size, len(tokens) + 1, block_size):
+        data = parent.to_bytes(8, "little")
+        for token in tokens[end - block_size : end]:
+            data += token.to_bytes(4, "little")
+        parent = xxhash.xxh3_64_intdigest(data)
+        expected.append(parent)
+    assert block_hashes(tokens, block_size, salt) == expected
+
+
+def test_prompts_with_a_common_prefix_share_its_blocks_and_no_more() -> None:
+    one = block_hashes([1, 2, 3, 4, 5, 6], 2)
+    other = block_hashes([1, 2, 3, 9, 5, 6], 2)
+    assert one[0] == other[0]
+    assert not set(one[1:]) & set(other[1:])
+    assert not set(one) & set(block_hashes([1, 2, 3, 4, 5, 6], 2, salt=1))
