@@ -1,0 +1,92 @@
+"""How the bytes of KV pieces travel: the one protocol that every transport speaks. Which piece is wanted when, is the sessions' business.
+
+A transfer has a control stream (gRPC, small messages: what is filled, its checksum, acknowledgements) and a data path, which is
+one of these transports. The control stream negotiates: the sender sends an offer for every transport that it could use for
+this receiver, the receiver connects to the best one, and on failure to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.kv_transfer.memory import KvLayout
+from workers.status import WorkerAddress
+
+View = npt.NDArray[np.uint8]
+"""Bytes of one piece inside a KV pool, uint8 [piece_bytes], contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingPiece:
+    """A filled piece at the sender: its number in the transfer, where its bytes are in the sender's pool."""
+
+    piece: int
+    source_block: int
+    first_layer: int
+    num_layers: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingPiece:
+    """A piece that the sender has announced: where the sender has it. Its home in our pool comes from the inbox's `place`."""
+
+    piece: int
+    source_block: int
+    first_layer: int
+    num_layers: int
+
+
+class Inbox(Protocol):
+    """The receiver's end of one transfer on one transport."""
+
+    async def collect(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns (arrived, lost) piece numbers once each piece is wholly in its place or never will be.
+
+        Bytes are not verified here. Never raises for the world's faults: a broken channel loses its pieces. Bounded by
+        the transport's timeout without progress.
+        """
+
+    async def close(self) -> None:
+        """After this nothing writes into our pool for this transfer any more; what still arrives is thrown away."""
+
+
+class Channel(Protocol):
+    """A connection from this receiver to one sender over one transport; shared by all transfers between the two."""
+
+    def inbox(self, transfer_id: str, place: Callable[[int], View]) -> Inbox:
+        """Must be called before the sender is told to use the transport. `place(piece)` is where a piece belongs in our pool."""
+
+    async def close(self) -> None:
+        """Aborts this channel alone; its inboxes lose what has not arrived."""
+
+
+class Transport(Protocol):
+    """One way for bytes to travel, for one worker process, as sender and as receiver. Used from one event loop."""
+
+    name: str
+    """As in worker.transports and on the wire: loopback, cuda_ipc, shm, nccl, gloo, tcp, grpc."""
+
+    def offer(self, target: WorkerAddress, host: str) -> bytes | None:
+        """As the sender: what that receiver needs to connect, opaque and small; None when it cannot be served this way.
+
+        `host` is the receiver's host name, to rule out what only works on one host.
+        """
+
+    async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> Channel:
+        """As the receiver: a channel to that sender, kept and shared between transfers. Raises TransferFailed."""
+
+    async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
+        """As the sender: returns when the views may be overwritten as far as this transport is concerned (pull transports: at
+        once; the session holds the blocks until they are acknowledged). Raises TransferFailed. Waits are bounded."""
+
+    async def forget(self, worker_id: str) -> None:
+        """Drops what is kept for a peer that is gone or came back in another generation."""
+
+    async def close(self) -> None:
+        """Ends everything; safe to call twice."""
