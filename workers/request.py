@@ -120,11 +120,16 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one token and of the most likely alternatives, best first, natural log, >= -9999."""
+    """Log-probability of one token and of the most likely alternatives, best first, natural log, >= -9999.
+
+    `rank` is the token's place among the whole vocabulary in the order of `top`, 1 for the most likely one; None where
+    nobody counted.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

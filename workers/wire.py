@@ -92,12 +92,13 @@ def token_logprob_to_pb(entry: TokenLogprob | None) -> pb.TokenLogprob:
     if entry is None:
         return pb.TokenLogprob(absent=True)
     top = [pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top]
-    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top)
+    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top, rank=entry.rank)
 
 
 def token_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
     top = tuple((entry.token_id, entry.logprob) for entry in message.top)
-    return TokenLogprob(message.token_id, message.logprob, top)
+    rank = message.rank if message.HasField("rank") else None
+    return TokenLogprob(message.token_id, message.logprob, top, rank)
 
 
 def optional_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob | None:

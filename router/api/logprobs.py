@@ -81,18 +81,19 @@ class CompletionLogprobs:
 def write_prompt_logprobs(
     tokenizer: Tokenizer, scores: Sequence[TokenLogprob | None] | None, num_top: int
 ) -> list[dict[str, Any] | None] | None:
-    """One entry per prompt token, null for the first: token id -> logprob, rank where known, text."""
+    """One entry per prompt token, null for the first: token id -> logprob, rank (1: the likeliest), text."""
     return None if scores is None else [_ranked(tokenizer, score, num_top) for score in scores]
 
 
 def _ranked(tokenizer: Tokenizer, score: TokenLogprob | None, num_top: int) -> dict[str, Any] | None:
     if score is None:
         return None
-    ranks = {token_id: place + 1 for place, (token_id, _) in enumerate(score.top)}
+    ranks: dict[int, int | None] = {score.token_id: score.rank}
+    ranks |= {token_id: place + 1 for place, (token_id, _) in enumerate(score.top)}
     return {
         str(token_id): {
             "logprob": _floored(logprob),
-            "rank": ranks.get(token_id),
+            "rank": ranks[token_id],
             "decoded_token": tokenizer.token_text(token_id),
         }
         for token_id, logprob in (*score.top[:num_top], (score.token_id, score.logprob))

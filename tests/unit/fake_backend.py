@@ -91,11 +91,11 @@ def say(backend: FakeBackend, request: Request, token_ids: list[int]) -> list[St
 
 
 def score(token_id: int, num_top: int) -> TokenLogprob:
-    """The best alternative is token 300; the last one has no probability at all."""
+    """The best alternative is token 300; the last one has no probability at all; the token itself comes seventh."""
     top = [(300 + place, -0.5 - place) for place in range(num_top)]
     if num_top > 1:
         top[-1] = (top[-1][0], float("-inf"))
-    return TokenLogprob(token_id, -1.25, tuple(top))
+    return TokenLogprob(token_id, -1.25, tuple(top), rank=7)
 
 
 class FakeStream:

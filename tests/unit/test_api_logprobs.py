@@ -132,7 +132,7 @@ def test_prompt_logprobs_name_the_token_and_its_rank(api: Api) -> None:
     token_ids = api.backend.tokenizer.encode("a day")
     scores = complete(api, extra_body={"prompt_logprobs": 2}).choices[0].prompt_logprobs
     assert scores[0] is None and len(scores) == len(token_ids)
-    assert scores[1][str(token_ids[1])] == {"logprob": -1.25, "rank": None, "decoded_token": " day"}
+    assert scores[1][str(token_ids[1])] == {"logprob": -1.25, "rank": 7, "decoded_token": " day"}
     assert scores[1]["300"]["rank"] == 1 and len(scores[1]) == 3
 
 

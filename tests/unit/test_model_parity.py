@@ -94,6 +94,7 @@ def test_prompt_logprobs_are_those_of_transformers_across_chunks(served: Served)
     assert [entry.token_id for entry in found] == tokens[1:]
     for entry, row in zip(found, expected, strict=False):
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
+        assert entry.rank == 1 + int((row > row[entry.token_id]).sum())
         assert [logprob for _, logprob in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
     assert results[0].token_id is None
     assert results[1].token_id == int(expected[-1].argmax())

@@ -12,6 +12,7 @@ from torch import Tensor
 from workers.request import LOGPROB_FLOOR, SamplingParams
 from workers.runner import SampleSpec
 from workers.sampling.filters import _full_threshold, _threshold, drop_unlikely
+from workers.sampling.logprobs import token_logprobs
 from workers.sampling.sampler import Drawn, _adjusted, _draw, sample
 
 
@@ -176,6 +177,14 @@ def test_alternatives_of_equal_probability_come_in_order_of_id() -> None:
     assert [token for token, _ in logprobs(logits, logprobs=2).top] == [1, 2]
     assert [token for token, _ in logprobs(logits, logprobs=5).top] == [1, 2, 4, 0, 5]
     assert len(logprobs(logits, logprobs=20).top) == 6
+
+
+def test_the_rank_of_a_token_is_its_place_among_the_alternatives() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, -torch.inf, -torch.inf]]).expand(7, -1)
+    found = token_logprobs(logits, range(7), [7] * 7)
+    order = [token for token, _ in found[0].top]
+    assert [order[entry.rank - 1] for entry in found if entry.rank] == list(range(7))
+    assert [entry.rank for entry in found] == [4, 1, 2, 5, 3, 6, 7]
 
 
 def test_an_impossible_token_has_the_lowest_logprob_that_json_can_carry() -> None:

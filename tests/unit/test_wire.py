@@ -61,7 +61,7 @@ requests = st.builds(
     replay_token_ids=tuples(u32, 20),
     priority=st.integers(-(2**31), 2**31 - 1),
 )
-logprobs = st.builds(TokenLogprob, token_id=u32, logprob=f32, top=tuples(st.tuples(u32, f32)))
+logprobs = st.builds(TokenLogprob, token_id=u32, logprob=f32, top=tuples(st.tuples(u32, f32)), rank=st.none() | u32)
 reports = st.builds(
     HandoffReport,
     prefill_worker=text,

@@ -15,13 +15,23 @@ from workers.sampling.placement import on_device
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
-    """For each row the logprob of its token and of the `num_top` most likely ones, best first, ties by token id."""
+    """For each row the logprob and rank of its token, and the `num_top` most likely ones, best first, ties by token id."""
     logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
-    drawn_R = logprobs_RV.gather(1, on_device(tokens, logits_RV.device)[:, None]).squeeze(1).tolist()
+    tokens_R1 = on_device(tokens, logits_RV.device)[:, None]
+    drawn_R1 = logprobs_RV.gather(1, tokens_R1)
+    ranks_R = _ranks(logprobs_RV, tokens_R1, drawn_R1).tolist()
+    drawn_R = drawn_R1.squeeze(1).tolist()
     return [
-        TokenLogprob(token, _floored(drawn), _top(row, count))
-        for token, drawn, row, count in zip(tokens, drawn_R, logprobs_RV, num_top, strict=True)
+        TokenLogprob(token, _floored(drawn), _top(row, count), rank)
+        for token, drawn, rank, row, count in zip(tokens, drawn_R, ranks_R, logprobs_RV, num_top, strict=True)
     ]
+
+
+def _ranks(logprobs_RV: Tensor, tokens_R1: Tensor, drawn_R1: Tensor) -> Tensor:
+    """Places, from 1 on, in the order of `_top`: tokens that are likelier, or as likely with a lower id, come first."""
+    ids_V = torch.arange(logprobs_RV.shape[1], device=logprobs_RV.device)
+    comes_first_RV = (logprobs_RV > drawn_R1) | ((logprobs_RV == drawn_R1) & (ids_V < tokens_R1))
+    return comes_first_RV.sum(-1) + 1
 
 
 def _top(logprobs_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
