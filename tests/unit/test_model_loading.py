@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import shutil
 from pathlib import Path
@@ -189,6 +190,35 @@ def test_the_automatic_pool_holds_at_most_64_full_sequences(checkpoint: Path) ->
     assert runner.kv_memory.layout.num_blocks == 64 * 2
 
 
+def needed_bytes(folder: Path, *, copies_tied_head: bool) -> int:
+    """The least free memory with which a checkpoint loads in float32."""
+    arguments = Checkpoint(folder), ErnieConfig.load(folder), torch.float32
+
+    def is_enough(free_bytes: int) -> bool:
+        try:
+            require_memory(*arguments, free_bytes=free_bytes, copies_tied_head=copies_tied_head)
+        except InvalidConfig:
+            return False
+        return True
+
+    return bisect.bisect_left(range(1 << 24), True, key=is_enough)
+
+
 def test_a_model_larger_than_the_free_memory_is_refused_with_figures(checkpoint: Path) -> None:
+    arguments = Checkpoint(checkpoint), ErnieConfig.load(checkpoint), torch.float32
     with pytest.raises(InvalidConfig, match=r"needs 2.0 MiB in float32, but 0.1 MiB are free"):
-        require_memory(Checkpoint(checkpoint), ErnieConfig.load(checkpoint), torch.float32, free_bytes=100_000)
+        require_memory(*arguments, free_bytes=100_000, copies_tied_head=True)
+    with pytest.raises(InvalidConfig, match=r"needs 1.9 MiB in float32, but 0.1 MiB are free"):
+        require_memory(*arguments, free_bytes=100_000, copies_tied_head=False)
+
+
+def test_a_tied_head_is_counted_once_where_it_is_kept_once_and_a_stored_copy_never(
+    checkpoint: Path, copy: Path
+) -> None:
+    weights = load_file(checkpoint / "model.safetensors").values()
+    weights_bytes = sum(4 * tensor.numel() for tensor in weights)
+    head_bytes = 4 * 500 * 96
+    assert needed_bytes(checkpoint, copies_tied_head=False) == weights_bytes
+    assert needed_bytes(checkpoint, copies_tied_head=True) == weights_bytes + head_bytes
+    edit_weights(copy, {"lm_head.weight": torch.ones(500, 96)})
+    assert needed_bytes(copy, copies_tied_head=False) == weights_bytes

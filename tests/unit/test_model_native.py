@@ -65,16 +65,23 @@ def test_a_worker_that_cannot_compile_computes_with_pytorch_and_says_so(folder: 
     assert runner.warnings[0].startswith("computing with PyTorch's kernels, which is slower: ")
 
 
+def test_a_model_that_the_kernels_cannot_compute_is_served_by_pytorch_with_the_reason(tmp_path: Path) -> None:
+    narrow = small_dense(tmp_path / "narrow").folder
+    runner = load(narrow)
+    assert not isinstance(runner.model, NativeErnie)
+    assert runner.warnings[0] == (
+        "computing with PyTorch's kernels, which is slower: "
+        "the C++ kernels need a head_dim that is a multiple of 32; it is 16"
+    )
+    assert load(narrow, native=False).warnings == ()
+
+
 @needs_compiler
 def test_workers_with_different_kernels_do_not_pair(folder: Path) -> None:
     native, plain = load(folder), load(folder, native=False)
     assert isinstance(native.model, NativeErnie) and not isinstance(plain.model, NativeErnie)
     assert native.model_info.fingerprint != plain.model_info.fingerprint
     assert native.model_info.fingerprint == load(folder).model_info.fingerprint
-
-
-def test_dimensions_that_do_not_fit_the_kernels_are_computed_by_pytorch(tmp_path: Path) -> None:
-    assert not isinstance(load(small_dense(tmp_path).folder).model, NativeErnie)
 
 
 @needs_compiler

@@ -158,11 +158,17 @@ def describe_model(
     )
 
 
-def require_memory(checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch.dtype, free_bytes: int) -> None:
-    """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`."""
-    num_values = checkpoint.num_parameters()
-    if dimensions.tie_word_embeddings:
-        num_values += dimensions.vocab_size * dimensions.hidden_size  # kept as a table and packed as the head
+def require_memory(
+    checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch.dtype, free_bytes: int, *, copies_tied_head: bool
+) -> None:
+    """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`.
+
+    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed.
+    """
+    is_tied = dimensions.tie_word_embeddings
+    num_values = checkpoint.num_parameters(unused=("lm_head.weight",) if is_tied else ())
+    if is_tied and copies_tied_head:
+        num_values += dimensions.vocab_size * dimensions.hidden_size
     needed_bytes = num_values * dtype.itemsize
     if needed_bytes > free_bytes:
         raise InvalidConfig(

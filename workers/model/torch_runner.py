@@ -20,7 +20,7 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool, allocate, available_bytes
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
-from workers.model.native.ernie import NativeErnie, is_supported
+from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
@@ -50,7 +50,6 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         torch.set_num_threads(config.num_threads)
         dtype: torch.dtype = getattr(torch, config.dtype)
         checkpoint = Checkpoint(folder)
-        require_memory(checkpoint, dimensions, dtype, available_bytes())
         with torch.inference_mode():
             model, kernels, warnings = _load_model(config, dimensions, checkpoint, dtype, max_model_len)
             memory = allocate(config, dimensions, dtype, max_model_len)
@@ -73,14 +72,22 @@ def _load_model(
 ) -> tuple[Ernie | NativeErnie, str, tuple[str, ...]]:
     """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
     warnings: tuple[str, ...] = ()
-    if config.native and is_supported(dimensions):
+    if config.native:
         try:
-            library = Library(build(Path(config.cache_folder) if config.cache_folder else default_cache_folder()))
+            library = _load_library(config, dimensions)
         except BuildFailed as error:
             warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
             logger.warning(warnings[0])
         else:
+            require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
             native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
             return native, f"native {library.kernels} {source_hash()}", ()
+    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
     return model, "torch", (*warnings, *require_invariance(model, dtype))
+
+
+def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
+    """Raises BuildFailed where the C++ kernels cannot run this model on this machine."""
+    require_supported(dimensions)
+    return Library(build(Path(config.cache_folder) if config.cache_folder else default_cache_folder()))

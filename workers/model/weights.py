@@ -52,9 +52,10 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         return tuple(self._handles)
 
-    def num_parameters(self) -> int:
-        """Elements of all tensors that a model can take."""
-        shapes = (self._slice(n).get_shape() for n in self._file_of_tensor if not _IGNORED.search(n))
+    def num_parameters(self, unused: tuple[str, ...] = ()) -> int:
+        """Elements of all tensors that a model can take, but for those it leaves unused."""
+        names = (n for n in self._file_of_tensor if n not in unused and not _IGNORED.search(n))
+        shapes = (self._slice(n).get_shape() for n in names)
         return sum(int(torch.Size(shape).numel()) for shape in shapes)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

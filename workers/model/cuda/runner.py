@@ -78,7 +78,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
         max_model_len = served_len(config, dimensions)
         dtype: torch.dtype = getattr(torch, config.dtype)
         checkpoint = Checkpoint(folder)
-        require_memory(checkpoint, dimensions, dtype, free_bytes(device))
+        require_memory(checkpoint, dimensions, dtype, free_bytes(device), copies_tied_head=False)
         with torch.inference_mode(), as_current(device):
             model = CudaErnie(dimensions, checkpoint, dtype, max_model_len, device, config.deterministic)
             layout = choose_layout(config, dimensions, dtype, max_model_len, free_bytes(device))

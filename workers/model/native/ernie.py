@@ -14,18 +14,25 @@ from torch import Tensor
 
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool
+from workers.model.native.build import BuildFailed
 from workers.model.native.library import Dimensions, Library, Part, Step
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
 from workers.runner import BLOCK_SIZE, Batch, SequenceSlice
 
 
-def is_supported(config: ErnieConfig) -> bool:
-    """Whether the kernels' vector width divides the model's dimensions."""
-    widths = (
-        [config.intermediate_size] if config.moe is None else [config.intermediate_size, config.moe.intermediate_size]
-    )
-    return config.head_dim % 32 == 0 and config.hidden_size % 32 == 0 and all(width % 2 == 0 for width in widths)
+def require_supported(config: ErnieConfig) -> None:
+    """Raises BuildFailed when the kernels' vector width does not divide the model's dimensions."""
+    rules = [
+        ("head_dim", config.head_dim, 32),
+        ("hidden_size", config.hidden_size, 32),
+        ("intermediate_size", config.intermediate_size, 2),
+    ]
+    if config.moe is not None:
+        rules.append(("moe_intermediate_size", config.moe.intermediate_size, 2))
+    for name, value, divisor in rules:
+        if value % divisor:
+            raise BuildFailed(f"the C++ kernels need a {name} that is a multiple of {divisor}; it is {value}")
 
 
 class NativeErnie:
