@@ -45,6 +45,7 @@ def make_engine(
     local_prefill_tokens: int = 0,
     max_model_len: int = 1024,
     prefix_cache: bool = True,
+    overlap_steps: bool = True,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -53,6 +54,7 @@ def make_engine(
         eos_token_ids=(EOS,),
         max_model_len=max_model_len,
         prefix_cache=prefix_cache,
+        overlap_steps=overlap_steps,
     )
 
 

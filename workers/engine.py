@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.launching import LaunchingRunner
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
-from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
-from workers.scheduler.scheduler import Limits, Scheduler
+from workers.scheduler.ahead import schedule_ahead
+from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import KvEvent, Load
 
@@ -70,15 +73,28 @@ class _Live:
     extra_cached: int = 0
     is_cancelled: bool = False
     has_spoken: bool = False
+    num_running: int = 0
+    """Steps launched with it and not finished: until there is none, its blocks belong to nobody else."""
     num_texted: int = 0
     """Tokens that `output` has seen; a replay after a preemption does not show them again."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A step from its launch to its results; `launched` is the runner's handle, where it launches at all."""
+
+    batch: Batch
+    lives: list[_Live]
+    """In the order of the results: prefill, then decode."""
+    launched: Any = None
+
+
 class Engine:
     """Runs sequences on one Runner. One thread owns it.
 
-    `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens.
+    `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens. With
+    `overlap_steps`, a runner that can launch (workers.launching) computes a step while the next one is scheduled.
     """
 
     def __init__(
@@ -91,9 +107,12 @@ class Engine:
         max_model_len: int,
         prefix_cache: bool = True,
         worker_id: str = "local",
+        overlap_steps: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
+        self._launcher = runner if overlap_steps and isinstance(runner, LaunchingRunner) else None
+        self._running: _Running | None = None
         self._make_detokenizer = make_detokenizer
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
@@ -105,6 +124,7 @@ class Engine:
         self._arrivals = 0
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
+        self._settled = StepResult()
         self.last_step_s = 0.0
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
@@ -145,6 +165,7 @@ class Engine:
             arrival=self._arrivals,
             suppressed_token_ids=(*self._eos, *request.params.stop_token_ids),
             known=list(request.replay_token_ids),
+            max_output_tokens=min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids)),
         )
         self._scheduler.add(sequence)
         self._live[sequence_id] = _Live(sequence, output, self._clock())
@@ -192,6 +213,15 @@ class Engine:
         live.report = report
         self._scheduler.prefill_here(live.sequence)
 
+    def settle(self) -> None:
+        """Waits for the step that runs, if one does; what it brings comes with the result of the next step.
+
+        For whoever looks at sequences or blocks between steps and wants no step to change them meanwhile.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            self._complete(running, self._settled)
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -199,6 +229,8 @@ class Engine:
         return bool(
             self._early
             or self._abandoned
+            or self._running is not None
+            or self._settled != StepResult()
             or self._scheduler.waiting
             or any(s.state in busy for s in self._scheduler.active)
         )
@@ -206,33 +238,65 @@ class Engine:
     def step(self) -> StepResult:
         """One engine step. A runner that raises fails the sequences of that batch and no others."""
         started = self._clock()
-        result = StepResult(outputs=self._early, abandoned=self._abandoned)
+        result, self._settled = self._settled, StepResult()
+        result.outputs += self._early
+        result.abandoned += self._abandoned
         self._early, self._abandoned = [], []
-        step = self._scheduler.schedule()
-        for sequence in step.transfers:
-            blocks = tuple(sequence.table.blocks)
-            result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
-        self.made_no_progress = not step.batch.num_tokens
-        if step.batch.num_tokens:
-            slices = (*step.batch.prefill, *step.batch.decode)
-            try:
-                drawn = self._runner.execute(step.batch)
-            except Exception as error:
-                log.exception("a step of %d sequences failed", len(slices))
-                for piece in slices:
-                    self._fail(self._live[piece.sequence_id], Refusal.INTERNAL, f"the model failed: {error}", result)
-            else:
-                num_prefill = len(step.batch.prefill)
-                for index, (piece, sampled) in enumerate(zip(slices, drawn, strict=True)):
-                    live = self._live[piece.sequence_id]
-                    if index < num_prefill:
-                        self._after_prefill(live, piece, sampled, result)
-                    else:
-                        self._scheduler.computed_decode(live.sequence)
-                        self._advance(live, sampled, result.outputs)
+        running = self._running or self._start(self._scheduler.schedule(), None, result)
+        self._running = None
+        self.made_no_progress = running is None
+        if running is not None:
+            if self._launcher is not None:
+                ahead = schedule_ahead(self._scheduler, running.batch)
+                self._running = None if ahead is None else self._start(ahead, running, result)
+            self._complete(running, result)
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
         return result
+
+    def _start(self, step: Step, after: _Running | None, result: StepResult) -> _Running | None:
+        """Launches a step behind the one that runs, if any; None when it computes nothing."""
+        for sequence in step.transfers:
+            blocks = tuple(sequence.table.blocks)
+            result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
+        if not step.batch.num_tokens:
+            return None
+        slices = (*step.batch.prefill, *step.batch.decode)
+        running = _Running(step.batch, [self._live[piece.sequence_id] for piece in slices])
+        if self._launcher is not None:
+            try:
+                running.launched = self._launcher.launch(step.batch, after.launched if after else None)
+            except Exception as error:
+                self._fail_all(running.lives, error, result)
+                return None
+        for live in running.lives:
+            live.num_running += 1
+        return running
+
+    def _complete(self, running: _Running, result: StepResult) -> None:
+        """Waits for a step's results and accounts for them; those of sequences that ended meanwhile are dropped."""
+        for live in running.lives:
+            live.num_running -= 1
+        try:
+            if self._launcher is None:
+                drawn = self._runner.execute(running.batch)
+            else:
+                drawn = self._launcher.finish(running.launched)
+        except Exception as error:
+            self._fail_all(running.lives, error, result)
+        else:
+            slices, num_prefill = (*running.batch.prefill, *running.batch.decode), len(running.batch.prefill)
+            for index, (live, piece, sampled) in enumerate(zip(running.lives, slices, drawn, strict=True)):
+                if live.sequence.state is State.ENDING:
+                    continue
+                if index < num_prefill:
+                    self._after_prefill(live, piece, sampled, result)
+                else:
+                    self._scheduler.computed_decode(live.sequence)
+                    self._advance(live, sampled, result.outputs)
+        for live in running.lives:
+            if live.sequence.state is State.ENDING and not live.num_running:
+                self._scheduler.finish(live.sequence)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -325,6 +389,12 @@ class Engine:
             prompt_logprobs=(None, *live.prompt_logprobs[: sequence.num_prompt - 1]) if wanted else None,
         )
 
+    def _fail_all(self, lives: list[_Live], error: Exception, result: StepResult) -> None:
+        log.error("a step of %d sequences failed", len(lives), exc_info=error)
+        for live in lives:
+            if live.sequence.state is not State.ENDING:
+                self._fail(live, Refusal.INTERNAL, f"the model failed: {error}", result)
+
     def _fail(self, live: _Live, refusal: Refusal, message: str, result: StepResult) -> None:
         sequence = live.sequence
         output = Output(
@@ -339,7 +409,10 @@ class Engine:
 
     def _drop(self, live: _Live) -> None:
         del self._live[live.sequence.sequence_id]
-        self._scheduler.finish(live.sequence)
+        if live.num_running:
+            self._scheduler.end(live.sequence)
+        else:
+            self._scheduler.finish(live.sequence)
 
 
 def refusal_output(request: Request, error: InvalidRequest | Refused) -> Output:

@@ -53,6 +53,8 @@ class SequenceSlice:
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
     """With prompt_logprobs: the prompt token after the slice's last one (None at the prompt's end)."""
+    is_late: bool = False
+    """A decode slice whose token the step before is still drawing (workers.launching); `token_ids` holds a 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class FakeRunner:
         seen = self._slots[blocks, :BLOCK_SIZE].reshape(-1)[:end]
         spec = piece.sample
         salt = f"{spec.params.seed}/{spec.choice_index}/{spec.position}" if spec.params.temperature else ""
+        if spec.params.repetition_penalty != 1:
+            salt += f"/{list(spec.output_token_ids)}"
         digest = hashlib.blake2b(seen.tobytes() + salt.encode(), digest_size=8).digest()
         token = int.from_bytes(digest, "little") % (self._vocab_size - 10) + 10
         logprob = None if spec.params.logprobs is None else TokenLogprob(token, -0.5)

@@ -45,6 +45,15 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
     with the noise of (seed, choice index, position, token id). Temperature 0 takes the largest logit, of equals the
     lowest id. A seed of None counts as 0. Logprobs are those of the logits as given.
     """
+    tokens: list[int] = draw(logits_RV, specs).tolist()  # the one point where the host waits for a device
+    for row, spec in enumerate(specs):
+        if spec.forced_token_id is not None:
+            tokens[row] = spec.forced_token_id
+    return with_logprobs(logits_RV, tokens, specs)
+
+
+def draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """The tokens of `sample`, int64 [R], still on the device of the logits; those of forced rows mean nothing."""
     adjusted_RV = _adjusted(logits_RV, specs)
     tokens_R = adjusted_RV.argmax(-1)
     random_rows = [
@@ -55,11 +64,7 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
         rows = random_rows[first : first + size]
         index = on_device(rows, logits_RV.device)
         tokens_R.index_copy_(0, index, _draw(adjusted_RV.index_select(0, index), [specs[row] for row in rows]))
-    tokens: list[int] = tokens_R.tolist()  # the one point where the host waits for a device
-    for row, spec in enumerate(specs):
-        if spec.forced_token_id is not None:
-            tokens[row] = spec.forced_token_id
-    return _with_logprobs(logits_RV, tokens, specs)
+    return tokens_R
 
 
 def _adjusted(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
@@ -89,7 +94,8 @@ def _draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return tokens
 
 
-def _with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:
+def with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:
+    """Drawn tokens with the logprobs that their rows ask for."""
     counts = {row: spec.params.logprobs for row, spec in enumerate(specs) if spec.forced_token_id is None}
     asked = {row: count for row, count in counts.items() if count is not None}
     drawn = [Drawn(token) for token in tokens]

@@ -65,6 +65,12 @@ class Scheduler:
         prefill: list[SequenceSlice] = []
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
             budget -= self._take_chunk(sequence, budget, prefill)
+        transfers = self.admit(budget, prefill)
+        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+
+    def admit(self, budget: int, prefill: list[SequenceSlice]) -> list[Sequence]:
+        """Starts waiting sequences; those returned have their prompt computed elsewhere, the first chunks of the others
+        go to `prefill`."""
         transfers: list[Sequence] = []
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
@@ -80,7 +86,7 @@ class Scheduler:
                 budget -= self._take_chunk(sequence, budget, prefill)
                 if budget <= 0:
                     break
-        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+        return transfers
 
     def computed_prefill(self, sequence: Sequence, num_tokens: int) -> None:
         """A prefill chunk of this sequence has been computed."""
@@ -125,6 +131,10 @@ class Scheduler:
             self.active.remove(sequence)
             self.kv.release(sequence.table)
         sequence.move(State.FINISHED)
+
+    def end(self, sequence: Sequence) -> None:
+        """Ends a sequence that a step is running; its blocks are freed by `finish` when that step is done."""
+        sequence.move(State.ENDING)
 
     def _schedule_decodes(self, budget: int) -> list[SequenceSlice]:
         chosen: dict[int, SequenceSlice] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -20,15 +21,18 @@ class State(Enum):
     DECODING = auto()
     HELD = auto()
     """A finished prefill for another worker; its blocks stay until that worker has them."""
+    ENDING = auto()
+    """Nobody waits for it any more, but a step that is running still writes to its blocks."""
     FINISHED = auto()
 
 
 _LEGAL: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
     State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
-    State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.FINISHED}),
-    State.DECODING: frozenset({State.WAITING, State.FINISHED}),
+    State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.ENDING, State.FINISHED}),
+    State.DECODING: frozenset({State.WAITING, State.ENDING, State.FINISHED}),
     State.HELD: frozenset({State.FINISHED}),
+    State.ENDING: frozenset({State.FINISHED}),
     State.FINISHED: frozenset(),
 }
 
@@ -70,6 +74,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens that a prefix cache gave, when the sequence was first admitted."""
     num_preemptions: int = 0
+    max_output_tokens: int = sys.maxsize
+    """It ends with this many, if not before."""
 
     @property
     def num_prompt(self) -> int:
@@ -90,23 +96,24 @@ class Sequence:
             raise InvariantViolated(f"sequence {self.sequence_id} cannot go from {self.state.name} to {state.name}")
         self.state = state
 
-    def sample_spec(self) -> SampleSpec:
-        """How to draw output token number `num_drawn`."""
-        position = self.num_drawn
+    def sample_spec(self, num_ahead: int = 0) -> SampleSpec:
+        """How to draw output token number `num_drawn`, or one so many further on."""
+        position = self.num_drawn + num_ahead
         params = self.request.params
         return SampleSpec(
             params=params,
             choice_index=self.request.choice_index,
             position=position,
             prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.known if position == len(self.known) else self.known[:position],
+            output_token_ids=self.known if position >= len(self.known) else self.known[:position],
             suppressed_token_ids=self.suppressed_token_ids if position < params.min_tokens else (),
             forced_token_id=self.known[position] if position < len(self.known) else None,
         )
 
-    def prefill_slice(self, num_tokens: int) -> SequenceSlice:
-        """The next `num_tokens` prompt tokens; samples when they are the last."""
-        start, end = self.num_computed, self.num_computed + num_tokens
+    def prefill_slice(self, num_tokens: int, num_ahead: int = 0) -> SequenceSlice:
+        """The next `num_tokens` prompt tokens, behind `num_ahead` that are running; samples when they are the last."""
+        start = self.num_computed + num_ahead
+        end = start + num_tokens
         prompt = self.request.prompt_token_ids
         return SequenceSlice(
             sequence_id=self.sequence_id,

@@ -1,0 +1,96 @@
+"""Decides a step while the one before it still runs, as far as that is possible without its tokens; integers only.
+
+What the running step changes is certain but for two things: which tokens it draws, and whom they end. So a sequence
+goes on with a token that is `is_late`, and one that turns out to have ended has computed one token for nothing, into a
+block of its own. Everything else is the scheduler's ordinary choice, and since no token depends on a batch's company
+the choice may differ from the one it would have made later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+from workers.kv_cache.block_pool import OutOfBlocks
+from workers.request import SamplingParams
+from workers.runner import Batch, SequenceSlice
+from workers.scheduler.scheduler import Scheduler, Step
+from workers.scheduler.sequence import Kind, Sequence, State
+
+_HISTORY_FREE = {
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop", "stop_token_ids",
+    "ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs",
+}  # fmt: skip
+"""Parameters under which a token is drawn without a look at the output so far."""
+_NEUTRAL = tuple((f.name, f.default) for f in fields(SamplingParams) if f.name not in _HISTORY_FREE)
+"""All others, whatever is added later, with the values that switch them off."""
+assert all(default is not MISSING for _, default in _NEUTRAL)
+
+
+def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
+    """The step after `running`; None when it must wait for the tokens of that step.
+
+    It must wait where a draw looks at all tokens before it, where no block is left (somebody may have to be preempted,
+    which nobody can be while a step writes its blocks), and after prompts of other workers, whose blocks are copied
+    out of the device's memory behind whatever was launched.
+    """
+    pieces = {piece.sequence_id: piece for piece in (*running.prefill, *running.decode)}
+    active = sorted((s for s in scheduler.active if s.state in _RUNS), key=lambda s: s.rank)
+    if any(s.kind is Kind.SOURCE and s.sequence_id in pieces for s in active):
+        return None
+    decoding = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
+    if any(s.sequence_id in pieces and _needs_token(s) for s in decoding):
+        return None
+    budget = scheduler.limits.max_batch_tokens
+    decode: list[SequenceSlice] = []
+    for sequence in decoding[:budget]:
+        piece = pieces.get(sequence.sequence_id)
+        start = sequence.num_computed + (len(piece.token_ids) if piece else 0)
+        try:
+            scheduler.kv.grow(sequence.table, start + 1)
+        except OutOfBlocks:
+            return None
+        decode.append(sequence.decode_slice() if piece is None else _late_slice(sequence, start))
+    budget -= len(decode)
+    prefill: list[SequenceSlice] = []
+    for sequence in active:
+        if sequence.state is State.PREFILLING:
+            piece = pieces.get(sequence.sequence_id)
+            num_ahead = len(piece.token_ids) if piece else 0
+            length = min(sequence.num_uncomputed_prompt - num_ahead, budget)
+            if length > 0:
+                prefill.append(sequence.prefill_slice(length, num_ahead))
+                budget -= length
+    transfers = scheduler.admit(budget, prefill)
+    return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+
+
+_RUNS = (State.DECODING, State.PREFILLING)
+
+
+def _will_decode(sequence: Sequence, piece: SequenceSlice | None) -> bool:
+    """Whether the sequence decodes once its piece has run, unless a token ends it before its length does."""
+    if piece is None:
+        return sequence.state is State.DECODING
+    if sequence.state is State.PREFILLING and len(piece.token_ids) < sequence.num_uncomputed_prompt:
+        return False
+    return sequence.num_drawn + 1 < sequence.max_output_tokens
+
+
+def _needs_token(sequence: Sequence) -> bool:
+    """Whether the draw after the running one looks at a token that the running one draws."""
+    is_known = sequence.num_drawn < len(sequence.known)
+    params = sequence.request.params
+    return not is_known and any(getattr(params, name) != neutral for name, neutral in _NEUTRAL)
+
+
+def _late_slice(sequence: Sequence, start: int) -> SequenceSlice:
+    """The decode slice that follows the sequence's running piece; a token to be replayed is known already."""
+    is_late = sequence.num_drawn >= len(sequence.known)
+    return SequenceSlice(
+        sequence_id=sequence.sequence_id,
+        token_ids=(0 if is_late else sequence.known[sequence.num_drawn],),
+        start=start,
+        block_table=sequence.table.blocks,
+        sample=sequence.sample_spec(num_ahead=1),
+        is_late=is_late,
+    )
