@@ -39,6 +39,8 @@ class WorkerConfig:
     """Sequences that run at once."""
     max_batch_tokens: int = 512
     """Token budget of one step, prefill chunks and decode tokens together."""
+    overlap_steps: bool = True
+    """On cuda, schedule and launch a step while the one before it runs. On the cpu, host and device are one."""
     max_queue: int = 512
     """Requests waiting for admission before QUEUE_FULL."""
     prefix_cache: bool = True

@@ -7,6 +7,7 @@ recorded graphs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from workers.errors import InvalidConfig
 from workers.model.cuda.decode_graphs import BUCKETS, bucket_for
 from workers.model.cuda.runner import CudaRunner
 from workers.model.loading import load_runner
+from workers.request import FinishReason, Output
 from workers.runner import Batch, SampleSpec
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -117,6 +119,45 @@ def test_a_prompt_computed_on_one_device_is_continued_on_another_with_the_same_t
     source, target = (make_engine(runner, max_model_len=MAX_LEN) for runner in runners)
     hand_over(runners[0], source, runners[1], target, request)
     assert tokens_of(run_to_end(target), 1) == tokens_of(run_to_end(alone), 1)
+
+
+def test_overlapping_steps_give_the_outputs_of_steps_that_wait(moe: Path) -> None:
+    """More sequences than one pass of decode takes, prompts that arrive meanwhile, and ends that nobody foresees."""
+    runner = load_cuda(moe)
+    requests = [
+        make_request([9, 8, 7], max_tokens=6, stop_token_ids=tuple(range(0, 64, 2))),
+        make_request(random_tokens(12, vocab_size=64), max_tokens=3, temperature=1.0, seed=5, logprobs=2),
+        make_request([5, 6], max_tokens=4, temperature=0.8, top_p=0.9, seed=1),
+        make_request([5, 6], max_tokens=2, prompt_logprobs=1),
+        make_request([5, 6], max_tokens=2, repetition_penalty=1.3),
+        make_request([4], max_tokens=2, min_tokens=2),
+    ]
+
+    def run(overlap_steps: bool) -> list[list[Output]]:
+        engine = make_engine(runner, max_model_len=MAX_LEN, max_batch_tokens=10, overlap_steps=overlap_steps)
+        outputs: list[tuple[int, Output]] = []
+        for index, request in enumerate(requests):
+            engine.add(index, request)
+            outputs += engine.step().outputs
+        outputs += run_to_end(engine)
+        assert engine.num_held_blocks == 0
+        return [[replace(o, handoff=None) for i, o in outputs if i == index] for index in range(len(requests))]
+
+    expected = run(overlap_steps=False)
+    assert run(overlap_steps=True) == expected
+    assert expected[0][-1].finish_reason is FinishReason.STOP
+
+
+def test_a_launched_step_takes_its_tokens_from_the_one_before_it_not_from_the_host(moe: Path) -> None:
+    runner = load_cuda(moe)
+    spec = SampleSpec(GREEDY, 0, 0, (9,), ())
+    first = runner.launch(Batch(decode=tuple(replace(decode(9, 0, [b], sample=spec), sequence_id=b) for b in range(5))))
+    late = tuple(replace(decode(0, 1, [b], sample=spec, is_late=True), sequence_id=b) for b in (3, 0, 4, 1, 2))
+    second = runner.launch(Batch(decode=late), first)
+    (token,) = {sampled.token_id for sampled in runner.finish(first)}
+    (after,) = {sampled.token_id for sampled in runner.finish(second)}
+    assert runner.execute(Batch(decode=(decode(token, 1, [2], sample=spec),)))[0].token_id == after
+    assert runner.execute(Batch(decode=(decode(0, 1, [2], sample=spec),)))[0].token_id != after
 
 
 def test_block_tables_that_are_too_short_raise(moe: Path) -> None:

@@ -223,7 +223,7 @@ def place_by_hand(engine: Engine, runner: LateFakeRunner, sequence_id: int, requ
     engine.landed(sequence_id, done.prefilled[0].sampled, 0, REPORT)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(jobs(), min_size=1, max_size=8), st.integers(6, 20), st.integers(1, 6), st.integers(8, 200), st.booleans()
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill_decode_rows
+from workers.model.cuda.step_inputs import ROW_COLUMNS, LateTokens, StepInputs, Upload, fill_decode_rows
 from workers.runner import SequenceSlice
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,18 @@ class DecodeGraphs:
         """Numbers of rows that have a graph."""
         return tuple(self._graphs)
 
-    def run(self, slices: Sequence[SequenceSlice]) -> Tensor:
-        """Hidden states [N, D], valid until the next run. More slices than `max_rows` run in several passes."""
+    def run(self, slices: Sequence[SequenceSlice], late: LateTokens | None = None) -> Tensor:
+        """Hidden states [N, D], valid until the next run. More slices than `max_rows` run in several passes.
+
+        `late` has the tokens of slices that are late.
+        """
         if len(slices) > self._max_rows:
             parts = [slices[i : i + self._max_rows] for i in range(0, len(slices), self._max_rows)]
-            return torch.cat([self.run(part).clone() for part in parts])
+            return torch.cat([self.run(part, late).clone() for part in parts])
         bucket = bucket_for(len(slices))
         self._fill(slices, bucket)
+        if late is not None:
+            late.fill(self._rows[:bucket], slices)
         graph = self._graphs.get(bucket)
         if graph is None:
             self._compute(bucket)

@@ -16,7 +16,8 @@ from workers.errors import InvalidConfig
 from workers.model.cuda.decode_graphs import DecodeGraphs
 from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
 from workers.model.cuda.ernie import CudaErnie
-from workers.model.cuda.step_inputs import StepInputs, Upload
+from workers.model.cuda.launched import LaunchedStep
+from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import available_bytes, choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
@@ -90,11 +91,33 @@ class CudaRunner(ModelRunner[CudaErnie]):
         return runner
 
     def execute(self, batch: Batch) -> list[Sampled]:
-        with as_current(self._device):
-            return super().execute(batch)
+        return self.finish(self.launch(batch)) if batch.num_tokens else []
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Runs the layers, writes KV, returns the last layer's output [T, D], valid until the next step."""
+    def launch(self, batch: Batch, after: LaunchedStep | None = None) -> LaunchedStep:
+        """Gives the device a step to run behind the one before it; nothing here waits for results."""
+        with torch.inference_mode(), as_current(self._device):
+            late = None if after is None else after.late_tokens
+            return LaunchedStep(batch, self.hidden_states(batch, late), self._model.logits)
+
+    def finish(self, launched: LaunchedStep) -> list[Sampled]:
+        """Waits for the step's tokens, not for a step behind it, and reads the logprobs asked for."""
+        with torch.inference_mode(), as_current(self._device):
+            drawn = launched.wait()
+            return [
+                Sampled(
+                    piece.sequence_id,
+                    drawn[i].token_id if i in drawn else None,
+                    drawn[i].logprob if i in drawn else None,
+                    self._prompt_logprobs(launched.x_TD[launched.rows[i] : launched.rows[i + 1]], piece),
+                )
+                for i, piece in enumerate(launched.slices)
+            ]
+
+    def hidden_states(self, batch: Batch, late: LateTokens | None = None) -> Tensor:
+        """Runs the layers, writes KV, returns the last layer's output [T, D].
+
+        A batch that only decodes has it in memory that the next step writes to.
+        """
         with torch.inference_mode(), as_current(self._device):
             parts = []
             for piece in batch.prefill:
@@ -103,7 +126,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
             if batch.prefill:
                 parts.append(self._forward(self._upload.prefill(batch.prefill)))
             if batch.decode:
-                parts.append(self._decode.run(batch.decode))
+                parts.append(self._decode.run(batch.decode, late))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def warm_up(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Shapes: T rows of a step, W columns, N decode rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.runner import BLOCK_SIZE, SequenceSlice
+from workers.sampling.placement import on_device
 
 Integers = npt.NDArray[np.int32]
 ROW_COLUMNS = 3
@@ -76,6 +77,22 @@ def fill_decode_rows(rows: Integers, slices: Sequence[SequenceSlice], scratch_bl
         row[:ROW_COLUMNS] = piece.token_ids[0], piece.start, table[-1]
         row[ROW_COLUMNS : ROW_COLUMNS + len(table)] = table
     rows[len(slices) :, : ROW_COLUMNS + 1] = 0, 0, scratch_block, scratch_block
+
+
+@dataclass(frozen=True, slots=True)
+class LateTokens:
+    """Tokens that a step has drawn or is still drawing, int64 [R] on the device; `row_of` finds a sequence's own by its id."""
+
+    tokens_R: Tensor
+    row_of: Mapping[int, int]
+
+    def fill(self, rows: Tensor, slices: Sequence[SequenceSlice]) -> None:
+        """Puts the tokens of late slices into rows int32 [N, W] of decode slices, without a wait."""
+        late = [(row, self.row_of[piece.sequence_id]) for row, piece in enumerate(slices) if piece.is_late]
+        if late:
+            places = on_device(late, rows.device)
+            tokens = self.tokens_R.index_select(0, places[:, 1]).to(rows.dtype)
+            rows[:, 0].index_copy_(0, places[:, 0], tokens)
 
 
 def _table(piece: SequenceSlice, end: int) -> Integers:
