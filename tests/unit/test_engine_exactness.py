@@ -126,6 +126,8 @@ def run_together(
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_preempted_and_prefix_cached_requests_get_what_they_get_alone(case: Case, num_threads: int) -> None:
+    if num_threads == 2 and not case.native:
+        pytest.skip("PyTorch's threads wait for one another at every operator: minutes on a busy machine")
     jobs = [(step, which, 0) for step, which in enumerate((1, 4, 2, 6, 3, 5))]
     counters = run_together(case, num_threads, jobs, 6, 65, taken_blocks=6, prefix_cache=True)
     assert counters["preemptions"] and counters["replayed_tokens"] and counters["cached_tokens"]
@@ -133,14 +135,19 @@ def test_preempted_and_prefix_cached_requests_get_what_they_get_alone(case: Case
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_any_arrivals_chunks_limits_and_pressure_give_what_a_request_gets_alone(case: Case, num_threads: int) -> None:
-    @settings(
-        max_examples={(True, 1): 25, (True, 2): 8, (False, 1): 4}.get((case.native, num_threads), 2), deadline=None
-    )
+    is_slow = num_threads == 2 and not case.native  # see above: few short requests
+    num_examples = 2 if is_slow else {(True, 1): 25, (True, 2): 8, (False, 1): 4}[case.native, num_threads]
+
+    @settings(max_examples=num_examples, deadline=None)
     @given(
         jobs=st.lists(
-            st.tuples(st.integers(0, 25), st.sampled_from(range(len(REQUESTS))), st.sampled_from([0, 0, 0, 1, 5])),
+            st.tuples(
+                st.integers(0, 25),
+                st.sampled_from((5, 7) if is_slow else range(len(REQUESTS))),
+                st.sampled_from([0, 0, 0, 1, 5]),
+            ),
             min_size=2,
-            max_size=8,
+            max_size=3 if is_slow else 8,
         ),
         max_num_seqs=st.integers(1, 8),
         budget=st.sampled_from([200, 8, 17, 64, 65, 512]),

@@ -22,6 +22,7 @@ from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.placement import on_device
 from workers.sampling.sampler import Drawn, is_plain, sample
+from workers.sampling.shortcuts import Shortcuts
 from workers.status import ModelInfo
 
 _PROMPT_LOGPROB_ROWS = 64
@@ -48,6 +49,8 @@ class ModelRunner(ABC, Generic[M]):
         self._info = info
         self.warnings: tuple[str, ...] = ()
         """What was found at start-up, one sentence each."""
+        self.shortcuts: Shortcuts | None = None
+        """Faster kernels for drawing, where the logits are on the host."""
 
     @abstractmethod
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -116,7 +119,7 @@ class ModelRunner(ABC, Generic[M]):
             if all(is_plain(spec) for spec in specs):
                 found = [Drawn(token_id) for token_id in self._model.greedy(x_RD)]
             else:
-                found = sample(self._model.logits(x_RD), specs)
+                found = sample(self._model.logits(x_RD), specs, self.shortcuts)
             drawn.update(zip((i for i, _ in wanted), found, strict=True))
         return drawn
 

@@ -56,6 +56,8 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
+        if isinstance(model, NativeErnie):
+            runner.shortcuts = model.shortcuts
         return runner
 
     def hidden_states(self, batch: Batch) -> Tensor:

@@ -66,6 +66,12 @@ _SIGNATURES = {
         ctypes.c_char_p,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
     ),
+    "baton_candidates": (
+        ctypes.c_int64,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+    ),
+    "baton_nucleus": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
+    "baton_drop_below": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
     "baton_kernels": (ctypes.c_char_p, ()),
 }
 
@@ -108,6 +114,18 @@ class Library:
 
     def head(self, model: ctypes.c_void_p, x: int, num_rows: int, logits: int | None, best: int) -> None:
         _check(self._functions.baton_head(model, x, num_rows, logits, best))
+
+    def candidates(self, logits: int, size: int, key: int, sums: int, tokens: int, capacity: int) -> int:
+        """Fills `tokens` and `sums` as `find_candidates` of source/draw.h does; -1 when it cannot tell."""
+        found: int = self._functions.baton_candidates(logits, size, key, sums, tokens, capacity)
+        return found
+
+    def nucleus(self, probabilities: int, size: int, wanted: float, threshold: int) -> bool:
+        """As `find_nucleus` of source/draw.h; False when it cannot tell."""
+        return bool(self._functions.baton_nucleus(probabilities, size, wanted, threshold))
+
+    def drop_below(self, keys: int, size: int, threshold: float, logits: int) -> None:
+        self._functions.baton_drop_below(keys, size, threshold, logits)
 
 
 def _check(message: bytes | None) -> None:

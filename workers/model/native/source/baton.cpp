@@ -2,6 +2,7 @@
 
 #include <exception>
 
+#include "draw.h"
 #include "forward.h"
 #include "load.h"
 
@@ -52,6 +53,18 @@ const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void*
 
 const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, float* logits, int64_t* best) {
   return guarded([&] { model->head(x, num_rows, logits, best); });
+}
+
+int64_t baton_candidates(const float* logits, int64_t size, uint64_t key, float* sums, int64_t* tokens, int64_t capacity) {
+  return baton::find_candidates(logits, size, key, sums, tokens, capacity);
+}
+
+void baton_drop_below(const float* keys, int64_t size, float threshold, float* logits) {
+  baton::drop_below(keys, size, threshold, logits);
+}
+
+int64_t baton_nucleus(const float* probabilities, int64_t size, float wanted, float* threshold) {
+  return baton::find_nucleus(probabilities, size, wanted, threshold);
 }
 
 }  // extern "C"
