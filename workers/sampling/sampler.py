@@ -57,10 +57,11 @@ def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts 
 def draw(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts | None = None) -> Tensor:
     """The tokens of `sample`, int64 [R], still on the device of the logits; those of forced rows mean nothing."""
     adjusted_RV = _adjusted(logits_RV, specs)
-    tokens_R = adjusted_RV.argmax(-1)
     random_rows = [
         row for row, s in enumerate(specs) if s.params.temperature >= _GREEDY_BELOW and s.forced_token_id is None
     ]
+    is_all_random = len(random_rows) == len(specs)
+    tokens_R = adjusted_RV.new_zeros(len(specs), dtype=torch.int64) if is_all_random else adjusted_RV.argmax(-1)
     size = max(1, (_CUDA_GROUP_ELEMENTS if logits_RV.is_cuda else _GROUP_ELEMENTS) // logits_RV.shape[1])
     for first in range(0, len(random_rows), size):
         rows = random_rows[first : first + size]
