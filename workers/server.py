@@ -62,9 +62,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         self._is_stopping = False
-        self.transfers = Transfers(
-            config, identity, memory, model.fingerprint, transports, post, self._ids.__next__
-        )
+        self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, self._ids.__next__)
 
     def status(self) -> WorkerStatus:
         """The worker as it is now; `held_blocks` among the counters is 0 when idle."""
