@@ -150,7 +150,9 @@ class GrpcTransport:
             raise TransferFailed(f"{target.worker_id} is not connected over grpc")
         await link.send(transfer_id, pieces)
 
-    async def _serve(self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes] | None:
+    async def _serve(
+        self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes] | None:
         peer = None if self._is_closed else self._tokens.owner(token)
         if peer is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")

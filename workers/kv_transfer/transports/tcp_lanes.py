@@ -45,7 +45,9 @@ class OutgoingLink:
         seconds, fraction = divmod(timeout_s, 1)
         for lane in lanes:
             prepare(lane)
-            lane.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6)))
+            lane.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6))
+            )
             self._free.put_nowait(lane)
 
     def watch(self, on_gone: Callable[[], None]) -> None:
