@@ -74,6 +74,8 @@ class Report:
     load: Load
     counters: tuple[tuple[str, float], ...]
     num_held_blocks: int
+    prefill_rate: float | None = None
+    """Prompt tokens a second that recent steps computed; None: none yet."""
 
 
 class EngineThread:
@@ -126,7 +128,10 @@ class EngineThread:
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
-            report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
+            engine = self._engine
+            report = Report(
+                result, engine.load(), engine.counters(), engine.num_held_blocks, engine.prefill_tokens_per_s
+            )
             if not self._tell(self._on_report, report):
                 return
 
