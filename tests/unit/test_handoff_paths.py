@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from builders import fake_layout, generate_alone, make_request
-from test_worker import CONFIG, Attached, running, tokens
+from test_worker import CONFIG, Attached, holds_nothing, running, tokens
 
 from workers.client import Cancel
 from workers.kv_transfer.copier import describe_pieces
@@ -42,6 +42,7 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
 from workers.wire_handoff import down_from_pb, down_to_pb, up_from_pb, up_to_pb
+from workers.worker import Worker
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = Prompt(REQUEST)
@@ -51,6 +52,14 @@ ME = WorkerAddress("by-hand", 7, "127.0.0.1:1")
 
 def running_handoffs() -> list[str]:
     return [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith(("fetch-", "source-", "target-"))]
+
+
+async def idle(worker: Worker) -> dict[str, float]:
+    """The counters of a worker once it holds nothing."""
+    async with asyncio.timeout(30):
+        while not holds_nothing(worker.status()):
+            await asyncio.sleep(0.01)
+    return dict(worker.status().counters)
 
 
 # ---- a receiver by hand ----
@@ -153,8 +162,7 @@ async def test_a_receiver_that_leaves_at_any_step_leaves_nothing_at_the_sender(s
         else:
             await receiver.call.write(down_to_pb("another transfer", ME.generation, PieceAck()))
             await receiver.hear_end()
-        status = await router.idle()
-        counters = dict(status.counters)
+        counters = await idle(worker)
         # A stream that is cut before it was served was never a handoff.
         assert counters.get("handoffs_not_taken", 0) + counters.get("handoffs_refused", 0) <= 1
         assert "handoffs_sent" not in counters and running_handoffs() == []
@@ -164,7 +172,7 @@ async def test_a_receiver_that_leaves_at_any_step_leaves_nothing_at_the_sender(s
 
 async def test_a_receiver_that_takes_everything_releases_the_sender() -> None:
     async with (
-        running("prefill-0", Role.PREFILL) as (_, source),
+        running("prefill-0", Role.PREFILL) as (worker, source),
         grpc.aio.insecure_channel(source.target) as channel,
     ):
         router = await Attached(source).start()
@@ -172,13 +180,13 @@ async def test_a_receiver_that_takes_everything_releases_the_sender() -> None:
         await go(receiver, "acknowledged")
         await receiver.say(ReleaseHandoff())
         await receiver.hear_end()
-        assert dict((await router.idle()).counters)["handoffs_sent"] == 1
+        assert (await idle(worker))["handoffs_sent"] == 1
         await router.close()
 
 
 async def test_a_receiver_that_falls_silent_expires() -> None:
     async with (
-        running("prefill-0", Role.PREFILL, replace(CONFIG, transfer_timeout_s=1.5)) as (_, source),
+        running("prefill-0", Role.PREFILL, replace(CONFIG, transfer_timeout_s=1.5)) as (worker, source),
         grpc.aio.insecure_channel(source.target) as channel,
     ):
         router = await Attached(source).start()
@@ -186,7 +194,7 @@ async def test_a_receiver_that_falls_silent_expires() -> None:
         await go(receiver, "used")
         cancelled = await receiver.hear(CancelHandoff)
         assert isinstance(cancelled, CancelHandoff) and "silent" in cancelled.reason
-        await router.idle()
+        await idle(worker)
         await router.close()
 
 
@@ -305,7 +313,7 @@ async def misbehaving(fault: str) -> AsyncIterator[tuple[Sender, WorkerAddress]]
 async def test_a_sender_that_fails_at_any_step_leaves_nothing_and_changes_no_token(fault: str) -> None:
     async with (
         misbehaving(fault) as (sender, source),
-        running("decode-0", Role.DECODE) as (_, address),
+        running("decode-0", Role.DECODE) as (worker, address),
     ):
         router = await Attached(address).start()
         await router.submit(REQUEST, source)
@@ -313,7 +321,7 @@ async def test_a_sender_that_fails_at_any_step_leaves_nothing_and_changes_no_tok
         assert tokens(outputs) == generate_alone(REQUEST)
         report = outputs[0].handoff
         assert report is not None and (report.transport, report.recovery, report.attempts) == ("local", "local", 2)
-        counters = dict((await router.idle()).counters)
+        counters = await idle(worker)
         assert counters["handoffs_failed"] == 1 and running_handoffs() == []
         assert "ReleaseHandoff" not in sender.ends
         await router.close()
@@ -326,7 +334,7 @@ async def test_a_client_that_cancels_in_mid_transfer_cancels_it_at_the_sender() 
         await router.submit(REQUEST, source)
         await router.until(lambda: dict(worker.status().counters)["running_transfers"] > 0)
         await router.send(Cancel("r"))
-        counters = dict((await router.idle()).counters)
+        counters = await idle(worker)
         assert counters.get("handoffs_failed", 0) == 0 and running_handoffs() == []
         await router.close()
     assert "ReleaseHandoff" not in sender.ends
