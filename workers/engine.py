@@ -211,6 +211,14 @@ class Engine:
         live.report = report
         self._scheduler.prefill_here(live.sequence)
 
+    def take_early(self) -> StepResult | None:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere. None: nothing."""
+        if not self._early and not self._abandoned:
+            return None
+        result = StepResult(outputs=self._early, abandoned=self._abandoned)
+        self._early, self._abandoned = [], []
+        return result
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
