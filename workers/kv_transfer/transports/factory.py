@@ -35,6 +35,10 @@ def make_transports(
                 made[name] = ShmTransport(memory, host)
             case "tcp":
                 made[name] = TcpTransport(listen_host, timeout_s)
+            case "gloo":
+                from workers.kv_transfer.transports.collective import GlooTransport  # torch takes seconds to import
+
+                made[name] = GlooTransport(memory, listen_host, timeout_s)
             case "grpc":
                 made[name] = GrpcTransport(timeout_s)
             case _:

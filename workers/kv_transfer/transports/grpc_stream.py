@@ -43,7 +43,7 @@ class _Link:
     async def send(self, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         key = transfer_key(transfer_id)
         for piece in pieces:
-            view, total = memoryview(piece.view), piece.view.nbytes
+            view, total = piece.view.data, piece.view.nbytes
             for offset in range(0, max(total, 1), CHUNK_BYTES):
                 chunk = view[offset : offset + CHUNK_BYTES]
                 async with self.turn:
@@ -150,10 +150,13 @@ class GrpcTransport:
             raise TransferFailed(f"{target.worker_id} is not connected over grpc")
         await link.send(transfer_id, pieces)
 
-    async def _serve(self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes] | None:
+    async def _serve(
+        self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes] | None:
         peer = None if self._is_closed else self._tokens.owner(token)
         if peer is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
+            return None
         if peer not in self._links and len(self._links) >= MAX_PEERS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_PEERS} receivers are connected")
         link = _Link(context, self._timeout_s)
