@@ -87,7 +87,7 @@ def _compile(command: list[str], library: Path) -> None:
         raise BuildFailed(f"{command[0]} took more than {_COMPILE_TIMEOUT_S:.0f} s") from None
     finally:
         partial.unlink(missing_ok=True)
-    logger.info("compiled %s in %.1f s", library, time.monotonic() - started)
+    logger.info("compiled the kernels in %.1f s: %s", time.monotonic() - started, library)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ struct Lanes {
     const __m512i keyed = _mm512_xor_si512(data, _mm512_loadu_si512(key));
     const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
     const __m512i swapped = _mm512_shuffle_epi32(data, _MM_PERM_BADC);
-    lanes = _mm512_add_epi64(_mm512_add_epi64(lanes, swapped), product);
+    lanes = _mm512_add_epi64(lanes, _mm512_add_epi64(swapped, product));
   }
 
   void scramble(const char* key) {
@@ -80,7 +80,7 @@ struct Lanes {
       const __m256i keyed = _mm256_xor_si256(data, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key) + h));
       const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
       const __m256i swapped = _mm256_shuffle_epi32(data, 0x4E);
-      lanes[h] = _mm256_add_epi64(_mm256_add_epi64(lanes[h], swapped), product);
+      lanes[h] = _mm256_add_epi64(lanes[h], _mm256_add_epi64(swapped, product));
     }
   }
 
