@@ -29,8 +29,8 @@ LAYOUTS = {
     "tiny": KvLayout(64, 1, 1, 1, 16, "bfloat16", 2),
 }
 """Layers of 64 KiB in blocks of 1 MiB; blocks of ERNIE-4.5-21B-A3B, 3.5 MiB; blocks of 64 bytes."""
-ANNOUNCED_BYTES = 4 << 20
-"""The sender checks this many bytes, announces them, and goes on while they travel."""
+ANNOUNCED_BYTES = (4 << 20, 16 << 20)
+"""The sender checks so many bytes at first, and so many later, announces them, and goes on while they travel."""
 TIMEOUT_S = 60.0
 _ASK = struct.Struct("<16sIII")
 _ANNOUNCED = struct.Struct("<IIIIQ")
@@ -101,10 +101,10 @@ class Session:
             for place, piece in enumerate(pieces):
                 batch.append(piece)
                 waiting += piece.num_layers * layout.layer_bytes
-                if waiting < ANNOUNCED_BYTES and place + 1 < len(pieces):
+                if waiting < ANNOUNCED_BYTES[place >= 4] and place + 1 < len(pieces):
                     continue
                 views = [memory.block(p.source_block, p.first_layer, p.num_layers) for p in batch]
-                found = checksums(views) if waiting <= 1 << 16 else await asyncio.to_thread(checksums, views)
+                found = checksums(views) if waiting <= 1 << 20 else await asyncio.to_thread(checksums, views)
                 rows = [_ANNOUNCED.pack(p.piece, p.source_block, p.first_layer, p.num_layers, c)
                         for p, c in zip(batch, found, strict=True)]  # fmt: skip
                 writer.write(struct.pack("<I", len(rows)) + b"".join(rows))
@@ -172,7 +172,7 @@ class Session:
         found = [inbox.checksum(piece.piece) for piece in announced]
         if None in found:
             views = [place(piece.piece) for piece in announced]
-            inline = sum(view.nbytes for view in views) <= 1 << 16
+            inline = sum(view.nbytes for view in views) <= 1 << 20
             found = checksums(views) if inline else await asyncio.to_thread(checksums, views)
         if found != [row[4] for row in rows]:
             raise RuntimeError("a piece has another checksum than announced")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ INSTALL = (
     "peers/bin/pip install torch==2.13.0 mooncake-transfer-engine-non-cuda (and, for Mooncake, Debian's libibverbs1 librdmacm1)"
 )
 BATON = ("baton shm", "baton tcp", "baton grpc", "baton gloo")
-REPEATS = {"64 B": 200, "21B block": 100, "64 KiB": 100, "1 MiB": 60, "16 MiB": 20, "256 MiB": 5}
+REPEATS = {"64 B": 300, "21B block": 200, "64 KiB": 200, "1 MiB": 150, "16 MiB": 40, "256 MiB": 12}
 
 
 def programs(peer_python: str) -> list[Program]:
@@ -49,13 +48,17 @@ def programs(peer_python: str) -> list[Program]:
 
 
 def measure(program: Program, logs: Path, divisor: int) -> tuple[str, dict[str, float]]:
-    """One round of one engine: its version, and the median seconds of each size. Raises WorkerFailed."""
+    """One round of one engine: its version, and the seconds of each size. Raises WorkerFailed.
+
+    The best time of a bulk size and the median of a latency.
+    """
     with WorkerProcess(program, logs) as source, WorkerProcess(program, logs / "target") as target:
         target.ask("connect", peer=source.ask("listen"))
         seconds = {}
         for name, num_bytes in SIZES.items():
             fields = {"shape": SHAPES.get(name, "bulk"), "num_bytes": num_bytes}
-            seconds[name] = target.ask("measure", repeats=max(2, REPEATS[name] // divisor), **fields)["median_s"]
+            found = target.ask("measure", repeats=max(2, REPEATS[name] // divisor), **fields)
+            seconds[name] = found["median_s" if name in LATENCIES else "best_s"]
         return source.version, seconds
 
 
@@ -76,19 +79,18 @@ def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
             except WorkerFailed as error:
                 states[program.engine] = str(error)
             print(f"[{time.monotonic() - started:4.0f} s] {program.engine}: {states[program.engine]}", file=sys.stderr)
-    medians = {
-        engine: {size: statistics.median(figures[size] for figures in turns) for size in SIZES}
-        for engine, turns in rounds.items()
+    bests = {
+        engine: {size: min(figures[size] for figures in turns) for size in SIZES} for engine, turns in rounds.items()
     }
     machine = machine_facts() | {"foreign_share": load.share(), "seconds": round(time.monotonic() - started)}
-    return {"machine": machine, "num_rounds": args.rounds, "engines": states, "rounds": rounds, "figures": medians}
+    return {"machine": machine, "num_rounds": args.rounds, "engines": states, "rounds": rounds, "figures": bests}
 
 
 def report(results: dict[str, Any]) -> str:
     """Markdown."""
     machine, figures = results["machine"], results["figures"]
     lines = [
-        f"{machine['date']}, {machine['cpu']}, {machine['num_cores']} cores. Rounds: {results['num_rounds']}, medians shown. "
+        f"{machine['date']}, {machine['cpu']}, {machine['num_cores']} cores. Rounds: {results['num_rounds']}; GB/s are bests, latencies the lowest median. "
         f"It took {machine['seconds']} s. Other programs took {machine['foreign_share']:.0%} of the cores.",
         *(f"- {engine}: {state}" for engine, state in results["engines"].items()),
         "",

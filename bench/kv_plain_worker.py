@@ -22,7 +22,7 @@ class Memcpy:
     """Both ends in one process."""
 
     def __init__(self) -> None:
-        self._source, self._target = np.ones(BUFFER_BYTES, np.uint8), np.zeros(BUFFER_BYTES, np.uint8)
+        self._source, self._target = np.ones(BUFFER_BYTES, np.uint8), np.full(BUFFER_BYTES, 2, np.uint8)
 
     def on_listen(self) -> dict[str, Any]:
         return {}

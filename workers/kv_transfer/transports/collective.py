@@ -133,7 +133,7 @@ class GlooTransport(TcpTransport):
 
     def __init__(self, memory: KvMemory, listen_host: str, timeout_s: float) -> None:
         super().__init__(listen_host, timeout_s, num_lanes=1)
-        self._memory = memory
+        self.memory = memory
         self._store: Any = None
 
     def extra_offer(self) -> dict[str, int]:
