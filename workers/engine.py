@@ -10,9 +10,10 @@ from typing import Any
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_transfer.pieces import layers_per_piece
 from workers.launching import LaunchingRunner
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
-from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.scheduler import Limits, Scheduler, Step
@@ -38,6 +39,18 @@ class BlocksFilled:
     sequence_id: int
     blocks: tuple[int, ...]
     num_filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayersFilled:
+    """In mid-step: of a prompt computed for another worker, entries first .. end-1 of its block table hold the KV of their
+    first `num_layers` layers."""
+
+    sequence_id: int
+    blocks: tuple[int, ...]
+    first: int
+    end: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,8 @@ class _Live:
     started_s: float
     report: HandoffReport | None = None
     extra_cached: int = 0
+    queue_s: float | None = None
+    """From its arrival until it had blocks."""
     is_cancelled: bool = False
     has_spoken: bool = False
     num_running: int = 0
@@ -122,10 +137,14 @@ class Engine:
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
+        self.on_layers: Callable[[LayersFilled], None] | None = None
+        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self._settled = StepResult()
         self.last_step_s = 0.0
+        self.prefill_tokens_per_s: float | None = None
+        """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
 
@@ -222,6 +241,14 @@ class Engine:
         if running is not None:
             self._complete(running, self._settled)
 
+    def take_early(self) -> StepResult | None:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere. None: nothing."""
+        if not self._early and not self._abandoned:
+            return None
+        result = StepResult(outputs=self._early, abandoned=self._abandoned)
+        self._early, self._abandoned = [], []
+        return result
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -252,11 +279,15 @@ class Engine:
             self._complete(running, result)
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
+        if running is not None:
+            self._note_rate(running.batch)
         return result
 
     def _start(self, step: Step, after: _Running | None, result: StepResult) -> _Running | None:
         """Launches a step behind the one that runs, if any; None when it computes nothing."""
+        now = self._clock()
         for sequence in step.transfers:
+            self._note_admission(self._live[sequence.sequence_id], now)
             blocks = tuple(sequence.table.blocks)
             result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
         if not step.batch.num_tokens:
@@ -271,6 +302,7 @@ class Engine:
                 return None
         for live in running.lives:
             live.num_running += 1
+            self._note_admission(live, now)
         return running
 
     def _complete(self, running: _Running, result: StepResult) -> None:
@@ -279,7 +311,10 @@ class Engine:
             live.num_running -= 1
         try:
             if self._launcher is None:
-                drawn = self._runner.execute(running.batch)
+                hook = self._layer_hook(running.batch)
+                drawn = (
+                    self._runner.execute(running.batch) if hook is None else self._runner.execute(running.batch, hook)
+                )
             else:
                 drawn = self._launcher.finish(running.launched)
         except Exception as error:
@@ -297,6 +332,12 @@ class Engine:
         for live in running.lives:
             if live.sequence.state is State.ENDING and not live.num_running:
                 self._scheduler.finish(live.sequence)
+
+    def _note_rate(self, batch: Batch) -> None:
+        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
+        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
+            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+            self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -327,6 +368,32 @@ class Engine:
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
         return tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+
+    def _note_admission(self, live: _Live, now: float) -> None:
+        if live.queue_s is None:
+            live.queue_s = max(0.0, now - live.started_s)
+
+    def _layer_hook(self, batch: Batch) -> LayerHook | None:
+        """None when nothing of the batch is for another worker, or nobody listens."""
+        listener = self.on_layers
+        sources = [s for s in batch.prefill if self._live[s.sequence_id].sequence.kind is Kind.SOURCE]
+        layout = self._runner.kv_memory.layout
+        every = layers_per_piece(layout)
+        if listener is None or not sources or every >= layout.num_layers:
+            return None
+        fills: list[LayersFilled] = []
+        for piece in sources:
+            table, end = self._live[piece.sequence_id].sequence.table, piece.start + len(piece.token_ids)
+            first, blocks = piece.start // BLOCK_SIZE, tuple(table.blocks)
+            # Where the prompt ends its last block is as full as it will be.
+            last = len(blocks) if piece.sample is not None else end // BLOCK_SIZE
+            fills.append(LayersFilled(piece.sequence_id, blocks, first, last, 0))
+
+        def tell(num_layers: int) -> None:
+            for fill in fills:
+                listener(replace(fill, num_layers=num_layers))
+
+        return LayerHook(every, tell)
 
     def _after_prefill(self, live: _Live, piece: SequenceSlice, sampled: Sampled, result: StepResult) -> None:
         sequence = live.sequence
@@ -378,9 +445,9 @@ class Engine:
         sequence = live.sequence
         report = live.report
         if report is None or report.transport == "local":
-            attempts = report.attempts if report else 1
-            elapsed = self._clock() - live.started_s
-            report = HandoffReport(self._worker_id, self._worker_id, "local", prefill_s=elapsed, attempts=attempts)
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=self._clock() - live.started_s - (live.queue_s or 0.0))
+        report = replace(report, queue_s=live.queue_s or 0.0)
         wanted = sequence.request.params.prompt_logprobs is not None
         return replace(
             output,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from workers.runner import Batch, FakeRunner, Runner, Sampled, SequenceSlice
+from workers.runner import Batch, FakeRunner, LayerHook, Runner, Sampled, SequenceSlice
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ class LateFakeRunner(FakeRunner):
         launched.results = super().execute(Batch(launched.batch.prefill, tuple(decode)))
         return launched.results
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         return self.finish(self.launch(batch))
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
 import grpc
@@ -18,9 +18,11 @@ from workers.engine import refusal_output
 from workers.engine_thread import Add, CancelSequence, Command, DumpKv, Report
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.transport import Transport
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, Output, Request
+from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -44,6 +46,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         identity: Identity,
         model: ModelInfo,
         memory: KvMemory,
+        transports: Mapping[str, Transport],
         post: Callable[[Command], None],
         on_role_change: Callable[[Role, int], None] | None = None,
     ) -> None:
@@ -54,13 +57,14 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._post = post
         self._on_role_change = on_role_change
         self._ids = itertools.count(1)
+        self._traces = RequestTraces()
         self._owners: dict[int, tuple[RouterSession, Request, tuple[WorkerAddress, ...]]] = {}
         self._routers: set[RouterSession] = set()
         self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         self._is_stopping = False
-        self.transfers = Transfers(config, identity, memory, model.fingerprint, post, self._ids.__next__)
+        self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, self._ids.__next__)
 
     def status(self) -> WorkerStatus:
         """The worker as it is now; `held_blocks` among the counters is 0 when idle."""
@@ -99,6 +103,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         """Distributes one engine step."""
         self._load, self._counters = report.load, report.counters
         self._num_held_blocks = report.num_held_blocks
+        self.transfers.measured.own_rate = report.prefill_rate
         result = report.result
         for sequence_id, output in result.outputs:
             self._deliver(sequence_id, output)
@@ -109,7 +114,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             else:
                 _, request, candidates = owner
                 # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
-                self.transfers.fetch(wanted, replace(request, replay_token_ids=()), candidates)
+                prompt = replace(request, replay_token_ids=())
+                self.transfers.fetch(wanted, prompt, candidates, self._traces.deadline_s(wanted.sequence_id))
         for sequence_id in result.abandoned:
             self.transfers.abandon(sequence_id)
         for filled in result.filled:
@@ -130,6 +136,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.transfers.source_failed(sequence_id, output.message)
             return
         session = owner[0]
+        self._traces.said(sequence_id, output)
         session.add_output(output)
         if output.finish_reason is not None:
             del self._owners[sequence_id]
@@ -161,8 +168,13 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             reader.cancel()
             self._routers.discard(session)
             for sequence_id in session.sequences.values():
-                self._owners.pop(sequence_id, None)
-                self._post(CancelSequence(sequence_id))
+                self._forget(sequence_id)
+
+    def _forget(self, sequence_id: int) -> None:
+        """Nobody waits for it any more."""
+        self._owners.pop(sequence_id, None)
+        self._traces.ended(sequence_id, "cancelled")
+        self._post(CancelSequence(sequence_id))
 
     async def _read(self, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:
@@ -178,8 +190,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                     case Cancel(request_id):
                         sequence_id = session.sequences.pop(request_id, None)
                         if sequence_id is not None:
-                            self._owners.pop(sequence_id, None)
-                            self._post(CancelSequence(sequence_id))
+                            self._forget(sequence_id)
                     case DumpRequest():
                         self._post(DumpKv())
                     case Hello():
@@ -197,6 +208,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         sequence_id = next(self._ids)
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
         self._owners[sequence_id] = (session, request, candidates)
+        self._traces.submitted(sequence_id, submit)
         session.sequences[request.request_id] = sequence_id
         self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
 
@@ -216,8 +228,12 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def Handoff(
         self, request_iterator: AsyncIterator[pb.HandoffDown], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.HandoffUp]:
-        async for message in self.transfers.serve(request_iterator):
-            yield message
+        messages = self.transfers.serve(request_iterator)
+        try:
+            async for message in messages:
+                yield message
+        finally:
+            await messages.aclose()
 
     async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         try:
@@ -245,7 +261,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         """Tells every router about once a second that the worker lives."""
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            self.transfers.tick()
+            await self.transfers.tick()
             self._broadcast_status()
 
     async def close(self) -> None:

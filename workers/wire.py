@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal
-from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -73,6 +73,7 @@ def request_to_pb(request: Request) -> pb.Request:
         choice_index=request.choice_index,
         replay_token_ids=request.replay_token_ids,
         priority=request.priority,
+        traceparent=request.traceparent,
     )
 
 
@@ -84,6 +85,7 @@ def request_from_pb(message: pb.Request) -> Request:
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),
         priority=message.priority,
+        traceparent=message.traceparent,
     )
 
 
@@ -114,6 +116,12 @@ def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
         transfer_s=report.transfer_s,
         prefill_s=report.prefill_s,
         attempts=report.attempts,
+        wait_s=report.wait_s,
+        exposed_s=report.exposed_s,
+        resends=report.resends,
+        degradations=report.degradations,
+        recovery=report.recovery,
+        queue_s=report.queue_s,
     )
 
 
@@ -126,6 +134,12 @@ def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
         transfer_s=message.transfer_s,
         prefill_s=message.prefill_s,
         attempts=message.attempts,
+        wait_s=message.wait_s,
+        exposed_s=message.exposed_s,
+        resends=message.resends,
+        degradations=message.degradations,
+        recovery=message.recovery,
+        queue_s=message.queue_s,
     )
 
 
@@ -296,14 +310,6 @@ def layout_from_pb(message: pb.KvLayout) -> KvLayout:
     )
 
 
-def shared_handle_to_pb(handle: SharedHandle) -> pb.SharedHandle:
-    return pb.SharedHandle(pid=handle.pid, fd=handle.fd, num_bytes=handle.num_bytes, nonce=handle.nonce)
-
-
-def shared_handle_from_pb(message: pb.SharedHandle) -> SharedHandle:
-    return SharedHandle(message.pid, message.fd, message.num_bytes, message.nonce)
-
-
 def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:
     message = pb.WorkerFrame(generation=frame.generation, outputs=[output_to_pb(output) for output in frame.outputs])
     if frame.load is not None:
@@ -327,11 +333,13 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
+                remaining_s=remaining_s,
+                first_token_s=first_token_s,
             )
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
@@ -348,7 +356,8 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "submit":
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
-            return Submit(request_from_pb(submit.request), submit.generation, addresses)
+            request = request_from_pb(submit.request)
+            return Submit(request, submit.generation, addresses, submit.remaining_s, submit.first_token_s)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

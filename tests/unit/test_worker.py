@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -23,7 +24,12 @@ from workers.wire import frame_from_pb, router_message_to_pb, status_from_pb
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(
-    model="fake", local_prefill_tokens=0, max_batch_tokens=96, max_num_seqs=16, transfer_timeout_s=5.0
+    model="fake",
+    local_prefill_tokens=0,
+    max_batch_tokens=96,
+    max_num_seqs=16,
+    transfer_timeout_s=5.0,
+    transports=("shm", "grpc"),
 )
 
 
@@ -122,7 +128,7 @@ def with_transports(*transports: str) -> WorkerConfig:
     )
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "grpc"])
 async def test_a_handoff_gives_the_tokens_of_one_worker_and_leaves_nothing(transport: str) -> None:
     config = with_transports(transport)
     async with pair(config, config) as (router, source, prefill):
@@ -177,12 +183,15 @@ async def test_a_dead_prefill_worker_is_replaced_by_the_next_and_then_by_decode_
         assert tokens(outputs) == generate_alone(request)
         assert outputs[0].handoff is not None
         assert (outputs[0].handoff.prefill_worker, outputs[0].handoff.attempts) == ("prefill-0", 2)
+        assert outputs[0].handoff.recovery == "next_source"
         alone = make_request(range(100, 300), 20, request_id="alone")
         await router.submit(alone, dead)
         outputs = await router.finish("alone")
         assert tokens(outputs) == generate_alone(alone)
         assert outputs[0].handoff is not None and outputs[0].handoff.transport == "local"
-        await router.idle()
+        assert (outputs[0].handoff.attempts, outputs[0].handoff.recovery) == (2, "local")
+        counters = dict((await router.idle()).counters)
+        assert (counters["recovery_next_source"], counters["recovery_local"]) == (1, 1)
 
 
 async def test_a_stale_generation_is_refused_at_both_ends() -> None:
@@ -199,25 +208,26 @@ async def test_a_stale_generation_is_refused_at_both_ends() -> None:
 
 async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request(range(5, 305), 20)
-    place = copier.place_pieces
+    describe = copier.describe_pieces
     spoiled: list[int] = []
 
-    def spoil_once(memory, blocks, pieces, shared):  # type: ignore[no-untyped-def]
-        pieces = list(pieces)
+    def spoil_once(memory, cut, pieces):  # type: ignore[no-untyped-def]
+        described = describe(memory, cut, pieces)
         if not spoiled:
-            spoiled.append(pieces[0].piece)
-            from dataclasses import replace
+            spoiled.append(described[0].piece)
+            described = (replace(described[0], checksum=described[0].checksum ^ 1), *described[1:])
+        return described
 
-            pieces[0] = replace(pieces[0], checksum=pieces[0].checksum ^ 1)
-        return place(memory, blocks, pieces, shared)
-
-    monkeypatch.setattr("workers.handoff_target.place_pieces", spoil_once)
+    monkeypatch.setattr("workers.handoff_source.describe_pieces", spoil_once)
     async with pair() as (router, source, _):
         await router.submit(request, source)
         outputs = await router.finish("r")
         assert tokens(outputs) == generate_alone(request)
-        assert spoiled and outputs[0].handoff is not None and outputs[0].handoff.transport == "grpc"
-        await router.idle()
+        report = outputs[0].handoff
+        assert spoiled and report is not None and report.transport == "grpc"
+        assert (report.degradations, report.recovery, report.attempts) == (1, "next_transport", 1)
+        assert report.resends >= 1 and report.transfer_s > 0
+        assert dict((await router.idle()).counters)["recovery_next_transport"] == 1
 
 
 async def test_cancel_frees_both_workers_at_any_moment() -> None:

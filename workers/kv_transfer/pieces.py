@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from workers.kv_transfer.memory import KvLayout
 
-MAX_PIECE_BYTES = 1 << 20
-"""Part of the protocol: one gRPC message of this size is what gRPC moves fastest."""
+MAX_PIECE_BYTES = 512 << 10
+"""Part of the protocol: large enough for what is said about a piece to cost nothing beside it, small enough for the first layers
+of a block to travel while the last ones are computed."""
+
+
+def layers_per_piece(layout: KvLayout) -> int:
+    """At least one, however large a layer is."""
+    return max(1, min(layout.num_layers, MAX_PIECE_BYTES // layout.layer_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Cut:
 
     @property
     def layers_per_piece(self) -> int:
-        return max(1, min(self.layout.num_layers, MAX_PIECE_BYTES // self.layout.layer_bytes))
+        return layers_per_piece(self.layout)
 
     @property
     def pieces_per_block(self) -> int:
@@ -53,6 +59,12 @@ class Cut:
     def pieces_before(self, block: int) -> int:
         """How many pieces belong to blocks before this entry of the block table."""
         return min(max(block - self.first_block, 0), self.num_blocks) * self.pieces_per_block
+
+    def pieces_before_layer(self, num_layers: int) -> int:
+        """How many pieces of a block are complete once its first `num_layers` layers are."""
+        if num_layers >= self.layout.num_layers:
+            return self.pieces_per_block
+        return num_layers // self.layers_per_piece
 
     def piece_bytes(self, piece: int) -> int:
         return self.slot(piece).num_layers * self.layout.layer_bytes

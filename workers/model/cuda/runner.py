@@ -22,7 +22,7 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import available_bytes, choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.weights import Checkpoint, checkpoint_folder
-from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.status import ModelInfo
 
 _MAX_GRAPH_BYTES = 1 << 30
@@ -90,14 +90,15 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 runner.warnings = runner.warm_up()
         return runner
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
+        """`on_layer` is not called: the pool's copy in host memory is made after the step (KvMemory.expose)."""
         return self.finish(self.launch(batch)) if batch.num_tokens else []
 
     def launch(self, batch: Batch, after: LaunchedStep | None = None) -> LaunchedStep:
         """Gives the device a step to run behind the one before it; nothing here waits for results."""
         with torch.inference_mode(), as_current(self._device):
             late = None if after is None else after.late_tokens
-            return LaunchedStep(batch, self.hidden_states(batch, late), self._model.logits)
+            return LaunchedStep(batch, self.hidden_states(batch, late=late), self._model.logits)
 
     def finish(self, launched: LaunchedStep) -> list[Sampled]:
         """Waits for the step's tokens, not for a step behind it, and reads the logprobs asked for."""
@@ -113,7 +114,9 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 for i, piece in enumerate(launched.slices)
             ]
 
-    def hidden_states(self, batch: Batch, late: LateTokens | None = None) -> Tensor:
+    def hidden_states(
+        self, batch: Batch, on_layer: LayerHook | None = None, late: LateTokens | None = None
+    ) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D].
 
         A batch that only decodes has it in memory that the next step writes to.

@@ -19,7 +19,7 @@ from workers.model.native.draw import NativeShortcuts
 from workers.model.native.library import Dimensions, Library, Part, Step
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
-from workers.runner import BLOCK_SIZE, Batch, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
 
 
 def require_supported(config: ErnieConfig) -> None:
@@ -51,7 +51,7 @@ class NativeErnie:
         self.shortcuts = NativeShortcuts(library)
         self._load(checkpoint)
 
-    def compute(self, batch: Batch, pool: KvPool) -> Tensor:
+    def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
 
         Raises IndexError where a block table is too short.
@@ -75,7 +75,7 @@ class NativeErnie:
             _int64(accumulate(num_blocks[:-1], initial=0)),
         ]
         step = Step(rows[-1], len(slices), *(array.ctypes.data for array in arrays))
-        self._library.forward(self._model, step, pool.address, x_TD.data_ptr())
+        self._library.forward(self._model, step, pool.address, x_TD.data_ptr(), on_layer)
         return x_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:
