@@ -139,7 +139,8 @@ def test_a_prompt_for_another_worker_is_not_held_up_by_a_step_behind_it() -> Non
     outputs = run_to_end(target)
     assert source_runner.num_overlapped == 0 and target_runner.num_overlapped > 90
     assert tokens_of(outputs, 1) == generate_alone(request)
-    assert outputs[0][1].handoff == REPORT
+    report = outputs[0][1].handoff
+    assert report is not None and replace(report, queue_s=REPORT.queue_s) == REPORT
     assert source.num_held_blocks == 0 and target.num_held_blocks == 0
 
 

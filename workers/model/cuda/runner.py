@@ -114,9 +114,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 for i, piece in enumerate(launched.slices)
             ]
 
-    def hidden_states(
-        self, batch: Batch, on_layer: LayerHook | None = None, late: LateTokens | None = None
-    ) -> Tensor:
+    def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None, late: LateTokens | None = None) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D].
 
         A batch that only decodes has it in memory that the next step writes to.
