@@ -22,7 +22,7 @@ from workers.status import WorkerAddress
 log = logging.getLogger(__name__)
 
 LANES = 1
-"""Connections for each pair of workers and direction (measured in docs/benchmarks.md)."""
+"""Connections for each pair of workers and direction."""
 MAX_PEERS = 256
 _MAX_HANDSHAKES = 64
 _HANDSHAKE_S = 5.0
