@@ -1,0 +1,124 @@
+"""A process with one or more real workers in it, told by lines of JSON on its standard input what to do; answers on standard output.
+
+Its end of standard input is its life line: when the harness dies, so does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from builders import FakeModel
+from chaos.census import descriptors, mapped_pools, own_pools, python_threads, too_many
+from workers.config import WorkerConfig
+from workers.status import Role
+from workers.worker import LoadedModel, Worker, load_checkpoint
+
+PATIENCE_S = 20.0
+"""How long gRPC and the kernel may take to close what was told to close."""
+
+
+class Child:
+    """The workers of this process. `spec` has config, num_blocks and workers: [(worker_id, role, start_count)]."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._config = WorkerConfig(**{**spec["config"], "transports": tuple(spec["config"]["transports"])})
+        self._spec = spec
+        self._workers: dict[str, Worker] = {}
+        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+
+    def _load(self, config: WorkerConfig) -> LoadedModel:
+        return FakeModel(config, self._spec["num_blocks"]) if config.model == "fake" else load_checkpoint(config)
+
+    async def start(self) -> dict[str, Any]:
+        """Starts everything, after one worker that only makes what a process makes once."""
+        first = Worker(self._config, "first", 1, Role.MIXED, load=self._load)
+        await first.start()
+        await first.stop()
+        await asyncio.to_thread(gc.collect)
+        self._before = descriptors(), python_threads()
+        addresses = {}
+        for worker_id, role, start_count in self._spec["workers"]:
+            worker = Worker(self._config, worker_id, start_count, Role(role), load=self._load)
+            self._workers[worker_id] = worker
+            address = await worker.start()
+            addresses[worker_id] = [address.generation, address.target]
+        return {"addresses": addresses, "pid": os.getpid()}
+
+    async def handle(self, order: dict[str, Any]) -> dict[str, Any]:
+        match order["do"]:
+            case "census":
+                return self._census()
+            case "limit":
+                return self._limit_memory(order["room_bytes"])
+            case "stop":
+                return await self._stop()
+        raise ValueError(order)
+
+    def _census(self) -> dict[str, Any]:
+        return {
+            "workers": {name: dict(worker.status().counters) for name, worker in self._workers.items()},
+            "own_pools": sorted(own_pools()),
+            "mapped_pools": sorted(mapped_pools()),
+            "descriptors": sum(descriptors().values()),
+            "threads": len(os.listdir("/proc/self/task")),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
+    def _limit_memory(self, room_bytes: int) -> dict[str, Any]:
+        """From now on the process can map at most so many bytes more."""
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + room_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        return {"limit_bytes": limit}
+
+    async def _stop(self) -> dict[str, Any]:
+        """Stops the workers and says what is left of them."""
+        for worker in self._workers.values():
+            await worker.stop()
+        self._workers.clear()
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            gc.collect()
+            left = {
+                "descriptors": too_many(descriptors(), self._before[0]),
+                # asyncio's own helper threads stay until the loop closes.
+                "threads": {k: v for k, v in too_many(python_threads(), self._before[1]).items() if k != "asyncio"},
+                "pools": sorted(mapped_pools()),
+                "tasks": [str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()],
+            }
+            left["tasks"] = [name for name in left["tasks"] if "main" not in name]
+            if not any(left.values()) or time.monotonic() > deadline:
+                return {"left": {k: v for k, v in left.items() if v}}
+            await asyncio.sleep(0.05)
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(1 << 20)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    child = Child(json.loads(sys.argv[1]))
+
+    def say(answer: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+    say(await child.start())
+    while line := await reader.readline():
+        order = json.loads(line)
+        say(await child.handle(order))
+        if order["do"] == "stop":
+            return
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=os.environ.get("CHAOS_LOG", "ERROR"), format="%(process)d %(asctime)s %(name)s %(message)s")
+    asyncio.run(main())

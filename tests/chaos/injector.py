@@ -1,0 +1,113 @@
+"""The hand that carries a plan of faults out: waits for each fault's step in its request's messages, and strikes once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from chaos.arena import Arena
+from chaos.faults import Fault, Kind, Step
+from chaos.middle import Passing
+from chaos.steps import HandoffWatch
+
+DELAY_S = (0.05, 1.5)
+SLOW_BYTES_PER_S = 4096
+SLOW_S = 2.0
+
+
+def between(bounds: tuple[float, float], chance: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * chance
+
+
+def spoil(raw: bytes, chance: float) -> bytes:
+    """The message with one bit of one byte turned."""
+    spoiled = bytearray(raw)
+    place = int(chance * len(raw) * 8)
+    spoiled[place // 8] ^= 1 << place % 8
+    return bytes(spoiled)
+
+
+class Injector:
+    """`faults` by request id. `leave(request id)` makes its client hang up. `arena` is set once there is one."""
+
+    def __init__(self, faults: dict[str, Fault], leave: Callable[[str], None]) -> None:
+        self._armed = dict(faults)
+        self._leave = leave
+        self.arena: Arena | None = None
+        self.injected: dict[str, Fault] = {}
+        self.num_submits: dict[str, int] = {}
+        self.transports: dict[str, list[str]] = {}
+        """Transports in the order they were chosen, of the last handoff of each request."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def touch(self, passing: Passing) -> list[bytes]:
+        name = passing.wire_id.partition("#")[0]
+        if passing.step is Step.SUBMIT:
+            self.num_submits[name] = self.num_submits.get(name, 0) + 1
+        fault = self._armed.get(name)
+        if fault is None or fault.step is not passing.step:
+            return [passing.raw]
+        del self._armed[name]
+        out = await self._strike(fault, passing, name)
+        if out is None:
+            self._armed[name] = fault  # the worker is being hurt by another fault: another time
+            return [passing.raw]
+        self.injected[name] = fault
+        return out
+
+    def ended(self, watch: HandoffWatch) -> None:
+        if watch.wire_id:
+            self.transports[watch.wire_id.partition("#")[0]] = list(watch.transports)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _strike(self, fault: Fault, passing: Passing, name: str) -> list[bytes] | None:
+        """What is passed on instead of the message; None when the fault could not be carried out now."""
+        assert self.arena is not None
+        connection, raw, chance = passing.connection, passing.raw, fault.chance
+        long_s = self.arena.stale_s * (0.2 + 1.6 * chance)  # sometimes they are given up, sometimes not
+        match fault.kind:
+            case Kind.DROP:
+                return []
+            case Kind.DELAY:
+                await asyncio.sleep(between(DELAY_S, chance))
+            case Kind.DUPLICATE:
+                return [raw, raw]
+            case Kind.CORRUPT:
+                return [spoil(raw, chance)]
+            case Kind.CUT:
+                connection.cut()
+            case Kind.HALF_OPEN:
+                connection.black_hole()
+            case Kind.SLOW:
+                connection.throttle(SLOW_BYTES_PER_S, SLOW_S)
+            case Kind.LEAVE:
+                self._leave(name)
+            case Kind.KILL_PREFILL | Kind.KILL_DECODE:
+                victim = self._victim(fault, passing)
+                if chance < 0.5:  # before the message is passed on, or after
+                    return [raw] if await self.arena.kill(victim) else None
+                self._later(self.arena.kill(victim), (chance - 0.5) * 0.02)
+            case Kind.STOP_PREFILL | Kind.STOP_DECODE:
+                return [raw] if self.arena.stop(self._victim(fault, passing), long_s) else None
+            case Kind.ZOMBIE_PREFILL | Kind.ZOMBIE_DECODE:
+                return [raw] if self.arena.replace_hung(self._victim(fault, passing), chance) else None
+            case Kind.SWITCH_PREFILL | Kind.SWITCH_DECODE:
+                return [raw] if await self.arena.switch(self._victim(fault, passing), chance) else None
+            case _:
+                raise NotImplementedError(fault)
+        return [raw]
+
+    def _victim(self, fault: Fault, passing: Passing) -> str:
+        return passing.prefill if fault.kind.endswith("prefill") else passing.decode
+
+    def _later(self, work: Coroutine[Any, Any, Any], delay_s: float) -> None:
+        async def run() -> None:
+            await asyncio.sleep(delay_s)
+            await work
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
