@@ -24,7 +24,7 @@ CONFIG = {
 
 def golden(request: Request) -> tuple[list[int], str]:
     """What an engine without company, network and faults answers."""
-    tokens = generate_alone(request, 64, max_batch_tokens=512)
+    tokens = generate_alone(request, 64, max_batch_tokens=512, max_model_len=4096)
     return tokens, "".join(PlainDetokenizer().push(token) for token in tokens)
 
 

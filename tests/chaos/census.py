@@ -28,11 +28,17 @@ def own_pools(pid: int | str = "self") -> set[int]:
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
             path = f"/proc/{pid}/fd/{name}"
-            if "memfd:baton-kv" in os.readlink(path):
+            if "memfd:baton-kv" in os.readlink(path) and _is_writable(pid, name):
                 pools.add(os.stat(path).st_ino)
         except FileNotFoundError:
             continue
     return pools
+
+
+def _is_writable(pid: int | str, name: str) -> bool:
+    """Whether a descriptor is open for writing: peers' pools are not."""
+    flags = re.search(r"flags:\s*(\d+)", Path(f"/proc/{pid}/fdinfo/{name}").read_text())
+    return flags is not None and int(flags[1], 8) & os.O_ACCMODE == os.O_RDWR
 
 
 def mapped_pools(pid: int | str = "self") -> set[int]:
@@ -52,8 +58,17 @@ def too_many(now: Counter[str], before: Counter[str]) -> dict[str, int]:
 
 
 def shared_memory_names() -> set[str]:
-    """Entries of /dev/shm."""
-    return set(os.listdir("/dev/shm"))
+    """Entries of /dev/shm that no living process but this one has in its memory: others' are not our business."""
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        if not names:
+            break
+        if maps.parent.name != str(os.getpid()):
+            try:
+                names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+            except OSError:
+                continue  # it has ended, or is somebody else's
+    return names
 
 
 def children(pid: int) -> set[int]:

@@ -19,11 +19,28 @@ from typing import Any
 from builders import FakeModel
 from chaos.census import descriptors, mapped_pools, own_pools, python_threads, too_many
 from workers.config import WorkerConfig
+from workers.runner import Batch, FakeRunner, Sampled
 from workers.status import Role
 from workers.worker import LoadedModel, Worker, load_checkpoint
 
-PATIENCE_S = 20.0
+PATIENCE_S = 5.0
 """How long gRPC and the kernel may take to close what was told to close."""
+
+
+class PacedRunner(FakeRunner):
+    """A FakeRunner that takes its time, so that a transfer has a middle."""
+
+    step_s = 0.002
+
+    def execute(self, batch: Batch) -> list[Sampled]:
+        time.sleep(self.step_s)
+        return super().execute(batch)
+
+
+class PacedModel(FakeModel):
+    def __init__(self, config: WorkerConfig, num_blocks: int) -> None:
+        super().__init__(config, num_blocks)
+        self.runner = PacedRunner(self.runner.kv_memory, self.runner.vocab_size)
 
 
 class Child:
@@ -36,14 +53,12 @@ class Child:
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     def _load(self, config: WorkerConfig) -> LoadedModel:
-        return FakeModel(config, self._spec["num_blocks"]) if config.model == "fake" else load_checkpoint(config)
+        return PacedModel(config, self._spec["num_blocks"]) if config.model == "fake" else load_checkpoint(config)
 
     async def start(self) -> dict[str, Any]:
         """Starts everything, after one worker that only makes what a process makes once."""
-        first = Worker(self._config, "first", 1, Role.MIXED, load=self._load)
-        await first.start()
-        await first.stop()
-        await asyncio.to_thread(gc.collect)
+        await self._start_and_stop()
+        gc.collect()
         self._before = descriptors(), python_threads()
         addresses = {}
         for worker_id, role, start_count in self._spec["workers"]:
@@ -52,6 +67,11 @@ class Child:
             address = await worker.start()
             addresses[worker_id] = [address.generation, address.target]
         return {"addresses": addresses, "pid": os.getpid()}
+
+    async def _start_and_stop(self) -> None:
+        worker = Worker(self._config, "first", 1, Role.MIXED, load=self._load)
+        await worker.start()
+        await worker.stop()
 
     async def handle(self, order: dict[str, Any]) -> dict[str, Any]:
         match order["do"]:
@@ -82,9 +102,8 @@ class Child:
 
     async def _stop(self) -> dict[str, Any]:
         """Stops the workers and says what is left of them."""
-        for worker in self._workers.values():
-            await worker.stop()
-        self._workers.clear()
+        while self._workers:
+            await self._workers.popitem()[1].stop()
         deadline = time.monotonic() + PATIENCE_S
         while True:
             gc.collect()

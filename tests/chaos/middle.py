@@ -31,6 +31,10 @@ _OPTIONS = (
 )
 
 
+UNARY = ("SetRole", "Describe", "Fetch")
+"""All other methods of a worker are streams both ways."""
+
+
 @dataclass(slots=True)
 class Connection:
     """One client's connection to the worker: its two lines and the channel between them."""
@@ -65,6 +69,9 @@ class Passing:
     """Worker ids; empty where the stream does not say."""
     decode: str
     handoff: HandoffWatch | None
+
+
+Watch = AttachWatch | HandoffWatch | None
 
 
 class Hand(Protocol):
@@ -156,14 +163,18 @@ class Middle:
 
     # ---- streams ----
 
-    async def _touch(self, watch: AttachWatch | HandoffWatch, connection: Connection, raw: bytes, up: bool) -> list[bytes]:
-        """What is passed on in place of a message. A frame may mark steps of several requests; one hand's change wins."""
+    async def _touch(self, watch: Watch, connection: Connection, raw: bytes, up: bool) -> list[bytes]:
+        """What is passed on in place of a message, which may mark several steps, a frame's also of several requests."""
+        passings: list[Passing] = []
         if isinstance(watch, HandoffWatch):
-            step = watch.up(raw) if up else watch.down(raw)
-            return [raw] if step is None else await self._hand.touch(self._passing(step, raw, connection, watch))
+            steps = watch.up(raw) if up else watch.down(raw)
+            passings = [self._passing(step, raw, connection, watch) for step in steps]
+        elif isinstance(watch, AttachWatch):
+            pairs = watch.up(raw) if up else watch.down(raw)
+            passings = [Passing(step, wire_id, raw, connection, "", self.worker_id, None) for wire_id, step in pairs]
         out = [raw]
-        for wire_id, step in watch.up(raw) if up else watch.down(raw):
-            touched = await self._hand.touch(Passing(step, wire_id, raw, connection, "", self.worker_id, None))
+        for passing in passings:
+            touched = await self._hand.touch(passing)
             out = out if touched == [raw] else touched
         return out
 
@@ -174,7 +185,7 @@ class Middle:
         self,
         incoming: AsyncIterator[bytes],
         call: grpc.aio.StreamStreamCall,
-        watch: AttachWatch | HandoffWatch,
+        watch: Watch,
         connection: Connection,
     ) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
@@ -193,7 +204,11 @@ class Middle:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is gone")
             return
         call = connection.channel.stream_stream(method)()
-        watch = HandoffWatch(self.worker_id) if method.endswith("/Handoff") else AttachWatch(self.worker_id)
+        watch: Watch = None
+        if method.endswith("/Handoff"):
+            watch = HandoffWatch(self.worker_id)
+        elif method.endswith("/Attach"):
+            watch = AttachWatch(self.worker_id)
         writer = asyncio.create_task(self._down(incoming, call, watch, connection))
         try:
             async for raw in call:
@@ -229,7 +244,7 @@ class _Relay(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         method = details.method
-        if method.rsplit("/", 1)[1] in ("Attach", "Handoff"):
+        if method.rsplit("/", 1)[1] not in UNARY:
 
 
             async def relay(incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:

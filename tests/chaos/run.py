@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import grpc
 from builders import make_request
 from chaos.arena import Arena, Shape
 from chaos.faults import Fault, Kind
@@ -82,6 +84,18 @@ def draw_requests(seed: int, transport: str, num_requests: int, vocab: range = r
     return requests
 
 
+@asynccontextmanager
+async def warm() -> AsyncIterator[None]:
+    """What gRPC makes once in a process, and unmakes with its last user, is no leak: holds it meanwhile."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+        yield
+    await server.stop(None)
+
+
 class ChaosRun:
     """One arena, its requests and its plan; `golden(request)` gives (tokens, text)."""
 
@@ -104,6 +118,10 @@ class ChaosRun:
         self._left: set[str] = set()
 
     async def run(self, transport: str) -> Result:
+        async with warm():
+            return await self._run(transport)
+
+    async def _run(self, transport: str) -> Result:
         result = Result(transport)
         started = time.monotonic()
         try:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from chaos.faults import Step
 from workers.kv_transfer.pieces import Cut
 from workers.pb import worker_pb2 as pb
-from workers.runner import BLOCK_SIZE
 from workers.wire import layout_from_pb
 
 
@@ -25,46 +24,45 @@ class HandoffWatch:
     _announced: set[int] = field(default_factory=set)
     _acked: set[int] = field(default_factory=set)
 
-    def down(self, raw: bytes) -> Step | None:
-        """The step that this message of the receiver marks."""
+    def down(self, raw: bytes) -> tuple[Step, ...]:
+        """The steps that this message of the receiver marks; a short transfer has several in one."""
         message = pb.HandoffDown.FromString(raw)
         match message.WhichOneof("message"):
             case "open":
                 opening = message.open
-                self.target, self.wire_id = opening.target.worker_id, opening.request.request_id
+                self.target, self.wire_id = opening.target.worker_id, opening.prompt.request_id
                 self.transfer_id = message.transfer_id
-                blocks = -(-len(opening.request.prompt_token_ids) // BLOCK_SIZE) - opening.first_block
-                self.num_pieces = Cut(layout_from_pb(opening.layout), opening.first_block, blocks).num_pieces
-                return Step.OPEN
+                layout = layout_from_pb(opening.layout)
+                self.num_pieces = Cut(layout, opening.first_block, opening.num_blocks).num_pieces
+                return (Step.OPEN,)
             case "use":
                 self.transports = (*self.transports, message.use.transport)
-                return Step.CHOSEN
+                return (Step.CHOSEN,)
             case "ack" if message.ack.pieces:
-                is_first = not self._acked
+                first = () if self._acked else (Step.FIRST_ACK,)
                 self._acked.update(message.ack.pieces)
-                if len(self._acked) >= self.num_pieces:
-                    return Step.LAST_ACK
-                return Step.FIRST_ACK if is_first else None
+                return (*first, Step.LAST_ACK) if len(self._acked) >= self.num_pieces else first
             case "release":
                 self.is_released = True
-                return Step.RELEASE
-        return None
+                return (Step.RELEASE,)
+        return ()
 
-    def up(self, raw: bytes) -> Step | None:
-        """The step that this message of the sender marks."""
+    def up(self, raw: bytes) -> tuple[Step, ...]:
+        """The steps that this message of the sender marks."""
         message = pb.HandoffUp.FromString(raw)
         match message.WhichOneof("message"):
             case "accepted":
-                return Step.ACCEPTED
+                return (Step.ACCEPTED,)
             case "pieces" if message.pieces.pieces:
-                is_first = not self._announced
+                before = len(self._announced)
                 self._announced.update(piece.piece for piece in message.pieces.pieces)
-                if len(self._announced) >= self.num_pieces:
-                    return Step.LAST_PIECE
-                return Step.FIRST_PIECE if is_first else Step.MIDDLE_PIECE
+                first = () if before else (Step.FIRST_PIECE,)
+                middle = (Step.MIDDLE_PIECE,) if before < self.num_pieces / 2 <= len(self._announced) else ()
+                last = (Step.LAST_PIECE,) if len(self._announced) >= self.num_pieces else ()
+                return (*first, *middle, *last)
             case "done":
-                return Step.DONE
-        return None
+                return (Step.DONE,)
+        return ()
 
 
 @dataclass(slots=True)
