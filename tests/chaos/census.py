@@ -58,8 +58,11 @@ def too_many(now: Counter[str], before: Counter[str]) -> dict[str, int]:
 
 
 def shared_memory_names() -> set[str]:
-    """Entries of /dev/shm that no living process but this one has in its memory: others' are not our business."""
-    names = set(os.listdir("/dev/shm"))
+    """Entries of /dev/shm that no living process but this one has in its memory: others' are not our business.
+
+    Nor are the semaphores of multiprocessing, which Baton does not use.
+    """
+    names = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
     for maps in Path("/proc").glob("[0-9]*/maps"):
         if not names:
             break

@@ -40,6 +40,7 @@ class Injector:
         self.transports: dict[str, list[str]] = {}
         """Transports in the order they were chosen, of the last handoff of each request."""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
 
     async def touch(self, passing: Passing) -> list[bytes]:
         name = passing.wire_id.partition("#")[0]
@@ -49,19 +50,34 @@ class Injector:
         if fault is None or fault.step is not passing.step:
             return [passing.raw]
         del self._armed[name]
+        # A strike may end the very stream that this runs in; it is carried out to its end all the same.
+        return await asyncio.shield(self._track(self._carry_out(fault, passing, name)))
+
+    async def _carry_out(self, fault: Fault, passing: Passing, name: str) -> list[bytes]:
         out = await self._strike(fault, passing, name)
-        if out is None:
-            self._armed[name] = fault  # the worker is being hurt by another fault: another time
-            return [passing.raw]
-        self.injected[name] = fault
-        return out
+        if out is not None:
+            self.injected[name] = fault
+            return out
+        if not self._is_closed:
+            self._armed[name] = fault  # the worker is in the middle of another fault: another time
+        return [passing.raw]
+
+    def _track(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def ended(self, watch: HandoffWatch) -> None:
         if watch.wire_id:
             self.transports[watch.wire_id.partition("#")[0]] = list(watch.transports)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Strikes no more; waits for what has begun."""
+        self._is_closed = True
+        self._armed.clear()
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
 
     async def _strike(self, fault: Fault, passing: Passing, name: str) -> list[bytes] | None:
         """What is passed on instead of the message; None when the fault could not be carried out now."""
@@ -108,6 +124,4 @@ class Injector:
             await asyncio.sleep(delay_s)
             await work
 
-        task = asyncio.create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._track(run())
