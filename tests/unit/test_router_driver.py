@@ -166,3 +166,12 @@ async def test_stopping_ends_streams_and_leaves_nothing_behind() -> None:
         with pytest.raises(Refused):
             driver.submit(request("late"))
     await until(lambda: len(asyncio.all_tasks()) <= before[0])
+
+
+async def test_a_reader_whose_client_leaves_while_an_output_is_on_its_way_is_not_left_waiting() -> None:
+    stream = RequestStream("r", 8, lambda request_id: None)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)  # the reader waits
+    stream.push(Output("r", 0, (1,)))
+    await stream.aclose()
+    assert [output.token_ids for output in await asyncio.wait_for(reading, 20)] == [(1,)]
