@@ -104,7 +104,12 @@ class TargetDriver:
 
     async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """Always sets `outcome`."""
-        call = stub.Handoff()
+        try:
+            call = stub.Handoff()
+        except grpc.aio.UsageError:
+            # Another transfer has found this sender broken and closed the channel before this one began.
+            self.outcome.set_exception(HandoffFailed("the channel to the sender was closed", Refusal.WORKER_LOST))
+            return
         reader = asyncio.create_task(self._read(call))
         try:
             self._opened_s = time.monotonic()
