@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 
 from workers.config import WorkerConfig
-from workers.data_path import make_data_path
+from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
@@ -73,7 +73,7 @@ def load_checkpoint(config: WorkerConfig) -> LoadedModel:
 class Worker:
     """One worker process. `start_count` counts the starts of this worker id and makes its generation rise.
 
-    `on_role_change(role, generation)` is called on the event loop after each switch.
+    `on_role_change(role, generation)` is called on the event loop after each switch. `data_path` makes the KV transports.
     """
 
     def __init__(
@@ -84,11 +84,13 @@ class Worker:
         role: Role,
         on_role_change: Callable[[Role, int], None] | None = None,
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
+        data_path: DataPath = make_data_path,
     ) -> None:
         self._config = config
         self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
         self._on_role_change = on_role_change
         self._load = load
+        self._make_data_path = data_path
         self._server: WorkerServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self._thread: EngineThread | None = None
@@ -105,7 +107,7 @@ class Worker:
         )
         memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-        transports = make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
+        transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
         server = WorkerServer(
             self._config, self._identity, model.info, memory, transports, thread.post, self._on_role_change
         )

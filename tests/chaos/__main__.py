@@ -10,7 +10,7 @@ from builders import PlainDetokenizer, generate_alone
 from chaos.arena import Shape
 from chaos.faults import Kind, draw_plan
 from chaos.report import report
-from chaos.run import KINDS_NOW, ChaosRun, Result, draw_requests
+from chaos.run import ChaosRun, Result, draw_requests
 from workers.request import Request
 
 CONFIG = {
@@ -52,9 +52,9 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=24)
     parser.add_argument("--plan", action="store_true", help="print the plan")
     args = parser.parse_args()
-    kinds = tuple(Kind(name) for name in args.kinds.split(",")) if args.kinds else KINDS_NOW
+    kinds = tuple(Kind(name) for name in args.kinds.split(",")) if args.kinds else tuple(Kind)
     results = asyncio.run(run(args.seed, args.requests, args.transports.split(","), kinds, args.concurrency, args.plan))
-    print(report(results, args.seed))
+    print(report(results, args.seed, kinds))
     return 0 if all(result.is_good for result in results) else 1
 
 

@@ -44,8 +44,11 @@ class Shape:
 class Arena:
     """Call `open`, use `driver`, hurt workers, `close`. What is wrong at the end is in `leaks`."""
 
-    def __init__(self, shape: Shape, hand: Hand, stale_s: float = 4.0) -> None:
+    def __init__(
+        self, shape: Shape, hand: Hand, on_struck: Callable[[str], None] = lambda _: None, stale_s: float = 4.0
+    ) -> None:
         self._shape = shape
+        self._on_struck = on_struck
         self.stale_s = stale_s
         config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, max_attempts=100)
         self.driver = RouterDriver(config, "chaos")
@@ -72,7 +75,7 @@ class Arena:
         for name, _ in post:
             self._starts[name] = self._starts.get(name, 0) + 1
         workers = [(name, role, self._starts[name]) for name, role in post]
-        process = WorkerProcess(workers, self._shape.config, self._shape.num_blocks)
+        process = WorkerProcess(workers, self._shape.config, self._shape.num_blocks, self._on_struck)
         await process.start()
         for name, _ in post:
             self._processes[name] = process

@@ -14,10 +14,13 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from builders import FakeModel
 from chaos.census import descriptors, mapped_pools, own_pools, python_threads, too_many
+from chaos.faults import Kind
+from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
 from workers.config import WorkerConfig
 from workers.runner import Batch, FakeRunner, Sampled
 from workers.status import Role
@@ -46,7 +49,8 @@ class PacedModel(FakeModel):
 class Child:
     """The workers of this process. `spec` has config, num_blocks and workers: [(worker_id, role, start_count)]."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+        self._book = FaultBook(lambda transfer_id: say({"struck": transfer_id}))
         self._config = WorkerConfig(**{**spec["config"], "transports": tuple(spec["config"]["transports"])})
         self._spec = spec
         self._workers: dict[str, Worker] = {}
@@ -62,7 +66,8 @@ class Child:
         self._before = descriptors(), python_threads()
         addresses = {}
         for worker_id, role, start_count in self._spec["workers"]:
-            worker = Worker(self._config, worker_id, start_count, Role(role), load=self._load)
+            data_path = faulty_data_path(self._book)
+            worker = Worker(self._config, worker_id, start_count, Role(role), load=self._load, data_path=data_path)
             self._workers[worker_id] = worker
             address = await worker.start()
             addresses[worker_id] = [address.generation, address.target]
@@ -75,6 +80,9 @@ class Child:
 
     async def handle(self, order: dict[str, Any]) -> dict[str, Any]:
         match order["do"]:
+            case "arm":
+                self._book.arm(order["transfer"], DataFault(Kind(order["kind"]), order["piece"], order["delay_s"]))
+                return {}
             case "census":
                 return self._census()
             case "limit":
@@ -124,12 +132,12 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(1 << 20)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    child = Child(json.loads(sys.argv[1]))
 
     def say(answer: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
+    child = Child(json.loads(sys.argv[1]), say)
     say(await child.start())
     while line := await reader.readline():
         order = json.loads(line)

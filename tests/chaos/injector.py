@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from chaos.arena import Arena
-from chaos.faults import Fault, Kind, Step
+from chaos.faults import DATA_KINDS, Fault, Kind, Step
 from chaos.middle import Passing
 from chaos.steps import HandoffWatch
 
@@ -41,17 +42,41 @@ class Injector:
         """Transports in the order they were chosen, of the last handoff of each request."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
+        self._data: dict[str, tuple[str, Fault]] = {}
+        """Faults of the data path by transfer id, with their request."""
 
     async def touch(self, passing: Passing) -> list[bytes]:
         name = passing.wire_id.partition("#")[0]
         if passing.step is Step.SUBMIT:
             self.num_submits[name] = self.num_submits.get(name, 0) + 1
         fault = self._armed.get(name)
-        if fault is None or fault.step is not passing.step:
+        if fault is not None and fault.kind in DATA_KINDS and passing.step is Step.OPEN:
+            await self._arm(fault, passing, name)
+        if fault is None or fault.kind in DATA_KINDS or fault.step is not passing.step:
             return [passing.raw]
         del self._armed[name]
         # A strike may end the very stream that this runs in; it is carried out to its end all the same.
         return await asyncio.shield(self._track(self._carry_out(fault, passing, name)))
+
+    async def _arm(self, fault: Fault, passing: Passing, name: str) -> None:
+        """Has both ends of the transfer spoil a piece once the transfer gets there."""
+        assert self.arena is not None and passing.handoff is not None
+        watch = passing.handoff
+        self._data[watch.transfer_id] = (name, fault)
+        last = max(0, watch.num_pieces - 1)
+        piece = {Step.FIRST_PIECE: 0, Step.MIDDLE_PIECE: last // 2, Step.LAST_PIECE: last}[fault.step]
+        order = {"transfer": watch.transfer_id, "kind": fault.kind, "piece": piece}
+        for worker_id in {passing.prefill, passing.decode}:
+            with contextlib.suppress(ConnectionError, KeyError):  # it has just been killed
+                process = self.arena.process(worker_id)
+                if not process.is_stopped:
+                    await process.order(do="arm", delay_s=between(DELAY_S, fault.chance), **order)
+
+    def struck(self, transfer_id: str) -> None:
+        """A worker has carried a fault of the data path out."""
+        name, fault = self._data[transfer_id]
+        if self._armed.pop(name, None) is not None:
+            self.injected[name] = fault
 
     async def _carry_out(self, fault: Fault, passing: Passing, name: str) -> list[bytes]:
         out = await self._strike(fault, passing, name)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ ORDER_TIMEOUT_S = 60.0
 class WorkerProcess:
     """One child process and the workers in it, (worker_id, role, start_count) each."""
 
-    def __init__(self, workers: list[tuple[str, str, int]], config: dict[str, Any], num_blocks: int) -> None:
+    def __init__(
+        self,
+        workers: list[tuple[str, str, int]],
+        config: dict[str, Any],
+        num_blocks: int,
+        on_struck: Callable[[str], None],
+    ) -> None:
         self.workers = workers
+        self._on_struck = on_struck
+        self._answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._spec = {"workers": workers, "config": config, "num_blocks": num_blocks}
         self._lock = asyncio.Lock()
         self.addresses: dict[str, tuple[int, str]] = {}
@@ -35,6 +44,7 @@ class WorkerProcess:
             sys.executable, "-m", "chaos.child", json.dumps(self._spec), cwd=ROOT, env=environment,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20,
         )  # fmt: skip
+        self._reader = asyncio.create_task(self._read())
         said = await asyncio.wait_for(self._answer(), START_TIMEOUT_S)
         self.addresses = {name: (generation, target) for name, (generation, target) in said["addresses"].items()}
 
@@ -56,12 +66,22 @@ class WorkerProcess:
             await self._process.stdin.drain()
             return await asyncio.wait_for(self._answer(), ORDER_TIMEOUT_S)
 
-    async def _answer(self) -> dict[str, Any]:
+    async def _read(self) -> None:
+        """What the child says of itself goes to `on_struck`, the rest are answers."""
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
+        while line := await self._process.stdout.readline():
+            said = json.loads(line)
+            if "struck" in said:
+                self._on_struck(said["struck"])
+            else:
+                self._answers.put_nowait(said)
+        self._answers.put_nowait(None)
+
+    async def _answer(self) -> dict[str, Any]:
+        answer = await self._answers.get()
+        if answer is None:
             raise ConnectionError(f"the process of {[name for name, _, _ in self.workers]} has ended")
-        return json.loads(line)
+        return answer
 
     async def kill(self) -> None:
         """SIGKILL, and the end of it."""

@@ -29,7 +29,7 @@ def table(results: Sequence[Result], row: Callable[[Outcome], str], rows: Sequen
     )
 
 
-def report(results: Sequence[Result], seed: int) -> str:
+def report(results: Sequence[Result], seed: int, kinds: Sequence[Kind]) -> str:
     """The whole report, Markdown."""
     outcomes = [outcome for result in results for outcome in result.outcomes]
     struck = [outcome.planned for outcome in outcomes if outcome.planned is not None and outcome.injected]
@@ -46,7 +46,7 @@ def report(results: Sequence[Result], seed: int) -> str:
         )
         parts += [f"  LEAK {leak}" for leak in result.leaks]
         parts += [f"  WRONG {o.request_id} ({o.planned}): {o.trouble}" for o in result.outcomes if o.trouble]
-    missing = [f"{kind}/{step}" for kind, step in combinations() if (kind, step) not in reached]
+    missing = [f"{kind}/{step}" for kind, step in combinations() if kind in kinds and (kind, step) not in reached]
     parts.append(f"seed {seed}: {len(outcomes)} requests, {len(struck)} faults injected, {len(reached)} combinations of fault and step")
     if missing:
         parts.append(f"not reached: {', '.join(missing)}")

@@ -13,12 +13,12 @@ from enum import StrEnum
 import grpc
 from builders import make_request
 from chaos.arena import Arena, Shape
-from chaos.faults import Fault, Kind
+from chaos.faults import Fault
 from chaos.injector import Injector
 from router.stream import RequestStream
 from workers.request import FinishReason, Output, Request
 
-REQUEST_TIMEOUT_S = 180.0
+REQUEST_TIMEOUT_S = 90.0
 
 
 class Recovery(StrEnum):
@@ -111,9 +111,10 @@ class ChaosRun:
         self._plan = plan
         self._golden = golden
         self._concurrency = concurrency
+        self._preferred = shape.config["transports"][0]
         faults = {r.request_id: f for r, f in zip(requests, plan, strict=True) if f is not None}
         self._injector = Injector(faults, self._leave)
-        self._arena = self._injector.arena = Arena(shape, self._injector)
+        self._arena = self._injector.arena = Arena(shape, self._injector, self._injector.struck)
         self._streams: dict[str, RequestStream] = {}
         self._left: set[str] = set()
 
@@ -191,9 +192,6 @@ class ChaosRun:
             return Recovery.LOCAL
         if report is not None and report.attempts > 1:
             return Recovery.OTHER_WORKER
-        if len(set(chosen)) > 1:
+        if len(set(chosen)) > 1 or (report is not None and report.transport != self._preferred):
             return Recovery.DEGRADED
         return Recovery.RESENT if len(chosen) > 1 else Recovery.UNHARMED
-
-
-KINDS_NOW = tuple(kind for kind in Kind if not kind.startswith("data_"))
