@@ -81,6 +81,8 @@ class _Live:
     started_s: float
     report: HandoffReport | None = None
     extra_cached: int = 0
+    queue_s: float | None = None
+    """From its arrival until it had blocks."""
     is_cancelled: bool = False
     has_spoken: bool = False
     num_texted: int = 0
@@ -121,6 +123,8 @@ class Engine:
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self.last_step_s = 0.0
+        self.prefill_tokens_per_s: float | None = None
+        """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
 
@@ -207,6 +211,14 @@ class Engine:
         live.report = report
         self._scheduler.prefill_here(live.sequence)
 
+    def take_early(self) -> StepResult | None:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere. None: nothing."""
+        if not self._early and not self._abandoned:
+            return None
+        result = StepResult(outputs=self._early, abandoned=self._abandoned)
+        self._early, self._abandoned = [], []
+        return result
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -225,9 +237,12 @@ class Engine:
         self._early, self._abandoned = [], []
         step = self._scheduler.schedule()
         for sequence in step.transfers:
+            self._note_admission(self._live[sequence.sequence_id], started)
             blocks = tuple(sequence.table.blocks)
             result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
         self.made_no_progress = not step.batch.num_tokens
+        for piece in step.batch.prefill:
+            self._note_admission(self._live[piece.sequence_id], started)
         if step.batch.num_tokens:
             slices = (*step.batch.prefill, *step.batch.decode)
             try:
@@ -248,7 +263,14 @@ class Engine:
                         self._advance(live, sampled, result.outputs)
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
+        self._note_rate(step.batch)
         return result
+
+    def _note_rate(self, batch: Batch) -> None:
+        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
+        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
+            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+            self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -279,6 +301,10 @@ class Engine:
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
         return tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+
+    def _note_admission(self, live: _Live, now: float) -> None:
+        if live.queue_s is None:
+            live.queue_s = max(0.0, now - live.started_s)
 
     def _layer_hook(self, batch: Batch) -> LayerHook | None:
         """None when nothing of the batch is for another worker, or nobody listens."""
@@ -352,9 +378,9 @@ class Engine:
         sequence = live.sequence
         report = live.report
         if report is None or report.transport == "local":
-            attempts = report.attempts if report else 1
-            elapsed = self._clock() - live.started_s
-            report = HandoffReport(self._worker_id, self._worker_id, "local", prefill_s=elapsed, attempts=attempts)
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=self._clock() - live.started_s - (live.queue_s or 0.0))
+        report = replace(report, queue_s=live.queue_s or 0.0)
         wanted = sequence.request.params.prompt_logprobs is not None
         return replace(
             output,
