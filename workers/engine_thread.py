@@ -51,6 +51,53 @@ class TransferLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AddMigrant:
+    """As Engine.add_migrant."""
+
+    sequence_id: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class MovedIn:
+    """As Engine.moved_in."""
+
+    sequence_id: int
+    known_token_ids: tuple[int, ...]
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """As Engine.export."""
+
+    sequence_id: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """As Engine.halt."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """As Engine.resume."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Depart:
+    """As Engine.depart."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class DumpKv:
     pass
 
@@ -60,7 +107,9 @@ class _Stop:
     pass
 
 
-Command = Add | CancelSequence | Landed | TransferLost | DumpKv | _Stop
+Command = (
+    Add | CancelSequence | Landed | TransferLost | AddMigrant | MovedIn | Export | Halt | Resume | Depart | DumpKv | _Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +155,26 @@ class EngineThread:
             extra = StepResult()
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
+            extra.exports += self._engine.advance_exports()
+            if extra.exports and not self._tell(extra):  # a receiver waits for these: not after one more step
+                return
+            if extra.exports:
+                extra = StepResult()
             result = self._engine.step()
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
-            report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
-            try:
-                self._loop.call_soon_threadsafe(self._on_report, report)
-            except RuntimeError:
-                return  # the event loop has closed: the process is ending
+            if not self._tell(result):
+                return
+
+    def _tell(self, result: StepResult) -> bool:
+        """False: the event loop has closed, the process is ending."""
+        report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
+        try:
+            self._loop.call_soon_threadsafe(self._on_report, report)
+        except RuntimeError:
+            return False
+        return True
 
     def _take_commands(self, extra: StepResult, wait: bool) -> bool:
         """Executes what is queued; with `wait`, at least one or until the stall check. False: stop."""
@@ -143,6 +203,21 @@ class EngineThread:
                 engine.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
             case TransferLost():
                 engine.transfer_failed(command.sequence_id, command.report)
+            case AddMigrant():
+                try:
+                    engine.add_migrant(command.sequence_id, command.request)
+                except (InvalidRequest, Refused) as error:
+                    extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
+            case MovedIn():
+                engine.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
+            case Export():
+                engine.export(command.sequence_id, command.first_block, command.num_blocks)
+            case Halt():
+                engine.halt(command.sequence_id)
+            case Resume():
+                engine.resume(command.sequence_id)
+            case Depart():
+                engine.depart(command.sequence_id)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
             case _Stop():

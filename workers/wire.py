@@ -6,7 +6,7 @@ is unknown. Floats of a LogitBias and of logprobs travel in 32 bits.
 
 from __future__ import annotations
 
-from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.client import Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout, SharedHandle
 from workers.pb import worker_pb2 as pb
@@ -254,6 +254,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         host=status.host,
         kv_block_bytes=status.kv_block_bytes,
         counters=[pb.Counter(name=name, value=value) for name, value in status.counters],
+        is_draining=status.is_draining,
     )
 
 
@@ -268,6 +269,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         host=message.host,
         kv_block_bytes=message.kv_block_bytes,
         counters=tuple((counter.name, counter.value) for counter in message.counters),
+        is_draining=message.is_draining,
     )
 
 
@@ -326,12 +328,16 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers):
+        case Submit(request, generation, prefill_workers, migration):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
             )
+            if migration is not None:
+                submit.migration.CopyFrom(
+                    pb.Migration(source=address_to_pb(migration.source), request_id=migration.request_id)
+                )
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
             return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
@@ -347,7 +353,10 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "submit":
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
-            return Submit(request_from_pb(submit.request), submit.generation, addresses)
+            migration = None
+            if submit.HasField("migration"):
+                migration = Migration(address_from_pb(submit.migration.source), submit.migration.request_id)
+            return Submit(request_from_pb(submit.request), submit.generation, addresses, migration)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":
