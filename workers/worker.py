@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
 import grpc
 
 from workers.config import WorkerConfig
+from workers.data_path import make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
@@ -100,13 +102,16 @@ class Worker:
         engine = make_engine(self._config, model, self._identity.worker_id)
         loop = asyncio.get_running_loop()
         thread = EngineThread(engine, loop, lambda report: server.on_report(report))
+        memory = model.runner.kv_memory
+        data_path = make_data_path(self._config, memory, self._identity.worker_id, socket.gethostname())
         server = WorkerServer(
-            self._config, self._identity, model.info, model.runner.kv_memory, thread.post, self._on_role_change
+            self._config, self._identity, model.info, memory, data_path.by_name, thread.post, self._on_role_change
         )
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self._grpc.add_generic_rpc_handlers(data_path.handlers)
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
         self._identity.target = self._bind(self._grpc)
-        self._server, self._thread, self._memory = server, thread, model.runner.kv_memory
+        self._server, self._thread, self._memory = server, thread, memory
         await self._grpc.start()
         thread.start()
         self._ticker = asyncio.create_task(server.tick_forever())

@@ -1,20 +1,19 @@
-"""Moves and verifies the bytes of KV pieces between a pool and a message or a peer's pool; runs on helper threads."""
+"""Checksums of KV pieces inside a pool: computed before they are announced, verified after they have arrived. Runs on helper threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory
+from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.messages import KvPiece
 from workers.kv_transfer.pieces import Cut
 
 INLINE_BYTES = 256 << 10
-"""Up to this many bytes are checksummed or copied on the event loop; more goes to a helper thread."""
+"""Up to this many bytes are checksummed on the event loop; more goes to a helper thread."""
 
 
 def same_shape(a: KvLayout, b: KvLayout) -> bool:
@@ -28,57 +27,29 @@ def same_shape(a: KvLayout, b: KvLayout) -> bool:
     )
 
 
-def _checksum(view: npt.NDArray[np.uint8]) -> int:
+def checksum(view: npt.NDArray[np.uint8]) -> int:
+    """xxh3_64 of contiguous bytes."""
     return xxhash.xxh3_64_intdigest(view.data)
 
 
-def describe_pieces(
-    memory: KvMemory, cut: Cut, pieces: Iterable[tuple[int, int]], with_data: bool
-) -> tuple[KvPiece, ...]:
-    """Announcements for (piece number, pool block) pairs: checksums, and the bytes themselves `with_data`."""
+def describe_pieces(memory: KvMemory, cut: Cut, pieces: Iterable[tuple[int, int]]) -> tuple[KvPiece, ...]:
+    """Announcements for (piece number, pool block) pairs."""
     described = []
     for number, source_block in pieces:
         slot = cut.slot(number)
         view = memory.block(source_block, slot.first_layer, slot.num_layers)
         described.append(
-            KvPiece(
-                piece=number,
-                block=slot.block,
-                first_layer=slot.first_layer,
-                num_layers=slot.num_layers,
-                source_block=source_block,
-                checksum=_checksum(view),
-                data=view.tobytes() if with_data else b"",
-            )
+            KvPiece(number, slot.block, slot.first_layer, slot.num_layers, source_block, checksum(view))
         )
     return tuple(described)
 
 
-def place_pieces(
-    memory: KvMemory,
-    blocks: Sequence[int],
-    pieces: Iterable[KvPiece],
-    shared: MappedKvMemory | None,
+def verify_pieces(
+    pieces: Iterable[KvPiece], place: Callable[[int], npt.NDArray[np.uint8]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Copies pieces into our pool, from `shared` or from the message, and verifies what arrived.
-
-    `blocks` is our block table. Returns (good, bad) piece numbers; a bad piece leaves bytes that must not be used.
-    """
+    """Compares what lies at place(piece number) with the announced checksums. Returns (good, bad) piece numbers."""
     good: list[int] = []
     bad: list[int] = []
     for piece in pieces:
-        target = memory.block(blocks[piece.block], piece.first_layer, piece.num_layers)
-        try:
-            source = (
-                np.frombuffer(piece.data, dtype=np.uint8)
-                if shared is None
-                else shared.block(piece.source_block, piece.first_layer, piece.num_layers)
-            )
-            if source.nbytes != target.nbytes:
-                raise TransferFailed("a piece has the wrong size")
-            np.copyto(target, source)
-        except TransferFailed:
-            bad.append(piece.piece)
-            continue
-        (good if _checksum(target) == piece.checksum else bad).append(piece.piece)
+        (good if checksum(place(piece.piece)) == piece.checksum else bad).append(piece.piece)
     return tuple(good), tuple(bad)
