@@ -67,8 +67,6 @@ class RouterConfig:
     """Rest after the two have become even."""
     rebalance_moves_per_s: float = 4.0
     """At most so many moves for the sake of balance."""
-    drain_timeout_s: float = 30.0
-    """How long a worker may take to say that it drains, or does not any more."""
     max_buffered_tokens: int = 8192
     """Tokens that wait for a slow client before its request is cancelled."""
     max_pending_messages: int = 4096
@@ -76,7 +74,7 @@ class RouterConfig:
     tick_s: float = 0.1
     """How often timeouts are looked at."""
     set_role_timeout_s: float = 30.0
-    """How long a role switch may take."""
+    """How long a worker may take to say that it has another role, or drains."""
     shutdown_timeout_s: float = 5.0
     """How long open HTTP connections may take to end when the router stops."""
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -120,7 +118,6 @@ class RouterConfig:
             "tick_s",
             "migration_timeout_s",
             "rebalance_moves_per_s",
-            "drain_timeout_s",
             "set_role_timeout_s",
             "shutdown_timeout_s",
         )

@@ -18,6 +18,8 @@ class BlocksFinal:
     blocks: tuple[int, ...]
     first: int
     end: int
+    is_all: bool
+    """Nothing else is final yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Exports:
             if ready is not None:
                 blocks = tuple(sequence.table.blocks)
                 self.memory.expose(blocks[ready.first : ready.end])
-                events.append(BlocksFinal(sequence_id, blocks, ready.first, ready.end))
+                events.append(BlocksFinal(sequence_id, blocks, ready.first, ready.end, ready.is_all))
                 if ready.is_last:
                     events.append(Halted(sequence_id, tuple(sequence.known), sequence.num_computed))
             elif sequence.export is None:

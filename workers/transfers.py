@@ -53,6 +53,8 @@ class Identity:
     role: Role
     generation: int
     target: str = ""
+    is_draining: bool = False
+    """Takes no new work."""
 
     @property
     def address(self) -> WorkerAddress:

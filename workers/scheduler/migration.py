@@ -25,6 +25,8 @@ class Ready:
 
     first: int
     end: int
+    is_all: bool
+    """Nothing else is final yet."""
     is_last: bool
     """The sequence stands still, and these are the last of its blocks."""
 
@@ -55,16 +57,17 @@ def advance_export(sequence: Sequence, block_size: int) -> Ready | None:
     if export is None or sequence.state is not State.DECODING:
         return None
     full, first = sequence.num_computed // block_size, export.num_filled
+    is_first, export.is_announced = not export.is_announced, True
     export.num_filled = min(max(full, first), first + MAX_BLOCKS_PER_STEP)
     is_caught_up = export.num_filled >= full
     if export.is_due and is_caught_up:
         sequence.move(State.MOVING)
         end = -(-sequence.num_computed // block_size)
-        return Ready(first, end, True)
+        return Ready(first, end, True, True)
     if sequence.num_computed + 1 > export.num_blocks * block_size:
         sequence.export = None
         return None
-    return Ready(first, export.num_filled, False) if export.num_filled > first else None
+    return Ready(first, export.num_filled, is_caught_up, False) if is_first or export.num_filled > first else None
 
 
 def resume(sequence: Sequence) -> None:

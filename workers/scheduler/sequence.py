@@ -56,6 +56,8 @@ class Export:
     num_blocks: int
     num_filled: int
     """Entries of the block table that were announced as final, or that the receiver has already."""
+    is_announced: bool = False
+    """Its receiver has heard of it; there may be no full block to tell."""
     is_due: bool = False
     """The receiver has nearly everything: stand still at the next step boundary."""
 
