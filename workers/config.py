@@ -83,9 +83,9 @@ class WorkerConfig:
             (self.max_queue >= 1, "max_queue", "must be at least 1"),
             (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
             (
-                bool(self.transports) and set(self.transports) <= {"shm", "grpc"},
+                bool(self.transports) and set(self.transports) <= {"loopback", "shm", "grpc"},
                 "transports",
-                "must name at least one of shm, grpc",
+                "must name at least one of loopback, shm, grpc",
             ),
             (self.max_pause_s > 0, "max_pause_s", "must be positive"),
             (self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative"),

@@ -25,7 +25,7 @@ from workers.kv_transfer.source import (
 )
 from workers.kv_transfer.transfer import Due
 from workers.kv_transfer.transport import OutgoingPiece, Transport
-from workers.mailbox import Mailbox
+from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.wire_handoff import down_from_pb, up_to_pb
@@ -61,8 +61,8 @@ class SourceDriver:
         self._target = target
         self._transfer_id = transfer_id
         self._generation = generation
-        self._events: Mailbox[SourceEvent] = Mailbox(MAX_EVENTS)
-        self._out: Mailbox[pb.HandoffUp | None] = Mailbox(MAX_EVENTS)
+        self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS)
+        self._out: Letterbox[pb.HandoffUp | None] = Letterbox(MAX_EVENTS)
         """Bounded by the window, one heartbeat a second and the lease."""
         self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0

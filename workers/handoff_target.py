@@ -14,7 +14,7 @@ from workers.errors import Refusal, TransferFailed
 from workers.handoff_source import data_id
 from workers.kv_transfer.copier import INLINE_BYTES, verify_pieces
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import Done, HandoffRefused, KvPieces
+from workers.kv_transfer.messages import Done, HandoffRefused, KvPiece, KvPieces
 from workers.kv_transfer.target import (
     Broken,
     Close,
@@ -32,7 +32,7 @@ from workers.kv_transfer.target import (
 )
 from workers.kv_transfer.transfer import Due
 from workers.kv_transfer.transport import Inbox, IncomingPiece, Transport, View
-from workers.mailbox import Mailbox
+from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
@@ -90,7 +90,7 @@ class TargetDriver:
         self._blocks = blocks
         self._transfer_id = transfer_id
         self._generation = session.opening.target.generation
-        self._events: Mailbox[TargetEvent] = Mailbox(MAX_EVENTS)
+        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS)
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()
@@ -234,18 +234,25 @@ class TargetDriver:
         try:
             if self._inbox is not None:
                 arrived, _ = await self._inbox.collect(wanted)
-            there = [pieces[number] for number in arrived]
-            small = sum(self._session.cut.piece_bytes(number) for number in arrived) <= INLINE_BYTES
-            check = verify_pieces(there, self._place) if small else await asyncio.to_thread(
-                verify_pieces, there, self._place
-            )
-            good = check[0]
+            good = await self._verified([pieces[number] for number in arrived])
         except Exception:
             log.exception("pieces could not be collected over %s", name)
         bad = tuple(number for number in pieces if number not in set(good))
         num_lost = len(pieces) - len(arrived)
         reason = f"{num_lost} pieces were lost and {len(bad) - num_lost} did not match their checksum over {name}"
         self._events.post(Collected(good, bad, reason if bad else ""))
+
+    async def _verified(self, arrived: list[KvPiece]) -> tuple[int, ...]:
+        """Those whose bytes match: by the checksum made while they were copied, else by reading our pool."""
+        known = {p.piece: self._inbox.checksum(p.piece) if self._inbox is not None else None for p in arrived}
+        unread = [piece for piece in arrived if known[piece.piece] is None]
+        num_bytes = sum(self._session.cut.piece_bytes(piece.piece) for piece in unread)
+        if num_bytes <= INLINE_BYTES:
+            read = verify_pieces(unread, self._place)
+        else:
+            read = await asyncio.to_thread(verify_pieces, unread, self._place)
+        good = set(read)
+        return tuple(p.piece for p in arrived if p.piece in good or known[p.piece] == p.checksum)
 
     async def _close_inbox(self) -> None:
         """Afterwards nothing writes into our blocks and every Collected has been posted."""

@@ -79,9 +79,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         self._is_stopping = False
-        self.transfers = Transfers(
-            config, identity, memory, model.fingerprint, transports, post, self._ids.__next__
-        )
+        self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, self._ids.__next__)
         self._running = RunningExporter(post, self._find, config.max_pause_s, self.transfers.counters)
         self.transfers.export(Running, self._running)
 

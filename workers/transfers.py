@@ -32,7 +32,7 @@ from workers.kv_transfer.messages import (
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.target import TargetSession
-from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transport import Sweeping, Transport
 from workers.pb import worker_pb2 as pb
 from workers.peers import Peers
 from workers.request import HandoffReport, Request
@@ -307,7 +307,8 @@ class Transfers:
     async def tick(self) -> None:
         """Now and then: lets go of what dead peers left behind."""
         for transport in self._transports.values():
-            await transport.sweep()
+            if isinstance(transport, Sweeping):
+                await transport.sweep()
 
     async def close(self) -> None:
         """Ends every transfer and the transports."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -103,18 +102,11 @@ class Worker:
         loop = asyncio.get_running_loop()
         thread = EngineThread(engine, loop, lambda report: server.on_report(report))
         memory = model.runner.kv_memory
-        data_path = make_data_path(self._config, memory, self._identity.worker_id, socket.gethostname())
-        server = WorkerServer(
-            self._config,
-            self._identity,
-            model.info,
-            memory,
-            data_path.by_name,
-            thread.post,
-            self._on_role_change,
-        )
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-        self._grpc.add_generic_rpc_handlers(data_path.handlers)
+        transports = make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
+        server = WorkerServer(
+            self._config, self._identity, model.info, memory, transports, thread.post, self._on_role_change
+        )
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
         self._identity.target = self._bind(self._grpc)
         self._server, self._thread, self._memory = server, thread, memory

@@ -143,6 +143,7 @@ class FakeBackend:
         self.cancelled: list[str] = []
         self._changed = threading.Condition()
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
+        self.drained: set[str] = set()
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""

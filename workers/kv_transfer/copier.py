@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
+from workers.kv_transfer.checksum import checksums
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.messages import KvPiece
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.transport import View
 
 INLINE_BYTES = 256 << 10
 """Up to this many bytes are checksummed on the event loop; more goes to a helper thread."""
@@ -27,29 +25,17 @@ def same_shape(a: KvLayout, b: KvLayout) -> bool:
     )
 
 
-def checksum(view: npt.NDArray[np.uint8]) -> int:
-    """xxh3_64 of contiguous bytes."""
-    return xxhash.xxh3_64_intdigest(view.data)
-
-
-def describe_pieces(memory: KvMemory, cut: Cut, pieces: Iterable[tuple[int, int]]) -> tuple[KvPiece, ...]:
+def describe_pieces(memory: KvMemory, cut: Cut, pieces: Sequence[tuple[int, int]]) -> tuple[KvPiece, ...]:
     """Announcements for (piece number, pool block) pairs."""
-    described = []
-    for number, source_block in pieces:
-        slot = cut.slot(number)
-        view = memory.block(source_block, slot.first_layer, slot.num_layers)
-        described.append(
-            KvPiece(number, slot.block, slot.first_layer, slot.num_layers, source_block, checksum(view))
-        )
-    return tuple(described)
+    places = [(number, cut.slot(number), block) for number, block in pieces]
+    found = checksums([memory.block(block, slot.first_layer, slot.num_layers) for _, slot, block in places])
+    return tuple(
+        KvPiece(number, slot.block, slot.first_layer, slot.num_layers, block, value)
+        for (number, slot, block), value in zip(places, found, strict=True)
+    )
 
 
-def verify_pieces(
-    pieces: Iterable[KvPiece], place: Callable[[int], npt.NDArray[np.uint8]]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Compares what lies at place(piece number) with the announced checksums. Returns (good, bad) piece numbers."""
-    good: list[int] = []
-    bad: list[int] = []
-    for piece in pieces:
-        (good if checksum(place(piece.piece)) == piece.checksum else bad).append(piece.piece)
-    return tuple(good), tuple(bad)
+def verify_pieces(pieces: Sequence[KvPiece], place: Callable[[int], View]) -> tuple[int, ...]:
+    """The numbers of those pieces whose bytes, at place(piece number), have the announced checksum."""
+    found = checksums([place(piece.piece) for piece in pieces])
+    return tuple(piece.piece for piece, value in zip(pieces, found, strict=True) if value == piece.checksum)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -96,3 +96,11 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends everything; safe to call twice."""
+
+
+@runtime_checkable
+class Sweeping(Protocol):
+    """A transport that keeps something of a peer which nothing tells it that the peer is dead."""
+
+    async def sweep(self) -> None:
+        """Lets go of what dead peers left behind; called about once a second."""

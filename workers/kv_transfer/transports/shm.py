@@ -69,11 +69,14 @@ class ShmTransport:
             await self._drop(offer)
         self._helpers.shutdown()
 
-    async def _make_room(self) -> None:
-        """A mapping keeps a dead sender's whole pool in memory, so those go first."""
+    async def sweep(self) -> None:
+        """A mapping keeps a dead sender's whole pool in memory."""
         for offer, (_, pid, channel) in tuple(self._channels.items()):
             if channel.is_idle and not os.path.exists(f"/proc/{pid}"):
                 await self._drop(offer)
+
+    async def _make_room(self) -> None:
+        await self.sweep()
         idle = [offer for offer, (_, _, channel) in self._channels.items() if channel.is_idle]
         for offer in idle[: max(0, len(self._channels) - MAX_MAPS + 1)]:
             await self._drop(offer)
