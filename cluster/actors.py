@@ -186,7 +186,6 @@ class WorkerActor(_Actor):
         if self._registrar is not None:
             self._registrar.change_role(role, generation)
 
-
     def _on_drain_change(self, is_draining: bool) -> None:
         """Called by the worker on its event loop."""
         self._loop.call_soon_threadsafe(self._change_draining, is_draining)

@@ -266,7 +266,12 @@ class Engine:
             return
         table = live.sequence.table
         self._runner.kv_memory.adopt(table.blocks[table.num_cached : self._kv.blocks_for(num_computed)])
-        land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+        try:
+            land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+        except Refused as error:
+            self._early.append((sequence_id, _error(live.sequence, error.refusal, str(error))))
+            self._drop(live)
+            return
         self._show_known(live, known_token_ids)
         live.has_spoken = True
 

@@ -108,7 +108,18 @@ class _Stop:
 
 
 Command = (
-    Add | CancelSequence | Landed | TransferLost | AddMigrant | MovedIn | Export | Halt | Resume | Depart | DumpKv | _Stop
+    Add
+    | CancelSequence
+    | Landed
+    | TransferLost
+    | AddMigrant
+    | MovedIn
+    | Export
+    | Halt
+    | Resume
+    | Depart
+    | DumpKv
+    | _Stop
 )
 
 

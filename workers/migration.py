@@ -55,9 +55,11 @@ class RunningExporter:
         match event:
             case BlocksFinal(_, blocks, first, end, is_all):
                 export.may_halt = is_all
+                export.num_fed = export.cut.pieces_before(end)
                 export.feed(Filled(blocks, first, end, export.cut.layout.num_layers))
             case Halted(_, known, num_computed):
-                export.feed(SequenceMoved(known, num_computed, export.num_pieces(num_computed)))
+                num_pieces = export.cut.pieces_before(-(-num_computed // export.cut.layout.block_size))
+                export.feed(SequenceMoved(known, num_computed, num_pieces))
                 export.timer = asyncio.get_running_loop().call_later(self._max_pause_s, self._pause_ended, export)
             case ExportEnded(_, reason):
                 export.feed(Broken(reason, is_ours=True))
@@ -81,19 +83,17 @@ class _RunningExport:
         self.feed = feed
         self.may_halt = False
         """The engine has announced all that is final."""
+        self.num_fed = 0
         self.is_halting = False
         self.timer: asyncio.TimerHandle | None = None
-
-    def num_pieces(self, num_computed: int) -> int:
-        """How many pieces hold that many tokens."""
-        return self.cut.pieces_before(-(-num_computed // self.cut.layout.block_size))
 
     def start(self) -> None:
         cut = self.cut
         self._owner._post(BeginExport(self.sequence_id, cut.first_block, cut.first_block + cut.num_blocks))
 
-    def caught_up(self) -> None:
-        if self.may_halt and not self.is_halting:
+    def acknowledged(self, num_pieces: int) -> None:
+        """As Paced.acknowledged: once the receiver has all that is final, the sequence may stand still."""
+        if self.may_halt and num_pieces >= self.num_fed and not self.is_halting:
             self.is_halting = True
             self._owner._post(Halt(self.sequence_id))
 

@@ -27,7 +27,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     drain.add_argument("--undo", action="store_true", help="let it take work again")
     drain.add_argument("--force", action="store_true", help="even if nothing else could prefill or decode")
     drain.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait until it is empty; default: 120"
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long to wait until it is empty; default: 120",
     )
     add_client_flags(drain)
     drain.set_defaults(run=run_drain)

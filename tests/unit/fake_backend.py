@@ -190,7 +190,15 @@ class FakeBackend:
 
     def _worker(self, name: str) -> WorkerStatus:
         load = Load(num_free_blocks=7, num_blocks=9)
-        return WorkerStatus(name, 65536, self.roles[name], MODEL, load, counters=(("preemptions", 3.0),), is_draining=name in self.drained)
+        return WorkerStatus(
+            name,
+            65536,
+            self.roles[name],
+            MODEL,
+            load,
+            counters=(("preemptions", 3.0),),
+            is_draining=name in self.drained,
+        )
 
 
 class _Server(uvicorn.Server):

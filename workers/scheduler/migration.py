@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.errors import InvariantViolated, Refusal, Refused
+from workers.errors import Refusal, Refused
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Export, Sequence, State
 
@@ -90,10 +90,13 @@ def reserve_migrant(scheduler: Scheduler, sequence: Sequence, longest: int) -> N
 
 
 def land_migrant(scheduler: Scheduler, sequence: Sequence, known: tuple[int, ...], num_computed: int) -> None:
-    """All blocks are in place: the sequence decodes from the next step on, exactly where it stood."""
+    """All blocks are in place: the sequence decodes from the next step on, exactly where it stood.
+
+    Raises Refused(NOT_MOVABLE), and changes nothing, when the state that came does not continue what is known here.
+    """
     num_drawn = num_computed - sequence.num_prompt + 1
     if not 1 <= num_drawn <= len(known) or known[: len(sequence.known)] != tuple(sequence.known):
-        raise InvariantViolated(f"the state of sequence {sequence.sequence_id} does not continue what is known of it")
+        raise Refused(Refusal.NOT_MOVABLE, "the state that came does not continue what the client has")
     sequence.known = list(known)
     sequence.num_drawn = num_drawn
     scheduler.landed(sequence, num_computed)
