@@ -221,7 +221,7 @@ def test_a_sequence_that_outgrows_its_room_before_it_is_copied_stays() -> None:
     request = make_request(range(10, 100), max_tokens=500)
     start(move, request, 4)
     move.begin(request)
-    move.run(250)
+    move.run(330)
     assert move.ended is not None and "outgrew" in move.ended.reason
     assert tokens_of(move.outputs + run_to_end(move.source), 1) == generate_alone(request)
 

@@ -14,9 +14,9 @@ from workers.scheduler.sequence import Export, Sequence, State
 
 MAX_BLOCKS_PER_STEP = 32
 """A pool in device memory copies what is announced, so a long sequence is announced over several steps."""
-MIN_SPARE_BLOCKS = 2
+MIN_SPARE_BLOCKS = 4
 SPARE_PART = 8
-"""A migrant's new home has room for what it grows by while it is copied: an eighth of it, at least two blocks."""
+"""A migrant's new home has room for what it grows by while it is copied: an eighth of it, at least four blocks."""
 
 
 @dataclass(frozen=True, slots=True)
