@@ -203,12 +203,16 @@ async def main(args: argparse.Namespace) -> int:
                 rows.append(await measure(kind, model_folder(kind, cache), num_streams, args))
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
     facts = machine_facts()
-    print(f"{facts['date']}, {facts['cpu']}, {facts['num_cores']} cores. Other programs took {load.share():.0%} of the cores.\n")
+    print(
+        f"{facts['date']}, {facts['cpu']}, {facts['num_cores']} cores. Other programs took {load.share():.0%} of the cores.\n"
+    )
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1))
     is_met = all(row["gap_median"] <= TARGET_INTERVALS for row in rows)
-    print(f"\nTarget: a gap of at most {TARGET_INTERVALS:g} intervals; the median of every row {'meets' if is_met else 'misses'} it.")
+    print(
+        f"\nTarget: a gap of at most {TARGET_INTERVALS:g} intervals; the median of every row {'meets' if is_met else 'misses'} it."
+    )
     return 0
 
 

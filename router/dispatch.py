@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from router.charges import Charge
+from router.config import RouterConfig
 from router.events import Send
 from router.fleet import Fleet
 from router.policies.policy import Demand, Policy, Route, WorkerSnapshot
@@ -14,13 +15,15 @@ from workers.errors import InvariantViolated
 
 
 class Dispatcher:
-    """Routes requests over a fleet. `expected_output_tokens` is how long an answer is assumed to get, at most."""
+    """Routes requests over a fleet, within the bounds of `config`."""
 
-    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, expected_output_tokens: int) -> None:
+    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, config: RouterConfig) -> None:
         self._policy = policy
         self._fleet = fleet
         self._index = index
-        self._expected_output_tokens = expected_output_tokens
+        self._expected_output_tokens = config.expected_output_tokens
+        self._request_timeout_s = config.request_timeout_s
+        self._first_token_deadline_s = config.first_token_deadline_s
 
     def route(self, flight: Flight) -> Route | None:
         """Where the request would go now; None: nowhere."""
@@ -36,7 +39,10 @@ class Dispatcher:
         self._charge(flight, decode, now)
         prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
-        submit = Submit(flight.attempt_request(flight.wire_id), decode.generation, addresses)
+        remaining_s, first_token_s = self._time_left(flight, now)
+        submit = Submit(
+            flight.attempt_request(flight.wire_id), decode.generation, addresses, remaining_s, first_token_s
+        )
         return Send(decode.worker_id, decode.connection, submit)
 
     def submit_migration(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> Send:
@@ -46,7 +52,9 @@ class Dispatcher:
         running = Migration(source.current_address(), flight.wire_id)
         incoming = flight.begin_migration(target.worker_id, now)
         target.charges.add(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
-        submit = Submit(flight.attempt_request(incoming.wire_id), target.generation, (), running)
+        remaining_s, _ = self._time_left(flight, now)
+        request = flight.attempt_request(incoming.wire_id)
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running)
         return Send(target.worker_id, target.connection, submit)
 
     def num_blocks(self, flight: Flight) -> int:
@@ -63,6 +71,14 @@ class Dispatcher:
         entry = self._fleet.get(worker_id)
         if entry is not None and entry.charges:
             entry.charges.release(wire_id)
+
+    def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
+        """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
+        age_s = now - flight.arrived_s
+        due_s = 0.0
+        if self._first_token_deadline_s and not flight.is_started:
+            due_s = max(1e-3, self._first_token_deadline_s - age_s)
+        return max(1e-3, self._request_timeout_s - age_s), due_s
 
     def _demand(self, flight: Flight) -> Demand:
         model = self._fleet.model

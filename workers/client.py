@@ -29,13 +29,16 @@ class Migration:
 class Submit:
     """Run a request. `generation` is the decode worker's as the router knows it.
 
-    `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself. With `migration`
-    the worker takes a running sequence over instead, or refuses; `replay_token_ids` are then what the client has of it.
+    `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself. `remaining_s` is left
+    of the request's life and `first_token_s` until its first token is due, 0: no bound. With `migration` the worker takes a
+    running sequence over instead, or refuses; `replay_token_ids` are then what the client has of it.
     """
 
     request: Request
     generation: int
     prefill_workers: tuple[WorkerAddress, ...] = ()
+    remaining_s: float = 0.0
+    first_token_s: float = 0.0
     migration: Migration | None = None
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from workers.errors import InvalidConfig
+from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class WorkerConfig:
     prefix_cache: bool = True
     local_prefill_tokens: int = 64
     """A decode worker computes a prompt with at most this many uncached tokens itself."""
-    transports: tuple[str, ...] = ("shm", "grpc")
+    transports: tuple[str, ...] = ("loopback", "shm", "tcp", "grpc")
     """KV transports this worker may use, best first."""
     transfer_timeout_s: float = 30.0
     """A handoff without any progress for this long has failed."""
@@ -83,9 +84,9 @@ class WorkerConfig:
             (self.max_queue >= 1, "max_queue", "must be at least 1"),
             (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
             (
-                bool(self.transports) and set(self.transports) <= {"loopback", "shm", "grpc"},
+                bool(self.transports) and set(self.transports) <= set(BEST_FIRST),
                 "transports",
-                "must name at least one of loopback, shm, grpc",
+                f"must name at least one of {', '.join(BEST_FIRST)}",
             ),
             (self.max_pause_s > 0, "max_pause_s", "must be positive"),
             (self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative"),

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_transfer.pieces import layers_per_piece
 from workers.moves import ExportEnded, ExportEvent, Exports
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
-from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
 from workers.scheduler.migration import land_migrant, reserve_migrant
 from workers.scheduler.scheduler import Limits, Scheduler
@@ -37,6 +38,18 @@ class BlocksFilled:
     sequence_id: int
     blocks: tuple[int, ...]
     num_filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayersFilled:
+    """In mid-step: of a prompt computed for another worker, entries first .. end-1 of its block table hold the KV of their
+    first `num_layers` layers."""
+
+    sequence_id: int
+    blocks: tuple[int, ...]
+    first: int
+    end: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,8 @@ class _Live:
     started_s: float
     report: HandoffReport | None = None
     extra_cached: int = 0
+    queue_s: float | None = None
+    """From its arrival until it had blocks."""
     is_cancelled: bool = False
     has_spoken: bool = False
     num_texted: int = 0
@@ -107,11 +122,15 @@ class Engine:
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
+        self.on_layers: Callable[[LayersFilled], None] | None = None
+        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self._early_transfers: list[TransferWanted] = []
         self._exports = Exports(runner.kv_memory)
         self.last_step_s = 0.0
+        self.prefill_tokens_per_s: float | None = None
+        """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
 
@@ -234,10 +253,6 @@ class Engine:
             self._early.append((sequence_id, Output(name, position, finish_reason=FinishReason.MOVED)))
             self._drop(self._live[sequence_id])
 
-    def advance_exports(self) -> list[ExportEvent]:
-        """Call between two steps, so that a sequence stands still before the next one; `step` ends with it."""
-        return self._exports.advance()
-
     # ---- migration: the target ----
 
     def add_migrant(self, sequence_id: int, request: Request) -> None:
@@ -282,6 +297,16 @@ class Engine:
             live.output.push(token_id)
         live.num_texted = len(token_ids)
 
+    def take_early(self) -> StepResult | None:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere, and sequences that stand
+        still for their receivers. None: nothing."""
+        exports = self._exports.advance()
+        if not (self._early or self._early_transfers or self._abandoned or exports):
+            return None
+        result = StepResult(self._early, self._early_transfers, exports=exports, abandoned=self._abandoned)
+        self._early, self._early_transfers, self._abandoned = [], [], []
+        return result
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -302,13 +327,17 @@ class Engine:
         self._early, self._early_transfers, self._abandoned = [], [], []
         step = self._scheduler.schedule()
         for sequence in step.transfers:
+            self._note_admission(self._live[sequence.sequence_id], started)
             blocks = tuple(sequence.table.blocks)
             result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
         self.made_no_progress = not step.batch.num_tokens
+        for piece in step.batch.prefill:
+            self._note_admission(self._live[piece.sequence_id], started)
         if step.batch.num_tokens:
             slices = (*step.batch.prefill, *step.batch.decode)
             try:
-                drawn = self._runner.execute(step.batch)
+                hook = self._layer_hook(step.batch)
+                drawn = self._runner.execute(step.batch) if hook is None else self._runner.execute(step.batch, hook)
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(slices))
                 for piece in slices:
@@ -322,10 +351,17 @@ class Engine:
                     else:
                         self._scheduler.computed_decode(live.sequence)
                         self._advance(live, sampled, result.outputs)
-        result.exports = self.advance_exports()
+        result.exports = self._exports.advance()
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
+        self._note_rate(step.batch)
         return result
+
+    def _note_rate(self, batch: Batch) -> None:
+        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
+        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
+            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+            self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -356,6 +392,32 @@ class Engine:
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
         return tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+
+    def _note_admission(self, live: _Live, now: float) -> None:
+        if live.queue_s is None:
+            live.queue_s = max(0.0, now - live.started_s)
+
+    def _layer_hook(self, batch: Batch) -> LayerHook | None:
+        """None when nothing of the batch is for another worker, or nobody listens."""
+        listener = self.on_layers
+        sources = [s for s in batch.prefill if self._live[s.sequence_id].sequence.kind is Kind.SOURCE]
+        layout = self._runner.kv_memory.layout
+        every = layers_per_piece(layout)
+        if listener is None or not sources or every >= layout.num_layers:
+            return None
+        fills: list[LayersFilled] = []
+        for piece in sources:
+            table, end = self._live[piece.sequence_id].sequence.table, piece.start + len(piece.token_ids)
+            first, blocks = piece.start // BLOCK_SIZE, tuple(table.blocks)
+            # Where the prompt ends its last block is as full as it will be.
+            last = len(blocks) if piece.sample is not None else end // BLOCK_SIZE
+            fills.append(LayersFilled(piece.sequence_id, blocks, first, last, 0))
+
+        def tell(num_layers: int) -> None:
+            for fill in fills:
+                listener(replace(fill, num_layers=num_layers))
+
+        return LayerHook(every, tell)
 
     def _after_prefill(self, live: _Live, piece: SequenceSlice, sampled: Sampled, result: StepResult) -> None:
         sequence = live.sequence
@@ -407,9 +469,9 @@ class Engine:
         sequence = live.sequence
         report = live.report
         if report is None or report.transport == "local":
-            attempts = report.attempts if report else 1
-            elapsed = self._clock() - live.started_s
-            report = HandoffReport(self._worker_id, self._worker_id, "local", prefill_s=elapsed, attempts=attempts)
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=self._clock() - live.started_s - (live.queue_s or 0.0))
+        report = replace(report, queue_s=live.queue_s or 0.0)
         wanted = sequence.request.params.prompt_logprobs is not None
         return replace(
             output,

@@ -8,8 +8,9 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from workers.engine import Engine, StepResult, refusal_output
+from workers.engine import Engine, LayersFilled, StepResult, refusal_output
 from workers.errors import InvalidRequest, Refused
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
@@ -17,6 +18,8 @@ from workers.scheduler.sequence import Kind
 from workers.status import Load
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STALL_CHECK_S = 0.5
 """A thread whose sequences all wait for somebody else looks again after this long at the latest."""
@@ -131,19 +134,34 @@ class Report:
     load: Load
     counters: tuple[tuple[str, float], ...]
     num_held_blocks: int
+    prefill_rate: float | None = None
+    """Prompt tokens a second that recent steps computed; None: none yet."""
 
 
 class EngineThread:
-    """`on_report` is called on `loop` after every step that changed something. Commands take effect in order.
+    """`on_report` is called on `loop` after every step that changed something, `on_layers` in the middle of a step that fills
+    layers for another worker. Commands take effect in order.
 
     The command queue is bounded by the callers: each sequence has at most a handful of commands, and the number of
     sequences is bounded by the scheduler's queue.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, on_report: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        on_report: Callable[[Report], None],
+        on_layers: Callable[[LayersFilled], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_report = on_report
+        if on_layers is not None:
+
+            def tell(event: LayersFilled) -> None:
+                self._tell(on_layers, event)
+
+            engine.on_layers = tell
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -166,23 +184,27 @@ class EngineThread:
             extra = StepResult()
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
-            extra.exports += self._engine.advance_exports()
-            if extra.exports and not self._tell(extra):  # a receiver waits for these: not after one more step
+            early = self._engine.take_early()
+            # A prompt that has landed has its first token, and a receiver waits for a sequence that stands still: neither
+            # waits for the next step, which may be long.
+            if early is not None and not self._report(early):
                 return
-            if extra.exports:
-                extra = StepResult()
             result = self._engine.step()
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
-            if not self._tell(result):
+            if not self._report(result):
                 return
 
-    def _tell(self, result: StepResult) -> bool:
-        """False: the event loop has closed, the process is ending."""
-        report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
+    def _report(self, result: StepResult) -> bool:
+        engine = self._engine
+        report = Report(result, engine.load(), engine.counters(), engine.num_held_blocks, engine.prefill_tokens_per_s)
+        return self._tell(self._on_report, report)
+
+    def _tell(self, listener: Callable[[T], None], what: T) -> bool:
+        """False when the event loop has closed: the process is ending."""
         try:
-            self._loop.call_soon_threadsafe(self._on_report, report)
+            self._loop.call_soon_threadsafe(listener, what)
         except RuntimeError:
             return False
         return True

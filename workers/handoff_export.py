@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from workers.engine import BlocksFilled, Prefilled
+from workers.engine import BlocksFilled, LayersFilled, Prefilled
 from workers.engine_thread import Add, CancelSequence, Command
 from workers.errors import Refusal, Refused
 from workers.kv_transfer.messages import Done, OpenHandoff, PrefillDone, Prompt
@@ -13,6 +13,7 @@ from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, Filled
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
+from workers.tracing import NO_SPAN, Span, start_span
 
 Feed = Callable[[Filled | Done | Broken], None]
 """Takes what an export has to say, on the event loop: blocks that filled (never to change again until `release`), then Done;
@@ -69,12 +70,19 @@ class PromptExporter:
         if export is not None:
             export.feed(Filled(event.blocks, 0, event.num_filled, export.cut.layout.num_layers))
 
+    def layers_filled(self, event: LayersFilled) -> None:
+        export = self._running.get(event.sequence_id)
+        if export is not None:
+            export.feed(Filled(event.blocks, event.first, event.end, event.num_layers))
+
     def prefilled(self, event: Prefilled) -> None:
         export = self._running.get(event.sequence_id)
         if export is not None:
             sampled = event.sampled
             assert sampled.token_id is not None
             num_pieces = export.cut.num_pieces
+            export.span.set(cached_tokens=event.cached_tokens, prefill_s=event.prefill_s)
+            export.span.end()
             export.feed(
                 PrefillDone(sampled.token_id, sampled.logprob, num_pieces, event.cached_tokens, event.prefill_s)
             )
@@ -88,9 +96,11 @@ class PromptExporter:
 
     def _start(self, export: _PromptExport) -> None:
         self._running[export.sequence_id] = export
+        export.span = start_span("prefill", export.subject.request.traceparent)
         self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE))
 
-    def _release(self, export: _PromptExport) -> None:
+    def _release(self, export: _PromptExport, reason: str) -> None:
+        export.span.end(reason)
         if self._running.pop(export.sequence_id, None) is not None:
             self._post(CancelSequence(export.sequence_id))
 
@@ -102,9 +112,10 @@ class _PromptExport:
         self.subject = subject
         self.cut = cut
         self.feed = feed
+        self.span: Span = NO_SPAN
 
     def start(self) -> None:
         self._owner._start(self)
 
     def release(self, reason: str) -> None:
-        self._owner._release(self)
+        self._owner._release(self, reason)

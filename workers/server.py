@@ -25,6 +25,7 @@ from workers.migration import RunningExporter
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, Output, Request
+from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -73,6 +74,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._changed = asyncio.Event()
         """Set at every report of the engine, for those who wait for the worker to be idle."""
         self._ids = itertools.count(1)
+        self._traces = RequestTraces()
         self._owners: dict[int, _Owner] = {}
         self._routers: set[RouterSession] = set()
         self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
@@ -149,6 +151,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._load, self._counters = report.load, report.counters
         self._num_held_blocks = report.num_held_blocks
         self._changed.set()
+        self.transfers.measured.own_rate = report.prefill_rate
         result = report.result
         for sequence_id, output in result.outputs:
             self._deliver(sequence_id, output)
@@ -160,7 +163,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.transfers.take_over(wanted, owner.migration)
             else:
                 # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
-                self.transfers.fetch(wanted, replace(owner.request, replay_token_ids=()), owner.candidates)
+                due_s = self._traces.deadline_s(wanted.sequence_id)
+                self.transfers.fetch(wanted, replace(owner.request, replay_token_ids=()), owner.candidates, due_s)
         for event in result.exports:
             self._running.hear(event)
         for sequence_id in result.abandoned:
@@ -183,6 +187,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.transfers.source_failed(sequence_id, output.message)
             return
         session = owner.session
+        self._traces.said(sequence_id, output)
         session.add_output(output)
         if output.finish_reason is not None:
             del self._owners[sequence_id]
@@ -214,8 +219,13 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             reader.cancel()
             self._routers.discard(session)
             for sequence_id in session.sequences.values():
-                self._owners.pop(sequence_id, None)
-                self._post(CancelSequence(sequence_id))
+                self._forget(sequence_id)
+
+    def _forget(self, sequence_id: int) -> None:
+        """Nobody waits for it any more."""
+        self._owners.pop(sequence_id, None)
+        self._traces.ended(sequence_id, "cancelled")
+        self._post(CancelSequence(sequence_id))
 
     async def _read(self, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:
@@ -231,8 +241,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                     case Cancel(request_id):
                         sequence_id = session.sequences.pop(request_id, None)
                         if sequence_id is not None:
-                            self._owners.pop(sequence_id, None)
-                            self._post(CancelSequence(sequence_id))
+                            self._forget(sequence_id)
                     case DumpRequest():
                         self._post(DumpKv())
                     case Hello():
@@ -250,6 +259,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         sequence_id = next(self._ids)
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
         self._owners[sequence_id] = _Owner(session, request, candidates, submit.migration)
+        self._traces.submitted(sequence_id, submit)
         session.sequences[request.request_id] = sequence_id
         if submit.migration is not None:
             self._post(AddMigrant(sequence_id, request))

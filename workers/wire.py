@@ -73,6 +73,7 @@ def request_to_pb(request: Request) -> pb.Request:
         choice_index=request.choice_index,
         replay_token_ids=request.replay_token_ids,
         priority=request.priority,
+        traceparent=request.traceparent,
     )
 
 
@@ -84,6 +85,7 @@ def request_from_pb(message: pb.Request) -> Request:
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),
         priority=message.priority,
+        traceparent=message.traceparent,
     )
 
 
@@ -113,6 +115,12 @@ def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
         transfer_s=report.transfer_s,
         prefill_s=report.prefill_s,
         attempts=report.attempts,
+        wait_s=report.wait_s,
+        exposed_s=report.exposed_s,
+        resends=report.resends,
+        degradations=report.degradations,
+        recovery=report.recovery,
+        queue_s=report.queue_s,
     )
 
 
@@ -125,6 +133,12 @@ def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
         transfer_s=message.transfer_s,
         prefill_s=message.prefill_s,
         attempts=message.attempts,
+        wait_s=message.wait_s,
+        exposed_s=message.exposed_s,
+        resends=message.resends,
+        degradations=message.degradations,
+        recovery=message.recovery,
+        queue_s=message.queue_s,
     )
 
 
@@ -320,11 +334,13 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, migration):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
+                remaining_s=remaining_s,
+                first_token_s=first_token_s,
             )
             if migration is not None:
                 submit.migration.CopyFrom(
@@ -348,7 +364,9 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             migration = None
             if submit.HasField("migration"):
                 migration = Migration(address_from_pb(submit.migration.source), submit.migration.request_id)
-            return Submit(request_from_pb(submit.request), submit.generation, addresses, migration)
+            request = request_from_pb(submit.request)
+            times = (submit.remaining_s, submit.first_token_s)
+            return Submit(request, submit.generation, addresses, *times, migration)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

@@ -150,8 +150,9 @@ def test_text_and_stop_strings_span_the_move() -> None:
     move.begin(request)
     move.source.halt(1)
     move.target.step()
-    for event in move.source.advance_exports():
-        move.take(StepResult(exports=[event]))
+    early = move.source.take_early()
+    assert early is not None, "it stands still before the next step"
+    move.take(early)
     move.land()
     got = [o for _, o in move.outputs if o.finish_reason is None] + [o for _, o in move.finish()]
     assert "".join(o.text for o in got) == "".join(o.text for o in expected)

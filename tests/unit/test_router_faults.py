@@ -57,7 +57,9 @@ class SimWorker:
     def frame(self, outputs: tuple[Output, ...], with_status: bool) -> FrameArrived:
         assert self.connection is not None
         load = Load(num_running=len(self.running), num_free_blocks=100, num_blocks=100)
-        status = WorkerStatus(self.name, self.generation, self.role, MODEL, load, pid=self.starts, is_draining=self.is_draining)
+        status = WorkerStatus(
+            self.name, self.generation, self.role, MODEL, load, pid=self.starts, is_draining=self.is_draining
+        )
         frame = WorkerFrame(self.generation, outputs, load, status=status if with_status else None)
         self.last = FrameArrived(self.name, self.connection, frame)
         return self.last
@@ -237,7 +239,21 @@ class World:
                     self.tell(worker.frame(worker.step(1), with_status=True))
 
 
-ACTIONS = ("arrive", "arrive", "step", "step", "step", "report", "tick", "cancel", "break", "restart", "repeat", "drain", "land")
+ACTIONS = (
+    "arrive",
+    "arrive",
+    "step",
+    "step",
+    "step",
+    "report",
+    "tick",
+    "cancel",
+    "break",
+    "restart",
+    "repeat",
+    "drain",
+    "land",
+)
 FAULTS = ("refuse", "switch", "lose_frame")
 stories = st.lists(st.tuples(st.sampled_from(ACTIONS + FAULTS), st.integers(0, 104)), max_size=80)
 

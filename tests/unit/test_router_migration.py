@@ -5,7 +5,7 @@ from __future__ import annotations
 from test_router_core import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
-from router.policies.rebalance import DecodeLoad, Rebalancer, RebalanceLimits
+from router.policies.rebalance import DecodeLoad, RebalanceLimits, Rebalancer
 from workers.client import Cancel, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
