@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from workers.kv_transfer.transports.grpc_stream import GrpcTransport
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
@@ -35,6 +36,18 @@ def make_transports(
                 made[name] = ShmTransport(memory, host)
             case "tcp":
                 made[name] = TcpTransport(listen_host, timeout_s)
+            case "gloo":
+                from workers.kv_transfer.transports.collective import GlooTransport  # torch takes seconds to import
+
+                made[name] = GlooTransport(memory, listen_host, timeout_s)
+            case "nccl" | "cuda_ipc" if not memory.device_address:
+                log.info("%s is left out: the KV pool is not on a GPU", name)
+            case "nccl":
+                from workers.kv_transfer.transports.nccl import NcclTransport
+
+                made[name] = NcclTransport(memory, listen_host, timeout_s)
+            case "cuda_ipc":
+                made[name] = CudaIpcTransport(memory, host)
             case "grpc":
                 made[name] = GrpcTransport(timeout_s)
             case _:
