@@ -39,6 +39,8 @@ class Refusal(StrEnum):
     WORKER_LOST = "worker_lost"
     WRONG_ROLE = "wrong_role"
     STALE_GENERATION = "stale_generation"
+    DRAINING = "draining"
+    NOT_MOVABLE = "not_movable"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal_error"
 

@@ -99,6 +99,10 @@ class GrpcWorkerClient:
         request = pb.SetRoleRequest(role=role.value, generation=generation)
         return await self._call(target, "SetRole", request)
 
+    async def set_draining(self, target: str, is_draining: bool, generation: int = 0) -> WorkerStatus:
+        request = pb.SetDrainingRequest(is_draining=is_draining, generation=generation)
+        return await self._call(target, "SetDraining", request)
+
     async def describe(self, target: str) -> WorkerStatus:
         return await self._call(target, "Describe", pb.DescribeRequest())
 

@@ -142,6 +142,33 @@ class Worker:
             raise RuntimeError("the worker has not been started")
         return self._server.set_role(role)
 
+    def set_draining(self, is_draining: bool) -> WorkerStatus:
+        """As WorkerServer.set_draining."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        return self._server.set_draining(is_draining)
+
+    def watch_draining(self, on_change: Callable[[bool], None]) -> None:
+        """From now on `on_change(is_draining)` is called on the event loop when the worker is told to drain, or not to."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        self._server.on_drain_change = on_change
+
+    async def leave(self) -> bool:
+        """Takes no new work and waits until nothing runs here, at most `drain_timeout_s`; False when something still does.
+
+        Nobody is told to remember it: a worker that comes back takes work.
+        """
+        if self._server is None:
+            return True
+        self._server.set_draining(True, remember=False)
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._server.wait_idle()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         """Ends requests and transfers, the server and the engine thread; safe to call twice."""
         if self._ticker is not None:

@@ -49,6 +49,11 @@ class WorkerStub(object):
                 request_serializer=workers_dot_pb_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.SetDraining = channel.unary_unary(
+                '/baton.workers.Worker/SetDraining',
+                request_serializer=workers_dot_pb_dot_worker__pb2.SetDrainingRequest.SerializeToString,
+                response_deserializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/baton.workers.Worker/Describe',
                 request_serializer=workers_dot_pb_dot_worker__pb2.DescribeRequest.SerializeToString,
@@ -79,6 +84,12 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetDraining(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -101,6 +112,11 @@ def add_WorkerServicer_to_server(servicer, server):
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
                     request_deserializer=workers_dot_pb_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'SetDraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDraining,
+                    request_deserializer=workers_dot_pb_dot_worker__pb2.SetDrainingRequest.FromString,
                     response_serializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
@@ -189,6 +205,33 @@ class Worker(object):
             target,
             '/baton.workers.Worker/SetRole',
             workers_dot_pb_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.workers.Worker/SetDraining',
+            workers_dot_pb_dot_worker__pb2.SetDrainingRequest.SerializeToString,
             workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
             options,
             channel_credentials,
