@@ -12,7 +12,6 @@ from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.transport import ServedTransport, Transport
 from workers.kv_transfer.transports.factory import make_transports
 
-
 DataPath = Callable[[WorkerConfig, KvMemory, str, grpc.aio.Server], dict[str, Transport]]
 """What makes the transports of the worker with this id."""
 

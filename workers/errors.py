@@ -58,5 +58,9 @@ class WorkerLost(BatonError):
     """The world's fault: a worker's connection broke."""
 
 
+class StreamDamaged(BatonError):
+    """The world's fault: a message of a stream was lost, repeated or changed on its way."""
+
+
 class TransferFailed(BatonError):
     """The world's fault: a KV handoff did not land; the blocks it wrote must not be used."""

@@ -29,6 +29,7 @@ from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.wire_handoff import down_from_pb, up_to_pb
+from workers.wire_seal import Sealer
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,10 @@ class SourceDriver:
 
     async def outgoing(self) -> AsyncGenerator[pb.HandoffUp, None]:
         """What is to be written to the stream; when it is not read to its end, the stream has broken."""
+        sealer = Sealer()
         try:
             while (message := await self._out.next(None)) is not None:
-                yield message
+                yield sealer.seal(message)
         finally:
             self.post(Broken("the receiver closed the stream"))
 

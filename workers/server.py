@@ -17,7 +17,7 @@ from workers.client import Cancel, DumpRequest, Hello, Migration, Submit
 from workers.config import WorkerConfig
 from workers.engine import refusal_output
 from workers.engine_thread import Add, AddMigrant, CancelSequence, Command, DumpKv, Report
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import Running
 from workers.kv_transfer.transport import Transport
@@ -31,6 +31,7 @@ from workers.scheduler.sequence import Kind
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.transfers import Identity, Transfers
 from workers.wire import frame_to_pb, router_message_from_pb, status_to_pb
+from workers.wire_seal import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,13 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkerFrame]:
         """One router's stream. When it ends, its requests end."""
-        first = await anext(request_iterator, None)
+        unsealer, sealer = Unsealer(), Sealer()
+        messages = verified(request_iterator, unsealer)
+        try:
+            first = await anext(messages, None)
+        except StreamDamaged as error:
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            return
         hello = router_message_from_pb(first) if first is not None else None
         if not isinstance(hello, Hello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
@@ -208,13 +215,15 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._routers.add(session)
         self._post(DumpKv())
         session.add_status(self.status())
-        reader = asyncio.create_task(self._read(session, request_iterator))
+        reader = asyncio.create_task(self._read(session, messages))
         try:
             while not session.has_ended:
                 frame = await session.next_frame(self._identity.generation)
                 if session.is_overrun:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not keep up")
-                yield frame_to_pb(frame)
+                message = frame_to_pb(frame)
+                message.heard = unsealer.number
+                yield sealer.seal(message)
         finally:
             reader.cancel()
             self._routers.discard(session)
@@ -246,6 +255,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                         self._post(DumpKv())
                     case Hello():
                         log.warning("%s said hello twice", session.router_id)
+        except StreamDamaged as error:
+            log.warning("the stream of %s ends: %s", session.router_id, error)
         finally:
             session.close()
 

@@ -17,7 +17,7 @@ from workers.client import Migration
 from workers.config import WorkerConfig
 from workers.engine import BlocksFilled, LayersFilled, Prefilled, TransferWanted
 from workers.engine_thread import Command, Landed, MovedIn, TransferLost
-from workers.errors import InvariantViolated, Refusal, Refused, TransferFailed
+from workers.errors import InvariantViolated, Refusal, Refused, StreamDamaged, TransferFailed
 from workers.handoff_export import Exporter, PromptExporter
 from workers.handoff_source import SourceDriver
 from workers.handoff_target import Handoff, HandoffFailed, TargetDriver
@@ -46,6 +46,7 @@ from workers.runner import BLOCK_SIZE, Sampled
 from workers.status import Role, WorkerAddress
 from workers.tracing import Span, start_span
 from workers.wire_handoff import down_from_pb, up_to_pb
+from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +114,12 @@ class Transfers:
 
     async def serve(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncGenerator[pb.HandoffUp, None]:
         """Answers one Handoff stream."""
+        incoming = verified(incoming)
         try:
             async with asyncio.timeout(self._config.transfer_timeout_s):
                 first = await anext(incoming)
             opening = down_from_pb(first)
-        except (StopAsyncIteration, TimeoutError, TransferFailed) as error:
+        except (StopAsyncIteration, TimeoutError, TransferFailed, StreamDamaged) as error:
             log.warning("a handoff stream ended before it began: %r", error)
             return
         generation = self._identity.generation
@@ -128,7 +130,8 @@ class Transfers:
             driver = self._open_source(opening, first.transfer_id, incoming)
         except Refused as refused:
             self.counters["handoffs_refused"] += 1
-            yield up_to_pb(first.transfer_id, generation, HandoffRefused(refused.refusal, str(refused)))
+            refusal = HandoffRefused(refused.refusal, str(refused))
+            yield Sealer().seal(up_to_pb(first.transfer_id, generation, refusal))
             return
         outgoing = driver.outgoing()
         try:

@@ -28,7 +28,9 @@ def golden(request: Request) -> tuple[list[int], str]:
     return tokens, "".join(PlainDetokenizer().push(token) for token in tokens)
 
 
-async def run(seed: int, num_requests: int, transports: list[str], kinds: tuple[Kind, ...], concurrency: int, show: bool) -> list[Result]:
+async def run(
+    seed: int, num_requests: int, transports: list[str], kinds: tuple[Kind, ...], concurrency: int, show: bool
+) -> list[Result]:
     results = []
     for index, transport in enumerate(transports):
         count = num_requests // len(transports) + (index < num_requests % len(transports))
@@ -39,7 +41,10 @@ async def run(seed: int, num_requests: int, transports: list[str], kinds: tuple[
         chain = (transport,) if transport == "grpc" else (transport, "grpc")
         shape = Shape(3, 3, {**CONFIG, "transports": chain})
         results.append(await ChaosRun(shape, requests, plan, golden, concurrency).run(transport))
-        print(f"{transport}: {'good' if results[-1].is_good else 'NOT GOOD'} after {results[-1].seconds:.0f} s", flush=True)
+        print(
+            f"{transport}: {'good' if results[-1].is_good else 'NOT GOOD'} after {results[-1].seconds:.0f} s",
+            flush=True,
+        )
     return results
 
 

@@ -147,5 +147,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=os.environ.get("CHAOS_LOG", "ERROR"), format="%(process)d %(asctime)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=os.environ.get("CHAOS_LOG", "ERROR"), format="%(process)d %(asctime)s %(name)s %(message)s"
+    )
     asyncio.run(main())

@@ -29,6 +29,7 @@ PULL = frozenset({"loopback", "shm"})
 SENDER_KINDS = frozenset({Kind.DATA_DROP, Kind.DATA_DUPLICATE, Kind.DATA_CORRUPT, Kind.DATA_CUT, Kind.DATA_DELAY})
 """Where the sender pushes, these are the sender's."""
 
+
 @dataclass(frozen=True, slots=True)
 class DataFault:
     """What is to go wrong with one piece of one transfer, once."""

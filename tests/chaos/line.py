@@ -80,9 +80,7 @@ class Line:
                 await writer.drain()
 
 
-async def listen(
-    on_line: Callable[[Line], Awaitable[None]], host: str = "127.0.0.1"
-) -> tuple[asyncio.Server, int]:
+async def listen(on_line: Callable[[Line], Awaitable[None]], host: str = "127.0.0.1") -> tuple[asyncio.Server, int]:
     """Accepts connections on a free port; each becomes a Line that `on_line` is to run."""
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -246,7 +246,6 @@ class _Relay(grpc.GenericRpcHandler):
         method = details.method
         if method.rsplit("/", 1)[1] not in UNARY:
 
-
             async def relay(incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
                 async for raw in self._middle.relay(method, incoming, context):
                     yield raw

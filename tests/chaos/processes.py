@@ -60,7 +60,9 @@ class WorkerProcess:
         """Has the child do something. Raises ConnectionError when it has died, TimeoutError when it does not answer."""
         assert self._process.stdin is not None
         if not self.is_alive:
-            raise ConnectionError(f"the process of {[name for name, _, _ in self.workers]} ended with {self._process.returncode}")
+            raise ConnectionError(
+                f"the process of {[name for name, _, _ in self.workers]} ended with {self._process.returncode}"
+            )
         async with self._lock:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             await self._process.stdin.drain()

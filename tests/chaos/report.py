@@ -24,7 +24,11 @@ def table(results: Sequence[Result], row: Callable[[Outcome], str], rows: Sequen
         lines.append([name, *(str(count) for count in (*counts, len(chosen) - failed, failed))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) + " |"
+        "| "
+        + " | ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
         for line in lines
     )
 
@@ -47,7 +51,9 @@ def report(results: Sequence[Result], seed: int, kinds: Sequence[Kind]) -> str:
         parts += [f"  LEAK {leak}" for leak in result.leaks]
         parts += [f"  WRONG {o.request_id} ({o.planned}): {o.trouble}" for o in result.outcomes if o.trouble]
     missing = [f"{kind}/{step}" for kind, step in combinations() if kind in kinds and (kind, step) not in reached]
-    parts.append(f"seed {seed}: {len(outcomes)} requests, {len(struck)} faults injected, {len(reached)} combinations of fault and step")
+    parts.append(
+        f"seed {seed}: {len(outcomes)} requests, {len(struck)} faults injected, {len(reached)} combinations of fault and step"
+    )
     if missing:
         parts.append(f"not reached: {', '.join(missing)}")
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)

@@ -177,7 +177,9 @@ class ChaosRun:
             last = outputs[-1] if outputs else None
             return f"failed: {last.refusal if last else None} {last.message if last else ''}"
         if got != tokens:
-            at = next((i for i, (a, b) in enumerate(zip(got, tokens, strict=False)) if a != b), min(len(got), len(tokens)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(got, tokens, strict=False)) if a != b), min(len(got), len(tokens))
+            )
             return f"other tokens than the golden run's from position {at} on ({len(got)} of {len(tokens)})"
         return "" if said == text else "the tokens are right, the text is not"
 

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class WorkerStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +64,9 @@ class WorkerStub(object):
 
 
 class WorkerServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     def Attach(self, request_iterator, context):
         """One stream per router-worker pair: requests and cancels go down, one frame per engine step comes up.
@@ -133,7 +137,9 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     @staticmethod
     def Attach(request_iterator,
