@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import xxhash
+from google.protobuf.message import DecodeError
 
 from workers.errors import StreamDamaged
 
@@ -60,6 +61,9 @@ class Unsealer:
 async def verified(messages: AsyncIterator[M], unsealer: Unsealer | None = None) -> AsyncIterator[M]:
     """The messages of a stream; raises StreamDamaged at the first that is not what was written."""
     unsealer = unsealer or Unsealer()
-    async for message in messages:
-        unsealer.check(message)
-        yield message
+    try:
+        async for message in messages:
+            unsealer.check(message)
+            yield message
+    except DecodeError as error:
+        raise StreamDamaged(f"message {unsealer.number + 1} of a stream cannot be read") from error

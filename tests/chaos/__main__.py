@@ -18,7 +18,7 @@ CONFIG = {
     "local_prefill_tokens": 0,
     "max_batch_tokens": 96,
     "max_num_seqs": 16,
-    "transfer_timeout_s": 3.0,
+    "transfer_timeout_s": 2.5,
 }
 
 

@@ -18,7 +18,7 @@ from router.driver import RouterDriver
 from workers.errors import InvalidRequest, Refused
 from workers.status import Role, WorkerAddress
 
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 """How long a quiet cluster may take to let go of everything."""
 
 
@@ -45,7 +45,7 @@ class Arena:
     """Call `open`, use `driver`, hurt workers, `close`. What is wrong at the end is in `leaks`."""
 
     def __init__(
-        self, shape: Shape, hand: Hand, on_struck: Callable[[str], None] = lambda _: None, stale_s: float = 4.0
+        self, shape: Shape, hand: Hand, on_struck: Callable[[str], None] = lambda _: None, stale_s: float = 3.0
     ) -> None:
         self._shape = shape
         self._on_struck = on_struck

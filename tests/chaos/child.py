@@ -26,7 +26,7 @@ from workers.runner import Batch, FakeRunner, Sampled
 from workers.status import Role
 from workers.worker import LoadedModel, Worker, load_checkpoint
 
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 """How long gRPC and the kernel may take to close what was told to close."""
 
 
@@ -150,4 +150,5 @@ if __name__ == "__main__":
     logging.basicConfig(
         level=os.environ.get("CHAOS_LOG", "ERROR"), format="%(process)d %(asctime)s %(name)s %(message)s"
     )
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # it shows each message that cannot be read, with a traceback
     asyncio.run(main())

@@ -63,6 +63,11 @@ def test_a_message_that_could_not_be_parsed_ends_the_stream() -> None:
         Unsealer().check(None)
 
 
+async def test_a_message_whose_bytes_are_no_message_ends_the_stream() -> None:
+    with pytest.raises(StreamDamaged):
+        await read([frames(1)[0], b"\xff\xff"])
+
+
 async def test_a_stream_without_seals_is_taken_as_it_is() -> None:
     raw = pb.WorkerFrame(generation=7).SerializeToString()
     assert len(await read([raw, raw])) == 2
