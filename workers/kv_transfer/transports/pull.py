@@ -22,9 +22,13 @@ _GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
 
 
+_SPLIT_BYTES = 4 << 20
+"""From this much on a batch is shared by the helper threads: one core does not use all of the memory's bandwidth."""
+
+
 def copiers() -> int:
-    """Helper threads of one transport. The sender and the model want cores too, and one thread copies 15 GB/s."""
-    return max(1, min(4, (os.cpu_count() or 1) // 2))
+    """Helper threads of one transport. The sender and the model want cores too."""
+    return min(2, os.cpu_count() or 1)
 
 
 class Source(Protocol):
@@ -125,11 +129,17 @@ class PullInbox:
             await asyncio.wait(tuple(self._running))
 
     async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
-        running = asyncio.get_running_loop().run_in_executor(self._helpers, self._copy, pairs, arrived)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        # A cancelled waiter leaves the copy running; `close` waits for it.
-        await asyncio.shield(running)
+        num_shares = copiers() if sum(target.nbytes for _, target, _ in pairs) >= _SPLIT_BYTES else 1
+        size = -(-len(pairs) // num_shares)
+        loop = asyncio.get_running_loop()
+        copies: list[asyncio.Future[None]] = []
+        for first in range(0, len(pairs), size):
+            running = loop.run_in_executor(self._helpers, self._copy, pairs[first : first + size], arrived)
+            copies.append(running)
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+        # A cancelled waiter leaves the copies running; `close` waits for them.
+        await asyncio.shield(asyncio.gather(*copies))
 
     def _copy(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
         first = 0

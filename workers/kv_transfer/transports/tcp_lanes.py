@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from workers.errors import TransferFailed
+from workers.kv_transfer.checksum import checksums
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
 from workers.kv_transfer.transports.push import Inboxes
@@ -193,11 +194,13 @@ class IncomingLane:
             if inbox is None or home is None:
                 self._skip(frame.length, scratch)
                 continue
-            is_good = False
+            is_good, checksum = False, None
             try:
                 is_good = self.read(home.data)
+                if is_good and frame.length == frame.total:
+                    (checksum,) = checksums([home])  # now, while the piece is in this core's cache
             finally:
-                inbox.end(frame, is_good)
+                inbox.end(frame, is_good, checksum)
 
     def read(self, buffer: Buffer) -> bool:
         """Fills the buffer; False when the other side has hung up."""
