@@ -110,7 +110,9 @@ class Fleet:
         """As `check_role`, for a worker that shall take no more work, or take it again."""
         entry = self._connected(worker_id)
         if is_draining and not force:
-            self._check_without(entry, False, False, f"{worker_id!r} were drained", "worker_id")
+            # It is asked only for what it gives now: a decode worker may drain where nobody prefills anyway.
+            can_decode, can_prefill = not entry.can_decode, not entry.can_prefill
+            self._check_without(entry, can_decode, can_prefill, f"{worker_id!r} were drained", "worker_id")
         return entry
 
     def _connected(self, worker_id: str) -> WorkerEntry:
