@@ -4,47 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
+from collections.abc import Sequence
 
-from builders import PlainDetokenizer, generate_alone
-from chaos.arena import Shape
-from chaos.faults import Kind, draw_plan
+from chaos.faults import Kind
 from chaos.report import report
-from chaos.run import ChaosRun, Result, draw_requests
-from workers.request import Request
-
-CONFIG = {
-    "model": "fake",
-    "local_prefill_tokens": 0,
-    "max_batch_tokens": 96,
-    "max_num_seqs": 16,
-    "transfer_timeout_s": 2.5,
-}
+from chaos.run import ChaosRun, Result
+from chaos.scenarios import SHARES, Scenario, full
 
 
-def golden(request: Request) -> tuple[list[int], str]:
-    """What an engine without company, network and faults answers."""
-    tokens = generate_alone(request, 64, max_batch_tokens=512, max_model_len=4096)
-    return tokens, "".join(PlainDetokenizer().push(token) for token in tokens)
-
-
-async def run(
-    seed: int, num_requests: int, transports: list[str], kinds: tuple[Kind, ...], concurrency: int, show: bool
-) -> list[Result]:
+async def run(scenarios: Sequence[Scenario]) -> list[Result]:
     results = []
-    for index, transport in enumerate(transports):
-        count = num_requests // len(transports) + (index < num_requests % len(transports))
-        plan = draw_plan(seed, transport, count, kinds)
-        requests = draw_requests(seed, transport, count)
-        if show:
-            print("\n".join(f"{r.request_id}: {fault}" for r, fault in zip(requests, plan, strict=True)))
-        chain = (transport,) if transport == "grpc" else (transport, "grpc")
-        shape = Shape(3, 3, {**CONFIG, "transports": chain})
-        results.append(await ChaosRun(shape, requests, plan, golden, concurrency).run(transport))
-        print(
-            f"{transport}: {'good' if results[-1].is_good else 'NOT GOOD'} after {results[-1].seconds:.0f} s",
-            flush=True,
-        )
+    for one in scenarios:
+        chaos = ChaosRun(one.shape, one.requests, one.plan, one.golden, one.concurrency)
+        result = await chaos.run(one.name)
+        print(f"{one.name}: {'good' if result.is_good else 'NOT GOOD'} after {result.seconds:.0f} s", flush=True)
+        results.append(result)
     return results
 
 
@@ -52,13 +28,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--transports", default="shm,grpc")
+    parser.add_argument("--arenas", default=",".join(SHARES), help="some of these, separated by commas")
     parser.add_argument("--kinds", default="", help="only these faults, separated by commas")
-    parser.add_argument("--concurrency", type=int, default=24)
-    parser.add_argument("--plan", action="store_true", help="print the plan")
+    parser.add_argument("--plan", action="store_true", help="print the plan, request by request")
     args = parser.parse_args()
+    logging.getLogger("router.driver").setLevel(logging.CRITICAL)
     kinds = tuple(Kind(name) for name in args.kinds.split(",")) if args.kinds else tuple(Kind)
-    results = asyncio.run(run(args.seed, args.requests, args.transports.split(","), kinds, args.concurrency, args.plan))
+    scenarios = full(args.seed, args.requests, args.arenas.split(","), kinds)
+    if args.plan:
+        for one in scenarios:
+            print("\n".join(f"{r.request_id}: {fault}" for r, fault in zip(one.requests, one.plan, strict=True)))
+    results = asyncio.run(run(scenarios))
     print(report(results, args.seed, kinds))
     return 0 if all(result.is_good for result in results) else 1
 

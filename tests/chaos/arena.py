@@ -31,6 +31,8 @@ class Shape:
     config: dict[str, Any]
     num_blocks: int = 64
     together: bool = False
+    decode_room_bytes: int = 0
+    """How much more memory a decode worker may map once it runs; 0: no limit."""
 
     def posts(self) -> list[list[tuple[str, str]]]:
         """The (worker id, role) pairs of each process."""
@@ -60,7 +62,7 @@ class Arena:
         """Workers to whom something is being done."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.leaks: list[str] = []
-        self.num_killed = self.num_stopped = self.num_switched = 0
+        self.num_killed = self.num_stopped = self.num_switched = self.num_drained = self.num_moved = 0
 
     async def open(self) -> None:
         self._before = descriptors(), shared_memory_names(), children(os.getpid())
@@ -77,6 +79,8 @@ class Arena:
         workers = [(name, role, self._starts[name]) for name, role in post]
         process = WorkerProcess(workers, self._shape.config, self._shape.num_blocks, self._on_struck)
         await process.start()
+        if self._shape.decode_room_bytes and any(role == "decode" for _, role in post):
+            await process.order(do="limit", room_bytes=self._shape.decode_room_bytes)
         for name, _ in post:
             self._processes[name] = process
             host, port = process.addresses[name][1].rsplit(":", 1)
@@ -142,6 +146,17 @@ class Arena:
         self._spawn(self._switch_back(post, worker_id, role, duration_s))
         return True
 
+    async def drain(self, worker_id: str, duration_s: float) -> bool:
+        """Has all that runs on a decode worker move elsewhere, and lets it take work again after a while."""
+        post = self._post_of(worker_id)
+        if not self._take(post):
+            return False
+        self.num_drained += 1
+        with contextlib.suppress(Refused, InvalidRequest):  # it is being lost at this moment
+            await self.driver.set_draining(worker_id, True, force=True)
+        self._spawn(self._undrain(post, worker_id, duration_s))
+        return True
+
     def _take(self, post: list[tuple[str, str]]) -> bool:
         names = {name for name, _ in post}
         if names & self._busy:
@@ -201,6 +216,21 @@ class Arena:
         finally:
             self._busy -= {name for name, _ in post}
 
+    async def _undrain(self, post: list[tuple[str, str]], worker_id: str, duration_s: float) -> None:
+        try:
+            await asyncio.sleep(duration_s)
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                with contextlib.suppress(Refused, InvalidRequest):
+                    await self.driver.set_draining(worker_id, False, force=True)
+                status = [w.status for w in self.driver.status().workers if w.status.worker_id == worker_id]
+                if status and not status[0].is_draining:
+                    return
+                await asyncio.sleep(0.05)
+            self.leaks.append(f"{worker_id} did not take work again")
+        finally:
+            self._busy -= {name for name, _ in post}
+
     # ---- the end ----
 
     async def close(self) -> None:
@@ -218,6 +248,7 @@ class Arena:
             status = self.driver.status()
             if status.num_running or status.num_waiting:
                 self.leaks.append(f"the router has {status.num_running} running, {status.num_waiting} waiting requests")
+            self.num_moved = int(dict(status.counters).get("migrations_done", 0))
             await self.driver.stop()
             await asyncio.gather(*(self._end(process) for process in {*self._processes.values(), *self._zombies}))
             for middle in self._middles.values():

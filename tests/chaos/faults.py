@@ -19,16 +19,18 @@ class Step(StrEnum):
     MIDDLE_PIECE = "middle_piece"
     LAST_PIECE = "last_piece"
     FIRST_ACK = "first_ack"
-    LAST_ACK = "last_ack"
+    MIDDLE_ACK = "middle_ack"
     DONE = "done"
     RELEASE = "release"
     RELEASED = "released"
+    MOVE = "move"
+    """The router asks another decode worker to take the running request over."""
     FIRST_TOKEN = "first_token"
     MIDDLE_TOKEN = "middle_token"
     LAST_TOKEN = "last_token"
 
 
-ROUTER_STEPS = (Step.SUBMIT, Step.FIRST_TOKEN, Step.MIDDLE_TOKEN, Step.LAST_TOKEN)
+ROUTER_STEPS = (Step.SUBMIT, Step.MOVE, Step.FIRST_TOKEN, Step.MIDDLE_TOKEN, Step.LAST_TOKEN)
 """Seen on the stream between router and decode worker; the others are seen on the stream between two workers."""
 HANDOFF_STEPS = tuple(step for step in Step if step not in ROUTER_STEPS)
 PIECE_STEPS = (Step.FIRST_PIECE, Step.MIDDLE_PIECE, Step.LAST_PIECE)
@@ -91,9 +93,11 @@ class Fault:
     step: Step
     transport: str
     chance: float
+    is_move: bool = False
+    """It strikes when the running request is handed to another decode worker, not when its prompt is handed over."""
 
     def __str__(self) -> str:
-        return f"{self.transport}/{self.step}/{self.kind}/{self.chance:.3f}"
+        return f"{self.transport}/{'move/' if self.is_move else ''}{self.step}/{self.kind}/{self.chance:.3f}"
 
 
 def combinations() -> Iterator[tuple[Kind, Step]]:
@@ -116,7 +120,9 @@ def is_gentle(kind: Kind, step: Step) -> bool:
     return kind not in PROCESS_KINDS and (step not in ROUTER_STEPS or kind in (Kind.DELAY, Kind.SLOW, Kind.LEAVE))
 
 
-def draw_plan(seed: int, transport: str, num_requests: int, kinds: Sequence[Kind] = tuple(Kind)) -> list[Fault | None]:
+def draw_plan(
+    seed: int, transport: str, num_requests: int, kinds: Sequence[Kind] = tuple(Kind), is_move: bool = False
+) -> list[Fault | None]:
     """A fault for each request, or None for about every tenth: each combination once, in random order, then again.
 
     The gentle ones come before the others, so that the table shows how each is overcome and not only that requests are
@@ -125,9 +131,10 @@ def draw_plan(seed: int, transport: str, num_requests: int, kinds: Sequence[Kind
     dice = random.Random(f"{seed}/{transport}")
     plan: list[Fault | None] = []
     while len(plan) < num_requests:
-        deck = [pair for pair in combinations() if pair[0] in kinds]
+        steps = (*HANDOFF_STEPS, Step.MOVE) if is_move else tuple(step for step in Step if step is not Step.MOVE)
+        deck = [(kind, step) for kind, step in combinations() if kind in kinds and step in steps]
         dice.shuffle(deck)
         for kind, step in deck:
             plan += [None] if dice.random() < 0.1 else []
-            plan.append(Fault(kind, step, transport, round(dice.random(), 3)))
+            plan.append(Fault(kind, step, transport, round(dice.random(), 3), is_move))
     return sorted(plan[:num_requests], key=lambda fault: fault is not None and not is_gentle(fault.kind, fault.step))

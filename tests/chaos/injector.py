@@ -13,6 +13,7 @@ from chaos.middle import Passing
 from chaos.steps import HandoffWatch
 
 DELAY_S = (0.05, 1.5)
+DRAIN_S = 0.5
 SLOW_BYTES_PER_S = 4096
 SLOW_S = 2.0
 
@@ -36,8 +37,11 @@ class Injector:
         self._armed = dict(faults)
         self._leave = leave
         self.arena: Arena | None = None
+        self.is_running: Callable[[str], bool] = lambda _: True
+        """Whether a request has not ended."""
         self.injected: dict[str, Fault] = {}
         self.num_submits: dict[str, int] = {}
+        self.num_moves: dict[str, int] = {}
         self.transports: dict[str, list[str]] = {}
         """Transports in the order they were chosen, of the last handoff of each request."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -49,7 +53,17 @@ class Injector:
         name = passing.wire_id.partition("#")[0]
         if passing.step is Step.SUBMIT:
             self.num_submits[name] = self.num_submits.get(name, 0) + 1
+        if passing.step is Step.MOVE:
+            self.num_moves[name] = self.num_moves.get(name, 0) + 1
         fault = self._armed.get(name)
+        if fault is not None and fault.is_move:
+            if passing.step is Step.FIRST_TOKEN:
+                self._track(self._move(name, passing.decode))
+            is_moving = passing.step is Step.MOVE or (passing.handoff is not None and passing.handoff.is_move)
+            if not is_moving:
+                return [passing.raw]
+        elif passing.handoff is not None and passing.handoff.is_move:
+            return [passing.raw]
         if fault is not None and fault.kind in DATA_KINDS and passing.step is Step.OPEN:
             await self._arm(fault, passing, name)
         if fault is None or fault.kind in DATA_KINDS or fault.step is not passing.step:
@@ -57,6 +71,14 @@ class Injector:
         del self._armed[name]
         # A strike may end the very stream that this runs in; it is carried out to its end all the same.
         return await asyncio.shield(self._track(self._carry_out(fault, passing, name)))
+
+    async def _move(self, name: str, worker_id: str) -> None:
+        """Has the worker drained on which a request runs, as soon as nothing else happens to it."""
+        assert self.arena is not None
+        while name in self._armed and self.is_running(name):
+            if await self.arena.drain(worker_id, DRAIN_S):
+                return
+            await asyncio.sleep(0.02)
 
     async def _arm(self, fault: Fault, passing: Passing, name: str) -> None:
         """Has both ends of the transfer spoil a piece once the transfer gets there."""
@@ -94,7 +116,7 @@ class Injector:
         return task
 
     def ended(self, watch: HandoffWatch) -> None:
-        if watch.wire_id:
+        if watch.wire_id and not watch.is_move:
             self.transports[watch.wire_id.partition("#")[0]] = list(watch.transports)
 
     async def close(self) -> None:

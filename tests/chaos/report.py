@@ -46,7 +46,8 @@ def report(results: Sequence[Result], seed: int, kinds: Sequence[Kind]) -> str:
     for result in results:
         parts.append(
             f"{result.transport}: {len(result.outcomes)} requests in {result.seconds:.0f} s, {result.num_killed} processes killed, "
-            f"{result.num_stopped} stopped, {result.num_switched} role switches, leaks: {len(result.leaks)}"
+            f"{result.num_stopped} stopped, {result.num_switched} role switches, {result.num_drained} drains, "
+            f"{result.num_moved} running requests moved, leaks: {len(result.leaks)}"
         )
         parts += [f"  LEAK {leak}" for leak in result.leaks]
         parts += [f"  WRONG {o.request_id} ({o.planned}): {o.trouble}" for o in result.outcomes if o.trouble]

@@ -26,6 +26,8 @@ class Recovery(StrEnum):
 
     LEFT = "left"
     REPLAYED = "replayed"
+    MOVED = "moved"
+    """A running request went on at another decode worker, or was asked to."""
     LOCAL = "local prefill"
     OTHER_WORKER = "other worker"
     DEGRADED = "degraded"
@@ -56,14 +58,20 @@ class Result:
     num_killed: int = 0
     num_stopped: int = 0
     num_switched: int = 0
+    num_drained: int = 0
+    num_moved: int = 0
+    """Running requests that another decode worker took over."""
 
     @property
     def is_good(self) -> bool:
         return not self.leaks and not any(outcome.trouble for outcome in self.outcomes)
 
 
-def draw_requests(seed: int, transport: str, num_requests: int, vocab: range = range(10, 1000)) -> list[Request]:
-    """Prompts of 2 to 10 blocks of 64, some with a common beginning, greedy and sampled; answers of 2 to 120 tokens."""
+def draw_requests(
+    seed: int, transport: str, num_requests: int, lengths: tuple[int, ...] = (2, 8, 24, 60, 120)
+) -> list[Request]:
+    """Prompts of 4 to 10 blocks of 64, some with a common beginning, greedy and sampled; answers of so many tokens."""
+    vocab = range(10, 1000)
     dice = random.Random(f"requests/{seed}/{transport}")
     common = [dice.choice(vocab) for _ in range(130)]
     requests = []
@@ -74,7 +82,7 @@ def draw_requests(seed: int, transport: str, num_requests: int, vocab: range = r
         requests.append(
             make_request(
                 prompt,
-                dice.choice((2, 8, 24, 60, 120)),
+                dice.choice(lengths),
                 request_id=f"{transport}-{index}",
                 temperature=dice.choice((0.0, 1.0)),
                 seed=dice.randrange(1 << 30),
@@ -117,6 +125,7 @@ class ChaosRun:
         self._arena = self._injector.arena = Arena(shape, self._injector, self._injector.struck)
         self._streams: dict[str, RequestStream] = {}
         self._left: set[str] = set()
+        self._injector.is_running = self._streams.__contains__
 
     async def run(self, transport: str) -> Result:
         async with warm():
@@ -136,7 +145,8 @@ class ChaosRun:
         arena = self._arena
         result.leaks = arena.leaks
         result.num_killed, result.num_stopped = arena.num_killed, arena.num_stopped
-        result.num_switched = arena.num_switched
+        result.num_switched, result.num_drained = arena.num_switched, arena.num_drained
+        result.num_moved = arena.num_moved
         result.seconds = time.monotonic() - started
         return result
 
@@ -161,6 +171,8 @@ class ChaosRun:
                 await stream.aclose()
             except Exception as error:
                 trouble = repr(error)
+            finally:
+                self._streams.pop(request.request_id, None)
             seconds = time.monotonic() - started
         name = request.request_id
         tokens, text = await asyncio.to_thread(self._golden, request)
@@ -190,6 +202,8 @@ class ChaosRun:
             return Recovery.LEFT
         if self._injector.num_submits.get(name, 0) > 1:
             return Recovery.REPLAYED
+        if self._injector.num_moves.get(name, 0):
+            return Recovery.MOVED
         if report is not None and report.transport == "local":
             return Recovery.LOCAL
         if report is not None and report.attempts > 1:

@@ -21,6 +21,8 @@ class HandoffWatch:
     transports: tuple[str, ...] = ()
     num_pieces: int = 0
     is_released: bool = False
+    is_move: bool = False
+    """A running sequence is handed over, not a prompt."""
     _announced: set[int] = field(default_factory=set)
     _acked: set[int] = field(default_factory=set)
 
@@ -30,7 +32,9 @@ class HandoffWatch:
         match message.WhichOneof("message"):
             case "open":
                 opening = message.open
-                self.target, self.wire_id = opening.target.worker_id, opening.prompt.request_id
+                self.is_move = opening.HasField("running")
+                subject = opening.running if self.is_move else opening.prompt
+                self.target, self.wire_id = opening.target.worker_id, subject.request_id
                 self.transfer_id = message.transfer_id
                 layout = layout_from_pb(opening.layout)
                 self.num_pieces = Cut(layout, opening.first_block, opening.num_blocks).num_pieces
@@ -39,9 +43,10 @@ class HandoffWatch:
                 self.transports = (*self.transports, message.use.transport)
                 return (Step.CHOSEN,)
             case "ack" if message.ack.pieces:
-                first = () if self._acked else (Step.FIRST_ACK,)
+                before = len(self._acked)
                 self._acked.update(message.ack.pieces)
-                return (*first, Step.LAST_ACK) if len(self._acked) >= self.num_pieces else first
+                first = () if before else (Step.FIRST_ACK,)
+                return (*first, Step.MIDDLE_ACK) if before < self.num_pieces / 2 <= len(self._acked) else first
             case "release":
                 self.is_released = True
                 return (Step.RELEASE,)
@@ -60,7 +65,7 @@ class HandoffWatch:
                 middle = (Step.MIDDLE_PIECE,) if before < self.num_pieces / 2 <= len(self._announced) else ()
                 last = (Step.LAST_PIECE,) if len(self._announced) >= self.num_pieces else ()
                 return (*first, *middle, *last)
-            case "done":
+            case "done" | "moved":
                 return (Step.DONE,)
         return ()
 
@@ -79,6 +84,8 @@ class AttachWatch:
         if message.WhichOneof("message") != "submit":
             return []
         request = message.submit.request
+        if message.submit.HasField("migration"):
+            return [(request.request_id, Step.MOVE)]
         self.max_tokens[request.request_id] = request.params.max_tokens - len(request.replay_token_ids)
         return [(request.request_id, Step.SUBMIT)]
 
