@@ -17,7 +17,7 @@ from cluster.config import StoreConfig
 from cluster.following import follow_members
 from cluster.membership import ROUTERS, Registration, Superseded
 from cluster.registration import Registrar, count_start
-from cluster.roles import desired_role
+from cluster.roles import desired_draining, desired_role
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
@@ -39,6 +39,12 @@ class WorkerLike(Protocol):
     def status(self) -> WorkerStatus: ...
 
     def set_role(self, role: Role) -> WorkerStatus: ...
+
+    def set_draining(self, is_draining: bool) -> WorkerStatus: ...
+
+    def watch_draining(self, on_change: Callable[[bool], None]) -> None: ...
+
+    async def leave(self) -> bool: ...
 
     async def stop(self) -> None: ...
 
@@ -137,6 +143,16 @@ class WorkerActor(_Actor):
         assert self._worker is not None
         return self._worker.set_role(role)
 
+    async def set_draining(self, is_draining: bool) -> WorkerStatus:
+        """Has the worker take no new work, or take it again; as with roles, operators go through a router."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.set_draining(is_draining)
+
+    async def leave(self) -> bool:
+        """Lets the worker's requests move away or end, within its own bound; False when some are still there."""
+        return self._worker is None or not self._started.done() or await self._worker.leave()
+
     async def stop(self) -> None:
         """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
         registrar, worker = self._registrar, self._worker
@@ -149,9 +165,13 @@ class WorkerActor(_Actor):
         role = await _insist(lambda: desired_role(store, self._name, self._role))
         worker = make(self._config, self._name, start_count, role, self._on_role_change)
         self._worker = worker
+        is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
+        if is_draining:
+            worker.set_draining(True)
+        worker.watch_draining(self._on_drain_change)
         registrar = Registrar(
-            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s
+            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s, is_draining
         )
         self._registrar = registrar
         await _insist(registrar.register)
@@ -165,6 +185,14 @@ class WorkerActor(_Actor):
     def _change_role(self, role: Role, generation: int) -> None:
         if self._registrar is not None:
             self._registrar.change_role(role, generation)
+
+    def _on_drain_change(self, is_draining: bool) -> None:
+        """Called by the worker on its event loop."""
+        self._loop.call_soon_threadsafe(self._change_draining, is_draining)
+
+    def _change_draining(self, is_draining: bool) -> None:
+        if self._registrar is not None:
+            self._registrar.change_draining(is_draining)
 
 
 class RouterActor(_Actor):

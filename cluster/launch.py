@@ -108,7 +108,7 @@ def rearm_signals() -> None:
 async def _populate(cluster: Cluster, progress: Progress) -> None:
     """Controller first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.pools import Pools
-    from cluster.roles import forget_role
+    from cluster.roles import forget_draining, forget_role
     from cluster.store.open import open_store
 
     config = cluster.config
@@ -119,7 +119,8 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
             await bounded(cluster.controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
     store = open_store(config.store, config.ray.namespace)
     for name, _ in config.pools.workers:
-        await forget_role(store, name)  # a new cluster starts in its configured roles
+        await forget_role(store, name)  # a new cluster starts in its configured roles, and takes work
+        await forget_draining(store, name)
     await store.close()
     for name, role in config.pools.workers:
         cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
@@ -207,6 +208,16 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
             left = await asyncio.to_thread(end_local, folder, 3.0) if folder else ()
     if left:
         progress.say(f"could not end these processes: {', '.join(str(process.pid) for process in left)}")
+
+
+async def leave(actor: Any, name: str, timeout_s: float, progress: Progress) -> None:
+    """Lets a worker's requests move to others before it goes; a router has none to move."""
+    if not hasattr(actor, "leave"):
+        return
+    with suppress(Exception), progress.step(f"moving requests away from {name}"):
+        async with asyncio.timeout(timeout_s + 1.0):
+            if not await actor.leave.remote():
+                progress.say(f"{name} still has requests; they are run again elsewhere")
 
 
 async def stop_actors(actors: list[Any], timeout_s: float) -> None:

@@ -14,6 +14,8 @@ WORKERS = "workers/"
 ROUTERS = "routers/"
 STARTS = "starts/"
 """Counters: how often a worker was started; the high part of its generation."""
+DRAINS = "drains/"
+"""Workers that are to take no new work, without a lease, like roles."""
 ROLES = "roles/"
 """Desired roles, without a lease: they outlive the worker."""
 

@@ -55,13 +55,19 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
         status["worker_id"],
         status["role"],
         generation_text(status["generation"]),
-        "connected" if view["connected"] else "lost",
+        _state(view),
         str(view["num_requests"]),
         str(load["num_running"]),
         str(load["num_waiting"]),
         f"{used}/{load['num_blocks']}",
         duration(view["frame_age_s"]),
     )
+
+
+def _state(view: dict[str, Any]) -> str:
+    if not view["connected"]:
+        return "lost"
+    return "draining" if view["status"].get("is_draining") else "connected"
 
 
 def generation_text(generation: int) -> str:

@@ -7,7 +7,7 @@ import logging
 from contextlib import suppress
 
 from cluster.membership import STARTS, Registration, Superseded
-from cluster.roles import remember_role
+from cluster.roles import remember_draining, remember_role
 from cluster.store.store import ABSENT, Store, StoreUnavailable
 from workers.status import Role, WorkerAddress
 
@@ -21,13 +21,20 @@ class Registrar:
     """
 
     def __init__(
-        self, store: Store, registration: Registration, configured: Role, start_count: int, ttl_s: float
+        self,
+        store: Store,
+        registration: Registration,
+        configured: Role,
+        start_count: int,
+        ttl_s: float,
+        is_draining: bool = False,
     ) -> None:
         self._store = store
         self._registration = registration
         self._configured = configured
         self._start_count = start_count
         self._ttl_s = ttl_s
+        self._is_draining = is_draining
         self._version = ABSENT
         self._changed = asyncio.Event()
 
@@ -42,12 +49,18 @@ class Registrar:
         self._version = ABSENT
         self._changed.set()
 
+    def change_draining(self, is_draining: bool) -> None:
+        """The worker drains, or takes work again: `run` writes it at once."""
+        self._is_draining = is_draining
+        self._version = ABSENT
+        self._changed.set()
+
     async def register(self) -> None:
-        """Writes desired role, start count and registration. Raises Superseded, StoreUnavailable.
+        """Writes desired role and draining, start count and registration. Raises Superseded, StoreUnavailable.
 
         The registration comes last: whoever sees it may count on the rest, even if this worker dies at once.
         """
-        registration = self._registration
+        registration, is_draining = self._registration, self._is_draining
         address = registration.address
         while True:
             current = await self._store.get(registration.key)
@@ -55,13 +68,14 @@ class Registrar:
             if known is not None and known.address.generation > address.generation:
                 raise Superseded(f"{address.worker_id} has registered as generation {known.address.generation}")
             await remember_role(self._store, address.worker_id, registration.role, self._configured)
+            await remember_draining(self._store, address.worker_id, is_draining)
             await self._keep_start_count(STARTS + address.worker_id)
             written = await self._store.compare_and_set(
                 registration.key, current.version if current else ABSENT, registration.encode(), self._ttl_s
             )
             if written is not None:
                 break
-        if registration is self._registration:
+        if registration is self._registration and is_draining is self._is_draining:
             self._version = written
 
     async def run(self) -> None:

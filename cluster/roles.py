@@ -1,8 +1,8 @@
-"""Which role a worker should have: what the store remembers of switches, else what it was started with."""
+"""What a worker should be: the role and the draining that the store remembers, else what it was started with."""
 
 from __future__ import annotations
 
-from cluster.membership import ROLES
+from cluster.membership import DRAINS, ROLES
 from cluster.store.store import Store
 from workers.errors import InvalidConfig
 from workers.status import Role
@@ -34,6 +34,24 @@ async def remember_role(store: Store, worker_id: str, role: Role, configured: Ro
 async def forget_role(store: Store, worker_id: str) -> None:
     """Undoes earlier switches: the worker's next start takes its configured role."""
     await store.delete(ROLES + worker_id)
+
+
+async def desired_draining(store: Store, worker_id: str) -> bool:
+    """Whether a worker must start without taking work, so that a restart does not undo a drain."""
+    return await store.get(DRAINS + worker_id) is not None
+
+
+async def remember_draining(store: Store, worker_id: str, is_draining: bool) -> None:
+    """Makes it what the worker comes back as."""
+    if is_draining:
+        await store.put(DRAINS + worker_id, "true")
+    else:
+        await store.delete(DRAINS + worker_id)
+
+
+async def forget_draining(store: Store, worker_id: str) -> None:
+    """The worker's next start takes work."""
+    await store.delete(DRAINS + worker_id)
 
 
 def check_roles(num_prefill: int, num_decode: int, num_mixed: int) -> None:

@@ -40,6 +40,11 @@ class RouterClient:
         """Switches a role; returns the WorkerStatus as JSON. Raises InvalidConfig when the router refuses."""
         return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/role", {"role": role, "force": force})
 
+    def set_draining(self, worker_id: str, is_draining: bool, force: bool) -> dict[str, Any]:
+        """Has a worker take no new work, or take it again; returns the WorkerStatus as JSON. Raises InvalidConfig."""
+        body = {"drain": is_draining, "force": force}
+        return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/drain", body)
+
     def stream_chat(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The answer's text as it comes. `options` are further fields of the request body."""
         body = {"messages": messages, "stream": True, **options}

@@ -66,3 +66,10 @@ class Backend(Protocol):
         Raises InvalidRequest for an unknown worker, or (without `force`) when no worker could prefill or decode afterwards.
         """
         ...
+
+    async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
+        """Has a worker take no new work (its running requests move away as others have room), or take it again.
+
+        Returns once the worker has said so; raises as `set_role` does.
+        """
+        ...

@@ -54,6 +54,22 @@ class RouterConfig:
     """What moving a prompt's KV weighs against computing it on a MIXED decode worker."""
     expected_output_tokens: int = 256
     """An answer is assumed to get at most this long when free KV blocks are compared."""
+    max_migrations: int = 4
+    """Running requests that move to another decode worker at once; 0: none ever moves."""
+    migration_timeout_s: float = 10.0
+    """A migration that has not come about after this long is given up; the request goes on where it is."""
+    migration_retry_s: float = 0.5
+    """How long a request is left alone after a migration that came to nothing."""
+    rebalance: bool = True
+    """Move running requests from the fullest to the emptiest decode worker."""
+    rebalance_gap: int = 8
+    """How many sequences more the fullest must have."""
+    rebalance_pressed_gap: int = 2
+    """The same when the fullest has requests waiting for blocks, or has just preempted some."""
+    rebalance_cooldown_s: float = 5.0
+    """Rest after the two have become even."""
+    rebalance_moves_per_s: float = 4.0
+    """At most so many moves for the sake of balance."""
     max_buffered_tokens: int = 8192
     """Tokens that wait for a slow client before its request is cancelled."""
     max_pending_messages: int = 4096
@@ -61,7 +77,7 @@ class RouterConfig:
     tick_s: float = 0.1
     """How often timeouts are looked at."""
     set_role_timeout_s: float = 30.0
-    """How long a role switch may take."""
+    """How long a worker may take to say that it has another role, or drains."""
     shutdown_timeout_s: float = 5.0
     """How long open HTTP connections may take to end when the router stops."""
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -77,6 +93,11 @@ class RouterConfig:
             (self.retry_backoff_s >= 0, "retry_backoff_s", "must not be negative"),
             (self.settle_s >= 0, "settle_s", "must not be negative"),
             (self.sequence_cost_tokens >= 0, "sequence_cost_tokens", "must not be negative"),
+            (self.max_migrations >= 0, "max_migrations", "must not be negative"),
+            (self.rebalance_gap >= 2, "rebalance_gap", "must be at least 2: a move evens out two"),
+            (self.rebalance_pressed_gap >= 2, "rebalance_pressed_gap", "must be at least 2: a move evens out two"),
+            (self.rebalance_cooldown_s >= 0, "rebalance_cooldown_s", "must not be negative"),
+            (self.migration_retry_s >= 0, "migration_retry_s", "must not be negative"),
             (self.handoff_cost_tokens >= 0, "handoff_cost_tokens", "must not be negative"),
             (
                 self.max_retry_backoff_s >= self.retry_backoff_s,
@@ -99,6 +120,8 @@ class RouterConfig:
             "request_timeout_s",
             "worker_stale_s",
             "tick_s",
+            "migration_timeout_s",
+            "rebalance_moves_per_s",
             "set_role_timeout_s",
             "shutdown_timeout_s",
         )

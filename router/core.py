@@ -25,6 +25,7 @@ from router.events import (
 )
 from router.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
 from router.flights import Flights
+from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
 from router.view import WorkerEntry
@@ -44,6 +45,7 @@ class RouterCore:
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
+        self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event and returns what to do, in this order."""
@@ -53,7 +55,7 @@ class RouterCore:
             case RequestArrived(request):
                 self.flights.arrive(request, now)
             case RequestCancelled(request_id, reason):
-                self.flights.cancel(request_id, reason)
+                self.flights.cancel(request_id, reason, now)
             case Tick():
                 self._on_tick(now)
             case WorkerDetached(worker_id, connection, reason):
@@ -63,7 +65,7 @@ class RouterCore:
             case WorkersChanged(addresses):
                 self._on_workers(addresses, now)
             case ShutDown():
-                self._on_shut_down()
+                self._on_shut_down(now)
             case _:
                 assert_never(event)
         self.flights.dispatch(now)
@@ -127,10 +129,12 @@ class RouterCore:
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
         self.flights.check_time(now)
+        if not self._is_shut_down:
+            self.mover.run(now)
 
-    def _on_shut_down(self) -> None:
+    def _on_shut_down(self, now: float) -> None:
         self._is_shut_down = True
-        self.flights.close()
+        self.flights.close(now)
         for entry in self.fleet:
             if entry.connection is not None:
                 self._out.append(Detach(entry.worker_id, entry.connection))

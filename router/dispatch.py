@@ -10,7 +10,7 @@ from router.policies.policy import Demand, Policy, Route, WorkerSnapshot
 from router.prefix_index import PrefixIndex
 from router.progress import Flight
 from router.view import WorkerEntry
-from workers.client import Submit
+from workers.client import Migration, Submit
 from workers.errors import InvariantViolated
 
 
@@ -40,15 +40,37 @@ class Dispatcher:
         prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
         remaining_s, first_token_s = self._time_left(flight, now)
-        submit = Submit(flight.attempt_request(), decode.generation, addresses, remaining_s, first_token_s)
+        submit = Submit(
+            flight.attempt_request(flight.wire_id), decode.generation, addresses, remaining_s, first_token_s
+        )
         return Send(decode.worker_id, decode.connection, submit)
+
+    def submit_migration(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> Send:
+        """Begins a second attempt, which takes the running one over from `source`."""
+        if target.connection is None:
+            raise InvariantViolated(f"a request shall move to {target.worker_id}, which has no stream")
+        running = Migration(source.current_address(), flight.wire_id)
+        incoming = flight.begin_migration(target.worker_id, now)
+        target.charges.add(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
+        remaining_s, _ = self._time_left(flight, now)
+        request = flight.attempt_request(incoming.wire_id)
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running)
+        return Send(target.worker_id, target.connection, submit)
+
+    def num_blocks(self, flight: Flight) -> int:
+        """KV blocks that the request is taken to need in the end."""
+        return self._demand(flight).num_blocks
 
     def release(self, flight: Flight) -> None:
         """The workers' own reports contain the request by now, or it has ended."""
         for worker_id in (flight.worker_id, flight.prefill_worker_id):
-            entry = self._fleet.get(worker_id)
-            if entry is not None and entry.charges:
-                entry.charges.release(flight.wire_id)
+            self.release_from(worker_id, flight.wire_id)
+
+    def release_from(self, worker_id: str, wire_id: str) -> None:
+        """As `release`, for one attempt on one worker."""
+        entry = self._fleet.get(worker_id)
+        if entry is not None and entry.charges:
+            entry.charges.release(wire_id)
 
     def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""

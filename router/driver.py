@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -32,6 +32,7 @@ from router.policies.kv_aware import KvAwarePolicy
 from router.policies.policy import Policy
 from router.policies.round_robin import RoundRobinPolicy
 from router.stream import RequestStream
+from router.view import WorkerEntry
 from workers.client import WorkerClient, WorkerLink
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
 from workers.grpc_client import GrpcWorkerClient
@@ -139,17 +140,34 @@ class RouterDriver:
 
     async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_role(worker_id, role, force)
+        change = self._client.set_role(entry.address.target, role, entry.generation)
+        return await self._changed(entry, change, lambda status: status.role is role, f"become {role}")
+
+    async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
+        entry = self._core.fleet.check_draining(worker_id, is_draining, force)
+        change = self._client.set_draining(entry.address.target, is_draining)
+        what = "drain" if is_draining else "take work again"
+        return await self._changed(entry, change, lambda status: status.is_draining is is_draining, what)
+
+    async def _changed(
+        self,
+        entry: WorkerEntry,
+        change: Awaitable[WorkerStatus],
+        is_done: Callable[[WorkerStatus], bool],
+        what: str,
+    ) -> WorkerStatus:
+        """Has a worker change, and waits until its own frames say that it has. Raises Refused."""
         try:
             async with asyncio.timeout(self._config.set_role_timeout_s):
-                await self._client.set_role(entry.address.target, role, entry.generation)
-                while entry.is_up and (entry.status is None or entry.status.role is not role):
+                await change
+                while entry.is_up and (entry.status is None or not is_done(entry.status)):
                     await self._status_changed.wait()
         except TimeoutError as error:
-            raise Refused(Refusal.DEADLINE_EXCEEDED, f"worker {worker_id} did not become {role} in time") from error
+            raise Refused(Refusal.DEADLINE_EXCEEDED, f"worker {entry.worker_id} did not {what} in time") from error
         except WorkerLost as error:
             raise Refused(Refusal.WORKER_LOST, str(error)) from error
         if not entry.is_up or entry.status is None:
-            raise Refused(Refusal.WORKER_LOST, f"worker {worker_id} was lost while it became {role}")
+            raise Refused(Refusal.WORKER_LOST, f"worker {entry.worker_id} was lost before it could {what}")
         return entry.status
 
     # ---- the loop around the core ----

@@ -101,15 +101,32 @@ class Fleet:
 
     def check_role(self, worker_id: str, role: Role, force: bool) -> WorkerEntry:
         """The worker, when its switch to `role` leaves a working cluster, or with `force`. Raises InvalidRequest."""
+        entry = self._connected(worker_id)
+        if not force:
+            self._check_without(entry, role.can_decode, role.can_prefill, f"{worker_id!r} became {role}", "role")
+        return entry
+
+    def check_draining(self, worker_id: str, is_draining: bool, force: bool) -> WorkerEntry:
+        """As `check_role`, for a worker that shall take no more work, or take it again."""
+        entry = self._connected(worker_id)
+        if is_draining and not force:
+            # It is asked only for what it gives now: a decode worker may drain where nobody prefills anyway.
+            can_decode, can_prefill = not entry.can_decode, not entry.can_prefill
+            self._check_without(entry, can_decode, can_prefill, f"{worker_id!r} were drained", "worker_id")
+        return entry
+
+    def _connected(self, worker_id: str) -> WorkerEntry:
         entry = self._entries.get(worker_id)
         if entry is None or not entry.is_up:
             raise InvalidRequest(f"worker {worker_id!r} is not connected", "worker_id")
-        others = [other for other in self if other is not entry]
-        if not force and not (role.can_decode or any(other.can_decode for other in others)):
-            raise InvalidRequest(f"no worker could decode if {worker_id!r} became {role}; use force to do it", "role")
-        if not force and not (role.can_prefill or any(other.can_prefill for other in others)):
-            raise InvalidRequest(f"no worker could prefill if {worker_id!r} became {role}; use force to do it", "role")
         return entry
+
+    def _check_without(self, entry: WorkerEntry, decodes: bool, prefills: bool, change: str, param: str) -> None:
+        others = [other for other in self if other is not entry]
+        if not (decodes or any(other.can_decode for other in others)):
+            raise InvalidRequest(f"no worker could decode if {change}; use force to do it", param)
+        if not (prefills or any(other.can_prefill for other in others)):
+            raise InvalidRequest(f"no worker could prefill if {change}; use force to do it", param)
 
 
 def reconnect_delay_s(num_failures: int) -> float:

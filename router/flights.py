@@ -13,7 +13,8 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.events import Command, Deliver, Reject, Send
 from router.fleet import Fleet
-from router.progress import Flight, Mismatch
+from router.migrations import Migrations
+from router.progress import Flight, Incoming, Mismatch
 from router.retry import RetryPolicy
 from workers.client import Cancel
 from workers.errors import Refusal
@@ -38,6 +39,7 @@ class Flights:
         self._flights: dict[str, Flight] = {}
         self._attempts: dict[str, Flight] = {}
         self._queue = AdmissionQueue(config.max_queue)
+        self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
         self._is_closed = False
@@ -113,7 +115,10 @@ class Flights:
         """An output came from a worker's current stream."""
         flight = self._attempts.get(output.request_id)
         if flight is None or flight.worker_id != worker_id:
-            self._counters["stale_outputs"] += 1
+            self._counters["stale_outputs"] += not self.migrations.take(output, worker_id, now)
+            return
+        if output.finish_reason is FinishReason.MOVED:
+            self._leave(flight, now)
             return
         if output.finish_reason is FinishReason.ERROR:
             self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
@@ -125,15 +130,31 @@ class Flights:
             case Mismatch.CONFLICT:
                 self._counters["conflicting_outputs"] += 1
                 self._cancel_attempt(flight)
-                self._fail(flight, Refusal.INTERNAL, "a re-run brought other tokens than those already sent")
+                self._fail(flight, Refusal.INTERNAL, "a re-run brought other tokens than those already sent", now)
             case Mismatch.GAP | Mismatch.UNCUTTABLE:
                 self._counters[f"{accepted.value}_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
             case Output():
-                self._deliver(flight, accepted)
+                self._deliver(flight, accepted, now)
+                self.migrations.check(flight, now)
 
-    def _deliver(self, flight: Flight, output: Output) -> None:
+    def _leave(self, flight: Flight, now: float) -> None:
+        """The worker has handed the sequence over and says no more of it."""
+        if flight.incoming is not None:
+            self.migrations.switch(flight, now)
+        else:
+            self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
+
+    def _go_on(self, flight: Flight, incoming: Incoming, now: float) -> None:
+        """The second attempt is the running one; its outputs so far follow."""
+        self._end_attempt(flight)
+        flight.go_on(incoming)
+        self._attempts[flight.wire_id] = flight
+        for output in incoming.buffered:
+            self.take(output, incoming.worker_id, now)
+
+    def _deliver(self, flight: Flight, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
         if output.position == 0:
@@ -141,63 +162,69 @@ class Flights:
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
-            self._forget(flight)
+            self._forget(flight, now)
 
     # ---- trouble ----
 
     def lose_worker(self, worker_id: str, message: str, now: float) -> None:
         """A worker's stream is gone, and with it what ran there."""
+        self.migrations.lose_worker(worker_id, now)
         for flight in self.running_on(worker_id):
             self._set_back(flight, Refusal.WORKER_LOST, message, now)
 
-    def cancel(self, request_id: str, reason: str) -> None:
+    def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
         flight = self._flights.get(request_id)
         if flight is not None:
             self._counters[f"cancelled_{reason}"] += 1
             self._cancel_attempt(flight)
-            self._forget(flight)
+            self._forget(flight, now)
 
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
+        self.migrations.check_time(now)
         for flight in list(self._flights.values()):
             if now - flight.arrived_s > self._config.request_timeout_s:
                 self._cancel_attempt(flight)
-                self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows")
+                self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
         if self._fleet.can_decode:
             self._unroutable_since_s = None
             return
         since_s = self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
-                self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time")
+                self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
 
-    def close(self) -> None:
+    def close(self, now: float) -> None:
         """Fails everything and accepts nothing more."""
         self._is_closed = True
         for flight in list(self._flights.values()):
             self._cancel_attempt(flight)
-            self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down")
+            self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down", now)
 
     def _set_back(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
         """An attempt has failed: runs the request again, or gives it up."""
+        if flight.incoming is not None and flight.incoming.buffered:
+            self.migrations.switch(flight, now)  # it had moved just in time
+            return
+        self.migrations.drop(flight, now)
         self._end_attempt(flight)
         delay_s = flight.history.setback(refusal, self._retry, now)
         if delay_s is None:
-            self._fail(flight, refusal, message)
+            self._fail(flight, refusal, message, now)
             return
         self._counters[f"reruns_{refusal}"] += 1
         flight.avoid_worker_id = flight.worker_id
         flight.queued_s = now
         self._queue.push(flight.request.request_id, flight.request.priority, flight.order, now + delay_s)
 
-    def _fail(self, flight: Flight, refusal: Refusal, message: str) -> None:
+    def _fail(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
         """Ends a request for good with an error."""
         self._counters[f"failed_{refusal}"] += 1
         name, position = flight.request.request_id, len(flight.delivered)
         error = Output(name, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
         self._out.append(Deliver(error))
-        self._forget(flight)
+        self._forget(flight, now)
 
     def _cancel_attempt(self, flight: Flight) -> None:
         entry = self._fleet.get(flight.worker_id)
@@ -211,7 +238,8 @@ class Flights:
             self._dispatcher.release(flight)
             flight.wire_id = ""
 
-    def _forget(self, flight: Flight) -> None:
+    def _forget(self, flight: Flight, now: float) -> None:
+        self.migrations.drop(flight, now)
         self._end_attempt(flight)
         self._queue.remove(flight.request.request_id)
         del self._flights[flight.request.request_id]

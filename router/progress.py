@@ -25,6 +25,17 @@ class Mismatch(Enum):
 
 
 @dataclass(slots=True)
+class Incoming:
+    """A second attempt, which takes a running one over. `buffered` are its outputs that the client is not ready for."""
+
+    wire_id: str
+    worker_id: str
+    begun_s: float
+    buffered: list[Output] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
 class Flight:
     """A request that was accepted and has not ended. `delivered` are the output tokens the client has."""
 
@@ -45,6 +56,9 @@ class Flight:
     prefill_worker_id: str = ""
     """Who was expected to compute the prompt."""
     avoid_worker_id: str = ""
+    incoming: Incoming | None = None
+    moves_at_s: float = 0.0
+    """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
 
     def begin_attempt(self, route: Route) -> None:
@@ -54,11 +68,22 @@ class Flight:
         self.worker_id = route.decode
         self.prefill_worker_id = route.prefill[0] if route.prefill else route.decode
 
-    def attempt_request(self) -> Request:
+    def begin_migration(self, worker_id: str, now: float) -> Incoming:
+        """Names a second attempt, which takes the running one over."""
+        self.num_attempts += 1
+        self.incoming = Incoming(f"{self.request.request_id}#{self.num_attempts}", worker_id, now)
+        return self.incoming
+
+    def go_on(self, incoming: Incoming) -> None:
+        """The second attempt is the running one from now on."""
+        self.wire_id = incoming.wire_id
+        self.worker_id = self.prefill_worker_id = incoming.worker_id
+
+    def attempt_request(self, wire_id: str) -> Request:
         """The request for the wire: named after the attempt, with the delivered tokens to replay."""
         request = self.request
         return Request(
-            request_id=self.wire_id,
+            request_id=wire_id,
             prompt_token_ids=request.prompt_token_ids,
             params=request.params,
             choice_index=request.choice_index,

@@ -26,6 +26,8 @@ TREATMENTS: dict[Refusal, Treatment] = {
     Refusal.QUEUE_FULL: Treatment.BUSY,
     Refusal.WRONG_ROLE: Treatment.BUSY,
     Refusal.STALE_GENERATION: Treatment.BUSY,
+    Refusal.DRAINING: Treatment.BUSY,
+    Refusal.NOT_MOVABLE: Treatment.BUSY,
     Refusal.SHUTTING_DOWN: Treatment.BUSY,
     Refusal.INTERNAL: Treatment.ONCE,
 }

@@ -47,8 +47,17 @@ class WorkerEntry:
 
     @property
     def takes_requests(self) -> bool:
-        """A member whose stream is up and that serves the router's model."""
-        return self.is_up and self.is_member and self.is_expected
+        """A member whose stream is up, that serves the router's model and does not drain."""
+        return self.is_up and self.is_member and self.is_expected and not self.is_draining
+
+    @property
+    def is_draining(self) -> bool:
+        return self.status is not None and self.status.is_draining
+
+    @property
+    def must_be_left(self) -> bool:
+        """What decodes there is to go on elsewhere: it drains, leaves, or has another role by now."""
+        return self.is_up and self.is_expected and self.status is not None and not self.can_decode
 
     @property
     def can_decode(self) -> bool:

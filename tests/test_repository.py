@@ -72,6 +72,8 @@ PURE = (
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
     "router/core.py",
+    "router/migrations.py",
+    "router/mover.py",
     "router/admission.py",
     "router/retry.py",
     "router/prefix_index.py",

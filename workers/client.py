@@ -18,11 +18,20 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Migration:
+    """Where a sequence runs that is to go on elsewhere; `request_id` is its name on the wire there."""
+
+    source: WorkerAddress
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Run a request. `generation` is the decode worker's as the router knows it.
 
     `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself. `remaining_s` is left
-    of the request's life and `first_token_s` until its first token is due, 0: no bound.
+    of the request's life and `first_token_s` until its first token is due, 0: no bound. With `migration` the worker takes a
+    running sequence over instead, or refuses; `replay_token_ids` are then what the client has of it.
     """
 
     request: Request
@@ -30,6 +39,7 @@ class Submit:
     prefill_workers: tuple[WorkerAddress, ...] = ()
     remaining_s: float = 0.0
     first_token_s: float = 0.0
+    migration: Migration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,10 @@ class WorkerClient(Protocol):
 
     async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
         """Asks for a role switch; `generation` 0 means any. Raises WorkerLost, Refused or InvalidRequest."""
+        ...
+
+    async def set_draining(self, target: str, is_draining: bool, generation: int = 0) -> WorkerStatus:
+        """Has the worker take no new work, or take it again. Raises WorkerLost, Refused."""
         ...
 
     async def describe(self, target: str) -> WorkerStatus:

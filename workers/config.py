@@ -51,6 +51,10 @@ class WorkerConfig:
     """KV transports this worker may use, best first."""
     transfer_timeout_s: float = 30.0
     """A handoff without any progress for this long has failed."""
+    max_pause_s: float = 2.0
+    """A sequence that moves to another worker stands still for at most this long; then it goes on where it is."""
+    drain_timeout_s: float = 30.0
+    """How long a worker that is told to leave waits for its requests to move away or end."""
     transfer_window_bytes: int = 32 << 20
     """KV bytes of one handoff that may be announced and not yet acknowledged."""
     max_pending_frames: int = 1024
@@ -86,6 +90,8 @@ class WorkerConfig:
                 "transports",
                 f"must name at least one of {', '.join(BEST_FIRST)}",
             ),
+            (self.max_pause_s > 0, "max_pause_s", "must be positive"),
+            (self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative"),
             (self.transfer_timeout_s > 0, "transfer_timeout_s", "must be positive"),
             (self.transfer_window_bytes >= 1 << 20, "transfer_window_bytes", "must be at least 1 MiB"),
             (0 <= self.port < 65536, "port", "must be a TCP port, or 0 for any free one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import grpc
 
@@ -10,6 +11,9 @@ from workers.config import WorkerConfig
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.transport import ServedTransport, Transport
 from workers.kv_transfer.transports.factory import make_transports
+
+DataPath = Callable[[WorkerConfig, KvMemory, str, grpc.aio.Server], dict[str, Transport]]
+"""What makes the transports of the worker with this id."""
 
 
 def make_data_path(

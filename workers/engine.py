@@ -12,10 +12,12 @@ from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_transfer.pieces import layers_per_piece
 from workers.launching import LaunchingRunner
+from workers.moves import ExportEnded, ExportEvent, Exports
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
 from workers.scheduler.ahead import schedule_ahead
+from workers.scheduler.migration import land_migrant, reserve_migrant
 from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import KvEvent, Load
@@ -71,6 +73,8 @@ class StepResult:
     transfers: list[TransferWanted] = field(default_factory=list)
     filled: list[BlocksFilled] = field(default_factory=list)
     prefilled: list[Prefilled] = field(default_factory=list)
+    exports: list[ExportEvent] = field(default_factory=list)
+    """Of sequences that other workers take over."""
     abandoned: list[int] = field(default_factory=list)
     """TRANSFERRING sequences that were cancelled: their blocks stay reserved until `transfer_failed` confirms that
     nothing writes into them any more."""
@@ -144,6 +148,8 @@ class Engine:
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self._settled = StepResult()
+        self._early_transfers: list[TransferWanted] = []
+        self._exports = Exports(runner.kv_memory)
         self.last_step_s = 0.0
         self.prefill_tokens_per_s: float | None = None
         """Of recent steps with prompts, smoothed."""
@@ -174,6 +180,11 @@ class Engine:
     def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL) -> None:
         """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL)."""
         self.check(request)
+        live = self._make_live(sequence_id, request, kind)
+        self._scheduler.add(live.sequence)
+        self._live[sequence_id] = live
+
+    def _make_live(self, sequence_id: int, request: Request, kind: Kind) -> _Live:
         output = None
         if kind is not Kind.SOURCE:
             eos = frozenset(self._eos)
@@ -188,8 +199,7 @@ class Engine:
             known=list(request.replay_token_ids),
             max_output_tokens=min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids)),
         )
-        self._scheduler.add(sequence)
-        self._live[sequence_id] = _Live(sequence, output, self._clock())
+        return _Live(sequence, output, self._clock())
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence without further output and frees what it holds; unknown ids are ignored.
@@ -218,7 +228,7 @@ class Engine:
         live.extra_cached = cached_tokens
         table = live.sequence.table
         self._runner.kv_memory.adopt(table.blocks[table.num_cached :])
-        self._scheduler.landed(live.sequence)
+        self._scheduler.landed(live.sequence, live.sequence.num_prompt)
         known = live.sequence.known
         first = Sampled(sequence_id, known[0]) if known else sampled
         self._advance(live, first, self._early)
@@ -229,6 +239,10 @@ class Engine:
         if live is None or live.sequence.state is not State.TRANSFERRING:
             return
         if live.is_cancelled:
+            self._drop(live)
+            return
+        if live.sequence.kind is Kind.MIGRANT:
+            self._early.append((sequence_id, _error(live.sequence, Refusal.NOT_MOVABLE, "it could not be moved here")))
             self._drop(live)
             return
         live.report = report
@@ -244,12 +258,87 @@ class Engine:
         if running is not None:
             self._complete(running, self._settled)
 
+    # ---- migration: the source ----
+
+    def export(self, sequence_id: int, first_block: int, num_blocks: int) -> None:
+        """Lets another worker copy a running sequence; what is final and what becomes of it shows in `StepResult.exports`."""
+        self.settle()  # from here on no step runs ahead, so that the sequence can stand still between two
+        live = self._live.get(sequence_id)
+        try:
+            if live is None:
+                raise Refused(Refusal.NOT_MOVABLE, "the sequence has ended")
+            self._exports.begin(live.sequence, first_block, num_blocks)
+        except Refused as error:
+            self._exports.ended.append(ExportEnded(sequence_id, str(error)))
+
+    def halt(self, sequence_id: int) -> None:
+        """The receiver has nearly everything: the sequence is to stand still at the next step boundary."""
+        self._exports.halt(sequence_id)
+
+    def resume(self, sequence_id: int) -> None:
+        """The migration failed: the sequence goes on here with unchanged tokens."""
+        self._exports.resume(sequence_id)
+
+    def depart(self, sequence_id: int) -> None:
+        """The receiver runs the sequence now: frees its blocks and tells the router where it left off."""
+        sequence = self._exports.depart(sequence_id)
+        if sequence is not None:
+            name, position = sequence.request.request_id, len(sequence.known)
+            self._early.append((sequence_id, Output(name, position, finish_reason=FinishReason.MOVED)))
+            self._drop(self._live[sequence_id])
+
+    # ---- migration: the target ----
+
+    def add_migrant(self, sequence_id: int, request: Request) -> None:
+        """Reserves room for a sequence that another worker runs, and asks for its blocks with TransferWanted.
+
+        `request.replay_token_ids` are what the client has of it. Raises InvalidRequest, or Refused(QUEUE_FULL): it never waits.
+        """
+        self.check(request)
+        live = self._make_live(sequence_id, request, Kind.MIGRANT)
+        sequence = live.sequence
+        reserve_migrant(
+            self._scheduler, sequence, min(sequence.num_prompt + request.params.max_tokens, self._max_model_len)
+        )
+        self._live[sequence_id] = live
+        self._show_known(live, request.replay_token_ids)
+        table = sequence.table
+        self._early_transfers.append(TransferWanted(sequence_id, table.num_cached, tuple(table.blocks)))
+
+    def moved_in(self, sequence_id: int, known_token_ids: tuple[int, ...], num_computed: int) -> None:
+        """A migrant's blocks are in place and verified, with its state: it goes on here where it stood."""
+        live = self._live.get(sequence_id)
+        if live is None or live.sequence.state is not State.TRANSFERRING:
+            return
+        if live.is_cancelled:
+            self._drop(live)
+            return
+        table = live.sequence.table
+        self._runner.kv_memory.adopt(table.blocks[table.num_cached : self._kv.blocks_for(num_computed)])
+        try:
+            land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+        except Refused as error:
+            self._early.append((sequence_id, _error(live.sequence, error.refusal, str(error))))
+            self._drop(live)
+            return
+        self._show_known(live, known_token_ids)
+        live.has_spoken = True
+
+    def _show_known(self, live: _Live, token_ids: tuple[int, ...]) -> None:
+        """Brings text and stop strings to where these tokens lead; the client has their text."""
+        assert live.output is not None
+        for token_id in token_ids[live.num_texted :]:
+            live.output.push(token_id)
+        live.num_texted = len(token_ids)
+
     def take_early(self) -> StepResult | None:
-        """What is to be said without waiting for another step: first tokens that came from elsewhere. None: nothing."""
-        if not self._early and not self._abandoned:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere, and sequences that stand
+        still for their receivers. None: nothing."""
+        exports = self._exports.advance()
+        if not (self._early or self._early_transfers or self._abandoned or exports):
             return None
-        result = StepResult(outputs=self._early, abandoned=self._abandoned)
-        self._early, self._abandoned = [], []
+        result = StepResult(self._early, self._early_transfers, exports=exports, abandoned=self._abandoned)
+        self._early, self._early_transfers, self._abandoned = [], [], []
         return result
 
     @property
@@ -258,9 +347,11 @@ class Engine:
         busy = (State.DECODING, State.PREFILLING)
         return bool(
             self._early
+            or self._early_transfers
             or self._abandoned
             or self._running is not None
             or self._settled != StepResult()
+            or self._exports.ended
             or self._scheduler.waiting
             or any(s.state in busy for s in self._scheduler.active)
         )
@@ -270,8 +361,9 @@ class Engine:
         started = self._clock()
         result, self._settled = self._settled, StepResult()
         result.outputs += self._early
+        result.transfers += self._early_transfers
         result.abandoned += self._abandoned
-        self._early, self._abandoned = [], []
+        self._early, self._early_transfers, self._abandoned = [], [], []
         running = self._running or self._start(self._scheduler.schedule(), None, result)
         self._running = None
         self.made_no_progress = running is None
@@ -280,6 +372,7 @@ class Engine:
                 ahead = schedule_ahead(self._scheduler, running.batch)
                 self._running = None if ahead is None else self._start(ahead, running, result)
             self._complete(running, result)
+        result.exports = self._exports.advance()
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
         if running is not None:
@@ -357,7 +450,7 @@ class Engine:
         return Load(
             num_waiting=len(self._scheduler.waiting),
             num_running=sum(1 for s in states if s in (State.DECODING, State.PREFILLING)),
-            num_transferring=sum(1 for s in states if s in (State.TRANSFERRING, State.HELD)),
+            num_transferring=sum(1 for s in states if s in (State.TRANSFERRING, State.MOVING, State.HELD)),
             waiting_prefill_tokens=sum(
                 s.num_uncomputed_prompt
                 for s in (*self._scheduler.waiting, *sequences)
@@ -468,14 +561,7 @@ class Engine:
 
     def _fail(self, live: _Live, refusal: Refusal, message: str, result: StepResult) -> None:
         sequence = live.sequence
-        output = Output(
-            request_id=sequence.request.request_id,
-            position=len(sequence.known),
-            finish_reason=FinishReason.ERROR,
-            refusal=refusal,
-            message=message,
-        )
-        result.outputs.append((sequence.sequence_id, output))
+        result.outputs.append((sequence.sequence_id, _error(sequence, refusal, message)))
         self._drop(live)
 
     def _drop(self, live: _Live) -> None:
@@ -484,6 +570,16 @@ class Engine:
             self._scheduler.end(live.sequence)
         else:
             self._scheduler.finish(live.sequence)
+
+
+def _error(sequence: Sequence, refusal: Refusal, message: str) -> Output:
+    return Output(
+        request_id=sequence.request.request_id,
+        position=len(sequence.known),
+        finish_reason=FinishReason.ERROR,
+        refusal=refusal,
+        message=message,
+    )
 
 
 def refusal_output(request: Request, error: InvalidRequest | Refused) -> Output:

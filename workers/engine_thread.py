@@ -54,6 +54,53 @@ class TransferLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AddMigrant:
+    """As Engine.add_migrant."""
+
+    sequence_id: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class MovedIn:
+    """As Engine.moved_in."""
+
+    sequence_id: int
+    known_token_ids: tuple[int, ...]
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """As Engine.export."""
+
+    sequence_id: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """As Engine.halt."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """As Engine.resume."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Depart:
+    """As Engine.depart."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class DumpKv:
     pass
 
@@ -63,7 +110,20 @@ class _Stop:
     pass
 
 
-Command = Add | CancelSequence | Landed | TransferLost | DumpKv | _Stop
+Command = (
+    Add
+    | CancelSequence
+    | Landed
+    | TransferLost
+    | AddMigrant
+    | MovedIn
+    | Export
+    | Halt
+    | Resume
+    | Depart
+    | DumpKv
+    | _Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +185,8 @@ class EngineThread:
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
             early = self._engine.take_early()
-            # A prompt that has landed has its first token: it does not wait for the next step, which may be long.
+            # A prompt that has landed has its first token, and a receiver waits for a sequence that stands still: neither
+            # waits for the next step, which may be long.
             if early is not None and not self._report(early):
                 return
             result = self._engine.step()
@@ -175,6 +236,21 @@ class EngineThread:
                 engine.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
             case TransferLost():
                 engine.transfer_failed(command.sequence_id, command.report)
+            case AddMigrant():
+                try:
+                    engine.add_migrant(command.sequence_id, command.request)
+                except (InvalidRequest, Refused) as error:
+                    extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
+            case MovedIn():
+                engine.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
+            case Export():
+                engine.export(command.sequence_id, command.first_block, command.num_blocks)
+            case Halt():
+                engine.halt(command.sequence_id)
+            case Resume():
+                engine.resume(command.sequence_id)
+            case Depart():
+                engine.depart(command.sequence_id)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
             case _Stop():

@@ -39,6 +39,8 @@ class Refusal(StrEnum):
     WORKER_LOST = "worker_lost"
     WRONG_ROLE = "wrong_role"
     STALE_GENERATION = "stale_generation"
+    DRAINING = "draining"
+    NOT_MOVABLE = "not_movable"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal_error"
 
@@ -54,6 +56,10 @@ class Refused(BatonError):
 
 class WorkerLost(BatonError):
     """The world's fault: a worker's connection broke."""
+
+
+class StreamDamaged(BatonError):
+    """The world's fault: a message of a stream was lost, repeated or changed on its way."""
 
 
 class TransferFailed(BatonError):

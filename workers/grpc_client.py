@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,10 +13,11 @@ import grpc.aio
 
 from workers import wire
 from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
-from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
+from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged, WorkerLost
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerStatus
+from workers.wire_seal import Sealer, verified
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A full dump of a prefix cache has 8 bytes a block; a prompt at most 5 bytes a token."""
@@ -33,6 +35,10 @@ No HTTP/2 keepalive: workers speak about once a second, so silence is noticed wi
 """
 
 
+UNHEARD_S = 5.0
+"""A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
+
+
 class GrpcWorkerLink:
     """A WorkerLink on a channel of its own."""
 
@@ -42,14 +48,21 @@ class GrpcWorkerLink:
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
+        self._sealer = Sealer()
+        self._expected = 0
+        """Number of a message that had been sent at `_since_s` and that the worker had not heard of yet."""
+        self._since_s = time.monotonic()
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
 
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
-            async for message in self._call:
+            async for message in verified(self._call):
+                self._check_heard(message.heard)
                 yield wire.frame_from_pb(message)
+        except StreamDamaged as error:
+            raise WorkerLost(f"{self._target}: {error}") from error
         except grpc.aio.AioRpcError as error:
             raise WorkerLost(_describe(self._target, error)) from error
         except ValueError as error:
@@ -82,7 +95,19 @@ class GrpcWorkerLink:
         """Not a request iterator: gRPC leaves one waiting for ever when the worker ends the stream."""
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `frames` says what happened
             while True:
-                await self._call.write(wire.router_message_to_pb(await self._outgoing.get()))
+                message = wire.router_message_to_pb(await self._outgoing.get())
+                await self._call.write(self._sealer.seal(message))
+
+    def _check_heard(self, heard: int) -> None:
+        """A worker that goes on speaking and has not heard the last message was never sent it. Raises WorkerLost.
+
+        With messages after it the worker sees the gap itself.
+        """
+        now = time.monotonic()
+        if not heard or heard >= self._expected:
+            self._expected, self._since_s = self._sealer.number, now
+        elif now - self._since_s > UNHEARD_S:
+            raise WorkerLost(f"{self._target} has not heard message {self._expected}")
 
 
 class GrpcWorkerClient:
@@ -98,6 +123,10 @@ class GrpcWorkerClient:
     async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
         request = pb.SetRoleRequest(role=role.value, generation=generation)
         return await self._call(target, "SetRole", request)
+
+    async def set_draining(self, target: str, is_draining: bool, generation: int = 0) -> WorkerStatus:
+        request = pb.SetDrainingRequest(is_draining=is_draining, generation=generation)
+        return await self._call(target, "SetDraining", request)
 
     async def describe(self, target: str) -> WorkerStatus:
         return await self._call(target, "Describe", pb.DescribeRequest())

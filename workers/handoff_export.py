@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from workers.engine import BlocksFilled, LayersFilled, Prefilled
 from workers.engine_thread import Add, CancelSequence, Command
@@ -29,6 +29,14 @@ class Export(Protocol):
     def release(self, reason: str) -> None:
         """Called exactly once, whatever happened: nobody reads the blocks for this transfer any more. `reason` is empty when
         the receiver has everything, else it says why it has not."""
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """An export that goes by how far its receiver has come."""
+
+    def acknowledged(self, num_pieces: int) -> None:
+        """Called when a transport is chosen and after each event: so many pieces are in place and verified there."""
 
 
 class Exporter(Protocol):

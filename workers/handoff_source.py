@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from workers.errors import TransferFailed
-from workers.handoff_export import Export
+from workers.handoff_export import Export, Paced
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import HandoffUp
@@ -23,12 +23,13 @@ from workers.kv_transfer.source import (
     SourceSession,
     StartExport,
 )
-from workers.kv_transfer.transfer import Due
+from workers.kv_transfer.transfer import Due, TransferState
 from workers.kv_transfer.transport import OutgoingPiece, Transport
 from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.wire_handoff import down_from_pb, up_to_pb
+from workers.wire_seal import Sealer
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class SourceDriver:
                             export.release(reason)
                 if is_released:
                     return
+                if isinstance(export, Paced) and self._session.state is TransferState.SENDING:
+                    export.acknowledged(len(self._session.acknowledged))
                 event = await self._events.next(self._session.next_deadline_s())
                 pending = self._session.handle(event if event is not None else Due(), time.monotonic())
         finally:
@@ -107,9 +110,10 @@ class SourceDriver:
 
     async def outgoing(self) -> AsyncGenerator[pb.HandoffUp, None]:
         """What is to be written to the stream; when it is not read to its end, the stream has broken."""
+        sealer = Sealer()
         try:
             while (message := await self._out.next(None)) is not None:
-                yield message
+                yield sealer.seal(message)
         finally:
             self.post(Broken("the receiver closed the stream"))
 

@@ -37,6 +37,7 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
 from workers.wire_handoff import down_to_pb, up_from_pb
+from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,14 @@ class TargetDriver:
 
     async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """Always sets `outcome`."""
-        call = stub.Handoff()
+        try:
+            call = stub.Handoff()
+        except grpc.aio.UsageError:
+            # Another transfer has found this sender broken and closed the channel before this one began.
+            self.outcome.set_exception(HandoffFailed("the channel to the sender was closed", Refusal.WORKER_LOST))
+            return
         reader = asyncio.create_task(self._read(call))
+        sealer = Sealer()
         try:
             self._opened_s = time.monotonic()
             pending = self._session.open(self._opened_s)
@@ -116,7 +123,8 @@ class TargetDriver:
                 for command in pending:
                     match command:
                         case Send(message):
-                            await self._send(call, down_to_pb(self._transfer_id, self._generation, message))
+                            envelope = down_to_pb(self._transfer_id, self._generation, message)
+                            await self._send(call, sealer.seal(envelope))
                         case Connect():
                             self._switch = asyncio.create_task(self._connect(command, self._switch))
                         case Collect():
@@ -178,7 +186,7 @@ class TargetDriver:
     async def _read(self, call: AsyncIterator[pb.HandoffUp]) -> None:
         source_generation = self._session.opening.source_generation
         try:
-            async for envelope in call:
+            async for envelope in verified(call):
                 message = up_from_pb(envelope)
                 # A refusal may name the generation that the sender is in by now.
                 ours = (envelope.transfer_id, envelope.generation) == (self._transfer_id, source_generation)

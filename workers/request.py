@@ -118,6 +118,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
+    MOVED = "moved"
+    """Not the request's end: it goes on at another worker from `position`. Said to a router, never to a client."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import grpc
 
-from workers.client import Cancel, DumpRequest, Hello, Submit
+from workers.client import Cancel, DumpRequest, Hello, Migration, Submit
 from workers.config import WorkerConfig
 from workers.engine import refusal_output
-from workers.engine_thread import Add, CancelSequence, Command, DumpKv, Report
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.engine_thread import Add, AddMigrant, CancelSequence, Command, DumpKv, Report
+from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged
 from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.messages import Running
 from workers.kv_transfer.transport import Transport
+from workers.migration import RunningExporter
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, Output, Request
@@ -28,10 +31,22 @@ from workers.scheduler.sequence import Kind
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.transfers import Identity, Transfers
 from workers.wire import frame_to_pb, router_message_from_pb, status_to_pb
+from workers.wire_seal import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
+IDLE_CHECK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Whose sequence it is, what was asked for, and who is to compute its prompt or runs it so far."""
+
+    session: RouterSession
+    request: Request
+    candidates: tuple[WorkerAddress, ...]
+    migration: Migration | None
 
 
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
@@ -56,15 +71,20 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._memory = memory
         self._post = post
         self._on_role_change = on_role_change
+        self.on_drain_change: Callable[[bool], None] | None = None
+        self._changed = asyncio.Event()
+        """Set at every report of the engine, for those who wait for the worker to be idle."""
         self._ids = itertools.count(1)
         self._traces = RequestTraces()
-        self._owners: dict[int, tuple[RouterSession, Request, tuple[WorkerAddress, ...]]] = {}
+        self._owners: dict[int, _Owner] = {}
         self._routers: set[RouterSession] = set()
         self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         self._is_stopping = False
         self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, self._ids.__next__)
+        self._running = RunningExporter(post, self._find, config.max_pause_s, self.transfers.counters)
+        self.transfers.export(Running, self._running)
 
     def status(self) -> WorkerStatus:
         """The worker as it is now; `held_blocks` among the counters is 0 when idle."""
@@ -83,6 +103,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             host=socket.gethostname(),
             kv_block_bytes=self._memory.layout.block_bytes,
             counters=self._counters + extra,
+            is_draining=self._identity.is_draining,
         )
 
     def set_role(self, role: Role) -> WorkerStatus:
@@ -97,12 +118,40 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._broadcast_status()
         return self.status()
 
+    def set_draining(self, is_draining: bool, remember: bool = True) -> WorkerStatus:
+        """From now on takes no new work, or takes it again; what runs here runs on, until routers move it.
+
+        `remember`: the worker's owner is told, so that a restart does not undo it.
+        """
+        identity = self._identity
+        if is_draining is not identity.is_draining:
+            log.info("%s %s", identity.worker_id, "drains" if is_draining else "takes new work again")
+            identity.is_draining = is_draining
+            if remember and self.on_drain_change is not None:
+                self.on_drain_change(is_draining)
+        self._broadcast_status()
+        return self.status()
+
+    @property
+    def is_idle(self) -> bool:
+        """Holds no request, no block and no transfer."""
+        return not (self._owners or self._num_held_blocks or self.transfers.num_running)
+
+    async def wait_idle(self) -> None:
+        """Until nothing runs here; looks again after each engine step, and now and then for transfers."""
+        while not self.is_idle:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_CHECK_S):
+                    await self._changed.wait()
+
     # ---- reports of the engine thread ----
 
     def on_report(self, report: Report) -> None:
         """Distributes one engine step."""
         self._load, self._counters = report.load, report.counters
         self._num_held_blocks = report.num_held_blocks
+        self._changed.set()
         self.transfers.measured.own_rate = report.prefill_rate
         result = report.result
         for sequence_id, output in result.outputs:
@@ -111,11 +160,14 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             owner = self._owners.get(wanted.sequence_id)
             if owner is None:  # cancelled meanwhile
                 self.transfers.decline(wanted)
+            elif owner.migration is not None:
+                self.transfers.take_over(wanted, owner.migration)
             else:
-                _, request, candidates = owner
                 # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
-                prompt = replace(request, replay_token_ids=())
-                self.transfers.fetch(wanted, prompt, candidates, self._traces.deadline_s(wanted.sequence_id))
+                due_s = self._traces.deadline_s(wanted.sequence_id)
+                self.transfers.fetch(wanted, replace(owner.request, replay_token_ids=()), owner.candidates, due_s)
+        for event in result.exports:
+            self._running.hear(event)
         for sequence_id in result.abandoned:
             self.transfers.abandon(sequence_id)
         for filled in result.filled:
@@ -135,7 +187,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             if output.finish_reason is not None:
                 self.transfers.source_failed(sequence_id, output.message)
             return
-        session = owner[0]
+        session = owner.session
         self._traces.said(sequence_id, output)
         session.add_output(output)
         if output.finish_reason is not None:
@@ -148,7 +200,13 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WorkerFrame]:
         """One router's stream. When it ends, its requests end."""
-        first = await anext(request_iterator, None)
+        unsealer, sealer = Unsealer(), Sealer()
+        messages = verified(request_iterator, unsealer)
+        try:
+            first = await anext(messages, None)
+        except StreamDamaged as error:
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            return
         hello = router_message_from_pb(first) if first is not None else None
         if not isinstance(hello, Hello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
@@ -157,13 +215,15 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._routers.add(session)
         self._post(DumpKv())
         session.add_status(self.status())
-        reader = asyncio.create_task(self._read(session, request_iterator))
+        reader = asyncio.create_task(self._read(session, messages))
         try:
             while not session.has_ended:
                 frame = await session.next_frame(self._identity.generation)
                 if session.is_overrun:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router does not keep up")
-                yield frame_to_pb(frame)
+                message = frame_to_pb(frame)
+                message.heard = unsealer.number
+                yield sealer.seal(message)
         finally:
             reader.cancel()
             self._routers.discard(session)
@@ -195,6 +255,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                         self._post(DumpKv())
                     case Hello():
                         log.warning("%s said hello twice", session.router_id)
+        except StreamDamaged as error:
+            log.warning("the stream of %s ends: %s", session.router_id, error)
         finally:
             session.close()
 
@@ -207,15 +269,25 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             return
         sequence_id = next(self._ids)
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
-        self._owners[sequence_id] = (session, request, candidates)
+        self._owners[sequence_id] = _Owner(session, request, candidates, submit.migration)
         self._traces.submitted(sequence_id, submit)
         session.sequences[request.request_id] = sequence_id
-        self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
+        if submit.migration is not None:
+            self._post(AddMigrant(sequence_id, request))
+        else:
+            self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
+
+    def _find(self, request_id: str) -> int | None:
+        """The sequence of that name on the wire, whichever router it belongs to; None if it is not exactly one."""
+        found = [s.sequences[request_id] for s in self._routers if request_id in s.sequences]
+        return found[0] if len(found) == 1 else None
 
     def _check_submit(self, session: RouterSession, submit: Submit) -> None:
         me = self._identity
         if self._is_stopping:
             raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} is stopping")
+        if me.is_draining:
+            raise Refused(Refusal.DRAINING, f"{me.worker_id} drains")
         if not me.role.can_decode:
             raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if submit.generation != me.generation:
@@ -247,6 +319,14 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             )
         return status_to_pb(self.set_role(role))
 
+    async def SetDraining(self, request: pb.SetDrainingRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
+        if request.generation not in (0, self._identity.generation):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"{self._identity.worker_id} is in generation {self._identity.generation}, not {request.generation}",
+            )
+        return status_to_pb(self.set_draining(request.is_draining))
+
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         return status_to_pb(self.status())
 
@@ -267,9 +347,9 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def close(self) -> None:
         """Refuses what comes, ends what runs with SHUTTING_DOWN so that routers run it elsewhere."""
         self._is_stopping = True
-        for sequence_id, (_, request, _) in list(self._owners.items()):
+        for sequence_id, owner in list(self._owners.items()):
             output = Output(
-                request_id=request.request_id,
+                request_id=owner.request.request_id,
                 position=0,
                 finish_reason=FinishReason.ERROR,
                 refusal=Refusal.SHUTTING_DOWN,

@@ -87,3 +87,5 @@ class WorkerStatus:
     kv_block_bytes: int = 0
     counters: tuple[tuple[str, float], ...] = ()
     """Monotonic totals such as ("preemptions", 3)."""
+    is_draining: bool = False
+    """Takes no new work; what runs there is to be moved or finishes."""

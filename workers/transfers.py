@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
+from workers.client import Migration
 from workers.config import WorkerConfig
 from workers.engine import BlocksFilled, LayersFilled, Prefilled, TransferWanted
-from workers.engine_thread import Command, Landed, TransferLost
-from workers.errors import InvariantViolated, Refusal, Refused, TransferFailed
+from workers.engine_thread import Command, Landed, MovedIn, TransferLost
+from workers.errors import InvariantViolated, Refusal, Refused, StreamDamaged, TransferFailed
 from workers.handoff_export import Exporter, PromptExporter
 from workers.handoff_source import SourceDriver
 from workers.handoff_target import Handoff, HandoffFailed, TargetDriver
@@ -29,6 +30,8 @@ from workers.kv_transfer.messages import (
     OpenHandoff,
     PrefillDone,
     Prompt,
+    Running,
+    SequenceMoved,
     Subject,
 )
 from workers.kv_transfer.pieces import Cut
@@ -43,6 +46,7 @@ from workers.runner import BLOCK_SIZE, Sampled
 from workers.status import Role, WorkerAddress
 from workers.tracing import Span, start_span
 from workers.wire_handoff import down_from_pb, up_to_pb
+from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class Identity:
     role: Role
     generation: int
     target: str = ""
+    is_draining: bool = False
+    """Takes no new work."""
 
     @property
     def address(self) -> WorkerAddress:
@@ -108,11 +114,12 @@ class Transfers:
 
     async def serve(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncGenerator[pb.HandoffUp, None]:
         """Answers one Handoff stream."""
+        incoming = verified(incoming)
         try:
             async with asyncio.timeout(self._config.transfer_timeout_s):
                 first = await anext(incoming)
             opening = down_from_pb(first)
-        except (StopAsyncIteration, TimeoutError, TransferFailed) as error:
+        except (StopAsyncIteration, TimeoutError, TransferFailed, StreamDamaged) as error:
             log.warning("a handoff stream ended before it began: %r", error)
             return
         generation = self._identity.generation
@@ -123,7 +130,8 @@ class Transfers:
             driver = self._open_source(opening, first.transfer_id, incoming)
         except Refused as refused:
             self.counters["handoffs_refused"] += 1
-            yield up_to_pb(first.transfer_id, generation, HandoffRefused(refused.refusal, str(refused)))
+            refusal = HandoffRefused(refused.refusal, str(refused))
+            yield Sealer().seal(up_to_pb(first.transfer_id, generation, refusal))
             return
         outgoing = driver.outgoing()
         try:
@@ -179,6 +187,8 @@ class Transfers:
                 Refusal.STALE_GENERATION,
                 f"{me.worker_id} is in generation {me.generation}, not {opening.source_generation}",
             )
+        if isinstance(opening.subject, Prompt) and me.is_draining:
+            raise Refused(Refusal.DRAINING, f"{me.worker_id} drains")
         if isinstance(opening.subject, Prompt) and not me.role.can_prefill:
             raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if opening.model_fingerprint != self._fingerprint or not same_shape(opening.layout, self._memory.layout):
@@ -278,6 +288,28 @@ class Transfers:
         task = asyncio.create_task(fetching, name=f"fetch-{wanted.sequence_id}")
         self._fetches[wanted.sequence_id] = task
         task.add_done_callback(lambda _: self._fetched(wanted.sequence_id, task))
+
+    def take_over(self, wanted: TransferWanted, running: Migration) -> None:
+        """Has a running sequence's blocks and state sent here; the engine hears MovedIn or TransferLost."""
+        task = asyncio.create_task(self._take_over(wanted, running), name=f"take-over-{wanted.sequence_id}")
+        self._fetches[wanted.sequence_id] = task
+        task.add_done_callback(lambda _: self._fetched(wanted.sequence_id, task))
+
+    async def _take_over(self, wanted: TransferWanted, running: Migration) -> None:
+        me, source = self._identity.worker_id, running.source
+        try:
+            handoff = await self.receive(source, Running(running.request_id), wanted.first_block, wanted.blocks)
+        except TransferFailed as error:
+            self.counters["migrations_in_failed"] += 1
+            log.warning("%s could not take over %s from %s: %s", me, running.request_id, source.worker_id, error)
+            self._post(TransferLost(wanted.sequence_id, HandoffReport(me, me, "local")))
+            return
+        done = handoff.done
+        if not isinstance(done, SequenceMoved):
+            raise InvariantViolated(f"a running sequence ended with {type(done).__name__}")
+        self._post(MovedIn(wanted.sequence_id, done.known_token_ids, done.num_computed))
+        self.counters["migrations_in"] += 1
+        self.counters["migrated_bytes"] += handoff.kv_bytes
 
     def _fetched(self, sequence_id: int, task: asyncio.Task[None]) -> None:
         """However a fetch ended, nothing writes into its blocks any more (`receive`), and the engine must hear of it."""

@@ -6,7 +6,7 @@ is unknown. Floats of a LogitBias and of logprobs travel in 32 bits.
 
 from __future__ import annotations
 
-from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.client import Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
@@ -269,6 +269,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         host=status.host,
         kv_block_bytes=status.kv_block_bytes,
         counters=[pb.Counter(name=name, value=value) for name, value in status.counters],
+        is_draining=status.is_draining,
     )
 
 
@@ -283,6 +284,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         host=message.host,
         kv_block_bytes=message.kv_block_bytes,
         counters=tuple((counter.name, counter.value) for counter in message.counters),
+        is_draining=message.is_draining,
     )
 
 
@@ -333,7 +335,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
@@ -341,6 +343,10 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
                 remaining_s=remaining_s,
                 first_token_s=first_token_s,
             )
+            if migration is not None:
+                submit.migration.CopyFrom(
+                    pb.Migration(source=address_to_pb(migration.source), request_id=migration.request_id)
+                )
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
             return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
@@ -356,8 +362,12 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "submit":
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
+            migration = None
+            if submit.HasField("migration"):
+                migration = Migration(address_from_pb(submit.migration.source), submit.migration.request_id)
             request = request_from_pb(submit.request)
-            return Submit(request, submit.generation, addresses, submit.remaining_s, submit.first_token_s)
+            times = (submit.remaining_s, submit.first_token_s)
+            return Submit(request, submit.generation, addresses, *times, migration)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

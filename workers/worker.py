@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 
 from workers.config import WorkerConfig
-from workers.data_path import make_data_path
+from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
@@ -74,7 +74,7 @@ def load_checkpoint(config: WorkerConfig) -> LoadedModel:
 class Worker:
     """One worker process. `start_count` counts the starts of this worker id and makes its generation rise.
 
-    `on_role_change(role, generation)` is called on the event loop after each switch.
+    `on_role_change(role, generation)` is called on the event loop after each switch. `data_path` makes the KV transports.
     """
 
     def __init__(
@@ -85,11 +85,13 @@ class Worker:
         role: Role,
         on_role_change: Callable[[Role, int], None] | None = None,
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
+        data_path: DataPath = make_data_path,
     ) -> None:
         self._config = config
         self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
         self._on_role_change = on_role_change
         self._load = load
+        self._make_data_path = data_path
         self._server: WorkerServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self._thread: EngineThread | None = None
@@ -106,7 +108,7 @@ class Worker:
         )
         memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-        transports = make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
+        transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
         server = WorkerServer(
             self._config, self._identity, model.info, memory, transports, thread.post, self._on_role_change
         )
@@ -140,6 +142,33 @@ class Worker:
         if self._server is None:
             raise RuntimeError("the worker has not been started")
         return self._server.set_role(role)
+
+    def set_draining(self, is_draining: bool) -> WorkerStatus:
+        """As WorkerServer.set_draining."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        return self._server.set_draining(is_draining)
+
+    def watch_draining(self, on_change: Callable[[bool], None]) -> None:
+        """From now on `on_change(is_draining)` is called on the event loop when the worker is told to drain, or not to."""
+        if self._server is None:
+            raise RuntimeError("the worker has not been started")
+        self._server.on_drain_change = on_change
+
+    async def leave(self) -> bool:
+        """Takes no new work and waits until nothing runs here, at most `drain_timeout_s`; False when something still does.
+
+        Nobody is told to remember it: a worker that comes back takes work.
+        """
+        if self._server is None:
+            return True
+        self._server.set_draining(True, remember=False)
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._server.wait_idle()
+        except TimeoutError:
+            return False
+        return True
 
     async def stop(self) -> None:
         """Ends requests and transfers, the server and the engine thread; safe to call twice."""

@@ -79,7 +79,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.commands.watching import tell_changes
     from cluster.joining import join_ray
-    from cluster.launch import bounded, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.launch import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
     from cluster.local import LOOPBACK
     from cluster.pools import Pools
     from cluster.preflight import check_store
@@ -106,6 +106,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
         return 0
     finally:
         if actor is not None:
+            await leave(actor, name, config.worker.drain_timeout_s, progress)
             with progress.step(f"removing {name}"):
                 await stop_actors([actor], config.stop_timeout_s)
                 await asyncio.to_thread(remove_actors, [actor])

@@ -1,4 +1,4 @@
-"""/admin: the router's state, and switching a worker's role while it serves."""
+"""/admin: the router's state, switching a worker's role while it serves, and draining it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Services, read_body
 from router.api.problems import rejected
-from router.api.schema import RoleBody, parse_body
+from router.api.schema import DrainBody, RoleBody, parse_body
 from router.api.sse import to_json
 from router.backend import RouterStatus
 from workers.errors import InvalidRequest
@@ -24,13 +24,23 @@ def admin_routes(services: Services) -> APIRouter:
     async def status() -> Response:
         return Response(to_json(_router_status(services.backend.status())), media_type="application/json")
 
+    def check_worker(worker_id: str) -> None:
+        if worker_id not in {view.status.worker_id for view in services.backend.status().workers}:
+            raise rejected(404, "worker_not_found", f"there is no worker {worker_id!r:.200}", "worker_id")
+
+    @routes.post("/admin/workers/{worker_id}/drain", response_model=None)
+    async def drain(worker_id: str, http: HttpRequest) -> Response:
+        body = parse_body(DrainBody, await read_body(http, services.config))
+        check_worker(worker_id)
+        drained = await services.backend.set_draining(worker_id, body.drain, bool(body.force))
+        return Response(to_json(_worker_status(drained)), media_type="application/json")
+
     @routes.post("/admin/workers/{worker_id}/role", response_model=None)
     async def set_role(worker_id: str, http: HttpRequest) -> Response:
         body = parse_body(RoleBody, await read_body(http, services.config))
         if body.role not in set(Role):
             raise InvalidRequest(f"role must be one of {', '.join(Role)}", "role")
-        if worker_id not in {view.status.worker_id for view in services.backend.status().workers}:
-            raise rejected(404, "worker_not_found", f"there is no worker {worker_id!r:.200}", "worker_id")
+        check_worker(worker_id)
         switched = await services.backend.set_role(worker_id, Role(body.role), bool(body.force))
         return Response(to_json(_worker_status(switched)), media_type="application/json")
 

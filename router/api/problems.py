@@ -33,6 +33,8 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.WORKER_LOST: Row(503, "service_unavailable_error", True),
     Refusal.WRONG_ROLE: Row(503, "service_unavailable_error", True),
     Refusal.STALE_GENERATION: Row(503, "service_unavailable_error", True),
+    Refusal.DRAINING: Row(503, "service_unavailable_error", True, 1.0),
+    Refusal.NOT_MOVABLE: Row(503, "service_unavailable_error", True),
     Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.INTERNAL: Row(500, "server_error", False),
 }

@@ -96,6 +96,11 @@ class RoleBody(_Body):
     force: StrictBool | None = None
 
 
+class DrainBody(_Body):
+    drain: StrictBool = True
+    force: StrictBool | None = None
+
+
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),

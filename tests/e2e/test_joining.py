@@ -54,7 +54,9 @@ def test_a_worker_joins_serves_and_leaves_while_requests_run(cluster: ClusterPro
             for _ in range(6)
         ]
         texts = [next(iter(stream)).choices[0].text for stream in streams]
-    # decode-9 is gone; what ran on it goes on elsewhere.
+        rerun = cluster.get("/admin/status")["counters"].get("reruns_shutting_down", 0)
+    # decode-9 is gone; what ran on it has moved, and goes on elsewhere.
+    assert cluster.get("/admin/status")["counters"].get("reruns_shutting_down", 0) == rerun
     for index, stream in enumerate(streams):
         for chunk in stream:
             texts[index] += "".join(choice.text for choice in chunk.choices)

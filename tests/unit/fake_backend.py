@@ -143,6 +143,7 @@ class FakeBackend:
         self.cancelled: list[str] = []
         self._changed = threading.Condition()
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
+        self.drained: set[str] = set()
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
@@ -181,9 +182,23 @@ class FakeBackend:
         self.roles[worker_id] = role
         return self._worker(worker_id)
 
+    async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
+        if is_draining and not force and len(self.roles) - len(self.drained) < 2:
+            raise InvalidRequest("no worker could decode afterwards", "worker_id")
+        (self.drained.add if is_draining else self.drained.discard)(worker_id)
+        return self._worker(worker_id)
+
     def _worker(self, name: str) -> WorkerStatus:
         load = Load(num_free_blocks=7, num_blocks=9)
-        return WorkerStatus(name, 65536, self.roles[name], MODEL, load, counters=(("preemptions", 3.0),))
+        return WorkerStatus(
+            name,
+            65536,
+            self.roles[name],
+            MODEL,
+            load,
+            counters=(("preemptions", 3.0),),
+            is_draining=name in self.drained,
+        )
 
 
 class _Server(uvicorn.Server):

@@ -40,6 +40,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.worker_id = worker_id
         self.role = role
         self.generation = starts << 16
+        self.is_draining = False
         self.submits: list[Submit] = []
         self.cancels: list[str] = []
         self.submitted = asyncio.Event()
@@ -64,7 +65,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(
-            self.worker_id, self.generation, self.role, MODEL, Load(num_free_blocks=1000, num_blocks=1000)
+            self.worker_id,
+            self.generation,
+            self.role,
+            MODEL,
+            Load(num_free_blocks=1000, num_blocks=1000),
+            is_draining=self.is_draining,
         )
 
     def say(self, frame: WorkerFrame) -> None:
@@ -132,6 +138,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another generation")
         self.role = Role(request.role)
         self.generation += 1
+        self.say(WorkerFrame(self.generation, status=self.status()))
+        return wire.status_to_pb(self.status())
+
+    async def SetDraining(self, request: Any, context: Any) -> Any:
+        self.is_draining = request.is_draining
         self.say(WorkerFrame(self.generation, status=self.status()))
         return wire.status_to_pb(self.status())
 

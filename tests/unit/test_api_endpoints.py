@@ -108,6 +108,19 @@ def test_a_switch_that_leaves_nobody_to_decode_is_400_unless_forced(api: Api) ->
     assert api.http.post(path, json={"role": "prefill", "force": True}).status_code == 200
 
 
+def test_an_operator_drains_a_worker_and_undoes_it(api: Api) -> None:
+    path = "/admin/workers/prefill-0/drain"
+    try:
+        assert api.http.post(path, json={}).json()["is_draining"] is True
+        refused = api.http.post("/admin/workers/decode-0/drain", json={"drain": True})
+        assert refused.status_code == 400 and "no worker could decode" in refused.json()["error"]["message"]
+        assert api.http.post("/admin/workers/decode-0/drain", json={"force": True}).status_code == 200
+    finally:
+        api.backend.drained.clear()
+    assert api.http.post(path, json={"drain": False}).json()["is_draining"] is False
+    assert api.http.post("/admin/workers/nobody/drain", json={}).status_code == 404
+
+
 def test_a_switch_of_an_unknown_worker_is_404_and_to_an_unknown_role_400(api: Api) -> None:
     assert api.http.post("/admin/workers/nobody/role", json={"role": "mixed"}).status_code == 404
     response = api.http.post("/admin/workers/decode-0/role", json={"role": "boss"})

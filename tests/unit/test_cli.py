@@ -82,7 +82,9 @@ def test_an_unreachable_ray_is_one_sentence(command: tuple[str, ...], closed_por
     assert_one_sentence(run, f"no Ray listens at 127.0.0.1:{closed_port}", "--ray-address")
 
 
-@pytest.mark.parametrize("command", [("status",), ("switch-role", "decode-0", "mixed"), ("chat",)])
+@pytest.mark.parametrize(
+    "command", [("status",), ("switch-role", "decode-0", "mixed"), ("drain", "decode-0"), ("chat",)]
+)
 def test_an_unreachable_router_is_one_sentence(command: tuple[str, ...], closed_port: int) -> None:
     run = baton(*command, "--url", f"http://127.0.0.1:{closed_port}", stdin="hello\n")
     assert_one_sentence(run, f"127.0.0.1:{closed_port}", "baton serve", "--url")
@@ -114,3 +116,16 @@ def test_help_and_version_need_neither_torch_nor_ray() -> None:
 def test_the_schema_is_printed_as_json() -> None:
     run = baton("config-schema")
     assert run.returncode == 0 and json.loads(run.stdout)["properties"]["worker"]["type"] == "object"
+
+
+def test_what_a_draining_worker_still_holds_is_said_in_words() -> None:
+    from cluster.commands.drain import what_is_left
+
+    load = {"num_running": 2, "num_waiting": 0, "num_transferring": 1}
+    worker = {"worker_id": "decode-1", "load": load, "counters": {"held_blocks": 9.0, "running_transfers": 1.0}}
+    view = {"status": worker, "connected": True, "num_requests": 3}
+    assert what_is_left({"workers": [view]}, "decode-1") == "3 requests, 9 KV blocks, 1 transfer"
+    assert what_is_left({"workers": [view]}, "decode-0") == ""
+    assert what_is_left({"workers": [view | {"connected": False}]}, "decode-1") == ""
+    empty = worker | {"load": dict.fromkeys(load, 0), "counters": {"held_blocks": 0.0}}
+    assert what_is_left({"workers": [view | {"status": empty, "num_requests": 0}]}, "decode-1") == ""

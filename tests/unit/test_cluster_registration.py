@@ -10,7 +10,7 @@ import pytest
 from cluster.following import follow_members
 from cluster.membership import Registration, Superseded
 from cluster.registration import Registrar, count_start
-from cluster.roles import check_roles, desired_role, forget_role, resolve_role
+from cluster.roles import check_roles, desired_draining, desired_role, forget_draining, forget_role, resolve_role
 from cluster.store.memory import MemoryStore
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
@@ -81,6 +81,30 @@ async def test_switching_back_leaves_nothing_to_remember() -> None:
     registrar.change_role(Role.DECODE, (1 << 16) + 2)
     await registrar.register()
     assert (await store.list("roles/")).entries == ()
+
+
+async def test_a_drain_outlives_the_worker_until_it_is_undone_or_forgotten() -> None:
+    store = MemoryStore()
+    registrar = await start(store)
+    await registrar.register()
+    assert not await desired_draining(store, "decode-0")
+    running = asyncio.create_task(registrar.run())
+    async with asyncio.timeout(BOUND_S), aclosing(store.watch("drains/")) as snapshots:
+        async for snapshot in snapshots:
+            if snapshot.entries:
+                break
+            registrar.change_draining(True)
+    assert await desired_draining(store, "decode-0") and not await desired_draining(store, "decode-1")
+    async with asyncio.timeout(BOUND_S), aclosing(store.watch("drains/")) as snapshots:
+        async for snapshot in snapshots:
+            if not snapshot.entries:
+                break
+            registrar.change_draining(False)
+    running.cancel()
+    registrar.change_draining(True)
+    await registrar.register()
+    await forget_draining(store, "decode-0")
+    assert not await desired_draining(store, "decode-0")
 
 
 async def test_a_forgotten_role_gives_way_to_the_configured_one() -> None:

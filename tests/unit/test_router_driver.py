@@ -153,6 +153,20 @@ async def test_a_switch_that_would_leave_nobody_to_decode_is_refused() -> None:
         assert not driver.is_ready()
 
 
+async def test_a_drained_worker_gets_nothing_until_that_is_undone() -> None:
+    async with cluster(FakeWorker("w-0"), FakeWorker("w-1")) as driver:
+        assert (await driver.set_draining("w-0", True)).is_draining
+        for index in range(4):
+            outputs = await read(driver.submit(request(f"r{index}")))
+            assert outputs[0].handoff is not None and outputs[0].handoff.decode_worker == "w-1"
+        with pytest.raises(InvalidRequest, match="no worker could decode if 'w-1' were drained"):
+            await driver.set_draining("w-1", True)
+        with pytest.raises(InvalidRequest, match="not connected"):
+            await driver.set_draining("w-9", True)
+        assert not (await driver.set_draining("w-0", False)).is_draining
+        assert (await driver.set_draining("w-1", True)).is_draining
+
+
 async def test_stopping_ends_streams_and_leaves_nothing_behind() -> None:
     worker = FakeWorker("w-0")
     worker.steps = asyncio.Semaphore(1)
@@ -166,3 +180,12 @@ async def test_stopping_ends_streams_and_leaves_nothing_behind() -> None:
         with pytest.raises(Refused):
             driver.submit(request("late"))
     await until(lambda: len(asyncio.all_tasks()) <= before[0])
+
+
+async def test_a_reader_whose_client_leaves_while_an_output_is_on_its_way_is_not_left_waiting() -> None:
+    stream = RequestStream("r", 8, lambda request_id: None)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)  # the reader waits
+    stream.push(Output("r", 0, (1,)))
+    await stream.aclose()
+    assert [output.token_ids for output in await asyncio.wait_for(reading, 20)] == [(1,)]

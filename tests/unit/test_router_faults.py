@@ -25,7 +25,7 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
-from workers.client import Cancel, Submit, WorkerFrame
+from workers.client import Cancel, Migration, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Load, Role, WorkerAddress, WorkerStatus
@@ -43,7 +43,10 @@ class SimWorker:
     starts: int = 1
     switches: int = 0
     connection: int | None = None
+    is_draining: bool = False
     running: dict[str, tuple[Request, int]] = field(default_factory=dict)
+    arriving: dict[str, tuple[Request, Migration]] = field(default_factory=dict)
+    """Sequences that run elsewhere and shall run here."""
     last: FrameArrived | None = None
     """The last frame sent, to be repeated."""
 
@@ -54,7 +57,9 @@ class SimWorker:
     def frame(self, outputs: tuple[Output, ...], with_status: bool) -> FrameArrived:
         assert self.connection is not None
         load = Load(num_running=len(self.running), num_free_blocks=100, num_blocks=100)
-        status = WorkerStatus(self.name, self.generation, self.role, MODEL, load, pid=self.starts)
+        status = WorkerStatus(
+            self.name, self.generation, self.role, MODEL, load, pid=self.starts, is_draining=self.is_draining
+        )
         frame = WorkerFrame(self.generation, outputs, load, status=status if with_status else None)
         self.last = FrameArrived(self.name, self.connection, frame)
         return self.last
@@ -86,6 +91,9 @@ class World:
             max_attempts=4,
             recovery_timeout_s=20.0,
             request_timeout_s=100.0,
+            max_migrations=2,
+            rebalance_gap=2,
+            rebalance_cooldown_s=0.5,
         )
         self.core = RouterCore(config, make_policy(config))
         self.now = 0.0
@@ -102,11 +110,11 @@ class World:
             match command:
                 case Attach(name, connection):
                     self.workers[name].connection = connection
-                    self.workers[name].running.clear()
+                    self.clear(name)
                 case Detach(name, connection):
                     if self.workers[name].connection == connection:
                         self.workers[name].connection = None
-                        self.workers[name].running.clear()
+                        self.clear(name)
                 case Send(name, connection, message):
                     worker = self.workers[name]
                     if worker.connection == connection and isinstance(message, Submit):
@@ -114,13 +122,36 @@ class World:
                         assert request.request_id not in worker.running
                         original = self.requests[request.request_id.split("#")[0]]
                         assert list(request.replay_token_ids) == self.delivered[original.request_id]
-                        worker.running[request.request_id] = (request, len(request.replay_token_ids))
+                        if message.migration is not None:
+                            worker.arriving[request.request_id] = (request, message.migration)
+                        else:
+                            worker.running[request.request_id] = (request, len(request.replay_token_ids))
                     elif worker.connection == connection and isinstance(message, Cancel):
                         worker.running.pop(message.request_id, None)
+                        worker.arriving.pop(message.request_id, None)
                 case Deliver(output):
                     self.check(output)
                 case Reject(name):
                     self.end(name, "rejected")
+
+    def clear(self, name: str) -> None:
+        self.workers[name].running.clear()
+        self.workers[name].arriving.clear()
+
+    def land(self, worker: SimWorker, is_told: bool) -> None:
+        """A sequence arrives as it stands at its source, or is refused; `is_told`: the source hears that it has landed."""
+        wire_id, (request, migration) = worker.arriving.popitem()
+        source = self.workers[migration.source.worker_id]
+        state = source.running.get(migration.request_id)
+        if state is None:
+            output = Output(wire_id, 0, finish_reason=FinishReason.ERROR, refusal=Refusal.NOT_MOVABLE)
+            self.tell(worker.frame((output,), with_status=False))
+            return
+        worker.running[wire_id] = (request, state[1])
+        if is_told:
+            del source.running[migration.request_id]
+            marker = Output(migration.request_id, state[1], finish_reason=FinishReason.MOVED)
+            self.tell(source.frame((marker,), with_status=False))
 
     def check(self, output: Output) -> None:
         name = output.request_id
@@ -159,6 +190,7 @@ class World:
                 self.tell(Tick())
             case "restart":
                 worker.starts, worker.connection = worker.starts + 1, None
+                self.clear(worker.name)
                 addresses = [WorkerAddress(name, other.generation, name) for name, other in self.workers.items()]
                 self.tell(WorkersChanged(tuple(addresses)))
             case "repeat" if worker.last is not None:
@@ -179,8 +211,15 @@ class World:
                 self.tell(worker.frame((output,), with_status=False))
             case "break":
                 connection, worker.connection = worker.connection, None
-                worker.running.clear()
+                self.clear(worker.name)
                 self.tell(WorkerDetached(worker.name, connection, "broken"))
+            case "land" if worker.arriving:
+                self.land(worker, is_told=number % 4 != 0)
+            case "drain":
+                worker.is_draining = not worker.is_draining
+                self.tell(worker.frame((), with_status=True))
+                self.now += 0.6
+                self.tell(Tick())
             case "switch":
                 worker.role = list(Role)[number % 3]
                 worker.switches += 1
@@ -190,14 +229,31 @@ class World:
         """Everything heals; whatever is open must end, a request whose last frame got lost by its deadline."""
         for worker in self.workers.values():
             worker.role = Role.MIXED
+            worker.is_draining = False
         for _ in range(120):
             self.act("tick", 2)
             for worker in self.workers.values():
+                while worker.arriving and worker.connection is not None:
+                    self.land(worker, is_told=True)
                 if worker.connection is not None:
                     self.tell(worker.frame(worker.step(1), with_status=True))
 
 
-ACTIONS = ("arrive", "arrive", "step", "step", "step", "report", "tick", "cancel", "break", "restart", "repeat")
+ACTIONS = (
+    "arrive",
+    "arrive",
+    "step",
+    "step",
+    "step",
+    "report",
+    "tick",
+    "cancel",
+    "break",
+    "restart",
+    "repeat",
+    "drain",
+    "land",
+)
 FAULTS = ("refuse", "switch", "lose_frame")
 stories = st.lists(st.tuples(st.sampled_from(ACTIONS + FAULTS), st.integers(0, 104)), max_size=80)
 
@@ -212,5 +268,6 @@ def test_no_fault_changes_loses_or_repeats_a_token(story: list[tuple[str, int]])
         world.act(action, number)
     world.settle()
     assert set(world.ended) == set(world.requests)
+    assert len(world.core.flights.migrations) == 0
     assert len(world.core.flights) == world.core.flights.num_running == world.core.flights.num_waiting == 0
     assert all(len(entry.charges) == 0 and entry.charges.num_blocks == 0 for entry in world.core.fleet)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers import wire, wire_handoff
-from workers.client import Cancel, DumpRequest, Hello, Submit, WorkerFrame
+from workers.client import Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal, TransferFailed
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_transfer.memory import KvLayout
@@ -132,6 +132,7 @@ statuses = st.builds(
     text,
     u64,
     counters=tuples(st.tuples(text, f64)),
+    is_draining=st.booleans(),
 )
 layouts = st.builds(KvLayout, *[u32] * 5, text, u32)
 subjects = st.builds(Prompt, requests) | st.builds(Running, text) | st.builds(Prefix, tuples(u64))
@@ -156,7 +157,7 @@ handoff_ups = (
 )
 frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
 router_messages = (
-    st.builds(Submit, requests, u64, tuples(addresses), f64, f64)
+    st.builds(Submit, requests, u64, tuples(addresses), f64, f64, st.none() | st.builds(Migration, addresses, text))
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
     | st.builds(Hello, text)

@@ -74,6 +74,12 @@ class KvCacheManager:
         if missing > 0:
             table.blocks += self._pool.allocate(missing)
 
+    def shrink(self, table: BlockTable, num_tokens: int) -> None:
+        """Gives back what the table holds beyond `num_tokens` tokens."""
+        surplus = table.blocks[self.blocks_for(num_tokens) :]
+        del table.blocks[self.blocks_for(num_tokens) :]
+        self._pool.release(surplus, self._cache.contains)
+
     def publish_prompt(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Makes the prompt's full blocks findable, as far as the prefill path has computed them."""
         size = self.block_size

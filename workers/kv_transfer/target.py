@@ -286,7 +286,8 @@ class TargetSession:
         commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
         if event.bad and not self.is_connecting:
             return commands + self._degrade(event.reason, now)
-        return commands + self._maybe_land()
+        # A release says more than an acknowledgement, whose write would only hold up a sequence that waits to go on.
+        return self._maybe_land() or commands
 
     def _on_done(self, event: Done) -> list[TargetCommand]:
         if not isinstance(event, _DONE_OF[type(self.opening.subject)]):

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class WorkerStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -49,6 +51,11 @@ class WorkerStub(object):
                 request_serializer=workers_dot_pb_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.SetDraining = channel.unary_unary(
+                '/baton.workers.Worker/SetDraining',
+                request_serializer=workers_dot_pb_dot_worker__pb2.SetDrainingRequest.SerializeToString,
+                response_deserializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/baton.workers.Worker/Describe',
                 request_serializer=workers_dot_pb_dot_worker__pb2.DescribeRequest.SerializeToString,
@@ -57,7 +64,9 @@ class WorkerStub(object):
 
 
 class WorkerServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     def Attach(self, request_iterator, context):
         """One stream per router-worker pair: requests and cancels go down, one frame per engine step comes up.
@@ -74,6 +83,12 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetRole(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDraining(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,6 +118,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     request_deserializer=workers_dot_pb_dot_worker__pb2.SetRoleRequest.FromString,
                     response_serializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
+            'SetDraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDraining,
+                    request_deserializer=workers_dot_pb_dot_worker__pb2.SetDrainingRequest.FromString,
+                    response_serializer=workers_dot_pb_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
                     request_deserializer=workers_dot_pb_dot_worker__pb2.DescribeRequest.FromString,
@@ -117,7 +137,9 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+
+    """
 
     @staticmethod
     def Attach(request_iterator,
@@ -189,6 +211,33 @@ class Worker(object):
             target,
             '/baton.workers.Worker/SetRole',
             workers_dot_pb_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.workers.Worker/SetDraining',
+            workers_dot_pb_dot_worker__pb2.SetDrainingRequest.SerializeToString,
             workers_dot_pb_dot_worker__pb2.WorkerStatus.FromString,
             options,
             channel_credentials,

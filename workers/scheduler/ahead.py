@@ -30,12 +30,12 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
     """The step after `running`; None when it must wait for the tokens of that step.
 
     It must wait where a draw looks at all tokens before it, where no block is left (somebody may have to be preempted,
-    which nobody can be while a step writes its blocks), and after prompts of other workers, whose blocks are copied
-    out of the device's memory behind whatever was launched.
+    which nobody can be while a step writes its blocks), after prompts of other workers, whose blocks are copied
+    out of the device's memory behind whatever was launched, and while a sequence moves away, which must be able to stand still.
     """
     pieces = {piece.sequence_id: piece for piece in (*running.prefill, *running.decode)}
     active = sorted((s for s in scheduler.active if s.state in _RUNS), key=lambda s: s.rank)
-    if any(s.kind is Kind.SOURCE and s.sequence_id in pieces for s in active):
+    if any((s.kind is Kind.SOURCE and s.sequence_id in pieces) or s.export is not None for s in active):
         return None
     decoding = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
     if any(s.sequence_id in pieces and _needs_token(s) for s in decoding):

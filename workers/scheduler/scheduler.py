@@ -112,11 +112,31 @@ class Scheduler:
         sequence.known.append(token_id)
         return True
 
-    def landed(self, sequence: Sequence) -> None:
-        """All prompt blocks of a TRANSFERRING sequence have arrived and are verified."""
+    def landed(self, sequence: Sequence, num_computed: int) -> None:
+        """All blocks of a TRANSFERRING sequence have arrived and are verified; they hold `num_computed` tokens.
+
+        Full prompt blocks were written by the prefill path wherever they come from, so they may be published.
+        """
         sequence.move(State.DECODING)
-        sequence.num_computed = sequence.num_prompt
+        sequence.num_computed = num_computed
+        if sequence.kind is Kind.MIGRANT:
+            sequence.kind = Kind.LOCAL
+            self.kv.shrink(sequence.table, num_computed + 1)
         self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_prompt)
+
+    def admit_migrant(self, sequence: Sequence, num_tokens: int) -> None:
+        """Admits a sequence past the queue, with blocks for `num_tokens`. Raises Refused(QUEUE_FULL) when there is no room."""
+        if len(self.active) >= self.limits.max_num_seqs:
+            raise Refused(Refusal.QUEUE_FULL, f"the worker runs {len(self.active)} sequences already", 1.0)
+        if not self._admit(sequence):
+            raise Refused(Refusal.QUEUE_FULL, "the worker's KV pool is full", 1.0)
+        try:
+            self.kv.grow(sequence.table, num_tokens)
+        except OutOfBlocks:
+            self.kv.release(sequence.table)
+            raise Refused(Refusal.QUEUE_FULL, "the worker's KV pool is full", 1.0) from None
+        self.active.append(sequence)
+        sequence.move(State.TRANSFERRING)
 
     def prefill_here(self, sequence: Sequence) -> None:
         """No transfer came about: the reserved blocks are computed locally."""
@@ -125,6 +145,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence in any state and frees its blocks."""
+        sequence.export = None
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         else:
@@ -188,7 +209,8 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Frees the blocks; the prompt is computed again and the known tokens are replayed."""
+        """Frees the blocks; the prompt is computed again and the known tokens are replayed. Ends a migration."""
+        sequence.export = None
         self.active.remove(sequence)
         self.kv.release(sequence.table)
         sequence.table = BlockTable()

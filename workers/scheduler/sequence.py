@@ -19,6 +19,8 @@ class State(Enum):
     """Its blocks are reserved and another worker computes its prompt into them."""
     PREFILLING = auto()
     DECODING = auto()
+    MOVING = auto()
+    """Stands still while another worker takes it over; its blocks stay until that worker has them, or it goes on here."""
     HELD = auto()
     """A finished prefill for another worker; its blocks stay until that worker has them."""
     ENDING = auto()
@@ -30,7 +32,8 @@ _LEGAL: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
     State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
     State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.ENDING, State.FINISHED}),
-    State.DECODING: frozenset({State.WAITING, State.ENDING, State.FINISHED}),
+    State.DECODING: frozenset({State.WAITING, State.MOVING, State.ENDING, State.FINISHED}),
+    State.MOVING: frozenset({State.DECODING, State.FINISHED}),
     State.HELD: frozenset({State.FINISHED}),
     State.ENDING: frozenset({State.FINISHED}),
     State.FINISHED: frozenset(),
@@ -46,6 +49,21 @@ class Kind(Enum):
     """Decode here, prefill elsewhere."""
     SOURCE = auto()
     """Prefill here for another worker; one token, then hold the blocks."""
+    MIGRANT = auto()
+    """Decode here what another worker has run so far; LOCAL once it has landed."""
+
+
+@dataclass(slots=True)
+class Export:
+    """The copying of a running sequence to another worker, which has room for entries 0 .. num_blocks-1 of its table."""
+
+    num_blocks: int
+    num_filled: int
+    """Entries of the block table that were announced as final, or that the receiver has already."""
+    is_announced: bool = False
+    """Its receiver has heard of it; there may be no full block to tell."""
+    is_due: bool = False
+    """The receiver has nearly everything: stand still at the next step boundary."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +94,8 @@ class Sequence:
     num_preemptions: int = 0
     max_output_tokens: int = sys.maxsize
     """It ends with this many, if not before."""
+    export: Export | None = None
+    """Set while another worker copies this sequence."""
 
     @property
     def num_prompt(self) -> int:

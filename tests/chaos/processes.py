@@ -1,0 +1,113 @@
+"""Starts, kills, stops and replaces worker processes, as a supervisor would; knows no faults and no requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120.0
+ORDER_TIMEOUT_S = 60.0
+
+
+class WorkerProcess:
+    """One child process and the workers in it, (worker_id, role, start_count) each."""
+
+    def __init__(
+        self,
+        workers: list[tuple[str, str, int]],
+        config: dict[str, Any],
+        num_blocks: int,
+        on_struck: Callable[[str], None],
+    ) -> None:
+        self.workers = workers
+        self._on_struck = on_struck
+        self._answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._spec = {"workers": workers, "config": config, "num_blocks": num_blocks}
+        self._lock = asyncio.Lock()
+        self.addresses: dict[str, tuple[int, str]] = {}
+        """(generation, host:port) by worker id."""
+        self.is_stopped = False
+        """SIGSTOP is in force."""
+
+    async def start(self) -> None:
+        folders = (str(ROOT), str(ROOT / "tests"))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": ""}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "chaos.child", json.dumps(self._spec), cwd=ROOT, env=environment,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20,
+        )  # fmt: skip
+        self._reader = asyncio.create_task(self._read())
+        said = await asyncio.wait_for(self._answer(), START_TIMEOUT_S)
+        self.addresses = {name: (generation, target) for name, (generation, target) in said["addresses"].items()}
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def order(self, **order: Any) -> dict[str, Any]:
+        """Has the child do something. Raises ConnectionError when it has died, TimeoutError when it does not answer."""
+        assert self._process.stdin is not None
+        if not self.is_alive:
+            raise ConnectionError(
+                f"the process of {[name for name, _, _ in self.workers]} ended with {self._process.returncode}"
+            )
+        async with self._lock:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            await self._process.stdin.drain()
+            return await asyncio.wait_for(self._answer(), ORDER_TIMEOUT_S)
+
+    async def _read(self) -> None:
+        """What the child says of itself goes to `on_struck`, the rest are answers."""
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            said = json.loads(line)
+            if "struck" in said:
+                self._on_struck(said["struck"])
+            else:
+                self._answers.put_nowait(said)
+        self._answers.put_nowait(None)
+
+    async def _answer(self) -> dict[str, Any]:
+        answer = await self._answers.get()
+        if answer is None:
+            raise ConnectionError(f"the process of {[name for name, _, _ in self.workers]} has ended")
+        return answer
+
+    async def kill(self) -> None:
+        """SIGKILL, and the end of it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self.is_stopped = True
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.is_stopped = False
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGCONT)
+
+    async def end(self) -> dict[str, Any]:
+        """Stops the workers in good order. Returns what they leave behind: empty, or something leaks."""
+        left = (await self.order(do="stop"))["left"]
+        await asyncio.wait_for(self._process.wait(), ORDER_TIMEOUT_S)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return left

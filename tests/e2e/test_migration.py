@@ -1,0 +1,152 @@
+"""Draining and switching a worker in the middle of streams moves them away: every client gets its golden tokens."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cluster_process import MODEL, ClusterProcess, wait_until
+from conftest import NUM_WORKERS, Job
+from test_exactness import check, run
+
+pytestmark = pytest.mark.timeout(400)
+
+NUM_STREAMS = 10
+MAX_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def long_jobs() -> list[Job]:
+    """Streams that last: prompts of different lengths, long answers, greedy and seeded, with penalties and logprobs."""
+    import torch
+
+    from cluster.llm import LLM, SamplingParams
+
+    torch.set_num_threads(1)
+    rng = random.Random(4)
+    llm = LLM(str(MODEL), kv_memory_bytes=200_000_000)
+    prompts, params, bodies = [], [], []
+    for index in range(NUM_STREAMS):
+        prompt = [rng.randrange(300, 1400) for _ in range((3, 64, 200, 700)[index % 4])]
+        sampling: dict[str, Any] = {"temperature": 0.0} if index % 3 == 0 else {"temperature": 0.9, "top_p": 0.95}
+        if index % 2:
+            sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
+        seed = rng.randrange(2**31)
+        prompts.append(prompt)
+        params.append(SamplingParams(max_tokens=MAX_TOKENS, seed=seed, ignore_eos=True, **sampling))
+        bodies.append(
+            {"model": MODEL.name, "prompt": prompt, "max_tokens": MAX_TOKENS, "seed": seed}
+            | sampling
+            | {"extra_body": {"ignore_eos": True, "return_token_ids": True, "trace": True, "top_k": 0, "min_p": 0.0}}
+        )
+    generations = llm.generate(prompts, params, progress=False)
+    return [
+        Job(body, generation.outputs[0].token_ids, generation.outputs[0].text)
+        for body, generation in zip(bodies, generations, strict=True)
+    ]
+
+
+def counter(cluster: ClusterProcess, name: str) -> float:
+    return float(cluster.get("/admin/status")["counters"].get(name, 0))
+
+
+def when_busy(cluster: ClusterProcess, worker_id: str, act: Callable[[], None]) -> Callable[[], None]:
+    """Acts once the worker decodes."""
+
+    def event() -> None:
+        wait_until(lambda: cluster.workers()[worker_id]["load"]["num_running"] > 1, 60, f"{worker_id} to be busy")
+        act()
+
+    return event
+
+
+def test_draining_in_mid_stream_moves_the_streams_and_empties_the_worker(
+    cluster: ClusterProcess, long_jobs: list[Job]
+) -> None:
+    before = counter(cluster, "migrations_done")
+    drained: list[subprocess.CompletedProcess[str]] = []
+    held: list[dict[str, Any]] = []
+
+    def drain() -> None:
+        drained.append(cluster.baton("drain", "decode-1", "--url", cluster.url, "--timeout", "90"))
+        held.append(cluster.workers()["decode-1"])
+
+    answers = run(cluster, long_jobs, {NUM_STREAMS * 4: when_busy(cluster, "decode-1", drain)})
+    check(long_jobs, answers)
+    assert drained[0].returncode == 0 and "is drained" in drained[0].stdout, drained[0]
+    assert held[0]["is_draining"] and held[0]["counters"]["held_blocks"] == 0
+    assert counter(cluster, "migrations_done") > before, "nothing moved: the streams were too short"
+    more = run(cluster, long_jobs[:4])
+    check(long_jobs[:4], more)
+    assert {answer.trace["choices"][0]["decode_worker"] for answer in more} == {"decode-0"}
+    table = cluster.baton("status", "--url", cluster.url).stdout
+    assert "draining" in next(line for line in table.splitlines() if line.startswith("decode-1"))
+    refused = cluster.baton("drain", "decode-0", "--url", cluster.url)
+    assert refused.returncode == 2 and "no worker could decode" in refused.stderr
+
+
+def test_a_drained_worker_that_is_killed_comes_back_drained_until_that_is_undone(
+    cluster: ClusterProcess, long_jobs: list[Job]
+) -> None:
+    before = cluster.workers()["decode-1"]
+    assert before["is_draining"]
+    os.kill(before["pid"], signal.SIGKILL)
+
+    def is_back() -> bool:
+        now = cluster.workers().get("decode-1")
+        return now is not None and now["generation"] > before["generation"]
+
+    wait_until(is_back, 90, "decode-1 to be restarted")
+    assert cluster.workers()["decode-1"]["is_draining"]
+    assert cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url).returncode == 0
+    assert not cluster.workers()["decode-1"]["is_draining"]
+    answers = run(cluster, long_jobs)
+    check(long_jobs, answers)
+    assert "decode-1" in {answer.trace["choices"][0]["decode_worker"] for answer in answers}
+    cluster.wait_idle(NUM_WORKERS)
+
+
+def test_a_role_switch_moves_the_streams_to_the_other_decode_worker(
+    cluster: ClusterProcess, long_jobs: list[Job]
+) -> None:
+    before = counter(cluster, "migrations_done")
+    outcomes = []
+
+    def switch() -> None:
+        outcomes.append(cluster.switch_role("decode-0", "prefill"))
+
+    answers = run(cluster, long_jobs, {NUM_STREAMS * 4: when_busy(cluster, "decode-0", switch)})
+    check(long_jobs, answers)
+    assert outcomes[0].returncode == 0 and counter(cluster, "migrations_done") > before
+    assert cluster.switch_role("decode-0", "decode").returncode == 0
+    cluster.wait_idle(NUM_WORKERS)
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "decode-1"])
+def test_a_worker_that_is_killed_while_streams_move_changes_no_token(
+    cluster: ClusterProcess, long_jobs: list[Job], victim: str
+) -> None:
+    """decode-1 drains to decode-0: once the target is killed in the middle of it, once the source."""
+    pid = cluster.workers()[victim]["pid"]
+    begun = counter(cluster, "migrations_begun")
+
+    def drain_and_kill() -> None:
+        drain = threading.Thread(
+            target=cluster.baton, args=("drain", "decode-1", "--force", "--url", cluster.url, "--timeout", "60")
+        )
+        drain.start()
+        wait_until(lambda: counter(cluster, "migrations_begun") > begun, 60, "a migration to begin")
+        os.kill(pid, signal.SIGKILL)
+        drain.join(100)
+
+    answers = run(cluster, long_jobs, {NUM_STREAMS * 4: when_busy(cluster, "decode-1", drain_and_kill)})
+    check(long_jobs, answers)
+    wait_until(lambda: len(cluster.workers()) == NUM_WORKERS, 90, "the victim to be back")
+    assert cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url).returncode == 0
+    cluster.wait_idle(NUM_WORKERS)
