@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_tiers.tiers import KvTiers
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
@@ -17,6 +18,9 @@ from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import KvEvent, Load
 
 log = logging.getLogger(__name__)
+
+PROMOTION_TIMEOUT_S = 5.0
+"""A sequence waits so long for a slow disk, then computes what has not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class _Live:
     num_texted: int = 0
     """Tokens that `output` has seen; a replay after a preemption does not show them again."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    promoted_by_s: float = 0.0
+    """When waiting for lower tiers ends."""
 
 
 class Engine:
@@ -90,6 +96,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         prefix_cache: bool = True,
+        tiers: KvTiers | None = None,
         worker_id: str = "local",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,7 +106,8 @@ class Engine:
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._clock = clock
-        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache)
+        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache, tiers)
+        self._tiers = tiers
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
@@ -195,7 +203,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
-        busy = (State.DECODING, State.PREFILLING)
+        busy = (State.DECODING, State.PREFILLING, State.PROMOTING)
         return bool(
             self._early
             or self._abandoned
@@ -208,7 +216,10 @@ class Engine:
         started = self._clock()
         result = StepResult(outputs=self._early, abandoned=self._abandoned)
         self._early, self._abandoned = [], []
+        self._poll_tiers(started)
         step = self._scheduler.schedule()
+        for sequence in step.promotions:
+            self._live[sequence.sequence_id].promoted_by_s = started + PROMOTION_TIMEOUT_S
         for sequence in step.transfers:
             blocks = tuple(sequence.table.blocks)
             result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
@@ -234,6 +245,21 @@ class Engine:
         self.last_step_s = self._clock() - started
         return result
 
+    def on_tiers_ready(self, notify: Callable[[], None]) -> None:
+        """`notify` is called, on another thread, when a step would find something new from a lower tier."""
+        if self._tiers is not None:
+            self._tiers.on_result(notify)
+
+    def rest(self, timeout_s: float) -> None:
+        """After a step without progress: returns when another could make some, or after so long."""
+        if self._tiers is not None:
+            self._tiers.wait(timeout_s)
+
+    def close(self) -> None:
+        """Ends what works beside the engine; no step after this."""
+        if self._tiers is not None:
+            self._tiers.close()
+
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
         return self._kv.dump()
@@ -249,11 +275,11 @@ class Engine:
         return Load(
             num_waiting=len(self._scheduler.waiting),
             num_running=sum(1 for s in states if s in (State.DECODING, State.PREFILLING)),
-            num_transferring=sum(1 for s in states if s in (State.TRANSFERRING, State.HELD)),
+            num_transferring=sum(1 for s in states if s in (State.PROMOTING, State.TRANSFERRING, State.HELD)),
             waiting_prefill_tokens=sum(
                 s.num_uncomputed_prompt
                 for s in (*self._scheduler.waiting, *sequences)
-                if s.state in (State.WAITING, State.PREFILLING) and s.kind is not Kind.TARGET
+                if s.state in (State.WAITING, State.PROMOTING, State.PREFILLING) and s.kind is not Kind.TARGET
             ),
             num_free_blocks=self._kv.num_available,
             num_blocks=self._kv.num_blocks,
@@ -262,7 +288,17 @@ class Engine:
 
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
-        return tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+        own = tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+        return own if self._tiers is None else own + self._tiers.counters()
+
+    def _poll_tiers(self, now: float) -> None:
+        """Takes over what came from lower tiers, and ends waits that took too long."""
+        if self._tiers is None:
+            return
+        self._tiers.poll()
+        for sequence in self._scheduler.active:
+            if sequence.state is State.PROMOTING and now >= self._live[sequence.sequence_id].promoted_by_s:
+                self._scheduler.give_promotion_up(sequence)
 
     def _after_prefill(self, live: _Live, piece: SequenceSlice, sampled: Sampled, result: StepResult) -> None:
         sequence = live.sequence

@@ -56,11 +56,16 @@ class DumpKv:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Something beside the engine has made progress possible."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-Command = Add | CancelSequence | Landed | TransferLost | DumpKv | _Stop
+Command = Add | CancelSequence | Landed | TransferLost | DumpKv | Wake | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        self._engine.on_tiers_ready(lambda: self.post(Wake()))
         self._thread.start()
 
     def post(self, command: Command) -> None:
@@ -145,5 +151,5 @@ class EngineThread:
                 engine.transfer_failed(command.sequence_id, command.report)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
-            case _Stop():
+            case Wake() | _Stop():
                 pass

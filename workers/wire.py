@@ -11,7 +11,7 @@ from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout, SharedHandle
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, Role, Tier, WorkerAddress, WorkerStatus
 
 
 def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
@@ -222,11 +222,15 @@ def load_from_pb(message: pb.Load) -> Load:
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
-    return pb.KvEvent(sequence=event.sequence, stored=event.stored, removed=event.removed, reset=event.reset)
+    return pb.KvEvent(
+        sequence=event.sequence, stored=event.stored, removed=event.removed, reset=event.reset, tiers=event.tiers
+    )
 
 
 def kv_event_from_pb(message: pb.KvEvent) -> KvEvent:
-    return KvEvent(message.sequence, tuple(message.stored), tuple(message.removed), message.reset)
+    """Raises ValueError for a tier that this version does not know."""
+    tiers = tuple([Tier(tier) for tier in message.tiers])
+    return KvEvent(message.sequence, tuple(message.stored), tuple(message.removed), message.reset, tiers)
 
 
 def model_to_pb(model: ModelInfo) -> pb.ModelInfo:

@@ -29,6 +29,8 @@ class Step:
     batch: Batch
     transfers: tuple[Sequence, ...] = ()
     """Sequences whose blocks are reserved now and whose prompt another worker shall compute."""
+    promotions: tuple[Sequence, ...] = ()
+    """Sequences that wait for lower tiers from now on; `give_promotion_up` ends the wait."""
 
 
 @dataclass(slots=True)
@@ -63,24 +65,35 @@ class Scheduler:
         decode = self._schedule_decodes(budget)
         budget -= len(decode)
         prefill: list[SequenceSlice] = []
+        transfers: list[Sequence] = []
+        promotions: list[Sequence] = []
+        for sequence in [s for s in self.active if s.state is State.PROMOTING and _is_promoted(s)]:
+            self._begin(sequence, transfers)
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
             budget -= self._take_chunk(sequence, budget, prefill)
-        transfers: list[Sequence] = []
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
             self.waiting.pop(0)
             self.active.append(sequence)
-            if self._goes_elsewhere(sequence):
-                sequence.move(State.TRANSFERRING)
-                transfers.append(sequence)
-            else:
-                sequence.move(State.PREFILLING)
+            self.kv.promote(sequence.table)
+            if not _is_promoted(sequence):
+                sequence.move(State.PROMOTING)
+                promotions.append(sequence)
+                continue
+            self._begin(sequence, transfers)
+            if sequence.state is State.PREFILLING:
                 budget -= self._take_chunk(sequence, budget, prefill)
                 if budget <= 0:
                     break
-        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
+
+    def give_promotion_up(self, sequence: Sequence) -> None:
+        """What has not come from lower tiers by now is computed."""
+        promotion = sequence.table.promotion
+        if promotion is not None:
+            promotion.fail(promotion.num_arrived)
 
     def computed_prefill(self, sequence: Sequence, num_tokens: int) -> None:
         """A prefill chunk of this sequence has been computed."""
@@ -164,11 +177,20 @@ class Scheduler:
             self.kv.release(table)
             return False
         sequence.table = table
-        sequence.num_computed = table.num_cached * self.kv.block_size
+        return True
+
+    def _begin(self, sequence: Sequence, transfers: list[Sequence]) -> None:
+        """All that caches give is in place: the rest of the prompt is computed, here or elsewhere."""
+        self.kv.settle(sequence.table)
+        sequence.num_computed = sequence.table.num_cached * self.kv.block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.cached_tokens += sequence.num_computed
-        return True
+        if self._goes_elsewhere(sequence):
+            sequence.move(State.TRANSFERRING)
+            transfers.append(sequence)
+        else:
+            sequence.move(State.PREFILLING)
 
     def _goes_elsewhere(self, sequence: Sequence) -> bool:
         return (
@@ -193,3 +215,8 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: s.rank)
+
+
+def _is_promoted(sequence: Sequence) -> bool:
+    """Nothing is on its way from lower tiers."""
+    return sequence.table.promotion is None or sequence.table.promotion.is_done

@@ -14,6 +14,8 @@ from workers.runner import SampleSpec, SequenceSlice
 class State(Enum):
     WAITING = auto()
     """Holds no blocks; in the queue."""
+    PROMOTING = auto()
+    """Its blocks are reserved and the beginning of its prompt is on the way into them from a lower tier."""
     TRANSFERRING = auto()
     """Its blocks are reserved and another worker computes its prompt into them."""
     PREFILLING = auto()
@@ -24,7 +26,8 @@ class State(Enum):
 
 
 _LEGAL: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
+    State.WAITING: frozenset({State.PROMOTING, State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
+    State.PROMOTING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
     State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
     State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.FINISHED}),
     State.DECODING: frozenset({State.WAITING, State.FINISHED}),
