@@ -115,6 +115,12 @@ class DiskThread:
         with self._moved:
             self._moved.wait_for(lambda: self._results or not self._has_work, timeout_s)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way and every result has been taken."""
+        with self._moved:
+            return not (self._has_work or self._results)
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """Lets the thread finish the job under way, drop the others and close the folder; waits for it so long."""
         with self._moved:

@@ -211,6 +211,11 @@ class KvTiers:
         self._disk.stop(timeout_s=0.0)
         self._disk = None
 
+    @property
+    def is_idle(self) -> bool:
+        """No disk has anything left to do or to tell."""
+        return self._disk is None or self._disk.is_idle
+
     def wait(self, timeout_s: float) -> None:
         """Returns when `poll` has something to do, or nothing is under way, or the time is over."""
         if self._disk is not None:
