@@ -61,6 +61,8 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
 PURE = (
     "workers/scheduler",
     "workers/kv_cache",
+    "workers/kv_transfer/transfer.py",
+    "workers/kv_transfer/pieces.py",
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
     "router/core.py",

@@ -92,9 +92,9 @@ class WorkerConfig:
             ),
             (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
             (
-                bool(self.transports) and set(self.transports) <= {"shm", "grpc"},
+                bool(self.transports) and set(self.transports) <= {"loopback", "shm", "grpc"},
                 "transports",
-                "must name at least one of shm, grpc",
+                "must name at least one of loopback, shm, grpc",
             ),
             (self.transfer_timeout_s > 0, "transfer_timeout_s", "must be positive"),
             (self.transfer_window_bytes >= 1 << 20, "transfer_window_bytes", "must be at least 1 MiB"),

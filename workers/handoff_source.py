@@ -1,122 +1,168 @@
-"""Serves one Handoff stream on the prefill worker: a loop around SourceSession that sends, reads and checksums."""
+"""Serves one handoff on the sending worker: a loop around SourceSession that reads the stream, sends pieces and checksums them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from workers.errors import TransferFailed
+from workers.handoff_export import Export
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import HandoffUp, KvPieces
+from workers.kv_transfer.messages import HandoffUp
 from workers.kv_transfer.source import (
     Broken,
+    Described,
     Release,
     Send,
     SendPieces,
+    Sent,
     SourceEvent,
     SourceSession,
-    StartPrefill,
-    Tick,
+    StartExport,
 )
+from workers.kv_transfer.transfer import Due
+from workers.kv_transfer.transport import OutgoingPiece, Transport
+from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
+from workers.status import WorkerAddress
 from workers.wire_handoff import down_from_pb, up_to_pb
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5
-MAX_EVENTS = 8192
-PIECES_PER_MESSAGE_BYTES = 4 << 20
+MAX_EVENTS = 1024
+
+
+def data_id(transfer_id: str, epoch: int) -> str:
+    """What a transport knows a transfer by. Each epoch has its own, so that late bytes of an earlier one find no inbox."""
+    return f"{transfer_id}.{epoch}"
 
 
 class SourceDriver:
-    """Runs one transfer to its end. `start_prefill` is called once; `release` exactly once, whatever happens."""
+    """Runs one transfer to its end: `run` in a task of its own, `outgoing` as what the gRPC handler yields.
+
+    `open_export` is called at once with the driver's `post`, and its export is released exactly once, whatever happens.
+    """
 
     def __init__(
         self,
         session: SourceSession,
         memory: KvMemory,
+        transports: Mapping[str, Transport],
+        target: WorkerAddress,
         transfer_id: str,
         generation: int,
-        target_generation: int,
-        start_prefill: Callable[[], None],
-        release: Callable[[str], None],
     ) -> None:
         self._session = session
         self._memory = memory
+        self._transports = transports
+        self._target = target
         self._transfer_id = transfer_id
         self._generation = generation
-        self._target_generation = target_generation
-        self._start_prefill = start_prefill
-        self._release = release
-        self._events: asyncio.Queue[SourceEvent] = asyncio.Queue(MAX_EVENTS)
+        self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS)
+        self._out: Letterbox[pb.HandoffUp | None] = Letterbox(MAX_EVENTS)
+        """Bounded by the window, one heartbeat a second and the lease."""
+        self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0
+        self.checksum_s = 0.0
+        self.reason = ""
 
     def post(self, event: SourceEvent) -> None:
-        """An event from the engine; beyond MAX_EVENTS the transfer is given up."""
-        if self._events.full():
-            self._events.get_nowait()
-            event = Broken("too many events for a transfer that does not move")
-        self._events.put_nowait(event)
+        """An event from the export or from the worker; bounded by the pieces of the transfer."""
+        self._events.post(event)
 
-    async def run(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncIterator[pb.HandoffUp]:
-        """Yields what is to be sent. Ends when the session is over or the stream is closed."""
+    async def run(self, incoming: AsyncIterator[pb.HandoffDown], export: Export) -> None:
+        """Ends when the export is released."""
         reader = asyncio.create_task(self._read(incoming))
-        released = False
+        is_released = False
         try:
             pending = self._session.open(time.monotonic())
             while True:
                 for command in pending:
                     match command:
                         case Send(message):
-                            yield self._envelope(message)
+                            self._out.post(self._envelope(message))
                         case SendPieces():
-                            for message in await self._describe(command):
-                                yield self._envelope(message)
-                        case StartPrefill():
-                            self._start_prefill()
+                            self._spawn(command)
+                        case StartExport():
+                            export.start()
                         case Release(reason):
-                            released = True
-                            self._release(reason)
-                if self._session.is_over:
+                            is_released = True
+                            self.reason = reason
+                            export.release(reason)
+                if is_released:
                     return
-                pending = self._session.handle(await self._next_event(), time.monotonic())
+                event = await self._events.next(self._session.next_deadline_s())
+                pending = self._session.handle(event if event is not None else Due(), time.monotonic())
         finally:
             reader.cancel()
-            if not released:
-                self._release("the receiver closed the stream")
+            self._out.post(None)
+            if not is_released:
+                if self._sends:
+                    await asyncio.wait(self._sends)
+                self.reason = "the worker stopped"
+                export.release(self.reason)
 
-    async def _next_event(self) -> SourceEvent:
+    async def outgoing(self) -> AsyncGenerator[pb.HandoffUp, None]:
+        """What is to be written to the stream; when it is not read to its end, the stream has broken."""
         try:
-            return await asyncio.wait_for(self._events.get(), TICK_S)
-        except TimeoutError:
-            return Tick()
+            while (message := await self._out.next(None)) is not None:
+                yield message
+        finally:
+            self.post(Broken("the receiver closed the stream"))
 
     async def _read(self, incoming: AsyncIterator[pb.HandoffDown]) -> None:
         try:
             async for envelope in incoming:
-                if (envelope.transfer_id, envelope.generation) != (self._transfer_id, self._target_generation):
+                if (envelope.transfer_id, envelope.generation) != (self._transfer_id, self._target.generation):
                     raise TransferFailed("a message of another transfer or generation came in on this stream")
                 await self._events.put(down_from_pb(envelope))
             await self._events.put(Broken("the receiver ended the stream"))
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await self._events.put(Broken(str(error)))
+            await self._events.put(Broken(str(error), is_ours=True))
 
-    async def _describe(self, command: SendPieces) -> list[KvPieces]:
-        """Announcements in messages of a bounded size."""
-        cut = self._session.cut
-        total = sum(cut.piece_bytes(number) for number, _ in command.pieces)
+    def _spawn(self, command: SendPieces) -> None:
+        task = asyncio.create_task(self._send_pieces(command))
+        self._sends.add(task)
+        task.add_done_callback(self._sends.discard)
+
+    async def _send_pieces(self, command: SendPieces) -> None:
+        """Announces the pieces as soon as their checksums are known, and meanwhile sends them."""
+        outgoing = [self._outgoing_piece(number, block) for number, block in command.pieces]
+        total = sum(piece.view.nbytes for piece in outgoing)
         self.sent_bytes += total
-        args = (self._memory, cut, command.pieces, command.with_data)
+        sending = asyncio.create_task(
+            self._transports[command.transport].send(self._target, data_id(self._transfer_id, command.epoch), outgoing)
+        )
+        reason = ""
+        try:
+            await self._describe(command, total)
+            await sending
+        except TransferFailed as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("pieces could not be sent over %s", command.transport)
+            reason = repr(error)
+        finally:
+            if not sending.done():
+                await asyncio.wait({sending})
+            self.post(Sent(command.epoch, reason))
+
+    async def _describe(self, command: SendPieces, total: int) -> None:
+        args = (self._memory, self._session.cut, command.pieces)
+        started = time.monotonic()
         pieces = describe_pieces(*args) if total <= INLINE_BYTES else await asyncio.to_thread(describe_pieces, *args)
-        if not command.with_data:
-            return [KvPieces(pieces)]
-        per_message = max(1, PIECES_PER_MESSAGE_BYTES // cut.piece_bytes(command.pieces[0][0]))
-        return [KvPieces(pieces[i : i + per_message]) for i in range(0, len(pieces), per_message)]
+        self.checksum_s += time.monotonic() - started
+        self.post(Described(command.epoch, pieces))
+
+    def _outgoing_piece(self, number: int, block: int) -> OutgoingPiece:
+        slot = self._session.cut.slot(number)
+        view = self._memory.block(block, slot.first_layer, slot.num_layers)
+        return OutgoingPiece(number, block, slot.first_layer, slot.num_layers, view)
 
     def _envelope(self, message: HandoffUp) -> pb.HandoffUp:
         return up_to_pb(self._transfer_id, self._generation, message)

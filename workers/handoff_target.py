@@ -1,150 +1,173 @@
-"""Fetches one prompt's KV from a prefill worker: a loop around TargetSession that dials, maps, copies and verifies."""
+"""Fetches KV from another worker: a loop around TargetSession that dials, connects, collects and verifies."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 import grpc
 
 from workers.errors import Refusal, TransferFailed
-from workers.kv_transfer.copier import INLINE_BYTES, place_pieces
-from workers.kv_transfer.memory import KvMemory, MappedKvMemory, SharedHandle
-from workers.kv_transfer.messages import HandoffRefused, PrefillDone
+from workers.handoff_source import data_id
+from workers.kv_transfer.copier import INLINE_BYTES, verify_pieces
+from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.messages import Done, HandoffRefused, KvPiece, KvPieces
 from workers.kv_transfer.target import (
     Broken,
-    Copied,
-    CopyPieces,
+    Close,
+    Closed,
+    Collect,
+    Collected,
+    Connect,
+    Connected,
+    ConnectFailed,
     Fail,
     Land,
-    MapFailed,
-    Mapped,
-    MapPool,
     Send,
     TargetEvent,
     TargetSession,
-    Tick,
 )
+from workers.kv_transfer.transfer import Due
+from workers.kv_transfer.transport import Inbox, IncomingPiece, Transport, View
+from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
+from workers.status import WorkerAddress
 from workers.wire_handoff import down_to_pb, up_from_pb
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5
 MAX_EVENTS = 1024
+CLOSE_S = 1.0
+"""How long the last message may take to reach the sender before the stream is cut."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """A prompt that landed. `transfer_s` is the time spent copying and verifying, measured."""
+    """What landed. Times are measured here: `wait_s` from opening to the first announcement, `transfer_s` while pieces were
+    on their way or being verified."""
 
-    done: PrefillDone
+    done: Done
     transport: str
     kv_bytes: int
     transfer_s: float
+    wait_s: float = 0.0
+    resends: int = 0
+    degradations: int = 0
+
+
+class HandoffFailed(TransferFailed):
+    """A transfer that did not land; `refusal` names why."""
+
+    def __init__(self, reason: str, refusal: Refusal) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
 
 
 class TargetDriver:
-    """Runs one transfer from one prefill worker; `blocks` is our block table."""
+    """Runs one transfer from one sender; `blocks` is our block table. `run` in a task of its own.
+
+    `outcome` is set, once, when nothing writes into the blocks any more: a Handoff, or HandoffFailed. The task goes on for
+    a moment, until the sender has been told.
+    """
 
     def __init__(
         self,
         session: TargetSession,
         memory: KvMemory,
-        pools: PoolMaps,
+        transports: Mapping[str, Transport],
+        source: WorkerAddress,
         blocks: tuple[int, ...],
         transfer_id: str,
     ) -> None:
         self._session = session
         self._memory = memory
-        self._pools = pools
+        self._transports = transports
+        self._source = source
         self._blocks = blocks
         self._transfer_id = transfer_id
         self._generation = session.opening.target.generation
-        self._events: asyncio.Queue[TargetEvent] = asyncio.Queue(MAX_EVENTS)
-        """From the stream, whose reader waits when it is full."""
-        self._own_events: deque[TargetEvent] = deque()
-        """Results of our own commands; they come first and are bounded by them."""
-        self._wake = asyncio.Event()
-        self._shared: MappedKvMemory | None = None
-        self._copies: set[asyncio.Task[None]] = set()
-        self._copy_s = 0.0
+        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS)
+        self._inbox: Inbox | None = None
+        self._switch: asyncio.Task[None] | None = None
+        self._collects: set[asyncio.Task[None]] = set()
+        self._opened_s = self._first_s = 0.0
+        self._busy_since_s = self._busy_s = 0.0
+        self.outcome: asyncio.Future[Handoff] = asyncio.get_running_loop().create_future()
 
-    def cancel(self) -> None:
-        """Asks the transfer to end; `run` raises once nothing writes into the blocks any more."""
-        self._post(Broken("the request was cancelled", Refusal.SHUTTING_DOWN))
+    def cancel(self, reason: str = "the request was cancelled") -> None:
+        """Asks the transfer to end; `outcome` comes once nothing writes into the blocks any more."""
+        self._events.post(Broken(reason, Refusal.SHUTTING_DOWN, is_ours=True))
 
-    async def run(self, stub: worker_pb2_grpc.WorkerStub, on_landed: Callable[[Handoff], None]) -> None:
-        """Calls `on_landed` once everything is in place and verified, then lets the sender go.
-
-        Raises TransferFailed otherwise, when nothing writes into the blocks any more.
-        """
+    async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
+        """Always sets `outcome`."""
         call = stub.Handoff()
         reader = asyncio.create_task(self._read(call))
-        outcome: Land | Fail | None = None
         try:
-            pending = self._session.open(time.monotonic())
-            while True:
+            self._opened_s = time.monotonic()
+            pending = self._session.open(self._opened_s)
+            while not self.outcome.done():
                 for command in pending:
                     match command:
                         case Send(message):
                             await self._send(call, down_to_pb(self._transfer_id, self._generation, message))
-                        case MapPool():
-                            self._map(command)
-                        case CopyPieces():
-                            await self._copy(command)
+                        case Connect():
+                            self._switch = asyncio.create_task(self._connect(command, self._switch))
+                        case Collect():
+                            self._collect(command)
+                        case Close():
+                            closing = asyncio.create_task(self._close())
+                            closing.add_done_callback(lambda _: self._events.post(Closed()))
                         case Land(done):
-                            outcome = command
-                            on_landed(self._handoff(done))
-                        case Fail():
-                            outcome = command
-                if outcome is not None:
+                            await self._close()
+                            self.outcome.set_result(self._handoff(done))
+                        case Fail(reason, refusal):
+                            self.outcome.set_exception(HandoffFailed(reason, refusal))
+                if self.outcome.done():
                     break
-                pending = self._session.handle(await self._next_event(), time.monotonic())
+                event = await self._events.next(self._session.next_deadline_s())
+                pending = self._session.handle(event if event is not None else Due(), time.monotonic())
+            await self._hang_up(call, reader)
         finally:
-            if isinstance(outcome, Land):
-                await self._close(call, reader)
-            # Cancelling a pending read cancels the whole call, which could overtake the release message.
+            # Cancelling a pending read cancels the whole call, which could overtake the last message.
             reader.cancel()
             call.cancel()
-            if self._copies:
-                await asyncio.wait(self._copies)
-        if isinstance(outcome, Fail):
-            raise TransferFailed(outcome.reason)
+            await self._close()
+            if not self.outcome.done():
+                self.outcome.set_exception(HandoffFailed("the worker stopped", Refusal.SHUTTING_DOWN))
 
-    def _handoff(self, done: PrefillDone) -> Handoff:
-        cut = self._session.cut
-        kv_bytes = sum(cut.piece_bytes(piece) for piece in range(cut.num_pieces))
-        return Handoff(done, self._session.transport, kv_bytes, self._copy_s)
+    def _handoff(self, done: Done) -> Handoff:
+        session = self._session
+        return Handoff(
+            done=done,
+            transport=session.transport,
+            kv_bytes=sum(session.cut.piece_bytes(piece) for piece in session.landed),
+            transfer_s=self._busy_s,
+            wait_s=max(0.0, self._first_s - self._opened_s),
+            resends=session.num_resent,
+            degradations=session.num_degradations,
+        )
+
+    # ---- the control stream ----
 
     async def _send(self, call: grpc.aio.StreamStreamCall, message: object) -> None:
         try:
-            await asyncio.wait_for(call.write(message), self._session.timeout_s)
+            async with asyncio.timeout(self._session.ttl_s):
+                await call.write(message)
         except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError) as error:
-            self._post(Broken(f"the stream to the prefill worker broke: {type(error).__name__}"))
+            self._events.post(Broken(f"the stream to the sender broke: {type(error).__name__}"))
 
-    async def _close(self, call: grpc.aio.StreamStreamCall, reader: asyncio.Task[None]) -> None:
-        """Lets the release message reach the sender, which then ends the stream."""
+    async def _hang_up(self, call: grpc.aio.StreamStreamCall, reader: asyncio.Task[None]) -> None:
+        """Lets the last message reach the sender, which then ends the stream."""
         try:
-            await asyncio.wait_for(call.done_writing(), 1.0)
+            async with asyncio.timeout(CLOSE_S):
+                await call.done_writing()
         except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
             return
-        await asyncio.wait({reader}, timeout=1.0)
-
-    async def _next_event(self) -> TargetEvent:
-        if not self._own_events and self._events.empty():
-            self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
-            except TimeoutError:
-                return Tick()
-        return self._own_events.popleft() if self._own_events else self._events.get_nowait()
+        await asyncio.wait({reader}, timeout=CLOSE_S)
 
     async def _read(self, call: AsyncIterator[pb.HandoffUp]) -> None:
         source_generation = self._session.opening.source_generation
@@ -155,73 +178,93 @@ class TargetDriver:
                 ours = (envelope.transfer_id, envelope.generation) == (self._transfer_id, source_generation)
                 if not ours and not isinstance(message, HandoffRefused):
                     raise TransferFailed("a message of another transfer or generation came in on this stream")
-                await self._hear(message)
-            await self._hear(Broken("the prefill worker ended the stream"))
+                if not self._first_s and isinstance(message, KvPieces) and message.pieces:
+                    self._first_s = time.monotonic()
+                await self._events.put(message)
+            await self._events.put(Broken("the sender ended the stream"))
         except asyncio.CancelledError:
             raise
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else error
-            await self._hear(Broken(f"the prefill worker was lost ({code})"))
+            await self._events.put(Broken(f"the sender was lost ({code})"))
         except Exception as error:
-            await self._hear(Broken(str(error)))
+            await self._events.put(Broken(str(error), is_ours=True))
 
-    def _map(self, command: MapPool) -> None:
+    # ---- the data path ----
+
+    async def _connect(self, command: Connect, before: asyncio.Task[None] | None) -> None:
+        name, epoch = command.offer.transport, command.epoch
         try:
-            self._shared = self._pools.map(command)
+            if before is not None:
+                await asyncio.wait({before})
+            await self._close_inbox()
+            transport = self._transports[name]
+            channel = await transport.connect(self._source, self._session.opening.layout, command.offer.data)
+            self._inbox = channel.inbox(data_id(self._transfer_id, epoch), self._place)
         except TransferFailed as error:
-            self._post(MapFailed(str(error)))
+            self._events.post(ConnectFailed(epoch, f"{name}: {error}"))
+        except Exception as error:
+            log.exception("%s could not be connected", name)
+            self._events.post(ConnectFailed(epoch, f"{name}: {error!r}"))
         else:
-            self._post(Mapped())
+            self._events.post(Connected(epoch))
 
-    async def _copy(self, command: CopyPieces) -> None:
-        """Copies small batches at once and hands large ones to a helper thread, whose end arrives as an event."""
-        shared = self._shared if command.transport == "shm" else None
-        total = sum(self._session.cut.piece_bytes(piece.piece) for piece in command.pieces)
-        if total <= INLINE_BYTES:
-            self._post(self._place(command, shared))
-            return
-        task = asyncio.create_task(self._copy_in_thread(command, shared))
-        self._copies.add(task)
-        task.add_done_callback(self._copies.discard)
+    def _place(self, piece: int) -> View:
+        slot = self._session.cut.slot(piece)
+        return self._memory.block(self._blocks[slot.block], slot.first_layer, slot.num_layers)
 
-    async def _copy_in_thread(self, command: CopyPieces, shared: MappedKvMemory | None) -> None:
-        self._post(await asyncio.to_thread(self._place, command, shared))
+    def _collect(self, command: Collect) -> None:
+        if not self._collects:
+            self._busy_since_s = time.monotonic()
+        task = asyncio.create_task(self._collect_pieces(command))
+        self._collects.add(task)
+        task.add_done_callback(self._collected)
 
-    def _place(self, command: CopyPieces, shared: MappedKvMemory | None) -> Copied:
-        started = time.monotonic()
-        good, bad = place_pieces(self._memory, self._blocks, command.pieces, shared)
-        self._copy_s += time.monotonic() - started
-        return Copied(good, bad, f"{len(bad)} pieces did not match their checksum" if bad else "")
+    def _collected(self, task: asyncio.Task[None]) -> None:
+        self._collects.discard(task)
+        if not self._collects:
+            self._busy_s += time.monotonic() - self._busy_since_s
 
-    def _post(self, event: TargetEvent) -> None:
-        self._own_events.append(event)
-        self._wake.set()
+    async def _collect_pieces(self, command: Collect) -> None:
+        name = self._session.transport
+        pieces = {p.piece: p for p in command.pieces}
+        wanted = [IncomingPiece(p.piece, p.source_block, p.first_layer, p.num_layers) for p in command.pieces]
+        arrived: tuple[int, ...] = ()
+        good: tuple[int, ...] = ()
+        try:
+            if self._inbox is not None:
+                arrived, _ = await self._inbox.collect(wanted)
+            good = await self._verified([pieces[number] for number in arrived])
+        except Exception:
+            log.exception("pieces could not be collected over %s", name)
+        bad = tuple(number for number in pieces if number not in set(good))
+        num_lost = len(pieces) - len(arrived)
+        reason = f"{num_lost} pieces were lost and {len(bad) - num_lost} did not match their checksum over {name}"
+        self._events.post(Collected(good, bad, reason if bad else ""))
 
-    async def _hear(self, event: TargetEvent) -> None:
-        await self._events.put(event)
-        self._wake.set()
+    async def _verified(self, arrived: list[KvPiece]) -> tuple[int, ...]:
+        """Those whose bytes match: by the checksum made while they were copied, else by reading our pool."""
+        known = {p.piece: self._inbox.checksum(p.piece) if self._inbox is not None else None for p in arrived}
+        unread = [piece for piece in arrived if known[piece.piece] is None]
+        num_bytes = sum(self._session.cut.piece_bytes(piece.piece) for piece in unread)
+        if num_bytes <= INLINE_BYTES:
+            read = verify_pieces(unread, self._place)
+        else:
+            read = await asyncio.to_thread(verify_pieces, unread, self._place)
+        good = set(read)
+        return tuple(p.piece for p in arrived if p.piece in good or known[p.piece] == p.checksum)
 
+    async def _close_inbox(self) -> None:
+        """Afterwards nothing writes into our blocks and every Collected has been posted."""
+        if self._inbox is not None:
+            await self._inbox.close()
+            self._inbox = None
+        if self._collects:
+            await asyncio.wait(set(self._collects))
 
-class PoolMaps:
-    """Mappings of peers' pools, kept between transfers; bounded, and dropped when their process has gone."""
-
-    def __init__(self, max_pools: int = 64) -> None:
-        self._max = max_pools
-        self._pools: dict[SharedHandle, MappedKvMemory] = {}
-
-    def map(self, command: MapPool) -> MappedKvMemory:
-        """Raises TransferFailed when the pool cannot be mapped."""
-        pool = self._pools.get(command.handle)
-        if pool is None:
-            pool = MappedKvMemory(command.handle, command.layout)
-            while len(self._pools) >= self._max:
-                self._pools.pop(next(iter(self._pools)))
-            self._pools[command.handle] = pool
-        return pool
-
-    def drop_dead(self) -> None:
-        """Unmaps the pools of processes that ended; call now and then."""
-        self._pools = {handle: pool for handle, pool in self._pools.items() if os.path.exists(f"/proc/{handle.pid}")}
-
-    def clear(self) -> None:
-        self._pools.clear()
+    async def _close(self) -> None:
+        if self._switch is not None:
+            self._switch.cancel()
+            await asyncio.wait({self._switch})
+            self._switch = None
+        await self._close_inbox()

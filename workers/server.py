@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
 import grpc
@@ -18,6 +18,7 @@ from workers.engine import refusal_output
 from workers.engine_thread import Add, CancelSequence, Command, DumpKv, Report
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.transport import Transport
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, Output, Request
@@ -44,6 +45,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         identity: Identity,
         model: ModelInfo,
         memory: KvMemory,
+        transports: Mapping[str, Transport],
         post: Callable[[Command], None],
         on_role_change: Callable[[Role, int], None] | None = None,
     ) -> None:
@@ -60,7 +62,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         self._is_stopping = False
-        self.transfers = Transfers(config, identity, memory, model.fingerprint, post, self._ids.__next__)
+        self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, self._ids.__next__)
 
     def status(self) -> WorkerStatus:
         """The worker as it is now; `held_blocks` among the counters is 0 when idle."""
@@ -216,8 +218,12 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def Handoff(
         self, request_iterator: AsyncIterator[pb.HandoffDown], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.HandoffUp]:
-        async for message in self.transfers.serve(request_iterator):
-            yield message
+        messages = self.transfers.serve(request_iterator)
+        try:
+            async for message in messages:
+                yield message
+        finally:
+            await messages.aclose()
 
     async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext) -> pb.WorkerStatus:
         try:
@@ -245,7 +251,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         """Tells every router about once a second that the worker lives."""
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            self.transfers.tick()
+            await self.transfers.tick()
             self._broadcast_status()
 
     async def close(self) -> None:

@@ -1,35 +1,48 @@
-"""All KV handoffs of one worker, in both directions: accepts them from decode workers and fetches prompts from prefill workers."""
+"""All KV handoffs of one worker, in both directions: serves what it exports, and receives what the engine wants."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from workers.config import WorkerConfig
 from workers.engine import BlocksFilled, Prefilled, TransferWanted
-from workers.engine_thread import Add, CancelSequence, Command, Landed, TransferLost
-from workers.errors import Refusal, TransferFailed
+from workers.engine_thread import Command, Landed, TransferLost
+from workers.errors import InvariantViolated, Refusal, Refused, TransferFailed
+from workers.handoff_export import Exporter, PromptExporter
 from workers.handoff_source import SourceDriver
-from workers.handoff_target import Handoff, PoolMaps, TargetDriver
+from workers.handoff_target import Handoff, HandoffFailed, TargetDriver
 from workers.kv_transfer.copier import same_shape
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import HandoffAccepted, HandoffRefused, OpenHandoff, PrefillDone
+from workers.kv_transfer.messages import (
+    HandoffAccepted,
+    HandoffRefused,
+    Offer,
+    OpenHandoff,
+    PrefillDone,
+    Prompt,
+    Subject,
+)
 from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import Broken, Filled, SourceSession
+from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.target import TargetSession
+from workers.kv_transfer.transport import Sweeping, Transport
 from workers.pb import worker_pb2 as pb
 from workers.peers import Peers
 from workers.request import HandoffReport, Request
-from workers.runner import BLOCK_SIZE, Sampled
-from workers.scheduler.sequence import Kind
+from workers.runner import Sampled
 from workers.status import Role, WorkerAddress
 from workers.wire_handoff import down_from_pb, up_to_pb
 
 log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -47,7 +60,10 @@ class Identity:
 
 
 class Transfers:
-    """Owns every running handoff. Used from the event loop only; `post` reaches the engine thread."""
+    """Owns every running handoff. Used from the event loop only; `post` reaches the engine thread.
+
+    `transports` are best first. `exporters` says who opens an export of which kind of subject; more may be added (`export`).
+    """
 
     def __init__(
         self,
@@ -55,6 +71,7 @@ class Transfers:
         identity: Identity,
         memory: KvMemory,
         fingerprint: str,
+        transports: Mapping[str, Transport],
         post: Callable[[Command], None],
         new_sequence_id: Callable[[], int],
     ) -> None:
@@ -62,120 +79,184 @@ class Transfers:
         self._identity = identity
         self._memory = memory
         self._fingerprint = fingerprint
+        self._transports = transports
         self._post = post
-        self._new_sequence_id = new_sequence_id
         self._peers = Peers()
-        self._pools = PoolMaps()
-        self._sources: dict[int, tuple[SourceDriver, Cut]] = {}
-        self._targets: dict[int, TargetDriver] = {}
-        self._fetching: set[int] = set()
-        self._cancelled: set[int] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._host = socket.gethostname()
+        self._prompts = PromptExporter(post, new_sequence_id)
+        self._exporters: dict[type, Exporter] = {Prompt: self._prompts}
+        self._sources: dict[SourceDriver, asyncio.Task[None]] = {}
+        self._targets: dict[TargetDriver, asyncio.Task[None]] = {}
+        self._fetches: dict[int, asyncio.Task[None]] = {}
         self.counters: Counter[str] = Counter()
 
     @property
     def num_running(self) -> int:
-        return len(self._sources) + len(self._tasks)
+        """Handoffs under way at either end; 0 when idle, or something leaks."""
+        return len(self._sources) + len(self._targets) + len(self._fetches)
 
-    # ---- as the prefill worker ----
+    # ---- as the sender ----
 
-    async def serve(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncIterator[pb.HandoffUp]:
+    def export(self, subject: type, exporter: Exporter) -> None:
+        """From now on subjects of this kind are served."""
+        self._exporters[subject] = exporter
+
+    async def serve(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncGenerator[pb.HandoffUp, None]:
         """Answers one Handoff stream."""
         try:
-            first = await asyncio.wait_for(anext(incoming), self._config.transfer_timeout_s)
+            async with asyncio.timeout(self._config.transfer_timeout_s):
+                first = await anext(incoming)
             opening = down_from_pb(first)
         except (StopAsyncIteration, TimeoutError, TransferFailed) as error:
             log.warning("a handoff stream ended before it began: %r", error)
             return
         generation = self._identity.generation
-        refused = self._check_opening(opening, first.generation)
-        if refused is not None or not isinstance(opening, OpenHandoff):
-            refused = refused or HandoffRefused(Refusal.INVALID, "a handoff begins with OpenHandoff")
+        try:
+            if not isinstance(opening, OpenHandoff):
+                raise Refused(Refusal.INVALID, "a handoff begins with OpenHandoff")
+            self._check(opening, first.generation)
+            driver = self._open_source(opening, first.transfer_id, incoming)
+        except Refused as refused:
             self.counters["handoffs_refused"] += 1
-            yield up_to_pb(first.transfer_id, generation, refused)
+            yield up_to_pb(first.transfer_id, generation, HandoffRefused(refused.refusal, str(refused)))
             return
-        request = opening.request
-        num_blocks = -(-len(request.prompt_token_ids) // BLOCK_SIZE) - opening.first_block
-        cut = Cut(self._memory.layout, opening.first_block, num_blocks)
-        common = tuple(t for t in opening.transports if t in self._config.transports)
-        accepted = HandoffAccepted(common, self._memory.layout, self._memory.handle if "shm" in common else None)
-        session = SourceSession(cut, accepted, self._config.transfer_timeout_s, self._config.transfer_window_bytes)
-        sequence_id = self._new_sequence_id()
+        outgoing = driver.outgoing()
+        try:
+            async for message in outgoing:
+                yield message
+        finally:
+            await outgoing.aclose()
+
+    def _open_source(
+        self, opening: OpenHandoff, transfer_id: str, incoming: AsyncIterator[pb.HandoffDown]
+    ) -> SourceDriver:
+        """Raises Refused."""
+        exporter = self._exporters.get(type(opening.subject))
+        if exporter is None:
+            kind = type(opening.subject).__name__
+            raise Refused(Refusal.INVALID, f"{self._identity.worker_id} hands over nothing of kind {kind}")
+        cut = Cut(self._memory.layout, opening.first_block, opening.num_blocks)
+        session = SourceSession(
+            cut,
+            HandoffAccepted(self._offers(opening), self._memory.layout),
+            self._config.transfer_timeout_s,
+            self._config.transfer_window_bytes,
+        )
         driver = SourceDriver(
-            session,
-            self._memory,
-            first.transfer_id,
-            generation,
-            opening.target.generation,
-            start_prefill=lambda: self._post(Add(sequence_id, request, Kind.SOURCE)),
-            release=lambda reason: self._release_source(sequence_id, reason),
+            session, self._memory, self._transports, opening.target, transfer_id, self._identity.generation
         )
-        self._sources[sequence_id] = (driver, cut)
-        async for message in driver.run(incoming):
-            yield message
+        export = exporter.open(opening, cut, driver.post)
+        task = asyncio.create_task(driver.run(incoming, export), name=f"source-{transfer_id}")
+        self._sources[driver] = task
+        task.add_done_callback(lambda _: self._source_ended(driver))
+        return driver
 
-    def filled(self, event: BlocksFilled) -> None:
-        entry = self._sources.get(event.sequence_id)
-        if entry is not None:
-            entry[0].post(Filled(event.blocks, event.num_filled))
+    def _offers(self, opening: OpenHandoff) -> tuple[Offer, ...]:
+        """Raises Refused when nothing is common."""
+        offers: list[Offer] = []
+        for name, transport in self._transports.items():
+            if name in opening.transports:
+                data = transport.offer(opening.target, opening.host)
+                if data is not None:
+                    offers.append(Offer(name, data))
+        if not offers:
+            mine, theirs = tuple(self._transports), opening.transports
+            raise Refused(Refusal.INVALID, f"no common transport: {mine} here, {theirs} there")
+        return tuple(offers)
 
-    def prefilled(self, event: Prefilled) -> None:
-        entry = self._sources.get(event.sequence_id)
-        if entry is None:
-            return
-        driver, cut = entry
-        assert event.sampled.token_id is not None
-        driver.post(
-            PrefillDone(
-                event.sampled.token_id, event.sampled.logprob, cut.num_pieces, event.cached_tokens, event.prefill_s
-            )
-        )
-
-    def source_failed(self, sequence_id: int, message: str) -> bool:
-        """The engine refused or failed a prompt; True when it was one of ours."""
-        entry = self._sources.get(sequence_id)
-        if entry is not None:
-            entry[0].post(Broken(message))
-        return entry is not None
-
-    def _release_source(self, sequence_id: int, reason: str) -> None:
-        driver, _ = self._sources.pop(sequence_id)
-        self._post(CancelSequence(sequence_id))
-        self.counters["handoffs_sent" if not reason else "handoffs_not_taken"] += 1
-        self.counters["handoff_sent_bytes"] += driver.sent_bytes
-        if reason:
-            log.warning("%s gave a prompt up: %s", self._identity.worker_id, reason)
-
-    def _check_opening(self, opening: object, generation: int) -> HandoffRefused | None:
-        if not isinstance(opening, OpenHandoff):
-            return HandoffRefused(Refusal.INVALID, "a handoff begins with OpenHandoff")
+    def _check(self, opening: OpenHandoff, generation: int) -> None:
+        """Raises Refused."""
         me = self._identity
         if opening.target.generation != generation:
-            return HandoffRefused(Refusal.STALE_GENERATION, "the receiver contradicts itself about its generation")
+            raise Refused(Refusal.STALE_GENERATION, "the receiver contradicts itself about its generation")
         if opening.source_generation != me.generation:
-            return HandoffRefused(
+            raise Refused(
                 Refusal.STALE_GENERATION,
                 f"{me.worker_id} is in generation {me.generation}, not {opening.source_generation}",
             )
-        if not me.role.can_prefill:
-            return HandoffRefused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
+        if isinstance(opening.subject, Prompt) and not me.role.can_prefill:
+            raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if opening.model_fingerprint != self._fingerprint or not same_shape(opening.layout, self._memory.layout):
-            return HandoffRefused(Refusal.INVALID, f"{me.worker_id} serves another model or KV layout")
-        if not set(opening.transports) & set(self._config.transports):
-            return HandoffRefused(Refusal.INVALID, f"no common transport: {self._config.transports} here")
-        blocks = -(-len(opening.request.prompt_token_ids) // BLOCK_SIZE)
-        if not 0 <= opening.first_block < max(blocks, 1):
-            return HandoffRefused(Refusal.INVALID, "first_block is outside the prompt")
-        return None
+            raise Refused(Refusal.INVALID, f"{me.worker_id} serves another model or KV layout")
+        if opening.first_block < 0 or opening.num_blocks < 0:
+            raise Refused(Refusal.INVALID, "blocks cannot be counted backwards")
 
-    # ---- as the decode worker ----
+    def _source_ended(self, driver: SourceDriver) -> None:
+        self._sources.pop(driver)
+        self.counters["handoffs_sent" if not driver.reason else "handoffs_not_taken"] += 1
+        self.counters["handoff_sent_bytes"] += driver.sent_bytes
+        if driver.reason:
+            log.warning("%s gave a handoff up: %s", self._identity.worker_id, driver.reason)
+
+    def filled(self, event: BlocksFilled) -> None:
+        self._prompts.filled(event)
+
+    def prefilled(self, event: Prefilled) -> None:
+        self._prompts.prefilled(event)
+
+    def source_failed(self, sequence_id: int, message: str) -> bool:
+        """The engine refused or failed a prompt; True when it was computed for another worker."""
+        return self._prompts.failed(sequence_id, message)
+
+    # ---- as the receiver ----
+
+    async def receive(
+        self, source: WorkerAddress, subject: Subject, first_block: int, blocks: tuple[int, ...]
+    ) -> Handoff:
+        """Has `source` fill the entries from `first_block` on of the block table `blocks`, of this pool.
+
+        When it returns everything is in place and verified. When it raises TransferFailed, or is cancelled, nothing writes
+        into the blocks any more.
+        """
+        cut = Cut(self._memory.layout, first_block, len(blocks) - first_block)
+        opening = OpenHandoff(
+            target=self._identity.address,
+            host=self._host,
+            source_generation=source.generation,
+            model_fingerprint=self._fingerprint,
+            layout=self._memory.layout,
+            subject=subject,
+            first_block=first_block,
+            num_blocks=cut.num_blocks,
+            transports=tuple(self._transports),
+        )
+        session = TargetSession(cut, opening, self._config.transfer_timeout_s)
+        driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
+        stub = await self._peers.stub(source.target)
+        task = asyncio.create_task(driver.run(stub), name=f"target-{source.worker_id}")
+        self._targets[driver] = task
+        task.add_done_callback(lambda _: self._targets.pop(driver))
+        try:
+            return await asyncio.shield(driver.outcome)
+        except asyncio.CancelledError:
+            driver.cancel()
+            await _until_done(driver.outcome)
+            raise
+        except HandoffFailed as error:
+            if error.refusal is Refusal.WORKER_LOST:
+                await self._forget(source)
+            raise
+
+    async def _forget(self, source: WorkerAddress) -> None:
+        """Its successor is to be dialled afresh."""
+        await self._peers.forget(source.target)
+        for transport in self._transports.values():
+            await transport.forget(source.worker_id)
 
     def fetch(self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...]) -> None:
         """Has the prompt computed by the first candidate that manages; the engine hears Landed or TransferLost."""
-        self._fetching.add(wanted.sequence_id)
         task = asyncio.create_task(self._fetch(wanted, request, candidates), name=f"fetch-{wanted.sequence_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._fetches[wanted.sequence_id] = task
+        task.add_done_callback(lambda _: self._fetched(wanted.sequence_id, task))
+
+    def _fetched(self, sequence_id: int, task: asyncio.Task[None]) -> None:
+        """However a fetch ended, nothing writes into its blocks any more (`receive`), and the engine must hear of it."""
+        self._fetches.pop(sequence_id)
+        if task.cancelled() or task.exception() is not None:
+            me = self._identity.worker_id
+            self._post(TransferLost(sequence_id, HandoffReport(me, me, "local")))
+            if not task.cancelled():
+                log.error("a fetch ended unexpectedly", exc_info=task.exception())
 
     def decline(self, wanted: TransferWanted) -> None:
         """Nobody waits for this prompt any more and no transfer was begun."""
@@ -184,64 +265,28 @@ class Transfers:
 
     def abandon(self, sequence_id: int) -> None:
         """The request was cancelled: stop the transfer, then the engine hears TransferLost and frees the blocks."""
-        if sequence_id not in self._fetching:
-            return
-        self._cancelled.add(sequence_id)
-        driver = self._targets.get(sequence_id)
-        if driver is not None:
-            driver.cancel()
+        task = self._fetches.get(sequence_id)
+        if task is not None:
+            task.cancel()
 
     async def _fetch(self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...]) -> None:
         me = self._identity.worker_id
-        attempts = 0
-        try:
-            for source in candidates:
-                if wanted.sequence_id in self._cancelled:
-                    break
-                attempts += 1
-                try:
-                    await self._fetch_from(source, wanted, request, attempts)
-                except TransferFailed as error:
-                    if wanted.sequence_id not in self._cancelled:
-                        self.counters["handoffs_failed"] += 1
-                        log.warning("%s could not fetch a prompt from %s: %s", me, source.worker_id, error)
-                        await self._peers.forget(source.target)
-                    continue
+        for attempt, source in enumerate(candidates, start=1):
+            try:
+                handoff = await self.receive(source, Prompt(request), wanted.first_block, wanted.blocks)
+            except TransferFailed as error:
+                self.counters["handoffs_failed"] += 1
+                log.warning("%s could not fetch a prompt from %s: %s", me, source.worker_id, error)
+            else:
+                self._landed(wanted, source, handoff, attempt)
                 return
-            self.counters["local_prefills_after_failure"] += wanted.sequence_id not in self._cancelled
-            report = HandoffReport(me, me, "local", attempts=attempts + 1)
-            self._post(TransferLost(wanted.sequence_id, report))
-        except BaseException:
-            # Nothing is copying any more (TargetDriver.run waits), so the blocks may be used or freed.
-            self._post(TransferLost(wanted.sequence_id, HandoffReport(me, me, "local", attempts=attempts + 1)))
-            raise
-        finally:
-            self._fetching.discard(wanted.sequence_id)
-            self._cancelled.discard(wanted.sequence_id)
-
-    async def _fetch_from(self, source: WorkerAddress, wanted: TransferWanted, request: Request, attempts: int) -> None:
-        layout = self._memory.layout
-        cut = Cut(layout, wanted.first_block, len(wanted.blocks) - wanted.first_block)
-        opening = OpenHandoff(
-            target=self._identity.address,
-            source_generation=source.generation,
-            model_fingerprint=self._fingerprint,
-            layout=layout,
-            request=request,
-            first_block=wanted.first_block,
-            transports=self._config.transports,
-        )
-        session = TargetSession(cut, opening, self._config.transfer_timeout_s)
-        driver = TargetDriver(session, self._memory, self._pools, wanted.blocks, uuid.uuid4().hex)
-        self._targets[wanted.sequence_id] = driver
-        try:
-            stub = await self._peers.stub(source.target)
-            await driver.run(stub, lambda handoff: self._landed(wanted, source, handoff, attempts))
-        finally:
-            del self._targets[wanted.sequence_id]
+        self.counters["local_prefills_after_failure"] += 1
+        self._post(TransferLost(wanted.sequence_id, HandoffReport(me, me, "local", attempts=len(candidates) + 1)))
 
     def _landed(self, wanted: TransferWanted, source: WorkerAddress, handoff: Handoff, attempts: int) -> None:
         done = handoff.done
+        if not isinstance(done, PrefillDone):
+            raise InvariantViolated(f"a prompt ended with {type(done).__name__}")
         self.counters["handoffs_landed"] += 1
         self.counters[f"handoffs_landed_{handoff.transport}"] += 1
         self.counters["handoff_received_bytes"] += handoff.kv_bytes
@@ -257,15 +302,31 @@ class Transfers:
         sampled = Sampled(wanted.sequence_id, done.token_id, done.logprob)
         self._post(Landed(wanted.sequence_id, sampled, done.cached_tokens, report))
 
-    def tick(self) -> None:
+    async def tick(self) -> None:
         """Now and then: lets go of what dead peers left behind."""
-        self._pools.drop_dead()
+        for transport in self._transports.values():
+            if isinstance(transport, Sweeping):
+                await transport.sweep()
 
     async def close(self) -> None:
-        """Ends every transfer."""
-        for driver in self._targets.values():
-            driver.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5.0)
+        """Ends every transfer and the transports."""
+        for task in self._fetches.values():
+            task.cancel()
+        for driver in self._targets:
+            driver.cancel("the worker is stopping")
+        for source in self._sources:
+            source.post(Broken("the worker is stopping", is_ours=True))
+        tasks = {*self._fetches.values(), *self._targets.values(), *self._sources.values()}
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
         await self._peers.close()
-        self._pools.clear()
+        for transport in self._transports.values():
+            await transport.close()
+
+
+async def _until_done(outcome: asyncio.Future[Handoff]) -> None:
+    """However often the waiting task is cancelled: the blocks may not be given away before."""
+    while not outcome.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({outcome})
+    outcome.exception()  # seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal
-from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, Role, Tier, WorkerAddress, WorkerStatus
@@ -297,14 +297,6 @@ def layout_from_pb(message: pb.KvLayout) -> KvLayout:
         message.dtype,
         message.itemsize,
     )
-
-
-def shared_handle_to_pb(handle: SharedHandle) -> pb.SharedHandle:
-    return pb.SharedHandle(pid=handle.pid, fd=handle.fd, num_bytes=handle.num_bytes, nonce=handle.nonce)
-
-
-def shared_handle_from_pb(message: pb.SharedHandle) -> SharedHandle:
-    return SharedHandle(message.pid, message.fd, message.num_bytes, message.nonce)
 
 
 def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from workers.errors import TransferFailed
 from workers.kv_transfer.messages import (
+    CancelHandoff,
     HandoffAccepted,
     HandoffDown,
     HandoffRefused,
     HandoffUp,
     KvPiece,
     KvPieces,
+    Offer,
     OpenHandoff,
     PieceAck,
     PrefillDone,
+    Prefix,
+    PrefixDone,
+    Prompt,
     ReleaseHandoff,
+    Running,
+    SequenceMoved,
+    Subject,
+    TransportBroken,
     UseTransport,
 )
 from workers.pb import worker_pb2 as pb
@@ -25,11 +34,56 @@ from workers.wire import (
     refusal_from_name,
     request_from_pb,
     request_to_pb,
-    shared_handle_from_pb,
-    shared_handle_to_pb,
     token_logprob_from_pb,
     token_logprob_to_pb,
 )
+
+
+def opening_to_pb(transfer_id: str, opening: OpenHandoff) -> pb.OpenHandoff:
+    message = pb.OpenHandoff(
+        transfer_id=transfer_id,
+        target=address_to_pb(opening.target),
+        host=opening.host,
+        source_generation=opening.source_generation,
+        model_fingerprint=opening.model_fingerprint,
+        layout=layout_to_pb(opening.layout),
+        first_block=opening.first_block,
+        num_blocks=opening.num_blocks,
+        transports=opening.transports,
+    )
+    match opening.subject:
+        case Prompt(request):
+            message.prompt.CopyFrom(request_to_pb(request))
+        case Running(request_id):
+            message.running.CopyFrom(pb.RunningSubject(request_id=request_id))
+        case Prefix(hashes):
+            message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes))
+    return message
+
+
+def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
+    """Raises TransferFailed for a subject of an unknown kind."""
+    subject: Subject
+    match message.WhichOneof("subject"):
+        case "prompt":
+            subject = Prompt(request_from_pb(message.prompt))
+        case "running":
+            subject = Running(message.running.request_id)
+        case "prefix":
+            subject = Prefix(tuple(message.prefix.hashes))
+        case kind:
+            raise TransferFailed(f"the receiver asks for something of unknown kind {kind!r}")
+    return OpenHandoff(
+        target=address_from_pb(message.target),
+        host=message.host,
+        source_generation=message.source_generation,
+        model_fingerprint=message.model_fingerprint,
+        layout=layout_from_pb(message.layout),
+        subject=subject,
+        first_block=message.first_block,
+        num_blocks=message.num_blocks,
+        transports=tuple(message.transports),
+    )
 
 
 def down_to_pb(transfer_id: str, generation: int, message: HandoffDown) -> pb.HandoffDown:
@@ -37,24 +91,15 @@ def down_to_pb(transfer_id: str, generation: int, message: HandoffDown) -> pb.Ha
     envelope = pb.HandoffDown(transfer_id=transfer_id, generation=generation)
     match message:
         case OpenHandoff():
-            envelope.open.CopyFrom(
-                pb.OpenHandoff(
-                    transfer_id=transfer_id,
-                    target=address_to_pb(message.target),
-                    source_generation=message.source_generation,
-                    model_fingerprint=message.model_fingerprint,
-                    layout=layout_to_pb(message.layout),
-                    request=request_to_pb(message.request),
-                    first_block=message.first_block,
-                    transports=message.transports,
-                )
-            )
-        case UseTransport(transport):
-            envelope.use.CopyFrom(pb.UseTransport(transport=transport))
+            envelope.open.CopyFrom(opening_to_pb(transfer_id, message))
+        case UseTransport(transport, epoch):
+            envelope.use.CopyFrom(pb.UseTransport(transport=transport, epoch=epoch))
         case PieceAck(pieces):
             envelope.ack.CopyFrom(pb.PieceAck(pieces=pieces))
         case ReleaseHandoff():
             envelope.release.CopyFrom(pb.ReleaseHandoff())
+        case CancelHandoff(reason):
+            envelope.cancel.CopyFrom(pb.CancelHandoff(reason=reason))
     return envelope
 
 
@@ -62,22 +107,15 @@ def down_from_pb(envelope: pb.HandoffDown) -> HandoffDown:
     """Raises TransferFailed for a message of an unknown kind."""
     match envelope.WhichOneof("message"):
         case "open":
-            message = envelope.open
-            return OpenHandoff(
-                target=address_from_pb(message.target),
-                source_generation=message.source_generation,
-                model_fingerprint=message.model_fingerprint,
-                layout=layout_from_pb(message.layout),
-                request=request_from_pb(message.request),
-                first_block=message.first_block,
-                transports=tuple(message.transports),
-            )
+            return opening_from_pb(envelope.open)
         case "use":
-            return UseTransport(envelope.use.transport)
+            return UseTransport(envelope.use.transport, envelope.use.epoch)
         case "ack":
             return PieceAck(tuple(envelope.ack.pieces))
         case "release":
             return ReleaseHandoff()
+        case "cancel":
+            return CancelHandoff(envelope.cancel.reason)
         case kind:
             raise TransferFailed(f"the receiver sent a message of unknown kind {kind!r}")
 
@@ -86,12 +124,12 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
     """`generation` is the sender's, of the moment it accepted the transfer."""
     envelope = pb.HandoffUp(transfer_id=transfer_id, generation=generation)
     match message:
-        case HandoffAccepted():
-            accepted = pb.HandoffAccepted(transports=message.transports, layout=layout_to_pb(message.layout))
-            if message.shared is not None:
-                accepted.shared.CopyFrom(shared_handle_to_pb(message.shared))
-            envelope.accepted.CopyFrom(accepted)
-        case KvPieces(pieces):
+        case HandoffAccepted(offers, layout):
+            envelope.accepted.layout.CopyFrom(layout_to_pb(layout))
+            for offer in offers:
+                envelope.accepted.offers.add(transport=offer.transport, data=offer.data)
+        case KvPieces(pieces, epoch):
+            envelope.pieces.epoch = epoch
             envelope.pieces.SetInParent()
             for piece in pieces:
                 envelope.pieces.pieces.add(
@@ -101,8 +139,9 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
                     num_layers=piece.num_layers,
                     source_block=piece.source_block,
                     checksum=piece.checksum,
-                    data=piece.data,
                 )
+        case TransportBroken(epoch, reason):
+            envelope.broken.CopyFrom(pb.TransportBroken(epoch=epoch, reason=reason))
         case PrefillDone():
             done = pb.PrefillDone(
                 token_id=message.token_id,
@@ -113,8 +152,15 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
             if message.logprob is not None:
                 done.logprob.CopyFrom(token_logprob_to_pb(message.logprob))
             envelope.done.CopyFrom(done)
+        case SequenceMoved(known, num_computed, num_pieces):
+            moved = pb.SequenceMoved(known_token_ids=known, num_computed=num_computed, num_pieces=num_pieces)
+            envelope.moved.CopyFrom(moved)
+        case PrefixDone(num_blocks, num_pieces):
+            envelope.prefix_done.CopyFrom(pb.PrefixDone(num_blocks=num_blocks, num_pieces=num_pieces))
         case HandoffRefused(refusal, text):
             envelope.refused.CopyFrom(pb.HandoffRefused(refusal=refusal.value, message=text))
+        case CancelHandoff(reason):
+            envelope.cancel.CopyFrom(pb.CancelHandoff(reason=reason))
     return envelope
 
 
@@ -122,16 +168,16 @@ def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:
     """Raises TransferFailed for a message of an unknown kind."""
     match envelope.WhichOneof("message"):
         case "accepted":
-            accepted = envelope.accepted
-            shared = shared_handle_from_pb(accepted.shared) if accepted.HasField("shared") else None
-            return HandoffAccepted(tuple(accepted.transports), layout_from_pb(accepted.layout), shared)
+            offers = tuple(Offer(offer.transport, offer.data) for offer in envelope.accepted.offers)
+            return HandoffAccepted(offers, layout_from_pb(envelope.accepted.layout))
         case "pieces":
-            return KvPieces(
-                tuple(
-                    KvPiece(p.piece, p.block, p.first_layer, p.num_layers, p.source_block, p.checksum, p.data)
-                    for p in envelope.pieces.pieces
-                )
+            pieces = tuple(
+                KvPiece(p.piece, p.block, p.first_layer, p.num_layers, p.source_block, p.checksum)
+                for p in envelope.pieces.pieces
             )
+            return KvPieces(pieces, envelope.pieces.epoch)
+        case "broken":
+            return TransportBroken(envelope.broken.epoch, envelope.broken.reason)
         case "done":
             done = envelope.done
             return PrefillDone(
@@ -141,7 +187,14 @@ def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:
                 cached_tokens=done.cached_tokens,
                 prefill_s=done.prefill_s,
             )
+        case "moved":
+            moved = envelope.moved
+            return SequenceMoved(tuple(moved.known_token_ids), moved.num_computed, moved.num_pieces)
+        case "prefix_done":
+            return PrefixDone(envelope.prefix_done.num_blocks, envelope.prefix_done.num_pieces)
         case "refused":
             return HandoffRefused(refusal_from_name(envelope.refused.refusal), envelope.refused.message)
+        case "cancel":
+            return CancelHandoff(envelope.cancel.reason)
         case kind:
             raise TransferFailed(f"the sender sent a message of unknown kind {kind!r}")

@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc
 
 from workers.config import WorkerConfig
+from workers.data_path import make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
@@ -104,13 +105,15 @@ class Worker:
         self._engine = engine
         loop = asyncio.get_running_loop()
         thread = EngineThread(engine, loop, lambda report: server.on_report(report))
-        server = WorkerServer(
-            self._config, self._identity, model.info, model.runner.kv_memory, thread.post, self._on_role_change
-        )
+        memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        transports = make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
+        server = WorkerServer(
+            self._config, self._identity, model.info, memory, transports, thread.post, self._on_role_change
+        )
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
         self._identity.target = self._bind(self._grpc)
-        self._server, self._thread, self._memory = server, thread, model.runner.kv_memory
+        self._server, self._thread, self._memory = server, thread, memory
         await self._grpc.start()
         thread.start()
         self._ticker = asyncio.create_task(server.tick_forever())

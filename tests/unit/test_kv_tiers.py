@@ -256,7 +256,7 @@ def test_events_tell_routers_the_tier_of_each_block(tmp_path: Path) -> None:
 
 def test_a_tier_keeps_its_bound(tmp_path: Path) -> None:
     with rig(num_host=2, folder=tmp_path, num_disk=3) as r:
-        for start in range(10, 900, 60):
+        for start in range(10, 800, 60):
             r.ask(make_request(range(start, start + 3 * BLOCK_SIZE), 2))
             r.settle()
             assert len(files_in(tmp_path)) <= 3

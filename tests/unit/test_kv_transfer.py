@@ -13,58 +13,89 @@ from hypothesis import strategies as st
 from workers.errors import InvariantViolated, Refusal, TransferFailed
 from workers.kv_transfer import source as src
 from workers.kv_transfer import target as tgt
-from workers.kv_transfer.copier import describe_pieces, place_pieces, same_shape
+from workers.kv_transfer.copier import describe_pieces, same_shape, verify_pieces
 from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory
 from workers.kv_transfer.messages import (
+    CancelHandoff,
     HandoffAccepted,
     HandoffRefused,
     KvPieces,
+    Offer,
     OpenHandoff,
     PieceAck,
     PrefillDone,
+    Prefix,
+    PrefixDone,
+    Prompt,
     ReleaseHandoff,
+    Running,
+    SequenceMoved,
+    Subject,
+    TransportBroken,
     UseTransport,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.transfer import LEGAL, Due, Lease, Transfer, TransferState
+from workers.kv_transfer.transport import View
 from workers.status import WorkerAddress
 
 DONE = PrefillDone(7, None, 4, 0, 0.1)
+PROMPT = Prompt(make_request(range(5, 261)))
 
 
-def opening(transports: tuple[str, ...] = ("shm", "grpc")) -> OpenHandoff:
+def opening(transports: tuple[str, ...] = ("shm", "grpc"), subject: Subject = PROMPT) -> OpenHandoff:
     return OpenHandoff(
         target=WorkerAddress("decode-0", 1, "x:1"),
+        host="here",
         source_generation=1,
         model_fingerprint="f",
         layout=fake_layout(),
-        request=make_request(range(5, 261)),
+        subject=subject,
         first_block=0,
+        num_blocks=4,
         transports=transports,
     )
 
 
+def accepted(*transports: str) -> HandoffAccepted:
+    return HandoffAccepted(tuple(Offer(name, b"") for name in transports), fake_layout())
+
+
 class Wire:
-    """Both sessions, their pools, and messages in flight; `run` delivers in order until nothing moves."""
+    """Both sessions, their pools, and messages in flight; `run` delivers in order until nothing moves.
+
+    The bytes travel when the receiver collects. A transport in `broken` cannot be connected; pieces in `spoil` arrive with a
+    flipped byte, those in `lose` do not arrive, each once.
+    """
 
     def __init__(
-        self, transports: tuple[str, ...] = ("shm", "grpc"), first_block: int = 0, num_blocks: int = 4
+        self,
+        transports: tuple[str, ...] = ("shm", "grpc"),
+        first_block: int = 0,
+        num_blocks: int = 4,
+        subject: Subject = PROMPT,
+        layout: KvLayout | None = None,
     ) -> None:
-        self.cut = Cut(fake_layout(), first_block, num_blocks - first_block)
-        self.source_pool, self.target_pool = KvMemory(fake_layout()), KvMemory(fake_layout())
+        layout = layout or fake_layout()
+        self.layout = layout
+        self.cut = Cut(layout, first_block, num_blocks - first_block)
+        self.source_pool, self.target_pool = KvMemory(layout), KvMemory(layout)
         self.source_pool.bytes[:] = np.random.default_rng(0).integers(0, 256, self.source_pool.bytes.size, np.uint8)
         self.source_blocks = tuple(range(9, 9 - num_blocks, -1))
         self.target_blocks = tuple(range(2, 2 + num_blocks))
-        accepted = HandoffAccepted(transports, fake_layout(), self.source_pool.handle)
-        self.source = src.SourceSession(self.cut, accepted, timeout_s=5, window_bytes=4096)
-        self.target = tgt.TargetSession(self.cut, opening(transports), timeout_s=5)
-        self.mapped: MappedKvMemory | None = None
+        self.source = src.SourceSession(self.cut, accepted(*transports), ttl_s=5, window_bytes=4096)
+        self.target = tgt.TargetSession(self.cut, opening(transports, subject), ttl_s=5)
         self.now = 0.0
+        self.broken: set[str] = set()
         self.spoil: set[int] = set()
+        self.lose: set[int] = set()
         self.outcome: list[object] = []
         self.released: list[str] = []
         self.up: list[object] = []
         self.down: list[object] = []
         self.sent_pieces: list[int] = []
+        self.unfinished: list[src.Sent] = []
+        self.hold_sends = False
 
     def begin(self) -> None:
         self.do_target(self.target.open(self.now))
@@ -76,31 +107,47 @@ class Wire:
             match command:
                 case src.Send(message):
                     self.up.append(message)
-                case src.SendPieces(pieces, with_data):
+                case src.SendPieces(epoch, _, pieces):
                     self.sent_pieces += [number for number, _ in pieces]
-                    self.up.append(KvPieces(describe_pieces(self.source_pool, self.cut, pieces, with_data)))
+                    self.tell_source(src.Described(epoch, describe_pieces(self.source_pool, self.cut, pieces)))
+                    self.unfinished.append(src.Sent(epoch))
+                    if not self.hold_sends:
+                        self.finish_sends()
                 case src.Release(reason):
                     self.released.append(reason)
-                case src.StartPrefill():
+                case src.StartExport():
                     pass
+
+    def finish_sends(self) -> None:
+        while self.unfinished:
+            self.tell_source(self.unfinished.pop(0))
+
+    def place(self, piece: int) -> View:
+        slot = self.cut.slot(piece)
+        return self.target_pool.block(self.target_blocks[slot.block], slot.first_layer, slot.num_layers)
 
     def do_target(self, commands: list[tgt.TargetCommand]) -> None:
         for command in commands:
             match command:
                 case tgt.Send(message):
                     self.down.append(message)
-                case tgt.MapPool(handle, layout):
-                    self.mapped = MappedKvMemory(handle, layout)
-                    self.tell_target(tgt.Mapped())
-                case tgt.CopyPieces(pieces, transport):
-                    if self.spoil:
-                        pieces = tuple(
-                            replace(p, checksum=p.checksum ^ 1) if p.piece in self.spoil else p for p in pieces
-                        )
-                        self.spoil -= {p.piece for p in pieces}
-                    shared = self.mapped if transport == "shm" else None
-                    good, bad = place_pieces(self.target_pool, self.target_blocks, pieces, shared)
-                    self.tell_target(tgt.Copied(good, bad, "spoiled" if bad else ""))
+                case tgt.Connect(offer, epoch):
+                    is_broken = offer.transport in self.broken
+                    self.tell_target(tgt.ConnectFailed(epoch, "broken") if is_broken else tgt.Connected(epoch))
+                case tgt.Collect(pieces):
+                    there = [p for p in pieces if p.piece not in self.lose]
+                    self.lose -= {p.piece for p in pieces}
+                    for p in there:
+                        view = self.place(p.piece)
+                        view[:] = self.source_pool.block(p.source_block, p.first_layer, p.num_layers)
+                        if p.piece in self.spoil:
+                            view[0] ^= 1
+                            self.spoil.discard(p.piece)
+                    good = verify_pieces(there, self.place)
+                    bad = tuple(p.piece for p in pieces if p.piece not in good)
+                    self.tell_target(tgt.Collected(good, bad, "spoiled" if bad else ""))
+                case tgt.Close():
+                    self.tell_target(tgt.Closed())
                 case tgt.Land() | tgt.Fail():
                     self.outcome.append(command)
 
@@ -123,8 +170,26 @@ class Wire:
         while self.step():
             pass
 
+    def wait(self, seconds: float) -> None:
+        """Time passes, and each end wakes when it said it must."""
+        until = self.now + seconds
+        while True:
+            dues = [d for end in (self.source, self.target) if (d := end.next_deadline_s()) is not None and d <= until]
+            if not dues:
+                break
+            self.now = max(self.now, min(dues))
+            for end, tell in ((self.source, self.tell_source), (self.target, self.tell_target)):
+                due = end.next_deadline_s()
+                if due is not None and due <= self.now:
+                    tell(Due())
+            if not self.is_cut:
+                self.run()
+        self.now = until
+
+    is_cut = False
+
     def fill(self, num_filled: int) -> None:
-        self.tell_source(src.Filled(self.source_blocks, num_filled))
+        self.tell_source(src.Filled(self.source_blocks, 0, num_filled, self.layout.num_layers))
 
     def finish_prefill(self) -> None:
         self.fill(len(self.source_blocks))
@@ -132,8 +197,9 @@ class Wire:
 
     def blocks_arrived(self) -> bool:
         pairs = zip(self.source_blocks, self.target_blocks, strict=True)
+        layers = self.layout.num_layers
         return all(
-            np.array_equal(self.source_pool.block(a, 0, 2), self.target_pool.block(b, 0, 2))
+            np.array_equal(self.source_pool.block(a, 0, layers), self.target_pool.block(b, 0, layers))
             for index, (a, b) in enumerate(pairs)
             if index >= self.cut.first_block
         )
@@ -150,7 +216,23 @@ def test_blocks_travel_as_they_fill_and_the_source_is_released(transports: tuple
     wire.finish_prefill()
     wire.run()
     assert [type(o) for o in wire.outcome] == [tgt.Land] and wire.released == [""]
+    assert wire.source.state is wire.target.state is TransferState.LANDED
     assert wire.blocks_arrived() and wire.target.transport == transports[0]
+
+
+def test_layers_travel_while_later_layers_are_computed() -> None:
+    layout = KvLayout(16, 4, 8, 64, 256, "float32", 4)  # a layer of 1 MiB: each is a piece
+    wire = Wire(layout=layout, num_blocks=2)
+    wire.source.window_bytes = 64 << 20
+    wire.begin()
+    for layers in range(1, 5):
+        wire.tell_source(src.Filled(wire.source_blocks, 0, 2, layers))
+        wire.run()
+        assert wire.sent_pieces[-2:] == [layers - 1, 4 + layers - 1]
+    wire.tell_source(src.Filled(wire.source_blocks, 0, 2, 4))
+    wire.tell_source(replace(DONE, num_pieces=8))
+    wire.run()
+    assert sorted(wire.sent_pieces) == list(range(8)) and wire.blocks_arrived() and wire.released == [""]
 
 
 def test_a_held_prefix_is_not_sent() -> None:
@@ -162,14 +244,62 @@ def test_a_held_prefix_is_not_sent() -> None:
     assert not wire.target_pool.block(wire.target_blocks[0], 0, 2).any()
 
 
-def test_a_spoiled_piece_is_sent_again_over_the_next_transport() -> None:
+@pytest.mark.parametrize("fault", ["spoil", "lose"])
+def test_a_piece_that_is_spoiled_or_lost_is_sent_again_over_the_next_transport(fault: str) -> None:
     wire = Wire()
     wire.begin()
-    wire.spoil = {1}
+    getattr(wire, fault).add(1)
     wire.finish_prefill()
     wire.run()
     assert [type(o) for o in wire.outcome] == [tgt.Land]
     assert wire.blocks_arrived() and wire.target.transport == "grpc" and wire.target.num_degradations == 1
+    # What has been acknowledged is not sent again.
+    assert wire.sent_pieces.count(1) == 2 and wire.sent_pieces.count(0) == 1
+
+
+def test_a_transport_that_cannot_be_connected_is_passed_over() -> None:
+    wire = Wire()
+    wire.broken = {"shm"}
+    wire.begin()
+    wire.finish_prefill()
+    wire.run()
+    assert wire.blocks_arrived() and wire.target.transport == "grpc" and wire.released == [""]
+
+
+def test_when_no_transport_can_be_connected_both_ends_give_up() -> None:
+    wire = Wire()
+    wire.broken = {"shm", "grpc"}
+    wire.begin()
+    wire.run()
+    assert wire.outcome == [tgt.Fail("broken", Refusal.INTERNAL)]
+    assert wire.released == ["the receiver cancelled: broken"]
+
+
+def test_a_sender_that_cannot_send_says_so_and_the_next_transport_is_taken() -> None:
+    wire = Wire()
+    wire.hold_sends = True
+    wire.begin()
+    wire.step()
+    wire.fill(1)
+    wire.run()
+    wire.hold_sends = False
+    (sent,) = wire.unfinished
+    wire.unfinished = [replace(sent, reason="the socket broke")]
+    wire.finish_sends()
+    assert wire.up == [TransportBroken(0, "the socket broke")]
+    wire.finish_prefill()
+    wire.run()
+    assert [type(o) for o in wire.outcome] == [tgt.Land] and wire.target.transport == "grpc" and wire.blocks_arrived()
+
+
+def test_what_was_announced_before_the_choice_changed_means_nothing() -> None:
+    wire = Wire(("shm", "grpc"))
+    wire.begin()
+    wire.step()
+    wire.tell_target(TransportBroken(0, "broke"))
+    before = set(wire.target.collecting)
+    wire.tell_target(KvPieces(describe_pieces(wire.source_pool, wire.cut, [(0, 9)]), epoch=0))
+    assert wire.target.collecting == before == set()
 
 
 def test_a_transfer_that_keeps_spoiling_fails_and_frees_the_source() -> None:
@@ -180,92 +310,140 @@ def test_a_transfer_that_keeps_spoiling_fails_and_frees_the_source() -> None:
         wire.spoil = {2}
         assert wire.step()
     assert isinstance(wire.outcome[0], tgt.Fail) and "3 re-sends" in wire.outcome[0].reason
-    wire.tell_source(src.Broken("closed"))
-    assert wire.released == ["closed"]
+    wire.run()
+    assert len(wire.released) == 1 and "3 re-sends" in wire.released[0]
 
 
-def test_a_failed_target_waits_for_its_copies_before_it_says_so() -> None:
-    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), timeout_s=5)
+def test_a_failed_target_waits_for_what_writes_before_it_says_so() -> None:
+    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), ttl_s=5)
     session.open(0)
-    session.handle(HandoffAccepted(("grpc",), fake_layout()), 0)
-    pool = KvMemory(fake_layout())
-    pieces = describe_pieces(pool, session.cut, [(0, 1)], with_data=True)
-    assert isinstance(session.handle(KvPieces(pieces), 0)[0], tgt.CopyPieces)
-    assert session.handle(tgt.Broken("cancelled", Refusal.SHUTTING_DOWN), 0) == []
-    assert session.handle(tgt.Copied((0,)), 0) == [tgt.Fail("cancelled", Refusal.SHUTTING_DOWN)]
-    assert session.handle(tgt.Broken("again"), 0) == []
+    assert session.handle(accepted("grpc"), 0) == [tgt.Connect(Offer("grpc", b""), 0)]
+    session.handle(tgt.Connected(0), 0)
+    pieces = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
+    assert isinstance(session.handle(KvPieces(pieces), 0)[0], tgt.Collect)
+    cancelled = tgt.Broken("cancelled", Refusal.SHUTTING_DOWN, is_ours=True)
+    assert session.handle(cancelled, 0) == [tgt.Send(CancelHandoff("cancelled")), tgt.Close()]
+    assert session.state is TransferState.FAILED and session.next_deadline_s() is None
+    assert session.handle(tgt.Collected((0,)), 0) == []
+    assert session.handle(tgt.Closed(), 0) == [tgt.Fail("cancelled", Refusal.SHUTTING_DOWN)]
+    assert session.handle(tgt.Closed(), 0) == session.handle(tgt.Broken("again"), 0) == []
+
+
+def test_a_failed_source_holds_its_blocks_until_nobody_reads_them() -> None:
+    wire = Wire()
+    wire.hold_sends = True
+    wire.begin()
+    wire.run()
+    wire.fill(2)
+    wire.tell_source(CancelHandoff("enough"))
+    assert wire.source.state is TransferState.FAILED and wire.released == []
+    wire.finish_sends()
+    assert wire.released == ["the receiver cancelled: enough"]
 
 
 @pytest.mark.parametrize("piece", [{"piece": 9}, {"block": 2}, {"num_layers": 1}])
 def test_a_piece_for_another_place_fails_the_transfer(piece: dict[str, int]) -> None:
-    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), timeout_s=5)
+    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), ttl_s=5)
     session.open(0)
-    session.handle(HandoffAccepted(("grpc",), fake_layout()), 0)
-    (good,) = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)], with_data=True)
-    (command,) = session.handle(KvPieces((replace(good, **piece),)), 0)  # type: ignore[arg-type]
-    assert isinstance(command, tgt.Fail)
+    session.handle(accepted("grpc"), 0)
+    session.handle(tgt.Connected(0), 0)
+    (good,) = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
+    commands = session.handle(KvPieces((replace(good, **piece),)), 0)  # type: ignore[arg-type]
+    assert [type(c) for c in commands] == [tgt.Send, tgt.Close] and session.state is TransferState.FAILED
 
 
-def test_a_piece_of_the_wrong_size_or_outside_the_peers_pool_is_bad_not_written() -> None:
-    pool = KvMemory(fake_layout())
-    cut = Cut(fake_layout(), 0, 1)
-    (piece,) = describe_pieces(pool, cut, [(0, 1)], with_data=True)
-    assert place_pieces(pool, [3], [replace(piece, data=b"short")], None) == ((), (0,))
-    mapped = MappedKvMemory(pool.handle, pool.layout)
-    assert place_pieces(pool, [3], [replace(piece, source_block=99)], mapped) == ((), (0,))
-
-
-def test_silence_ends_both_sides() -> None:
+def test_silence_expires_both_ends() -> None:
     wire = Wire()
+    wire.is_cut = True
     wire.begin()
-    wire.now = 5.5
-    wire.tell_source(src.Tick())
-    wire.tell_target(tgt.Tick())
+    wire.wait(5.5)
+    assert wire.source.state is wire.target.state is TransferState.EXPIRED
     assert "silent" in wire.released[0]
     assert isinstance(wire.outcome[0], tgt.Fail) and wire.outcome[0].refusal is Refusal.WORKER_LOST
+    assert wire.source.next_deadline_s() is wire.target.next_deadline_s() is None
 
 
 def test_heartbeats_keep_a_slow_prefill_alive() -> None:
     wire = Wire()
     wire.begin()
     wire.run()
-    for second in range(1, 60):
-        wire.now = float(second)
-        wire.tell_source(src.Tick())
-        wire.tell_target(tgt.Tick())
-        wire.run()
+    wire.wait(60)
     wire.finish_prefill()
     wire.run()
     assert [type(o) for o in wire.outcome] == [tgt.Land]
 
 
+def test_a_lease_names_the_moment_to_look_again() -> None:
+    lease = Lease(ttl_s=5, heartbeat_s=1)
+    lease.begin(10)
+    assert lease.next_deadline_s == 11
+    lease.spoke(14.5)
+    assert (lease.expires_s, lease.next_deadline_s) == (15, 15)
+    lease.heard(15)
+    assert lease.next_deadline_s == 15.5
+
+
 def test_illegal_moves_raise_and_change_nothing() -> None:
-    session = src.SourceSession(Cut(fake_layout(), 0, 1), HandoffAccepted(("grpc",), fake_layout()), 5, 1)
-    with pytest.raises(InvariantViolated):
-        session._move(src.SourceState.RELEASED)
-    assert session.state is src.SourceState.ACCEPTED
-    assert session.handle(UseTransport("telepathy"), 0) == [
-        src.Release("the receiver chose 'telepathy', which was not offered")
-    ]
+    for state, legal in LEGAL.items():
+        for other in TransferState:
+            transfer = Transfer(Lease(5), state)
+            if other in legal:
+                transfer.move(other)
+                assert transfer.state is other
+            else:
+                with pytest.raises(InvariantViolated):
+                    transfer.move(other)
+                assert transfer.state is state
+    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
+    reason = "the receiver chose 'telepathy', which was not offered"
+    assert session.handle(UseTransport("telepathy"), 0) == [src.Send(CancelHandoff(reason)), src.Release(reason)]
     assert session.handle(ReleaseHandoff(), 0) == []
+
+
+def test_a_release_of_what_never_started_is_a_failure() -> None:
+    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
+    (release,) = session.handle(ReleaseHandoff(), 0)
+    assert isinstance(release, src.Release) and release.reason and session.state is TransferState.FAILED
 
 
 def test_a_refusal_reaches_the_caller_with_its_reason() -> None:
     session = tgt.TargetSession(Cut(fake_layout(), 0, 1), opening(), 5)
     session.open(0)
     refusal = HandoffRefused(Refusal.WRONG_ROLE, "decode-3 is a decode worker")
-    assert session.handle(refusal, 0) == [tgt.Fail("decode-3 is a decode worker", Refusal.WRONG_ROLE)]
+    assert session.handle(refusal, 0) == [tgt.Close()]
+    assert session.handle(tgt.Closed(), 0) == [tgt.Fail("decode-3 is a decode worker", Refusal.WRONG_ROLE)]
 
 
 def test_the_window_bounds_what_is_in_flight() -> None:
-    layout = fake_layout()
-    session = src.SourceSession(Cut(layout, 0, 8), HandoffAccepted(("grpc",), layout), 5, window_bytes=4096)
+    session = src.SourceSession(Cut(fake_layout(), 0, 8), accepted("grpc"), 5, window_bytes=4096)
     session.open(0)
     session.handle(UseTransport("grpc"), 0)
-    (command,) = session.handle(src.Filled(tuple(range(8)), 8), 0)
+    (command,) = session.handle(src.Filled(tuple(range(8)), 0, 8, 2), 0)
     assert isinstance(command, src.SendPieces) and len(command.pieces) == 2
     (command,) = session.handle(PieceAck((0,)), 0)
     assert isinstance(command, src.SendPieces) and len(command.pieces) == 1
+
+
+@pytest.mark.parametrize(
+    ("subject", "done", "lands"),
+    [
+        (Running("r"), SequenceMoved((7, 8), 150, 3), True),
+        (Prefix((1, 2, 3, 4)), PrefixDone(3, 3), True),
+        (Prefix((1, 2, 3, 4)), PrefixDone(0, 0), True),
+        (Running("r"), SequenceMoved((7,), 900, 5), False),
+        (Running("r"), PrefillDone(7, None, 4, 0, 0.1), False),
+        (PROMPT, PrefillDone(7, None, 3, 0, 0.1), False),
+    ],
+)
+def test_the_done_message_says_how_many_of_the_reserved_homes_count(subject: Subject, done, lands: bool) -> None:  # type: ignore[no-untyped-def]
+    wire = Wire(subject=subject)
+    wire.begin()
+    wire.run()
+    wire.fill(min(done.num_pieces, 4))
+    wire.tell_source(done)
+    wire.run()
+    assert [type(o) for o in wire.outcome] == [tgt.Land if lands else tgt.Fail]
+    assert wire.released == [""] if lands else len(wire.released) == 1
 
 
 @settings(max_examples=80, deadline=None)
@@ -275,31 +453,33 @@ def test_whatever_is_spoiled_duplicated_or_cut_off_nothing_lands_wrong(data: st.
     wire.begin()
     filled = 0
     for _ in range(data.draw(st.integers(1, 40))):
-        action = data.draw(st.sampled_from(["step", "step", "step", "fill", "spoil", "twice", "tick", "break"]))
+        action = data.draw(
+            st.sampled_from(
+                ["step", "step", "step", "fill", "spoil", "lose", "break transport", "twice", "wait", "break"]
+            )
+        )
         if action == "step":
             wire.step()
         elif action == "fill":
             filled = min(filled + 1, 4)
             wire.fill(filled)
-        elif action == "spoil":
-            wire.spoil.add(data.draw(st.integers(0, 3)))
+        elif action in ("spoil", "lose"):
+            getattr(wire, action).add(data.draw(st.integers(0, 3)))
+        elif action == "break transport":
+            wire.up.append(TransportBroken(wire.target.epoch, "broke"))
         elif action == "twice" and wire.up:
             wire.up.insert(0, wire.up[0]) if not isinstance(wire.up[0], HandoffAccepted) else None
-        elif action == "tick":
-            wire.now += 1
-            wire.tell_source(src.Tick())
-            wire.tell_target(tgt.Tick())
+        elif action == "wait":
+            wire.is_cut = data.draw(st.booleans())
+            wire.wait(1)
         elif action == "break":
             wire.tell_target(tgt.Broken("cut"))
             wire.tell_source(src.Broken("cut"))
             break
     wire.finish_prefill()
     wire.run()
-    if not wire.outcome:
-        wire.now += 100
-        wire.tell_target(tgt.Tick())
-    wire.now += 100
-    wire.tell_source(src.Tick())
+    wire.is_cut = True
+    wire.wait(100)
     assert len(wire.outcome) == 1 and len(wire.released) == 1
     if isinstance(wire.outcome[0], tgt.Land):
         assert wire.blocks_arrived()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +10,30 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import wire
+from workers import wire, wire_handoff
 from workers.client import Cancel, DumpRequest, Hello, Submit, WorkerFrame
-from workers.errors import InvariantViolated, Refusal
+from workers.errors import InvariantViolated, Refusal, TransferFailed
 from workers.kv_cache.block_hash import block_hashes
-from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.kv_transfer.memory import KvLayout
+from workers.kv_transfer.messages import (
+    CancelHandoff,
+    HandoffAccepted,
+    HandoffRefused,
+    KvPiece,
+    KvPieces,
+    Offer,
+    OpenHandoff,
+    PieceAck,
+    PrefillDone,
+    Prefix,
+    PrefixDone,
+    Prompt,
+    ReleaseHandoff,
+    Running,
+    SequenceMoved,
+    TransportBroken,
+    UseTransport,
+)
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -107,7 +127,26 @@ statuses = st.builds(
     counters=tuples(st.tuples(text, f64)),
 )
 layouts = st.builds(KvLayout, *[u32] * 5, text, u32)
-handles = st.builds(SharedHandle, u32, u32, u64, st.binary(max_size=20))
+subjects = st.builds(Prompt, requests) | st.builds(Running, text) | st.builds(Prefix, tuples(u64))
+pieces = st.builds(KvPiece, *[u32] * 5, u64)
+openings = st.builds(OpenHandoff, addresses, text, u64, text, layouts, subjects, u32, u32, tuples(text))
+handoff_downs = (
+    openings
+    | st.builds(UseTransport, text, u32)
+    | st.builds(PieceAck, tuples(u32))
+    | st.just(ReleaseHandoff())
+    | st.builds(CancelHandoff, text)
+)
+handoff_ups = (
+    st.builds(HandoffAccepted, tuples(st.builds(Offer, text, st.binary(max_size=20))), layouts)
+    | st.builds(KvPieces, tuples(pieces), u32)
+    | st.builds(TransportBroken, u32, text)
+    | st.builds(PrefillDone, u32, st.none() | logprobs, u32, u32, f64)
+    | st.builds(SequenceMoved, tuples(u32), u32, u32)
+    | st.builds(PrefixDone, u32, u32)
+    | st.builds(HandoffRefused, st.sampled_from(Refusal), text)
+    | st.builds(CancelHandoff, text)
+)
 frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
 router_messages = (
     st.builds(Submit, requests, u64, tuples(addresses))
@@ -127,7 +166,8 @@ PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {
     "model": (models, wire.model_to_pb, wire.model_from_pb),
     "status": (statuses, wire.status_to_pb, wire.status_from_pb),
     "layout": (layouts, wire.layout_to_pb, wire.layout_from_pb),
-    "shared_handle": (handles, wire.shared_handle_to_pb, wire.shared_handle_from_pb),
+    "handoff_down": (handoff_downs, partial(wire_handoff.down_to_pb, "t", 7), wire_handoff.down_from_pb),
+    "handoff_up": (handoff_ups, partial(wire_handoff.up_to_pb, "t", 7), wire_handoff.up_from_pb),
     "frame": (frames, wire.frame_to_pb, wire.frame_from_pb),
     "router_message": (router_messages, wire.router_message_to_pb, wire.router_message_from_pb),
 }
@@ -159,6 +199,15 @@ def test_a_refusal_of_a_newer_peer_counts_as_internal() -> None:
 def test_an_empty_router_message_is_refused() -> None:
     with pytest.raises(ValueError, match="not known"):
         wire.router_message_from_pb(pb.RouterMessage())
+
+
+def test_a_handoff_message_of_an_unknown_kind_fails_the_transfer() -> None:
+    with pytest.raises(TransferFailed, match="unknown kind"):
+        wire_handoff.down_from_pb(pb.HandoffDown())
+    with pytest.raises(TransferFailed, match="unknown kind"):
+        wire_handoff.up_from_pb(pb.HandoffUp())
+    with pytest.raises(TransferFailed, match="unknown kind"):
+        wire_handoff.down_from_pb(pb.HandoffDown(open=pb.OpenHandoff()))
 
 
 @settings(max_examples=50, deadline=None)

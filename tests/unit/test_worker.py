@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -122,7 +123,7 @@ def with_transports(*transports: str) -> WorkerConfig:
     )
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "grpc"])
 async def test_a_handoff_gives_the_tokens_of_one_worker_and_leaves_nothing(transport: str) -> None:
     config = with_transports(transport)
     async with pair(config, config) as (router, source, prefill):
@@ -199,19 +200,17 @@ async def test_a_stale_generation_is_refused_at_both_ends() -> None:
 
 async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request(range(5, 305), 20)
-    place = copier.place_pieces
+    describe = copier.describe_pieces
     spoiled: list[int] = []
 
-    def spoil_once(memory, blocks, pieces, shared):  # type: ignore[no-untyped-def]
-        pieces = list(pieces)
+    def spoil_once(memory, cut, pieces):  # type: ignore[no-untyped-def]
+        described = describe(memory, cut, pieces)
         if not spoiled:
-            spoiled.append(pieces[0].piece)
-            from dataclasses import replace
+            spoiled.append(described[0].piece)
+            described = (replace(described[0], checksum=described[0].checksum ^ 1), *described[1:])
+        return described
 
-            pieces[0] = replace(pieces[0], checksum=pieces[0].checksum ^ 1)
-        return place(memory, blocks, pieces, shared)
-
-    monkeypatch.setattr("workers.handoff_target.place_pieces", spoil_once)
+    monkeypatch.setattr("workers.handoff_source.describe_pieces", spoil_once)
     async with pair() as (router, source, _):
         await router.submit(request, source)
         outputs = await router.finish("r")

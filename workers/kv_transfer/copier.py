@@ -1,20 +1,17 @@
-"""Moves and verifies the bytes of KV pieces between a pool and a message or a peer's pool; runs on helper threads."""
+"""Checksums of KV pieces inside a pool: computed before they are announced, verified after they have arrived. Runs on helper threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
-from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory
+from workers.kv_transfer.checksum import checksums
+from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.messages import KvPiece
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.transport import View
 
 INLINE_BYTES = 256 << 10
-"""Up to this many bytes are checksummed or copied on the event loop; more goes to a helper thread."""
+"""Up to this many bytes are checksummed on the event loop; more goes to a helper thread."""
 
 
 def same_shape(a: KvLayout, b: KvLayout) -> bool:
@@ -28,57 +25,17 @@ def same_shape(a: KvLayout, b: KvLayout) -> bool:
     )
 
 
-def _checksum(view: npt.NDArray[np.uint8]) -> int:
-    return xxhash.xxh3_64_intdigest(view.data)
+def describe_pieces(memory: KvMemory, cut: Cut, pieces: Sequence[tuple[int, int]]) -> tuple[KvPiece, ...]:
+    """Announcements for (piece number, pool block) pairs."""
+    places = [(number, cut.slot(number), block) for number, block in pieces]
+    found = checksums([memory.block(block, slot.first_layer, slot.num_layers) for _, slot, block in places])
+    return tuple(
+        KvPiece(number, slot.block, slot.first_layer, slot.num_layers, block, value)
+        for (number, slot, block), value in zip(places, found, strict=True)
+    )
 
 
-def describe_pieces(
-    memory: KvMemory, cut: Cut, pieces: Iterable[tuple[int, int]], with_data: bool
-) -> tuple[KvPiece, ...]:
-    """Announcements for (piece number, pool block) pairs: checksums, and the bytes themselves `with_data`."""
-    described = []
-    for number, source_block in pieces:
-        slot = cut.slot(number)
-        view = memory.block(source_block, slot.first_layer, slot.num_layers)
-        described.append(
-            KvPiece(
-                piece=number,
-                block=slot.block,
-                first_layer=slot.first_layer,
-                num_layers=slot.num_layers,
-                source_block=source_block,
-                checksum=_checksum(view),
-                data=view.tobytes() if with_data else b"",
-            )
-        )
-    return tuple(described)
-
-
-def place_pieces(
-    memory: KvMemory,
-    blocks: Sequence[int],
-    pieces: Iterable[KvPiece],
-    shared: MappedKvMemory | None,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Copies pieces into our pool, from `shared` or from the message, and verifies what arrived.
-
-    `blocks` is our block table. Returns (good, bad) piece numbers; a bad piece leaves bytes that must not be used.
-    """
-    good: list[int] = []
-    bad: list[int] = []
-    for piece in pieces:
-        target = memory.block(blocks[piece.block], piece.first_layer, piece.num_layers)
-        try:
-            source = (
-                np.frombuffer(piece.data, dtype=np.uint8)
-                if shared is None
-                else shared.block(piece.source_block, piece.first_layer, piece.num_layers)
-            )
-            if source.nbytes != target.nbytes:
-                raise TransferFailed("a piece has the wrong size")
-            np.copyto(target, source)
-        except TransferFailed:
-            bad.append(piece.piece)
-            continue
-        (good if _checksum(target) == piece.checksum else bad).append(piece.piece)
-    return tuple(good), tuple(bad)
+def verify_pieces(pieces: Sequence[KvPiece], place: Callable[[int], View]) -> tuple[int, ...]:
+    """The numbers of those pieces whose bytes, at place(piece number), have the announced checksum."""
+    found = checksums([place(piece.piece) for piece in pieces])
+    return tuple(piece.piece for piece, value in zip(pieces, found, strict=True) if value == piece.checksum)

@@ -5,32 +5,71 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.errors import Refusal
-from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.kv_transfer.memory import KvLayout
 from workers.request import Request, TokenLogprob
 from workers.status import WorkerAddress
 
-HEARTBEAT_S = 1.0
-"""Each end says at least this often that it is alive."""
+# ---- what is handed over ----
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Compute this prompt and hand over its KV and its first token."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Hand over a sequence that runs at the sender; `request_id` is as the router named it there."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Hand over the longest run of these prefix-cache blocks, from the first on, that the sender holds.
+
+    `hashes` are those of workers.kv_cache.block_hash, of the blocks from `first_block` on.
+    """
+
+    hashes: tuple[int, ...]
+
+
+Subject = Prompt | Running | Prefix
+
+
+# ---- from the receiver to the sender ----
 
 
 @dataclass(frozen=True, slots=True)
 class OpenHandoff:
-    """The receiver asks for a prompt. `target` is the receiver with the generation it opened the transfer in."""
+    """The receiver asks. `target` is the receiver with the generation it opened the transfer in, `host` its host name.
+
+    It has reserved homes for `num_blocks` blocks from entry `first_block` of the block table on.
+    """
 
     target: WorkerAddress
+    host: str
     source_generation: int
     model_fingerprint: str
     layout: KvLayout
-    request: Request
+    subject: Subject
     first_block: int
+    num_blocks: int
     transports: tuple[str, ...]
+    """What the receiver can do, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class UseTransport:
-    """The receiver's choice, and later its wish to have all unacknowledged pieces again over this transport."""
+    """The receiver is connected over this transport: send everything over it that is not acknowledged.
+
+    `epoch` rises with each choice; announcements of an earlier epoch mean nothing any more.
+    """
 
     transport: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +84,37 @@ class ReleaseHandoff:
     """Everything landed; the sender may free its blocks."""
 
 
-HandoffDown = OpenHandoff | UseTransport | PieceAck | ReleaseHandoff
+@dataclass(frozen=True, slots=True)
+class CancelHandoff:
+    """Whoever says this has given the transfer up; both ends say it."""
+
+    reason: str
+
+
+HandoffDown = OpenHandoff | UseTransport | PieceAck | ReleaseHandoff | CancelHandoff
+
+
+# ---- from the sender to the receiver ----
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A transport that the sender can serve this receiver with, and what the receiver needs to connect."""
+
+    transport: str
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class HandoffAccepted:
-    """What both sides can do, best first; `shared` lets a receiver on the same host map the sender's pool."""
-
-    transports: tuple[str, ...]
+    offers: tuple[Offer, ...]
     layout: KvLayout
-    shared: SharedHandle | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class KvPiece:
-    """Some layers of one block. `block` is an index in the block table; `checksum` is xxh3_64 of the bytes.
-
-    Over shared memory `data` is empty and the receiver copies from block `source_block` of the sender's pool.
-    """
+    """Some layers of one block. `block` is an index in the block table, `source_block` the block in the sender's pool;
+    `checksum` is xxh3_64 of the bytes, which travel over the transport."""
 
     piece: int
     block: int
@@ -70,7 +122,6 @@ class KvPiece:
     num_layers: int
     source_block: int
     checksum: int
-    data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +129,15 @@ class KvPieces:
     """Pieces that are complete at the sender. Empty: the sender is alive."""
 
     pieces: tuple[KvPiece, ...] = ()
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TransportBroken:
+    """The sender could not send over the transport of this epoch."""
+
+    epoch: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +152,30 @@ class PrefillDone:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceMoved:
+    """The sequence stands still at the sender. `known_token_ids` are its output tokens so far; `num_computed` tokens of
+    prompt and output have their KV in the blocks."""
+
+    known_token_ids: tuple[int, ...]
+    num_computed: int
+    num_pieces: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixDone:
+    """The sender holds, and has announced, the first `num_blocks` of the blocks asked for."""
+
+    num_blocks: int
+    num_pieces: int
+
+
+Done = PrefillDone | SequenceMoved | PrefixDone
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffRefused:
     refusal: Refusal
     message: str
 
 
-HandoffUp = HandoffAccepted | KvPieces | PrefillDone | HandoffRefused
+HandoffUp = HandoffAccepted | KvPieces | TransportBroken | Done | HandoffRefused | CancelHandoff

@@ -54,5 +54,11 @@ class Cut:
         """How many pieces belong to blocks before this entry of the block table."""
         return min(max(block - self.first_block, 0), self.num_blocks) * self.pieces_per_block
 
+    def pieces_before_layer(self, num_layers: int) -> int:
+        """How many pieces of a block are complete once its first `num_layers` layers are."""
+        if num_layers >= self.layout.num_layers:
+            return self.pieces_per_block
+        return num_layers // self.layers_per_piece
+
     def piece_bytes(self, piece: int) -> int:
         return self.slot(piece).num_layers * self.layout.layer_bytes

@@ -3,65 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
-from workers.errors import InvariantViolated, Refusal
-from workers.kv_transfer.memory import KvLayout, SharedHandle
+from workers.errors import Refusal
 from workers.kv_transfer.messages import (
-    HEARTBEAT_S,
+    CancelHandoff,
+    Done,
     HandoffAccepted,
     HandoffDown,
     HandoffRefused,
+    HandoffUp,
     KvPiece,
     KvPieces,
+    Offer,
     OpenHandoff,
     PieceAck,
     PrefillDone,
+    Prefix,
+    PrefixDone,
+    Prompt,
     ReleaseHandoff,
+    Running,
+    SequenceMoved,
+    TransportBroken,
     UseTransport,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.transfer import Due, Lease, Transfer, TransferState
 
 MAX_DEGRADATIONS = 3
 """How often a transfer may ask for its missing pieces again before it fails."""
 
-
-class TargetState(Enum):
-    OPENING = auto()
-    MAPPING = auto()
-    RECEIVING = auto()
-    LANDED = auto()
-    FAILING = auto()
-    """Failed or cancelled, but copies into our blocks are still under way."""
-    FAILED = auto()
-
-
-_LEGAL: dict[TargetState, frozenset[TargetState]] = {
-    TargetState.OPENING: frozenset({TargetState.MAPPING, TargetState.RECEIVING, TargetState.FAILING}),
-    TargetState.MAPPING: frozenset({TargetState.RECEIVING, TargetState.FAILING}),
-    TargetState.RECEIVING: frozenset({TargetState.MAPPING, TargetState.LANDED, TargetState.FAILING}),
-    TargetState.FAILING: frozenset({TargetState.FAILED}),
-    TargetState.LANDED: frozenset(),
-    TargetState.FAILED: frozenset(),
-}
+_DONE_OF: dict[type, type] = {Prompt: PrefillDone, Running: SequenceMoved, Prefix: PrefixDone}
 
 
 # ---- events that are not messages of the sender ----
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
-    """The sender's pool is mapped."""
+class Connected:
+    """An inbox is open for this epoch; nothing of an earlier epoch writes into our blocks any more."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
-class MapFailed:
+class ConnectFailed:
+    epoch: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """Copies that ended: verified pieces and those whose bytes were wrong or unreachable."""
+class Collected:
+    """Pieces that were collected: verified ones, and those that were lost or whose bytes were wrong."""
 
     good: tuple[int, ...]
     bad: tuple[int, ...] = ()
@@ -69,19 +62,20 @@ class Copied:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
-    """The stream ended, or the request was cancelled."""
-
-    reason: str
-    refusal: Refusal = Refusal.WORKER_LOST
+class Closed:
+    """The inbox is closed and nothing collects: nothing writes into our blocks any more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
-    pass
+class Broken:
+    """The stream ended, or nobody wants the transfer any more. With `is_ours` the sender does not know yet and is told."""
+
+    reason: str
+    refusal: Refusal = Refusal.WORKER_LOST
+    is_ours: bool = False
 
 
-TargetEvent = HandoffAccepted | KvPieces | PrefillDone | HandoffRefused | Mapped | MapFailed | Copied | Broken | Tick
+TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | Broken | Due
 
 
 # ---- commands ----
@@ -93,22 +87,31 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class MapPool:
-    handle: SharedHandle
-    layout: KvLayout
+class Connect:
+    """Close the inbox of the epoch before, wait for what it collects, and open one over this offer.
+
+    The answer is Connected or ConnectFailed, after every Collected of the epoch before.
+    """
+
+    offer: Offer
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
-class CopyPieces:
-    """Put these pieces in place and verify their checksums; answer with Copied."""
+class Collect:
+    """Have these pieces put in place and verify their checksums; the answer is one or more Collected."""
 
     pieces: tuple[KvPiece, ...]
-    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Stop connecting and collecting; the answer is Closed, after the last Collected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Land:
-    done: PrefillDone
+    done: Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,169 +122,196 @@ class Fail:
     refusal: Refusal
 
 
-TargetCommand = Send | MapPool | CopyPieces | Land | Fail
+TargetCommand = Send | Connect | Collect | Close | Land | Fail
 
 
 @dataclass(slots=True)
 class TargetSession:
-    """Asks, negotiates, copies, verifies, acknowledges; over when it returns Land or Fail, which it does exactly once.
+    """Asks, negotiates, collects, verifies, acknowledges; over when it returns Land or Fail, which it does exactly once.
 
-    Silence of the sender for `timeout_s` fails it. A piece that does not verify makes it degrade: the missing pieces are asked
-    for again over the next transport both sides have (the last one is kept), at most MAX_DEGRADATIONS times.
+    The sender's silence for the length of the lease fails it. A piece that is lost or does not verify makes it degrade: the
+    missing pieces are asked for again over the next transport both ends have (the last one is kept), at most
+    MAX_DEGRADATIONS times.
     """
 
     cut: Cut
     opening: OpenHandoff
-    timeout_s: float
-    state: TargetState = TargetState.OPENING
-    transports: list[str] = field(default_factory=list)
-    done: PrefillDone | None = None
-    num_degradations: int = 0
+    ttl_s: float
+    transfer: Transfer = field(init=False)
+    offers: list[Offer] = field(default_factory=list)
+    """What is left to try, the one in use first."""
+    epoch: int = 0
+    done: Done | None = None
     landed: set[int] = field(default_factory=set)
-    copying: set[int] = field(default_factory=set)
-    _accepted: HandoffAccepted | None = None
+    collecting: set[int] = field(default_factory=set)
+    num_resent: int = 0
+    is_connecting: bool = False
     _failure: Fail | None = None
-    _heard_s: float = 0.0
-    _spoke_s: float = 0.0
+    _has_ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.transfer = Transfer(Lease(self.ttl_s))
+
+    @property
+    def state(self) -> TransferState:
+        return self.transfer.state
 
     @property
     def transport(self) -> str:
-        return self.transports[0] if self.transports else ""
+        return self.offers[0].transport if self.offers else ""
 
     @property
-    def is_over(self) -> bool:
-        return self.state in (TargetState.LANDED, TargetState.FAILED)
+    def num_degradations(self) -> int:
+        return self.epoch
+
+    @property
+    def num_missing(self) -> int:
+        """Pieces still to come; before `done` is known, of the whole reservation."""
+        return (self.done.num_pieces if self.done else self.cut.num_pieces) - len(self.landed)
+
+    def next_deadline_s(self) -> float | None:
+        """When `handle(Due(), now)` is to be called at the latest; None: nothing is due before the next event."""
+        return None if self.transfer.is_over else self.transfer.lease.next_deadline_s
 
     def open(self, now: float) -> list[TargetCommand]:
         """The first command; call once."""
-        self._heard_s = self._spoke_s = now
+        self.transfer.lease.begin(now)
         return [Send(self.opening)]
 
     def handle(self, event: TargetEvent, now: float) -> list[TargetCommand]:
-        """Commands in the order they are to be executed. Events after the end are ignored."""
-        if self.is_over:
-            return []
-        if isinstance(event, HandoffAccepted | KvPieces | PrefillDone | HandoffRefused):
-            self._heard_s = now
+        """Commands in the order they are to be executed. After the end only Closed is waited for."""
+        if self.transfer.is_over:
+            return self._settle() if isinstance(event, Closed) else []
+        if isinstance(event, HandoffUp):
+            self.transfer.lease.heard(now)
+        commands = self._react(event, now)
+        if any(isinstance(command, Send) for command in commands):
+            self.transfer.lease.spoke(now)
+        return commands
+
+    def _react(self, event: TargetEvent, now: float) -> list[TargetCommand]:
         match event:
-            case Copied():
-                return self._on_copied(event)
-            case Tick():
-                return self._on_tick(now)
-            case _ if self.state is TargetState.FAILING:
-                return []
             case HandoffAccepted():
                 return self._on_accepted(event)
-            case Mapped():
-                return self._receive()
-            case MapFailed():
-                return self._degrade(event.reason)
+            case Connected(epoch):
+                return self._on_connected() if self.is_connecting and epoch == self.epoch else []
+            case ConnectFailed(epoch, reason):
+                return self._degrade(reason) if self.is_connecting and epoch == self.epoch else []
             case KvPieces():
                 return self._on_pieces(event)
-            case PrefillDone():
+            case Collected():
+                return self._on_collected(event)
+            case TransportBroken(epoch, reason):
+                return self._degrade(reason) if epoch == self.epoch and not self.is_connecting else []
+            case PrefillDone() | SequenceMoved() | PrefixDone():
                 return self._on_done(event)
-            case HandoffRefused():
-                return self._fail(event.message, event.refusal)
-            case Broken():
-                return self._fail(event.reason, event.refusal)
-
-    def _move(self, state: TargetState) -> None:
-        if state not in _LEGAL[self.state]:
-            raise InvariantViolated(f"a transfer cannot go from {self.state.name} to {state.name}")
-        self.state = state
+            case HandoffRefused(refusal, message):
+                return self._fail(message, refusal)
+            case CancelHandoff(reason):
+                return self._fail(f"the sender gave up: {reason}", Refusal.INTERNAL)
+            case Broken(reason, refusal, is_ours):
+                return self._give_up(reason, refusal) if is_ours else self._fail(reason, refusal)
+            case Due():
+                return self._on_due(now)
+            case Closed():
+                return []
 
     def _on_accepted(self, event: HandoffAccepted) -> list[TargetCommand]:
-        if self.state is not TargetState.OPENING:
-            return self._fail("the sender accepted twice", Refusal.INTERNAL)
+        if self.offers:
+            return self._give_up("the sender accepted twice", Refusal.INTERNAL)
+        offered = {offer.transport: offer for offer in event.offers}
         mine = self.opening.transports
-        self.transports = [t for t in mine if t in event.transports and (t != "shm" or event.shared is not None)]
-        self._accepted = event
-        if not self.transports:
-            return self._fail(f"no common transport: {mine} here, {event.transports} there", Refusal.INTERNAL)
-        return self._start_transport()
+        self.offers = [offered[name] for name in mine if name in offered]
+        if not self.offers:
+            return self._give_up(f"no common transport: {mine} here, {tuple(offered)} there", Refusal.INTERNAL)
+        return self._connect()
 
-    def _start_transport(self) -> list[TargetCommand]:
-        assert self._accepted is not None
-        if self.transport == "shm" and self._accepted.shared is not None:
-            self._move(TargetState.MAPPING)
-            return [MapPool(self._accepted.shared, self._accepted.layout)]
-        if self.state is not TargetState.RECEIVING:
-            self._move(TargetState.RECEIVING)
-        return [Send(UseTransport(self.transport))]
+    def _connect(self) -> list[TargetCommand]:
+        self.is_connecting = True
+        return [Connect(self.offers[0], self.epoch)]
 
-    def _receive(self) -> list[TargetCommand]:
-        self._move(TargetState.RECEIVING)
-        return [Send(UseTransport(self.transport))]
+    def _on_connected(self) -> list[TargetCommand]:
+        self.is_connecting = False
+        if self.state is TransferState.RESERVED:
+            self.transfer.move(TransferState.SENDING)
+        return [Send(UseTransport(self.transport, self.epoch)), *self._maybe_land()]
 
     def _degrade(self, reason: str) -> list[TargetCommand]:
-        self.num_degradations += 1
-        if self.num_degradations > MAX_DEGRADATIONS:
-            return self._fail(f"gave up after {MAX_DEGRADATIONS} re-sends: {reason}", Refusal.INTERNAL)
-        if len(self.transports) > 1:
-            self.transports.pop(0)
-        elif self.state is TargetState.MAPPING:
-            return self._fail(reason, Refusal.INTERNAL)
-        return self._start_transport()
+        if self.epoch == MAX_DEGRADATIONS:
+            return self._give_up(f"gave up after {MAX_DEGRADATIONS} re-sends: {reason}", Refusal.INTERNAL)
+        if len(self.offers) > 1:
+            self.offers.pop(0)
+        elif self.is_connecting:
+            return self._give_up(reason, Refusal.INTERNAL)
+        self.epoch += 1
+        return self._connect()
 
     def _on_pieces(self, event: KvPieces) -> list[TargetCommand]:
+        # What the sender announced before it heard of a new choice comes again in the new epoch.
+        if event.epoch != self.epoch or self.is_connecting:
+            return []
         fresh: list[KvPiece] = []
         for piece in event.pieces:
             try:
                 slot = self.cut.slot(piece.piece)
             except IndexError as error:
-                return self._fail(str(error), Refusal.INTERNAL)
+                return self._give_up(str(error), Refusal.INTERNAL)
             if (slot.block, slot.first_layer, slot.num_layers) != (piece.block, piece.first_layer, piece.num_layers):
-                return self._fail(f"piece {piece.piece} names another place than the layout", Refusal.INTERNAL)
-            # What the sender announced before it heard of a new transport comes again over that one.
-            is_late = bool(piece.data) is (self.transport == "shm")
-            if not is_late and piece.piece not in self.landed and piece.piece not in self.copying:
+                return self._give_up(f"piece {piece.piece} names another place than the layout", Refusal.INTERNAL)
+            if piece.piece not in self.landed and piece.piece not in self.collecting:
                 fresh.append(piece)
-        if not fresh or self.state is not TargetState.RECEIVING:
-            return []
-        self.copying.update(piece.piece for piece in fresh)
-        return [CopyPieces(tuple(fresh), self.transport)]
+        self.collecting.update(piece.piece for piece in fresh)
+        return [Collect(tuple(fresh))] if fresh else []
 
-    def _on_copied(self, event: Copied) -> list[TargetCommand]:
-        self.copying.difference_update(event.good, event.bad)
+    def _on_collected(self, event: Collected) -> list[TargetCommand]:
+        self.collecting.difference_update(event.good, event.bad)
         self.landed.update(event.good)
-        if self.state is TargetState.FAILING:
-            return self._settle()
+        self.num_resent += len(event.bad)
         commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
-        if event.bad and self.state is TargetState.RECEIVING:
-            commands += self._degrade(event.reason)
+        if event.bad and not self.is_connecting:
+            return commands + self._degrade(event.reason)
         return commands + self._maybe_land()
 
-    def _on_done(self, event: PrefillDone) -> list[TargetCommand]:
-        if event.num_pieces != self.cut.num_pieces:
-            return self._fail(
-                f"the sender counts {event.num_pieces} pieces, we count {self.cut.num_pieces}", Refusal.INTERNAL
-            )
+    def _on_done(self, event: Done) -> list[TargetCommand]:
+        if not isinstance(event, _DONE_OF[type(self.opening.subject)]):
+            return self._give_up(f"the sender ended with {type(event).__name__}", Refusal.INTERNAL)
+        bound = self.cut.num_pieces
+        is_whole = not isinstance(event, PrefillDone) or event.num_pieces == bound
+        if not is_whole or not 0 <= event.num_pieces <= bound or event.num_pieces % self.cut.pieces_per_block:
+            return self._give_up(f"the sender counts {event.num_pieces} pieces, we count {bound}", Refusal.INTERNAL)
         self.done = event
         return self._maybe_land()
 
     def _maybe_land(self) -> list[TargetCommand]:
-        if self.state is not TargetState.RECEIVING or self.done is None or len(self.landed) < self.cut.num_pieces:
+        is_receiving = self.state is TransferState.SENDING and not self.is_connecting
+        if not is_receiving or self.done is None or self.collecting or self.num_missing > 0:
             return []
-        self._move(TargetState.LANDED)
+        if self.landed and max(self.landed) >= self.done.num_pieces:
+            return self._give_up("the sender announced more pieces than it counts", Refusal.INTERNAL)
+        self.transfer.move(TransferState.LANDED)
+        self._has_ended = True
         return [Land(self.done), Send(ReleaseHandoff())]
 
-    def _on_tick(self, now: float) -> list[TargetCommand]:
-        if self.state is TargetState.FAILING:
-            return self._settle()
-        if now - self._heard_s > self.timeout_s:
-            return self._fail(f"the sender has been silent for {self.timeout_s:g} s", Refusal.WORKER_LOST)
-        if now - self._spoke_s >= HEARTBEAT_S:
-            self._spoke_s = now
-            return [Send(PieceAck())]
-        return []
+    def _on_due(self, now: float) -> list[TargetCommand]:
+        lease = self.transfer.lease
+        if now >= lease.expires_s:
+            reason = f"the sender has been silent for {lease.ttl_s:g} s"
+            return self._give_up(reason, Refusal.WORKER_LOST, TransferState.EXPIRED)
+        return [Send(PieceAck())] if now >= lease.heartbeat_due_s else []
 
-    def _fail(self, reason: str, refusal: Refusal) -> list[TargetCommand]:
+    def _give_up(
+        self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED
+    ) -> list[TargetCommand]:
+        """Fails and tells the sender, which may still listen."""
+        return [Send(CancelHandoff(reason)), *self._fail(reason, refusal, state)]
+
+    def _fail(self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED) -> list[TargetCommand]:
         self._failure = Fail(reason, refusal)
-        self._move(TargetState.FAILING)
-        return self._settle()
+        self.transfer.move(state)
+        return [Close()]
 
     def _settle(self) -> list[TargetCommand]:
-        if self.copying or self._failure is None:
+        if self._has_ended or self._failure is None:
             return []
-        self._move(TargetState.FAILED)
+        self._has_ended = True
         return [self._failure]

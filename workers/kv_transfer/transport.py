@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ class Inbox(Protocol):
         the transport's timeout without progress.
         """
 
+    def checksum(self, piece: int) -> int | None:
+        """XXH3-64 of an arrived piece where it was computed while the bytes were copied; None: read it from the pool."""
+
     async def close(self) -> None:
         """After this nothing writes into our pool for this transfer any more; what still arrives is thrown away."""
 
@@ -60,7 +63,10 @@ class Channel(Protocol):
     """A connection from this receiver to one sender over one transport; shared by all transfers between the two."""
 
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> Inbox:
-        """Must be called before the sender is told to use the transport. `place(piece)` is where a piece belongs in our pool."""
+        """Must be called before the sender is told to use the transport. `place(piece)` is where a piece belongs in our pool.
+
+        `place` may be called on a helper thread, and raises IndexError for a number outside the transfer.
+        """
 
     async def close(self) -> None:
         """Aborts this channel alone; its inboxes lose what has not arrived."""
@@ -90,3 +96,11 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends everything; safe to call twice."""
+
+
+@runtime_checkable
+class Sweeping(Protocol):
+    """A transport that keeps something of a peer which nothing tells it that the peer is dead."""
+
+    async def sweep(self) -> None:
+        """Lets go of what dead peers left behind; called about once a second."""

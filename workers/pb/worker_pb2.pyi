@@ -304,37 +304,45 @@ class KvLayout(_message.Message):
     itemsize: int
     def __init__(self, num_blocks: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., itemsize: _Optional[int] = ...) -> None: ...
 
-class SharedHandle(_message.Message):
-    __slots__ = ("pid", "fd", "num_bytes", "nonce")
-    PID_FIELD_NUMBER: _ClassVar[int]
-    FD_FIELD_NUMBER: _ClassVar[int]
-    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NONCE_FIELD_NUMBER: _ClassVar[int]
-    pid: int
-    fd: int
-    num_bytes: int
-    nonce: bytes
-    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+class RunningSubject(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class PrefixSubject(_message.Message):
+    __slots__ = ("hashes",)
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenHandoff(_message.Message):
-    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "request", "first_block", "transports")
+    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "prompt", "running", "prefix", "first_block", "transports", "num_blocks", "host")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_GENERATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     target: WorkerAddress
     source_generation: int
     model_fingerprint: str
     layout: KvLayout
-    request: Request
+    prompt: Request
+    running: RunningSubject
+    prefix: PrefixSubject
     first_block: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., request: _Optional[_Union[Request, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    num_blocks: int
+    host: str
+    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., prompt: _Optional[_Union[Request, _Mapping]] = ..., running: _Optional[_Union[RunningSubject, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSubject, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class PieceAck(_message.Message):
     __slots__ = ("pieces",)
@@ -343,64 +351,88 @@ class PieceAck(_message.Message):
     def __init__(self, pieces: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UseTransport(_message.Message):
-    __slots__ = ("transport",)
+    __slots__ = ("transport", "epoch")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     transport: str
-    def __init__(self, transport: _Optional[str] = ...) -> None: ...
+    epoch: int
+    def __init__(self, transport: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ReleaseHandoff(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class CancelHandoff(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
 class HandoffDown(_message.Message):
-    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release")
+    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release", "cancel")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     USE_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
     open: OpenHandoff
     use: UseTransport
     ack: PieceAck
     release: ReleaseHandoff
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ...) -> None: ...
+    cancel: CancelHandoff
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ...) -> None: ...
+
+class TransportOffer(_message.Message):
+    __slots__ = ("transport", "data")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    data: bytes
+    def __init__(self, transport: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class HandoffAccepted(_message.Message):
-    __slots__ = ("transports", "shared", "layout")
-    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
-    SHARED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("offers", "layout")
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    transports: _containers.RepeatedScalarFieldContainer[str]
-    shared: SharedHandle
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     layout: KvLayout
-    def __init__(self, transports: _Optional[_Iterable[str]] = ..., shared: _Optional[_Union[SharedHandle, _Mapping]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    def __init__(self, offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
 
 class KvPiece(_message.Message):
-    __slots__ = ("piece", "block", "first_layer", "num_layers", "source_block", "checksum", "data")
+    __slots__ = ("piece", "block", "first_layer", "num_layers", "source_block", "checksum")
     PIECE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_BLOCK_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     piece: int
     block: int
     first_layer: int
     num_layers: int
     source_block: int
     checksum: int
-    data: bytes
-    def __init__(self, piece: _Optional[int] = ..., block: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., source_block: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, piece: _Optional[int] = ..., block: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., source_block: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class KvPieces(_message.Message):
-    __slots__ = ("pieces",)
+    __slots__ = ("pieces", "epoch")
     PIECES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     pieces: _containers.RepeatedCompositeFieldContainer[KvPiece]
-    def __init__(self, pieces: _Optional[_Iterable[_Union[KvPiece, _Mapping]]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, pieces: _Optional[_Iterable[_Union[KvPiece, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class TransportBroken(_message.Message):
+    __slots__ = ("epoch", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    reason: str
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PrefillDone(_message.Message):
     __slots__ = ("token_id", "logprob", "num_pieces", "cached_tokens", "prefill_s")
@@ -416,6 +448,24 @@ class PrefillDone(_message.Message):
     prefill_s: float
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[TokenLogprob, _Mapping]] = ..., num_pieces: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
+class SequenceMoved(_message.Message):
+    __slots__ = ("known_token_ids", "num_computed", "num_pieces")
+    KNOWN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PIECES_FIELD_NUMBER: _ClassVar[int]
+    known_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_computed: int
+    num_pieces: int
+    def __init__(self, known_token_ids: _Optional[_Iterable[int]] = ..., num_computed: _Optional[int] = ..., num_pieces: _Optional[int] = ...) -> None: ...
+
+class PrefixDone(_message.Message):
+    __slots__ = ("num_blocks", "num_pieces")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PIECES_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_pieces: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_pieces: _Optional[int] = ...) -> None: ...
+
 class HandoffRefused(_message.Message):
     __slots__ = ("refusal", "message")
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
@@ -425,20 +475,28 @@ class HandoffRefused(_message.Message):
     def __init__(self, refusal: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandoffUp(_message.Message):
-    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused")
+    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PIECES_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_DONE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
     accepted: HandoffAccepted
     pieces: KvPieces
     done: PrefillDone
     refused: HandoffRefused
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ...) -> None: ...
+    broken: TransportBroken
+    cancel: CancelHandoff
+    moved: SequenceMoved
+    prefix_done: PrefixDone
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("role", "generation")

@@ -67,7 +67,7 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Handoff(self, request_iterator, context):
-        """One stream per KV handoff, opened by the decode worker (the receiver) to the prefill worker (the sender).
+        """One stream per KV handoff, opened by the receiver to the sender: the control plane, never the KV bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

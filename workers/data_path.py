@@ -1,0 +1,32 @@
+"""Puts a worker's data path together: its transports, and what they need of the worker's gRPC server."""
+
+from __future__ import annotations
+
+import socket
+
+import grpc
+
+from workers.config import WorkerConfig
+from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transports.factory import make_transports
+from workers.rpc_fetch import RpcFetchTransport
+
+
+def make_data_path(
+    config: WorkerConfig, memory: KvMemory, worker_id: str, server: grpc.aio.Server
+) -> dict[str, Transport]:
+    """The transports of config.transports that work here, best first. Call before the server starts."""
+    made = make_transports(
+        [name for name in config.transports if name != "grpc"],
+        memory,
+        worker_id=worker_id,
+        host=socket.gethostname(),
+        listen_host=config.host,
+        timeout_s=config.transfer_timeout_s,
+    )
+    if "grpc" in config.transports:
+        fetch = RpcFetchTransport(memory)
+        made["grpc"] = fetch
+        server.add_generic_rpc_handlers((fetch.handler,))
+    return made

@@ -1,0 +1,121 @@
+"""The receiver's end where it reads the sender's pool itself: copies announced pieces on helper threads. Knows not where the pool is mapped from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from workers.errors import TransferFailed
+from workers.kv_transfer.checksum import copy_and_checksum
+from workers.kv_transfer.transport import IncomingPiece, View
+
+INLINE_BYTES = 64 << 10
+"""Up to this many bytes are copied on the event loop: a helper thread costs more than the copy."""
+_GROUP_BYTES = 8 << 20
+"""What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
+
+
+class ReadablePool(Protocol):
+    """A sender's pool as its receiver sees it."""
+
+    def block(self, block_id: int, first_layer: int, num_layers: int) -> View:
+        """Raises TransferFailed or IndexError when out of range."""
+        ...
+
+
+class PullChannel:
+    """Copies out of one sender's pool. `use()` is None once the pool must not be read any more."""
+
+    def __init__(self, use: Callable[[], ReadablePool | None], helpers: ThreadPoolExecutor) -> None:
+        self._use: Callable[[], ReadablePool | None] | None = use
+        self._helpers = helpers
+        self._inboxes: set[PullInbox] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no transfer uses the channel."""
+        return not self._inboxes
+
+    def pool(self) -> ReadablePool | None:
+        return None if self._use is None else self._use()
+
+    def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PullInbox:
+        inbox = PullInbox(self, place, self._helpers)
+        self._inboxes.add(inbox)
+        return inbox
+
+    def discard(self, inbox: PullInbox) -> None:
+        self._inboxes.discard(inbox)
+
+    async def close(self) -> None:
+        self._use = None
+        for inbox in tuple(self._inboxes):
+            await inbox.settle()
+
+
+class PullInbox:
+    """One transfer. A copy that has begun ends before `close` returns; none begins afterwards."""
+
+    def __init__(self, channel: PullChannel, place: Callable[[int], View], helpers: ThreadPoolExecutor) -> None:
+        self._channel = channel
+        self._place = place
+        self._helpers = helpers
+        self._is_closed = False
+        self._running: set[asyncio.Future[None]] = set()
+        self._checksums: dict[int, int] = {}
+
+    async def collect(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        pool = self._channel.pool()
+        arrived: set[int] = set()
+        if pool is not None and not self._is_closed:
+            pairs: list[tuple[int, View, View]] = []
+            for piece in pieces:
+                self._checksums.pop(piece.piece, None)
+                with contextlib.suppress(TransferFailed, IndexError):
+                    target = self._place(piece.piece)
+                    source = pool.block(piece.source_block, piece.first_layer, piece.num_layers)
+                    if source.nbytes == target.nbytes:
+                        pairs.append((piece.piece, target, source))
+            if sum(target.nbytes for _, target, _ in pairs) <= INLINE_BYTES:
+                self._copy(pairs, arrived)
+            else:
+                await self._copy_aside(pairs, arrived)
+        lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
+        return tuple(piece.piece for piece in pieces if piece.piece in arrived), lost
+
+    def checksum(self, piece: int) -> int | None:
+        return self._checksums.get(piece)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        self._channel.discard(self)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Returns when no copy is under way."""
+        while self._running:
+            await asyncio.wait(tuple(self._running))
+
+    async def _copy_aside(self, pairs: list[tuple[int, View, View]], arrived: set[int]) -> None:
+        running = asyncio.get_running_loop().run_in_executor(self._helpers, self._copy, pairs, arrived)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        # A cancelled waiter leaves the copy running; `close` waits for it.
+        await asyncio.shield(running)
+
+    def _copy(self, pairs: list[tuple[int, View, View]], arrived: set[int]) -> None:
+        first = 0
+        while first < len(pairs) and not self._is_closed and self._channel.pool() is not None:
+            end, num_bytes = first, 0
+            while end < len(pairs) and (end == first or num_bytes + pairs[end][1].nbytes <= _GROUP_BYTES):
+                num_bytes += pairs[end][1].nbytes
+                end += 1
+            group = pairs[first:end]
+            found = copy_and_checksum([target for _, target, _ in group], [source for _, _, source in group])
+            for (piece, _, _), checksum in zip(group, found, strict=True):
+                self._checksums[piece] = checksum
+                arrived.add(piece)
+            first = end

@@ -1,0 +1,60 @@
+"""Where a session's driver waits: for the next event or for the session's next deadline, whichever comes first. Knows no session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Generic, TypeVar
+
+E = TypeVar("E")
+
+
+class Letterbox(Generic[E]):
+    """Events in order, for one reader on one event loop.
+
+    `put` waits while `capacity` events wait to be read. `post` does not, so it is for events whose number something else
+    bounds: the answers to the reader's own commands.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._events: deque[E] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+
+    def post(self, event: E) -> None:
+        self._events.append(event)
+        _wake(self._reader)
+
+    async def put(self, event: E) -> None:
+        """For one writer at a time."""
+        while len(self._events) >= self._capacity:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self.post(event)
+
+    async def next(self, deadline_s: float | None) -> E | None:
+        """The next event; None when `deadline_s` (of time.monotonic; None: never) came first."""
+        if not self._events:
+            loop = asyncio.get_running_loop()
+            self._reader = reader = loop.create_future()
+            timer = None
+            if deadline_s is not None:
+                timer = loop.call_later(max(0.0, deadline_s - time.monotonic()), _wake, reader)
+            try:
+                await reader
+            finally:
+                self._reader = None
+                if timer is not None:
+                    timer.cancel()
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        _wake(self._room)
+        return event
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
