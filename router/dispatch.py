@@ -11,16 +11,28 @@ from router.progress import Flight
 from router.view import WorkerEntry
 from workers.client import Submit
 from workers.errors import InvariantViolated
+from workers.status import PrefixHint
 
 
 class Dispatcher:
-    """Routes requests over a fleet. `expected_output_tokens` is how long an answer is assumed to get, at most."""
+    """Routes requests over a fleet. `expected_output_tokens` is how long an answer is assumed to get, at most.
 
-    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, expected_output_tokens: int) -> None:
+    `pull_min_blocks` is how many more blocks of a prompt another worker must hold to be named; 0: none is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        fleet: Fleet,
+        index: PrefixIndex,
+        expected_output_tokens: int,
+        pull_min_blocks: int = 0,
+    ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._index = index
         self._expected_output_tokens = expected_output_tokens
+        self._pull_min_blocks = pull_min_blocks
 
     def route(self, flight: Flight) -> Route | None:
         """Where the request would go now; None: nowhere."""
@@ -36,7 +48,7 @@ class Dispatcher:
         self._charge(flight, decode, now)
         prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
-        submit = Submit(flight.attempt_request(), decode.generation, addresses)
+        submit = Submit(flight.attempt_request(), decode.generation, addresses, self._prefix_hint(flight))
         return Send(decode.worker_id, decode.connection, submit)
 
     def release(self, flight: Flight) -> None:
@@ -45,6 +57,19 @@ class Dispatcher:
             entry = self._fleet.get(worker_id)
             if entry is not None and entry.charges:
                 entry.charges.release(flight.wire_id)
+
+    def _prefix_hint(self, flight: Flight) -> PrefixHint | None:
+        """Who holds more of the prompt than the worker that is to compute it, if the difference is worth the effort."""
+        if not self._pull_min_blocks:
+            return None
+        own = self._index.match(flight.prefill_worker_id, flight.hashes)
+        holder, most = None, own + self._pull_min_blocks - 1
+        for entry in self._fleet:
+            if entry.takes_requests and entry.worker_id != flight.prefill_worker_id:
+                count = self._index.match_pool(entry.worker_id, flight.hashes)
+                if count > most:
+                    holder, most = entry, count
+        return PrefixHint(holder.current_address(), most) if holder is not None else None
 
     def _demand(self, flight: Flight) -> Demand:
         model = self._fleet.model
@@ -60,6 +85,7 @@ class Dispatcher:
 
     def _snapshot(self, entry: WorkerEntry, flight: Flight) -> WorkerSnapshot:
         load, charges = entry.load, entry.charges
+        cached = self._index.match(entry.worker_id, flight.hashes)
         num_reported = load.num_running + load.num_waiting + load.num_transferring
         return WorkerSnapshot(
             worker_id=entry.worker_id,
@@ -68,7 +94,8 @@ class Dispatcher:
             num_sequences=num_reported + charges.num_sequences,
             prefill_tokens=load.waiting_prefill_tokens + charges.prefill_tokens,
             free_blocks=load.num_free_blocks - charges.num_blocks,
-            cached_blocks=self._index.match(entry.worker_id, flight.hashes),
+            cached_blocks=cached,
+            lower_blocks=cached - self._index.match_pool(entry.worker_id, flight.hashes),
             avoid=entry.worker_id == flight.avoid_worker_id,
         )
 

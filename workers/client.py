@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.request import Output, Request
-from workers.status import KvEvent, Load, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, PrefixHint, Role, WorkerAddress, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Submit:
     request: Request
     generation: int
     prefill_workers: tuple[WorkerAddress, ...] = ()
+    prefix: PrefixHint | None = None
+    """For whoever computes the prompt: where its beginning can be had."""
 
 
 @dataclass(frozen=True, slots=True)

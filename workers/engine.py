@@ -9,18 +9,21 @@ from dataclasses import dataclass, field, replace
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
 from workers.scheduler.scheduler import Limits, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
-from workers.status import KvEvent, Load
+from workers.status import KvEvent, Load, PrefixHint, WorkerAddress
 
 log = logging.getLogger(__name__)
 
 PROMOTION_TIMEOUT_S = 5.0
 """A sequence waits so long for a slow disk, then computes what has not come."""
+_RATE_WEIGHT = 0.2
+"""Of the newest step in the moving average of the prefill rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,29 @@ class TransferWanted:
 
     sequence_id: int
     first_block: int
+    blocks: tuple[int, ...]
+    hint: PrefixHint | None = None
+    """Where the prefill worker can have the beginning of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullWanted:
+    """Blocks are reserved: the peer shall fill `blocks` from number `first_block` on with what `keys` name."""
+
+    sequence_id: int
+    peer: WorkerAddress
+    first_block: int
+    blocks: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    prefill_tokens_per_s: float
+    """How fast we would compute them instead, measured; 0: not measured yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHeld:
+    """These blocks hold the beginning of what `hold_prefix` asked for, until `release_prefix`."""
+
+    export_id: int
     blocks: tuple[int, ...]
 
 
@@ -60,8 +86,10 @@ class StepResult:
     filled: list[BlocksFilled] = field(default_factory=list)
     prefilled: list[Prefilled] = field(default_factory=list)
     abandoned: list[int] = field(default_factory=list)
-    """TRANSFERRING sequences that were cancelled: their blocks stay reserved until `transfer_failed` confirms that
-    nothing writes into them any more."""
+    """Sequences that were cancelled while another worker's bytes were on their way: their blocks stay reserved until
+    `transfer_failed` or `pulled` confirms that nothing writes into them any more."""
+    pulls: list[PullWanted] = field(default_factory=list)
+    held: list[PrefixHeld] = field(default_factory=list)
     kv_event: KvEvent | None = None
 
 
@@ -113,6 +141,9 @@ class Engine:
         self._arrivals = 0
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
+        self._exports: dict[int, list[int]] = {}
+        """Blocks held for other workers to copy."""
+        self._prefill_rate = 0.0
         self.last_step_s = 0.0
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
@@ -138,7 +169,7 @@ class Engine:
                 "max_tokens",
             )
 
-    def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL) -> None:
+    def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL, hint: PrefixHint | None = None) -> None:
         """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL)."""
         self.check(request)
         output = None
@@ -153,6 +184,7 @@ class Engine:
             arrival=self._arrivals,
             suppressed_token_ids=(*self._eos, *request.params.stop_token_ids),
             known=list(request.replay_token_ids),
+            hint=hint if hint is not None and hint.peer.worker_id != self._worker_id else None,
         )
         self._scheduler.add(sequence)
         self._live[sequence_id] = _Live(sequence, output, self._clock())
@@ -165,7 +197,8 @@ class Engine:
         live = self._live.get(sequence_id)
         if live is None:
             return
-        if live.sequence.state is State.TRANSFERRING:
+        pull = live.sequence.table.pull
+        if live.sequence.state is State.TRANSFERRING or (pull is not None and pull.num_arrived is None):
             if not live.is_cancelled:
                 live.is_cancelled = True
                 self._abandoned.append(sequence_id)
@@ -200,6 +233,30 @@ class Engine:
         live.report = report
         self._scheduler.prefill_here(live.sequence)
 
+    def pulled(self, sequence_id: int, num_blocks: int) -> None:
+        """Another worker has sent the first `num_blocks` of the blocks asked for; nothing writes into any of them any more."""
+        live = self._live.get(sequence_id)
+        pull = live.sequence.table.pull if live is not None else None
+        if live is None or pull is None or pull.num_arrived is not None:
+            return
+        self._scheduler.pulled(live.sequence, num_blocks)
+        if live.is_cancelled:
+            self._drop(live)
+        elif num_blocks:
+            first = pull.first_block
+            self._runner.kv_memory.adopt(live.sequence.table.blocks[first : first + num_blocks])
+
+    def hold_prefix(self, export_id: int, keys: tuple[BlockKey, ...]) -> PrefixHeld:
+        """Holds the longest run of these blocks that the pool has, for another worker to copy; at most a quarter of the pool."""
+        room = self._kv.num_blocks // 4 - sum(map(len, self._exports.values()))
+        blocks = self._kv.hold_prefix(keys, max(0, room))
+        self._exports[export_id] = blocks
+        self._runner.kv_memory.expose(blocks)
+        return PrefixHeld(export_id, tuple(blocks))
+
+    def release_prefix(self, export_id: int) -> None:
+        self._kv.release_blocks(self._exports.pop(export_id, []))
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -220,9 +277,11 @@ class Engine:
         step = self._scheduler.schedule()
         for sequence in step.promotions:
             self._live[sequence.sequence_id].promoted_by_s = started + PROMOTION_TIMEOUT_S
+            self._ask_peer(sequence, result)
         for sequence in step.transfers:
             blocks = tuple(sequence.table.blocks)
-            result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
+            wanted = TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks, sequence.hint)
+            result.transfers.append(wanted)
         self.made_no_progress = not step.batch.num_tokens
         if step.batch.num_tokens:
             slices = (*step.batch.prefill, *step.batch.decode)
@@ -243,6 +302,9 @@ class Engine:
                         self._advance(live, sampled, result.outputs)
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
+        if step.batch.prefill and self.last_step_s > 0:
+            rate = step.batch.num_tokens / self.last_step_s
+            self._prefill_rate += (rate - self._prefill_rate) * (_RATE_WEIGHT if self._prefill_rate else 1.0)
         return result
 
     def on_tiers_ready(self, notify: Callable[[], None]) -> None:
@@ -290,6 +352,15 @@ class Engine:
         counters = self._scheduler.counters
         own = tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
         return own if self._tiers is None else own + self._tiers.counters()
+
+    def _ask_peer(self, sequence: Sequence, result: StepResult) -> None:
+        pull, hint = sequence.table.pull, sequence.hint
+        if pull is not None and hint is not None:
+            blocks = tuple(sequence.table.blocks[: pull.first_block + len(pull.keys)])
+            wanted = PullWanted(
+                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, self._prefill_rate
+            )
+            result.pulls.append(wanted)
 
     def _poll_tiers(self, now: float) -> None:
         """Takes over what came from lower tiers, and ends waits that took too long."""

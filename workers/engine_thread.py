@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from workers.engine import Engine, StepResult, refusal_output
 from workers.errors import InvalidRequest, Refused
+from workers.kv_cache.prefix_cache import BlockKey
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
 from workers.scheduler.sequence import Kind
-from workers.status import Load
+from workers.status import Load, PrefixHint
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Add:
     sequence_id: int
     request: Request
     kind: Kind
+    hint: PrefixHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,23 @@ class TransferLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulled:
+    sequence_id: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPrefix:
+    export_id: int
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePrefix:
+    export_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class DumpKv:
     pass
 
@@ -65,7 +84,7 @@ class _Stop:
     pass
 
 
-Command = Add | CancelSequence | Landed | TransferLost | DumpKv | Wake | _Stop
+Command = Add | CancelSequence | Landed | TransferLost | Pulled | HoldPrefix | ReleasePrefix | DumpKv | Wake | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +134,7 @@ class EngineThread:
             result = self._engine.step()
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
+            result.held = extra.held
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
             report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
             try:
@@ -140,7 +160,7 @@ class EngineThread:
         match command:
             case Add():
                 try:
-                    engine.add(command.sequence_id, command.request, command.kind)
+                    engine.add(command.sequence_id, command.request, command.kind, command.hint)
                 except (InvalidRequest, Refused) as error:
                     extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
             case CancelSequence():
@@ -149,6 +169,12 @@ class EngineThread:
                 engine.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
             case TransferLost():
                 engine.transfer_failed(command.sequence_id, command.report)
+            case Pulled():
+                engine.pulled(command.sequence_id, command.num_blocks)
+            case HoldPrefix():
+                extra.held.append(engine.hold_prefix(command.export_id, command.keys))
+            case ReleasePrefix():
+                engine.release_prefix(command.export_id)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
             case Wake() | _Stop():

@@ -80,7 +80,7 @@ class PromptExporter:
 
     def _start(self, export: _PromptExport) -> None:
         self._running[export.sequence_id] = export
-        self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE))
+        self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE, export.subject.hint))
 
     def _release(self, export: _PromptExport) -> None:
         if self._running.pop(export.sequence_id, None) is not None:

@@ -112,8 +112,12 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 _, request, candidates = owner
                 # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
                 self.transfers.fetch(wanted, replace(request, replay_token_ids=()), candidates)
+        for pull in result.pulls:
+            self.transfers.pull(pull)
         for sequence_id in result.abandoned:
             self.transfers.abandon(sequence_id)
+        for held in result.held:
+            self.transfers.held(held)
         for filled in result.filled:
             self.transfers.filled(filled)
         for prefilled in result.prefilled:
@@ -200,7 +204,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
         self._owners[sequence_id] = (session, request, candidates)
         session.sequences[request.request_id] = sequence_id
-        self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
+        self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL, submit.prefix))
 
     def _check_submit(self, session: RouterSession, submit: Submit) -> None:
         me = self._identity

@@ -34,6 +34,14 @@ class WorkerAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixHint:
+    """`peer` is believed to hold the first `num_blocks` blocks of a prompt in its pool; it may be wrong."""
+
+    peer: WorkerAddress
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A worker's load after a step; counts at one instant."""
 

@@ -11,7 +11,7 @@ from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, Role, Tier, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 
 
 def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
@@ -197,6 +197,14 @@ def address_from_pb(message: pb.WorkerAddress) -> WorkerAddress:
     return WorkerAddress(message.worker_id, message.generation, message.target)
 
 
+def hint_to_pb(hint: PrefixHint) -> pb.PrefixHint:
+    return pb.PrefixHint(peer=address_to_pb(hint.peer), num_blocks=hint.num_blocks)
+
+
+def hint_from_pb(message: pb.PrefixHint) -> PrefixHint:
+    return PrefixHint(address_from_pb(message.peer), message.num_blocks)
+
+
 def load_to_pb(load: Load) -> pb.Load:
     return pb.Load(
         num_waiting=load.num_waiting,
@@ -322,11 +330,12 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers):
+        case Submit(request, generation, prefill_workers, prefix):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
+                prefix=hint_to_pb(prefix) if prefix is not None else None,
             )
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
@@ -343,7 +352,8 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "submit":
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
-            return Submit(request_from_pb(submit.request), submit.generation, addresses)
+            prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
+            return Submit(request_from_pb(submit.request), submit.generation, addresses, prefix)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

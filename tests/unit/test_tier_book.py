@@ -169,7 +169,8 @@ def test_no_order_of_events_breaks_a_bound_or_loses_track(
             assert ledger.best(n) is book.holds(key(n))
         assert all(book.holds(key(n)) is not None for n, tier in pinned.items() if tier is not None and n in pins)
         apply(believed, ledger.take_event())
-        assert believed == {n: tier for n in range(1, 10) if (tier := ledger.best(n)) is not None}
+        truth = {n: ledger.best(n) for n in range(1, 10)}
+        assert believed == {n: tier for n, tier in truth.items() if tier is not None}
 
 
 def apply(believed: dict[int, Tier], event: KvEvent | None) -> None:

@@ -1,4 +1,4 @@
-"""What the cache manager asks of the tiers below the pool: keep what is evicted, bring back what is wanted. Knows no bytes."""
+"""What the cache manager asks of those that keep blocks outside the pool: tiers below it, and other workers. Knows no bytes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ class Promotion:
     @property
     def is_done(self) -> bool:
         return self.num_arrived == self.end
+
+
+@dataclass(slots=True, eq=False)
+class Pull:
+    """A run of prefix blocks on their way from another worker's pool into reserved blocks of ours."""
+
+    keys: tuple[BlockKey, ...]
+    first_block: int
+    """Where they belong in the block table."""
+    num_arrived: int | None = None
+    """None: under way, and somebody may write into the blocks."""
 
 
 class LowerTiers(Protocol):

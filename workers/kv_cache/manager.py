@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_cache.block_pool import BlockPool, OutOfBlocks
 from workers.kv_cache.ledger import Ledger
-from workers.kv_cache.lower_tiers import LowerTiers, Promotion
+from workers.kv_cache.lower_tiers import LowerTiers, Promotion, Pull
 from workers.kv_cache.prefix_cache import BlockKey, PrefixCache, block_key
 from workers.status import KvEvent
 
@@ -24,6 +24,8 @@ class BlockTable:
     num_published: int = 0
     promotion: Promotion | None = None
     """Blocks behind the cached ones that come from lower tiers."""
+    pull: Pull | None = None
+    """Blocks behind those that come from another worker."""
 
 
 class KvCacheManager:
@@ -87,8 +89,26 @@ class KvCacheManager:
         if self._tiers is not None and table.promotion is not None:
             self._tiers.begin(table.promotion)
 
+    def plan_pull(self, table: BlockTable, token_ids: Sequence[int], num_blocks: int) -> None:
+        """Of a prompt whose first `num_blocks` blocks another worker holds: which of them are wanted from there."""
+        promotion = table.promotion
+        first = table.num_cached + (len(promotion.keys) if promotion is not None else 0)
+        end = min(num_blocks, len(table.hashes), (len(token_ids) - 1) // self.block_size)
+        if first < end:
+            keys = [block_key(table.hashes, token_ids, index, self.block_size) for index in range(first, end)]
+            table.pull = Pull(tuple(keys), first)
+
     def settle(self, table: BlockTable) -> None:
-        """Publishes what has arrived from lower tiers; what has not is to be computed."""
+        """Publishes what has arrived from lower tiers and other workers; what has not is to be computed."""
+        self._settle_promotion(table)
+        pull, table.pull = table.pull, None
+        if pull is not None and pull.first_block == table.num_cached:
+            for key in pull.keys[: pull.num_arrived or 0]:
+                self._cache.publish(table.blocks[table.num_cached], key)
+                table.num_cached += 1
+            table.num_published = table.num_cached
+
+    def _settle_promotion(self, table: BlockTable) -> None:
         promotion = table.promotion
         if self._tiers is None or promotion is None:
             return
@@ -124,6 +144,20 @@ class KvCacheManager:
             table.promotion = None
         self._pool.release(table.blocks, self._cache.contains)
         table.blocks = []
+
+    def hold_prefix(self, keys: Sequence[BlockKey], max_blocks: int) -> list[int]:
+        """The longest run of these blocks that the pool has, held until `release_blocks`."""
+        blocks: list[int] = []
+        for key in keys[:max_blocks]:
+            block = self._cache.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        self._pool.hold(blocks)
+        return blocks
+
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        self._pool.release(blocks, self._cache.contains)
 
     def take_event(self) -> KvEvent | None:
         return self._ledger.take_event()

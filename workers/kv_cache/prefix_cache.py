@@ -50,6 +50,11 @@ class PrefixCache:
             blocks.append(block)
         return blocks
 
+    def find(self, key: BlockKey) -> int | None:
+        """The block with exactly this key."""
+        block = self._blocks.get(key.block_hash)
+        return block if block is not None and self._keys[block] == key else None
+
     def publish(self, block: int, key: BlockKey) -> None:
         """Makes a full, finished prompt block findable. The first block of a hash stays; a later twin is ignored."""
         if key.block_hash in self._blocks or block in self._keys:

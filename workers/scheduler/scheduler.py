@@ -30,7 +30,7 @@ class Step:
     transfers: tuple[Sequence, ...] = ()
     """Sequences whose blocks are reserved now and whose prompt another worker shall compute."""
     promotions: tuple[Sequence, ...] = ()
-    """Sequences that wait for lower tiers from now on; `give_promotion_up` ends the wait."""
+    """Sequences that wait from now on for lower tiers (`give_promotion_up` ends the wait) or for another worker (`pulled`)."""
 
 
 @dataclass(slots=True)
@@ -77,6 +77,8 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             self.active.append(sequence)
+            if sequence.hint is not None and sequence.kind is not Kind.TARGET:
+                self.kv.plan_pull(sequence.table, sequence.request.prompt_token_ids, sequence.hint.num_blocks)
             self.kv.promote(sequence.table)
             if not _is_promoted(sequence):
                 sequence.move(State.PROMOTING)
@@ -124,6 +126,11 @@ class Scheduler:
         sequence.move(State.DECODING)
         sequence.num_computed = sequence.num_prompt
         self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_prompt)
+
+    def pulled(self, sequence: Sequence, num_blocks: int) -> None:
+        """Of the blocks asked of another worker so many are in place and verified; nobody writes into them any more."""
+        if sequence.table.pull is not None:
+            sequence.table.pull.num_arrived = num_blocks
 
     def prefill_here(self, sequence: Sequence) -> None:
         """No transfer came about: the reserved blocks are computed locally."""
@@ -218,5 +225,7 @@ class Scheduler:
 
 
 def _is_promoted(sequence: Sequence) -> bool:
-    """Nothing is on its way from lower tiers."""
-    return sequence.table.promotion is None or sequence.table.promotion.is_done
+    """Nothing is on its way from lower tiers or other workers."""
+    table = sequence.table
+    is_pulled = table.pull is None or table.pull.num_arrived is not None
+    return is_pulled and (table.promotion is None or table.promotion.is_done)

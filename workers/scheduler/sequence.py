@@ -9,13 +9,14 @@ from workers.errors import InvariantViolated
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import SampleSpec, SequenceSlice
+from workers.status import PrefixHint
 
 
 class State(Enum):
     WAITING = auto()
     """Holds no blocks; in the queue."""
     PROMOTING = auto()
-    """Its blocks are reserved and the beginning of its prompt is on the way into them from a lower tier."""
+    """Its blocks are reserved and the beginning of its prompt is on the way into them from a lower tier or another worker."""
     TRANSFERRING = auto()
     """Its blocks are reserved and another worker computes its prompt into them."""
     PREFILLING = auto()
@@ -73,6 +74,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens that a prefix cache gave, when the sequence was first admitted."""
     num_preemptions: int = 0
+    hint: PrefixHint | None = None
+    """Where the beginning of the prompt can be had."""
 
     @property
     def num_prompt(self) -> int:
