@@ -70,7 +70,7 @@ def test_a_disk_tier_needs_a_folder_that_can_be_written_and_room(tmp_path: Path)
     check_disk_tier(WorkerConfig(model="m"), 1000)
     check_disk_tier(worker(tmp_path / "new", 1 << 20), 2)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidConfig, match="cannot be written to: .*; name a folder that can"):
+    with pytest.raises(InvalidConfig, match=r"cannot be written to: .*; name a folder that can"):
         check_disk_tier(worker(tmp_path / "file", 1 << 20), 1)
     with pytest.raises(
         InvalidConfig, match=r"3 workers may keep \d+.0 GiB of KV blocks in .*lower worker.kv_disk_bytes"
@@ -81,7 +81,7 @@ def test_a_disk_tier_needs_a_folder_that_can_be_written_and_room(tmp_path: Path)
 def test_the_host_tier_counts_as_memory(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     config = load_config(None, {"worker.model": str(model), "worker.kv_host_bytes": 4 * 2**30})
-    with pytest.raises(InvalidConfig, match="or worker.kv_host_bytes"):
+    with pytest.raises(InvalidConfig, match=r"or worker\.kv_host_bytes"):
         check_memory(config, available_bytes=6 * 2**30)
 
 

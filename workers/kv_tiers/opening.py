@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
@@ -28,7 +29,7 @@ def open_tiers(config: WorkerConfig, memory: KvMemory, fingerprint: str, worker_
     num_disk_blocks = config.kv_disk_bytes // form.file_bytes
     if num_disk_blocks == 0:
         raise InvalidConfig(f"worker.kv_disk_bytes is {config.kv_disk_bytes}; one KV block needs {form.file_bytes}")
-    folder = BlockFolder(Path(config.kv_disk_folder) / worker_id, form)
+    folder = BlockFolder(Path(config.kv_disk_folder) / quote(worker_id, safe=""), form)
     return KvTiers(memory, num_host_blocks, folder, num_disk_blocks)
 
 
