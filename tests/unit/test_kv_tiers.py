@@ -138,6 +138,14 @@ def test_blocks_of_another_model_are_deleted_and_other_files_are_left_alone(tmp_
         assert r.ask(PROMPT)[1] == 0
 
 
+def test_files_are_for_the_workers_user_alone(tmp_path: Path) -> None:
+    with rig(folder=tmp_path / "private") as r:
+        r.ask(PROMPT)
+        r.push_out()
+        assert (tmp_path / "private").stat().st_mode & 0o077 == 0
+        assert all(file.stat().st_mode & 0o077 == 0 for file in files_in(tmp_path / "private"))
+
+
 def damage(path: Path, how: str, rng: random.Random) -> None:
     raw = bytearray(path.read_bytes())
     match how:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import InvariantViolated
+from workers.kv_cache import ledger as ledgers
 from workers.kv_cache.ledger import MAX_PENDING_CHANGES, Ledger
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_cache.tier_book import Delete, Keep, Spill, TierBook
@@ -92,7 +93,7 @@ def test_a_hash_alone_is_not_believed() -> None:
 
 def test_a_smaller_disk_than_before_keeps_what_was_used_last() -> None:
     book = TierBook(0, 2, Ledger())
-    assert book.restore([key(1), key(2), key(3)]) == [Delete(1)]
+    assert book.restore([(1, 0), (2, 1), (3, 2)]) == [Delete(1)]
     assert places(book, 1, 2, 3) == [None, Tier.DISK, Tier.DISK]
 
 
@@ -208,3 +209,14 @@ def test_too_many_changes_become_a_dump() -> None:
     event = ledger.take_event()
     assert event is not None and event.reset and len(event.stored) == MAX_PENDING_CHANGES + 1
     assert ledger.take_event() is None
+
+
+def test_a_dump_of_a_huge_tier_names_the_fastest_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "MAX_TOLD", 3)
+    ledger = Ledger()
+    for number in range(6):
+        ledger.add(number, Tier.DISK)
+    ledger.add(4, Tier.POOL)
+    ledger.add(5, Tier.HOST)
+    dump = ledger.dump()
+    assert dump.stored[:2] == (4, 5) and dump.tiers == (Tier.POOL, Tier.HOST, Tier.DISK)

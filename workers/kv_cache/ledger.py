@@ -7,6 +7,9 @@ from workers.status import KvEvent, Tier
 MAX_PENDING_CHANGES = 65_536
 """Changes kept between two frames; beyond that the next event is a full dump."""
 
+MAX_TOLD = 1_000_000
+"""Blocks named in a full dump, those of the fastest tiers first: a huge disk tier must still fit into a message."""
+
 _BEST = {mask: next((tier for tier in Tier if mask >> tier & 1), None) for mask in range(1 << len(Tier))}
 
 
@@ -53,6 +56,8 @@ class Ledger:
         """The full set of blocks, numbered so that the next change follows it."""
         self._told, self._overflow = {}, False
         everything = {block_hash: tier for block_hash, mask in self._tiers.items() if (tier := _BEST[mask]) is not None}
+        if len(everything) > MAX_TOLD:
+            everything = dict(sorted(everything.items(), key=lambda item: item[1])[:MAX_TOLD])
         return self._event(everything, (), reset=True)
 
     def _event(self, stored: dict[int, Tier], removed: tuple[int, ...], reset: bool) -> KvEvent:

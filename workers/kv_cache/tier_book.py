@@ -56,8 +56,9 @@ class TierBook:
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
         self._host: OrderedDict[int, _Kept] = OrderedDict()
         self._num_disk_blocks = num_disk_blocks
-        self._disk: OrderedDict[int, BlockKey] = OrderedDict()
-        self._writing: dict[int, BlockKey] = {}
+        self._disk: OrderedDict[int, int] = OrderedDict()
+        """Parent of each block by its hash; the tokens are in the file, and compared when it is read."""
+        self._writing: dict[int, int] = {}
         self._pins: Counter[int] = Counter()
         self._ledger = ledger
         self._has_host = num_host_blocks > 0
@@ -73,11 +74,11 @@ class TierBook:
         return len(self._disk) + len(self._writing)
 
     def holds(self, key: BlockKey) -> Tier | None:
-        """The fastest tier with exactly this block; tokens and parent are compared, not the hash alone."""
+        """The fastest tier with this block; the hash alone is not believed, and the disk's word not before it has been read."""
         kept = self._host.get(key.block_hash)
         if kept is not None and kept.key == key:
             return Tier.HOST
-        return Tier.DISK if self._disk.get(key.block_hash) == key else None
+        return Tier.DISK if self._disk.get(key.block_hash) == key.parent else None
 
     def slot_of(self, key: BlockKey) -> int:
         """Where the host tier keeps a block that it holds."""
@@ -129,9 +130,9 @@ class TierBook:
 
     def written(self, block_hash: int) -> None:
         """A Spill has succeeded."""
-        key = self._writing.pop(block_hash, None)
-        if key is not None:
-            self._disk[block_hash] = key
+        parent = self._writing.pop(block_hash, None)
+        if parent is not None:
+            self._disk[block_hash] = parent
             self._ledger.add(block_hash, Tier.DISK)
 
     def not_written(self, block_hash: int) -> None:
@@ -147,11 +148,11 @@ class TierBook:
             return [Delete(key.block_hash)]
         return []
 
-    def restore(self, found: Iterable[BlockKey]) -> list[Command]:
-        """Blocks that an earlier process left on the disk, least recently used first."""
-        for key in found:
-            self._disk[key.block_hash] = key
-            self._ledger.add(key.block_hash, Tier.DISK)
+    def restore(self, found: Iterable[tuple[int, int]]) -> list[Command]:
+        """Hash and parent of blocks that an earlier process left on the disk, least recently used first."""
+        for block_hash, parent in found:
+            self._disk[block_hash] = parent
+            self._ledger.add(block_hash, Tier.DISK)
         excess = max(0, len(self._disk) - self._num_disk_blocks)
         return [self._evict_from_disk(block_hash) for block_hash in list(self._disk)[:excess]]
 
@@ -178,7 +179,7 @@ class TierBook:
             return []
         if victim is not None:
             commands.append(self._evict_from_disk(victim))
-        self._writing[key.block_hash] = key
+        self._writing[key.block_hash] = key.parent
         return [*commands, Spill(key, slot)]
 
     def _coldest(self, tier: Iterable[int]) -> int | None:

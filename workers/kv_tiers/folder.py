@@ -33,7 +33,7 @@ class BlockFolder:
         self._path = path
         self._form = form
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InvalidConfig(f"worker.kv_disk_folder: {path} cannot be used: {error.strerror}") from error
@@ -45,30 +45,31 @@ class BlockFolder:
                 f"worker.kv_disk_folder: {path} is in use by another worker; give each its own folder or name"
             ) from error
 
-    def scan(self) -> tuple[list[BlockKey], int]:
-        """The blocks that are here, least recently used first, and how many files were refused and deleted.
+    def scan(self) -> tuple[list[tuple[int, int]], int]:
+        """Hash and parent of the blocks that are here, least recently used first, and how many files were refused and deleted.
 
         Headers are verified now, the bytes when they are read.
         """
-        found: list[tuple[int, BlockKey]] = []
+        found: list[tuple[int, int, int]] = []
         num_refused = 0
         for entry in os.scandir(self._path):
             if not _NAME.fullmatch(entry.name):
                 continue
             try:
-                found.append((entry.stat().st_mtime_ns, self._identify(Path(entry.path))))
+                key = self._identify(Path(entry.path))
+                found.append((entry.stat().st_mtime_ns, key.block_hash, key.parent))
             except (BadRecord, OSError) as error:
                 num_refused += 1
                 log.warning("deleted %s: %s", entry.path, error)
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
-        return [key for _, key in sorted(found, key=lambda item: item[0])], num_refused
+        return [(block_hash, parent) for _, block_hash, parent in sorted(found)], num_refused
 
     def write(self, key: BlockKey, payload: npt.NDArray[np.uint8], payload_checksum: int) -> None:
         """Raises OSError, and leaves no file, when the disk does not take it."""
         unfinished = self._file(key.block_hash, "tmp")
         try:
-            with unfinished.open("wb", buffering=0) as file:
+            with open(unfinished, "wb", buffering=0, opener=_open_private) as file:
                 for part in (encode_header(self._form, key, payload_checksum), payload.data):
                     rest = memoryview(part)
                     while len(rest):
@@ -122,3 +123,8 @@ class BlockFolder:
         if path.name != f"{key.block_hash:016x}.kv":
             raise BadRecord("the file holds another block than its name says")
         return key
+
+
+def _open_private(path: str, flags: int) -> int:
+    """The files hold prompts: nobody else needs to read them."""
+    return os.open(path, flags, 0o600)
