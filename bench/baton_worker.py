@@ -14,7 +14,7 @@ from workers.engine import Engine
 from workers.loaded import Checkpoint
 from workers.model.ernie_config import ErnieConfig
 from workers.request import Request, SamplingParams
-from workers.runner import Batch, Runner, Sampled
+from workers.runner import Batch, LayerHook, Runner, Sampled
 from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo
 from workers.worker import make_engine
@@ -34,10 +34,10 @@ class TimedRunner:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         started = time.perf_counter()
         try:
-            return self._runner.execute(batch)
+            return self._runner.execute(batch, on_layer)
         finally:
             self.spent_s += time.perf_counter() - started
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from workers.errors import InvalidConfig
+from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class WorkerConfig:
     """What one worker may keep in kv_disk_folder."""
     local_prefill_tokens: int = 64
     """A decode worker computes a prompt with at most this many uncached tokens itself."""
-    transports: tuple[str, ...] = ("shm", "grpc")
+    transports: tuple[str, ...] = ("loopback", "shm", "tcp", "grpc")
     """KV transports this worker may use, best first."""
     transfer_timeout_s: float = 30.0
     """A handoff without any progress for this long has failed."""
@@ -92,9 +93,9 @@ class WorkerConfig:
             ),
             (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
             (
-                bool(self.transports) and set(self.transports) <= {"loopback", "shm", "grpc"},
+                bool(self.transports) and set(self.transports) <= set(BEST_FIRST),
                 "transports",
-                "must name at least one of loopback, shm, grpc",
+                f"must name at least one of {', '.join(BEST_FIRST)}",
             ),
             (self.transfer_timeout_s > 0, "transfer_timeout_s", "must be positive"),
             (self.transfer_window_bytes >= 1 << 20, "transfer_window_bytes", "must be at least 1 MiB"),

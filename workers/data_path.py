@@ -8,9 +8,8 @@ import grpc
 
 from workers.config import WorkerConfig
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transport import ServedTransport, Transport
 from workers.kv_transfer.transports.factory import make_transports
-from workers.rpc_fetch import RpcFetchTransport
 
 
 def make_data_path(
@@ -18,15 +17,14 @@ def make_data_path(
 ) -> dict[str, Transport]:
     """The transports of config.transports that work here, best first. Call before the server starts."""
     made = make_transports(
-        [name for name in config.transports if name != "grpc"],
+        config.transports,
         memory,
         worker_id=worker_id,
         host=socket.gethostname(),
         listen_host=config.host,
         timeout_s=config.transfer_timeout_s,
     )
-    if "grpc" in config.transports:
-        fetch = RpcFetchTransport(memory)
-        made["grpc"] = fetch
-        server.add_generic_rpc_handlers((fetch.handler,))
+    for transport in made.values():
+        if isinstance(transport, ServedTransport):
+            server.add_generic_rpc_handlers(transport.handlers())
     return made

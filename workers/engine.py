@@ -11,8 +11,9 @@ from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_tiers.tiers import KvTiers
+from workers.kv_transfer.pieces import layers_per_piece
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
-from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
 from workers.scheduler.scheduler import Limits, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
@@ -65,6 +66,18 @@ class BlocksFilled:
     sequence_id: int
     blocks: tuple[int, ...]
     num_filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayersFilled:
+    """In mid-step: of a prompt computed for another worker, entries first .. end-1 of its block table hold the KV of their
+    first `num_layers` layers."""
+
+    sequence_id: int
+    blocks: tuple[int, ...]
+    first: int
+    end: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +152,8 @@ class Engine:
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
+        self.on_layers: Callable[[LayersFilled], None] | None = None
+        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self._exports: dict[int, list[int]] = {}
@@ -286,7 +301,8 @@ class Engine:
         if step.batch.num_tokens:
             slices = (*step.batch.prefill, *step.batch.decode)
             try:
-                drawn = self._runner.execute(step.batch)
+                hook = self._layer_hook(step.batch)
+                drawn = self._runner.execute(step.batch) if hook is None else self._runner.execute(step.batch, hook)
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(slices))
                 for piece in slices:
@@ -370,6 +386,28 @@ class Engine:
         for sequence in self._scheduler.active:
             if sequence.state is State.PROMOTING and now >= self._live[sequence.sequence_id].promoted_by_s:
                 self._scheduler.give_promotion_up(sequence)
+
+    def _layer_hook(self, batch: Batch) -> LayerHook | None:
+        """None when nothing of the batch is for another worker, or nobody listens."""
+        listener = self.on_layers
+        sources = [s for s in batch.prefill if self._live[s.sequence_id].sequence.kind is Kind.SOURCE]
+        layout = self._runner.kv_memory.layout
+        every = layers_per_piece(layout)
+        if listener is None or not sources or every >= layout.num_layers:
+            return None
+        fills: list[LayersFilled] = []
+        for piece in sources:
+            table, end = self._live[piece.sequence_id].sequence.table, piece.start + len(piece.token_ids)
+            first, blocks = piece.start // BLOCK_SIZE, tuple(table.blocks)
+            # Where the prompt ends its last block is as full as it will be.
+            last = len(blocks) if piece.sample is not None else end // BLOCK_SIZE
+            fills.append(LayersFilled(piece.sequence_id, blocks, first, last, 0))
+
+        def tell(num_layers: int) -> None:
+            for fill in fills:
+                listener(replace(fill, num_layers=num_layers))
+
+        return LayerHook(every, tell)
 
     def _after_prefill(self, live: _Live, piece: SequenceSlice, sampled: Sampled, result: StepResult) -> None:
         sequence = live.sequence

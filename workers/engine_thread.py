@@ -8,8 +8,9 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from workers.engine import Engine, StepResult, refusal_output
+from workers.engine import Engine, LayersFilled, StepResult, refusal_output
 from workers.errors import InvalidRequest, Refused
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.request import HandoffReport, Request
@@ -18,6 +19,8 @@ from workers.scheduler.sequence import Kind
 from workers.status import Load, PrefixHint
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STALL_CHECK_S = 0.5
 """A thread whose sequences all wait for somebody else looks again after this long at the latest."""
@@ -98,16 +101,29 @@ class Report:
 
 
 class EngineThread:
-    """`on_report` is called on `loop` after every step that changed something. Commands take effect in order.
+    """`on_report` is called on `loop` after every step that changed something, `on_layers` in the middle of a step that fills
+    layers for another worker. Commands take effect in order.
 
     The command queue is bounded by the callers: each sequence has at most a handful of commands, and the number of
     sequences is bounded by the scheduler's queue.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, on_report: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        on_report: Callable[[Report], None],
+        on_layers: Callable[[LayersFilled], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_report = on_report
+        if on_layers is not None:
+
+            def tell(event: LayersFilled) -> None:
+                self._tell(on_layers, event)
+
+            engine.on_layers = tell
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -137,10 +153,16 @@ class EngineThread:
             result.held = extra.held
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
             report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
-            try:
-                self._loop.call_soon_threadsafe(self._on_report, report)
-            except RuntimeError:
-                return  # the event loop has closed: the process is ending
+            if not self._tell(self._on_report, report):
+                return
+
+    def _tell(self, listener: Callable[[T], None], what: T) -> bool:
+        """False when the event loop has closed: the process is ending."""
+        try:
+            self._loop.call_soon_threadsafe(listener, what)
+        except RuntimeError:
+            return False
+        return True
 
     def _take_commands(self, extra: StepResult, wait: bool) -> bool:
         """Executes what is queued; with `wait`, at least one or until the stall check. False: stop."""

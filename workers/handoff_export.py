@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from workers.engine import BlocksFilled, Prefilled
+from workers.engine import BlocksFilled, LayersFilled, Prefilled
 from workers.engine_thread import Add, CancelSequence, Command
 from workers.errors import Refusal, Refused
 from workers.kv_transfer.messages import Done, OpenHandoff, PrefillDone, Prompt
@@ -60,6 +60,11 @@ class PromptExporter:
         export = self._running.get(event.sequence_id)
         if export is not None:
             export.feed(Filled(event.blocks, 0, event.num_filled, export.cut.layout.num_layers))
+
+    def layers_filled(self, event: LayersFilled) -> None:
+        export = self._running.get(event.sequence_id)
+        if export is not None:
+            export.feed(Filled(event.blocks, event.first, event.end, event.num_layers))
 
     def prefilled(self, event: Prefilled) -> None:
         export = self._running.get(event.sequence_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,6 +77,17 @@ class Sampled:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LayerHook:
+    """Wants to hear of a step's progress: `call(n)` when the KV of all prefill slices is written in the first n layers.
+
+    Called on the thread that computes, after every `every`-th layer but the last one. It must be quick and must not raise.
+    """
+
+    every: int
+    call: Callable[[int], None]
+
+
 class Runner(Protocol):
     """Computes batches. One thread calls it; a batch's results come in the order prefill + decode.
 
@@ -89,7 +100,9 @@ class Runner(Protocol):
     @property
     def kv_memory(self) -> KvMemory: ...
 
-    def execute(self, batch: Batch) -> list[Sampled]: ...
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
+        """A runner whose pool is no host memory may ignore `on_layer`."""
+        ...
 
 
 class FakeRunner:
@@ -113,16 +126,26 @@ class FakeRunner:
     def kv_memory(self) -> KvMemory:
         return self._memory
 
-    def execute(self, batch: Batch) -> list[Sampled]:
-        """Computes as the protocol says; a block table too short for its slice raises IndexError."""
-        self.num_steps += 1
-        return [self._run(s) for s in (*batch.prefill, *batch.decode)]
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
+        """Computes as the protocol says; a block table too short for its slice raises IndexError.
 
-    def _run(self, piece: SequenceSlice) -> Sampled:
+        All it writes lies at the beginning of a block: its other layers are filled as well as they ever will be.
+        """
+        self.num_steps += 1
+        for piece in (*batch.prefill, *batch.decode):
+            self._write(piece)
+        if on_layer is not None:
+            for layer in range(on_layer.every, self._memory.layout.num_layers, on_layer.every):
+                on_layer.call(layer)
+        return [self._draw(piece) for piece in (*batch.prefill, *batch.decode)]
+
+    def _write(self, piece: SequenceSlice) -> None:
         for offset, token in enumerate(piece.token_ids):
             position = piece.start + offset
             block = piece.block_table[position // BLOCK_SIZE]
             self._slots[block, position % BLOCK_SIZE] = (position << 32) + token + 1
+
+    def _draw(self, piece: SequenceSlice) -> Sampled:
         if piece.sample is None:
             return Sampled(piece.sequence_id, None)
         if piece.sample.forced_token_id is not None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from workers.config import WorkerConfig
-from workers.engine import BlocksFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
+from workers.engine import BlocksFilled, LayersFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
 from workers.engine_thread import Command, Landed, TransferLost
 from workers.errors import InvariantViolated, Refusal, Refused, TransferFailed
 from workers.handoff_export import Exporter, PromptExporter
@@ -196,6 +196,9 @@ class Transfers:
 
     def filled(self, event: BlocksFilled) -> None:
         self._prompts.filled(event)
+
+    def layers_filled(self, event: LayersFilled) -> None:
+        self._prompts.layers_filled(event)
 
     def prefilled(self, event: Prefilled) -> None:
         self._prompts.prefilled(event)

@@ -104,7 +104,9 @@ class Worker:
         engine = await asyncio.to_thread(make_engine, self._config, model, self._identity.worker_id)
         self._engine = engine
         loop = asyncio.get_running_loop()
-        thread = EngineThread(engine, loop, lambda report: server.on_report(report))
+        thread = EngineThread(
+            engine, loop, lambda report: server.on_report(report), lambda event: server.transfers.layers_filled(event)
+        )
         memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
         transports = make_data_path(self._config, memory, self._identity.worker_id, self._grpc)

@@ -22,7 +22,7 @@ from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.transport import Channel, IncomingPiece, View
 from workers.status import WorkerAddress
 
-NAMES = ("loopback", "shm")
+NAMES = ("loopback", "shm", "tcp", "grpc")
 PULLING = ("loopback", "shm")
 """Their receiver reads the sender's pool itself, so it can read on when the sender is gone."""
 BOUND_S = 3 * TIMEOUT_S

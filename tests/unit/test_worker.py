@@ -24,7 +24,12 @@ from workers.wire import frame_from_pb, router_message_to_pb, status_from_pb
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(
-    model="fake", local_prefill_tokens=0, max_batch_tokens=96, max_num_seqs=16, transfer_timeout_s=5.0
+    model="fake",
+    local_prefill_tokens=0,
+    max_batch_tokens=96,
+    max_num_seqs=16,
+    transfer_timeout_s=5.0,
+    transports=("shm", "grpc"),
 )
 
 
@@ -123,7 +128,7 @@ def with_transports(*transports: str) -> WorkerConfig:
     )
 
 
-@pytest.mark.parametrize("transport", ["loopback", "shm", "grpc"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "grpc"])
 async def test_a_handoff_gives_the_tokens_of_one_worker_and_leaves_nothing(transport: str) -> None:
     config = with_transports(transport)
     async with pair(config, config) as (router, source, prefill):

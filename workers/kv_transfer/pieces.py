@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from workers.kv_transfer.memory import KvLayout
 
-MAX_PIECE_BYTES = 1 << 20
-"""Part of the protocol: one gRPC message of this size is what gRPC moves fastest."""
+MAX_PIECE_BYTES = 512 << 10
+"""Part of the protocol: large enough for what is said about a piece to cost nothing beside it, small enough for the first layers
+of a block to travel while the last ones are computed."""
+
+
+def layers_per_piece(layout: KvLayout) -> int:
+    """At least one, however large a layer is."""
+    return max(1, min(layout.num_layers, MAX_PIECE_BYTES // layout.layer_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Cut:
 
     @property
     def layers_per_piece(self) -> int:
-        return max(1, min(self.layout.num_layers, MAX_PIECE_BYTES // self.layout.layer_bytes))
+        return layers_per_piece(self.layout)
 
     @property
     def pieces_per_block(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,15 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends everything; safe to call twice."""
+
+
+@runtime_checkable
+class ServedTransport(Protocol):
+    """A transport that the worker's own gRPC server serves."""
+
+    def handlers(self) -> tuple[Any, ...]:
+        """For grpc.aio.Server.add_generic_rpc_handlers, before the server starts."""
+        ...
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from workers.model.moe import MixtureOfExperts, Router
 from workers.model.rope import RotaryEmbedding, rotate
 from workers.model.step_plan import StepPlan, plan_step
 from workers.model.weights import Checkpoint
-from workers.runner import Batch
+from workers.runner import Batch, LayerHook
 
 Take = Callable[..., Tensor]
 """take(name below a prefix, *shape) gives a weight in the model's dtype."""
@@ -65,14 +65,14 @@ class Ernie:
     def linears(self) -> tuple[Linear, ...]:
         return (*(linear for layer in self._layers for linear in layer.linears), self._head)
 
-    def compute(self, batch: Batch, pool: KvPool) -> Tensor:
+    def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Runs the layers over a batch, writes KV, returns hidden states [T, D] for `logits`."""
         plan = plan_step(batch, pool)
         if len(plan.fresh_blocks):
             pool.clear(plan.fresh_blocks)
-        return self.forward(plan, pool)
+        return self.forward(plan, pool, on_layer)
 
-    def forward(self, plan: StepPlan, pool: KvPool) -> Tensor:
+    def forward(self, plan: StepPlan, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards."""
         H, K, C = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         rotation = self._rope.at(plan.positions_T)
@@ -81,6 +81,8 @@ class Ernie:
             qkv_THC = layer.qkv(layer.input_norm(x_TD)).view(-1, H + 2 * K, C)
             q_THC, k_TKC = torch.split(rotate(qkv_THC[:, : H + K], rotation), [H, K], dim=1)
             pool.write(index, plan.slots, torch.cat((k_TKC, qkv_THC[:, H + K :]), dim=1))
+            if on_layer is not None and (index + 1) % on_layer.every == 0 and index + 1 < len(self._layers):
+                on_layer.call(index + 1)
             x_TD = x_TD + layer.output(attend(q_THC, pool, index, plan).to(self._dtype))
             x_TD = x_TD + layer.mlp(layer.post_attention_norm(x_TD))
         return x_TD

@@ -18,7 +18,7 @@ from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.ernie_config import ErnieConfig
 from workers.model.weights import Checkpoint, fingerprint
 from workers.request import TokenLogprob
-from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.placement import on_device
 from workers.sampling.sampler import Drawn, is_plain, sample
@@ -50,7 +50,7 @@ class ModelRunner(ABC, Generic[M]):
         """What was found at start-up, one sentence each."""
 
     @abstractmethod
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D] for `model.logits`."""
 
     @property
@@ -78,13 +78,13 @@ class ModelRunner(ABC, Generic[M]):
         """From generation_config.json, else config.json."""
         return self._model.config.eos_token_ids
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         """Computes as the Runner protocol says; a block table too short for its slice raises IndexError."""
         slices = (*batch.prefill, *batch.decode)
         if not slices:
             return []
         with torch.inference_mode():
-            x_TD = self.hidden_states(batch)
+            x_TD = self.hidden_states(batch, on_layer)
             rows = [0]
             for piece in slices:
                 rows.append(rows[-1] + len(piece.token_ids))

@@ -24,7 +24,7 @@ from workers.model.native.ernie import NativeErnie, is_supported
 from workers.model.native.library import Library
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
-from workers.runner import Batch
+from workers.runner import Batch, LayerHook
 from workers.status import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         runner.warnings = warnings
         return runner
 
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D] for `model.logits`."""
         if self._thread != threading.get_ident():  # torch keeps the number of threads per calling thread
             torch.set_num_threads(self._num_threads)
             self._thread = threading.get_ident()
         with torch.inference_mode():
-            return self._model.compute(batch, self._pool)
+            return self._model.compute(batch, self._pool, on_layer)
 
 
 def _load_model(

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transports.grpc_stream import GrpcTransport
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 from workers.kv_transfer.transports.shm import ShmTransport
+from workers.kv_transfer.transports.tcp import TcpTransport
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,10 @@ def make_transports(
                 made[name] = LoopbackTransport(memory, worker_id)
             case "shm":
                 made[name] = ShmTransport(memory, host)
+            case "tcp":
+                made[name] = TcpTransport(listen_host, timeout_s)
+            case "grpc":
+                made[name] = GrpcTransport(timeout_s)
             case _:
                 raise InvalidConfig(f"no KV transport is called {name!r}: choose from {', '.join(BEST_FIRST)}")
     return made

@@ -21,7 +21,7 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import available_bytes, choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.weights import Checkpoint, checkpoint_folder
-from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.status import ModelInfo
 
 _MAX_GRAPH_BYTES = 1 << 30
@@ -89,11 +89,12 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 runner.warnings = runner.warm_up()
         return runner
 
-    def execute(self, batch: Batch) -> list[Sampled]:
+    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
+        """`on_layer` is not called: the pool's copy in host memory is made after the step (KvMemory.expose)."""
         with as_current(self._device):
             return super().execute(batch)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D], valid until the next step."""
         with torch.inference_mode(), as_current(self._device):
             parts = []

@@ -17,7 +17,7 @@ from workers.model.kv_memory import KvPool
 from workers.model.native.library import Dimensions, Library, Part, Step
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
-from workers.runner import BLOCK_SIZE, Batch, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
 
 
 def is_supported(config: ErnieConfig) -> bool:
@@ -42,7 +42,7 @@ class NativeErnie:
         weakref.finalize(self, library.destroy, self._model)
         self._load(checkpoint)
 
-    def compute(self, batch: Batch, pool: KvPool) -> Tensor:
+    def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
 
         Raises IndexError where a block table is too short.
@@ -66,7 +66,7 @@ class NativeErnie:
             _int64(accumulate(num_blocks[:-1], initial=0)),
         ]
         step = Step(rows[-1], len(slices), *(array.ctypes.data for array in arrays))
-        self._library.forward(self._model, step, pool.address, x_TD.data_ptr())
+        self._library.forward(self._model, step, pool.address, x_TD.data_ptr(), on_layer)
         return x_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:

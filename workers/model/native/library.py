@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workers.errors import InvariantViolated
 from workers.model.native.build import BuildFailed
+from workers.runner import LayerHook
 
 
 class Part(IntEnum):
@@ -57,11 +58,13 @@ class Step(ctypes.Structure):
     )
 
 
+_OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
 _SIGNATURES = {
     "baton_create": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
     "baton_destroy": (None, (ctypes.c_void_p,)),
     "baton_take": (ctypes.c_char_p, (ctypes.c_void_p, *(ctypes.c_int64,) * 5, ctypes.c_void_p)),
-    "baton_forward": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
+    "baton_forward": (ctypes.c_char_p, (*(ctypes.c_void_p,) * 4, ctypes.c_int64, _OnLayer)),
     "baton_head": (
         ctypes.c_char_p,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
@@ -103,8 +106,9 @@ class Library:
         """Copies `count` rows of a weight, from row `first` on; a vector is one element a row."""
         _check(self._functions.baton_take(model, int(part), layer, expert, first, count, address))
 
-    def forward(self, model: ctypes.c_void_p, step: Step, pool: int, x: int) -> None:
-        _check(self._functions.baton_forward(model, ctypes.byref(step), pool, x))
+    def forward(self, model: ctypes.c_void_p, step: Step, pool: int, x: int, on_layer: LayerHook | None = None) -> None:
+        every, call = (on_layer.every, _OnLayer(on_layer.call)) if on_layer is not None else (0, _OnLayer())
+        _check(self._functions.baton_forward(model, ctypes.byref(step), pool, x, every, call))
 
     def head(self, model: ctypes.c_void_p, x: int, num_rows: int, logits: int | None, best: int) -> None:
         _check(self._functions.baton_head(model, x, num_rows, logits, best))

@@ -46,8 +46,10 @@ const char* baton_take(baton::AnyModel* model, int64_t part, int64_t layer, int6
   return guarded([&] { model->take(static_cast<baton::Part>(part), layer, expert, first, count, source); });
 }
 
-const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void* pool, void* x) {
-  return guarded([&] { model->forward(*step, pool, x); });
+// `on_layer(n)`: the keys and values of the first n layers are in the pool; after every `every`-th layer but the last, 0: never.
+const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void* pool, void* x, int64_t every,
+                          void (*on_layer)(int64_t)) {
+  return guarded([&] { model->forward(*step, pool, x, every, on_layer); });
 }
 
 const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, float* logits, int64_t* best) {

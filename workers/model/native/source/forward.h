@@ -12,7 +12,8 @@ template <class V> void grow(std::vector<V>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
 }
 
-template <class T> void Model<T>::forward(const Step& step, void* pool, void* x_out) {
+template <class T>
+void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every, void (*on_layer)(int64_t)) {
   T* x = static_cast<T*>(x_out);
   T* kv = static_cast<T*>(pool);
   const int64_t num_rows = step.num_rows, hidden = d_.hidden_size;
@@ -34,6 +35,7 @@ template <class T> void Model<T>::forward(const Step& step, void* pool, void* x_
                   });
     });
     place_keys(step, kv, i);
+    if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) on_layer(i + 1);
     attend(step, kv, i);
     add_product(layer.output, context_, num_rows, x);
     normalize_rows(x, layer.mlp_norm, num_rows);

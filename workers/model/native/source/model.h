@@ -87,7 +87,7 @@ class AnyModel {
   virtual ~AnyModel() = default;
   // Copies rows first .. first+count-1 of a weight, or as many elements of a vector.
   virtual void take(Part part, int64_t layer, int64_t expert, int64_t first, int64_t count, const void* source) = 0;
-  virtual void forward(const Step& step, void* pool, void* x) = 0;
+  virtual void forward(const Step& step, void* pool, void* x, int64_t every, void (*on_layer)(int64_t)) = 0;
   virtual void head(const void* x, int64_t num_rows, float* logits, int64_t* best) = 0;
 };
 
@@ -115,7 +115,7 @@ template <class T> class Model : public AnyModel {
   }
 
   void take(Part part, int64_t index, int64_t expert, int64_t first, int64_t count, const void* source) override;
-  void forward(const Step& step, void* pool, void* x) override;
+  void forward(const Step& step, void* pool, void* x, int64_t every, void (*on_layer)(int64_t)) override;
   void head(const void* x, int64_t num_rows, float* logits, int64_t* best) override;
 
  private:

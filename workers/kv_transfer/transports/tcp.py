@@ -1,0 +1,251 @@
+"""KV over TCP sockets of its own, straight out of the sender's pool and into the receiver's. What a frame says is in frames.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+from workers.errors import TransferFailed
+from workers.kv_transfer.memory import KvLayout
+from workers.kv_transfer.transport import OutgoingPiece, View
+from workers.kv_transfer.transports.offers import decode, decode_hex, encode
+from workers.kv_transfer.transports.push import Inboxes, PushInbox
+from workers.kv_transfer.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
+from workers.kv_transfer.transports.tokens import TOKEN_BYTES, Peer, Tokens, peer_of
+from workers.status import WorkerAddress
+
+log = logging.getLogger(__name__)
+
+LANES = 1
+"""Connections for each pair of workers and direction (measured in docs/benchmarks.md)."""
+MAX_PEERS = 256
+_MAX_HANDSHAKES = 64
+_HANDSHAKE_S = 5.0
+_HELLO = struct.Struct("<4s16s8sBB")
+_MAGIC = b"BTNh"
+
+
+class TcpChannel:
+    """The receiver's end of the lanes to one sender."""
+
+    def __init__(self, source: WorkerAddress, offer: bytes, lanes: list[socket.socket], timeout_s: float) -> None:
+        self.source, self.offer = source, offer
+        self.inboxes = Inboxes(self._abort, timeout_s)
+        self._lanes = [IncomingLane(lane, self.inboxes) for lane in lanes]
+
+    def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
+        return self.inboxes.open(transfer_id, place)
+
+    async def close(self) -> None:
+        self._abort()
+        for lane in self._lanes:
+            await asyncio.to_thread(lane.join)
+
+    def _abort(self) -> None:
+        self.inboxes.give_up()
+        for lane in self._lanes:
+            lane.stop()
+
+
+class TcpTransport:
+    """Listens on a port of its own once something is offered; a receiver shows the token of its offer to be let in."""
+
+    name = "tcp"
+
+    def __init__(self, listen_host: str, timeout_s: float, num_lanes: int = LANES) -> None:
+        self._listen_host = listen_host
+        self._timeout_s = timeout_s
+        self._num_lanes = num_lanes
+        self._tokens = Tokens()
+        self._proof = secrets.token_bytes(TOKEN_BYTES)
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._arriving: dict[bytes, dict[int, socket.socket]] = {}
+        self._links: dict[Peer, OutgoingLink] = {}
+        self._channels: dict[bytes, TcpChannel] = {}
+        self._connecting = asyncio.Lock()
+        self._is_closed = False
+
+    # ---- as the sender ----
+
+    def offer(self, target: WorkerAddress, host: str) -> bytes | None:
+        if self._is_closed:
+            return None
+        if self._listener is None:
+            family = socket.AF_INET6 if ":" in self._listen_host else socket.AF_INET
+            try:
+                self._listener = socket.create_server((self._listen_host, 0), family=family, backlog=128)
+            except OSError as error:
+                log.warning("tcp is not offered: cannot listen on %s: %s", self._listen_host, error)
+                return None
+            self._listener.setblocking(False)
+            self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
+        token = self._tokens.give(target)
+        port = self._listener.getsockname()[1]
+        return encode({"port": port, "lanes": self._num_lanes, "token": token.hex(), "proof": self._proof.hex()})
+
+    async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
+        link = self._links.get(peer_of(target))
+        if link is None or link.is_broken:
+            raise TransferFailed(f"{target.worker_id} is not connected over tcp")
+        await link.send(transfer_id, pieces)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, mostly
+                log.warning("cannot accept a KV connection: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            if len(self._handshakes) >= _MAX_HANDSHAKES:
+                accepted.close()
+                continue
+            task = loop.create_task(self._greet(accepted))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _greet(self, accepted: socket.socket) -> None:
+        """Lets a receiver in; once all its lanes are there it can be sent to."""
+        loop = asyncio.get_running_loop()
+        session = b""
+        try:
+            async with asyncio.timeout(_HANDSHAKE_S):
+                accepted.setblocking(False)
+                magic, token, session, lane, num_lanes = _HELLO.unpack(await _read(accepted, _HELLO.size))
+                peer = self._tokens.owner(token)
+                if magic != _MAGIC or peer is None or num_lanes != self._num_lanes or lane >= num_lanes:
+                    raise TransferFailed("a stranger connected")
+                if peer not in self._links and len(self._links) >= MAX_PEERS:
+                    raise TransferFailed(f"{MAX_PEERS} receivers are connected")
+                lanes = self._arriving.setdefault(session, {})
+                if len(self._arriving) > _MAX_HANDSHAKES:
+                    for held in self._arriving.pop(next(iter(self._arriving))).values():
+                        held.close()
+                lanes[lane] = accepted
+                if len(lanes) == num_lanes:
+                    del self._arriving[session]
+                    self._replace_link(peer, OutgoingLink([lanes[n] for n in range(num_lanes)], self._timeout_s))
+                await loop.sock_sendall(accepted, self._proof)
+        except (OSError, TimeoutError, TransferFailed, struct.error) as error:
+            log.warning("a KV connection was refused: %s", error)
+            for held in self._arriving.pop(session, {}).values():
+                held.close()
+            accepted.close()
+
+    def _replace_link(self, peer: Peer, link: OutgoingLink) -> None:
+        old = self._links.pop(peer, None)
+        if old is not None:
+            old.stop()
+        self._links[peer] = link
+        link.watch(lambda: self._drop_link(peer, link))
+
+    def _drop_link(self, peer: Peer, link: OutgoingLink) -> None:
+        if self._links.get(peer) is link:
+            del self._links[peer]
+        link.stop()
+
+    # ---- as the receiver ----
+
+    async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> TcpChannel:
+        fields = decode(offer, {"port": int, "lanes": int, "token": str, "proof": str})
+        token, proof = decode_hex(fields["token"], TOKEN_BYTES), decode_hex(fields["proof"], TOKEN_BYTES)
+        port, num_lanes = int(fields["port"]), int(fields["lanes"])
+        if not (0 < port < 1 << 16 and 0 < num_lanes <= 16):
+            raise TransferFailed("an offer names no sensible port or number of lanes")
+        async with self._connecting:
+            await self._close_useless(source, offer)
+            kept = self._channels.get(source.worker_id.encode() + offer)
+            if kept is not None:
+                return kept
+            host = source.target.rpartition(":")[0].strip("[]")
+            session = secrets.token_bytes(8)
+            lanes: list[socket.socket] = []
+            try:
+                async with asyncio.timeout(min(_HANDSHAKE_S, self._timeout_s)):
+                    for lane in range(num_lanes):
+                        hello = _HELLO.pack(_MAGIC, token, session, lane, num_lanes)
+                        lanes.append(await _dial(host, port, hello, proof))
+            except (OSError, TimeoutError, TransferFailed) as error:
+                for opened in lanes:
+                    opened.close()
+                raise TransferFailed(f"no tcp connection to {source.worker_id}: {error or 'no answer'}") from error
+            channel = TcpChannel(source, offer, lanes, self._timeout_s)
+            self._channels[source.worker_id.encode() + offer] = channel
+            return channel
+
+    async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
+        """Broken channels, and idle ones that this sender's new offer replaces."""
+        for key, channel in tuple(self._channels.items()):
+            is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
+            if channel.inboxes.is_broken or (is_old and channel.inboxes.is_idle):
+                del self._channels[key]
+                await channel.close()
+
+    # ---- both ----
+
+    async def forget(self, worker_id: str) -> None:
+        self._tokens.forget(worker_id)
+        for peer, link in tuple(self._links.items()):
+            if peer[0] == worker_id:
+                self._drop_link(peer, link)
+        for key, channel in tuple(self._channels.items()):
+            if channel.source.worker_id == worker_id:
+                del self._channels[key]
+                await channel.close()
+
+    async def close(self) -> None:
+        self._is_closed = True
+        tasks = [task for task in (self._accepting, *self._handshakes) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._accepting = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for held in (lane for lanes in self._arriving.values() for lane in lanes.values()):
+            held.close()
+        self._arriving.clear()
+        for peer, link in tuple(self._links.items()):
+            self._drop_link(peer, link)
+            await link.join()
+        for key in tuple(self._channels):
+            await self._channels.pop(key).close()
+
+
+async def _read(connection: socket.socket, num_bytes: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    received = b""
+    while len(received) < num_bytes:
+        some = await loop.sock_recv(connection, num_bytes - len(received))
+        if not some:
+            raise TransferFailed("the other side hung up")
+        received += some
+    return received
+
+
+async def _dial(host: str, port: int, hello: bytes, proof: bytes) -> socket.socket:
+    """A connection whose other end has taken our token and shown that it is the one that made the offer."""
+    loop = asyncio.get_running_loop()
+    family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.setblocking(False)
+        prepare(connection)
+        await loop.sock_connect(connection, address)
+        await loop.sock_sendall(connection, hello)
+        if not secrets.compare_digest(await _read(connection, len(proof)), proof):
+            raise TransferFailed("somebody else listens there")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            connection.close()
+        raise
+    return connection
