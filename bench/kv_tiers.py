@@ -107,7 +107,7 @@ class Asked:
         params = SamplingParams(max_tokens=1, temperature=0, seed=0, ignore_eos=True)
         request = Request(name, tuple(prompt), params)
         started_s = time.perf_counter()
-        self._link.send(Submit(request, self.address.generation, (), hint))
+        self._link.send(Submit(request, self.address.generation, (), prefix=hint))
         async for frame in self._frames:
             for output in frame.outputs:
                 if output.request_id == name:

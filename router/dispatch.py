@@ -48,7 +48,8 @@ class Dispatcher:
         self._charge(flight, decode, now)
         prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
-        submit = Submit(flight.attempt_request(), decode.generation, addresses, self._prefix_hint(flight))
+        hint = self._prefix_hint(flight)
+        submit = Submit(flight.attempt_request(), decode.generation, addresses, prefix=hint)
         return Send(decode.worker_id, decode.connection, submit)
 
     def release(self, flight: Flight) -> None:

@@ -156,7 +156,7 @@ class Engine:
         """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
-        self._exports: dict[int, list[int]] = {}
+        self._held_prefixes: dict[int, list[int]] = {}
         """Blocks held for other workers to copy."""
         self._prefill_rate = 0.0
         self.last_step_s = 0.0
@@ -263,14 +263,14 @@ class Engine:
 
     def hold_prefix(self, export_id: int, keys: tuple[BlockKey, ...]) -> PrefixHeld:
         """Holds the longest run of these blocks that the pool has, for another worker to copy; at most a quarter of the pool."""
-        room = self._kv.num_blocks // 4 - sum(map(len, self._exports.values()))
+        room = self._kv.num_blocks // 4 - sum(map(len, self._held_prefixes.values()))
         blocks = self._kv.hold_prefix(keys, max(0, room))
-        self._exports[export_id] = blocks
+        self._held_prefixes[export_id] = blocks
         self._runner.kv_memory.expose(blocks)
         return PrefixHeld(export_id, tuple(blocks))
 
     def release_prefix(self, export_id: int) -> None:
-        self._kv.release_blocks(self._exports.pop(export_id, []))
+        self._kv.release_blocks(self._held_prefixes.pop(export_id, []))
 
     @property
     def has_work(self) -> bool:

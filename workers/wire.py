@@ -330,7 +330,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, prefix):
+        case Submit(request, generation, prefill_workers, prefix=prefix):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
@@ -353,7 +353,7 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
             prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
-            return Submit(request_from_pb(submit.request), submit.generation, addresses, prefix)
+            return Submit(request_from_pb(submit.request), submit.generation, addresses, prefix=prefix)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

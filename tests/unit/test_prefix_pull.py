@@ -157,7 +157,7 @@ async def trio(
 async def ask(router: Attached, source: WorkerAddress | None, hint: PrefixHint, request_id: str = "r") -> list:  # type: ignore[type-arg]
     prefill = (source,) if source is not None else ()
     request = replace(PROMPT, request_id=request_id)
-    await router.send(Submit(request, router.address.generation, prefill, hint))
+    await router.send(Submit(request, router.address.generation, prefill, prefix=hint))
     return await router.finish(request_id)
 
 
@@ -220,7 +220,7 @@ async def test_a_slow_peer_is_not_asked_again_soon() -> None:
     async with trio() as (router, source, prefill, _, _):
         for name in ("a", "b"):
             request = make_request([ord(name)] * 600, 4, request_id=name)
-            await router.send(Submit(request, router.address.generation, (source,), PrefixHint(PEER, 8)))
+            await router.send(Submit(request, router.address.generation, (source,), prefix=PrefixHint(PEER, 8)))
             assert tokens(await router.finish(name)) == generate_alone(request)
         counters = await idle(prefill)
         assert counters["prefix_pulls"] == 1 and counters["prefix_pulls_not_worth_it"] == 1
@@ -233,7 +233,7 @@ async def test_a_request_may_be_cancelled_in_mid_pull() -> None:
         for index in range(20):
             name = f"c{index}"
             request = replace(PROMPT, request_id=name, prompt_token_ids=(*PROMPT.prompt_token_ids, index))
-            await router.send(Submit(request, router.address.generation, (source,), PrefixHint(holder, 5)))
+            await router.send(Submit(request, router.address.generation, (source,), prefix=PrefixHint(holder, 5)))
             for _ in range(index):
                 await asyncio.sleep(0)
             await router.send(Cancel(name))
@@ -300,7 +300,7 @@ async def test_a_holder_that_is_killed_in_mid_pull_costs_no_token() -> None:
                 await warmer.close()
                 # A stopped process answers nothing: the pull is surely under way when it is killed.
                 process.send_signal(signal.SIGSTOP)
-                await router.send(Submit(request, router.address.generation, (source,), PrefixHint(holder, 8)))
+                await router.send(Submit(request, router.address.generation, (source,), prefix=PrefixHint(holder, 8)))
                 async with asyncio.timeout(20):
                     while dict(prefill.status().counters).get("prefix_pulls", 0) <= index:
                         await asyncio.sleep(0.005)

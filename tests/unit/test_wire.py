@@ -154,7 +154,7 @@ handoff_ups = (
 )
 frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
 router_messages = (
-    st.builds(Submit, requests, u64, tuples(addresses), st.none() | hints)
+    st.builds(Submit, requests, u64, tuples(addresses), prefix=st.none() | hints)
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
     | st.builds(Hello, text)

@@ -60,17 +60,17 @@ class KvCacheManager:
         """Chained hashes of the prompt's full blocks; none when the prefix cache is off."""
         return block_hashes(token_ids, self.block_size) if self._enabled else []
 
-    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int]) -> BlockTable:
+    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = True) -> BlockTable:
         """Blocks for a whole prompt, its cached beginning shared; with no `hashes` it neither takes nor gives.
 
         At least the last token stays to be computed, since its logits are wanted. What lower tiers hold of the rest is
-        pinned there until `promote` and `settle`, or `release`.
+        pinned there until `promote` and `settle`, or `release`; without `use_tiers` they are not asked.
         """
         table = BlockTable(hashes=hashes)
         usable = (len(token_ids) - 1) // self.block_size
         hits = self._cache.match(table.hashes[:usable], token_ids)
         self._pool.hold(hits)
-        lower = self._match_lower(table.hashes[:usable], token_ids, len(hits))
+        lower = self._match_lower(table.hashes[:usable], token_ids, len(hits)) if use_tiers else []
         try:
             fresh = self._pool.allocate(self.blocks_for(len(token_ids)) - len(hits))
         except OutOfBlocks:
