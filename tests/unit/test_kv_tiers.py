@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -9,12 +10,23 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import fake_layout, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from builders import (
+    FakeModel,
+    fake_layout,
+    fake_runner,
+    generate_alone,
+    make_engine,
+    make_request,
+    run_to_end,
+    tokens_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_worker import CONFIG, Attached
 
 from workers.engine import Engine
 from workers.errors import InvalidConfig
@@ -26,7 +38,8 @@ from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
 from workers.runner import BLOCK_SIZE, FakeRunner
 from workers.scheduler.sequence import Kind
-from workers.status import Tier
+from workers.status import Role, Tier
+from workers.worker import Worker
 
 LAYOUT = fake_layout()
 FORMAT = Format(fingerprint_bytes("fake-1"), BLOCK_SIZE, LAYOUT.block_bytes)
@@ -352,3 +365,39 @@ def test_tokens_do_not_depend_on_tiers(
         assert engine.num_held_blocks == 0
     finally:
         engine.close()
+
+
+async def test_a_worker_brings_blocks_back_from_its_disk_also_after_a_restart(tmp_path: Path) -> None:
+    config = replace(CONFIG, kv_disk_folder=str(tmp_path), max_model_len=8 * BLOCK_SIZE)
+    for start in (1, 2):
+        worker = Worker(config, "mixed/0", start, Role.MIXED, load=lambda config: FakeModel(config, num_blocks=8))
+        router = await Attached(await worker.start()).start()
+        for name in ("first", "filler", "second"):
+            request = make_request([9] * 450, 1) if name == "filler" else PROMPT
+            await router.submit(replace(request, request_id=name))
+            outputs = await router.finish(name)
+            if name == "filler":
+                async with asyncio.timeout(20):
+                    while start == 1 and dict(worker.status().counters).get("kv_disk_stored_blocks", 0) < 4:
+                        await asyncio.sleep(0.01)
+                continue
+            assert [token for output in outputs for token in output.token_ids] == GOLDEN
+            assert outputs[0].cached_tokens == 4 * BLOCK_SIZE or (start, name) == (1, "first")
+        counters = dict((await router.idle()).counters)
+        assert counters["kv_disk_hit_blocks"] > 0
+        await router.close()
+        await worker.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed%2F0"]
+
+
+async def test_two_workers_of_one_name_do_not_start_on_one_folder(tmp_path: Path) -> None:
+    config = replace(CONFIG, kv_disk_folder=str(tmp_path))
+    first, second = (Worker(config, "mixed-0", 1, Role.MIXED, load=FakeModel) for _ in range(2))
+    await first.start()
+    with pytest.raises(InvalidConfig, match="in use by another worker"):
+        await second.start()
+    await second.stop()
+    await first.stop()
+    third = Worker(config, "mixed-0", 2, Role.MIXED, load=FakeModel)
+    await third.start()
+    await third.stop()
