@@ -37,6 +37,9 @@ class RouterConfig:
     """How long a request waits for a worker to come back, or for busy ones to take it."""
     request_timeout_s: float = 600.0
     """Longest life of a request, waiting included."""
+    first_token_deadline_s: float = 0.0
+    """When the first token is due after a request's arrival: workers choose by it how to go on after a lost handoff. 0: only
+    request_timeout_s counts."""
     worker_stale_s: float = 5.0
     """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
     settle_s: float = 0.5
@@ -74,6 +77,7 @@ class RouterConfig:
             (0 <= self.port < 65536, "port", "must be a TCP port, or 0 for any free one"),
             (self.policy in POLICIES, "policy", f"must be one of {', '.join(POLICIES)}"),
             (self.max_prefill_candidates >= 0, "max_prefill_candidates", "must not be negative"),
+            (self.first_token_deadline_s >= 0, "first_token_deadline_s", "must not be negative"),
             (self.retry_backoff_s >= 0, "retry_backoff_s", "must not be negative"),
             (self.settle_s >= 0, "settle_s", "must not be negative"),
             (self.sequence_cost_tokens >= 0, "sequence_cost_tokens", "must not be negative"),

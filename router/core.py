@@ -42,7 +42,7 @@ class RouterCore:
         self._is_shut_down = False
         self.fleet = Fleet(config.settle_s, config.worker_stale_s)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
-        dispatcher = Dispatcher(policy, self.fleet, self.index, config.expected_output_tokens, config.pull_min_blocks)
+        dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
 
     def handle(self, event: Event, now: float) -> list[Command]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from router.charges import Charge
+from router.config import RouterConfig
 from router.events import Send
 from router.fleet import Fleet
 from router.policies.policy import Demand, Policy, Route, WorkerSnapshot
@@ -15,24 +16,16 @@ from workers.status import PrefixHint
 
 
 class Dispatcher:
-    """Routes requests over a fleet. `expected_output_tokens` is how long an answer is assumed to get, at most.
+    """Routes requests over a fleet, within the bounds of `config`."""
 
-    `pull_min_blocks` is how many more blocks of a prompt another worker must hold to be named; 0: none is.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        fleet: Fleet,
-        index: PrefixIndex,
-        expected_output_tokens: int,
-        pull_min_blocks: int = 0,
-    ) -> None:
+    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, config: RouterConfig) -> None:
         self._policy = policy
         self._fleet = fleet
         self._index = index
-        self._expected_output_tokens = expected_output_tokens
-        self._pull_min_blocks = pull_min_blocks
+        self._expected_output_tokens = config.expected_output_tokens
+        self._pull_min_blocks = config.pull_min_blocks
+        self._request_timeout_s = config.request_timeout_s
+        self._first_token_deadline_s = config.first_token_deadline_s
 
     def route(self, flight: Flight) -> Route | None:
         """Where the request would go now; None: nowhere."""
@@ -48,8 +41,15 @@ class Dispatcher:
         self._charge(flight, decode, now)
         prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
-        hint = self._prefix_hint(flight)
-        submit = Submit(flight.attempt_request(), decode.generation, addresses, prefix=hint)
+        remaining_s, first_token_s = self._time_left(flight, now)
+        submit = Submit(
+            flight.attempt_request(),
+            decode.generation,
+            addresses,
+            remaining_s,
+            first_token_s,
+            prefix=self._prefix_hint(flight),
+        )
         return Send(decode.worker_id, decode.connection, submit)
 
     def release(self, flight: Flight) -> None:
@@ -71,6 +71,14 @@ class Dispatcher:
                 if count > most:
                     holder, most = entry, count
         return PrefixHint(holder.current_address(), most) if holder is not None else None
+
+    def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
+        """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
+        age_s = now - flight.arrived_s
+        due_s = 0.0
+        if self._first_token_deadline_s and not flight.is_started:
+            due_s = max(1e-3, self._first_token_deadline_s - age_s)
+        return max(1e-3, self._request_timeout_s - age_s), due_s
 
     def _demand(self, flight: Flight) -> Demand:
         model = self._fleet.model

@@ -64,6 +64,7 @@ class Flight:
             choice_index=request.choice_index,
             replay_token_ids=tuple(self.delivered),
             priority=request.priority,
+            traceparent=request.traceparent,
         )
 
     def accept(self, output: Output) -> Output | Mismatch:

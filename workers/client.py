@@ -21,12 +21,15 @@ class Hello:
 class Submit:
     """Run a request. `generation` is the decode worker's as the router knows it.
 
-    `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself.
+    `prefill_workers` are to be tried in this order; none: the decode worker computes the prompt itself. `remaining_s` is left
+    of the request's life and `first_token_s` until its first token is due, 0: no bound.
     """
 
     request: Request
     generation: int
     prefill_workers: tuple[WorkerAddress, ...] = ()
+    remaining_s: float = 0.0
+    first_token_s: float = 0.0
     prefix: PrefixHint | None = None
     """For whoever computes the prompt: where its beginning can be had."""
 

@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 PROMOTION_TIMEOUT_S = 5.0
 """A sequence waits so long for a slow disk, then computes what has not come."""
-_RATE_WEIGHT = 0.2
-"""Of the newest step in the moving average of the prefill rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,8 @@ class _Live:
     started_s: float
     report: HandoffReport | None = None
     extra_cached: int = 0
+    queue_s: float | None = None
+    """From its arrival until it had blocks."""
     is_cancelled: bool = False
     has_spoken: bool = False
     num_texted: int = 0
@@ -158,8 +158,9 @@ class Engine:
         self._early: list[tuple[int, Output]] = []
         self._held_prefixes: dict[int, list[int]] = {}
         """Blocks held for other workers to copy."""
-        self._prefill_rate = 0.0
         self.last_step_s = 0.0
+        self.prefill_tokens_per_s: float | None = None
+        """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
         """The last step computed nothing: every sequence waits for blocks or for another worker."""
 
@@ -272,6 +273,14 @@ class Engine:
     def release_prefix(self, export_id: int) -> None:
         self._kv.release_blocks(self._held_prefixes.pop(export_id, []))
 
+    def take_early(self) -> StepResult | None:
+        """What is to be said without waiting for another step: first tokens that came from elsewhere. None: nothing."""
+        if not self._early and not self._abandoned:
+            return None
+        result = StepResult(outputs=self._early, abandoned=self._abandoned)
+        self._early, self._abandoned = [], []
+        return result
+
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
@@ -294,10 +303,13 @@ class Engine:
             self._live[sequence.sequence_id].promoted_by_s = started + PROMOTION_TIMEOUT_S
             self._ask_peer(sequence, result)
         for sequence in step.transfers:
+            self._note_admission(self._live[sequence.sequence_id], started)
             blocks = tuple(sequence.table.blocks)
             wanted = TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks, sequence.hint)
             result.transfers.append(wanted)
         self.made_no_progress = not step.batch.num_tokens
+        for piece in step.batch.prefill:
+            self._note_admission(self._live[piece.sequence_id], started)
         if step.batch.num_tokens:
             slices = (*step.batch.prefill, *step.batch.decode)
             try:
@@ -318,9 +330,7 @@ class Engine:
                         self._advance(live, sampled, result.outputs)
         result.kv_event = self._kv.take_event()
         self.last_step_s = self._clock() - started
-        if step.batch.prefill and self.last_step_s > 0:
-            rate = step.batch.num_tokens / self.last_step_s
-            self._prefill_rate += (rate - self._prefill_rate) * (_RATE_WEIGHT if self._prefill_rate else 1.0)
+        self._note_rate(step.batch)
         return result
 
     def on_tiers_ready(self, notify: Callable[[], None]) -> None:
@@ -337,6 +347,12 @@ class Engine:
         """Ends what works beside the engine; no step after this."""
         if self._tiers is not None:
             self._tiers.close()
+
+    def _note_rate(self, batch: Batch) -> None:
+        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
+        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
+            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+            self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -374,7 +390,7 @@ class Engine:
         if pull is not None and hint is not None:
             blocks = tuple(sequence.table.blocks[: pull.first_block + len(pull.keys)])
             wanted = PullWanted(
-                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, self._prefill_rate
+                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, self.prefill_tokens_per_s or 0.0
             )
             result.pulls.append(wanted)
 
@@ -386,6 +402,10 @@ class Engine:
         for sequence in self._scheduler.active:
             if sequence.state is State.PROMOTING and now >= self._live[sequence.sequence_id].promoted_by_s:
                 self._scheduler.give_promotion_up(sequence)
+
+    def _note_admission(self, live: _Live, now: float) -> None:
+        if live.queue_s is None:
+            live.queue_s = max(0.0, now - live.started_s)
 
     def _layer_hook(self, batch: Batch) -> LayerHook | None:
         """None when nothing of the batch is for another worker, or nobody listens."""
@@ -459,9 +479,9 @@ class Engine:
         sequence = live.sequence
         report = live.report
         if report is None or report.transport == "local":
-            attempts = report.attempts if report else 1
-            elapsed = self._clock() - live.started_s
-            report = HandoffReport(self._worker_id, self._worker_id, "local", prefill_s=elapsed, attempts=attempts)
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=self._clock() - live.started_s - (live.queue_s or 0.0))
+        report = replace(report, queue_s=live.queue_s or 0.0)
         wanted = sequence.request.params.prompt_logprobs is not None
         return replace(
             output,

@@ -98,6 +98,8 @@ class Report:
     load: Load
     counters: tuple[tuple[str, float], ...]
     num_held_blocks: int
+    prefill_rate: float | None = None
+    """Prompt tokens a second that recent steps computed; None: none yet."""
 
 
 class EngineThread:
@@ -147,14 +149,22 @@ class EngineThread:
             extra = StepResult()
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
+            early = self._engine.take_early()
+            # A prompt that has landed has its first token: it does not wait for the next step, which may be long.
+            if early is not None and not self._report(early):
+                return
             result = self._engine.step()
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
             result.held = extra.held
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
-            report = Report(result, self._engine.load(), self._engine.counters(), self._engine.num_held_blocks)
-            if not self._tell(self._on_report, report):
+            if not self._report(result):
                 return
+
+    def _report(self, result: StepResult) -> bool:
+        engine = self._engine
+        report = Report(result, engine.load(), engine.counters(), engine.num_held_blocks, engine.prefill_tokens_per_s)
+        return self._tell(self._on_report, report)
 
     def _tell(self, listener: Callable[[T], None], what: T) -> bool:
         """False when the event loop has closed: the process is ending."""

@@ -13,6 +13,7 @@ from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, Filled
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
+from workers.tracing import NO_SPAN, Span, start_span
 
 Feed = Callable[[Filled | Done | Broken], None]
 """Takes what an export has to say, on the event loop: blocks that filled (never to change again until `release`), then Done;
@@ -72,6 +73,8 @@ class PromptExporter:
             sampled = event.sampled
             assert sampled.token_id is not None
             num_pieces = export.cut.num_pieces
+            export.span.set(cached_tokens=event.cached_tokens, prefill_s=event.prefill_s)
+            export.span.end()
             export.feed(
                 PrefillDone(sampled.token_id, sampled.logprob, num_pieces, event.cached_tokens, event.prefill_s)
             )
@@ -85,9 +88,11 @@ class PromptExporter:
 
     def _start(self, export: _PromptExport) -> None:
         self._running[export.sequence_id] = export
+        export.span = start_span("prefill", export.subject.request.traceparent)
         self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE, export.subject.hint))
 
-    def _release(self, export: _PromptExport) -> None:
+    def _release(self, export: _PromptExport, reason: str) -> None:
+        export.span.end(reason)
         if self._running.pop(export.sequence_id, None) is not None:
             self._post(CancelSequence(export.sequence_id))
 
@@ -99,9 +104,10 @@ class _PromptExport:
         self.subject = subject
         self.cut = cut
         self.feed = feed
+        self.span: Span = NO_SPAN
 
     def start(self) -> None:
         self._owner._start(self)
 
     def release(self, reason: str) -> None:
-        self._owner._release(self)
+        self._owner._release(self, reason)

@@ -48,23 +48,26 @@ CLOSE_S = 1.0
 @dataclass(frozen=True, slots=True)
 class Handoff:
     """What landed. Times are measured here: `wait_s` from opening to the first announcement, `transfer_s` while pieces were
-    on their way or being verified."""
+    on their way or being verified, `exposed_s` from the done message to the last piece in its place."""
 
     done: Done
     transport: str
     kv_bytes: int
     transfer_s: float
     wait_s: float = 0.0
+    exposed_s: float = 0.0
     resends: int = 0
     degradations: int = 0
 
 
 class HandoffFailed(TransferFailed):
-    """A transfer that did not land; `refusal` names why."""
+    """A transfer that did not land; `refusal` names why, the counts what was tried."""
 
-    def __init__(self, reason: str, refusal: Refusal) -> None:
+    def __init__(self, reason: str, refusal: Refusal, resends: int = 0, degradations: int = 0) -> None:
         super().__init__(reason)
         self.refusal = refusal
+        self.resends = resends
+        self.degradations = degradations
 
 
 class TargetDriver:
@@ -94,7 +97,7 @@ class TargetDriver:
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()
-        self._opened_s = self._first_s = 0.0
+        self._opened_s = self._first_s = self._done_s = 0.0
         self._busy_since_s = self._busy_s = 0.0
         self.outcome: asyncio.Future[Handoff] = asyncio.get_running_loop().create_future()
 
@@ -125,7 +128,9 @@ class TargetDriver:
                             await self._close()
                             self.outcome.set_result(self._handoff(done))
                         case Fail(reason, refusal):
-                            self.outcome.set_exception(HandoffFailed(reason, refusal))
+                            session = self._session
+                            failed = HandoffFailed(reason, refusal, session.num_resent, session.num_degradations)
+                            self.outcome.set_exception(failed)
                 if self.outcome.done():
                     break
                 event = await self._events.next(self._session.next_deadline_s())
@@ -147,6 +152,7 @@ class TargetDriver:
             kv_bytes=sum(session.cut.piece_bytes(piece) for piece in session.landed),
             transfer_s=self._busy_s,
             wait_s=max(0.0, self._first_s - self._opened_s),
+            exposed_s=time.monotonic() - self._done_s if self._done_s else 0.0,
             resends=session.num_resent,
             degradations=session.num_degradations,
         )
@@ -180,6 +186,8 @@ class TargetDriver:
                     raise TransferFailed("a message of another transfer or generation came in on this stream")
                 if not self._first_s and isinstance(message, KvPieces) and message.pieces:
                     self._first_s = time.monotonic()
+                if isinstance(message, Done):
+                    self._done_s = time.monotonic()
                 await self._events.put(message)
             await self._events.put(Broken("the sender ended the stream"))
         except asyncio.CancelledError:

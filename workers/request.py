@@ -110,6 +110,8 @@ class Request:
     replay_token_ids: tuple[int, ...] = ()
     priority: int = 0
     """Lower runs first."""
+    traceparent: str = ""
+    """W3C trace context that spans of this request hang below; decides nothing."""
 
 
 class FinishReason(StrEnum):
@@ -139,8 +141,22 @@ class HandoffReport:
     transport: str
     kv_bytes: int = 0
     transfer_s: float = 0.0
+    """While pieces were on their way or being verified."""
     prefill_s: float = 0.0
     attempts: int = 1
+    """Workers that were asked to compute the prompt, this one included."""
+    wait_s: float = 0.0
+    """From opening the handoff to the first piece."""
+    exposed_s: float = 0.0
+    """From the sender's word that all is computed to the last piece in its place: what the handoff adds to the first token."""
+    resends: int = 0
+    """Pieces that had to be sent again."""
+    degradations: int = 0
+    """Times the transport was changed in mid-transfer."""
+    recovery: str = ""
+    """How the last fault was answered (workers.kv_transfer.recovery.Way); empty: there was none."""
+    queue_s: float = 0.0
+    """From submission until the decode worker had room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from workers.kv_transfer.transport import Transport
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, Output, Request
+from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -56,6 +57,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._post = post
         self._on_role_change = on_role_change
         self._ids = itertools.count(1)
+        self._traces = RequestTraces()
         self._owners: dict[int, tuple[RouterSession, Request, tuple[WorkerAddress, ...]]] = {}
         self._routers: set[RouterSession] = set()
         self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
@@ -101,6 +103,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         """Distributes one engine step."""
         self._load, self._counters = report.load, report.counters
         self._num_held_blocks = report.num_held_blocks
+        self.transfers.measured.own_rate = report.prefill_rate
         result = report.result
         for sequence_id, output in result.outputs:
             self._deliver(sequence_id, output)
@@ -111,7 +114,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             else:
                 _, request, candidates = owner
                 # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
-                self.transfers.fetch(wanted, replace(request, replay_token_ids=()), candidates)
+                prompt = replace(request, replay_token_ids=())
+                self.transfers.fetch(wanted, prompt, candidates, self._traces.deadline_s(wanted.sequence_id))
         for pull in result.pulls:
             self.transfers.pull(pull)
         for sequence_id in result.abandoned:
@@ -136,6 +140,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.transfers.source_failed(sequence_id, output.message)
             return
         session = owner[0]
+        self._traces.said(sequence_id, output)
         session.add_output(output)
         if output.finish_reason is not None:
             del self._owners[sequence_id]
@@ -167,8 +172,13 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             reader.cancel()
             self._routers.discard(session)
             for sequence_id in session.sequences.values():
-                self._owners.pop(sequence_id, None)
-                self._post(CancelSequence(sequence_id))
+                self._forget(sequence_id)
+
+    def _forget(self, sequence_id: int) -> None:
+        """Nobody waits for it any more."""
+        self._owners.pop(sequence_id, None)
+        self._traces.ended(sequence_id, "cancelled")
+        self._post(CancelSequence(sequence_id))
 
     async def _read(self, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:
@@ -184,8 +194,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                     case Cancel(request_id):
                         sequence_id = session.sequences.pop(request_id, None)
                         if sequence_id is not None:
-                            self._owners.pop(sequence_id, None)
-                            self._post(CancelSequence(sequence_id))
+                            self._forget(sequence_id)
                     case DumpRequest():
                         self._post(DumpKv())
                     case Hello():
@@ -203,6 +212,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         sequence_id = next(self._ids)
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
         self._owners[sequence_id] = (session, request, candidates)
+        self._traces.submitted(sequence_id, submit)
         session.sequences[request.request_id] = sequence_id
         self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL, submit.prefix))
 

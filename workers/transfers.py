@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.config import WorkerConfig
 from workers.engine import BlocksFilled, LayersFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
@@ -31,6 +33,7 @@ from workers.kv_transfer.messages import (
     Subject,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.recovery import Choice, Measured, Plan, Way
 from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.target import TargetSession
 from workers.kv_transfer.transport import Sweeping, Transport
@@ -39,8 +42,9 @@ from workers.peers import Peers
 from workers.prefix_export import PrefixExporter
 from workers.prefix_pull import PrefixPuller
 from workers.request import HandoffReport, Request
-from workers.runner import Sampled
+from workers.runner import BLOCK_SIZE, Sampled
 from workers.status import Role, WorkerAddress
+from workers.tracing import Span, start_span
 from workers.wire_handoff import down_from_pb, up_to_pb
 
 log = logging.getLogger(__name__)
@@ -93,8 +97,9 @@ class Transfers:
         self._sources: dict[SourceDriver, asyncio.Task[None]] = {}
         self._targets: dict[TargetDriver, asyncio.Task[None]] = {}
         self._fetches: dict[int, asyncio.Task[None]] = {}
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter({f"recovery_{way}": 0 for way in Way})
         self._puller.counters = self._prefixes.counters = self.counters
+        self.measured = Measured()
 
     @property
     def num_running(self) -> int:
@@ -213,7 +218,12 @@ class Transfers:
     # ---- as the receiver ----
 
     async def receive(
-        self, source: WorkerAddress, subject: Subject, first_block: int, blocks: tuple[int, ...]
+        self,
+        source: WorkerAddress,
+        subject: Subject,
+        first_block: int,
+        blocks: tuple[int, ...],
+        plan: Plan | None = None,
     ) -> Handoff:
         """Has `source` fill the entries from `first_block` on of the block table `blocks`, of this pool.
 
@@ -232,7 +242,7 @@ class Transfers:
             num_blocks=cut.num_blocks,
             transports=tuple(self._transports),
         )
-        session = TargetSession(cut, opening, self._config.transfer_timeout_s)
+        session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
         driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
         stub = await self._peers.stub(source.target)
         task = asyncio.create_task(driver.run(stub), name=f"target-{source.worker_id}")
@@ -255,9 +265,21 @@ class Transfers:
         for transport in self._transports.values():
             await transport.forget(source.worker_id)
 
-    def fetch(self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...]) -> None:
-        """Has the prompt computed by the first candidate that manages; the engine hears Landed or TransferLost."""
-        task = asyncio.create_task(self._fetch(wanted, request, candidates), name=f"fetch-{wanted.sequence_id}")
+    def fetch(
+        self,
+        wanted: TransferWanted,
+        request: Request,
+        candidates: tuple[WorkerAddress, ...],
+        deadline_s: float = math.inf,
+    ) -> None:
+        """Has the prompt computed by one of the candidates; the engine hears Landed or TransferLost.
+
+        `deadline_s` (of time.monotonic) is when the first token is due: it decides how to go on after a fault.
+        """
+        num_tokens = len(request.prompt_token_ids) - wanted.first_block * BLOCK_SIZE
+        plan = Plan(self.measured, deadline_s, num_tokens, tuple(c.worker_id for c in candidates))
+        fetching = self._fetch(wanted, request, candidates, plan)
+        task = asyncio.create_task(fetching, name=f"fetch-{wanted.sequence_id}")
         self._fetches[wanted.sequence_id] = task
         task.add_done_callback(lambda _: self._fetched(wanted.sequence_id, task))
 
@@ -286,35 +308,87 @@ class Transfers:
         """Has a peer send prefix blocks that it holds, if that is worth it; the engine hears Pulled."""
         self._puller.pull(wanted)
 
-    async def _fetch(self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...]) -> None:
+    async def _fetch(
+        self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...], plan: Plan
+    ) -> None:
         me = self._identity.worker_id
-        for attempt, source in enumerate(candidates, start=1):
+        report = HandoffReport(me, me, "local", attempts=0)
+        for source in candidates:
+            report = replace(report, attempts=report.attempts + 1)
+            plan.ask(source.worker_id, time.monotonic())
+            attributes = {"source": source.worker_id, "target": me, "attempt": report.attempts}
+            span = start_span("handoff", request.traceparent, attributes=attributes)
+            subject = Prompt(replace(request, traceparent=span.traceparent), wanted.hint)
+            fault = "cancelled"
             try:
-                handoff = await self.receive(source, Prompt(request, wanted.hint), wanted.first_block, wanted.blocks)
-            except TransferFailed as error:
-                self.counters["handoffs_failed"] += 1
-                log.warning("%s could not fetch a prompt from %s: %s", me, source.worker_id, error)
+                handoff = await self.receive(source, subject, wanted.first_block, wanted.blocks, plan)
+            except HandoffFailed as error:
+                fault = str(error)
+                choice = plan.after_fault(time.monotonic())
+                report = self._lost(report, error, choice)
+                span.set(recovery=choice.way.value, expected_s=choice.expected_s, fits=choice.fits)
+                log.warning("%s could not fetch a prompt from %s: %s: %s", me, source.worker_id, error, choice.way)
+                if choice.way is Way.LOCAL:
+                    break
             else:
-                self._landed(wanted, source, handoff, attempt)
+                fault = ""
+                self._landed(wanted, source, handoff, report, span, len(request.prompt_token_ids))
                 return
+            finally:
+                span.end(fault)
         self.counters["local_prefills_after_failure"] += 1
-        self._post(TransferLost(wanted.sequence_id, HandoffReport(me, me, "local", attempts=len(candidates) + 1)))
+        self._post(TransferLost(wanted.sequence_id, replace(report, attempts=report.attempts + 1)))
 
-    def _landed(self, wanted: TransferWanted, source: WorkerAddress, handoff: Handoff, attempts: int) -> None:
+    def _lost(self, report: HandoffReport, error: HandoffFailed, choice: Choice) -> HandoffReport:
+        self.counters["handoffs_failed"] += 1
+        self.counters[f"recovery_{choice.way}"] += 1
+        self.counters[f"recovery_{Way.NEXT_TRANSPORT}"] += error.degradations
+        return replace(
+            report,
+            resends=report.resends + error.resends,
+            degradations=report.degradations + error.degradations,
+            recovery=choice.way.value,
+        )
+
+    def _landed(
+        self,
+        wanted: TransferWanted,
+        source: WorkerAddress,
+        handoff: Handoff,
+        so_far: HandoffReport,
+        span: Span,
+        num_prompt: int,
+    ) -> None:
         done = handoff.done
         if not isinstance(done, PrefillDone):
             raise InvariantViolated(f"a prompt ended with {type(done).__name__}")
         self.counters["handoffs_landed"] += 1
         self.counters[f"handoffs_landed_{handoff.transport}"] += 1
         self.counters["handoff_received_bytes"] += handoff.kv_bytes
-        report = HandoffReport(
+        self.counters[f"recovery_{Way.NEXT_TRANSPORT}"] += handoff.degradations
+        num_computed = num_prompt - done.cached_tokens
+        self.measured.landed(source.worker_id, handoff.kv_bytes, handoff.transfer_s, num_computed, done.prefill_s)
+        report = replace(
+            so_far,
             prefill_worker=source.worker_id,
-            decode_worker=self._identity.worker_id,
             transport=handoff.transport,
             kv_bytes=handoff.kv_bytes,
             transfer_s=handoff.transfer_s,
             prefill_s=done.prefill_s,
-            attempts=attempts,
+            wait_s=handoff.wait_s,
+            exposed_s=handoff.exposed_s,
+            resends=so_far.resends + handoff.resends,
+            degradations=so_far.degradations + handoff.degradations,
+            recovery=Way.NEXT_TRANSPORT.value if handoff.degradations else so_far.recovery,
+        )
+        span.set(
+            transport=handoff.transport,
+            kv_bytes=handoff.kv_bytes,
+            transfer_s=handoff.transfer_s,
+            wait_s=handoff.wait_s,
+            exposed_s=handoff.exposed_s,
+            resends=handoff.resends,
+            degradations=handoff.degradations,
         )
         sampled = Sampled(wanted.sequence_id, done.token_id, done.logprob)
         self._post(Landed(wanted.sequence_id, sampled, done.cached_tokens, report))

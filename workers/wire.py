@@ -73,6 +73,7 @@ def request_to_pb(request: Request) -> pb.Request:
         choice_index=request.choice_index,
         replay_token_ids=request.replay_token_ids,
         priority=request.priority,
+        traceparent=request.traceparent,
     )
 
 
@@ -84,6 +85,7 @@ def request_from_pb(message: pb.Request) -> Request:
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),
         priority=message.priority,
+        traceparent=message.traceparent,
     )
 
 
@@ -113,6 +115,12 @@ def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
         transfer_s=report.transfer_s,
         prefill_s=report.prefill_s,
         attempts=report.attempts,
+        wait_s=report.wait_s,
+        exposed_s=report.exposed_s,
+        resends=report.resends,
+        degradations=report.degradations,
+        recovery=report.recovery,
+        queue_s=report.queue_s,
     )
 
 
@@ -125,6 +133,12 @@ def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
         transfer_s=message.transfer_s,
         prefill_s=message.prefill_s,
         attempts=message.attempts,
+        wait_s=message.wait_s,
+        exposed_s=message.exposed_s,
+        resends=message.resends,
+        degradations=message.degradations,
+        recovery=message.recovery,
+        queue_s=message.queue_s,
     )
 
 
@@ -330,11 +344,13 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, prefix=prefix):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, prefix=prefix):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
+                remaining_s=remaining_s,
+                first_token_s=first_token_s,
                 prefix=hint_to_pb(prefix) if prefix is not None else None,
             )
             return pb.RouterMessage(submit=submit)
@@ -352,8 +368,10 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "submit":
             submit = message.submit
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
+            request = request_from_pb(submit.request)
             prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
-            return Submit(request_from_pb(submit.request), submit.generation, addresses, prefix=prefix)
+            times = submit.remaining_s, submit.first_token_s
+            return Submit(request, submit.generation, addresses, *times, prefix=prefix)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
@@ -27,6 +28,7 @@ from router.backend import Backend
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.tokenizer import Tokenizer
+from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)
 
@@ -108,9 +110,20 @@ class Answer(Response):
         services, job = self._services, self._job
         start_s = time.monotonic()
         heartbeat_s = services.config.heartbeat_s if job.stream else None
-        generation = await Generation.open(
-            services.backend, job.requests, services.config.max_pending_outputs, heartbeat_s
+        attributes = {"job": job.job_id, "model": job.model, "choices": len(job.requests)}
+        span = start_span(
+            "request", clean_traceparent(Headers(scope=scope).get("traceparent", "")), start_s, attributes
         )
+        requests = job.requests
+        if span.traceparent:
+            requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
+        try:
+            generation = await Generation.open(
+                services.backend, requests, services.config.max_pending_outputs, heartbeat_s
+            )
+        except BaseException as error:
+            span.end(repr(error))
+            raise
         progress = Progress(job, services.metrics, start_s)
         try:
             if job.stream:
@@ -118,6 +131,8 @@ class Answer(Response):
             else:
                 await self._send_whole(generation, progress, scope, receive, send)
         finally:
+            span.set(completion_tokens=progress.completion_tokens)
+            span.end("not finished" if progress.num_unfinished else "")
             progress.abandon()
             await generation.aclose()
 

@@ -64,6 +64,36 @@ class Metrics:
             buckets=_TRANSFER_BUCKETS,
             registry=registry,
         )
+        self._handoff_wait = Histogram(
+            "baton_kv_handoff_wait_seconds",
+            "From opening a KV handoff to its first piece",
+            ("transport",),
+            buckets=_TRANSFER_BUCKETS,
+            registry=registry,
+        )
+        self._handoff_exposed = Histogram(
+            "baton_kv_handoff_exposed_seconds",
+            "From the end of a remote prefill to the last piece in its place",
+            ("transport",),
+            buckets=_TRANSFER_BUCKETS,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "baton_decode_queue_seconds",
+            "From submission until the decode worker had room",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self._handoff_attempts = Counter(
+            "baton_kv_handoff_extra_attempts", "Workers asked to compute a prompt after a first one", registry=registry
+        )
+        self._handoff_resends = Counter("baton_kv_handoff_resent_pieces", "KV pieces sent again", registry=registry)
+        self._handoff_degradations = Counter(
+            "baton_kv_handoff_degradations", "Changes of transport in mid-transfer", registry=registry
+        )
+        self._recoveries = Counter(
+            "baton_kv_handoff_recoveries", "Prompts by how a lost handoff was answered", ("way",), registry=registry
+        )
         registry.register(_BackendCollector(backend))
 
     def count_request(self, path: str, status: int, refusal: str) -> None:
@@ -71,8 +101,16 @@ class Metrics:
         self._requests.labels(path if path in _ENDPOINTS else "other", str(status), refusal).inc()
 
     def observe_handoff(self, report: HandoffReport) -> None:
-        """Prompts computed where they decode moved nothing and are not observed."""
+        """Prompts computed where they decode moved nothing; what was tried before counts."""
+        self._queue.observe(report.queue_s)
+        self._handoff_attempts.inc(max(0, report.attempts - 1))
+        self._handoff_resends.inc(report.resends)
+        self._handoff_degradations.inc(report.degradations)
+        if report.recovery:
+            self._recoveries.labels(report.recovery).inc()
         if report.transport != "local":
+            self._handoff_wait.labels(report.transport).observe(report.wait_s)
+            self._handoff_exposed.labels(report.transport).observe(report.exposed_s)
             self._handoff_bytes.labels(report.transport).inc(report.kv_bytes)
             self._handoff_seconds.labels(report.transport).observe(report.transfer_s)
 

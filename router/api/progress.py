@@ -134,7 +134,10 @@ class Progress:
         }
 
 
-_HANDOFF_FIELDS = ("prefill_worker", "decode_worker", "transport", "kv_bytes", "transfer_s", "prefill_s", "attempts")
+_HANDOFF_FIELDS = (
+    "prefill_worker", "decode_worker", "transport", "kv_bytes", "transfer_s", "prefill_s", "attempts",
+    "queue_s", "wait_s", "exposed_s", "resends", "degradations", "recovery",
+)  # fmt: skip
 
 
 def _trace_choice(choice: Choice) -> dict[str, Any]:

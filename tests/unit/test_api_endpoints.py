@@ -191,6 +191,12 @@ def test_a_trace_tells_where_each_choice_ran_and_how_long_it_took(api: Api) -> N
         "transfer_s": 0.25,
         "prefill_s": 0.5,
         "attempts": 1,
+        "queue_s": 0.0,
+        "wait_s": 0.0,
+        "exposed_s": 0.0,
+        "resends": 0,
+        "degradations": 0,
+        "recovery": "",
         "cached_tokens": 0,
     }
     assert 0 < trace["ttft_s"] <= trace["total_s"] and trace["tpot_s"] >= 0

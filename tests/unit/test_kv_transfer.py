@@ -35,6 +35,7 @@ from workers.kv_transfer.messages import (
     UseTransport,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.recovery import Measured, Plan
 from workers.kv_transfer.transfer import LEGAL, Due, Lease, Transfer, TransferState
 from workers.kv_transfer.transport import View
 from workers.status import WorkerAddress
@@ -290,6 +291,19 @@ def test_a_sender_that_cannot_send_says_so_and_the_next_transport_is_taken() -> 
     wire.finish_prefill()
     wire.run()
     assert [type(o) for o in wire.outcome] == [tgt.Land] and wire.target.transport == "grpc" and wire.blocks_arrived()
+
+
+def test_a_resend_that_would_come_too_late_makes_way_for_what_is_sooner() -> None:
+    slow = Measured(bandwidth=1.0, own_rate=1000.0)
+    for remaining_s, lands in ((1e6, True), (5.0, False)):
+        wire = Wire()
+        wire.target.plan = Plan(slow, deadline_s=remaining_s, num_tokens=256, others=())
+        wire.begin()
+        wire.lose = {1}
+        wire.finish_prefill()
+        wire.run()
+        assert [type(o) for o in wire.outcome] == [tgt.Land if lands else tgt.Fail]
+        assert len(wire.released) == 1 and bool(wire.released[0]) is not lands
 
 
 def test_what_was_announced_before_the_choice_changed_means_nothing() -> None:

@@ -80,6 +80,7 @@ requests = st.builds(
     choice_index=u32,
     replay_token_ids=tuples(u32, 20),
     priority=st.integers(-(2**31), 2**31 - 1),
+    traceparent=text,
 )
 logprobs = st.builds(TokenLogprob, token_id=u32, logprob=f32, top=tuples(st.tuples(u32, f32)))
 reports = st.builds(
@@ -91,6 +92,12 @@ reports = st.builds(
     transfer_s=f64,
     prefill_s=f64,
     attempts=u32,
+    wait_s=f64,
+    exposed_s=f64,
+    resends=u32,
+    degradations=u32,
+    recovery=text,
+    queue_s=f64,
 )
 progress = {
     "request_id": text,
@@ -154,7 +161,7 @@ handoff_ups = (
 )
 frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
 router_messages = (
-    st.builds(Submit, requests, u64, tuples(addresses), prefix=st.none() | hints)
+    st.builds(Submit, requests, u64, tuples(addresses), f64, f64, prefix=st.none() | hints)
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
     | st.builds(Hello, text)

@@ -183,12 +183,15 @@ async def test_a_dead_prefill_worker_is_replaced_by_the_next_and_then_by_decode_
         assert tokens(outputs) == generate_alone(request)
         assert outputs[0].handoff is not None
         assert (outputs[0].handoff.prefill_worker, outputs[0].handoff.attempts) == ("prefill-0", 2)
+        assert outputs[0].handoff.recovery == "next_source"
         alone = make_request(range(100, 300), 20, request_id="alone")
         await router.submit(alone, dead)
         outputs = await router.finish("alone")
         assert tokens(outputs) == generate_alone(alone)
         assert outputs[0].handoff is not None and outputs[0].handoff.transport == "local"
-        await router.idle()
+        assert (outputs[0].handoff.attempts, outputs[0].handoff.recovery) == (2, "local")
+        counters = dict((await router.idle()).counters)
+        assert (counters["recovery_next_source"], counters["recovery_local"]) == (1, 1)
 
 
 async def test_a_stale_generation_is_refused_at_both_ends() -> None:
@@ -220,8 +223,11 @@ async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.Monke
         await router.submit(request, source)
         outputs = await router.finish("r")
         assert tokens(outputs) == generate_alone(request)
-        assert spoiled and outputs[0].handoff is not None and outputs[0].handoff.transport == "grpc"
-        await router.idle()
+        report = outputs[0].handoff
+        assert spoiled and report is not None and report.transport == "grpc"
+        assert (report.degradations, report.recovery, report.attempts) == (1, "next_transport", 1)
+        assert report.resends >= 1 and report.transfer_s > 0
+        assert dict((await router.idle()).counters)["recovery_next_transport"] == 1
 
 
 async def test_cancel_frees_both_workers_at_any_moment() -> None:

@@ -28,6 +28,7 @@ from workers.kv_transfer.messages import (
     UseTransport,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.recovery import Plan, Way
 from workers.kv_transfer.transfer import Due, Lease, Transfer, TransferState
 
 MAX_DEGRADATIONS = 3
@@ -145,6 +146,8 @@ class TargetSession:
     landed: set[int] = field(default_factory=set)
     collecting: set[int] = field(default_factory=set)
     num_resent: int = 0
+    plan: Plan | None = None
+    """Says whether to resend or to let another way come about; None: resend as long as that is possible."""
     is_connecting: bool = False
     _failure: Fail | None = None
     _has_ended: bool = False
@@ -196,13 +199,13 @@ class TargetSession:
             case Connected(epoch):
                 return self._on_connected() if self.is_connecting and epoch == self.epoch else []
             case ConnectFailed(epoch, reason):
-                return self._degrade(reason) if self.is_connecting and epoch == self.epoch else []
+                return self._degrade(reason, now) if self.is_connecting and epoch == self.epoch else []
             case KvPieces():
                 return self._on_pieces(event)
             case Collected():
-                return self._on_collected(event)
+                return self._on_collected(event, now)
             case TransportBroken(epoch, reason):
-                return self._degrade(reason) if epoch == self.epoch and not self.is_connecting else []
+                return self._degrade(reason, now) if epoch == self.epoch and not self.is_connecting else []
             case PrefillDone() | SequenceMoved() | PrefixDone():
                 return self._on_done(event)
             case HandoffRefused(refusal, message):
@@ -236,13 +239,24 @@ class TargetSession:
             self.transfer.move(TransferState.SENDING)
         return [Send(UseTransport(self.transport, self.epoch)), *self._maybe_land()]
 
-    def _degrade(self, reason: str) -> list[TargetCommand]:
+    def _degrade(self, reason: str, now: float) -> list[TargetCommand]:
         if self.epoch == MAX_DEGRADATIONS:
             return self._give_up(f"gave up after {MAX_DEGRADATIONS} re-sends: {reason}", Refusal.INTERNAL)
+        if len(self.offers) == 1 and self.is_connecting:
+            return self._give_up(reason, Refusal.INTERNAL)
+        if self.plan is not None:
+            sizes = [self.cut.piece_bytes(piece) for piece in range(self.cut.num_pieces)]
+            choice = self.plan.after_fault(
+                now,
+                can_resend=True,
+                missing_bytes=sum(size for piece, size in enumerate(sizes) if piece not in self.landed),
+                total_bytes=sum(sizes),
+                is_computed=self.done is not None,
+            )
+            if choice.way is not Way.NEXT_TRANSPORT:
+                return self._give_up(f"{reason}; sending again would take too long", Refusal.INTERNAL)
         if len(self.offers) > 1:
             self.offers.pop(0)
-        elif self.is_connecting:
-            return self._give_up(reason, Refusal.INTERNAL)
         self.epoch += 1
         return self._connect()
 
@@ -263,13 +277,13 @@ class TargetSession:
         self.collecting.update(piece.piece for piece in fresh)
         return [Collect(tuple(fresh))] if fresh else []
 
-    def _on_collected(self, event: Collected) -> list[TargetCommand]:
+    def _on_collected(self, event: Collected, now: float) -> list[TargetCommand]:
         self.collecting.difference_update(event.good, event.bad)
         self.landed.update(event.good)
         self.num_resent += len(event.bad)
         commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
         if event.bad and not self.is_connecting:
-            return commands + self._degrade(event.reason)
+            return commands + self._degrade(event.reason, now)
         return commands + self._maybe_land()
 
     def _on_done(self, event: Done) -> list[TargetCommand]:
