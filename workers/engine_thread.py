@@ -150,13 +150,16 @@ class EngineThread:
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
             early = self._engine.take_early()
-            # A prompt that has landed has its first token: it does not wait for the next step, which may be long.
+            # A prompt that has landed has its first token: it does not wait for the next step, which may be long. Nor does a
+            # peer that wants a prefix.
+            if extra.held:
+                early = early or StepResult()
+                early.held, extra.held = extra.held, []
             if early is not None and not self._report(early):
                 return
             result = self._engine.step()
             stalled = self._engine.made_no_progress
             result.outputs = extra.outputs + result.outputs
-            result.held = extra.held
             result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
             if not self._report(result):
                 return

@@ -60,7 +60,7 @@ class KvCacheManager:
         """Chained hashes of the prompt's full blocks; none when the prefix cache is off."""
         return block_hashes(token_ids, self.block_size) if self._enabled else []
 
-    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = True) -> BlockTable:
+    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = False) -> BlockTable:
         """Blocks for a whole prompt, its cached beginning shared; with no `hashes` it neither takes nor gives.
 
         At least the last token stays to be computed, since its logits are wanted. What lower tiers hold of the rest is

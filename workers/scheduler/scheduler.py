@@ -73,7 +73,7 @@ class Scheduler:
             budget -= self._take_chunk(sequence, budget, prefill)
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            if not self._admit(sequence, use_tiers=True):
                 break
             self.waiting.pop(0)
             self.active.append(sequence)
@@ -169,7 +169,8 @@ class Scheduler:
             into.append(sequence.prefill_slice(length))
         return max(length, 0)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, use_tiers: bool = False) -> bool:
+        """Reserves blocks. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
         request = sequence.request
         # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
         spare = sum(1 for s in self.active if s.state is State.DECODING)
@@ -177,7 +178,7 @@ class Scheduler:
             use_cache = request.params.prompt_logprobs is None
             sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
         try:
-            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes)
+            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers)
         except OutOfBlocks:
             return False
         if self.kv.num_available < spare:
