@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -12,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
-from hypothesis import given
+from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_worker import CONFIG, Attached, holds_nothing, running, tokens
 
@@ -22,6 +23,7 @@ from workers.config import WorkerConfig
 from workers.errors import Refused
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_cache.prefix_cache import block_key
+from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.messages import Prefix
 from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
 from workers.prefix_export import MAX_EXPORTS, keys_of, subject_of
@@ -131,6 +133,51 @@ def test_a_worker_does_not_ask_itself_nor_for_what_it_has() -> None:
     engine.add(2, PROMPT, Kind.LOCAL, PrefixHint(PEER, 6))
     outputs += run_to_end(engine)
     assert tokens_of(outputs, 1) == tokens_of(outputs, 2) == GOLDEN
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32))
+def test_tokens_do_not_depend_on_what_a_peer_sends_when_or_whether(seed: int) -> None:
+    """A donor answers late, in part, or not at all, from a pool under pressure; some requests are cancelled meanwhile."""
+    rng = random.Random(seed)
+    runner = fake_runner(12)
+    donor = make_engine(fake_runner(12))
+    engine = make_engine(runner, tiers=KvTiers(runner.kv_memory, rng.randint(0, 6)))
+    requests = []
+    for index in range(rng.randint(1, 8)):
+        shared, length = rng.choice([64, 192, 320]), rng.randint(1, 400)
+        family = rng.randint(0, 2)
+        prompt = [(i + 300 * family if i < shared else 7 * i + index) % 990 + 5 for i in range(length)]
+        requests.append(make_request(prompt, rng.randint(1, 20), seed=index))
+    outputs, open_pulls, cancelled = [], [], set()
+    pending = list(enumerate(requests))
+    for _ in range(20_000):
+        if pending and rng.random() < 0.5:
+            index, request = pending.pop(0)
+            if rng.random() < 0.5:
+                donor.add(index, request)
+                run_to_end(donor)
+            engine.add(index, request, Kind.LOCAL, PrefixHint(PEER, rng.randint(0, 7)))
+        result = engine.step()
+        outputs += result.outputs
+        open_pulls += result.pulls
+        if open_pulls and rng.random() < 0.5:
+            wanted = open_pulls.pop(rng.randint(0, len(open_pulls) - 1))
+            blocks = donor.hold_prefix(wanted.sequence_id, wanted.keys).blocks
+            count = rng.randint(0, len(blocks))
+            for ours, theirs in zip(wanted.blocks[wanted.first_block :], blocks[:count], strict=False):
+                engine._runner.kv_memory.block(ours, 0, 2)[:] = donor._runner.kv_memory.block(theirs, 0, 2)
+            donor.release_prefix(wanted.sequence_id)
+            if rng.randint(0, 4) == 0:
+                cancelled.add(wanted.sequence_id)
+                engine.cancel(wanted.sequence_id)
+            engine.pulled(wanted.sequence_id, count)
+        if not (pending or open_pulls or engine.has_work):
+            break
+    for index, request in enumerate(requests):
+        if index not in cancelled:
+            assert tokens_of(outputs, index) == generate_alone(request)
+    assert engine.num_held_blocks == donor.num_held_blocks == 0
 
 
 # ---- workers ----
