@@ -177,6 +177,9 @@ def row(length: int, name: str, samples: dict[str, list[Sample]]) -> dict[str, A
         checksum_s = checksum_seconds(kv_bytes)
         found |= {
             "kv_mib": kv_bytes / 2**20,
+            "queue_ms": median([r.queue_s for r in reports]),
+            "prefill_ms": median([r.prefill_s for r in reports]),
+            "wait_ms": median([r.wait_s for r in reports]),
             "transfer_ms": median([r.transfer_s for r in reports]),
             "exposed_ms": median([r.exposed_s for r in reports]),
             "checksum_ms": checksum_s * 1000,
@@ -228,10 +231,10 @@ def main() -> None:
     print(machine_facts())
     names = [name for row in rows for name in row]
     columns = list(dict.fromkeys(names))
-    print("".join(f"{name:>15}" for name in columns))
+    print("".join(f"{name:>13}" for name in columns))
     for one in rows:
         cells = [one.get(name, "") for name in columns]
-        print("".join(f"{cell:>15.3f}" if isinstance(cell, float) else f"{cell:>15}" for cell in cells))
+        print("".join(f"{cell:>13.2f}" if isinstance(cell, float) else f"{cell:>13}" for cell in cells))
 
 
 if __name__ == "__main__":

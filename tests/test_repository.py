@@ -41,7 +41,11 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 def test_tensors_stay_in_the_model_room() -> None:
     allowed = {ROOT / "workers" / "model", ROOT / "workers" / "sampling"}
-    offenders = [p for p in sources("workers") if "torch" in imported(p) and not allowed & set(p.parents)]
+    # These hand bytes to torch.distributed and to the device; they see no tensor of a model.
+    carriers = {ROOT / "workers/kv_transfer/transports" / f"{name}.py" for name in ("pair_group", "nccl", "cuda_ipc")}
+    offenders = [
+        p for p in sources("workers") if "torch" in imported(p) and not allowed & set(p.parents) and p not in carriers
+    ]
     assert not offenders
 
 

@@ -65,6 +65,10 @@ class KvMemory:
     memfd rather than a named segment: it has no name to leak after SIGKILL and no /dev/shm size limit.
     """
 
+    device_address: int = 0
+    """Where the same blocks lie in a GPU's memory, for which this is the mirror; 0: the model works on this memory itself."""
+    device_index: int = 0
+
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
         self._fd = -1

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.native.library import library
 from workers.kv_transfer.transport import Transport
+from workers.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from workers.kv_transfer.transports.grpc_stream import GrpcTransport
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
@@ -18,14 +21,23 @@ log = logging.getLogger(__name__)
 
 
 def make_transports(
-    names: Sequence[str], memory: KvMemory, *, worker_id: str, host: str, listen_host: str, timeout_s: float
+    names: Sequence[str],
+    memory: KvMemory,
+    *,
+    worker_id: str,
+    host: str,
+    listen_host: str,
+    timeout_s: float,
+    cache_folder: str = "",
 ) -> dict[str, Transport]:
     """{name: transport} in the order of `names`, for one worker process; close each when the worker stops.
 
     `host` names this host to peers (equal names may share memory); `listen_host` is the address that peers reach, as
-    in the worker's own `target`; `timeout_s` bounds each wait without progress. Call on the event loop. Raises
-    InvalidConfig for a name that nobody knows.
+    in the worker's own `target`; `timeout_s` bounds each wait without progress; compiled checksums are kept in
+    `cache_folder` (~/.cache/baton when empty), and compiled here, about two seconds once for a machine. Call on the
+    event loop, before anything waits for it. Raises InvalidConfig for a name that nobody knows.
     """
+    library(Path(cache_folder) if cache_folder else None)
     made: dict[str, Transport] = {}
     for name in names:
         match name:
@@ -35,6 +47,18 @@ def make_transports(
                 made[name] = ShmTransport(memory, host)
             case "tcp":
                 made[name] = TcpTransport(listen_host, timeout_s)
+            case "gloo":
+                from workers.kv_transfer.transports.collective import GlooTransport  # torch takes seconds to import
+
+                made[name] = GlooTransport(memory, listen_host, timeout_s)
+            case "nccl" | "cuda_ipc" if not memory.device_address:
+                log.info("%s is left out: the KV pool is not on a GPU", name)
+            case "nccl":
+                from workers.kv_transfer.transports.nccl import NcclTransport
+
+                made[name] = NcclTransport(memory, listen_host, timeout_s)
+            case "cuda_ipc":
+                made[name] = CudaIpcTransport(memory, host)
             case "grpc":
                 made[name] = GrpcTransport(timeout_s)
             case _:

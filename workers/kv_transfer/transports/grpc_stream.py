@@ -43,7 +43,7 @@ class _Link:
     async def send(self, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         key = transfer_key(transfer_id)
         for piece in pieces:
-            view, total = memoryview(piece.view), piece.view.nbytes
+            view, total = piece.view.data, piece.view.nbytes
             for offset in range(0, max(total, 1), CHUNK_BYTES):
                 chunk = view[offset : offset + CHUNK_BYTES]
                 async with self.turn:
@@ -156,6 +156,7 @@ class GrpcTransport:
         peer = None if self._is_closed else self._tokens.owner(token)
         if peer is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
+            return None
         if peer not in self._links and len(self._links) >= MAX_PEERS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_PEERS} receivers are connected")
         link = _Link(context, self._timeout_s)

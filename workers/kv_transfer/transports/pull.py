@@ -4,34 +4,63 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 from workers.errors import TransferFailed
 from workers.kv_transfer.checksum import copy_and_checksum
 from workers.kv_transfer.transport import IncomingPiece, View
 
-INLINE_BYTES = 64 << 10
-"""Up to this many bytes are copied on the event loop: a helper thread costs more than the copy."""
-_GROUP_BYTES = 8 << 20
+log = logging.getLogger(__name__)
+
+INLINE_BYTES = 1 << 20
+"""Up to this many bytes are copied on the event loop: that takes 50 us, a helper thread costs more."""
+_GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
+
+
+_SPLIT_BYTES = 4 << 20
+"""From this much on a batch is shared by the helper threads: one core does not use all of the memory's bandwidth."""
+
+
+def copiers() -> int:
+    """Helper threads of one transport. The sender and the model want cores too."""
+    return min(2, os.cpu_count() or 1)
+
+
+class Source(Protocol):
+    """Bytes of a piece at the sender: a View, or what else the channel's `copy` understands."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class ReadablePool(Protocol):
     """A sender's pool as its receiver sees it."""
 
-    def block(self, block_id: int, first_layer: int, num_layers: int) -> View:
+    def block(self, block_id: int, first_layer: int, num_layers: int) -> Source:
         """Raises TransferFailed or IndexError when out of range."""
         ...
 
 
-class PullChannel:
-    """Copies out of one sender's pool. `use()` is None once the pool must not be read any more."""
+Copy = Callable[[Sequence[View], Sequence[Any]], Sequence[int]]
 
-    def __init__(self, use: Callable[[], ReadablePool | None], helpers: ThreadPoolExecutor) -> None:
+
+class PullChannel:
+    """Copies out of one sender's pool. `use()` is None once the pool must not be read any more.
+
+    `copy(targets, sources)` returns the checksums of what it copied; it raises TransferFailed, or OSError, on a helper thread.
+    """
+
+    def __init__(
+        self, use: Callable[[], ReadablePool | None], helpers: ThreadPoolExecutor, copy: Copy = copy_and_checksum
+    ) -> None:
         self._use: Callable[[], ReadablePool | None] | None = use
         self._helpers = helpers
+        self.copy = copy
         self._inboxes: set[PullInbox] = set()
 
     @property
@@ -71,7 +100,7 @@ class PullInbox:
         pool = self._channel.pool()
         arrived: set[int] = set()
         if pool is not None and not self._is_closed:
-            pairs: list[tuple[int, View, View]] = []
+            pairs: list[tuple[int, View, Source]] = []
             for piece in pieces:
                 self._checksums.pop(piece.piece, None)
                 with contextlib.suppress(TransferFailed, IndexError):
@@ -99,14 +128,20 @@ class PullInbox:
         while self._running:
             await asyncio.wait(tuple(self._running))
 
-    async def _copy_aside(self, pairs: list[tuple[int, View, View]], arrived: set[int]) -> None:
-        running = asyncio.get_running_loop().run_in_executor(self._helpers, self._copy, pairs, arrived)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        # A cancelled waiter leaves the copy running; `close` waits for it.
-        await asyncio.shield(running)
+    async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
+        num_shares = copiers() if sum(target.nbytes for _, target, _ in pairs) >= _SPLIT_BYTES else 1
+        size = -(-len(pairs) // num_shares)
+        loop = asyncio.get_running_loop()
+        copies: list[asyncio.Future[None]] = []
+        for first in range(0, len(pairs), size):
+            running = loop.run_in_executor(self._helpers, self._copy, pairs[first : first + size], arrived)
+            copies.append(running)
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+        # A cancelled waiter leaves the copies running; `close` waits for them.
+        await asyncio.shield(asyncio.gather(*copies))
 
-    def _copy(self, pairs: list[tuple[int, View, View]], arrived: set[int]) -> None:
+    def _copy(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
         first = 0
         while first < len(pairs) and not self._is_closed and self._channel.pool() is not None:
             end, num_bytes = first, 0
@@ -114,7 +149,11 @@ class PullInbox:
                 num_bytes += pairs[end][1].nbytes
                 end += 1
             group = pairs[first:end]
-            found = copy_and_checksum([target for _, target, _ in group], [source for _, _, source in group])
+            try:
+                found = self._channel.copy([target for _, target, _ in group], [source for _, _, source in group])
+            except (TransferFailed, OSError) as error:
+                log.warning("KV could not be copied: %s", error)
+                return
             for (piece, _, _), checksum in zip(group, found, strict=True):
                 self._checksums[piece] = checksum
                 arrived.add(piece)

@@ -40,6 +40,7 @@ class PushInbox:
         self._lock = threading.Lock()
         self._arrived: Counter[int] = Counter()
         self._refused: set[int] = set()
+        self._checksums: dict[int, int] = {}
         self._waiters: list[_Waiter] = []
         self._is_over = False
         self._num_writing = 0
@@ -79,7 +80,7 @@ class PushInbox:
                     return
 
     def checksum(self, piece: int) -> int | None:
-        return None
+        return self._checksums.get(piece)
 
     async def close(self) -> None:
         with self._lock:
@@ -109,9 +110,13 @@ class PushInbox:
             self._num_writing += 1
         return home[frame.offset : frame.offset + frame.length]
 
-    def end(self, frame: Frame, is_good: bool) -> None:
-        """The frame's bytes are in place, or will never be."""
+    def end(self, frame: Frame, is_good: bool, checksum: int | None = None) -> None:
+        """The frame's bytes are in place, or will never be. `checksum` is that of a frame that is a whole piece."""
         with self._lock:
+            if checksum is None:
+                self._checksums.pop(frame.piece, None)
+            else:
+                self._checksums[frame.piece] = checksum
             self._num_writing -= 1
             if not self._num_writing and self._quiet is not None:
                 loop, event = self._quiet

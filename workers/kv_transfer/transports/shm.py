@@ -10,12 +10,11 @@ from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
-from workers.kv_transfer.transports.pull import PullChannel
+from workers.kv_transfer.transports.pull import PullChannel, copiers
 from workers.status import WorkerAddress
 
 MAX_MAPS = 64
 """Pools kept mapped; the mapping that is unused and oldest goes first."""
-_MAX_COPIERS = 2
 _NONCE_BYTES = 16
 _FIELDS: dict[str, type[int] | type[str]] = {"pid": int, "fd": int, "num_bytes": int, "nonce": str}
 
@@ -28,7 +27,7 @@ class ShmTransport:
     def __init__(self, memory: KvMemory, host: str) -> None:
         self._memory = memory
         self._host = host
-        self._helpers = ThreadPoolExecutor(_MAX_COPIERS, thread_name_prefix="kv-shm")
+        self._helpers = ThreadPoolExecutor(copiers(), thread_name_prefix="kv-shm")
         self._channels: dict[bytes, tuple[WorkerAddress, int, PullChannel]] = {}
         """{offer: (sender, its pid, channel)}, the longest unused first. An offer holds a nonce, so it never means two pools."""
 

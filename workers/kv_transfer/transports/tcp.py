@@ -33,22 +33,31 @@ _MAGIC = b"BTNh"
 class TcpChannel:
     """The receiver's end of the lanes to one sender."""
 
-    def __init__(self, source: WorkerAddress, offer: bytes, lanes: list[socket.socket], timeout_s: float) -> None:
+    def __init__(
+        self,
+        source: WorkerAddress,
+        offer: bytes,
+        lanes: list[socket.socket],
+        timeout_s: float,
+        make_lane: Callable[[socket.socket, Inboxes], IncomingLane] = IncomingLane,
+    ) -> None:
         self.source, self.offer = source, offer
         self.inboxes = Inboxes(self._abort, timeout_s)
-        self._lanes = [IncomingLane(lane, self.inboxes) for lane in lanes]
+        self.lanes = [make_lane(lane, self.inboxes) for lane in lanes]
+        for lane in self.lanes:
+            lane.start()
 
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
         return self.inboxes.open(transfer_id, place)
 
     async def close(self) -> None:
         self._abort()
-        for lane in self._lanes:
+        for lane in self.lanes:
             await asyncio.to_thread(lane.join)
 
     def _abort(self) -> None:
         self.inboxes.give_up()
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.stop()
 
 
@@ -56,10 +65,11 @@ class TcpTransport:
     """Listens on a port of its own once something is offered; a receiver shows the token of its offer to be let in."""
 
     name = "tcp"
+    extra_fields: tuple[tuple[str, type[int]], ...] = ()
 
     def __init__(self, listen_host: str, timeout_s: float, num_lanes: int = LANES) -> None:
-        self._listen_host = listen_host
-        self._timeout_s = timeout_s
+        self.listen_host = listen_host
+        self.timeout_s = timeout_s
         self._num_lanes = num_lanes
         self._tokens = Tokens()
         self._proof = secrets.token_bytes(TOKEN_BYTES)
@@ -78,17 +88,29 @@ class TcpTransport:
         if self._is_closed:
             return None
         if self._listener is None:
-            family = socket.AF_INET6 if ":" in self._listen_host else socket.AF_INET
+            family = socket.AF_INET6 if ":" in self.listen_host else socket.AF_INET
             try:
-                self._listener = socket.create_server((self._listen_host, 0), family=family, backlog=128)
+                self._listener = socket.create_server((self.listen_host, 0), family=family, backlog=128)
             except OSError as error:
-                log.warning("tcp is not offered: cannot listen on %s: %s", self._listen_host, error)
+                log.warning("tcp is not offered: cannot listen on %s: %s", self.listen_host, error)
                 return None
             self._listener.setblocking(False)
             self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
         token = self._tokens.give(target)
         port = self._listener.getsockname()[1]
-        return encode({"port": port, "lanes": self._num_lanes, "token": token.hex(), "proof": self._proof.hex()})
+        fields = {"port": port, "lanes": self._num_lanes, "token": token.hex(), "proof": self._proof.hex()}
+        try:
+            return encode(fields | self.extra_offer())
+        except TransferFailed as error:
+            log.warning("%s is not offered: %s", self.name, error)
+            return None
+
+    def extra_offer(self) -> dict[str, int]:
+        """`extra_fields` of an offer. Raises TransferFailed when there can be none."""
+        return {}
+
+    def make_link(self, lanes: list[socket.socket], session: bytes) -> OutgoingLink:
+        return OutgoingLink(lanes, self.timeout_s)
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         link = self._links.get(peer_of(target))
@@ -132,7 +154,7 @@ class TcpTransport:
                 lanes[lane] = accepted
                 if len(lanes) == num_lanes:
                     del self._arriving[session]
-                    self._replace_link(peer, OutgoingLink([lanes[n] for n in range(num_lanes)], self._timeout_s))
+                    self._replace_link(peer, self.make_link([lanes[n] for n in range(num_lanes)], session))
                 await loop.sock_sendall(accepted, self._proof)
         except (OSError, TimeoutError, TransferFailed, struct.error) as error:
             log.warning("a KV connection was refused: %s", error)
@@ -155,7 +177,7 @@ class TcpTransport:
     # ---- as the receiver ----
 
     async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> TcpChannel:
-        fields = decode(offer, {"port": int, "lanes": int, "token": str, "proof": str})
+        fields = decode(offer, {"port": int, "lanes": int, "token": str, "proof": str, **dict(self.extra_fields)})
         token, proof = decode_hex(fields["token"], TOKEN_BYTES), decode_hex(fields["proof"], TOKEN_BYTES)
         port, num_lanes = int(fields["port"]), int(fields["lanes"])
         if not (0 < port < 1 << 16 and 0 < num_lanes <= 16):
@@ -169,7 +191,7 @@ class TcpTransport:
             session = secrets.token_bytes(8)
             lanes: list[socket.socket] = []
             try:
-                async with asyncio.timeout(min(_HANDSHAKE_S, self._timeout_s)):
+                async with asyncio.timeout(min(_HANDSHAKE_S, self.timeout_s)):
                     for lane in range(num_lanes):
                         hello = _HELLO.pack(_MAGIC, token, session, lane, num_lanes)
                         lanes.append(await _dial(host, port, hello, proof))
@@ -177,9 +199,22 @@ class TcpTransport:
                 for opened in lanes:
                     opened.close()
                 raise TransferFailed(f"no tcp connection to {source.worker_id}: {error or 'no answer'}") from error
-            channel = TcpChannel(source, offer, lanes, self._timeout_s)
+            extra = {name: int(fields[name]) for name, _ in self.extra_fields}
+            channel = await self.make_channel(source, layout, offer, lanes, session, extra)
             self._channels[source.worker_id.encode() + offer] = channel
             return channel
+
+    async def make_channel(
+        self,
+        source: WorkerAddress,
+        layout: KvLayout,
+        offer: bytes,
+        lanes: list[socket.socket],
+        session: bytes,
+        extra: dict[str, int],
+    ) -> TcpChannel:
+        """Takes the lanes over. Raises TransferFailed."""
+        return TcpChannel(source, offer, lanes, self.timeout_s)
 
     async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
         """Broken channels, and idle ones that this sender's new offer replaces."""

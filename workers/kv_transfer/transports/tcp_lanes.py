@@ -10,9 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from workers.errors import TransferFailed
+from workers.kv_transfer.checksum import checksums
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
 from workers.kv_transfer.transports.push import Inboxes
@@ -35,9 +34,9 @@ class OutgoingLink:
     """The sender's end of the lanes to one receiver. Belongs to the event loop."""
 
     def __init__(self, lanes: list[socket.socket], timeout_s: float) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         self._free: asyncio.Queue[socket.socket] = asyncio.Queue()
-        self._helpers = ThreadPoolExecutor(len(lanes), thread_name_prefix="kv-tcp-send")
+        self.helpers = ThreadPoolExecutor(len(lanes), thread_name_prefix="kv-tcp-send")
         self._loop = asyncio.get_running_loop()
         self._running: set[asyncio.Future[None]] = set()
         self._watched = False
@@ -53,19 +52,19 @@ class OutgoingLink:
     def watch(self, on_gone: Callable[[], None]) -> None:
         """A receiver sends nothing, so a readable lane means that it is gone."""
         self._watched = True
-        for lane in self._lanes:
+        for lane in self.lanes:
             self._loop.add_reader(lane.fileno(), on_gone)
 
     async def send(self, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         """Raises TransferFailed. Returns, or raises, when no view is read any more."""
         key = transfer_key(transfer_id)
-        shares: list[list[Buffer]] = [[] for _ in self._lanes]
+        shares: list[list[Buffer]] = [[] for _ in self.lanes]
         loads = [0] * len(shares)
         for piece in pieces:
             lightest = loads.index(min(loads))
             loads[lightest] += piece.view.nbytes
             header = pack(Frame(key, piece.piece, 0, piece.view.nbytes, piece.view.nbytes))
-            shares[lightest] += [memoryview(header), memoryview(piece.view)]
+            shares[lightest] += [memoryview(header), piece.view.data]
         results = await asyncio.gather(
             *(self._send_share(share, load) for share, load in zip(shares, loads, strict=True) if share),
             return_exceptions=True,
@@ -82,27 +81,31 @@ class OutgoingLink:
             if num_bytes <= _INLINE_BYTES:
                 buffers = _send_some(lane, buffers)
             if buffers:
-                sending = self._loop.run_in_executor(self._helpers, _send_all, lane, buffers)
-                self._running.add(sending)
-                sending.add_done_callback(self._running.discard)
-                await _outlast(sending)
+                await outlast(self.run(_send_all, lane, buffers))
         except OSError as error:
             self.stop()
             raise TransferFailed(f"a tcp connection broke: {error}") from error
         finally:
             self._free.put_nowait(lane)
 
+    def run(self, work: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
+        """Starts it on a helper thread; the lanes stay open until it has ended."""
+        running: asyncio.Future[None] = self._loop.run_in_executor(self.helpers, work, *arguments)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return running
+
     def stop(self) -> None:
         """Ends all lanes at once; whoever is sending fails."""
         if self.is_broken:
             return
         self.is_broken = True
-        for lane in self._lanes:
+        for lane in self.lanes:
             if self._watched:
                 self._loop.remove_reader(lane.fileno())
             with contextlib.suppress(OSError):
                 lane.shutdown(socket.SHUT_RDWR)
-        self._helpers.shutdown(wait=False)
+        self.helpers.shutdown(wait=False)
         if self._running:
             asyncio.gather(*self._running, return_exceptions=True).add_done_callback(lambda _: self._close_lanes())
         else:
@@ -112,14 +115,14 @@ class OutgoingLink:
         """After `stop`: returns when no thread is left."""
         while self._running:
             await asyncio.wait(tuple(self._running))
-        await asyncio.to_thread(self._helpers.shutdown)
+        await asyncio.to_thread(self.helpers.shutdown)
 
     def _close_lanes(self) -> None:
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.close()
 
 
-async def _outlast(running: asyncio.Future[None]) -> None:
+async def outlast(running: asyncio.Future[None]) -> None:
     """Waits for it even when cancelled: a thread still reads the views."""
     try:
         await asyncio.shield(running)
@@ -156,9 +159,11 @@ class IncomingLane:
 
     def __init__(self, connection: socket.socket, inboxes: Inboxes) -> None:
         connection.setblocking(True)
+        self.inboxes = inboxes
         self._connection = connection
-        self._inboxes = inboxes
-        self._thread = threading.Thread(target=self._run, name="kv-tcp-receive", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
@@ -170,28 +175,34 @@ class IncomingLane:
         self._thread.join()
 
     def _run(self) -> None:
-        header = bytearray(HEADER_BYTES)
-        scratch = memoryview(np.empty(_SCRATCH_BYTES, np.uint8))
         try:
-            while self._read(memoryview(header)):
-                frame = unpack(header)
-                inbox = self._inboxes.find(frame.key)
-                home = None if inbox is None else inbox.begin(frame)
-                if inbox is None or home is None:
-                    self._skip(frame.length, scratch)
-                    continue
-                is_good = False
-                try:
-                    is_good = self._read(memoryview(home))
-                finally:
-                    inbox.end(frame, is_good)
+            self.serve()
         except (OSError, TransferFailed):
             pass  # whoever waits hears it from the inboxes
         finally:
-            self._inboxes.abort()
+            self.inboxes.abort()
             self._connection.close()
 
-    def _read(self, buffer: Buffer) -> bool:
+    def serve(self) -> None:
+        """Reads until the sender hangs up. Raises OSError or TransferFailed when the connection breaks."""
+        header = bytearray(HEADER_BYTES)
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        while self.read(memoryview(header)):
+            frame = unpack(header)
+            inbox = self.inboxes.find(frame.key)
+            home = None if inbox is None else inbox.begin(frame)
+            if inbox is None or home is None:
+                self._skip(frame.length, scratch)
+                continue
+            is_good, checksum = False, None
+            try:
+                is_good = self.read(home.data)
+                if is_good and frame.length == frame.total:
+                    (checksum,) = checksums([home])  # now, while the piece is in this core's cache
+            finally:
+                inbox.end(frame, is_good, checksum)
+
+    def read(self, buffer: Buffer) -> bool:
         """Fills the buffer; False when the other side has hung up."""
         while buffer.nbytes:
             received = self._connection.recv_into(buffer, buffer.nbytes, socket.MSG_WAITALL)
@@ -203,6 +214,6 @@ class IncomingLane:
     def _skip(self, num_bytes: int, scratch: Buffer) -> None:
         while num_bytes:
             part = scratch[: min(num_bytes, scratch.nbytes)]
-            if not self._read(part):
+            if not self.read(part):
                 raise TransferFailed("the sender hung up")
             num_bytes -= part.nbytes

@@ -49,6 +49,14 @@ class StagedKvMemory(KvMemory):
         self._host = torch.from_numpy(self.bytes).view(pool.layout.num_blocks, -1)
         self._group = max(1, _STAGED_BYTES // pool.layout.block_bytes)
         self._staged: Tensor | None = None
+        if self._device.type == "cuda":
+            self.device_address = self._blocks.data_ptr()
+            self.device_index = self._device.index or 0
+
+    @property
+    def device_bytes(self) -> Tensor:
+        """The pool on the device, uint8 [num_blocks * block_bytes]; byte i mirrors byte i of `bytes`."""
+        return self._blocks[:-1].reshape(-1)
 
     def expose(self, blocks: Sequence[int]) -> None:
         """Copies blocks from the device to the host, where `block` shows them to a transfer."""

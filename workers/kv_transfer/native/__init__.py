@@ -1,0 +1,1 @@
+"""XXH3-64 while copying, in C++."""
