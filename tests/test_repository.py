@@ -69,6 +69,7 @@ PURE = (
     "workers/kv_transfer/pieces.py",
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
+    "workers/kv_transfer/worth.py",
     "router/core.py",
     "router/admission.py",
     "router/retry.py",
