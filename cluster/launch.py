@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig
 from cluster.joining import join_ray
 from cluster.local import RaySession, end_local, make_folder, start_ray
-from cluster.preflight import check_memory, check_model, check_port, check_store
+from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, check_store
 from cluster.progress import Progress
 from workers.errors import BatonError, InvalidConfig
 
@@ -52,6 +52,7 @@ async def preflight(config: ClusterConfig) -> None:
         router = config.router_at(at)
         check_port(router.host, router.port, "--port")
     check_memory(config)
+    check_disk_tier(config.worker, len(config.pools.workers))
     await check_store(config.store)
 
 

@@ -129,6 +129,8 @@ class LLM:
                         if self._absorb(requests[index], output):
                             bar.set_postfix_str(f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
                             bar.update()
+                    if self._engine.made_no_progress:
+                        self._engine.rest(timeout_s=0.1)
         finally:
             for index in range(len(requests)):
                 self._engine.cancel(index)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 from cluster.config import ClusterConfig, StoreConfig
@@ -58,12 +60,36 @@ def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> N
     if available is None:
         return
     count = len(config.pools.workers)
-    each = PROCESS_BYTES + weight_bytes(config.worker) + config.worker.kv_memory_bytes
+    worker = config.worker
+    each = PROCESS_BYTES + weight_bytes(worker) + worker.kv_memory_bytes + max(0, worker.kv_host_bytes)
     needed = count * each + RAY_BYTES + config.ray.object_store_bytes
     if needed > available:
         raise InvalidConfig(
             f"{count} workers need about {_gib(needed)} of memory and {_gib(available)} is free; "
             "start fewer (--prefill, --decode, --mixed), use --dtype bfloat16, or a smaller worker.kv_memory_bytes"
+            + (" or worker.kv_host_bytes" if worker.kv_host_bytes > 0 else "")
+        )
+
+
+def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
+    """Raises InvalidConfig when the workers of this host could not keep KV blocks where they are told to."""
+    if not config.kv_disk_folder:
+        return
+    folder = Path(config.kv_disk_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InvalidConfig(
+            f"worker.kv_disk_folder {str(folder)!r} cannot be written to: {error.strerror}; name a folder that can"
+        ) from error
+    kept = sum(file.stat().st_size for file in folder.glob("*/*.kv"))
+    needed = num_workers * config.kv_disk_bytes
+    if needed > free + kept:
+        raise InvalidConfig(
+            f"{num_workers} workers may keep {_gib(needed)} of KV blocks in {str(folder)!r}, where {_gib(free + kept)} is free; "
+            "lower worker.kv_disk_bytes or name another worker.kv_disk_folder"
         )
 
 

@@ -52,6 +52,10 @@ class RouterConfig:
     """What one more running sequence weighs against uncached prompt tokens when a decode worker is chosen."""
     handoff_cost_tokens: int = 64
     """What moving a prompt's KV weighs against computing it on a MIXED decode worker."""
+    lower_tier_cost_tokens: int = 8
+    """What bringing back one cached block from a worker's host memory or disk weighs against computing prompt tokens; a block has 64."""
+    pull_min_blocks: int = 8
+    """A worker that computes a prompt is told of another one that holds at least so many more blocks of it; 0: never."""
     expected_output_tokens: int = 256
     """An answer is assumed to get at most this long when free KV blocks are compared."""
     max_migrations: int = 4
@@ -99,6 +103,8 @@ class RouterConfig:
             (self.rebalance_cooldown_s >= 0, "rebalance_cooldown_s", "must not be negative"),
             (self.migration_retry_s >= 0, "migration_retry_s", "must not be negative"),
             (self.handoff_cost_tokens >= 0, "handoff_cost_tokens", "must not be negative"),
+            (self.lower_tier_cost_tokens >= 0, "lower_tier_cost_tokens", "must not be negative"),
+            (self.pull_min_blocks >= 0, "pull_min_blocks", "must be 0 (never) or positive"),
             (
                 self.max_retry_backoff_s >= self.retry_backoff_s,
                 "max_retry_backoff_s",

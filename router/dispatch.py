@@ -12,6 +12,7 @@ from router.progress import Flight
 from router.view import WorkerEntry
 from workers.client import Migration, Submit
 from workers.errors import InvariantViolated
+from workers.status import PrefixHint
 
 
 class Dispatcher:
@@ -22,6 +23,7 @@ class Dispatcher:
         self._fleet = fleet
         self._index = index
         self._expected_output_tokens = config.expected_output_tokens
+        self._pull_min_blocks = config.pull_min_blocks
         self._request_timeout_s = config.request_timeout_s
         self._first_token_deadline_s = config.first_token_deadline_s
 
@@ -41,7 +43,12 @@ class Dispatcher:
         addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
         remaining_s, first_token_s = self._time_left(flight, now)
         submit = Submit(
-            flight.attempt_request(flight.wire_id), decode.generation, addresses, remaining_s, first_token_s
+            flight.attempt_request(flight.wire_id),
+            decode.generation,
+            addresses,
+            remaining_s,
+            first_token_s,
+            prefix=self._prefix_hint(flight),
         )
         return Send(decode.worker_id, decode.connection, submit)
 
@@ -72,6 +79,19 @@ class Dispatcher:
         if entry is not None and entry.charges:
             entry.charges.release(wire_id)
 
+    def _prefix_hint(self, flight: Flight) -> PrefixHint | None:
+        """Who holds more of the prompt than the worker that is to compute it, if the difference is worth the effort."""
+        if not self._pull_min_blocks:
+            return None
+        own = self._index.match(flight.prefill_worker_id, flight.hashes)
+        holder, most = None, own + self._pull_min_blocks - 1
+        for entry in self._fleet:
+            if entry.takes_requests and entry.worker_id != flight.prefill_worker_id:
+                count = self._index.match_pool(entry.worker_id, flight.hashes)
+                if count > most:
+                    holder, most = entry, count
+        return PrefixHint(holder.current_address(), most) if holder is not None else None
+
     def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
         age_s = now - flight.arrived_s
@@ -94,6 +114,7 @@ class Dispatcher:
 
     def _snapshot(self, entry: WorkerEntry, flight: Flight) -> WorkerSnapshot:
         load, charges = entry.load, entry.charges
+        cached = self._index.match(entry.worker_id, flight.hashes)
         num_reported = load.num_running + load.num_waiting + load.num_transferring
         return WorkerSnapshot(
             worker_id=entry.worker_id,
@@ -102,7 +123,8 @@ class Dispatcher:
             num_sequences=num_reported + charges.num_sequences,
             prefill_tokens=load.waiting_prefill_tokens + charges.prefill_tokens,
             free_blocks=load.num_free_blocks - charges.num_blocks,
-            cached_blocks=self._index.match(entry.worker_id, flight.hashes),
+            cached_blocks=cached,
+            lower_blocks=cached - self._index.match_pool(entry.worker_id, flight.hashes),
             avoid=entry.worker_id == flight.avoid_worker_id,
         )
 

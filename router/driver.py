@@ -46,7 +46,12 @@ def make_policy(config: RouterConfig) -> Policy:
     """The policy that the config names."""
     if config.policy == "round_robin":
         return RoundRobinPolicy(config.max_prefill_candidates)
-    return KvAwarePolicy(config.sequence_cost_tokens, config.handoff_cost_tokens, config.max_prefill_candidates)
+    return KvAwarePolicy(
+        config.sequence_cost_tokens,
+        config.handoff_cost_tokens,
+        config.lower_tier_cost_tokens,
+        config.max_prefill_candidates,
+    )
 
 
 class RouterDriver:

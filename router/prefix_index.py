@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.status import KvEvent
+from workers.status import KvEvent, Tier
 
 
 class _Table:
     """One worker's blocks, least recently useful first; a dict keeps insertion order."""
 
     def __init__(self) -> None:
-        self.blocks: dict[int, None] = {}
+        self.blocks: dict[int, Tier] = {}
+        """The fastest tier that holds each block."""
         self.last_sequence = 0
         self.awaits_dump = False
 
     def refresh(self, hashes: Sequence[int]) -> None:
         """Makes these the most recent. A parent comes after its children, so that children are evicted first."""
         for block_hash in reversed(hashes):
-            self.blocks.pop(block_hash, None)
-            self.blocks[block_hash] = None
+            self.blocks[block_hash] = self.blocks.pop(block_hash, Tier.POOL)
+
+    def store(self, event: KvEvent) -> None:
+        """Takes over the blocks that an event names, and their tiers."""
+        self.refresh(event.stored)
+        if event.tiers:
+            self.blocks.update(zip(event.stored, event.tiers, strict=False))
+        else:
+            self.blocks.update(dict.fromkeys(event.stored, Tier.POOL))
 
 
 class PrefixIndex:
@@ -69,18 +77,28 @@ class PrefixIndex:
         before = len(table.blocks)
         for block_hash in event.removed:
             table.blocks.pop(block_hash, None)
-        table.refresh(event.stored)
+        table.store(event)
         self._num_blocks += len(table.blocks) - before
         self._evict()
         return False
 
     def match(self, worker_id: str, hashes: Sequence[int]) -> int:
-        """How many of the first blocks of a prompt the worker caches."""
+        """How many of the first blocks of a prompt the worker caches, in whatever tier."""
         table = self._tables.get(worker_id)
         if table is None:
             return 0
         for count, block_hash in enumerate(hashes):
             if block_hash not in table.blocks:
+                return count
+        return len(hashes)
+
+    def match_pool(self, worker_id: str, hashes: Sequence[int]) -> int:
+        """How many of the first blocks of a prompt the worker has in its pool, with nothing to be brought back."""
+        table = self._tables.get(worker_id)
+        if table is None:
+            return 0
+        for count, block_hash in enumerate(hashes):
+            if table.blocks.get(block_hash) is not Tier.POOL:
                 return count
         return len(hashes)
 

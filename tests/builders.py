@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from workers.config import WorkerConfig
 from workers.engine import Engine, StepResult
+from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.request import Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, FakeRunner, Runner
@@ -46,6 +47,7 @@ def make_engine(
     max_model_len: int = 1024,
     prefix_cache: bool = True,
     overlap_steps: bool = True,
+    tiers: KvTiers | None = None,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -55,6 +57,7 @@ def make_engine(
         max_model_len=max_model_len,
         prefix_cache=prefix_cache,
         overlap_steps=overlap_steps,
+        tiers=tiers,
     )
 
 
@@ -85,6 +88,8 @@ def run_to_end(engine: Engine, max_steps: int = 5000) -> list[tuple[int, Output]
         if not engine.has_work:
             return outputs
         outputs += engine.step().outputs
+        if engine.made_no_progress:
+            engine.rest(timeout_s=1.0)
     raise AssertionError(f"the engine still has work after {max_steps} steps")
 
 

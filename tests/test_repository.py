@@ -71,6 +71,7 @@ PURE = (
     "workers/kv_transfer/transports/negotiate.py",
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
+    "workers/kv_transfer/worth.py",
     "router/core.py",
     "router/migrations.py",
     "router/mover.py",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.request import Output, Request
-from workers.status import KvEvent, Load, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, PrefixHint, Role, WorkerAddress, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class Submit:
     remaining_s: float = 0.0
     first_token_s: float = 0.0
     migration: Migration | None = None
+    prefix: PrefixHint | None = None
+    """For whoever computes the prompt: where its beginning can be had."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,12 @@ class WorkerConfig:
     max_queue: int = 512
     """Requests waiting for admission before QUEUE_FULL."""
     prefix_cache: bool = True
+    kv_host_bytes: int = -1
+    """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and on cuda four times the pool, but at most a twentieth of the memory that is available."""
+    kv_disk_folder: str = ""
+    """Where prefix blocks go that leave host memory; each worker takes a folder of its name in it. Empty: no disk tier."""
+    kv_disk_bytes: int = 8 << 30
+    """What one worker may keep in kv_disk_folder."""
     local_prefill_tokens: int = 64
     """A decode worker computes a prompt with at most this many uncached tokens itself."""
     transports: tuple[str, ...] = ("loopback", "shm", "tcp", "grpc")
@@ -84,6 +90,13 @@ class WorkerConfig:
                 "must be at least max_num_seqs, so that every running sequence gets its token each step",
             ),
             (self.max_queue >= 1, "max_queue", "must be at least 1"),
+            (self.kv_host_bytes >= -1, "kv_host_bytes", "must be -1 (automatic), 0 (none) or positive"),
+            (self.kv_disk_bytes >= 1 << 20, "kv_disk_bytes", "must be at least 1 MiB; empty kv_disk_folder for none"),
+            (
+                self.prefix_cache or not (self.kv_disk_folder or self.kv_host_bytes > 0),
+                "prefix_cache",
+                "must be true for kv_host_bytes and kv_disk_folder, which keep prefix blocks",
+            ),
             (self.local_prefill_tokens >= 0, "local_prefill_tokens", "must not be negative"),
             (
                 bool(self.transports) and set(self.transports) <= set(BEST_FIRST),

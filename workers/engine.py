@@ -10,6 +10,8 @@ from typing import Any
 
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.pieces import layers_per_piece
 from workers.launching import LaunchingRunner
 from workers.moves import ExportEnded, ExportEvent, Exports
@@ -20,9 +22,14 @@ from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.migration import land_migrant, reserve_migrant
 from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, Sequence, State
-from workers.status import KvEvent, Load
+from workers.status import KvEvent, Load, PrefixHint, WorkerAddress
 
 log = logging.getLogger(__name__)
+
+_WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
+
+PROMOTION_TIMEOUT_S = 5.0
+"""A sequence waits so long for a slow disk, then computes what has not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,29 @@ class TransferWanted:
 
     sequence_id: int
     first_block: int
+    blocks: tuple[int, ...]
+    hint: PrefixHint | None = None
+    """Where the prefill worker can have the beginning of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullWanted:
+    """Blocks are reserved: the peer shall fill `blocks` from number `first_block` on with what `keys` name."""
+
+    sequence_id: int
+    peer: WorkerAddress
+    first_block: int
+    blocks: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    prefill_tokens_per_s: float
+    """How fast we would compute them instead, measured; 0: not measured yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHeld:
+    """These blocks hold the beginning of what `hold_prefix` asked for, until `release_prefix`."""
+
+    export_id: int
     blocks: tuple[int, ...]
 
 
@@ -76,8 +106,10 @@ class StepResult:
     exports: list[ExportEvent] = field(default_factory=list)
     """Of sequences that other workers take over."""
     abandoned: list[int] = field(default_factory=list)
-    """TRANSFERRING sequences that were cancelled: their blocks stay reserved until `transfer_failed` confirms that
-    nothing writes into them any more."""
+    """Sequences that were cancelled while another worker's bytes were on their way: their blocks stay reserved until
+    `transfer_failed` or `pulled` confirms that nothing writes into them any more."""
+    pulls: list[PullWanted] = field(default_factory=list)
+    held: list[PrefixHeld] = field(default_factory=list)
     kv_event: KvEvent | None = None
 
 
@@ -99,6 +131,8 @@ class _Live:
     num_texted: int = 0
     """Tokens that `output` has seen; a replay after a preemption does not show them again."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    promoted_by_s: float = 0.0
+    """When waiting for lower tiers ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +161,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         prefix_cache: bool = True,
+        tiers: KvTiers | None = None,
         worker_id: str = "local",
         overlap_steps: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -139,7 +174,8 @@ class Engine:
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._clock = clock
-        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache)
+        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache, tiers)
+        self._tiers = tiers
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
@@ -150,6 +186,8 @@ class Engine:
         self._settled = StepResult()
         self._early_transfers: list[TransferWanted] = []
         self._exports = Exports(runner.kv_memory)
+        self._held_prefixes: dict[int, list[int]] = {}
+        """Blocks held for other workers to copy."""
         self.last_step_s = 0.0
         self.prefill_tokens_per_s: float | None = None
         """Of recent steps with prompts, smoothed."""
@@ -177,14 +215,14 @@ class Engine:
                 "max_tokens",
             )
 
-    def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL) -> None:
+    def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL, hint: PrefixHint | None = None) -> None:
         """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL)."""
         self.check(request)
-        live = self._make_live(sequence_id, request, kind)
+        live = self._make_live(sequence_id, request, kind, hint)
         self._scheduler.add(live.sequence)
         self._live[sequence_id] = live
 
-    def _make_live(self, sequence_id: int, request: Request, kind: Kind) -> _Live:
+    def _make_live(self, sequence_id: int, request: Request, kind: Kind, hint: PrefixHint | None = None) -> _Live:
         output = None
         if kind is not Kind.SOURCE:
             eos = frozenset(self._eos)
@@ -198,6 +236,7 @@ class Engine:
             suppressed_token_ids=(*self._eos, *request.params.stop_token_ids),
             known=list(request.replay_token_ids),
             max_output_tokens=min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids)),
+            hint=hint if hint is not None and hint.peer.worker_id != self._worker_id else None,
         )
         return _Live(sequence, output, self._clock())
 
@@ -209,7 +248,8 @@ class Engine:
         live = self._live.get(sequence_id)
         if live is None:
             return
-        if live.sequence.state is State.TRANSFERRING:
+        pull = live.sequence.table.pull
+        if live.sequence.state is State.TRANSFERRING or (pull is not None and pull.num_arrived is None):
             if not live.is_cancelled:
                 live.is_cancelled = True
                 self._abandoned.append(sequence_id)
@@ -331,6 +371,30 @@ class Engine:
             live.output.push(token_id)
         live.num_texted = len(token_ids)
 
+    def pulled(self, sequence_id: int, num_blocks: int) -> None:
+        """Another worker has sent the first `num_blocks` of the blocks asked for; nothing writes into any of them any more."""
+        live = self._live.get(sequence_id)
+        pull = live.sequence.table.pull if live is not None else None
+        if live is None or pull is None or pull.num_arrived is not None:
+            return
+        self._scheduler.pulled(live.sequence, num_blocks)
+        if live.is_cancelled:
+            self._drop(live)
+        elif num_blocks:
+            first = pull.first_block
+            self._runner.kv_memory.adopt(live.sequence.table.blocks[first : first + num_blocks])
+
+    def hold_prefix(self, export_id: int, keys: tuple[BlockKey, ...]) -> PrefixHeld:
+        """Holds the longest run of these blocks that the pool has, for another worker to copy; at most a quarter of the pool."""
+        room = self._kv.num_blocks // 4 - sum(map(len, self._held_prefixes.values()))
+        blocks = self._kv.hold_prefix(keys, max(0, room))
+        self._held_prefixes[export_id] = blocks
+        self._runner.kv_memory.expose(blocks)
+        return PrefixHeld(export_id, tuple(blocks))
+
+    def release_prefix(self, export_id: int) -> None:
+        self._kv.release_blocks(self._held_prefixes.pop(export_id, []))
+
     def take_early(self) -> StepResult | None:
         """What is to be said without waiting for another step: first tokens that came from elsewhere, and sequences that stand
         still for their receivers. None: nothing."""
@@ -344,7 +408,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
-        busy = (State.DECODING, State.PREFILLING)
+        busy = (State.DECODING, State.PREFILLING, State.PROMOTING)
         return bool(
             self._early
             or self._early_transfers
@@ -364,6 +428,7 @@ class Engine:
         result.transfers += self._early_transfers
         result.abandoned += self._abandoned
         self._early, self._early_transfers, self._abandoned = [], [], []
+        self._poll_tiers(started)
         running = self._running or self._start(self._scheduler.schedule(), None, result)
         self._running = None
         self.made_no_progress = running is None
@@ -382,10 +447,14 @@ class Engine:
     def _start(self, step: Step, after: _Running | None, result: StepResult) -> _Running | None:
         """Launches a step behind the one that runs, if any; None when it computes nothing."""
         now = self._clock()
+        for sequence in step.promotions:
+            self._live[sequence.sequence_id].promoted_by_s = now + PROMOTION_TIMEOUT_S
+            self._ask_peer(sequence, result)
         for sequence in step.transfers:
             self._note_admission(self._live[sequence.sequence_id], now)
             blocks = tuple(sequence.table.blocks)
-            result.transfers.append(TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks))
+            wanted = TransferWanted(sequence.sequence_id, sequence.table.num_cached, blocks, sequence.hint)
+            result.transfers.append(wanted)
         if not step.batch.num_tokens:
             return None
         slices = (*step.batch.prefill, *step.batch.decode)
@@ -429,6 +498,21 @@ class Engine:
             if live.sequence.state is State.ENDING and not live.num_running:
                 self._scheduler.finish(live.sequence)
 
+    def on_tiers_ready(self, notify: Callable[[], None]) -> None:
+        """`notify` is called, on another thread, when a step would find something new from a lower tier."""
+        if self._tiers is not None:
+            self._tiers.on_result(notify)
+
+    def rest(self, timeout_s: float) -> None:
+        """After a step without progress: returns when another could make some, or after so long."""
+        if self._tiers is not None:
+            self._tiers.wait(timeout_s)
+
+    def close(self) -> None:
+        """Ends what works beside the engine; no step after this."""
+        if self._tiers is not None:
+            self._tiers.close()
+
     def _note_rate(self, batch: Batch) -> None:
         num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
         if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
@@ -450,11 +534,11 @@ class Engine:
         return Load(
             num_waiting=len(self._scheduler.waiting),
             num_running=sum(1 for s in states if s in (State.DECODING, State.PREFILLING)),
-            num_transferring=sum(1 for s in states if s in (State.TRANSFERRING, State.MOVING, State.HELD)),
+            num_transferring=sum(1 for s in states if s in _WAITS_FOR_OTHERS),
             waiting_prefill_tokens=sum(
                 s.num_uncomputed_prompt
                 for s in (*self._scheduler.waiting, *sequences)
-                if s.state in (State.WAITING, State.PREFILLING) and s.kind is not Kind.TARGET
+                if s.state in (State.WAITING, State.PROMOTING, State.PREFILLING) and s.kind is not Kind.TARGET
             ),
             num_free_blocks=self._kv.num_available,
             num_blocks=self._kv.num_blocks,
@@ -463,7 +547,26 @@ class Engine:
 
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
-        return tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+        own = tuple((name, float(getattr(counters, name))) for name in counters.__slots__)
+        return own if self._tiers is None else own + self._tiers.counters()
+
+    def _ask_peer(self, sequence: Sequence, result: StepResult) -> None:
+        pull, hint = sequence.table.pull, sequence.hint
+        if pull is not None and hint is not None:
+            blocks = tuple(sequence.table.blocks[: pull.first_block + len(pull.keys)])
+            wanted = PullWanted(
+                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, self.prefill_tokens_per_s or 0.0
+            )
+            result.pulls.append(wanted)
+
+    def _poll_tiers(self, now: float) -> None:
+        """Takes over what came from lower tiers, and ends waits that took too long."""
+        if self._tiers is None:
+            return
+        self._tiers.poll()
+        for sequence in self._scheduler.active:
+            if sequence.state is State.PROMOTING and now >= self._live[sequence.sequence_id].promoted_by_s:
+                self._scheduler.give_promotion_up(sequence)
 
     def _note_admission(self, live: _Live, now: float) -> None:
         if live.queue_s is None:

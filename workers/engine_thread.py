@@ -12,10 +12,11 @@ from typing import TypeVar
 
 from workers.engine import Engine, LayersFilled, StepResult, refusal_output
 from workers.errors import InvalidRequest, Refused
+from workers.kv_cache.prefix_cache import BlockKey
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
 from workers.scheduler.sequence import Kind
-from workers.status import Load
+from workers.status import Load, PrefixHint
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Add:
     sequence_id: int
     request: Request
     kind: Kind
+    hint: PrefixHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,30 @@ class Depart:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulled:
+    sequence_id: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPrefix:
+    export_id: int
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePrefix:
+    export_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class DumpKv:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Something beside the engine has made progress possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +145,11 @@ Command = (
     | Halt
     | Resume
     | Depart
+    | Pulled
+    | HoldPrefix
+    | ReleasePrefix
     | DumpKv
+    | Wake
     | _Stop
 )
 
@@ -166,6 +194,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        self._engine.on_tiers_ready(lambda: self.post(Wake()))
         self._thread.start()
 
     def post(self, command: Command) -> None:
@@ -185,8 +214,11 @@ class EngineThread:
             if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
                 return
             early = self._engine.take_early()
-            # A prompt that has landed has its first token, and a receiver waits for a sequence that stands still: neither
-            # waits for the next step, which may be long.
+            # A prompt that has landed has its first token, and a receiver waits for a sequence that stands still, as does a peer that
+            # wants a prefix: none waits for the next step, which may be long.
+            if extra.held:
+                early = early or StepResult()
+                early.held, extra.held = extra.held, []
             if early is not None and not self._report(early):
                 return
             result = self._engine.step()
@@ -227,7 +259,7 @@ class EngineThread:
         match command:
             case Add():
                 try:
-                    engine.add(command.sequence_id, command.request, command.kind)
+                    engine.add(command.sequence_id, command.request, command.kind, command.hint)
                 except (InvalidRequest, Refused) as error:
                     extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
             case CancelSequence():
@@ -251,7 +283,13 @@ class EngineThread:
                 engine.resume(command.sequence_id)
             case Depart():
                 engine.depart(command.sequence_id)
+            case Pulled():
+                engine.pulled(command.sequence_id, command.num_blocks)
+            case HoldPrefix():
+                extra.held.append(engine.hold_prefix(command.export_id, command.keys))
+            case ReleasePrefix():
+                engine.release_prefix(command.export_id)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
-            case _Stop():
+            case Wake() | _Stop():
                 pass

@@ -97,7 +97,7 @@ class PromptExporter:
     def _start(self, export: _PromptExport) -> None:
         self._running[export.sequence_id] = export
         export.span = start_span("prefill", export.subject.request.traceparent)
-        self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE))
+        self._post(Add(export.sequence_id, export.subject.request, Kind.SOURCE, export.subject.hint))
 
     def _release(self, export: _PromptExport, reason: str) -> None:
         export.span.end(reason)

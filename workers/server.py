@@ -168,8 +168,12 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.transfers.fetch(wanted, replace(owner.request, replay_token_ids=()), owner.candidates, due_s)
         for event in result.exports:
             self._running.hear(event)
+        for pull in result.pulls:
+            self.transfers.pull(pull)
         for sequence_id in result.abandoned:
             self.transfers.abandon(sequence_id)
+        for held in result.held:
+            self.transfers.held(held)
         for filled in result.filled:
             self.transfers.filled(filled)
         for prefilled in result.prefilled:
@@ -275,7 +279,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         if submit.migration is not None:
             self._post(AddMigrant(sequence_id, request))
         else:
-            self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL))
+            self._post(Add(sequence_id, request, Kind.TARGET if candidates else Kind.LOCAL, submit.prefix))
 
     def _find(self, request_id: str) -> int | None:
         """The sequence of that name on the wire, whichever router it belongs to; None if it is not exactly one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class Role(StrEnum):
@@ -34,6 +34,14 @@ class WorkerAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixHint:
+    """`peer` is believed to hold the first `num_blocks` blocks of a prompt in its pool; it may be wrong."""
+
+    peer: WorkerAddress
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A worker's load after a step; counts at one instant."""
 
@@ -49,9 +57,17 @@ class Load:
     """Duration of the last step."""
 
 
+class Tier(IntEnum):
+    """Where a worker keeps the KV of a prefix block; a lower number is faster to use."""
+
+    POOL = 0
+    HOST = 1
+    DISK = 2
+
+
 @dataclass(frozen=True, slots=True)
 class KvEvent:
-    """Prefix-cache blocks that appeared or went since the last frame; `reset` means "this is the full set".
+    """Prefix-cache blocks that appeared, changed their tier or went since the last frame; `reset` means "this is the full set".
 
     Hashes are those of workers.kv_cache.block_hash. `sequence` rises by one per event; a gap means: ask for a dump.
     """
@@ -59,7 +75,10 @@ class KvEvent:
     sequence: int
     stored: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
+    """Blocks that are in no tier any more."""
     reset: bool = False
+    tiers: tuple[Tier, ...] = ()
+    """The fastest tier of each of `stored`; empty: all are in the pool."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from workers.client import Migration
 from workers.config import WorkerConfig
-from workers.engine import BlocksFilled, LayersFilled, Prefilled, TransferWanted
+from workers.engine import BlocksFilled, LayersFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
 from workers.engine_thread import Command, Landed, MovedIn, TransferLost
 from workers.errors import InvariantViolated, Refusal, Refused, StreamDamaged, TransferFailed
 from workers.handoff_export import Exporter, PromptExporter
@@ -29,6 +29,7 @@ from workers.kv_transfer.messages import (
     Offer,
     OpenHandoff,
     PrefillDone,
+    Prefix,
     Prompt,
     Running,
     SequenceMoved,
@@ -41,6 +42,8 @@ from workers.kv_transfer.target import TargetSession
 from workers.kv_transfer.transport import Sweeping, Transport
 from workers.pb import worker_pb2 as pb
 from workers.peers import Peers
+from workers.prefix_export import PrefixExporter
+from workers.prefix_pull import PrefixPuller
 from workers.request import HandoffReport, Request
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.status import Role, WorkerAddress
@@ -94,17 +97,20 @@ class Transfers:
         self._peers = Peers()
         self._host = socket.gethostname()
         self._prompts = PromptExporter(post, new_sequence_id)
-        self._exporters: dict[type, Exporter] = {Prompt: self._prompts}
+        self._prefixes = PrefixExporter(post, new_sequence_id)
+        self._exporters: dict[type, Exporter] = {Prompt: self._prompts, Prefix: self._prefixes}
+        self._puller = PrefixPuller(self.receive, memory.layout, post, config.transfer_timeout_s)
         self._sources: dict[SourceDriver, asyncio.Task[None]] = {}
         self._targets: dict[TargetDriver, asyncio.Task[None]] = {}
         self._fetches: dict[int, asyncio.Task[None]] = {}
         self.counters: Counter[str] = Counter({f"recovery_{way}": 0 for way in Way})
+        self._puller.counters = self._prefixes.counters = self.counters
         self.measured = Measured()
 
     @property
     def num_running(self) -> int:
         """Handoffs under way at either end; 0 when idle, or something leaks."""
-        return len(self._sources) + len(self._targets) + len(self._fetches)
+        return len(self._sources) + len(self._targets) + len(self._fetches) + self._puller.num_running
 
     # ---- as the sender ----
 
@@ -212,6 +218,9 @@ class Transfers:
 
     def prefilled(self, event: Prefilled) -> None:
         self._prompts.prefilled(event)
+
+    def held(self, event: PrefixHeld) -> None:
+        self._prefixes.held(event)
 
     def source_failed(self, sequence_id: int, message: str) -> bool:
         """The engine refused or failed a prompt; True when it was computed for another worker."""
@@ -329,6 +338,11 @@ class Transfers:
         task = self._fetches.get(sequence_id)
         if task is not None:
             task.cancel()
+        self._puller.abandon(sequence_id)
+
+    def pull(self, wanted: PullWanted) -> None:
+        """Has a peer send prefix blocks that it holds, if that is worth it; the engine hears Pulled."""
+        self._puller.pull(wanted)
 
     async def _fetch(
         self, wanted: TransferWanted, request: Request, candidates: tuple[WorkerAddress, ...], plan: Plan
@@ -340,7 +354,7 @@ class Transfers:
             plan.ask(source.worker_id, time.monotonic())
             attributes = {"source": source.worker_id, "target": me, "attempt": report.attempts}
             span = start_span("handoff", request.traceparent, attributes=attributes)
-            subject = Prompt(replace(request, traceparent=span.traceparent))
+            subject = Prompt(replace(request, traceparent=span.traceparent), wanted.hint)
             fault = "cancelled"
             try:
                 handoff = await self.receive(source, subject, wanted.first_block, wanted.blocks, plan)
@@ -425,6 +439,7 @@ class Transfers:
         """Ends every transfer and the transports."""
         for task in self._fetches.values():
             task.cancel()
+        self._puller.close()
         for driver in self._targets:
             driver.cancel("the worker is stopping")
         for source in self._sources:

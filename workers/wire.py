@@ -11,7 +11,7 @@ from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 
 
 def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
@@ -212,6 +212,14 @@ def address_from_pb(message: pb.WorkerAddress) -> WorkerAddress:
     return WorkerAddress(message.worker_id, message.generation, message.target)
 
 
+def hint_to_pb(hint: PrefixHint) -> pb.PrefixHint:
+    return pb.PrefixHint(peer=address_to_pb(hint.peer), num_blocks=hint.num_blocks)
+
+
+def hint_from_pb(message: pb.PrefixHint) -> PrefixHint:
+    return PrefixHint(address_from_pb(message.peer), message.num_blocks)
+
+
 def load_to_pb(load: Load) -> pb.Load:
     return pb.Load(
         num_waiting=load.num_waiting,
@@ -237,11 +245,15 @@ def load_from_pb(message: pb.Load) -> Load:
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
-    return pb.KvEvent(sequence=event.sequence, stored=event.stored, removed=event.removed, reset=event.reset)
+    return pb.KvEvent(
+        sequence=event.sequence, stored=event.stored, removed=event.removed, reset=event.reset, tiers=event.tiers
+    )
 
 
 def kv_event_from_pb(message: pb.KvEvent) -> KvEvent:
-    return KvEvent(message.sequence, tuple(message.stored), tuple(message.removed), message.reset)
+    """Raises ValueError for a tier that this version does not know."""
+    tiers = tuple([Tier(tier) for tier in message.tiers])
+    return KvEvent(message.sequence, tuple(message.stored), tuple(message.removed), message.reset, tiers)
 
 
 def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
@@ -335,13 +347,14 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
                 prefill_workers=[address_to_pb(address) for address in prefill_workers],
                 remaining_s=remaining_s,
                 first_token_s=first_token_s,
+                prefix=hint_to_pb(prefix) if prefix is not None else None,
             )
             if migration is not None:
                 submit.migration.CopyFrom(
@@ -366,8 +379,9 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             if submit.HasField("migration"):
                 migration = Migration(address_from_pb(submit.migration.source), submit.migration.request_id)
             request = request_from_pb(submit.request)
+            prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
             times = (submit.remaining_s, submit.first_token_s)
-            return Submit(request, submit.generation, addresses, *times, migration)
+            return Submit(request, submit.generation, addresses, *times, migration, prefix)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "dump":

@@ -29,6 +29,8 @@ from workers.pb import worker_pb2 as pb
 from workers.wire import (
     address_from_pb,
     address_to_pb,
+    hint_from_pb,
+    hint_to_pb,
     layout_from_pb,
     layout_to_pb,
     refusal_from_name,
@@ -52,12 +54,14 @@ def opening_to_pb(transfer_id: str, opening: OpenHandoff) -> pb.OpenHandoff:
         transports=opening.transports,
     )
     match opening.subject:
-        case Prompt(request):
+        case Prompt(request, hint):
             message.prompt.CopyFrom(request_to_pb(request))
+            if hint is not None:
+                message.prefix_hint.CopyFrom(hint_to_pb(hint))
         case Running(request_id):
             message.running.CopyFrom(pb.RunningSubject(request_id=request_id))
-        case Prefix(hashes):
-            message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes))
+        case Prefix(hashes, token_ids, parent):
+            message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes, token_ids=token_ids, parent=parent))
     return message
 
 
@@ -66,11 +70,13 @@ def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
     subject: Subject
     match message.WhichOneof("subject"):
         case "prompt":
-            subject = Prompt(request_from_pb(message.prompt))
+            hint = hint_from_pb(message.prefix_hint) if message.HasField("prefix_hint") else None
+            subject = Prompt(request_from_pb(message.prompt), hint)
         case "running":
             subject = Running(message.running.request_id)
         case "prefix":
-            subject = Prefix(tuple(message.prefix.hashes))
+            prefix = message.prefix
+            subject = Prefix(tuple(prefix.hashes), tuple(prefix.token_ids), prefix.parent)
         case kind:
             raise TransferFailed(f"the receiver asks for something of unknown kind {kind!r}")
     return OpenHandoff(

@@ -14,6 +14,7 @@ from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
+from workers.kv_tiers.opening import open_tiers
 from workers.kv_transfer.memory import KvMemory
 from workers.pb import worker_pb2_grpc
 from workers.peers import SERVER_OPTIONS
@@ -50,7 +51,7 @@ class LoadedModel(Protocol):
 
 
 def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "local") -> Engine:
-    """An engine with the bounds of `config`."""
+    """An engine with the bounds of `config`. Raises InvalidConfig when its folder for KV blocks cannot be used."""
     limits = Limits(config.max_num_seqs, config.max_batch_tokens, config.max_queue, config.local_prefill_tokens)
     return Engine(
         model.runner,
@@ -59,6 +60,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         eos_token_ids=model.eos_token_ids,
         max_model_len=model.info.max_model_len,
         prefix_cache=config.prefix_cache,
+        tiers=open_tiers(config, model.runner.kv_memory, model.info.fingerprint, worker_id),
         worker_id=worker_id,
         overlap_steps=config.overlap_steps,
     )
@@ -97,11 +99,13 @@ class Worker:
         self._thread: EngineThread | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._memory: KvMemory | None = None
+        self._engine: Engine | None = None
 
     async def start(self) -> WorkerAddress:
         """Loads the model, binds the port, starts the engine. Raises InvalidConfig."""
         model = await asyncio.to_thread(self._load, self._config)
-        engine = make_engine(self._config, model, self._identity.worker_id)
+        engine = await asyncio.to_thread(make_engine, self._config, model, self._identity.worker_id)
+        self._engine = engine
         loop = asyncio.get_running_loop()
         thread = EngineThread(
             engine, loop, lambda report: server.on_report(report), lambda event: server.transfers.layers_filled(event)
@@ -183,6 +187,9 @@ class Worker:
         if self._thread is not None:
             await self._thread.stop()
             self._thread = None
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+            self._engine = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None

@@ -28,7 +28,8 @@ class Demand:
 class WorkerSnapshot:
     """A worker that takes requests now: its last reported load plus what was sent to it since.
 
-    `cached_blocks` is how much of this request's prompt it caches. `avoid`: it has just failed this request.
+    `cached_blocks` is how much of this request's prompt it caches; `lower_blocks` of them are in host memory or on disk, from
+    where they take longer, and take up free blocks. `avoid`: it has just failed this request.
     """
 
     worker_id: str
@@ -38,6 +39,7 @@ class WorkerSnapshot:
     prefill_tokens: int = 0
     free_blocks: int = 0
     cached_blocks: int = 0
+    lower_blocks: int = 0
     avoid: bool = False
 
 

@@ -17,7 +17,8 @@ from cluster.config import load_config
 from cluster.demo import is_right, read_questions
 from cluster.local import free_port
 from cluster.observe import duration, size, status_table
-from cluster.preflight import available_memory, check_memory, check_model, check_port, weight_bytes
+from cluster.preflight import available_memory, check_disk_tier, check_memory, check_model, check_port, weight_bytes
+from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 
 
@@ -60,6 +61,28 @@ def test_memory_is_counted_per_worker_in_the_configured_type(tmp_path: Path) -> 
     half = load_config(None, {"worker.model": str(model), "pools.decode": 3, "worker.dtype": "bfloat16"})
     assert weight_bytes(half.worker) == 2 * 10**9
     assert available_memory() is None or available_memory() > 0  # type: ignore[operator]
+
+
+def test_a_disk_tier_needs_a_folder_that_can_be_written_and_room(tmp_path: Path) -> None:
+    def worker(folder: Path, size: int) -> WorkerConfig:
+        return WorkerConfig(model="m", kv_disk_folder=str(folder), kv_disk_bytes=size)
+
+    check_disk_tier(WorkerConfig(model="m"), 1000)
+    check_disk_tier(worker(tmp_path / "new", 1 << 20), 2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidConfig, match=r"cannot be written to: .*; name a folder that can"):
+        check_disk_tier(worker(tmp_path / "file", 1 << 20), 1)
+    with pytest.raises(
+        InvalidConfig, match=r"3 workers may keep \d+.0 GiB of KV blocks in .*lower worker.kv_disk_bytes"
+    ):
+        check_disk_tier(worker(tmp_path / "new", 1 << 50), 3)
+
+
+def test_the_host_tier_counts_as_memory(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    config = load_config(None, {"worker.model": str(model), "worker.kv_host_bytes": 4 * 2**30})
+    with pytest.raises(InvalidConfig, match=r"or worker\.kv_host_bytes"):
+        check_memory(config, available_bytes=6 * 2**30)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:

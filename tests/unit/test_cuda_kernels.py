@@ -5,6 +5,7 @@ On a machine without a GPU the kernels run in Triton's interpreter (tests/confte
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -233,3 +234,15 @@ def test_blocks_reach_the_host_to_be_sent_and_the_device_once_they_have_landed()
     target.adopt([0, 5, 3])
     assert torch.equal(pools[1].values[[0, 5, 3]], pools[0].values[[4, 1, 2]])
     assert not pools[1].values[[1, 2, 4]].any()
+
+
+def test_blocks_go_to_host_memory_and_back_past_the_mirror() -> None:
+    layout = KvLayout(6, 2, 1, 64, 32, "float32", 4)
+    pools = [DevicePool(layout, DEVICE) for _ in range(2)]
+    source, target = (StagedKvMemory(pool) for pool in pools)
+    pools[0].values.normal_()
+    kept = np.zeros((3, layout.block_bytes), np.uint8)
+    source.copy_out([4, 1, 2], list(kept))
+    target.copy_in([0, 5, 3], list(kept))
+    assert torch.equal(pools[1].values[[0, 5, 3]], pools[0].values[[4, 1, 2]])
+    assert not pools[1].values[[1, 2, 4]].any() and not source.bytes.any() and not target.bytes.any()

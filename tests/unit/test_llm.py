@@ -54,6 +54,29 @@ def test_logprobs_come_with_tokens_and_prompts(llm: LLM) -> None:
     assert len(generation.prompt_logprobs) == len(generation.prompt_token_ids) and generation.prompt_logprobs[0] is None
 
 
+def test_prefixes_that_come_back_from_host_memory_or_disk_change_no_bit(tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=3, ignore_eos=True)
+    asked = [[i % 900 + 20 for i in range(start, start + 300)] for start in (0, 100, 200)] * 3
+    pool = {"max_model_len": 512, "kv_memory_bytes": 8 * 2**18, "max_num_seqs": 1}
+    found = []
+    for tiers in (
+        {"prefix_cache": False},
+        {},
+        {"kv_host_bytes": 64 << 20},
+        {"kv_disk_folder": str(tmp_path)},
+        {"kv_host_bytes": 3 * 2**18, "kv_disk_folder": str(tmp_path / "both")},
+    ):
+        llm = LLM(str(MODEL), **pool, **tiers)
+        found.append([g.outputs[0] for g in llm.generate(asked, params, progress=False)])
+        counters = dict(llm._engine.counters())
+        for name in ("host", "disk"):
+            assert (counters.get(f"kv_{name}_hit_blocks", 0) > 0) == any(f"kv_{name}_" in key for key in tiers)
+        llm._engine.close()
+    for other in found[1:]:
+        assert [choice.token_ids for choice in other] == [choice.token_ids for choice in found[0]]
+        assert [choice.logprobs for choice in other] == [choice.logprobs for choice in found[0]]
+
+
 def test_progress_is_shown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["a", "b"], GREEDY)
     assert "2/2" in capsys.readouterr().err

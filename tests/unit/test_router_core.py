@@ -25,7 +25,7 @@ from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 
 MODEL = ModelInfo("fake", "fingerprint", vocab_size=1000, max_model_len=4096, block_size=4)
 GENERATION = 1 << 16
@@ -162,6 +162,48 @@ def test_a_request_goes_where_its_prefix_is_cached() -> None:
         event = KvEvent(1, tuple(block_hashes(prompt, MODEL.block_size)))
         story.frame(holder, WorkerFrame(GENERATION, kv_events=(event,)))
         assert the_submit(story.tell(RequestArrived(request(prompt=prompt))))[0] == holder
+
+
+def told(prompt: tuple[int, ...], tier: Tier = Tier.POOL, num_blocks: int | None = None) -> WorkerFrame:
+    """A worker's first word on what it caches."""
+    hashes = tuple(block_hashes(prompt, MODEL.block_size)[:num_blocks])
+    return WorkerFrame(GENERATION, kv_events=(KvEvent(1, hashes, tiers=(tier,) * len(hashes)),))
+
+
+def test_a_prefix_on_disk_is_better_than_none_and_worse_than_one_in_the_pool() -> None:
+    prompt = tuple(range(400))
+    settings = {"lower_tier_cost_tokens": 1}
+    for holder in ("m-0", "m-1"):
+        story = Story(*MIXED, **settings)
+        story.frame(holder, told(prompt, Tier.DISK))
+        assert the_submit(story.tell(RequestArrived(request(prompt=prompt))))[0] == holder
+        story = Story(*MIXED, **settings)
+        story.frame(holder, told(prompt))
+        story.frame("m-0" if holder == "m-1" else "m-1", told(prompt, Tier.DISK))
+        assert the_submit(story.tell(RequestArrived(request(prompt=prompt))))[0] == holder
+
+
+def test_the_worker_that_computes_a_prompt_is_told_who_has_its_beginning() -> None:
+    prompt = tuple(range(400))
+    story = Story(*PD, pull_min_blocks=10)
+    story.frame("d-1", told(prompt, num_blocks=60))
+    story.report("d-1", Role.DECODE, load=Load(num_running=50, num_free_blocks=1000))
+    worker, submit = the_submit(story.tell(RequestArrived(request(prompt=prompt))))
+    assert worker == "d-0"
+    assert submit.prefix == PrefixHint(WorkerAddress("d-1", GENERATION, "host:d-1"), 60)
+
+
+def test_nobody_is_sent_for_few_blocks_or_for_what_is_on_a_disk() -> None:
+    prompt = tuple(range(400))
+    for frame, least in ((told(prompt, num_blocks=9), 10), (told(prompt, Tier.DISK), 10), (told(prompt), 0)):
+        story = Story(*PD, pull_min_blocks=least)
+        story.frame("d-1", frame)
+        assert the_submit(story.tell(RequestArrived(request(prompt=prompt))))[1].prefix is None
+    story = Story(*PD, pull_min_blocks=10)
+    story.frame("d-1", told(prompt, num_blocks=60))
+    for prefill in ("p-0", "p-1"):
+        story.frame(prefill, told(prompt, Tier.HOST, num_blocks=55))
+    assert the_submit(story.tell(RequestArrived(request(prompt=prompt))))[1].prefix is None
 
 
 def test_a_cached_prefix_does_not_outweigh_a_long_line() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.prefix_index import PrefixIndex
-from workers.status import KvEvent
+from workers.status import KvEvent, Tier
 
 
 def filled(max_blocks: int, **workers: range) -> PrefixIndex:
@@ -35,6 +35,18 @@ def test_a_worker_that_is_lost_leaves_nothing() -> None:
 def test_beyond_its_bound_the_index_forgets_tails_before_heads() -> None:
     index = filled(10, a=range(12))
     assert len(index) == 10 and index.match("a", list(range(12))) == 10
+
+
+def test_a_block_in_a_lower_tier_counts_but_not_as_in_the_pool() -> None:
+    index = filled(100, a=range(1, 5))
+    index.apply("a", KvEvent(2, (2, 3), tiers=(Tier.DISK, Tier.HOST)))
+    assert (index.match("a", [1, 2, 3, 4]), index.match_pool("a", [1, 2, 3, 4])) == (4, 1)
+    index.touch("a", [1, 2, 3])
+    assert index.match_pool("a", [1, 2]) == 1
+    index.apply("a", KvEvent(3, (2, 3)))
+    assert index.match_pool("a", [1, 2, 3, 4]) == 4 == len(index)
+    index.apply("a", KvEvent(4, (1, 2), reset=True, tiers=(Tier.HOST, Tier.POOL)))
+    assert (index.match("a", [1, 2, 3]), index.match_pool("a", [1, 2, 3])) == (2, 0)
 
 
 def test_what_requests_use_is_kept_longest() -> None:

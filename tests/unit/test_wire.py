@@ -36,7 +36,7 @@ from workers.kv_transfer.messages import (
 )
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -118,8 +118,9 @@ outputs = st.builds(Output, **progress) | st.builds(
     message=text,
 )
 addresses = st.builds(WorkerAddress, worker_id=text, generation=u64, target=text)
+hints = st.builds(PrefixHint, addresses, u32)
 loads = st.builds(Load, *[u32] * 3, u64, u32, u32, f64)
-kv_events = st.builds(KvEvent, u64, tuples(u64), tuples(u64), st.booleans())
+kv_events = st.builds(KvEvent, u64, tuples(u64), tuples(u64), st.booleans(), tuples(st.sampled_from(Tier)))
 models = st.builds(ModelInfo, text, text, u32, u32, u32)
 statuses = st.builds(
     WorkerStatus,
@@ -135,7 +136,11 @@ statuses = st.builds(
     is_draining=st.booleans(),
 )
 layouts = st.builds(KvLayout, *[u32] * 5, text, u32)
-subjects = st.builds(Prompt, requests) | st.builds(Running, text) | st.builds(Prefix, tuples(u64))
+subjects = (
+    st.builds(Prompt, requests, st.none() | hints)
+    | st.builds(Running, text)
+    | st.builds(Prefix, tuples(u64), tuples(u32), u64)
+)
 pieces = st.builds(KvPiece, *[u32] * 5, u64)
 openings = st.builds(OpenHandoff, addresses, text, u64, text, layouts, subjects, u32, u32, tuples(text))
 handoff_downs = (
@@ -157,7 +162,16 @@ handoff_ups = (
 )
 frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
 router_messages = (
-    st.builds(Submit, requests, u64, tuples(addresses), f64, f64, st.none() | st.builds(Migration, addresses, text))
+    st.builds(
+        Submit,
+        requests,
+        u64,
+        tuples(addresses),
+        f64,
+        f64,
+        st.none() | st.builds(Migration, addresses, text),
+        st.none() | hints,
+    )
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
     | st.builds(Hello, text)

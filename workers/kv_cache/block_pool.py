@@ -16,10 +16,11 @@ class BlockPool:
     """Reference-counted block ids 0 .. num_blocks-1.
 
     A block is held (count > 0), cached (count 0, its content may be wanted again) or free. `allocate` takes free
-    blocks first, then evicts cached ones, least recently released first, and tells `on_evict`.
+    blocks first, then evicts cached ones, least recently released first, and tells `on_evict` of all of them at once,
+    before anybody can write into them.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[list[int]], None]) -> None:
         self.num_blocks = num_blocks
         self._counts = [0] * num_blocks
         self._free: deque[int] = deque(range(num_blocks))
@@ -40,14 +41,17 @@ class BlockPool:
         if count > self.num_available:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
         blocks = []
+        evicted = []
         for _ in range(count):
             if self._free:
                 block = self._free.popleft()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self._on_evict(block)
+                evicted.append(block)
             self._counts[block] = 1
             blocks.append(block)
+        if evicted:
+            self._on_evict(evicted)
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:

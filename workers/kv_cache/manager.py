@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_cache.block_pool import BlockPool, OutOfBlocks
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.ledger import Ledger
+from workers.kv_cache.lower_tiers import LowerTiers, Promotion, Pull
+from workers.kv_cache.prefix_cache import BlockKey, PrefixCache, block_key
 from workers.status import KvEvent
 
 
@@ -20,16 +22,24 @@ class BlockTable:
     num_cached: int = 0
     """Blocks at the front that came from the prefix cache."""
     num_published: int = 0
+    promotion: Promotion | None = None
+    """Blocks behind the cached ones that come from lower tiers."""
+    pull: Pull | None = None
+    """Blocks behind those that come from another worker."""
 
 
 class KvCacheManager:
-    """One pool, one prefix cache. Methods that take blocks either take all they need or raise OutOfBlocks."""
+    """One pool, one prefix cache, and the tiers below. Methods that take blocks take all they need or raise OutOfBlocks."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_cache: bool = True, tiers: LowerTiers | None = None
+    ) -> None:
         self.block_size = block_size
-        self._cache = PrefixCache(block_size)
+        self._tiers = tiers
+        self._ledger = Ledger() if tiers is None else tiers.ledger
+        self._cache = PrefixCache(block_size, self._ledger)
         self._enabled = prefix_cache
-        self._pool = BlockPool(num_blocks, self._cache.forget)
+        self._pool = BlockPool(num_blocks, self._evicted)
 
     @property
     def num_blocks(self) -> int:
@@ -50,23 +60,67 @@ class KvCacheManager:
         """Chained hashes of the prompt's full blocks; none when the prefix cache is off."""
         return block_hashes(token_ids, self.block_size) if self._enabled else []
 
-    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int]) -> BlockTable:
+    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = False) -> BlockTable:
         """Blocks for a whole prompt, its cached beginning shared; with no `hashes` it neither takes nor gives.
 
-        At least the last token stays to be computed, since its logits are wanted.
+        At least the last token stays to be computed, since its logits are wanted. What lower tiers hold of the rest is
+        pinned there until `promote` and `settle`, or `release`; without `use_tiers` they are not asked.
         """
         table = BlockTable(hashes=hashes)
         usable = (len(token_ids) - 1) // self.block_size
         hits = self._cache.match(table.hashes[:usable], token_ids)
         self._pool.hold(hits)
+        lower = self._match_lower(table.hashes[:usable], token_ids, len(hits)) if use_tiers else []
         try:
             fresh = self._pool.allocate(self.blocks_for(len(token_ids)) - len(hits))
         except OutOfBlocks:
             self._pool.release(hits, self._cache.contains)
+            if self._tiers is not None:
+                self._tiers.unpin(lower)
             raise
         table.blocks = hits + fresh
         table.num_cached = table.num_published = len(hits)
+        if lower:
+            table.promotion = Promotion(tuple(lower), tuple(fresh[: len(lower)]))
         return table
+
+    def promote(self, table: BlockTable) -> None:
+        """Begins to bring back what lower tiers hold; `settle` once `table.promotion.is_done`, or when it takes too long."""
+        if self._tiers is not None and table.promotion is not None:
+            self._tiers.begin(table.promotion)
+
+    def plan_pull(self, table: BlockTable, token_ids: Sequence[int], num_blocks: int) -> None:
+        """Of a prompt whose first `num_blocks` blocks another worker holds: which of them are wanted from there."""
+        promotion = table.promotion
+        first = table.num_cached + (len(promotion.keys) if promotion is not None else 0)
+        end = min(num_blocks, len(table.hashes), (len(token_ids) - 1) // self.block_size)
+        if first < end:
+            keys = [block_key(table.hashes, token_ids, index, self.block_size) for index in range(first, end)]
+            table.pull = Pull(tuple(keys), first)
+
+    def settle(self, table: BlockTable) -> None:
+        """Publishes what has arrived from lower tiers and other workers; what has not is to be computed."""
+        self._settle_promotion(table)
+        pull, table.pull = table.pull, None
+        if pull is not None and pull.first_block == table.num_cached:
+            for key in pull.keys[: pull.num_arrived or 0]:
+                self._cache.publish(table.blocks[table.num_cached], key)
+                table.num_cached += 1
+            table.num_published = table.num_cached
+
+    def _settle_promotion(self, table: BlockTable) -> None:
+        promotion = table.promotion
+        if self._tiers is None or promotion is None:
+            return
+        self._tiers.abandon(promotion)
+        num_arrived = promotion.num_arrived
+        for key, block in list(zip(promotion.keys, promotion.blocks, strict=True))[:num_arrived]:
+            self._cache.publish(block, key)
+            self._tiers.promoted(key)
+        self._tiers.unpin(promotion.keys)
+        table.num_cached += num_arrived
+        table.num_published = table.num_cached
+        table.promotion = None
 
     def grow(self, table: BlockTable, num_tokens: int) -> None:
         """Extends the table to hold `num_tokens` tokens."""
@@ -85,18 +139,51 @@ class KvCacheManager:
         size = self.block_size
         full = min(num_computed // size, len(table.hashes))
         for index in range(table.num_published, full):
-            parent = table.hashes[index - 1] if index else 0
-            tokens = tuple(token_ids[index * size : (index + 1) * size])
-            self._cache.publish(table.blocks[index], table.hashes[index], parent, tokens)
+            self._cache.publish(table.blocks[index], block_key(table.hashes, token_ids, index, size))
         table.num_published = max(table.num_published, full)
 
     def release(self, table: BlockTable) -> None:
         """Gives all blocks of a sequence back."""
+        if self._tiers is not None and table.promotion is not None:
+            self._tiers.abandon(table.promotion)
+            self._tiers.unpin(table.promotion.keys)
+            table.promotion = None
         self._pool.release(table.blocks, self._cache.contains)
         table.blocks = []
 
+    def hold_prefix(self, keys: Sequence[BlockKey], max_blocks: int) -> list[int]:
+        """The longest run of these blocks that the pool has, held until `release_blocks`."""
+        blocks: list[int] = []
+        for key in keys[:max_blocks]:
+            block = self._cache.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        self._pool.hold(blocks)
+        return blocks
+
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        self._pool.release(blocks, self._cache.contains)
+
     def take_event(self) -> KvEvent | None:
-        return self._cache.take_event()
+        return self._ledger.take_event()
 
     def dump(self) -> KvEvent:
-        return self._cache.dump()
+        return self._ledger.dump()
+
+    def _match_lower(self, hashes: Sequence[int], token_ids: Sequence[int], first: int) -> list[BlockKey]:
+        """The run of blocks from number `first` on that lower tiers hold, pinned there."""
+        run: list[BlockKey] = []
+        if self._tiers is not None:
+            for index in range(first, len(hashes)):
+                key = block_key(hashes, token_ids, index, self.block_size)
+                if self._tiers.holds(key) is None:
+                    break
+                run.append(key)
+            self._tiers.pin(run)
+        return run
+
+    def _evicted(self, blocks: list[int]) -> None:
+        evicted = [(block, self._cache.forget(block)) for block in blocks]
+        if self._tiers is not None:
+            self._tiers.demote(evicted)

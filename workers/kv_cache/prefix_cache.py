@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from workers.status import KvEvent
-
-MAX_PENDING_CHANGES = 65_536
-"""Changes kept between two frames; beyond that the next event is a full dump."""
+from workers.kv_cache.ledger import Ledger
+from workers.status import Tier
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    block: int
+class BlockKey:
+    """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first."""
+
+    block_hash: int
     parent: int
     token_ids: tuple[int, ...]
+
+
+def block_key(hashes: Sequence[int], token_ids: Sequence[int], index: int, block_size: int) -> BlockKey:
+    """The key of a prompt's block number `index`."""
+    tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
+    return BlockKey(hashes[index], hashes[index - 1] if index else 0, tokens)
 
 
 class PrefixCache:
@@ -24,73 +30,45 @@ class PrefixCache:
     A hash alone is not believed: the entry's tokens and its parent must match too, so a collision is a miss.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, ledger: Ledger) -> None:
         self._block_size = block_size
-        self._entries: dict[int, _Entry] = {}
-        self._hash_of_block: dict[int, int] = {}
-        self._stored: dict[int, None] = {}
-        self._removed: dict[int, None] = {}
-        self._overflow = False
-        self._sequence = 0
+        self._ledger = ledger
+        self._blocks: dict[int, int] = {}
+        self._keys: dict[int, BlockKey] = {}
+        """By block."""
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._blocks)
 
     def match(self, hashes: Sequence[int], token_ids: Sequence[int]) -> list[int]:
         """Blocks for the longest cached run of the prompt's full blocks, in order."""
         blocks: list[int] = []
-        parent = 0
-        size = self._block_size
         for index, block_hash in enumerate(hashes):
-            entry = self._entries.get(block_hash)
-            if entry is None or entry.parent != parent:
+            block = self._blocks.get(block_hash)
+            if block is None or self._keys[block] != block_key(hashes, token_ids, index, self._block_size):
                 break
-            if entry.token_ids != tuple(token_ids[index * size : (index + 1) * size]):
-                break
-            blocks.append(entry.block)
-            parent = block_hash
+            blocks.append(block)
         return blocks
 
-    def publish(self, block: int, block_hash: int, parent: int, token_ids: tuple[int, ...]) -> None:
+    def find(self, key: BlockKey) -> int | None:
+        """The block with exactly this key."""
+        block = self._blocks.get(key.block_hash)
+        return block if block is not None and self._keys[block] == key else None
+
+    def publish(self, block: int, key: BlockKey) -> None:
         """Makes a full, finished prompt block findable. The first block of a hash stays; a later twin is ignored."""
-        if block_hash in self._entries or block in self._hash_of_block:
+        if key.block_hash in self._blocks or block in self._keys:
             return
-        self._entries[block_hash] = _Entry(block, parent, token_ids)
-        self._hash_of_block[block] = block_hash
-        self._removed.pop(block_hash, None)
-        self._note(self._stored, block_hash)
+        self._blocks[key.block_hash] = block
+        self._keys[block] = key
+        self._ledger.add(key.block_hash, Tier.POOL)
 
     def contains(self, block: int) -> bool:
-        return block in self._hash_of_block
+        return block in self._keys
 
-    def forget(self, block: int) -> None:
-        """The pool evicted this block."""
-        block_hash = self._hash_of_block.pop(block)
-        del self._entries[block_hash]
-        if block_hash in self._stored:
-            del self._stored[block_hash]
-        else:
-            self._note(self._removed, block_hash)
-
-    def take_event(self) -> KvEvent | None:
-        """What changed since the last call, numbered; None when nothing did."""
-        if self._overflow:
-            return self.dump()
-        if not self._stored and not self._removed:
-            return None
-        self._sequence += 1
-        event = KvEvent(self._sequence, tuple(self._stored), tuple(self._removed))
-        self._stored, self._removed = {}, {}
-        return event
-
-    def dump(self) -> KvEvent:
-        """The full set of cached hashes, numbered so that the next change follows it."""
-        self._stored, self._removed, self._overflow = {}, {}, False
-        self._sequence += 1
-        return KvEvent(self._sequence, tuple(self._entries), (), reset=True)
-
-    def _note(self, changes: dict[int, None], block_hash: int) -> None:
-        changes[block_hash] = None
-        if len(changes) > MAX_PENDING_CHANGES:
-            self._overflow = True
-            changes.clear()
+    def forget(self, block: int) -> BlockKey:
+        """The pool evicted this block; returns what it held."""
+        key = self._keys.pop(block)
+        del self._blocks[key.block_hash]
+        self._ledger.remove(key.block_hash, Tier.POOL)
+        return key

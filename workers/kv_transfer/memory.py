@@ -100,6 +100,18 @@ class KvMemory:
     def adopt(self, blocks: Sequence[int]) -> None:
         """Makes visible to the model what a transfer placed here. Nothing to do where it reads this very memory."""
 
+    def copy_out(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copies what the model wrote to whole blocks; `views` are uint8 [block_bytes] each. Done on return."""
+        table = self.bytes.reshape(self.layout.num_blocks, -1)
+        for block, view in zip(blocks, views, strict=True):
+            view[:] = table[block]
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copies whole blocks to where the model reads them. Done on return."""
+        table = self.bytes.reshape(self.layout.num_blocks, -1)
+        for block, view in zip(blocks, views, strict=True):
+            table[block] = view
+
     def close(self) -> None:
         """Drops this process's name for the memory; live views keep their pages until they go."""
         if self._fd >= 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from workers.errors import Refusal
 from workers.kv_transfer.memory import KvLayout
 from workers.request import Request, TokenLogprob
-from workers.status import WorkerAddress
+from workers.status import PrefixHint, WorkerAddress
 
 # ---- what is handed over ----
 
@@ -17,6 +17,8 @@ class Prompt:
     """Compute this prompt and hand over its KV and its first token."""
 
     request: Request
+    hint: PrefixHint | None = None
+    """Where the beginning of the prompt can be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,10 @@ class Prefix:
     """
 
     hashes: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
+    """Of all these blocks: a hash alone is not believed."""
+    parent: int = 0
+    """Hash of the block before the first one; 0: there is none."""
 
 
 Subject = Prompt | Running | Prefix

@@ -174,6 +174,14 @@ class WorkerAddress(_message.Message):
     target: str
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
 
+class PrefixHint(_message.Message):
+    __slots__ = ("peer", "num_blocks")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    peer: WorkerAddress
+    num_blocks: int
+    def __init__(self, peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
 class Hello(_message.Message):
     __slots__ = ("router_id",)
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -181,20 +189,22 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration")
+    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKERS_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     request: Request
     generation: int
     prefill_workers: _containers.RepeatedCompositeFieldContainer[WorkerAddress]
     remaining_s: float
     first_token_s: float
     migration: Migration
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ...) -> None: ...
+    prefix: PrefixHint
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("source", "request_id")
@@ -249,16 +259,18 @@ class Load(_message.Message):
     def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_transferring: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
 
 class KvEvent(_message.Message):
-    __slots__ = ("sequence", "stored", "removed", "reset")
+    __slots__ = ("sequence", "stored", "removed", "reset", "tiers")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     stored: _containers.RepeatedScalarFieldContainer[int]
     removed: _containers.RepeatedScalarFieldContainer[int]
     reset: bool
-    def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., reset: bool = ...) -> None: ...
+    tiers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., reset: bool = ..., tiers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "fingerprint", "vocab_size", "max_model_len", "block_size")
@@ -351,13 +363,17 @@ class RunningSubject(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class PrefixSubject(_message.Message):
-    __slots__ = ("hashes",)
+    __slots__ = ("hashes", "token_ids", "parent")
     HASHES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    parent: int
+    def __init__(self, hashes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., parent: _Optional[int] = ...) -> None: ...
 
 class OpenHandoff(_message.Message):
-    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "prompt", "running", "prefix", "first_block", "transports", "num_blocks", "host")
+    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "prompt", "running", "prefix", "first_block", "transports", "num_blocks", "host", "prefix_hint")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -370,6 +386,7 @@ class OpenHandoff(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HINT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     target: WorkerAddress
     source_generation: int
@@ -382,7 +399,8 @@ class OpenHandoff(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     num_blocks: int
     host: str
-    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., prompt: _Optional[_Union[Request, _Mapping]] = ..., running: _Optional[_Union[RunningSubject, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSubject, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    prefix_hint: PrefixHint
+    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., prompt: _Optional[_Union[Request, _Mapping]] = ..., running: _Optional[_Union[RunningSubject, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSubject, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., host: _Optional[str] = ..., prefix_hint: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
 
 class PieceAck(_message.Message):
     __slots__ = ("pieces",)

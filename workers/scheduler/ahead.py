@@ -31,11 +31,14 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
 
     It must wait where a draw looks at all tokens before it, where no block is left (somebody may have to be preempted,
     which nobody can be while a step writes its blocks), after prompts of other workers, whose blocks are copied
-    out of the device's memory behind whatever was launched, and while a sequence moves away, which must be able to stand still.
+    out of the device's memory behind whatever was launched, and while a sequence moves away, which must be able to stand still,
+    or waits for its prefix, which only an ordinary choice looks for.
     """
     pieces = {piece.sequence_id: piece for piece in (*running.prefill, *running.decode)}
     active = sorted((s for s in scheduler.active if s.state in _RUNS), key=lambda s: s.rank)
     if any((s.kind is Kind.SOURCE and s.sequence_id in pieces) or s.export is not None for s in active):
+        return None
+    if any(s.state is State.PROMOTING for s in scheduler.active):
         return None
     decoding = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
     if any(s.sequence_id in pieces and _needs_token(s) for s in decoding):
@@ -60,8 +63,9 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
             if length > 0:
                 prefill.append(sequence.prefill_slice(length, num_ahead))
                 budget -= length
-    transfers = scheduler.admit(budget, prefill)
-    return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+    promotions: list[Sequence] = []
+    transfers = scheduler.admit(budget, prefill, promotions)
+    return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
 
 _RUNS = (State.DECODING, State.PREFILLING)

@@ -29,6 +29,8 @@ class Step:
     batch: Batch
     transfers: tuple[Sequence, ...] = ()
     """Sequences whose blocks are reserved now and whose prompt another worker shall compute."""
+    promotions: tuple[Sequence, ...] = ()
+    """Sequences that wait from now on for lower tiers (`give_promotion_up` ends the wait) or for another worker (`pulled`)."""
 
 
 @dataclass(slots=True)
@@ -63,30 +65,44 @@ class Scheduler:
         decode = self._schedule_decodes(budget)
         budget -= len(decode)
         prefill: list[SequenceSlice] = []
+        transfers: list[Sequence] = []
+        promotions: list[Sequence] = []
+        for sequence in [s for s in self.active if s.state is State.PROMOTING and _is_promoted(s)]:
+            self._begin(sequence, transfers)
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
             budget -= self._take_chunk(sequence, budget, prefill)
-        transfers = self.admit(budget, prefill)
-        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers))
+        transfers += self.admit(budget, prefill, promotions)
+        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
-    def admit(self, budget: int, prefill: list[SequenceSlice]) -> list[Sequence]:
-        """Starts waiting sequences; those returned have their prompt computed elsewhere, the first chunks of the others
-        go to `prefill`."""
+    def admit(self, budget: int, prefill: list[SequenceSlice], promotions: list[Sequence]) -> list[Sequence]:
+        """Starts waiting sequences; those returned have their prompt computed elsewhere, those in `promotions` wait for lower
+        tiers or a peer, the first chunks of the others go to `prefill`."""
         transfers: list[Sequence] = []
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            if not self._admit(sequence, use_tiers=True):
                 break
             self.waiting.pop(0)
             self.active.append(sequence)
-            if self._goes_elsewhere(sequence):
-                sequence.move(State.TRANSFERRING)
-                transfers.append(sequence)
-            else:
-                sequence.move(State.PREFILLING)
+            if sequence.hint is not None and sequence.kind is not Kind.TARGET:
+                self.kv.plan_pull(sequence.table, sequence.request.prompt_token_ids, sequence.hint.num_blocks)
+            self.kv.promote(sequence.table)
+            if not _is_promoted(sequence):
+                sequence.move(State.PROMOTING)
+                promotions.append(sequence)
+                continue
+            self._begin(sequence, transfers)
+            if sequence.state is State.PREFILLING:
                 budget -= self._take_chunk(sequence, budget, prefill)
                 if budget <= 0:
                     break
         return transfers
+
+    def give_promotion_up(self, sequence: Sequence) -> None:
+        """What has not come from lower tiers by now is computed."""
+        promotion = sequence.table.promotion
+        if promotion is not None:
+            promotion.fail(promotion.num_arrived)
 
     def computed_prefill(self, sequence: Sequence, num_tokens: int) -> None:
         """A prefill chunk of this sequence has been computed."""
@@ -138,6 +154,11 @@ class Scheduler:
         self.active.append(sequence)
         sequence.move(State.TRANSFERRING)
 
+    def pulled(self, sequence: Sequence, num_blocks: int) -> None:
+        """Of the blocks asked of another worker so many are in place and verified; nobody writes into them any more."""
+        if sequence.table.pull is not None:
+            sequence.table.pull.num_arrived = num_blocks
+
     def prefill_here(self, sequence: Sequence) -> None:
         """No transfer came about: the reserved blocks are computed locally."""
         sequence.move(State.PREFILLING)
@@ -180,7 +201,8 @@ class Scheduler:
             into.append(sequence.prefill_slice(length))
         return max(length, 0)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, use_tiers: bool = False) -> bool:
+        """Reserves blocks. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
         request = sequence.request
         # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
         spare = sum(1 for s in self.active if s.state is State.DECODING)
@@ -188,18 +210,27 @@ class Scheduler:
             use_cache = request.params.prompt_logprobs is None
             sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
         try:
-            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes)
+            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers)
         except OutOfBlocks:
             return False
         if self.kv.num_available < spare:
             self.kv.release(table)
             return False
         sequence.table = table
-        sequence.num_computed = table.num_cached * self.kv.block_size
+        return True
+
+    def _begin(self, sequence: Sequence, transfers: list[Sequence]) -> None:
+        """All that caches give is in place: the rest of the prompt is computed, here or elsewhere."""
+        self.kv.settle(sequence.table)
+        sequence.num_computed = sequence.table.num_cached * self.kv.block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.cached_tokens += sequence.num_computed
-        return True
+        if self._goes_elsewhere(sequence):
+            sequence.move(State.TRANSFERRING)
+            transfers.append(sequence)
+        else:
+            sequence.move(State.PREFILLING)
 
     def _goes_elsewhere(self, sequence: Sequence) -> bool:
         return (
@@ -225,3 +256,10 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: s.rank)
+
+
+def _is_promoted(sequence: Sequence) -> bool:
+    """Nothing is on its way from lower tiers or other workers."""
+    table = sequence.table
+    is_pulled = table.pull is None or table.pull.num_arrived is not None
+    return is_pulled and (table.promotion is None or table.promotion.is_done)

@@ -10,11 +10,14 @@ from workers.errors import InvariantViolated
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import SampleSpec, SequenceSlice
+from workers.status import PrefixHint
 
 
 class State(Enum):
     WAITING = auto()
     """Holds no blocks; in the queue."""
+    PROMOTING = auto()
+    """Its blocks are reserved and the beginning of its prompt is on the way into them from a lower tier or another worker."""
     TRANSFERRING = auto()
     """Its blocks are reserved and another worker computes its prompt into them."""
     PREFILLING = auto()
@@ -29,7 +32,8 @@ class State(Enum):
 
 
 _LEGAL: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
+    State.WAITING: frozenset({State.PROMOTING, State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
+    State.PROMOTING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
     State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
     State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.ENDING, State.FINISHED}),
     State.DECODING: frozenset({State.WAITING, State.MOVING, State.ENDING, State.FINISHED}),
@@ -96,6 +100,8 @@ class Sequence:
     """It ends with this many, if not before."""
     export: Export | None = None
     """Set while another worker copies this sequence."""
+    hint: PrefixHint | None = None
+    """Where the beginning of the prompt can be had."""
 
     @property
     def num_prompt(self) -> int:

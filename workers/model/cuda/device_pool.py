@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,6 +75,29 @@ class StagedKvMemory(KvMemory):
                 index = torch.tensor(blocks[first : first + self._group])
                 staged = self._staging()[: len(index)]
                 torch.index_select(self._host, 0, index, out=staged)
+                arrived = staged.to(self._device, non_blocking=True)
+                self._blocks.index_copy_(0, index.to(self._device), arrived)
+                self._wait()
+
+    def copy_out(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """As KvMemory.copy_out, through the pinned memory and past the mirror, which stays as small as it is."""
+        with torch.inference_mode():
+            for first in range(0, len(blocks), self._group):
+                index = torch.tensor(blocks[first : first + self._group])
+                staged = self._staging()[: len(index)]
+                staged.copy_(self._blocks.index_select(0, index.to(self._device)), non_blocking=True)
+                self._wait()
+                for row, view in zip(staged.numpy(), views[first : first + self._group], strict=True):
+                    view[:] = row
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """As KvMemory.copy_in, through the pinned memory and past the mirror."""
+        with torch.inference_mode():
+            for first in range(0, len(blocks), self._group):
+                index = torch.tensor(blocks[first : first + self._group])
+                staged = self._staging()[: len(index)]
+                for row, view in zip(staged.numpy(), views[first : first + self._group], strict=True):
+                    row[:] = view
                 arrived = staged.to(self._device, non_blocking=True)
                 self._blocks.index_copy_(0, index.to(self._device), arrived)
                 self._wait()

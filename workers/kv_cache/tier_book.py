@@ -1,0 +1,198 @@
+"""Decides which evicted prefix block goes to host memory, which to disk, and which is forgotten; moves no byte itself."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from workers.errors import InvariantViolated
+from workers.kv_cache.ledger import Ledger
+from workers.kv_cache.prefix_cache import BlockKey
+from workers.status import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Copy the evicted pool block into this slot of the host tier."""
+
+    key: BlockKey
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Write the block to disk and answer with `written` or `not_written`. Its bytes are in the slot; None: in the evicted pool block."""
+
+    key: BlockKey
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete the block's file; before any later Spill."""
+
+    block_hash: int
+
+
+Command = Keep | Spill | Delete
+
+
+@dataclass(slots=True)
+class _Kept:
+    key: BlockKey
+    slot: int
+    is_above: bool = False
+    """The pool holds it too: it may go first, and need not go to the disk when it does."""
+
+
+class TierBook:
+    """Least recently used goes first: from the host tier to the disk tier, and from there for good.
+
+    Bounds are in blocks, since all blocks have the same size. 0 switches a tier off.
+    """
+
+    def __init__(self, num_host_blocks: int, num_disk_blocks: int, ledger: Ledger) -> None:
+        self._free_slots = list(range(num_host_blocks - 1, -1, -1))
+        self._host: OrderedDict[int, _Kept] = OrderedDict()
+        self._num_disk_blocks = num_disk_blocks
+        self._disk: OrderedDict[int, int] = OrderedDict()
+        """Parent of each block by its hash; the tokens are in the file, and compared when it is read."""
+        self._writing: dict[int, int] = {}
+        self._pins: Counter[int] = Counter()
+        self._ledger = ledger
+        self._has_host = num_host_blocks > 0
+        self.counters: Counter[str] = Counter()
+
+    @property
+    def num_host_blocks(self) -> int:
+        return len(self._host)
+
+    @property
+    def num_disk_blocks(self) -> int:
+        """Blocks whose files exist or are being written."""
+        return len(self._disk) + len(self._writing)
+
+    def holds(self, key: BlockKey) -> Tier | None:
+        """The fastest tier with this block; the hash alone is not believed, and the disk's word not before it has been read."""
+        kept = self._host.get(key.block_hash)
+        if kept is not None and kept.key == key:
+            return Tier.HOST
+        return Tier.DISK if self._disk.get(key.block_hash) == key.parent else None
+
+    def slot_of(self, key: BlockKey) -> int:
+        """Where the host tier keeps a block that it holds."""
+        return self._host[key.block_hash].slot
+
+    def pin(self, keys: Iterable[BlockKey]) -> None:
+        """Pinned blocks stay in their tier. Counted."""
+        self._pins.update(key.block_hash for key in keys)
+
+    def unpin(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            if self._pins[key.block_hash] <= 0:
+                raise InvariantViolated(f"block {key.block_hash:016x} was unpinned more often than pinned")
+            self._pins[key.block_hash] -= 1
+            if not self._pins[key.block_hash]:
+                del self._pins[key.block_hash]
+
+    def demote(self, key: BlockKey, can_write: bool) -> list[Command]:
+        """The pool has evicted a block. `can_write`: one more block may be given to the disk now."""
+        if not self._has_host:
+            return self._spill(key, None, can_write)
+        kept = self._host.get(key.block_hash)
+        if kept is not None:
+            kept.is_above = False
+            self._host.move_to_end(key.block_hash)
+            return []
+        commands: list[Command] = []
+        if not self._free_slots:
+            victim = self._coldest(self._host)
+            if victim is None:
+                return self._spill(key, None, can_write)
+            old = self._forget_kept(victim)
+            self.counters["kv_host_evicted_blocks"] += 1
+            if not old.is_above:
+                commands += self._spill(old.key, old.slot, can_write)
+        slot = self._free_slots.pop()
+        self._host[key.block_hash] = _Kept(key, slot)
+        self._ledger.add(key.block_hash, Tier.HOST)
+        return [*commands, Keep(key, slot)]
+
+    def promoted(self, key: BlockKey) -> None:
+        """The pool holds the block again: the host tier's copy is the first to go, the disk's the last."""
+        kept = self._host.get(key.block_hash)
+        if kept is not None:
+            kept.is_above = True
+            self._host.move_to_end(key.block_hash, last=False)
+        elif key.block_hash in self._disk:
+            self._disk.move_to_end(key.block_hash)
+
+    def written(self, block_hash: int) -> None:
+        """A Spill has succeeded."""
+        parent = self._writing.pop(block_hash, None)
+        if parent is not None:
+            self._disk[block_hash] = parent
+            self._ledger.add(block_hash, Tier.DISK)
+
+    def not_written(self, block_hash: int) -> None:
+        """A Spill was not carried out; no file is there."""
+        self._writing.pop(block_hash, None)
+
+    def spoiled(self, key: BlockKey, tier: Tier) -> list[Command]:
+        """What a tier kept of the block is not what was put there."""
+        if tier is Tier.HOST and key.block_hash in self._host:
+            self._forget_kept(key.block_hash)
+        elif tier is Tier.DISK and self._disk.pop(key.block_hash, None) is not None:
+            self._ledger.remove(key.block_hash, Tier.DISK)
+            return [Delete(key.block_hash)]
+        return []
+
+    def restore(self, found: Iterable[tuple[int, int]]) -> list[Command]:
+        """Hash and parent of blocks that an earlier process left on the disk, least recently used first."""
+        for block_hash, parent in found:
+            self._disk[block_hash] = parent
+            self._ledger.add(block_hash, Tier.DISK)
+        excess = max(0, len(self._disk) - self._num_disk_blocks)
+        return [self._evict_from_disk(block_hash) for block_hash in list(self._disk)[:excess]]
+
+    def close_disk(self) -> None:
+        """The disk tier is off from now on, with all it holds."""
+        for block_hash in self._disk:
+            self._ledger.remove(block_hash, Tier.DISK)
+        self._disk.clear()
+        self._writing.clear()
+        self._num_disk_blocks = 0
+
+    def _spill(self, key: BlockKey, slot: int | None, can_write: bool) -> list[Command]:
+        if key.block_hash in self._writing:
+            return []
+        if key.block_hash in self._disk:
+            self._disk.move_to_end(key.block_hash)
+            return []
+        if not self._num_disk_blocks:
+            return []
+        commands: list[Command] = []
+        victim = self._coldest(self._disk) if self.num_disk_blocks >= self._num_disk_blocks else None
+        if not can_write or (victim is None and self.num_disk_blocks >= self._num_disk_blocks):
+            self.counters["kv_disk_dropped_blocks"] += 1
+            return []
+        if victim is not None:
+            commands.append(self._evict_from_disk(victim))
+        self._writing[key.block_hash] = key.parent
+        return [*commands, Spill(key, slot)]
+
+    def _coldest(self, tier: Iterable[int]) -> int | None:
+        return next((block_hash for block_hash in tier if block_hash not in self._pins), None)
+
+    def _forget_kept(self, block_hash: int) -> _Kept:
+        kept = self._host.pop(block_hash)
+        self._free_slots.append(kept.slot)
+        self._ledger.remove(block_hash, Tier.HOST)
+        return kept
+
+    def _evict_from_disk(self, block_hash: int) -> Delete:
+        del self._disk[block_hash]
+        self._ledger.remove(block_hash, Tier.DISK)
+        self.counters["kv_disk_evicted_blocks"] += 1
+        return Delete(block_hash)
