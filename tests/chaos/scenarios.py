@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,17 @@ def golden_real() -> Golden:
     config = WorkerConfig(model=str(MODEL), kv_memory_bytes=32 << 20, prefix_cache=False)
     engine = make_engine(config, load_checkpoint(config))
 
+    turn = threading.Lock()
+
     def golden(request: Request) -> tuple[list[int], str]:
-        engine.add(0, request)
         tokens: list[int] = []
         text = ""
-        while engine.has_work:
-            for _, output in engine.step().outputs:
-                tokens += output.token_ids
-                text += output.text
+        with turn:
+            engine.add(0, request)
+            while engine.has_work:
+                for _, output in engine.step().outputs:
+                    tokens += output.token_ids
+                    text += output.text
         return tokens, text
 
     return golden
@@ -78,11 +82,11 @@ def prompts(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple
     return Scenario(transport, shape, requests, draw_plan(seed, transport, count, kinds), golden_fake, concurrency)
 
 
-def moves(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 16) -> Scenario:
+def moves(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 8) -> Scenario:
     """Faults at every step of running requests' migrations."""
     name = f"move-{transport}"
-    shape = Shape(2, 3, {**FAKE, "transports": chain(transport)})
-    requests = draw_requests(seed, name, count, lengths=(400, 600))
+    shape = Shape(2, 3, {**FAKE, "transports": chain(transport)}, num_blocks=192)
+    requests = draw_requests(seed, name, count, lengths=(500, 800))
     return Scenario(name, shape, requests, draw_plan(seed, transport, count, kinds, True), golden_fake, concurrency)
 
 
@@ -102,7 +106,7 @@ def real(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind)) -> Scenario
     return Scenario(name, shape, requests, draw_plan(seed, "shm", count, gentle), golden_real(), 8)
 
 
-SHARES = {"shm": 17, "tcp": 17, "grpc": 17, "loopback": 12, "gloo": 11, "move-shm": 10, "move-tcp": 10, "memory": 2, "model": 4}
+SHARES = {"shm": 20, "tcp": 20, "grpc": 20, "loopback": 12, "gloo": 6, "move-shm": 8, "move-tcp": 8, "memory": 2, "model": 4}
 """Percent of the requests."""
 
 
