@@ -74,10 +74,13 @@ def chain(transport: str) -> tuple[str, ...]:
     return (transport,) if transport == "grpc" else (transport, "grpc")
 
 
-def prompts(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 24) -> Scenario:
-    """Faults at every step of prompts' handoffs and of the streams to the router."""
+def prompts(
+    seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 24, num_each: int = 3
+) -> Scenario:
+    """Faults at every step of prompts' handoffs and of the streams to the router; `num_each` workers of each role."""
     # In one process with its peer no worker can be stopped or killed alone; the pair goes together.
-    shape = Shape(3, 3, {**FAKE, "transports": chain(transport)}, together=transport == "loopback")
+    config = {**FAKE, "transports": chain(transport)}
+    shape = Shape(num_each, num_each, config, together=transport == "loopback")
     requests = draw_requests(seed, transport, count)
     return Scenario(transport, shape, requests, draw_plan(seed, transport, count, kinds), golden_fake, concurrency)
 
