@@ -22,6 +22,10 @@ PATIENCE_S = 30.0
 """How long a quiet cluster may take to let go of everything."""
 
 
+PATIENT: dict[str, Any] = {"max_attempts": 100, "recovery_timeout_s": 120.0}
+"""Bounds of the router above their defaults: here a request may be set back by its neighbours' faults again and again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """How large a cluster is and what its workers are like. `together`: workers i of both roles share a process."""
@@ -52,7 +56,7 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, max_attempts=100)
+        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
         self.driver = RouterDriver(config, "chaos")
         self._middles = {name: Middle(name, hand) for post in shape.posts() for name, _ in post}
         self._processes: dict[str, WorkerProcess] = {}

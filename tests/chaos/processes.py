@@ -63,6 +63,11 @@ class WorkerProcess:
             raise ConnectionError(
                 f"the process of {[name for name, _, _ in self.workers]} ended with {self._process.returncode}"
             )
+        # Whoever is cancelled meanwhile must not leave its answer to the next.
+        return await asyncio.shield(asyncio.create_task(self._ask(order)))
+
+    async def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
         async with self._lock:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             await self._process.stdin.drain()

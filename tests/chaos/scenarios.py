@@ -109,7 +109,17 @@ def real(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind)) -> Scenario
     return Scenario(name, shape, requests, draw_plan(seed, "shm", count, gentle), golden_real(), 8)
 
 
-SHARES = {"shm": 20, "tcp": 20, "grpc": 20, "loopback": 12, "gloo": 6, "move-shm": 8, "move-tcp": 8, "memory": 2, "model": 4}
+SHARES = {
+    "shm": 20,
+    "tcp": 20,
+    "grpc": 20,
+    "loopback": 12,
+    "gloo": 6,
+    "move-shm": 8,
+    "move-tcp": 8,
+    "memory": 2,
+    "model": 4,
+}
 """Percent of the requests."""
 
 
