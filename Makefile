@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SERVE := $(VENV)/.serve-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: serve test demo model lint protos clean
+.PHONY: serve test chaos demo model lint protos clean
 
 serve: $(SERVE)
 	$(BIN)/baton serve
@@ -16,6 +16,10 @@ demo: $(SERVE)
 
 test: $(TEST)
 	$(BIN)/python -m pytest
+
+# Minutes: worker processes are killed, stopped and cut off at every step of a transfer. SEED=2 for another run.
+chaos: $(TEST)
+	PYTHONPATH=tests $(BIN)/python -m chaos --seed $(or $(SEED),1) --requests $(or $(REQUESTS),1000)
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers

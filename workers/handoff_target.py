@@ -42,6 +42,8 @@ from workers.wire_seal import Sealer, verified
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 1024
+_STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, TimeoutError, asyncio.InvalidStateError)
+"""What writing to a stream that breaks at this moment may raise; gRPC's own errors are not all of one family."""
 CLOSE_S = 1.0
 """How long the last message may take to reach the sender before the stream is cut."""
 
@@ -171,7 +173,7 @@ class TargetDriver:
         try:
             async with asyncio.timeout(self._session.ttl_s):
                 await call.write(message)
-        except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError) as error:
+        except _STREAM_ERRORS as error:
             self._events.post(Broken(f"the stream to the sender broke: {type(error).__name__}"))
 
     async def _hang_up(self, call: grpc.aio.StreamStreamCall, reader: asyncio.Task[None]) -> None:
@@ -179,7 +181,7 @@ class TargetDriver:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await call.done_writing()
-        except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
+        except _STREAM_ERRORS:
             return
         await asyncio.wait({reader}, timeout=CLOSE_S)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from chaos.faults import Kind
-from chaos.report import report
+from chaos.report import report, summary
 from chaos.run import ChaosRun, Result
 from chaos.scenarios import SHARES, Scenario, full
 
@@ -19,7 +19,7 @@ async def run(scenarios: Sequence[Scenario]) -> list[Result]:
     for one in scenarios:
         chaos = ChaosRun(one.shape, one.requests, one.plan, one.golden, one.concurrency)
         result = await chaos.run(one.name)
-        print(f"{one.name}: {'good' if result.is_good else 'NOT GOOD'} after {result.seconds:.0f} s", flush=True)
+        print(summary(result), flush=True)
         results.append(result)
     return results
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from chaos.census import children, descriptors, shared_memory_names, too_many
+from chaos.census import children, descriptors, shared_memory_names, sockets, too_many
 from chaos.middle import Hand, Middle
 from chaos.processes import WorkerProcess
 from router.config import RouterConfig
@@ -18,8 +18,12 @@ from router.driver import RouterDriver
 from workers.errors import InvalidRequest, Refused
 from workers.status import Role, WorkerAddress
 
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 """How long a quiet cluster may take to let go of everything."""
+
+
+PATIENT: dict[str, Any] = {"max_attempts": 100, "recovery_timeout_s": 120.0}
+"""Bounds of the router above their defaults: here a request may be set back by its neighbours' faults again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, max_attempts=100)
+        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
         self.driver = RouterDriver(config, "chaos")
         self._middles = {name: Middle(name, hand) for post in shape.posts() for name, _ in post}
         self._processes: dict[str, WorkerProcess] = {}
@@ -65,6 +69,7 @@ class Arena:
         self.num_killed = self.num_stopped = self.num_switched = self.num_drained = self.num_moved = 0
 
     async def open(self) -> None:
+        self._sockets = sockets()
         self._before = descriptors(), shared_memory_names(), children(os.getpid())
         for middle in self._middles.values():
             await middle.start()
@@ -307,7 +312,7 @@ class Arena:
             if not any(left.values()):
                 return
             if time.monotonic() > deadline:
-                self.leaks.append(f"after the run this process has {left}")
+                self.leaks.append(f"after the run this process has {left}: {sorted(sockets() - self._sockets)}")
                 return
             await asyncio.sleep(0.1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -50,6 +52,22 @@ def mapped_pools(pid: int | str = "self") -> set[int]:
 def python_threads() -> Counter[str]:
     """Threads by name, less their numbers."""
     return Counter(re.sub(r"[\d_-]+$", "", thread.name) for thread in threading.enumerate())
+
+
+def sockets() -> set[str]:
+    """Both ends of each socket, for whoever looks for one that was left."""
+    found: set[str] = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as one:
+                    ends = [one.getsockname()]
+                    with contextlib.suppress(OSError):
+                        ends.append(one.getpeername())
+                    found.add(f"{name}: {ends}")
+        except OSError:
+            continue
+    return found
 
 
 def too_many(now: Counter[str], before: Counter[str]) -> dict[str, int]:

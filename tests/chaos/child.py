@@ -6,6 +6,7 @@ Its end of standard input is its life line: when the harness dies, so does it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -23,12 +24,23 @@ from chaos.census import descriptors, mapped_pools, own_pools, python_threads, t
 from chaos.faults import Kind
 from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
 from workers.config import WorkerConfig
+from workers.errors import TransferFailed
 from workers.runner import Batch, FakeRunner, Sampled
 from workers.status import Role
 from workers.worker import LoadedModel, Worker, load_checkpoint
 
 PATIENCE_S = 20.0
 """How long gRPC and the kernel may take to close what was told to close."""
+
+
+def fail_a_pair() -> None:
+    """A Gloo pair whose other end never comes: the first one leaves libtorch with a pipe for good, later ones add none."""
+    from workers.kv_transfer.transports.pair_group import RECEIVER, GlooPair, host_store, reach_store
+
+    host = "127.0.0.1"
+    store = host_store(host, 1.0)
+    with contextlib.suppress(TransferFailed):
+        GlooPair(reach_store(host, store.port, 1.0), "nobody", RECEIVER, host, 0.1)
 
 
 class PacedRunner(FakeRunner):
@@ -78,6 +90,8 @@ class Child:
         worker = Worker(self._config, "first", 1, Role.MIXED, load=self._load)
         await worker.start()
         await worker.stop()
+        if "gloo" in self._config.transports:
+            await asyncio.to_thread(fail_a_pair)
 
     async def handle(self, order: dict[str, Any]) -> dict[str, Any]:
         match order["do"]:

@@ -13,7 +13,7 @@ from chaos.middle import Passing
 from chaos.steps import HandoffWatch
 
 DELAY_S = (0.05, 1.5)
-DRAIN_S = 0.5
+DRAIN_S = 1.0
 SLOW_BYTES_PER_S = 4096
 SLOW_S = 2.0
 

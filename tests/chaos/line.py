@@ -45,9 +45,7 @@ class Line:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Resets both ends."""
-        if self.is_closed:
-            return
+        """Resets both ends; again for an end that was being dialled the first time."""
         self.is_closed = True
         self._opened.set()
         for end in (self._near, self._far):

@@ -63,6 +63,11 @@ class WorkerProcess:
             raise ConnectionError(
                 f"the process of {[name for name, _, _ in self.workers]} ended with {self._process.returncode}"
             )
+        # Whoever is cancelled meanwhile must not leave its answer to the next.
+        return await asyncio.shield(asyncio.create_task(self._ask(order)))
+
+    async def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
         async with self._lock:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             await self._process.stdin.drain()
@@ -90,8 +95,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._hang_up()
 
     def stop(self) -> None:
         """SIGSTOP."""
@@ -108,6 +112,11 @@ class WorkerProcess:
         """Stops the workers in good order. Returns what they leave behind: empty, or something leaks."""
         left = (await self.order(do="stop"))["left"]
         await asyncio.wait_for(self._process.wait(), ORDER_TIMEOUT_S)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._hang_up()
         return left
+
+    def _hang_up(self) -> None:
+        """Closes the pipe even if the child has left something in it unread."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(AttributeError):  # asyncio's, of a pipe that is closed already
+            self._process.stdin.transport.abort()

@@ -33,6 +33,19 @@ def table(results: Sequence[Result], row: Callable[[Outcome], str], rows: Sequen
     )
 
 
+def summary(result: Result) -> str:
+    """One arena in a few lines: what happened, and what should not have."""
+    lines = [
+        f"{result.transport}: {'good' if result.is_good else 'NOT GOOD'}, {len(result.outcomes)} requests in "
+        f"{result.seconds:.0f} s, {result.num_killed} processes killed, {result.num_stopped} stopped, "
+        f"{result.num_switched} role switches, {result.num_drained} drains, {result.num_moved} running requests moved, "
+        f"leaks: {len(result.leaks)}"
+    ]
+    lines += [f"  LEAK {leak}" for leak in result.leaks]
+    lines += [f"  WRONG {o.request_id} ({o.planned}): {o.trouble}" for o in result.outcomes if o.trouble]
+    return "\n".join(lines)
+
+
 def report(results: Sequence[Result], seed: int, kinds: Sequence[Kind]) -> str:
     """The whole report, Markdown."""
     outcomes = [outcome for result in results for outcome in result.outcomes]
@@ -43,14 +56,7 @@ def report(results: Sequence[Result], seed: int, kinds: Sequence[Kind]) -> str:
         table(results, lambda o: o.planned.step.value if o.planned else "none", ["none", *Step], "step"),
         table(results, lambda o: o.request_id.rpartition("-")[0], [r.transport for r in results], "transport"),
     ]
-    for result in results:
-        parts.append(
-            f"{result.transport}: {len(result.outcomes)} requests in {result.seconds:.0f} s, {result.num_killed} processes killed, "
-            f"{result.num_stopped} stopped, {result.num_switched} role switches, {result.num_drained} drains, "
-            f"{result.num_moved} running requests moved, leaks: {len(result.leaks)}"
-        )
-        parts += [f"  LEAK {leak}" for leak in result.leaks]
-        parts += [f"  WRONG {o.request_id} ({o.planned}): {o.trouble}" for o in result.outcomes if o.trouble]
+    parts += [summary(result) for result in results]
     missing = [f"{kind}/{step}" for kind, step in combinations() if kind in kinds and (kind, step) not in reached]
     parts.append(
         f"seed {seed}: {len(outcomes)} requests, {len(struck)} faults injected, {len(reached)} combinations of fault and step"

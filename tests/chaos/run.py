@@ -19,7 +19,7 @@ from chaos.injector import Injector
 from router.stream import RequestStream
 from workers.request import FinishReason, Output, Request
 
-REQUEST_TIMEOUT_S = 90.0
+REQUEST_TIMEOUT_S = 150.0
 
 
 class Recovery(StrEnum):

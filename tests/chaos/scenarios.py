@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from builders import PlainDetokenizer, generate_alone
-
 from chaos.arena import Shape
 from chaos.faults import PROCESS_KINDS, Fault, Kind, draw_plan
 from chaos.processes import ROOT
@@ -53,14 +53,17 @@ def golden_real() -> Golden:
     config = WorkerConfig(model=str(MODEL), kv_memory_bytes=32 << 20, prefix_cache=False)
     engine = make_engine(config, load_checkpoint(config))
 
+    turn = threading.Lock()
+
     def golden(request: Request) -> tuple[list[int], str]:
-        engine.add(0, request)
         tokens: list[int] = []
         text = ""
-        while engine.has_work:
-            for _, output in engine.step().outputs:
-                tokens += output.token_ids
-                text += output.text
+        with turn:
+            engine.add(0, request)
+            while engine.has_work:
+                for _, output in engine.step().outputs:
+                    tokens += output.token_ids
+                    text += output.text
         return tokens, text
 
     return golden
@@ -72,22 +75,21 @@ def chain(transport: str) -> tuple[str, ...]:
 
 
 def prompts(
-    seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 24
+    seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 24, num_each: int = 3
 ) -> Scenario:
-    """Faults at every step of prompts' handoffs and of the streams to the router."""
+    """Faults at every step of prompts' handoffs and of the streams to the router; `num_each` workers of each role."""
     # In one process with its peer no worker can be stopped or killed alone; the pair goes together.
-    shape = Shape(3, 3, {**FAKE, "transports": chain(transport)}, together=transport == "loopback")
+    config = {**FAKE, "transports": chain(transport)}
+    shape = Shape(num_each, num_each, config, together=transport == "loopback")
     requests = draw_requests(seed, transport, count)
     return Scenario(transport, shape, requests, draw_plan(seed, transport, count, kinds), golden_fake, concurrency)
 
 
-def moves(
-    seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 16
-) -> Scenario:
+def moves(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 8) -> Scenario:
     """Faults at every step of running requests' migrations."""
     name = f"move-{transport}"
-    shape = Shape(2, 3, {**FAKE, "transports": chain(transport)})
-    requests = draw_requests(seed, name, count, lengths=(400, 600))
+    shape = Shape(2, 3, {**FAKE, "transports": chain(transport)}, num_blocks=192)
+    requests = draw_requests(seed, name, count, lengths=(500, 800))
     return Scenario(name, shape, requests, draw_plan(seed, transport, count, kinds, True), golden_fake, concurrency)
 
 
@@ -108,13 +110,13 @@ def real(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind)) -> Scenario
 
 
 SHARES = {
-    "shm": 17,
-    "tcp": 17,
-    "grpc": 17,
+    "shm": 20,
+    "tcp": 20,
+    "grpc": 20,
     "loopback": 12,
-    "gloo": 11,
-    "move-shm": 10,
-    "move-tcp": 10,
+    "gloo": 6,
+    "move-shm": 8,
+    "move-tcp": 8,
     "memory": 2,
     "model": 4,
 }

@@ -165,7 +165,8 @@ class GlooTransport(TcpTransport):
         try:
             for lane in channel.lanes:
                 assert isinstance(lane, CollectiveLane)
-                await asyncio.wrap_future(lane.made)
+                # Whoever is cancelled here must not cancel what the lane's thread is about to answer.
+                await asyncio.shield(asyncio.wrap_future(lane.made))
         except BaseException:
             await channel.close()
             raise
