@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -163,9 +164,13 @@ def require_memory(checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch
     num_values = checkpoint.num_parameters()
     if dimensions.tie_word_embeddings:
         num_values += dimensions.vocab_size * dimensions.hidden_size  # kept as a table and packed as the head
-    needed_bytes = num_values * dtype.itemsize
+    require_bytes(checkpoint.folder, num_values * dtype.itemsize, dtype, free_bytes)
+
+
+def require_bytes(folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int) -> None:
+    """Raises InvalidConfig when weights of `needed_bytes` do not fit."""
     if needed_bytes > free_bytes:
         raise InvalidConfig(
-            f"{checkpoint.folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
+            f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
             f"but {free_bytes / 2**20:.1f} MiB are free"
         )

@@ -64,6 +64,27 @@ class Checkpoint:
         self._read(name, 0, tensor.view(-1).view(torch.uint8))
         return tensor.to(dtype)
 
+    def take_share(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, first: int, count: int) -> Tensor:
+        """Elements first .. first+count-1 along `dim` (0 or 1) of the tensor called `name`, cast to `dtype`.
+
+        Reads rows [first, first+count) alone; of columns it reads some rows at a time, so no more than the share and
+        one piece are ever in memory.
+        """
+        if dim == 0:
+            stored_dtype = self._check(name, shape)
+            share = torch.empty((count, *shape[1:]), dtype=stored_dtype)
+            row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
+            self._read(name, first * row_bytes, share.view(-1).view(torch.uint8))
+            return share.to(dtype)
+        share = torch.empty((shape[0], count), dtype=dtype)
+        for row, rows in self.pieces(name, shape, dtype):
+            share[row : row + len(rows)] = rows[:, first : first + count]
+        return share
+
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
+        self._check(name, shape)
+
     def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The same, some rows at a time: (first row, rows), valid until the next are asked for."""
         stored_dtype = self._check(name, shape)
