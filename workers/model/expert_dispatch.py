@@ -224,4 +224,5 @@ def _as_bytes(rows: Tensor) -> Tensor:
 def _from_bytes(columns: Tensor, dtype: torch.dtype) -> Tensor:
     if columns.numel() == 0:
         return torch.empty(columns.shape[0], columns.shape[1] // dtype.itemsize, dtype=dtype, device=columns.device)
-    return columns.contiguous().view(dtype)
+    # a copy always: one row of a wider tensor counts as contiguous, at an odd stride or offset
+    return torch.empty(columns.shape, dtype=torch.uint8, device=columns.device).copy_(columns).view(dtype)
