@@ -18,7 +18,7 @@ from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_dispatch import AllToAll, ExpertTable
 from workers.model.expert_placement import Placement, Slots, initial, moves
-from workers.model.kv_memory import available_bytes, choose_layout, kv_layout
+from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
 from workers.model.layers import FeedForward
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.moe import MixtureOfExperts
@@ -46,6 +46,17 @@ class RankRunner(TorchRunner):
         if model.config.moe is not None:
             for mixture in model.mixtures:
                 mixture.load_E = torch.zeros(model.config.moe.num_experts, dtype=torch.int64)
+
+    def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
+        """Keeps keys and values in `memory` from now on; what was computed before is forgotten.
+
+        A memory with all heads is the whole group's, on this host: this rank takes its own heads of it. One with as many
+        heads as this rank has is its own. `first_block` is the memory's first block less the first id in batches.
+        """
+        mine = self.layout.share(self._ernie.config.num_kv_heads)
+        is_own = memory.layout.num_kv_heads == mine.count
+        self._memory = memory
+        self._pool = KvPool(memory, None if is_own else mine, first_block)
 
     def execute_part(self, batch: Batch, halves: bool = False) -> list[Sampled]:
         """This rank's part of a step; with an empty batch it computes for the others alone. `halves`: overlap."""
