@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.errors import InvalidRequest, PoolsLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_cache.pools import PooledKvCache
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.runner import BLOCK_SIZE, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer, OutputState
@@ -69,6 +70,8 @@ class _Live:
     report: HandoffReport | None = None
     extra_cached: int = 0
     is_cancelled: bool = False
+    has_lost_blocks: bool = False
+    """Its blocks lost what they held while another worker wrote into them."""
     has_spoken: bool = False
     num_texted: int = 0
     """Tokens that `output` has seen; a replay after a preemption does not show them again."""
@@ -99,7 +102,12 @@ class Engine:
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._clock = clock
-        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache)
+        num_pools, num_blocks = runner.num_pools, runner.kv_memory.layout.num_blocks
+        self._kv = (
+            KvCacheManager(num_blocks, BLOCK_SIZE, prefix_cache)
+            if num_pools == 1
+            else PooledKvCache(num_pools, num_blocks, BLOCK_SIZE, prefix_cache)
+        )
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
@@ -123,10 +131,10 @@ class Engine:
                 "prompt",
             )
         longest = min(num_prompt + request.params.max_tokens, self._max_model_len)
-        if self._kv.blocks_for(longest) > self._kv.num_blocks:
+        if self._kv.blocks_for(longest) > self._kv.max_sequence_blocks:
             raise InvalidRequest(
                 f"prompt and output of {longest} tokens need {self._kv.blocks_for(longest)} KV blocks, "
-                f"the pool has {self._kv.num_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
+                f"the pool has {self._kv.max_sequence_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
                 "max_tokens",
             )
 
@@ -172,6 +180,9 @@ class Engine:
         if live.is_cancelled:
             self._drop(live)
             return
+        if live.has_lost_blocks:
+            self.transfer_failed(sequence_id, report)
+            return
         live.report = report
         live.extra_cached = cached_tokens
         table = live.sequence.table
@@ -190,6 +201,8 @@ class Engine:
             self._drop(live)
             return
         live.report = report
+        if live.has_lost_blocks:
+            live.sequence.num_computed = live.sequence.table.num_cached = 0
         self._scheduler.prefill_here(live.sequence)
 
     @property
@@ -217,6 +230,9 @@ class Engine:
             slices = (*step.batch.prefill, *step.batch.decode)
             try:
                 drawn = self._runner.execute(step.batch)
+            except PoolsLost as lost:
+                log.warning("a step of %d sequences has to run again: %s", len(slices), lost)
+                self._lose(lost.pools, result)
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(slices))
                 for piece in slices:
@@ -324,6 +340,16 @@ class Engine:
             handoff=report,
             prompt_logprobs=(None, *live.prompt_logprobs[: sequence.num_prompt - 1]) if wanted else None,
         )
+
+    def _lose(self, pools: tuple[int, ...], result: StepResult) -> None:
+        """Starts again what lived in lost pools. A transfer under way is let finish, and its prompt computed here."""
+        for pool in pools:
+            for sequence in self._scheduler.lose_pool(pool):
+                live = self._live[sequence.sequence_id]
+                if sequence.state is State.TRANSFERRING:
+                    live.has_lost_blocks = True
+                else:
+                    self._fail(live, Refusal.WORKER_LOST, "the rank that held this prompt was lost", result)
 
     def _fail(self, live: _Live, refusal: Refusal, message: str, result: StepResult) -> None:
         sequence = live.sequence

@@ -89,7 +89,15 @@ class Runner(Protocol):
     @property
     def kv_memory(self) -> KvMemory: ...
 
-    def execute(self, batch: Batch) -> list[Sampled]: ...
+    @property
+    def num_pools(self) -> int:
+        """KV pools of kv_memory.layout.num_blocks blocks each: pool p has the ids from p times that number on.
+
+        A sequence keeps to one pool.
+        """
+
+    def execute(self, batch: Batch) -> list[Sampled]:
+        """Raises PoolsLost when this batch must run again, after what lived in the lost pools has been computed again."""
 
 
 class FakeRunner:
@@ -104,6 +112,7 @@ class FakeRunner:
         self._vocab_size = vocab_size
         self._slots = kv_memory.bytes.view(np.int64).reshape(kv_memory.layout.num_blocks, -1)
         self.num_steps = 0
+        self.num_pools = 1
 
     @property
     def vocab_size(self) -> int:

@@ -72,6 +72,11 @@ class PrefixCache:
         else:
             self._note(self._removed, block_hash)
 
+    def clear(self) -> None:
+        """No block holds what it held."""
+        for block in list(self._hash_of_block):
+            self.forget(block)
+
     def take_event(self) -> KvEvent | None:
         """What changed since the last call, numbered; None when nothing did."""
         if self._overflow:

@@ -172,7 +172,9 @@ class Ernie:
         logits_RV = self._head(self._norm(x_RD)).float()
         if self._layout.tensor > 1:
             best_R, token_R = logits_RV.max(-1)
-            best_GR, token_GR = finish(gather(self._links, torch.stack((best_R.double(), token_R.double()), 1))).unbind(2)
+            best_GR, token_GR = finish(gather(self._links, torch.stack((best_R.double(), token_R.double()), 1))).unbind(
+                2
+            )
             first = best_GR.argmax(0)  # ranks in order of vocabulary, so of equals the lowest
             tokens_R = token_GR.gather(0, first[None])[0].long() + first * logits_RV.shape[1]
         else:

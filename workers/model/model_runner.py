@@ -47,6 +47,7 @@ class ModelRunner(ABC, Generic[M]):
         self._model = model
         self._memory = memory
         self._info = info
+        self.num_pools = 1
         self.warnings: tuple[str, ...] = ()
         """What was found at start-up, one sentence each."""
 

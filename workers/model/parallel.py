@@ -98,9 +98,7 @@ def check(parallel: ParallelConfig, model: ErnieConfig) -> None:
     )
     for count, what in divided:
         if count % tensor:
-            raise InvalidConfig(
-                f"worker.parallel.tensor_parallel {tensor} does not divide the model's {count} {what}"
-            )
+            raise InvalidConfig(f"worker.parallel.tensor_parallel {tensor} does not divide the model's {count} {what}")
     if moe is None:
         return
     slots = moe.num_experts + parallel.redundant_experts

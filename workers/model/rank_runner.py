@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.model.collectives import Links, finish
+from workers.model.collectives import Links
 from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_dispatch import AllToAll, ExpertTable
@@ -34,7 +34,13 @@ class RankRunner(TorchRunner):
     """What a rank computes of a step. All ranks of a group call the same methods in the same order."""
 
     def __init__(
-        self, model: Ernie, memory: KvMemory, info: ModelInfo, config: WorkerConfig, layout: Layout, placement: Placement
+        self,
+        model: Ernie,
+        memory: KvMemory,
+        info: ModelInfo,
+        config: WorkerConfig,
+        layout: Layout,
+        placement: Placement,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
         self._ernie = model
@@ -154,7 +160,9 @@ class RankRunner(TorchRunner):
     def _read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, template: FeedForward) -> FeedForward:
         moe, D = self._ernie.config.moe, self._ernie.config.hidden_size
         assert moe is not None
-        index = next(at for at in range(self._ernie.config.num_layers) if moe.has_layer(at) and mixture_index(moe, at) == layer)
+        index = next(
+            at for at in range(self._ernie.config.num_layers) if moe.has_layer(at) and mixture_index(moe, at) == layer
+        )
         prefix, F = f"model.layers.{index}.mlp.experts.{expert}", moe.intermediate_size
         shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
         read = {

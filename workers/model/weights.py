@@ -64,7 +64,9 @@ class Checkpoint:
         self._read(name, 0, tensor.view(-1).view(torch.uint8))
         return tensor.to(dtype)
 
-    def take_share(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, first: int, count: int) -> Tensor:
+    def take_share(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, first: int, count: int
+    ) -> Tensor:
         """Elements first .. first+count-1 along `dim` (0 or 1) of the tensor called `name`, cast to `dtype`.
 
         Reads rows [first, first+count) alone; of columns it reads some rows at a time, so no more than the share and
