@@ -106,7 +106,7 @@ class Engine:
         self._kv = (
             KvCacheManager(num_blocks, BLOCK_SIZE, prefix_cache)
             if num_pools == 1
-            else PooledKvCache(num_pools, num_blocks, BLOCK_SIZE, prefix_cache)
+            else PooledKvCache(num_pools, num_blocks // num_pools, BLOCK_SIZE, prefix_cache)
         )
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}

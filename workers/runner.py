@@ -91,10 +91,7 @@ class Runner(Protocol):
 
     @property
     def num_pools(self) -> int:
-        """KV pools of kv_memory.layout.num_blocks blocks each: pool p has the ids from p times that number on.
-
-        A sequence keeps to one pool.
-        """
+        """KV pools that share the blocks of kv_memory evenly, the first has the lowest ids. A sequence keeps to one pool."""
 
     def execute(self, batch: Batch) -> list[Sampled]:
         """Raises PoolsLost when this batch must run again, after what lived in the lost pools has been computed again."""

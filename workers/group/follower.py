@@ -7,31 +7,38 @@ import os
 import queue
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from workers.config import WorkerConfig
-from workers.errors import BatonError, InvalidConfig, RankLost
+from workers.errors import BatonError, InvalidConfig, RankLost, TransferFailed
 from workers.group.channel import Channel
 from workers.group.epoch_member import EpochMember
 from workers.group.leader import BEATS_PER_TIMEOUT
+from workers.group.memory import put_heads, take_heads
 from workers.group.messages import (
     Abort,
     Beat,
+    Blocks,
     Declined,
     Failed,
     Form,
     Formed,
+    GetBlocks,
     Hello,
     Message,
+    PutBlocks,
     Ready,
     Step,
     Stop,
     Welcome,
 )  # fmt: skip
 from workers.group.step_codec import decode_batch, encode_results
+from workers.kv_transfer.joined import JoinedKvMemory
+from workers.kv_transfer.memory import KvMemory, SharedHandle
 from workers.model.collectives import Links
 from workers.model.expert_placement import Placement
-from workers.model.rank_runner import load_rank
+from workers.model.rank_runner import RankRunner, load_rank
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +46,13 @@ log = logging.getLogger(__name__)
 class Follower:
     """One rank of a group, in a process of its own. Weights and KV outlive epochs and leaders."""
 
-    def __init__(self, config: WorkerConfig, rank: int, token: str) -> None:
+    def __init__(
+        self, config: WorkerConfig, rank: int, token: str, on_loaded: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_loaded` is called on the thread that serves, each time this rank is ready for an epoch."""
         self._config, self._rank, self._token = config, rank, token
+        self._on_loaded = on_loaded
+        self._shares_memory = False
         self._links = Links()
         self._member: EpochMember | None = None
         self._stop = threading.Event()
@@ -138,23 +150,49 @@ class Follower:
                     self._say_ready(channel)
             case Step():
                 self._step(message, channel)
+            case GetBlocks() | PutBlocks():
+                channel.send(self._move_blocks(message))
             case _:
                 pass
 
     def _load(self, welcome: Welcome, host: str) -> None:
         size = self._config.parallel.size
-        if self._member is not None:
-            if self._member.runner.kv_memory.layout.num_blocks != welcome.num_blocks:
-                raise InvalidConfig("the new leader's KV pools have another size: start this rank anew")
-            return
-        placement = Placement(size, tuple(map(tuple, welcome.slots)))
-        runner = load_rank(self._config, self._rank, self._links, placement, welcome.num_blocks)
-        self._member = EpochMember(runner, self._links, host)
+        if self._member is None:
+            placement = Placement(size, tuple(map(tuple, welcome.slots)))
+            runner = load_rank(self._config, self._rank, self._links, placement, welcome.num_blocks)
+            self._member = EpochMember(runner, self._links, host)
+        self._join_memory(self._member.runner, welcome)
+
+    def _join_memory(self, runner: RankRunner, welcome: Welcome) -> None:
+        """The leader's memory where it can be reached, which is on its host; else one of this rank's own."""
+        whole = runner.group_layout(welcome.num_blocks)
+        nonce = bytes.fromhex(welcome.pool_nonce)
+        handle = SharedHandle(welcome.pool_pid, welcome.pool_fd, welcome.pool_bytes, nonce)
+        try:
+            runner.use_memory(JoinedKvMemory(handle, whole), runner.layout.pool * welcome.num_blocks)
+        except TransferFailed as error:
+            log.info("rank %d keeps its KV to itself: %s", self._rank, error)
+            runner.use_memory(KvMemory(runner.own_layout(welcome.num_blocks)))
+            self._shares_memory = False
+        else:
+            self._shares_memory = True
 
     def _say_ready(self, channel: Channel) -> None:
         assert self._member is not None
         runner = self._member.runner
-        channel.send(Ready(runner.model_info.fingerprint, runner.expert_bytes()))
+        channel.send(Ready(runner.model_info.fingerprint, runner.expert_bytes(), self._shares_memory))
+        self._on_loaded()
+
+    def _move_blocks(self, message: GetBlocks | PutBlocks) -> Blocks:
+        assert self._member is not None
+        memory = self._member.runner.kv_memory
+        heads = memory.layout.num_kv_heads
+        if not all(0 <= block < memory.layout.num_blocks for block in message.blocks):
+            raise RankLost("the leader named a block that this rank does not have")
+        if isinstance(message, GetBlocks):
+            return Blocks(take_heads(memory, message.blocks, 0, heads))
+        put_heads(memory, message.blocks, 0, heads, message.tail)
+        return Blocks()
 
     def _form(self, form: Form, channel: Channel) -> None:
         assert self._member is not None

@@ -20,18 +20,22 @@ from workers.group.channel import Channel
 from workers.group.messages import (
     Abort,
     Beat,
+    Blocks,
     Declined,
     Done,
     Failed,
     Form,
     Formed,
+    GetBlocks,
     Hello,
     Message,
+    PutBlocks,
     Ready,
     Step,
     Stop,
     Welcome,
 )  # fmt: skip
+from workers.kv_transfer.memory import SharedHandle
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,11 @@ class GroupLeader:
         self._changed = threading.Condition(threading.RLock())
         self._channels: dict[int, Channel] = {}
         self._done: dict[int, Done] = {}
+        self._blocks: dict[int, Blocks] = {}
+        self._hellos: dict[int, Hello] = {}
+        self._remote: set[int] = set()
+        self.pool: SharedHandle | None = None
+        """The memory that ranks on this host join."""
         self._number = 0
         self._fault = ""
         self._fingerprint = ""
@@ -135,6 +144,36 @@ class GroupLeader:
         with self._changed:
             self._changed.wait_for(lambda: self.is_serving or self._is_stopped.is_set(), timeout_s)
             return self.is_serving
+
+    def members(self) -> dict[int, Hello]:
+        """The other ranks that are connected now, as they introduced themselves."""
+        with self._changed:
+            return {rank: self._hellos[rank] for rank in self._channels}
+
+    def last_seen(self, rank: int) -> Hello | None:
+        """Who held this rank last."""
+        return self._hellos.get(rank)
+
+    @property
+    def remote_ranks(self) -> tuple[int, ...]:
+        """Ranks that keep their KV in a memory of their own, on another host."""
+        with self._changed:
+            return tuple(sorted(self._remote))
+
+    def ask(self, rank: int, message: GetBlocks | PutBlocks, epoch: int) -> Blocks:
+        """A rank's answer, between two steps of `epoch`. Raises RankLost when that is over."""
+        with self._changed:
+            self._blocks.pop(rank, None)
+            if not self._lives(epoch):
+                raise RankLost("the group is between two epochs")
+            channel = self._channels[rank]
+        channel.send(message)
+        with self._changed:
+            limit_s = self._parallel.step_timeout_s
+            self._changed.wait_for(lambda: rank in self._blocks or not self._lives(epoch), limit_s)
+            if rank not in self._blocks or not self._lives(epoch):
+                raise RankLost(f"rank {rank} did not move its blocks")
+            return self._blocks.pop(rank)
 
     def take_lost_pools(self) -> tuple[int, ...]:
         """Pools whose KV is gone since the last call."""
@@ -205,9 +244,10 @@ class GroupLeader:
             before = self._channels.pop(rank, None)
             self._handle(f.Joined(rank))
             self._channels[rank] = channel
+            self._hellos[rank] = hello
         if before is not None:
             before.close()
-        self._send(channel, Welcome(self._num_blocks, self._callbacks.truth().slots))
+        self._send(channel, self._welcome())
         try:
             while True:
                 self._hear(rank, channel.receive())
@@ -219,6 +259,11 @@ class GroupLeader:
                 del self._channels[rank]
                 if not self._is_stopped.is_set():
                     self._handle(f.Gone(rank, str(error)))
+
+    def _welcome(self) -> Welcome:
+        pool = self.pool or SharedHandle(0, -1, 0, b"")
+        slots = self._callbacks.truth().slots
+        return Welcome(self._num_blocks, slots, pool.pid, pool.fd, pool.num_bytes, pool.nonce.hex())
 
     def _refusal(self, hello: Message) -> str:
         if not isinstance(hello, Hello):
@@ -234,7 +279,13 @@ class GroupLeader:
             case Ready():
                 if self._fingerprint and message.fingerprint != self._fingerprint:
                     raise RankLost("it has loaded another checkpoint, or with other settings")
+                with self._changed:
+                    (self._remote.discard if message.shares_memory else self._remote.add)(rank)
                 self._handle(f.BecameReady(rank))
+            case Blocks():
+                with self._changed:
+                    self._blocks[rank] = message
+                    self._changed.notify_all()
             case Formed():
                 self._handle(f.HasFormed(rank, message.epoch))
             case Done():

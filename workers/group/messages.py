@@ -40,6 +40,11 @@ class Welcome:
 
     num_blocks: int
     slots: list[list[int]]
+    pool_pid: int
+    """Where a rank on the leader's host finds the memory of all pools: /proc/<pid>/fd/<fd>, proven by the nonce (hex)."""
+    pool_fd: int
+    pool_bytes: int
+    pool_nonce: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class Ready:
 
     fingerprint: str
     expert_bytes: int = 0
+    shares_memory: bool = True
+    """It has joined the leader's memory; otherwise it is on another host and keeps its KV to itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,28 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class GetBlocks:
+    """The leader wants what a rank holds of some blocks, by the rank's own numbers."""
+
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PutBlocks:
+    """A rank takes over what it is to hold of some blocks: the bytes in `tail`."""
+
+    blocks: list[int]
+    tail: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The answer to either: the bytes asked for, or none."""
+
+    tail: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """A sign of life, both ways."""
 
@@ -133,7 +162,10 @@ class Stop:
     """The group ends; a rank that gets this returns."""
 
 
-Message = Hello | Welcome | Declined | Ready | Form | Formed | Abort | Step | Done | Failed | Beat | Stop
+Message = (
+    Hello | Welcome | Declined | Ready | Form | Formed | Abort | Step | Done | Failed | GetBlocks | PutBlocks | Blocks | Beat
+    | Stop
+)  # fmt: skip
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
 _FIELDS = {name: get_type_hints(kind) for name, kind in _KINDS.items()}
 

@@ -16,6 +16,7 @@ from workers.config import WorkerConfig
 from workers.errors import PoolsLost, RankLost
 from workers.group.epoch_member import EpochMember
 from workers.group.leader import OWN_RANK, Callbacks, GroupLeader, Truth
+from workers.group.memory import GroupKvMemory, RemotePart
 from workers.group.messages import Done, Form, Step
 from workers.group.step_codec import decode_results, encode_batch
 from workers.kv_transfer.memory import KvMemory
@@ -24,7 +25,7 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, Slots, imbalance, replan
 from workers.model.model_runner import served_len
 from workers.model.parallel import Layout
-from workers.model.rank_runner import RankRunner, initial_placement, load_rank, rank_layout
+from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
 from workers.model.weights import checkpoint_folder
 from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
 from workers.status import ModelInfo
@@ -40,11 +41,19 @@ class GroupRunner:
     """Implements workers.runner.Runner, and what workers.loaded.Checkpoint needs, for a group of ranks."""
 
     def __init__(
-        self, config: WorkerConfig, runner: RankRunner, links: Links, leader_host: str, placement: Placement
+        self,
+        config: WorkerConfig,
+        runner: RankRunner,
+        links: Links,
+        leader_host: str,
+        placement: Placement,
+        memory: GroupKvMemory,
     ) -> None:
         self._config, self._parallel = config, config.parallel
         self._member = EpochMember(runner, links, leader_host)
         self._placement = placement
+        self._memory = memory
+        runner.use_memory(memory)
         self._role, self._generation = "mixed", 0
         self._step_lock = threading.Lock()
         self._truth_lock = threading.Lock()
@@ -90,9 +99,10 @@ class GroupRunner:
             lost=on_lost,
         )
         leader = GroupLeader(config.parallel, callbacks, num_blocks=num_blocks, store=(host, store.port), token=token)
+        memory = _share_memory(leader, config, dimensions, layout, num_blocks)
         on_listening(leader.start(host, port))
         runner = load_rank(config, OWN_RANK, links, placement, num_blocks)
-        group = GroupRunner(config, runner, links, host, placement)
+        group = GroupRunner(config, runner, links, host, placement, memory)
         group._leader, group._store = leader, store
         found.append(group)
         leader.own_ready(runner.model_info.fingerprint)
@@ -106,8 +116,8 @@ class GroupRunner:
 
     @property
     def kv_memory(self) -> KvMemory:
-        """Rank 0's own pool; the others are with their ranks."""
-        return self._member.runner.kv_memory
+        """All pools with all heads, whatever the ranks' own parts: what a handoff reads and writes."""
+        return self._memory
 
     @property
     def num_pools(self) -> int:
@@ -234,8 +244,9 @@ class GroupRunner:
             raise PoolsLost(lost, "a rank was lost")
         if fault := leader.take_fault():
             raise RuntimeError(fault)
-        parts = split_by_pool(batch, self.num_pools, self.kv_memory.layout.num_blocks)
+        parts = split_by_pool(batch, self.num_pools, self.kv_memory.layout.num_blocks // self.num_pools)
         epoch = leader.epoch
+        self._memory.epoch = epoch
         self._number += 1
         moved_layer, moved_slots = self._moves[0] if self._moves else (-1, ())
         plan = Step(
@@ -299,6 +310,24 @@ class GroupRunner:
     def _halves(self, batch: Batch) -> bool:
         least = self._parallel.min_overlap_tokens
         return bool(least) and self._parallel.tensor_parallel == 1 and batch.num_tokens >= least
+
+
+def _share_memory(
+    leader: GroupLeader, config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, num_blocks: int
+) -> GroupKvMemory:
+    """The memory of the whole group, which ranks on this host are shown and the others are asked for."""
+
+    def remote_parts() -> list[RemotePart]:
+        parts = []
+        for rank in leader.remote_ranks:
+            its = replace(layout, rank=rank)
+            heads = its.share(dimensions.num_kv_heads)
+            parts.append(RemotePart(rank, its.pool, heads.first, heads.count))
+        return parts
+
+    memory = GroupKvMemory(group_layout(config, dimensions, layout, num_blocks), num_blocks, remote_parts, leader.ask)
+    leader.pool = memory.handle
+    return memory
 
 
 def split_by_pool(batch: Batch, num_pools: int, num_blocks: int) -> list[Batch]:

@@ -22,7 +22,7 @@ from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_l
 from workers.model.layers import FeedForward
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.moe import MixtureOfExperts
-from workers.model.parallel import Layout
+from workers.model.parallel import Layout, Share
 from workers.model.self_test import require_invariance
 from workers.model.torch_runner import TorchRunner
 from workers.model.weights import Checkpoint, checkpoint_folder
@@ -53,13 +53,25 @@ class RankRunner(TorchRunner):
             for mixture in model.mixtures:
                 mixture.load_E = torch.zeros(model.config.moe.num_experts, dtype=torch.int64)
 
+    def own_layout(self, num_blocks: int) -> KvLayout:
+        """A pool with this rank's heads alone."""
+        return replace(self.group_layout(num_blocks), num_blocks=num_blocks, num_kv_heads=self._own_heads.count)
+
+    def group_layout(self, num_blocks: int) -> KvLayout:
+        """As the function of that name."""
+        return group_layout(self._config, self._ernie.config, self.layout, num_blocks)
+
+    @property
+    def _own_heads(self) -> Share:
+        return self.layout.share(self._ernie.config.num_kv_heads)
+
     def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
         """Keeps keys and values in `memory` from now on; what was computed before is forgotten.
 
         A memory with all heads is the whole group's, on this host: this rank takes its own heads of it. One with as many
         heads as this rank has is its own. `first_block` is the memory's first block less the first id in batches.
         """
-        mine = self.layout.share(self._ernie.config.num_kv_heads)
+        mine = self._own_heads
         is_own = memory.layout.num_kv_heads == mine.count
         self._memory = memory
         self._pool = KvPool(memory, None if is_own else mine, first_block)
@@ -196,6 +208,12 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     runner = RankRunner(model, memory, info, config, layout, placement)
     runner.warnings = warnings
     return runner
+
+
+def group_layout(config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, num_blocks: int) -> KvLayout:
+    """The memory of all pools of `num_blocks` each, with all heads: what one rank that serves alone has."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return kv_layout(dimensions, dtype, num_blocks * layout.num_pools)
 
 
 def rank_layout(
