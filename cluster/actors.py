@@ -22,7 +22,8 @@ from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
-from workers.status import Role, WorkerAddress, WorkerStatus
+from workers.group.watch import GroupPlan
+from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,16 +44,17 @@ class WorkerLike(Protocol):
     async def stop(self) -> None: ...
 
 
-WorkerFactory = Callable[[WorkerConfig, str, int, Role, Callable[[Role, int], None]], WorkerLike]
+WorkerFactory = Callable[..., WorkerLike]
+"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `group`."""
 
 
-class _Actor(ABC):
+class Actor(ABC):
     """Starts its content from the constructor, because that is all that Ray runs again after a crash.
 
-    A content whose thread (its name starts with `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
+    A content whose thread (its name starts with one of `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
     """
 
-    vital_thread = ""
+    vital_thread: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -82,7 +84,7 @@ class _Actor(ABC):
                 self._started.set_exception(error)
                 await asyncio.sleep(RETRY_START_S)
             if isinstance(error, Superseded):
-                _leave_for_good()
+                leave_for_good()
             elif not self._stopping:
                 os._exit(1)  # Ray starts the actor again, in a clean process
 
@@ -104,10 +106,13 @@ class _Actor(ABC):
                 await step
 
 
-class WorkerActor(_Actor):
-    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role."""
+class WorkerActor(Actor):
+    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role.
 
-    vital_thread = "engine"
+    With `secret` it leads the ranks of a group, of which it is rank 0: the others (cluster.ranks) ask it where to come.
+    """
+
+    vital_thread = ("engine", "group")
 
     def __init__(
         self,
@@ -117,7 +122,10 @@ class WorkerActor(_Actor):
         store: StoreConfig,
         namespace: str,
         factory: WorkerFactory | None = None,
+        secret: str = "",
     ) -> None:
+        self._secret = secret
+        self._group_address: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
         self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
         self._factory = factory
         self._worker: WorkerLike | None = None
@@ -137,6 +145,10 @@ class WorkerActor(_Actor):
         assert self._worker is not None
         return self._worker.set_role(role)
 
+    async def group_address(self) -> tuple[str, int]:
+        """Host and port where this worker's further ranks find it; waits until it listens."""
+        return await asyncio.shield(self._group_address)
+
     async def stop(self) -> None:
         """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
         registrar, worker = self._registrar, self._worker
@@ -147,7 +159,8 @@ class WorkerActor(_Actor):
         store = open_store(self._store_config, self._namespace)
         start_count = await _insist(lambda: count_start(store, self._name))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
-        worker = make(self._config, self._name, start_count, role, self._on_role_change)
+        group = {"group": self._plan_group()} if self._secret else {}
+        worker = make(self._config, self._name, start_count, role, self._on_role_change, **group)
         self._worker = worker
         address = await worker.start()
         registrar = Registrar(
@@ -158,6 +171,19 @@ class WorkerActor(_Actor):
         self._started.set_result(address.target)
         await registrar.run()
 
+    def _plan_group(self) -> GroupPlan:
+        """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
+        from cluster.ranks import end_rank, own_address
+
+        def on_listening(address: tuple[str, int]) -> None:
+            self._loop.call_soon_threadsafe(self._group_address.set_result, address)
+
+        def on_lost(rank: RankStatus, reason: str) -> None:
+            log.warning("%s lost rank %d: %s", self._name, rank.rank, reason)
+            threading.Thread(target=end_rank, args=(rank,), name="end-rank", daemon=True).start()
+
+        return GroupPlan(own_address(), self._secret, on_listening, on_lost)
+
     def _on_role_change(self, role: Role, generation: int) -> None:
         """Called by the worker on a thread of its own."""
         self._loop.call_soon_threadsafe(self._change_role, role, generation)
@@ -167,10 +193,10 @@ class WorkerActor(_Actor):
             self._registrar.change_role(role, generation)
 
 
-class RouterActor(_Actor):
+class RouterActor(Actor):
     """One router, told of every change of membership. After a crash it is back on the same port."""
 
-    vital_thread = "router-"
+    vital_thread = ("router-",)
 
     def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
         self._config, self._store_config, self._namespace = config, store, namespace
@@ -228,7 +254,7 @@ async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
             await asyncio.sleep(0.5)
 
 
-def _leave_for_good() -> None:
+def leave_for_good() -> None:
     """Ends this actor without a restart, which would only push the newer one out in turn."""
     import ray
 

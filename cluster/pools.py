@@ -14,7 +14,7 @@ from cluster.actors import RouterActor, WorkerActor, WorkerFactory
 from cluster.config import ClusterConfig
 from cluster.controller import CONTROLLER_NAME, Controller
 from cluster.placement import NoRoom, bundle_order, rank_bundles, rank_name, what_is_missing
-from cluster.ranks import GroupSecret, RankActor
+from cluster.ranks import RankActor, own_address
 from workers.errors import InvalidConfig
 from workers.status import Role
 
@@ -46,7 +46,7 @@ class Pools:
         size = config.worker.parallel.size
         if size == 1:
             options = self._worker_options(worker_id)
-            worker, *_ = self._create_ranks(worker_id, role, factory, [options], None)
+            worker, *_ = self._create_ranks(worker_id, role, factory, [options], "")
             return worker
         group = self._reserve(worker_id)
         try:
@@ -55,15 +55,18 @@ class Pools:
             options_of_ranks = [
                 self._rank_options(rank_name(worker_id, rank), group, place) for rank, place in enumerate(places)
             ]
-            worker, *ranks = self._create_ranks(
-                worker_id, role, factory, options_of_ranks, GroupSecret(secrets.token_hex(16))
-            )
+            worker, *ranks = self._create_ranks(worker_id, role, factory, options_of_ranks, secrets.token_hex(16))
         except BaseException:
             remove_placement_group(group)
             raise
         self._ranks[worker_id] = ranks
         self._groups[worker_id] = group
         return worker
+
+    def ranks_of(self, worker_id: str) -> dict[str, Any]:
+        """The actors of a worker's further ranks by name, as created here."""
+        ranks = self._ranks.get(worker_id, [])
+        return {rank_name(worker_id, rank): actor for rank, actor in enumerate(ranks, start=1)}
 
     def remove_worker(self, worker_id: str) -> None:
         """Ends the worker's process for good, and those of its ranks."""
@@ -79,7 +82,7 @@ class Pools:
         role: Role,
         factory: WorkerFactory | None,
         options: list[dict[str, Any]],
-        secret: GroupSecret | None,
+        secret: str,
     ) -> list[Any]:
         """The actors of all ranks, the leader first."""
         config = self._config
@@ -99,14 +102,17 @@ class Pools:
     def _reserve(self, worker_id: str) -> PlacementGroup:
         """Resources for every rank, all of them or none. Raises NoRoom."""
         config = self._config
-        here = ray.util.get_node_ip_address() if self._here else ""
+        here = own_address() if self._here else ""
         bundles = rank_bundles(config, here)
         strategy = config.ray.rank_placement
-        group = placement_group(bundles, strategy.upper(), name=self._group_name(worker_id))
+        group: PlacementGroup = placement_group(bundles, strategy.upper(), name=self._group_name(worker_id))
         if group.wait(config.ray.placement_timeout_s):
             return group
         remove_placement_group(group)
-        raise NoRoom(what_is_missing(worker_id, bundles, strategy, ray.available_resources(), ray.cluster_resources()))
+        known: Any = ray
+        raise NoRoom(
+            what_is_missing(worker_id, bundles, strategy, known.available_resources(), known.cluster_resources())
+        )
 
     def _release(self, worker_id: str) -> None:
         """Ends what is left of a worker's ranks, and gives their resources back."""

@@ -47,8 +47,9 @@ class WorkerEntry:
 
     @property
     def takes_requests(self) -> bool:
-        """A member whose stream is up and that serves the router's model."""
-        return self.is_up and self.is_member and self.is_expected
+        """A member whose stream is up, that serves the router's model and is whole."""
+        is_rebuilding = self.status is not None and self.status.is_rebuilding
+        return self.is_up and self.is_member and self.is_expected and not is_rebuilding
 
     @property
     def can_decode(self) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from workers.errors import InvalidRequest, PoolsLost, Refusal, Refused
+from workers.errors import InvalidRequest, PoolsLost, RankLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
@@ -186,7 +186,12 @@ class Engine:
         live.report = report
         live.extra_cached = cached_tokens
         table = live.sequence.table
-        self._runner.kv_memory.adopt(table.blocks[table.num_cached :])
+        try:
+            self._runner.kv_memory.adopt(table.blocks[table.num_cached :])
+        except RankLost as error:
+            log.warning("a prompt that has landed is computed again: %s", error)
+            self.transfer_failed(sequence_id, report)
+            return
         self._scheduler.landed(live.sequence)
         known = live.sequence.known
         first = Sampled(sequence_id, known[0]) if known else sampled
@@ -250,6 +255,11 @@ class Engine:
         self.last_step_s = self._clock() - started
         return result
 
+    def forget_cache(self) -> None:
+        """Empties the prefix cache: what it holds may be gone with a rank."""
+        for pool in range(self._runner.num_pools):
+            self._kv.forget_pool(pool)
+
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
         return self._kv.dump()
@@ -292,7 +302,11 @@ class Engine:
         blocks = tuple(sequence.table.blocks)
         num_filled = len(blocks) if done else sequence.num_computed // BLOCK_SIZE
         is_first = piece.start <= sequence.table.num_cached * BLOCK_SIZE  # cached blocks were never shown to a transfer
-        self._runner.kv_memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
+        try:
+            self._runner.kv_memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
+        except RankLost as error:
+            self._fail(live, Refusal.WORKER_LOST, str(error), result)
+            return
         result.filled.append(BlocksFilled(sequence.sequence_id, blocks, num_filled))
         if done:
             elapsed = self._clock() - live.started_s

@@ -56,11 +56,16 @@ class DumpKv:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetCache:
+    """Empty the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-Command = Add | CancelSequence | Landed | TransferLost | DumpKv | _Stop
+Command = Add | CancelSequence | Landed | TransferLost | DumpKv | ForgetCache | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,5 +150,7 @@ class EngineThread:
                 engine.transfer_failed(command.sequence_id, command.report)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
+            case ForgetCache():
+                engine.forget_cache()
             case _Stop():
                 pass

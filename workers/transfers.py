@@ -40,6 +40,8 @@ class Identity:
     role: Role
     generation: int
     target: str = ""
+    is_rebuilding: bool = False
+    """A rank is missing; nothing new is accepted."""
 
     @property
     def address(self) -> WorkerAddress:
@@ -138,6 +140,11 @@ class Transfers:
             entry[0].post(Broken(message))
         return entry is not None
 
+    def fail_sources(self, message: str) -> None:
+        """Gives up every prompt that is computed here for others."""
+        for driver, _ in self._sources.values():
+            driver.post(Broken(message))
+
     def _release_source(self, sequence_id: int, reason: str) -> None:
         driver, _ = self._sources.pop(sequence_id)
         self._post(CancelSequence(sequence_id))
@@ -157,6 +164,8 @@ class Transfers:
                 Refusal.STALE_GENERATION,
                 f"{me.worker_id} is in generation {me.generation}, not {opening.source_generation}",
             )
+        if me.is_rebuilding:
+            return HandoffRefused(Refusal.SHUTTING_DOWN, f"{me.worker_id} waits for a rank")
         if not me.role.can_prefill:
             return HandoffRefused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if opening.model_fingerprint != self._fingerprint or not same_shape(opening.layout, self._memory.layout):

@@ -8,6 +8,8 @@ waits for a group operation that another does not enter.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +30,7 @@ from workers.model.parallel import Layout
 from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
 from workers.model.weights import checkpoint_folder
 from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
-from workers.status import ModelInfo
+from workers.status import ModelInfo, RankStatus
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +155,32 @@ class GroupRunner:
     @property
     def placement(self) -> Placement:
         return self._placement
+
+    @property
+    def is_serving(self) -> bool:
+        return self.leader.is_serving
+
+    @property
+    def epoch(self) -> int:
+        return self.leader.epoch
+
+    def rank_status(self) -> tuple[RankStatus, ...]:
+        """Every rank, the leader first; one that is not connected as it was last seen."""
+        leader = self.leader
+        epoch = leader.epoch if leader.is_serving else 0
+        members, remote = leader.members(), leader.remote_ranks
+        found = [RankStatus(OWN_RANK, socket.gethostname(), os.getpid(), epoch, is_alive=True)]
+        for rank in range(1, self._parallel.size):
+            hello = members.get(rank) or leader.last_seen(rank)
+            host, pid = (hello.host, hello.pid) if hello is not None else ("", 0)
+            is_alive = rank in members
+            found.append(RankStatus(rank, host, pid, epoch if is_alive else 0, is_alive, rank not in remote))
+        return tuple(found)
+
+    def remember_role(self, role: str, generation: int) -> None:
+        """What the ranks take up when the group forms next; waits for nothing."""
+        with self._truth_lock:
+            self._role, self._generation = role, generation
 
     def wait_serving(self, timeout_s: float) -> bool:
         """Whether all ranks are there within that time."""
