@@ -97,7 +97,7 @@ def test_every_head_is_sent_once_and_each_target_rank_fetches_its_own(pair: tupl
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="2 key-value heads cannot be cut among 4 ranks"):
         PoolCut(2, 1, 4)
-    with pytest.raises(InvalidConfig, match="another|different|cannot give"):
+    with pytest.raises(InvalidConfig, match="cannot give KV"):
         plan(PoolCut(2, 1, 1), 0, PoolCut(4, 1, 1), 0)
     with pytest.raises(InvalidConfig, match="does not exist"):
         plan(PoolCut(2, 1, 1), 1, PoolCut(2, 1, 1), 0)
