@@ -207,7 +207,8 @@ class Engine:
             return
         live.report = report
         if live.has_lost_blocks:
-            live.sequence.num_computed = live.sequence.table.num_cached = 0
+            table = live.sequence.table
+            live.sequence.num_computed = table.num_cached = table.num_published = 0
         self._scheduler.prefill_here(live.sequence)
 
     @property
@@ -236,7 +237,8 @@ class Engine:
             try:
                 drawn = self._runner.execute(step.batch)
             except PoolsLost as lost:
-                log.warning("a step of %d sequences has to run again: %s", len(slices), lost)
+                level = logging.WARNING if lost.pools else logging.DEBUG
+                log.log(level, "a step of %d sequences has to run again, pools %s: %s", len(slices), lost.pools, lost)
                 self._lose(lost.pools, result)
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(slices))
