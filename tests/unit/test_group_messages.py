@@ -30,7 +30,7 @@ MESSAGES: tuple[Message, ...] = (
     Welcome(17, [[0, 1], [1, 0]]),
     Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537),
     Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], b"\x00\xff"),
-    Done(3, 8, 0.25, 7, [[1, 2]], b"tail"),
+    Done(3, 8, 0.25, 7, 99, [[1, 2]], b"tail"),
     Beat(),
 )
 

@@ -27,7 +27,6 @@ class EpochMember:
         self.role, self.generation = "", 0
         self.switched_at = 0
         """The step at which the role in force came."""
-        self.sent_bytes = 0
 
     @property
     def runner(self) -> RankRunner:
@@ -88,7 +87,7 @@ class EpochMember:
         if step.moved_layer >= 0:
             self._runner.move_experts(step.moved_layer, tuple(step.moved_slots))
         results = self._runner.execute_part(batch, step.halves)
-        self.sent_bytes = self._epoch.world.num_sent_bytes
+        sent_bytes = self._epoch.world.num_sent_bytes
         load = self._runner.take_load() if step.wants_load else []
-        done = Done(step.epoch, step.number, time.monotonic() - started_s, self.generation, load)
+        done = Done(step.epoch, step.number, time.monotonic() - started_s, self.generation, sent_bytes, load)
         return results, done

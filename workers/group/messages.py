@@ -116,6 +116,8 @@ class Done:
     number: int
     step_s: float
     generation: int
+    sent_bytes: int
+    """What this rank has sent to others in the epoch's exchanges so far."""
     load: list[list[int]]
     """Tokens that chose each expert, where asked for."""
     tail: bytes = b""
