@@ -240,14 +240,14 @@ def measure_memory(folder: Path) -> dict[str, Any]:
 
 
 def _load_share(folder: str, size: int, queue: Any) -> None:
+    import torch
+
     from workers.config import ParallelConfig, WorkerConfig
     from workers.model.collectives import Links
     from workers.model.ernie_config import ErnieConfig
     from workers.model.layers import Linear
     from workers.model.parallel import Layout
     from workers.model.rank_runner import initial_placement, load_rank, share_bytes
-
-    import torch
 
     config = WorkerConfig(
         model=folder, dtype="bfloat16", max_model_len=64, kv_memory_bytes=1 << 20, native=False,

@@ -41,9 +41,19 @@ def cluster() -> Iterator[ClusterProcess]:
 @pytest.fixture(scope="module")
 def jobs() -> list[Job]:
     """Requests long enough to be struck in the middle, and the tokens that one process without ranks gives."""
+    return make_jobs(2027)
+
+
+@pytest.fixture(scope="module")
+def fresh_jobs() -> list[Job]:
+    """Others like them, which no worker has in its cache yet."""
+    return make_jobs(2028)
+
+
+def make_jobs(seed: int) -> list[Job]:
     from cluster.llm import LLM, SamplingParams
 
-    rng = random.Random(2027)
+    rng = random.Random(seed)
     prompts = [[rng.randrange(300, 1400) for _ in range(length)] for length in (1, 30, 70, 100, 129, 200, 300, 450)]
     llm = LLM(str(MODEL), native=False, kv_memory_bytes=100_000_000)
     settings: list[dict[str, Any]] = [
@@ -124,13 +134,13 @@ def test_a_lost_leader_finds_its_rank_again_with_its_weights(cluster: ClusterPro
     cluster.wait_idle(3)
 
 
-def test_a_group_switches_to_prefill_for_a_worker_of_one_rank(cluster: ClusterProcess, jobs: list[Job]) -> None:
+def test_a_group_switches_to_prefill_for_a_worker_of_one_rank(cluster: ClusterProcess, fresh_jobs: list[Job]) -> None:
     before = ranks(cluster)
     for worker_id, role in (("decode-0", "decode"), (GROUP, "prefill"), ("prefill-0", "decode")):
         switched = cluster.switch_role(worker_id, role)
         assert switched.returncode == 0, switched
-    answers = run(cluster, jobs)
-    check(jobs, answers)
+    answers = run(cluster, fresh_jobs)
+    check(fresh_jobs, answers)
     moved = [report for answer in answers if (report := answer.trace["choices"][0])["transport"] == "shm"]
     assert moved and {report["prefill_worker"] for report in moved} == {GROUP}
     assert ranks(cluster) == before

@@ -169,6 +169,8 @@ class Follower:
         nonce = bytes.fromhex(welcome.pool_nonce)
         handle = SharedHandle(welcome.pool_pid, welcome.pool_fd, welcome.pool_bytes, nonce)
         try:
+            if "shm" not in self._config.transports:
+                raise TransferFailed("worker.transports does not have shm")
             runner.use_memory(JoinedKvMemory(handle, whole), runner.layout.pool * welcome.num_blocks)
         except TransferFailed as error:
             log.info("rank %d keeps its KV to itself: %s", self._rank, error)

@@ -160,9 +160,10 @@ class GroupLeader:
         with self._changed:
             return tuple(sorted(self._remote))
 
-    def ask(self, rank: int, message: GetBlocks | PutBlocks, epoch: int) -> Blocks:
-        """A rank's answer, between two steps of `epoch`. Raises RankLost when that is over."""
+    def ask(self, rank: int, message: GetBlocks | PutBlocks, epoch: int | None = None) -> Blocks:
+        """A rank's answer, between two steps of `epoch` (None: of whichever serves). Raises RankLost when that is over."""
         with self._changed:
+            epoch = self.epoch if epoch is None else epoch
             self._blocks.pop(rank, None)
             if not self._lives(epoch):
                 raise RankLost("the group is between two epochs")

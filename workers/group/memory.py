@@ -41,13 +41,13 @@ class GroupKvMemory(KvMemory):
         layout: KvLayout,
         blocks_per_pool: int,
         remote_parts: Callable[[], Sequence[RemotePart]],
-        ask: Callable[[int, GetBlocks | PutBlocks, int], Blocks],
+        ask: Callable[[int, GetBlocks | PutBlocks, int | None], Blocks],
     ) -> None:
         super().__init__(layout)
         self._blocks_per_pool = blocks_per_pool
         self._remote_parts, self._ask = remote_parts, ask
         self.epoch = 0
-        """That of the last step: blocks are moved in the epoch that they were computed in, or not at all."""
+        """That of the last step: blocks are shown in the epoch that they were computed in, or not at all."""
         self.num_moved_bytes = 0
         """Between hosts, in both directions."""
 
@@ -60,7 +60,7 @@ class GroupKvMemory(KvMemory):
     def adopt(self, blocks: Sequence[int]) -> None:
         for part, ids, local in self._shares(blocks):
             tail = take_heads(self, ids, part.first_head, part.num_heads)
-            self._ask(part.rank, PutBlocks(local, tail), self.epoch)
+            self._ask(part.rank, PutBlocks(local, tail), None)
             self.num_moved_bytes += len(tail)
 
     def _shares(self, blocks: Sequence[int]) -> Iterator[tuple[RemotePart, list[int], list[int]]]:
