@@ -37,11 +37,13 @@ class Checkpoint:
         return cls(runner, tokenizer, config.served_model_name or Path(config.model).resolve().name)
 
     @classmethod
-    def load_group(cls, config: WorkerConfig, plan: GroupPlan, on_lost: Callable[[int, str], None]) -> Checkpoint:
+    def load_group(
+        cls, config: WorkerConfig, plan: GroupPlan, on_lost: Callable[[int, str], None], port: int = 0
+    ) -> Checkpoint:
         """Rank 0 of a group, which leads it; the other ranks come when the plan's owner starts them. As `load`."""
         tokenizer = Tokenizer.load(config.model)
         runner = GroupRunner.load(
-            config, host=plan.host, token=plan.token, on_listening=plan.on_listening, on_lost=on_lost
+            config, host=plan.host, port=port, token=plan.token, on_listening=plan.on_listening, on_lost=on_lost
         )
         return cls(runner, tokenizer, config.served_model_name or Path(config.model).resolve().name)
 

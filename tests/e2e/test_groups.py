@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_process import MODEL, ClusterProcess, wait_until
+from cluster_process import MODEL, ROOT, ClusterProcess, wait_until
 from conftest import Job
 from test_exactness import Answer, check, run
 from test_joining import joined
+
+from cluster.local import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -23,19 +29,59 @@ PARALLEL = (
     "worker.parallel.expert_parallel=2",
     "--set",
     "worker.parallel.heartbeat_timeout_s=2",
+    "--set",
+    "ray.rank_placement=spread",
 )
+RAYLET = """
+import sys
+from cluster.local import loopback_only
+from ray.scripts.scripts import cli
+with loopback_only():
+    cli(["start", "--address", sys.argv[1], "--node-ip-address", "127.0.0.1", "--num-cpus", "1",
+          "--object-store-memory", "80000000", "--disable-usage-stats", "--block"])
+"""
+"""A further node of a running Ray, on this machine and bound to the loopback address."""
+
+
+@contextmanager
+def second_node(address: str) -> Iterator[None]:
+    environment = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-c", RAYLET, address]
+    node = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert node.stdout is not None
+    said = ""
+    for line in node.stdout:
+        said += line
+        if "Ray runtime started" in line:
+            break
+    else:
+        raise AssertionError(said)
+    try:
+        yield
+    finally:
+        node.terminate()
+        node.stdout.read()
+        node.wait(60)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ClusterProcess]:
-    """Two prefill workers of one rank each and one decode worker, a group of two that has joined."""
+    """Two prefill workers of one rank each and one decode worker, a group of two that has joined over two Ray nodes."""
     running = ClusterProcess("--prefill", "1", "--decode", "1", "--no-dashboard", *SETTINGS)
     arguments = ("--name", GROUP, "--role", "decode", "--ray-address", running.ray_address)
-    with joined("worker", *arguments, *SETTINGS, *PARALLEL):
-        wait_until(lambda: GROUP in running.workers(), 60, f"{GROUP} to be connected")
-        assert running.switch_role("decode-0", "prefill").returncode == 0
-        yield running
-    running.stop()
+    try:
+        with second_node(running.ray_address), joined("worker", *arguments, *SETTINGS, *PARALLEL):
+            wait_until(lambda: GROUP in running.workers(), 60, f"{GROUP} to be connected")
+            assert running.switch_role("decode-0", "prefill").returncode == 0
+            yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +151,11 @@ def test_a_group_decodes_what_workers_of_one_rank_prefilled(cluster: ClusterProc
     shown = cluster.baton("status", "--url", cluster.url).stdout
     assert f"{GROUP}/rank-0" in shown and f"{GROUP}/rank-1" in shown
     cluster.wait_idle(3)
+
+
+def test_the_ranks_of_a_group_live_on_different_ray_nodes(cluster: ClusterProcess) -> None:
+    raylets = {parent_of(pid) for pid in ranks(cluster).values()}
+    assert len(raylets) == 2, "a rank's process is the child of its node"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
