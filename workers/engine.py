@@ -82,6 +82,7 @@ class Engine:
     """Runs sequences on one Runner. One thread owns it.
 
     `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens.
+    `hands_off` False: this engine's KV cannot be reached by other workers, so it computes every prompt itself.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Engine:
         max_model_len: int,
         prefix_cache: bool = True,
         worker_id: str = "local",
+        hands_off: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -101,6 +103,7 @@ class Engine:
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
         self._worker_id = worker_id
+        self._hands_off = hands_off
         self._clock = clock
         num_pools, num_blocks = runner.num_pools, runner.kv_memory.layout.num_blocks
         self._kv = (
@@ -139,8 +142,12 @@ class Engine:
             )
 
     def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL) -> None:
-        """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL)."""
+        """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL, WRONG_ROLE)."""
         self.check(request)
+        if not self._hands_off:
+            if kind is Kind.SOURCE:
+                raise Refused(Refusal.WRONG_ROLE, "this worker's KV is spread over ranks that other workers cannot read")
+            kind = Kind.LOCAL
         output = None
         if kind is not Kind.SOURCE:
             eos = frozenset(self._eos)

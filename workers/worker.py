@@ -59,6 +59,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         max_model_len=model.info.max_model_len,
         prefix_cache=config.prefix_cache,
         worker_id=worker_id,
+        hands_off=config.parallel.size == 1,
     )
 
 
