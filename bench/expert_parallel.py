@@ -270,7 +270,9 @@ def _status(name: str) -> int:
 
 
 def print_projection() -> None:
-    print("\n| model | ranks | tokens a rank | exact: exchange us | share | partial sums: exchange us | share | experts us |")
+    print(
+        "\n| model | ranks | tokens a rank | exact: exchange us | share | partial sums: exchange us | share | experts us |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for model in MODELS:
         for size in (8, 16, 32):
@@ -329,9 +331,7 @@ def measure_single(folder: Path, batch: int, steps: int) -> dict[str, Any]:
     from workers.model.torch_runner import TorchRunner
 
     runner = TorchRunner.load(
-        WorkerConfig(
-            model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=False
-        )
+        WorkerConfig(model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=False)
     )
     decode_s, prefill_s = measure(runner, batch, steps)
     return {

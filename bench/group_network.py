@@ -84,17 +84,18 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     """Runs prompts on the group and on one rank, and compares tokens and KV; then moves KV back and forth."""
     import torch
 
-    from workers.group.watch import GroupPlan
+    from workers.group.runner import GroupRunner
     from workers.loaded import Checkpoint
     from workers.model.torch_runner import TorchRunner
+    from workers.tokenizer import Tokenizer
     from workers.worker import make_engine
 
     torch.set_num_threads(1)
     config = config_of(args)
-    plan = GroupPlan(LEADER, "cable", lambda address: None, lambda rank, reason: None)
-    group = Checkpoint.load_group(config, plan, lambda rank, reason: None, PORT)
-    ranks = group.ranks
-    assert ranks is not None and ranks.wait_serving(120), "the ranks did not meet"
+    tokenizer = Tokenizer.load(config.model)
+    ranks = GroupRunner.load(config, host=LEADER, port=PORT, token="cable")
+    group = Checkpoint(ranks, tokenizer, "group")
+    assert ranks.wait_serving(120), "the ranks did not meet"
     before = interface_bytes()
     tokens, seconds, steps = generate(make_engine(config, group))
     rows_bytes = sum(done.sent_bytes for done in ranks.last_done.values())
@@ -104,7 +105,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     memory.expose(range(layout.num_blocks))
     expose_s = time.perf_counter() - began
     alone = TorchRunner.load(replace(config, parallel=type(config.parallel)()))
-    golden, _, _ = generate(make_engine(config, Checkpoint(alone, group.tokenizer, "alone")))
+    golden, _, _ = generate(make_engine(config, Checkpoint(alone, tokenizer, "alone")))
     blocks = {memory.block(at, 0, layout.num_layers).tobytes() for at in range(layout.num_blocks)}
     golden_blocks = [
         block.tobytes()

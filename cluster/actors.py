@@ -45,7 +45,7 @@ class WorkerLike(Protocol):
 
 
 WorkerFactory = Callable[..., WorkerLike]
-"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `group`."""
+"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `plan`."""
 
 
 class Actor(ABC):
@@ -155,12 +155,12 @@ class WorkerActor(Actor):
         await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
 
     async def _run(self) -> None:
-        make = await asyncio.to_thread(_import_worker) if self._factory is None else self._factory
+        make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
         start_count = await _insist(lambda: count_start(store, self._name))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
-        group = {"group": self._plan_group()} if self._secret else {}
-        worker = make(self._config, self._name, start_count, role, self._on_role_change, **group)
+        plan = {"plan": self._plan_group()} if self._secret else {}
+        worker = make(self._config, self._name, start_count, role, self._on_role_change, **plan)
         self._worker = worker
         address = await worker.start()
         registrar = Registrar(
@@ -261,9 +261,10 @@ def leave_for_good() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def _import_worker() -> WorkerFactory:
+def _import_worker(is_group: bool) -> WorkerFactory:
     """On a thread, as it loads torch: the actor answers meanwhile."""
-    factory: WorkerFactory = importlib.import_module("workers.worker").Worker
+    module = importlib.import_module("workers.group.worker" if is_group else "workers.worker")
+    factory: WorkerFactory = module.GroupWorker if is_group else module.Worker
     return factory
 
 

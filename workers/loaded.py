@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from workers.config import WorkerConfig
-from workers.group.runner import GroupRunner
-from workers.group.watch import GroupPlan
 from workers.model.loading import load_runner
-from workers.model.model_runner import ModelRunner
 from workers.request import Request
 from workers.runner import Runner
 from workers.status import ModelInfo
@@ -21,10 +17,20 @@ PROMPT_TAIL = 16
 """Prompt tokens that a detokenizer sees, so that the first output token joins on as it should."""
 
 
+class LoadedRunner(Runner, Protocol):
+    """A runner that knows what it serves: of one process, or the leader's of a group."""
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
 class Checkpoint:
     """Implements workers.worker.LoadedModel for a "-PT" folder."""
 
-    def __init__(self, runner: ModelRunner[Any] | GroupRunner, tokenizer: Tokenizer, served_name: str) -> None:
+    def __init__(self, runner: LoadedRunner, tokenizer: Tokenizer, served_name: str) -> None:
         self._runner = runner
         self.tokenizer = tokenizer
         self._info = replace(runner.model_info, name=served_name)
@@ -35,22 +41,6 @@ class Checkpoint:
         tokenizer = Tokenizer.load(config.model)
         runner = load_runner(config)
         return cls(runner, tokenizer, config.served_model_name or Path(config.model).resolve().name)
-
-    @classmethod
-    def load_group(
-        cls, config: WorkerConfig, plan: GroupPlan, on_lost: Callable[[int, str], None], port: int = 0
-    ) -> Checkpoint:
-        """Rank 0 of a group, which leads it; the other ranks come when the plan's owner starts them. As `load`."""
-        tokenizer = Tokenizer.load(config.model)
-        runner = GroupRunner.load(
-            config, host=plan.host, port=port, token=plan.token, on_listening=plan.on_listening, on_lost=on_lost
-        )
-        return cls(runner, tokenizer, config.served_model_name or Path(config.model).resolve().name)
-
-    @property
-    def ranks(self) -> GroupRunner | None:
-        """The group that computes; None: this process does it alone."""
-        return self._runner if isinstance(self._runner, GroupRunner) else None
 
     @property
     def runner(self) -> Runner:

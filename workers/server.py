@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -32,6 +32,14 @@ log = logging.getLogger(__name__)
 STATUS_INTERVAL_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Face:
+    """What a worker of several ranks says of them in its status."""
+
+    ranks: Callable[[], tuple[RankStatus, ...]] = tuple
+    counters: Callable[[], tuple[tuple[str, float], ...]] = tuple
+
+
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
     """Connects routers, transfers and the engine thread. Everything here runs on one event loop.
 
@@ -46,10 +54,9 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         memory: KvMemory,
         post: Callable[[Command], None],
         on_role_change: Callable[[Role, int], None] | None = None,
-        ranks: Callable[[], tuple[RankStatus, ...]] = tuple,
-        group_counters: Callable[[], tuple[tuple[str, float], ...]] = tuple,
+        face: Face | None = None,
     ) -> None:
-        self._ranks, self._group_counters = ranks, group_counters
+        self._face = face or Face()
         self._config = config
         self._identity = identity
         self._model = model
@@ -81,8 +88,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             pid=os.getpid(),
             host=socket.gethostname(),
             kv_block_bytes=self._memory.layout.block_bytes,
-            counters=self._counters + extra + self._group_counters(),
-            ranks=self._ranks(),
+            counters=self._counters + extra + self._face.counters(),
+            ranks=self._face.ranks(),
             is_rebuilding=self._identity.is_rebuilding,
         )
 

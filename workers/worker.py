@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import grpc
 
 from workers.config import WorkerConfig
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
-from workers.errors import InvalidConfig, RankLost
-from workers.group.watch import GroupPlan, GroupWatch
+from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvMemory
 from workers.pb import worker_pb2_grpc
 from workers.peers import SERVER_OPTIONS
@@ -21,12 +20,9 @@ from workers.request import Request
 from workers.runner import Runner
 from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
-from workers.server import WorkerServer
+from workers.server import Face, WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.transfers import Identity
-
-if TYPE_CHECKING:
-    from workers.group.runner import GroupRunner
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +83,7 @@ class Worker:
         role: Role,
         on_role_change: Callable[[Role, int], None] | None = None,
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
-        group: GroupPlan | None = None,
     ) -> None:
-        """`group`: how this worker's ranks come about, when config.parallel asks for several."""
-        self._group_plan = group
-        self._group: GroupWatch | None = None
-        self._ranks: GroupRunner | None = None
-        self._switches: set[asyncio.Task[None]] = set()
         self._config = config
         self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
         self._on_role_change = on_role_change
@@ -116,8 +106,8 @@ class Worker:
             model.info,
             model.runner.kv_memory,
             thread.post,
-            self._role_changed,
-            *((self._group.rank_status, self._group.counters) if self._group is not None else ()),
+            self._on_role_change,
+            self._face(),
         )
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
@@ -126,47 +116,15 @@ class Worker:
         await self._grpc.start()
         thread.start()
         self._ticker = asyncio.create_task(server.tick_forever())
-        if self._group is not None:
-            self._group.start(server)
         log.info("%s serves %s at %s", self._identity.worker_id, model.info.name, self._identity.target)
         return self._identity.address
 
     async def _load_model(self) -> LoadedModel:
-        """The checkpoint, whole or this rank's part; a group is complete afterwards."""
-        if self._config.parallel.size == 1:
-            return await asyncio.to_thread(self._load, self._config)
-        plan = self._group_plan
-        if plan is None:
-            raise InvalidConfig(
-                "a worker with several ranks is started by a cluster: use `baton serve` or `baton worker`"
-            )
-        from workers.loaded import Checkpoint
+        return await asyncio.to_thread(self._load, self._config)
 
-        watch = GroupWatch(self._config.parallel.heartbeat_timeout_s, plan.on_lost)
-        model = await asyncio.to_thread(Checkpoint.load_group, self._config, plan, watch.lost)
-        assert model.ranks is not None
-        self._group, self._ranks = watch, model.ranks
-        self._ranks.remember_role(self._identity.role.value, self._identity.generation)
-        await watch.wait_formed(model.ranks)
-        return model
-
-    def _role_changed(self, role: Role, generation: int) -> None:
-        if self._ranks is not None:
-            self._ranks.remember_role(role.value, generation)
-            if not self._identity.is_rebuilding:
-                task = asyncio.create_task(self._switch_ranks(role, generation))
-                self._switches.add(task)
-                task.add_done_callback(self._switches.discard)
-        if self._on_role_change is not None:
-            self._on_role_change(role, generation)
-
-    async def _switch_ranks(self, role: Role, generation: int) -> None:
-        """All ranks take the role at one step; a group that breaks meanwhile takes it when it forms again."""
-        assert self._ranks is not None
-        try:
-            await asyncio.to_thread(self._ranks.switch_role, role.value, generation)
-        except RankLost as error:
-            log.warning("%s: %s", self._identity.worker_id, error)
+    def _face(self) -> Face:
+        """What the server says of this worker beside what it knows itself."""
+        return Face()
 
     def _bind(self, server: grpc.aio.Server) -> str:
         host, port = self._config.host, self._config.port
@@ -203,9 +161,6 @@ class Worker:
         if self._thread is not None:
             await self._thread.stop()
             self._thread = None
-        if self._group is not None:
-            await self._group.stop()
-            self._group = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None

@@ -18,6 +18,7 @@ from test_worker import Attached, tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig, Refusal
 from workers.group.watch import GroupPlan
+from workers.group.worker import GroupWorker
 from workers.request import FinishReason
 from workers.runner import BLOCK_SIZE
 from workers.status import RankStatus, Role, WorkerAddress
@@ -87,7 +88,11 @@ async def running(
     name: str, role: Role, config: WorkerConfig, processes: RankPool
 ) -> AsyncIterator[tuple[Worker, WorkerAddress, Ranks]]:
     ranks = Ranks(processes, config)
-    worker = Worker(config, name, 1, role, group=ranks.plan())
+    worker = (
+        Worker(config, name, 1, role)
+        if config.parallel.size == 1
+        else GroupWorker(config, name, 1, role, plan=ranks.plan())
+    )
     try:
         yield worker, await asyncio.wait_for(worker.start(), BOUND_S), ranks
     finally:
@@ -179,15 +184,14 @@ async def test_a_lost_rank_gives_requests_back_and_the_worker_returns_in_a_new_g
 async def test_all_ranks_of_a_group_take_a_new_role_at_one_step(processes: RankPool) -> None:
     async with running("decode-0", Role.DECODE, EP2, processes) as (worker, address, _):
         assert worker.set_role(Role.PREFILL).generation == address.generation + 1
-        assert worker._ranks is not None
-        async with asyncio.timeout(BOUND_S):
-            while worker._ranks.member.role != "prefill":
-                await asyncio.gather(*worker._switches)
-        answers = worker._ranks.last_done
+        assert isinstance(worker, GroupWorker)
+        await asyncio.wait_for(worker.switched(), BOUND_S)
+        assert worker.group.member.role == "prefill"
+        answers = worker.group.last_done
         assert {done.generation for done in answers.values()} == {address.generation + 1}
         assert len({done.number for done in answers.values()}) == 1
 
 
 async def test_a_worker_of_several_ranks_without_a_cluster_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="started by a cluster"):
+    with pytest.raises(InvalidConfig, match="start a group"):
         await Worker(EP2, "decode-0", 1, Role.MIXED).start()

@@ -26,7 +26,7 @@ from workers.model.collectives import Links, start_store
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, Slots, imbalance, replan
 from workers.model.model_runner import served_len
-from workers.model.parallel import Layout
+from workers.model.parallel import Layout, require_device
 from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
 from workers.model.weights import checkpoint_folder
 from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
@@ -89,6 +89,7 @@ class GroupRunner:
         with the same rank and token. Raises InvalidConfig.
         """
         dimensions = ErnieConfig.load(checkpoint_folder(config.model))
+        require_device(config.parallel, config.device)
         layout = Layout.of(config.parallel, dimensions, OWN_RANK)
         num_blocks = rank_layout(config, dimensions, layout, served_len(config, dimensions)).num_blocks
         placement = initial_placement(config, dimensions)

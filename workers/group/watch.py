@@ -33,6 +33,8 @@ class GroupPlan:
     token: str
     on_listening: Callable[[tuple[str, int]], None]
     on_lost: Callable[[RankStatus, str], None]
+    port: int = 0
+    """0: any free one."""
 
 
 class Ranks(Protocol):
@@ -93,11 +95,15 @@ class GroupWatch:
         self._server = server
         self._task = asyncio.create_task(self._watch(), name="group-watch")
 
-    async def stop(self) -> None:
-        """Ends the watch and the group."""
+    def pause(self) -> None:
+        """Before the worker stops: no loss is acted upon any more."""
         self._server = None
         if self._task is not None:
             self._task.cancel()
+
+    async def stop(self) -> None:
+        """Ends the watch and the group."""
+        self.pause()
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.stop)
 

@@ -47,7 +47,6 @@ class ModelRunner(ABC, Generic[M]):
         self._model = model
         self._memory = memory
         self._info = info
-        self.num_pools = 1
         self.warnings: tuple[str, ...] = ()
         """What was found at start-up, one sentence each."""
 
@@ -58,6 +57,10 @@ class ModelRunner(ABC, Generic[M]):
     @property
     def vocab_size(self) -> int:
         return self._info.vocab_size
+
+    @property
+    def num_pools(self) -> int:
+        return 1
 
     @property
     def kv_memory(self) -> KvMemory:

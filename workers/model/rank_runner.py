@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from workers.config import WorkerConfig
-from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links
 from workers.model.ernie import Ernie, Part, mixture_index
@@ -22,7 +21,7 @@ from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_l
 from workers.model.layers import FeedForward
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.moe import MixtureOfExperts
-from workers.model.parallel import Layout, Share
+from workers.model.parallel import Layout, Share, require_device
 from workers.model.self_test import require_invariance
 from workers.model.torch_runner import TorchRunner
 from workers.model.weights import Checkpoint, checkpoint_folder
@@ -191,6 +190,7 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     """
     folder = checkpoint_folder(config.model)
     dimensions = ErnieConfig.load(folder)
+    require_device(config.parallel, config.device)
     layout = Layout.of(config.parallel, dimensions, rank)
     max_model_len = served_len(config, dimensions)
     torch.set_num_threads(config.num_threads)
@@ -289,9 +289,3 @@ def _like(expert: FeedForward, template: FeedForward) -> FeedForward:
         for linear in expert.linears:
             linear.use_tiles()
     return expert
-
-
-def require_same(mine: ModelInfo, theirs: str) -> None:
-    """Raises InvalidConfig when another rank loaded something else."""
-    if mine.fingerprint != theirs:
-        raise InvalidConfig("the ranks of a group must load the same checkpoint with the same settings; they did not")
