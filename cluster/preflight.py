@@ -11,7 +11,7 @@ from cluster.store.store import StoreUnavailable
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.ernie_config import ErnieConfig
-from workers.model.parallel import check
+from workers.model.parallel import check, require_device
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
@@ -44,14 +44,9 @@ def check_model(path: str) -> None:
 
 def check_layout(config: WorkerConfig) -> None:
     """Raises InvalidConfig when the model cannot be spread over ranks as worker.parallel asks."""
-    if config.parallel.size == 1:
-        return
-    if config.device != "cpu":
-        raise InvalidConfig(
-            f"worker.parallel asks for {config.parallel.size} ranks and worker.device is {config.device!r}; "
-            "a worker of several ranks computes on the cpu so far: serve on a GPU with one rank a worker"
-        )
-    check(config.parallel, ErnieConfig.load(Path(config.model)))
+    if config.parallel.size > 1:
+        require_device(config.parallel, config.device)
+        check(config.parallel, ErnieConfig.load(Path(config.model)))
 
 
 def check_port(host: str, port: int, setting: str) -> None:
