@@ -332,7 +332,7 @@ def make_worker_engine(settings: WorkerConfig, group: GroupRunner) -> Engine:
 def test_a_single_worker_does_not_start_a_group_by_mistake() -> None:
     with pytest.raises(InvalidConfig, match="start a group"):
         load_runner(config(SHIPPED, expert_parallel=2))
-    with pytest.raises(InvalidConfig, match="runs on worker.device cpu"):
+    with pytest.raises(InvalidConfig, match=r"runs on worker\.device cpu"):
         require_device(ParallelConfig(expert_parallel=2), "cuda")
 
 
