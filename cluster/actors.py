@@ -173,14 +173,19 @@ class WorkerActor(Actor):
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
-        from cluster.ranks import end_rank, own_address
+        from cluster.ranks import REJOIN_GRACE_S, end_rank, own_address
 
         def on_listening(address: tuple[str, int]) -> None:
             self._loop.call_soon_threadsafe(self._group_address.set_result, address)
 
         def on_lost(rank: RankStatus, reason: str) -> None:
             log.warning("%s lost rank %d: %s", self._name, rank.rank, reason)
-            threading.Thread(target=end_rank, args=(rank,), name="end-rank", daemon=True).start()
+            self._loop.call_later(REJOIN_GRACE_S, end_unless_back, rank)
+
+        def end_unless_back(rank: RankStatus) -> None:
+            known = self._worker.status().ranks if self._worker is not None and self._started.done() else ()
+            if not any(now.pid == rank.pid and now.rank == rank.rank and now.is_alive for now in known):
+                threading.Thread(target=end_rank, args=(rank,), name="end-rank", daemon=True).start()
 
         return GroupPlan(own_address(), self._secret, on_listening, on_lost)
 

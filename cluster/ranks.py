@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 0.5
 """A leader that does not answer, because its process is being started, is asked again this much later."""
+REJOIN_GRACE_S = 1.5
+"""A rank that was lost and lives, as one whose connection broke, may come back with its weights; later its process is ended."""
 ANSWER_TIMEOUT_S = 10.0
 """Then the actor is looked up anew: its name may belong to another start by now."""
 

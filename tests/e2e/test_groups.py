@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_process import MODEL, ROOT, ClusterProcess, wait_until
+from cluster_process import MODEL, ROOT, ClusterProcess, pools_in_use, wait_until
 from conftest import Job
 from test_exactness import Answer, check, run
 from test_joining import joined
@@ -196,3 +196,18 @@ def test_a_group_switches_to_prefill_for_a_worker_of_one_rank(cluster: ClusterPr
     assert moved and {report["prefill_worker"] for report in moved} == {GROUP}
     assert ranks(cluster) == before
     cluster.wait_idle(3)
+
+
+def test_afterwards_each_worker_has_one_pool_whatever_its_ranks(cluster: ClusterProcess) -> None:
+    everyone = all_processes()
+    alive = {worker["pid"] for worker in cluster.workers().values()} | set(ranks(cluster).values())
+
+    def pools() -> dict[int, set[int]]:
+        return {pool: users for pool, users in pools_in_use(everyone).items() if users & alive}
+
+    wait_until(lambda: len(pools()) == 3, 20, "one pool a worker", lambda: str((alive, pools())))
+    assert set(ranks(cluster).values()) in pools().values(), "the ranks of the group share one"
+
+
+def all_processes() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}

@@ -25,7 +25,7 @@ class GroupPlan:
     """What a worker's owner arranges for its ranks.
 
     Ranks find the leader at the address that `on_listening` hears of, and prove with `token` that they belong to it.
-    `on_lost(rank, reason)` is called on some thread when a rank is gone or silent: see that its process ends, and
+    `on_lost(rank, reason)` is called on the worker's event loop when a rank is gone or silent: see that its process ends, and
     that another one takes its place.
     """
 
