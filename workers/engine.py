@@ -146,7 +146,9 @@ class Engine:
         self.check(request)
         if not self._hands_off:
             if kind is Kind.SOURCE:
-                raise Refused(Refusal.WRONG_ROLE, "this worker's KV is spread over ranks that other workers cannot read")
+                raise Refused(
+                    Refusal.WRONG_ROLE, "this worker's KV is spread over ranks that other workers cannot read"
+                )
             kind = Kind.LOCAL
         output = None
         if kind is not Kind.SOURCE:
