@@ -22,6 +22,7 @@ from random_checkpoints import random_checkpoint
 
 TOKEN = "bench"
 PROMPT = 128
+PARTS = ("steps", "memory", "balance", "killed", "hung", "projection")
 
 
 def serve(config: Any, rank: int, address: tuple[str, int]) -> None:
@@ -290,40 +291,51 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--projection", action="store_true", help="print the projection alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    if arguments.projection:
-        print_projection()
-        return
     import torch
 
     torch.set_num_threads(1)
     folder = random_checkpoint(SMALL, arguments.cache)
-    rows = [measure_single(folder, arguments.batch, arguments.steps)]
+    found: dict[str, Any] = {}
+    for part in arguments.parts:
+        match part:
+            case "steps":
+                found[part] = measure_steps(folder, arguments.batch, arguments.steps)
+                print_steps(found[part])
+            case "memory":
+                found[part] = measure_memory(folder)
+            case "balance":
+                found[part] = measure_balance(folder)
+            case "killed":
+                found[part] = measure_recovery(folder, signal.SIGKILL, 20.0)
+            case "hung":
+                found[part] = measure_recovery(folder, signal.SIGSTOP, 4.0)
+            case "projection":
+                print_projection()
+        if part in found and part != "steps":
+            print(f"\n{part}: {found[part]}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def measure_steps(folder: Path, batch: int, steps: int) -> list[dict[str, Any]]:
     layouts: tuple[dict[str, Any], ...] = (
         {"expert_parallel": 2}, {"expert_parallel": 4}, {"expert_parallel": 4, "exact_combine": False},
         {"expert_parallel": 2, "min_overlap_tokens": 1}, {"expert_parallel": 2, "tensor_parallel": 2},
     )  # fmt: skip
-    rows += [measure_group(folder, arguments.batch, arguments.steps, **layout) for layout in layouts]
+    rows = [measure_single(folder, batch, steps)]
+    return rows + [measure_group(folder, batch, steps, **layout) for layout in layouts]
+
+
+def print_steps(rows: list[dict[str, Any]]) -> None:
     print("| layout | decode step ms | prefill step ms | bytes a token and layer | formula |")
     print("|---|--:|--:|--:|--:|")
     for row in rows:
         layout = ", ".join(f"{name} {value}" for name, value in row["layout"].items()) or "one rank"
         formula = "-" if row["formula"] is None else f"{row['formula']:.0f}"
-        print(
-            f"| {layout} | {row['decode_ms']:.1f} | {row['prefill_ms']:.1f} | {row['bytes_token_layer']:.0f} | {formula} |"
-        )
-    extra = {
-        "memory": measure_memory(folder),
-        "balance": measure_balance(folder),
-        "killed": measure_recovery(folder, signal.SIGKILL, 20.0),
-        "hung": measure_recovery(folder, signal.SIGSTOP, 4.0),
-    }
-    for name, value in extra.items():
-        print(f"\n{name}: {value}")
-    print_projection()
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, **extra}, indent=1))
+        moved = row["bytes_token_layer"]
+        print(f"| {layout} | {row['decode_ms']:.1f} | {row['prefill_ms']:.1f} | {moved:.0f} | {formula} |", flush=True)
 
 
 def measure_single(folder: Path, batch: int, steps: int) -> dict[str, Any]:

@@ -192,8 +192,9 @@ def test_a_group_switches_to_prefill_for_a_worker_of_one_rank(cluster: ClusterPr
         assert switched.returncode == 0, switched
     answers = run(cluster, fresh_jobs)
     check(fresh_jobs, answers)
-    moved = [report for answer in answers if (report := answer.trace["choices"][0])["transport"] == "shm"]
-    assert moved and {report["prefill_worker"] for report in moved} == {GROUP}
+    reports = [answer.trace["choices"][0] for answer in answers]
+    moved = [report for report in reports if report["transport"] == "shm"]
+    assert len(moved) >= 5 and {report["prefill_worker"] for report in moved} == {GROUP}, (reports, cluster.workers())
     assert ranks(cluster) == before
     cluster.wait_idle(3)
 

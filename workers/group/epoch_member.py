@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import time
 
-import torch
-
 from workers.config import ParallelConfig
 from workers.errors import RankLost
 from workers.group.messages import Done, Form, Step
@@ -53,7 +51,6 @@ class EpochMember:
             rank=layout.rank,
             size=layout.size,
             tensor=layout.tensor,
-            device=torch.device("cpu"),
             host=self._host,
             timeout_s=parallel.form_timeout_s,
             aborted=aborted,

@@ -6,6 +6,7 @@ Knows no model and no Ray: somebody else starts ranks, and hears from here which
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class GroupWatch:
 
     def lost(self, rank: int, reason: str) -> None:
         """A rank is gone: by whoever noticed it, on whatever thread."""
-        self._loop.call_soon_threadsafe(self._lose, rank, reason)
+        with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
+            self._loop.call_soon_threadsafe(self._lose, rank, reason)
 
     async def wait_formed(self, ranks: Ranks) -> None:
         """Waits for the first epoch; its caller bounds the wait."""

@@ -139,10 +139,10 @@ class WorldEpoch:
         rank: int,
         size: int,
         tensor: int,
-        device: torch.device,
         host: str,
         timeout_s: float,
         aborted: threading.Event,
+        device: str = "cpu",
     ) -> WorldEpoch:
         """Meets the other ranks in the store at `store_address`. `aborted` ends this and every later wait.
 
@@ -263,9 +263,9 @@ def _row_bytes(rows: Tensor) -> int:
     return rows[0:1].numel() * rows.element_size() if len(rows) else 0
 
 
-def _process_group(store: Any, rank: int, size: int, device: torch.device, host: str) -> Any:
+def _process_group(store: Any, rank: int, size: int, device: str, host: str) -> Any:
     """A group of its own beside torch's global one. Not tried here on CUDA: there was no machine with two GPUs."""
-    if device.type == "cuda":
+    if device.startswith("cuda"):
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = _OPERATION_TIMEOUT
         return c10d.ProcessGroupNCCL(store, rank, size, options)

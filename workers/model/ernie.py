@@ -24,7 +24,7 @@ from workers.model.moe import MixtureOfExperts, Router
 from workers.model.parallel import SINGLE, Layout
 from workers.model.rope import RotaryEmbedding, rotate
 from workers.model.step_plan import StepPlan, plan_step
-from workers.model.weights import Checkpoint
+from workers.model.weights import Checkpoint, give_back_free_memory
 from workers.runner import Batch
 
 Take = Callable[..., Tensor]
@@ -76,7 +76,11 @@ class Ernie:
         # kept apart from the file, narrow: rows are widened when they are looked up
         self._embedding_VD = checkpoint.take_share(name, (V, D), stored_dtype, 0, rows.first, rows.count).clone()
         loader = Loader(config, checkpoint, dtype, part)
-        self._layers = tuple(loader.layer(index) for index in range(config.num_layers))
+        layers = []
+        for index in range(config.num_layers):
+            layers.append(loader.layer(index))
+            give_back_free_memory()
+        self._layers = tuple(layers)
         self._norm = RMSNorm(checkpoint.take("model.norm.weight", (D,), dtype).clone(), config.rms_norm_eps)
         head = name if config.tie_word_embeddings else "lm_head.weight"
         self._head = Linear(checkpoint.take_share(head, (V, D), dtype, 0, rows.first, rows.count))
