@@ -22,7 +22,8 @@ from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
-from workers.status import Role, WorkerAddress, WorkerStatus
+from workers.group.watch import GroupPlan
+from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,16 +50,17 @@ class WorkerLike(Protocol):
     async def stop(self) -> None: ...
 
 
-WorkerFactory = Callable[[WorkerConfig, str, int, Role, Callable[[Role, int], None]], WorkerLike]
+WorkerFactory = Callable[..., WorkerLike]
+"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `plan`."""
 
 
-class _Actor(ABC):
+class Actor(ABC):
     """Starts its content from the constructor, because that is all that Ray runs again after a crash.
 
-    A content whose thread (its name starts with `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
+    A content whose thread (its name starts with one of `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
     """
 
-    vital_thread = ""
+    vital_thread: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -88,7 +90,7 @@ class _Actor(ABC):
                 self._started.set_exception(error)
                 await asyncio.sleep(RETRY_START_S)
             if isinstance(error, Superseded):
-                _leave_for_good()
+                leave_for_good()
             elif not self._stopping:
                 os._exit(1)  # Ray starts the actor again, in a clean process
 
@@ -110,10 +112,13 @@ class _Actor(ABC):
                 await step
 
 
-class WorkerActor(_Actor):
-    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role."""
+class WorkerActor(Actor):
+    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role.
 
-    vital_thread = "engine"
+    With `secret` it leads the ranks of a group, of which it is rank 0: the others (cluster.ranks) ask it where to come.
+    """
+
+    vital_thread = ("engine", "group")
 
     def __init__(
         self,
@@ -123,7 +128,10 @@ class WorkerActor(_Actor):
         store: StoreConfig,
         namespace: str,
         factory: WorkerFactory | None = None,
+        secret: str = "",
     ) -> None:
+        self._secret = secret
+        self._group_address: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
         self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
         self._factory = factory
         self._worker: WorkerLike | None = None
@@ -153,17 +161,22 @@ class WorkerActor(_Actor):
         """Lets the worker's requests move away or end, within its own bound; False when some are still there."""
         return self._worker is None or not self._started.done() or await self._worker.leave()
 
+    async def group_address(self) -> tuple[str, int]:
+        """Host and port where this worker's further ranks find it; waits until it listens."""
+        return await asyncio.shield(self._group_address)
+
     async def stop(self) -> None:
         """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
         registrar, worker = self._registrar, self._worker
         await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
 
     async def _run(self) -> None:
-        make = await asyncio.to_thread(_import_worker) if self._factory is None else self._factory
+        make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
         start_count = await _insist(lambda: count_start(store, self._name))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
-        worker = make(self._config, self._name, start_count, role, self._on_role_change)
+        plan = {"plan": self._plan_group()} if self._secret else {}
+        worker = make(self._config, self._name, start_count, role, self._on_role_change, **plan)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
@@ -177,6 +190,24 @@ class WorkerActor(_Actor):
         await _insist(registrar.register)
         self._started.set_result(address.target)
         await registrar.run()
+
+    def _plan_group(self) -> GroupPlan:
+        """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
+        from cluster.ranks import REJOIN_GRACE_S, end_rank, own_address
+
+        def on_listening(address: tuple[str, int]) -> None:
+            self._loop.call_soon_threadsafe(self._group_address.set_result, address)
+
+        def on_lost(rank: RankStatus, reason: str) -> None:
+            log.warning("%s lost rank %d: %s", self._name, rank.rank, reason)
+            self._loop.call_later(REJOIN_GRACE_S, end_unless_back, rank)
+
+        def end_unless_back(rank: RankStatus) -> None:
+            known = self._worker.status().ranks if self._worker is not None and self._started.done() else ()
+            if not any(now.pid == rank.pid and now.rank == rank.rank and now.is_alive for now in known):
+                threading.Thread(target=end_rank, args=(rank,), name="end-rank", daemon=True).start()
+
+        return GroupPlan(own_address(), self._secret, on_listening, on_lost)
 
     def _on_role_change(self, role: Role, generation: int) -> None:
         """Called by the worker on a thread of its own."""
@@ -195,10 +226,10 @@ class WorkerActor(_Actor):
             self._registrar.change_draining(is_draining)
 
 
-class RouterActor(_Actor):
+class RouterActor(Actor):
     """One router, told of every change of membership. After a crash it is back on the same port."""
 
-    vital_thread = "router-"
+    vital_thread = ("router-",)
 
     def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
         self._config, self._store_config, self._namespace = config, store, namespace
@@ -256,16 +287,17 @@ async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
             await asyncio.sleep(0.5)
 
 
-def _leave_for_good() -> None:
+def leave_for_good() -> None:
     """Ends this actor without a restart, which would only push the newer one out in turn."""
     import ray
 
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def _import_worker() -> WorkerFactory:
+def _import_worker(is_group: bool) -> WorkerFactory:
     """On a thread, as it loads torch: the actor answers meanwhile."""
-    factory: WorkerFactory = importlib.import_module("workers.worker").Worker
+    module = importlib.import_module("workers.group.worker" if is_group else "workers.worker")
+    factory: WorkerFactory = module.GroupWorker if is_group else module.Worker
     return factory
 
 

@@ -84,7 +84,14 @@ class RayConfig:
     actor_cpus: float = 0.01
     """CPU share that each actor reserves in Ray's book-keeping; small, so that a laptop holds a whole cluster."""
     worker_gpus: float = 1.0
-    """GPUs that each worker reserves when worker.device is cuda; it sees no other. A fraction lets workers share one."""
+    """GPUs that each worker, or each rank of one, reserves when worker.device is cuda; it sees no other. A fraction lets
+    several share one."""
+    rank_placement: str = "pack"
+    """Where the ranks of a worker go: pack: on one node where they fit; spread: on different nodes as far as there are."""
+    placement_timeout_s: float = 15.0
+    """How long a worker's ranks wait for Ray to have room for all of them."""
+    leader_timeout_s: float = 120.0
+    """How long ranks keep their weights for a leader that is being started again."""
 
     def __post_init__(self) -> None:
         if not self.namespace:
@@ -99,6 +106,10 @@ class RayConfig:
             raise InvalidConfig(f"ray.actor_cpus must be between 0 and 1024; it is {self.actor_cpus}")
         if not 0 < self.worker_gpus <= 1:
             raise InvalidConfig(f"ray.worker_gpus must be above 0 and at most 1; it is {self.worker_gpus}")
+        if self.rank_placement not in ("pack", "spread"):
+            raise InvalidConfig(f"ray.rank_placement must be pack or spread; it is {self.rank_placement!r}")
+        if self.placement_timeout_s <= 0 or self.leader_timeout_s <= 0:
+            raise InvalidConfig("ray.placement_timeout_s and ray.leader_timeout_s must be positive")
 
 
 @dataclass(frozen=True, slots=True)

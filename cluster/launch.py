@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig
 from cluster.joining import join_ray
 from cluster.local import RaySession, end_local, make_folder, start_ray
-from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, check_store
+from cluster.preflight import check_disk_tier, check_layout, check_memory, check_model, check_port, check_store
 from cluster.progress import Progress
 from workers.errors import BatonError, InvalidConfig
 
@@ -36,6 +36,8 @@ class Cluster:
     urls: tuple[str, ...] = ()
     workers: dict[str, Any] = field(default_factory=dict)
     routers: dict[str, Any] = field(default_factory=dict)
+    pools: Any = None
+    """Who created the actors: it also holds the further ranks of workers."""
 
     @property
     def url(self) -> str:
@@ -46,6 +48,7 @@ class Cluster:
 async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
     check_model(config.worker.model)
+    check_layout(config.worker)
     if config.router.model != config.worker.model:
         check_model(config.router.model)
     for at in range(config.pools.routers):
@@ -86,7 +89,7 @@ async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> Ra
                 config.start_timeout_s,
                 f"Ray at {config.ray.address} did not answer",
             )
-    num_actors = len(config.pools.workers) + config.pools.routers + 1
+    num_actors = len(config.pools.workers) * config.worker.parallel.size + config.pools.routers + 1
     num_cpus = max(os.cpu_count() or 1, round(num_actors * config.ray.actor_cpus + 1))
     with progress.step("starting Ray"):
         return await bounded(
@@ -113,7 +116,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     from cluster.store.open import open_store
 
     config = cluster.config
-    pools = Pools(config)
+    pools = cluster.pools = Pools(config)
     if config.store.url == "memory":
         with progress.step("starting the controller"):
             cluster.controller = await asyncio.to_thread(pools.create_controller)
@@ -128,8 +131,8 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     for at in range(config.pools.routers):
         cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
-        actors = {**cluster.workers, **cluster.routers}
-        await wait_ready(actors, config.start_timeout_s)
+        ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
+        await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
         cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
     with progress.step("connecting routers to workers"):
         for url in cluster.urls:
@@ -201,7 +204,9 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
             for actors in (cluster.routers, cluster.workers):
                 await stop_actors(list(actors.values()), timeout_s)
         if cluster.config.ray.address:
-            await asyncio.to_thread(remove_actors, [*cluster.routers.values(), *cluster.workers.values()])
+            await asyncio.to_thread(remove_actors, [*cluster.routers.values()])
+            for name in cluster.workers:
+                await asyncio.to_thread(cluster.pools.remove_worker, name)
     with progress.step("stopping Ray"):
         if cluster is not None:
             left = await asyncio.to_thread(cluster.session.stop)

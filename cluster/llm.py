@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from workers.config import WorkerConfig
-from workers.errors import BatonError, Refusal
+from workers.errors import BatonError, InvalidConfig, Refusal
 from workers.loaded import Checkpoint
 from workers.request import Output, Request, SamplingParams, TokenLogprob
 from workers.worker import make_engine
@@ -51,6 +51,8 @@ class LLM:
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._config = WorkerConfig(model=model, max_queue=1 << 30, **settings)
+        if self._config.parallel.size > 1:
+            raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         self._checkpoint = Checkpoint.load(self._config)
         self._engine = make_engine(self._config, self._checkpoint)
         self._next_id = 0

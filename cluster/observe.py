@@ -7,6 +7,8 @@ from typing import Any
 
 _HEADINGS = ("WORKER", "ROLE", "GENERATION", "STATE", "REQUESTS", "RUNNING", "WAITING", "BLOCKS USED", "FRAME AGE")
 
+_RANK_HEADINGS = ("RANK", "HOST:PID", "STATE", "EPOCH", "KV MEMORY", "EXPERT IMBALANCE")
+
 
 def status_table(status: dict[str, Any]) -> str:
     """The table from the JSON of GET /admin/status."""
@@ -14,7 +16,34 @@ def status_table(status: dict[str, Any]) -> str:
     head = f"{status.get('router_id', 'router')}: {status['num_running']} running, {status['num_waiting']} waiting"
     if not rows:
         return f"{head}; no workers"
-    return f"{head}\n\n{table(_HEADINGS, rows)}"
+    ranks = rank_table(status)
+    return f"{head}\n\n{table(_HEADINGS, rows)}" + (f"\n\n{ranks}" if ranks else "")
+
+
+def rank_table(status: dict[str, Any]) -> str:
+    """The ranks of those workers that have several; empty when none has."""
+    rows = [
+        (
+            f"{view['status']['worker_id']}/rank-{rank['rank']}",
+            f"{rank['host']}:{rank['pid']}" if rank["pid"] else "-",
+            "alive" if rank["is_alive"] else "lost",
+            str(rank["epoch"] or "-"),
+            "leader's" if rank["shares_memory"] else "own",
+            f"{dict(view['status']['counters']).get('expert_imbalance', 1.0):.2f}" if not rank["rank"] else "",
+        )
+        for view in status.get("workers", ())
+        for rank in view["status"].get("ranks", ())
+    ]
+    return table(_RANK_HEADINGS, rows) if rows else ""
+
+
+def _state(view: dict[str, Any]) -> str:
+    if not view["connected"]:
+        return "lost"
+    status = view["status"]
+    if status.get("is_rebuilding"):
+        return "rebuilding"
+    return "draining" if status.get("is_draining") else "connected"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,12 +91,6 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
         f"{used}/{load['num_blocks']}",
         duration(view["frame_age_s"]),
     )
-
-
-def _state(view: dict[str, Any]) -> str:
-    if not view["connected"]:
-        return "lost"
-    return "draining" if view["status"].get("is_draining") else "connected"
 
 
 def generation_text(generation: int) -> str:

@@ -12,6 +12,8 @@ from cluster.local import port_is_free
 from cluster.store.store import StoreUnavailable
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.model.ernie_config import ErnieConfig
+from workers.model.parallel import check, require_device
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
@@ -42,6 +44,13 @@ def check_model(path: str) -> None:
         raise InvalidConfig(f"the model folder {path!r} has no .safetensors file; is its download complete?")
 
 
+def check_layout(config: WorkerConfig) -> None:
+    """Raises InvalidConfig when the model cannot be spread over ranks as worker.parallel asks."""
+    if config.parallel.size > 1:
+        require_device(config.parallel, config.device)
+        check(config.parallel, ErnieConfig.load(Path(config.model)))
+
+
 def check_port(host: str, port: int, setting: str) -> None:
     """Raises InvalidConfig when nobody could listen there."""
     try:
@@ -61,7 +70,8 @@ def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> N
         return
     count = len(config.pools.workers)
     worker = config.worker
-    each = PROCESS_BYTES + weight_bytes(worker) + worker.kv_memory_bytes + max(0, worker.kv_host_bytes)
+    each = worker.parallel.size * (PROCESS_BYTES + worker.kv_memory_bytes)
+    each += weight_bytes(worker) + max(0, worker.kv_host_bytes)
     needed = count * each + RAY_BYTES + config.ray.object_store_bytes
     if needed > available:
         raise InvalidConfig(
@@ -109,9 +119,16 @@ async def check_store(config: StoreConfig) -> None:
 
 
 def weight_bytes(config: WorkerConfig) -> int:
-    """The size of the weights in memory, from the files' headers and the configured dtype."""
+    """The size of a worker's weights in memory, over all its ranks, from the files' headers and the configured dtype."""
     size = 4 if config.dtype == "float32" else 2
-    return sum(_elements(file) for file in Path(config.model).glob("*.safetensors")) * size
+    parallel = config.parallel
+    total = experts = 0
+    for file in Path(config.model).glob("*.safetensors"):
+        for name, elements in _elements(file).items():
+            total += elements
+            experts += elements if ".experts." in name else 0
+    # experts are there once, the rest once for every run of ranks that shares it
+    return (experts + (total - experts) * (parallel.size // parallel.tensor_parallel)) * size
 
 
 def available_memory() -> int | None:
@@ -134,18 +151,18 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def _elements(file: Path) -> int:
-    """Number of weights in a safetensors file: 8 bytes of header length, a JSON header, data."""
+def _elements(file: Path) -> dict[str, int]:
+    """Number of values of each tensor in a safetensors file: 8 bytes of header length, a JSON header, data."""
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     except (OSError, ValueError) as error:
         raise InvalidConfig(f"{str(file)!r} is no safetensors file: {error}; is the download complete?") from error
-    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-    return sum(
-        (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // _TYPE_BYTES.get(tensor["dtype"], 2)
-        for tensor in tensors
-    )
+    return {
+        name: (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // _TYPE_BYTES.get(tensor["dtype"], 2)
+        for name, tensor in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _gib(size: int) -> str:

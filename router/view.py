@@ -47,8 +47,9 @@ class WorkerEntry:
 
     @property
     def takes_requests(self) -> bool:
-        """A member whose stream is up, that serves the router's model and does not drain."""
-        return self.is_up and self.is_member and self.is_expected and not self.is_draining
+        """A member whose stream is up, that serves the router's model, is whole and does not drain."""
+        is_rebuilding = self.status is not None and self.status.is_rebuilding
+        return self.is_up and self.is_member and self.is_expected and not self.is_draining and not is_rebuilding
 
     @property
     def is_draining(self) -> bool:

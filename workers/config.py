@@ -3,10 +3,72 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How one worker is spread over a group of ranks; by default it is one rank.
+
+    A group has max(expert_parallel, tensor_parallel) ranks. Attention is data-parallel over expert_parallel /
+    tensor_parallel parts of the group, each with its own sequences.
+    """
+
+    expert_parallel: int = 1
+    """Ranks that share a mixture's experts."""
+    tensor_parallel: int = 1
+    """Ranks that share the heads and dense feed-forward layers of the same sequences; 1: attention is data-parallel."""
+    redundant_experts: int = 0
+    """Further copies of busy experts, over the whole group and per layer."""
+    ranks_per_node: int = 0
+    """Ranks that share a host, which experts' copies are packed into first; 0: the whole group is on one."""
+    exact_combine: bool = True
+    """Expert outputs travel back one by one and are added as on a single rank, bit for bit. False: each rank adds its own first, which sends less."""
+    min_overlap_tokens: int = 0
+    """Steps with at least this many tokens run as two halves, one communicating while the other computes; 0: never."""
+    rebalance_steps: int = 0
+    """Steps between looks at the experts' load; 0: experts move on command only."""
+    rebalance_above: float = 1.2
+    """Load of the busiest rank over the mean, above which such a look moves experts."""
+    heartbeat_timeout_s: float = 5.0
+    """A rank that has been silent for this long is lost; ranks speak four times as often."""
+    step_timeout_s: float = 120.0
+    """A rank that speaks but does not end its step for this long is lost."""
+    form_timeout_s: float = 30.0
+    """The ranks of a group must have found each other within this time; otherwise they try again."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (1 <= self.expert_parallel <= 1024, "expert_parallel", "must be between 1 and 1024"),
+            (1 <= self.tensor_parallel <= 64, "tensor_parallel", "must be between 1 and 64"),
+            (self.redundant_experts >= 0, "redundant_experts", "must not be negative"),
+            (
+                self.ranks_per_node >= 0 and self.size % (self.ranks_per_node or self.size) == 0,
+                "ranks_per_node",
+                f"must be 0 or divide the group's {self.size} ranks",
+            ),
+            (self.min_overlap_tokens >= 0, "min_overlap_tokens", "must not be negative"),
+            (self.rebalance_steps >= 0, "rebalance_steps", "must not be negative"),
+            (self.rebalance_above >= 1, "rebalance_above", "must be at least 1"),
+            (self.heartbeat_timeout_s > 0, "heartbeat_timeout_s", "must be positive"),
+            (self.step_timeout_s > 0, "step_timeout_s", "must be positive"),
+            (self.form_timeout_s > 0, "form_timeout_s", "must be positive"),
+        )
+        for ok, name, what in checks:
+            if not ok:
+                raise InvalidConfig(f"worker.parallel.{name} {what}; it is {getattr(self, name)!r}")
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return max(self.expert_parallel, self.tensor_parallel)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.size // (self.ranks_per_node or self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +130,7 @@ class WorkerConfig:
     host: str = "127.0.0.1"
     port: int = 0
     """gRPC port; 0: any free one."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         checks = (

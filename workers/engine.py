@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.errors import InvalidRequest, PoolsLost, RankLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
+from workers.kv_cache.pools import PooledKvCache
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.pieces import layers_per_piece
@@ -26,6 +27,7 @@ from workers.status import KvEvent, Load, PrefixHint, WorkerAddress
 
 log = logging.getLogger(__name__)
 
+LOST_WITH_RANK = "the rank that held this prompt was lost"
 _WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
 
 PROMOTION_TIMEOUT_S = 5.0
@@ -125,6 +127,8 @@ class _Live:
     computed_from_s: float | None = None
     """When this worker began to compute a prompt that did not come from elsewhere."""
     is_cancelled: bool = False
+    has_lost_blocks: bool = False
+    """Its blocks lost what they held while another worker wrote into them."""
     has_spoken: bool = False
     num_running: int = 0
     """Steps launched with it and not finished: until there is none, its blocks belong to nobody else."""
@@ -174,7 +178,12 @@ class Engine:
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._clock = clock
-        self._kv = KvCacheManager(runner.kv_memory.layout.num_blocks, BLOCK_SIZE, prefix_cache, tiers)
+        num_pools, num_blocks = runner.num_pools, runner.kv_memory.layout.num_blocks
+        self._kv = (
+            KvCacheManager(num_blocks, BLOCK_SIZE, prefix_cache, tiers)
+            if num_pools == 1
+            else PooledKvCache(num_pools, num_blocks // num_pools, BLOCK_SIZE, prefix_cache)
+        )
         self._tiers = tiers
         self._scheduler = Scheduler(self._kv, limits)
         self._live: dict[int, _Live] = {}
@@ -208,10 +217,10 @@ class Engine:
                 "prompt",
             )
         longest = min(num_prompt + request.params.max_tokens, self._max_model_len)
-        if self._kv.blocks_for(longest) > self._kv.num_blocks:
+        if self._kv.blocks_for(longest) > self._kv.max_sequence_blocks:
             raise InvalidRequest(
                 f"prompt and output of {longest} tokens need {self._kv.blocks_for(longest)} KV blocks, "
-                f"the pool has {self._kv.num_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
+                f"the pool has {self._kv.max_sequence_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
                 "max_tokens",
             )
 
@@ -264,10 +273,18 @@ class Engine:
         if live.is_cancelled:
             self._drop(live)
             return
+        if live.has_lost_blocks:
+            self.transfer_failed(sequence_id, report)
+            return
         live.report = report
         live.extra_cached = cached_tokens
         table = live.sequence.table
-        self._runner.kv_memory.adopt(table.blocks[table.num_cached :])
+        try:
+            self._runner.kv_memory.adopt(table.blocks[table.num_cached :])
+        except RankLost as error:
+            log.warning("a prompt that has landed is computed again: %s", error)
+            self.transfer_failed(sequence_id, report)
+            return
         self._scheduler.landed(live.sequence, live.sequence.num_prompt)
         known = live.sequence.known
         first = Sampled(sequence_id, known[0]) if known else sampled
@@ -287,6 +304,9 @@ class Engine:
             return
         live.report = report
         live.computed_from_s = self._clock()
+        if live.has_lost_blocks:
+            table = live.sequence.table
+            live.sequence.num_computed = table.num_cached = table.num_published = 0
         self._scheduler.prefill_here(live.sequence)
 
     def settle(self) -> None:
@@ -482,6 +502,12 @@ class Engine:
                 )
             else:
                 drawn = self._launcher.finish(running.launched)
+        except PoolsLost as lost:
+            level = logging.WARNING if lost.pools else logging.DEBUG
+            log.log(
+                level, "a step of %d sequences has to run again, pools %s: %s", len(running.lives), lost.pools, lost
+            )
+            self._lose(lost.pools, result)
         except Exception as error:
             self._fail_all(running.lives, error, result)
         else:
@@ -518,6 +544,11 @@ class Engine:
         if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
             rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
             self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
+
+    def forget_cache(self) -> None:
+        """Empties the prefix cache: what it holds may be gone with a rank."""
+        for pool in range(self._runner.num_pools):
+            self._kv.forget_pool(pool)
 
     def kv_dump(self) -> KvEvent:
         """All hashes in the prefix cache."""
@@ -606,7 +637,11 @@ class Engine:
         blocks = tuple(sequence.table.blocks)
         num_filled = len(blocks) if done else sequence.num_computed // BLOCK_SIZE
         is_first = piece.start <= sequence.table.num_cached * BLOCK_SIZE  # cached blocks were never shown to a transfer
-        self._runner.kv_memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
+        try:
+            self._runner.kv_memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
+        except RankLost as error:
+            self._fail(live, Refusal.WORKER_LOST, str(error), result)
+            return
         result.filled.append(BlocksFilled(sequence.sequence_id, blocks, num_filled))
         if done:
             elapsed = self._clock() - live.started_s
@@ -661,6 +696,21 @@ class Engine:
         for live in lives:
             if live.sequence.state is not State.ENDING:
                 self._fail(live, Refusal.INTERNAL, f"the model failed: {error}", result)
+
+    def _lose(self, pools: tuple[int, ...], result: StepResult) -> None:
+        """Starts again what lived in lost pools. A transfer under way is let finish, and its prompt computed here."""
+        for pool in pools:
+            for sequence in self._scheduler.lose_pool(pool):
+                live = self._live[sequence.sequence_id]
+                if sequence.state is State.TRANSFERRING:
+                    live.has_lost_blocks = True
+                elif sequence.table.pull is not None and sequence.table.pull.num_arrived is None:
+                    result.outputs.append((sequence.sequence_id, _error(sequence, Refusal.WORKER_LOST, LOST_WITH_RANK)))
+                    if not live.is_cancelled:
+                        live.is_cancelled = True
+                        result.abandoned.append(sequence.sequence_id)
+                else:
+                    self._fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK, result)
 
     def _fail(self, live: _Live, refusal: Refusal, message: str, result: StepResult) -> None:
         sequence = live.sequence

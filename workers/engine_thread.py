@@ -130,6 +130,11 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetCache:
+    """Empty the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
@@ -149,6 +154,7 @@ Command = (
     | HoldPrefix
     | ReleasePrefix
     | DumpKv
+    | ForgetCache
     | Wake
     | _Stop
 )
@@ -291,5 +297,7 @@ class EngineThread:
                 engine.release_prefix(command.export_id)
             case DumpKv():
                 extra.kv_event = engine.kv_dump()
+            case ForgetCache():
+                engine.forget_cache()
             case Wake() | _Stop():
                 pass

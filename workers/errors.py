@@ -64,3 +64,18 @@ class StreamDamaged(BatonError):
 
 class TransferFailed(BatonError):
     """The world's fault: a KV handoff did not land; the blocks it wrote must not be used."""
+
+
+class RankLost(BatonError):
+    """The world's fault: a group of ranks broke apart in mid-step; it will be put together again."""
+
+
+class PoolsLost(BatonError):
+    """The world's fault: a batch was not computed. It can run again, once what lived in `pools` has been computed again.
+
+    With no pools lost nothing has to be computed again.
+    """
+
+    def __init__(self, pools: tuple[int, ...], message: str) -> None:
+        super().__init__(message)
+        self.pools = pools

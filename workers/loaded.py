@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from workers.config import WorkerConfig
 from workers.model.loading import load_runner
-from workers.model.model_runner import ModelRunner
 from workers.request import Request
 from workers.runner import Runner
 from workers.status import ModelInfo
@@ -18,10 +17,20 @@ PROMPT_TAIL = 16
 """Prompt tokens that a detokenizer sees, so that the first output token joins on as it should."""
 
 
+class LoadedRunner(Runner, Protocol):
+    """A runner that knows what it serves: of one process, or the leader's of a group."""
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
 class Checkpoint:
     """Implements workers.worker.LoadedModel for a "-PT" folder."""
 
-    def __init__(self, runner: ModelRunner[Any], tokenizer: Tokenizer, served_name: str) -> None:
+    def __init__(self, runner: LoadedRunner, tokenizer: Tokenizer, served_name: str) -> None:
         self._runner = runner
         self.tokenizer = tokenizer
         self._info = replace(runner.model_info, name=served_name)

@@ -102,8 +102,15 @@ class Runner(Protocol):
     @property
     def kv_memory(self) -> KvMemory: ...
 
+    @property
+    def num_pools(self) -> int:
+        """KV pools that share the blocks of kv_memory evenly, the first has the lowest ids. A sequence keeps to one pool."""
+
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
-        """A runner whose pool is no host memory may ignore `on_layer`."""
+        """A runner whose pool is no host memory may ignore `on_layer`.
+
+        Raises PoolsLost when this batch must run again, after what lived in the lost pools has been computed again.
+        """
         ...
 
 
@@ -119,6 +126,7 @@ class FakeRunner:
         self._vocab_size = vocab_size
         self._slots = kv_memory.bytes.view(np.int64).reshape(kv_memory.layout.num_blocks, -1)
         self.num_steps = 0
+        self.num_pools = 1
 
     @property
     def vocab_size(self) -> int:

@@ -16,7 +16,7 @@ import grpc
 from workers.client import Cancel, DumpRequest, Hello, Migration, Submit
 from workers.config import WorkerConfig
 from workers.engine import refusal_output
-from workers.engine_thread import Add, AddMigrant, CancelSequence, Command, DumpKv, Report
+from workers.engine_thread import Add, AddMigrant, CancelSequence, Command, DumpKv, ForgetCache, Report
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import Running
@@ -28,7 +28,7 @@ from workers.request import FinishReason, Output, Request
 from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
-from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import Load, ModelInfo, RankStatus, Role, WorkerAddress, WorkerStatus
 from workers.transfers import Identity, Transfers
 from workers.wire import frame_to_pb, router_message_from_pb, status_to_pb
 from workers.wire_seal import Sealer, Unsealer, verified
@@ -49,6 +49,14 @@ class _Owner:
     migration: Migration | None
 
 
+@dataclass(frozen=True, slots=True)
+class Face:
+    """What a worker of several ranks says of them in its status."""
+
+    ranks: Callable[[], tuple[RankStatus, ...]] = tuple
+    counters: Callable[[], tuple[tuple[str, float], ...]] = tuple
+
+
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
     """Connects routers, transfers and the engine thread. Everything here runs on one event loop.
 
@@ -64,7 +72,9 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         transports: Mapping[str, Transport],
         post: Callable[[Command], None],
         on_role_change: Callable[[Role, int], None] | None = None,
+        face: Face | None = None,
     ) -> None:
+        self._face = face or Face()
         self._config = config
         self._identity = identity
         self._model = model
@@ -102,8 +112,10 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             pid=os.getpid(),
             host=socket.gethostname(),
             kv_block_bytes=self._memory.layout.block_bytes,
-            counters=self._counters + extra,
+            counters=self._counters + extra + self._face.counters(),
             is_draining=self._identity.is_draining,
+            ranks=self._face.ranks(),
+            is_rebuilding=self._identity.is_rebuilding,
         )
 
     def set_role(self, role: Role) -> WorkerStatus:
@@ -144,6 +156,29 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_CHECK_S):
                     await self._changed.wait()
+
+    def suspend(self, reason: str) -> None:
+        """A rank is lost: gives everything up that runs here, so that routers run it elsewhere; a new generation begins.
+
+        Nothing is accepted until `resume`. What the prefix cache holds may be partly gone with the rank.
+        """
+        identity = self._identity
+        if identity.is_rebuilding:
+            return
+        log.warning("%s suspends: %s", identity.worker_id, reason)
+        identity.is_rebuilding = True
+        identity.generation += 1
+        if self._on_role_change is not None:
+            self._on_role_change(identity.role, identity.generation)
+        self._broadcast_status()
+        self._give_up_all(Refusal.WORKER_LOST, f"{identity.worker_id} lost a rank: {reason}")
+        self.transfers.fail_sources(reason)
+        self._post(ForgetCache())
+
+    def resume(self) -> None:
+        """All ranks are there: work is accepted again, in the generation that began with `suspend`."""
+        self._identity.is_rebuilding = False
+        self._broadcast_status()
 
     # ---- reports of the engine thread ----
 
@@ -292,6 +327,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} is stopping")
         if me.is_draining:
             raise Refused(Refusal.DRAINING, f"{me.worker_id} drains")
+        if me.is_rebuilding:
+            raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} waits for a rank")
         if not me.role.can_decode:
             raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if submit.generation != me.generation:
@@ -351,16 +388,19 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def close(self) -> None:
         """Refuses what comes, ends what runs with SHUTTING_DOWN so that routers run it elsewhere."""
         self._is_stopping = True
+        self._give_up_all(Refusal.SHUTTING_DOWN, f"{self._identity.worker_id} is stopping")
+        for router in self._routers:
+            router.close()
+        await self.transfers.close()
+
+    def _give_up_all(self, refusal: Refusal, message: str) -> None:
         for sequence_id, owner in list(self._owners.items()):
             output = Output(
                 request_id=owner.request.request_id,
                 position=0,
                 finish_reason=FinishReason.ERROR,
-                refusal=Refusal.SHUTTING_DOWN,
-                message=f"{self._identity.worker_id} is stopping",
+                refusal=refusal,
+                message=message,
             )
             self._deliver(sequence_id, output)
             self._post(CancelSequence(sequence_id))
-        for router in self._routers:
-            router.close()
-        await self.transfers.close()

@@ -93,6 +93,19 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RankStatus:
+    """One rank of a worker that is several processes. `epoch` is that of the group; a rank that is gone has none (0)."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    epoch: int = 0
+    is_alive: bool = False
+    shares_memory: bool = True
+    """Its KV is in the leader's memory; otherwise it is on another host, and its KV is moved there and back."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """The whole public state of a worker."""
 
@@ -108,3 +121,7 @@ class WorkerStatus:
     """Monotonic totals such as ("preemptions", 3)."""
     is_draining: bool = False
     """Takes no new work; what runs there is to be moved or finishes."""
+    ranks: tuple[RankStatus, ...] = ()
+    """Of a worker that is a group; empty: it is one process."""
+    is_rebuilding: bool = False
+    """A rank is missing: nothing is accepted until the group is whole again."""

@@ -66,6 +66,8 @@ class Identity:
     target: str = ""
     is_draining: bool = False
     """Takes no new work."""
+    is_rebuilding: bool = False
+    """A rank is missing; nothing new is accepted."""
 
     @property
     def address(self) -> WorkerAddress:
@@ -183,6 +185,11 @@ class Transfers:
             raise Refused(Refusal.INVALID, f"no common transport: {mine} here, {theirs} there")
         return tuple(offers)
 
+    def fail_sources(self, message: str) -> None:
+        """Gives up everything that is handed over from here."""
+        for driver in self._sources:
+            driver.post(Broken(message, is_ours=True))
+
     def _check(self, opening: OpenHandoff, generation: int) -> None:
         """Raises Refused."""
         me = self._identity
@@ -193,6 +200,8 @@ class Transfers:
                 Refusal.STALE_GENERATION,
                 f"{me.worker_id} is in generation {me.generation}, not {opening.source_generation}",
             )
+        if me.is_rebuilding:
+            raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} waits for a rank")
         if isinstance(opening.subject, Prompt) and me.is_draining:
             raise Refused(Refusal.DRAINING, f"{me.worker_id} drains")
         if isinstance(opening.subject, Prompt) and not me.role.can_prefill:

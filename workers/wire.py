@@ -11,7 +11,7 @@ from workers.errors import InvariantViolated, Refusal
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
-from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
+from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
 
 
 def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
@@ -282,6 +282,18 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         kv_block_bytes=status.kv_block_bytes,
         counters=[pb.Counter(name=name, value=value) for name, value in status.counters],
         is_draining=status.is_draining,
+        ranks=[
+            pb.RankStatus(
+                rank=rank.rank,
+                host=rank.host,
+                pid=rank.pid,
+                epoch=rank.epoch,
+                is_alive=rank.is_alive,
+                shares_memory=rank.shares_memory,
+            )
+            for rank in status.ranks
+        ],
+        is_rebuilding=status.is_rebuilding,
     )
 
 
@@ -297,6 +309,11 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         kv_block_bytes=message.kv_block_bytes,
         counters=tuple((counter.name, counter.value) for counter in message.counters),
         is_draining=message.is_draining,
+        ranks=tuple(
+            RankStatus(rank.rank, rank.host, rank.pid, rank.epoch, rank.is_alive, rank.shares_memory)
+            for rank in message.ranks
+        ),
+        is_rebuilding=message.is_rebuilding,
     )
 
 

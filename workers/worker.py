@@ -22,7 +22,7 @@ from workers.request import Request
 from workers.runner import Runner
 from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
-from workers.server import WorkerServer
+from workers.server import Face, WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.transfers import Identity
 
@@ -103,7 +103,7 @@ class Worker:
 
     async def start(self) -> WorkerAddress:
         """Loads the model, binds the port, starts the engine. Raises InvalidConfig."""
-        model = await asyncio.to_thread(self._load, self._config)
+        model = await self._load_model()
         engine = await asyncio.to_thread(make_engine, self._config, model, self._identity.worker_id)
         self._engine = engine
         loop = asyncio.get_running_loop()
@@ -124,6 +124,13 @@ class Worker:
         self._ticker = asyncio.create_task(server.tick_forever())
         log.info("%s serves %s at %s", self._identity.worker_id, model.info.name, self._identity.target)
         return self._identity.address
+
+    async def _load_model(self) -> LoadedModel:
+        return await asyncio.to_thread(self._load, self._config)
+
+    def _face(self) -> Face:
+        """What the server says of this worker beside what it knows itself."""
+        return Face()
 
     def _bind(self, server: grpc.aio.Server) -> str:
         host, port = self._config.host, self._config.port

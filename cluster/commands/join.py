@@ -44,12 +44,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_worker(args: argparse.Namespace) -> int:
     from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
-    from cluster.preflight import check_disk_tier, check_model
+    from cluster.preflight import check_disk_tier, check_layout, check_model
     from workers.status import Role
 
     config = config_from(args)
     check_model(config.worker.model)
     check_disk_tier(config.worker, 1)
+    check_layout(config.worker)
     if args.worker_host:
         config = replace(config, worker=replace(config.worker, host=args.worker_host))
     progress = Progress()
@@ -100,7 +101,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
             await bounded(controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
         actor = await asyncio.to_thread(create, pools)
         with progress.step(f"starting {name}"):
-            await wait_ready({name: actor}, config.start_timeout_s)
+            await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
         print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
         with suppress(asyncio.CancelledError):
             await tell_changes(config, progress, only=name)
@@ -111,4 +112,5 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
             with progress.step(f"removing {name}"):
                 await stop_actors([actor], config.stop_timeout_s)
                 await asyncio.to_thread(remove_actors, [actor])
+                await asyncio.to_thread(pools.remove_worker, name)
         await asyncio.to_thread(session.stop)

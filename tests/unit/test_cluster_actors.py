@@ -15,12 +15,14 @@ from typing import Any
 import builders
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from cluster import processes
 from cluster.config import ClusterConfig, load_config
 from cluster.launch import StartFailed, remove_actors, stop_actors, wait_ready
 from cluster.local import end_local, make_folder, start_ray
 from cluster.membership import WORKERS, Registration
+from cluster.placement import NoRoom
 from cluster.pools import Pools
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
@@ -211,6 +213,16 @@ async def test_a_name_that_is_taken_is_refused(pool: Pool) -> None:
     await pool.worker("decode-0", Role.DECODE)
     with pytest.raises(InvalidConfig, match="'decode-0' runs already"):
         pool.pools.create_worker("decode-0", Role.DECODE, make_fake_worker)
+
+
+async def test_ranks_that_ray_has_no_room_for_are_refused_with_figures_and_leave_nothing_behind(pool: Pool) -> None:
+    parallel = ["worker.parallel.expert_parallel=2", "ray.actor_cpus=1.5", "ray.placement_timeout_s=1"]
+    flags = {"worker.model": str(MODEL), "ray.namespace": pool.config.ray.namespace}
+    pools = Pools(load_config(None, flags, parallel))
+    with pytest.raises(NoRoom, match=r"2 ranks of decode-0: they need 3 CPU \([\d.]+ of 2 free\) on 1 node"):
+        await asyncio.to_thread(pools.create_worker, "decode-0", Role.DECODE)
+    assert pools.find("decode-0") is None
+    assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
 
 
 async def test_a_start_that_hangs_is_named(pool: Pool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.llm import LLM, SamplingParams
+from workers.config import ParallelConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "ernie-4.5-tiny"
@@ -89,3 +90,8 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY], progress=False)
     with pytest.raises(InvalidConfig):
         LLM("no/such/folder")
+
+
+def test_a_model_over_several_ranks_is_refused_in_one_sentence() -> None:
+    with pytest.raises(InvalidConfig, match="needs `baton serve`"):
+        LLM(str(MODEL), parallel=ParallelConfig(expert_parallel=2))

@@ -13,17 +13,18 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Reference-counted block ids 0 .. num_blocks-1.
+    """Reference-counted block ids first_block .. first_block+num_blocks-1.
 
     A block is held (count > 0), cached (count 0, its content may be wanted again) or free. `allocate` takes free
     blocks first, then evicts cached ones, least recently released first, and tells `on_evict` of all of them at once,
     before anybody can write into them.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[list[int]], None]) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[list[int]], None], first_block: int = 0) -> None:
         self.num_blocks = num_blocks
-        self._counts = [0] * num_blocks
-        self._free: deque[int] = deque(range(num_blocks))
+        ids = range(first_block, first_block + num_blocks)
+        self._counts = dict.fromkeys(ids, 0)
+        self._free: deque[int] = deque(ids)
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._on_evict = on_evict
 
@@ -53,6 +54,11 @@ class BlockPool:
         if evicted:
             self._on_evict(evicted)
         return blocks
+
+    def drop_cached(self) -> None:
+        """Cached blocks become free: their content is gone."""
+        self._free.extend(self._cached)
+        self._cached.clear()
 
     def hold(self, blocks: Iterable[int]) -> None:
         """One more holder for each block; cached blocks become held again."""

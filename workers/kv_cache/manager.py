@@ -32,18 +32,44 @@ class KvCacheManager:
     """One pool, one prefix cache, and the tiers below. Methods that take blocks take all they need or raise OutOfBlocks."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, prefix_cache: bool = True, tiers: LowerTiers | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_cache: bool = True,
+        tiers: LowerTiers | None = None,
+        first_block: int = 0,
     ) -> None:
         self.block_size = block_size
         self._tiers = tiers
         self._ledger = Ledger() if tiers is None else tiers.ledger
         self._cache = PrefixCache(block_size, self._ledger)
         self._enabled = prefix_cache
-        self._pool = BlockPool(num_blocks, self._evicted)
+        self._pool = BlockPool(num_blocks, self._evicted, first_block)
 
     @property
     def num_blocks(self) -> int:
         return self._pool.num_blocks
+
+    @property
+    def max_sequence_blocks(self) -> int:
+        """The most blocks that one sequence can have."""
+        return self._pool.num_blocks
+
+    def pool_of(self, table: BlockTable) -> int:
+        """Which pool a sequence lives in; there is one here, several in workers.kv_cache.pools."""
+        return 0
+
+    def available_in(self, pool: int) -> int:
+        return self._pool.num_available
+
+    def num_hits(self, token_ids: Sequence[int], hashes: list[int]) -> int:
+        """Blocks of a prompt that `reserve_prompt` would find."""
+        return len(self._cache.match(hashes[: (len(token_ids) - 1) // self.block_size], token_ids))
+
+    def forget_pool(self, pool: int) -> None:
+        """The content of all blocks is gone: nothing is cached any more. Who holds blocks must compute them again."""
+        self._cache.clear()
+        self._pool.drop_cached()
 
     @property
     def num_available(self) -> int:

@@ -72,3 +72,8 @@ class PrefixCache:
         del self._blocks[key.block_hash]
         self._ledger.remove(key.block_hash, Tier.POOL)
         return key
+
+    def clear(self) -> None:
+        """No block holds what it held."""
+        for block in list(self._keys):
+            self.forget(block)

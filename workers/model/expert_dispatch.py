@@ -1,14 +1,22 @@
-"""Brings each token's row to the experts that it chose, and their outputs back. Local: all experts live in this process.
+"""Brings each token's row to the ranks of the experts that it chose, and their outputs back; knows no weights.
 
-Shapes: T tokens, k experts of a token, A = T*k assignments, D hidden, E experts.
+`dispatch` returns a receipt, which `arrive` and `combine` take. Local: all experts live in this process. AllToAll:
+they are spread over ranks; a row travels once to a rank however many of its experts live there.
+
+Shapes: T tokens, k experts of a token, A = T*k assignments, D hidden, E experts, G ranks, S expert slots of a rank, N
+rows that travel (a token and a rank each), M rows that arrived, B assignments that arrived.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from workers.model.collectives import Links, Pending, Stages
+from workers.model.expert_placement import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,20 @@ class Dispatched:
 
     rows_AD: Tensor
     counts_E: list[int]
-    receipt: Receipt
+    receipt: Any
+
+
+class Exchange(Protocol):
+    """How rows reach experts. `Any` is the exchange's own receipt."""
+
+    def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, experts_Tk: Tensor) -> Stages[Any]:
+        """Sends the rows off."""
+
+    def arrive(self, receipt: Any) -> Stages[Dispatched]:
+        """The rows that this rank's experts compute, from wherever they come."""
+
+    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Any) -> Stages[Tensor]:
+        """Brings outputs home: the weighted sum of each token's experts, fp32 [T, D]."""
 
 
 def dispatch(x_TD: Tensor, experts_Tk: Tensor, num_experts: int) -> Dispatched:
@@ -50,3 +71,158 @@ def combine(outputs_AD: Tensor, weights_Tk: Tensor, receipt: Receipt) -> Tensor:
     for choice in range(1, receipt.num_choices):
         total_TD = total_TD + weighted_TkD[:, choice]
     return total_TD
+
+
+class Local:
+    """All experts live here, expert e in slot e."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, experts_Tk: Tensor) -> Stages[Dispatched]:
+        yield from ()
+        return dispatch(x_TD, experts_Tk, self._num_experts)
+
+    def arrive(self, receipt: Dispatched) -> Stages[Dispatched]:
+        yield from ()
+        return receipt
+
+    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Receipt) -> Stages[Tensor]:
+        yield from ()
+        return combine(outputs_AD, weights_Tk, receipt)
+
+
+class ExpertTable:
+    """Where one layer's experts are: for each the global slots (rank * S + slot) of its copies."""
+
+    def __init__(self, slots: Slots, num_experts: int, num_ranks: int, device: torch.device) -> None:
+        self.slots = slots
+        self.slots_per_rank = len(slots) // num_ranks
+        copies: list[list[int]] = [[] for _ in range(num_experts)]
+        for slot, expert in enumerate(slots):
+            copies[expert].append(slot)
+        most = max(map(len, copies))
+        padded = [[*held, *[held[0]] * (most - len(held))] for held in copies]
+        self._slot_EC = torch.tensor(padded, device=device)
+        self._count_E = torch.tensor([len(held) for held in copies], device=device)
+
+    def choose(self, experts_Tk: Tensor, first: int) -> Tensor:
+        """A global slot for each choice; the copies of an expert take turns over the tokens, from `first` on.
+
+        All copies have the same bits, so which one is taken changes no result.
+        """
+        turns_T1 = torch.arange(first, first + experts_Tk.shape[0], device=experts_Tk.device)[:, None]
+        return self._slot_EC[experts_Tk, turns_T1 % self._count_E[experts_Tk]]
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """Receipt of a dispatch between ranks, at the rank that the tokens live on."""
+
+    arriving: Tensor
+    pending: Pending
+    arrived_G: list[int]
+    """Rows that come from each rank."""
+    token_N: Tensor
+    """Which token each row sent was, in order of rank, then token."""
+    sent_G: list[int]
+    chosen_G: list[int]
+    """Choices that each rank was sent."""
+    place_A: Tensor
+    x_TD: Tensor
+    """For its shape and type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A travel, and what its rows ask of this rank's experts."""
+
+    travel: Travel
+    row_B: Tensor
+    """The arrived row of each assignment, in order of row, then choice."""
+    sorted_B: Tensor
+    """The assignments in the order in which experts compute them."""
+    weight_B: Tensor | None
+
+
+class AllToAll:
+    """Experts are spread over the ranks of `links.world`. All ranks must call with the same sequence of layers and batches.
+
+    With `exact`, outputs travel back one a choice and are added at home in the order of choices: the very additions
+    of `combine`. Otherwise each rank adds a row's outputs first and sends one row back for each that came.
+    """
+
+    def __init__(self, links: Links, table: ExpertTable, exact: bool = True) -> None:
+        self._links, self.table, self._exact = links, table, exact
+
+    def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, experts_Tk: Tensor) -> Stages[Travel]:
+        world, size = self._links.world, self.table.slots_per_rank
+        slot_Tk = self.table.choose(experts_Tk, world.rank)
+        rank_Tk = slot_Tk // size
+        wanted_TG = torch.zeros(len(x_TD), world.size, dtype=torch.bool, device=x_TD.device)
+        wanted_TG.scatter_(1, rank_Tk, True)
+        rank_N, token_N = wanted_TG.T.nonzero().unbind(1)
+        counts_2G = torch.stack((wanted_TG.sum(0), torch.bincount(rank_Tk.flatten(), minlength=world.size)))
+        sent_G, chosen_G = counts_2G.tolist()
+        arrived, pending = world.all_to_all(counts_2G[0], [1] * world.size, [1] * world.size)
+        mine_Nk = rank_Tk[token_N] == rank_N[:, None]
+        slot_Nk = torch.where(mine_Nk, slot_Tk[token_N] % size, -1).to(torch.int16)
+        columns = [_as_bytes(x_TD[token_N]), _as_bytes(slot_Nk)]
+        if not self._exact:
+            columns.append(_as_bytes(weights_Tk[token_N]))
+        yield pending
+        arrived_G = arrived.tolist()
+        arriving, pending = world.all_to_all(torch.cat(columns, dim=1), sent_G, arrived_G)
+        # what comes back stands in order of rank, then token, then choice
+        place_A = torch.argsort(torch.argsort(rank_Tk.flatten(), stable=True))
+        return Travel(arriving, pending, arrived_G, token_N, sent_G, chosen_G, place_A, x_TD)
+
+    def arrive(self, receipt: Travel) -> Stages[Dispatched]:
+        yield receipt.pending
+        x_TD = receipt.x_TD
+        row_bytes, arriving = x_TD.shape[1] * x_TD.element_size(), receipt.arriving
+        weight_bytes = 0 if self._exact else 4
+        num_choices = (arriving.shape[1] - row_bytes) // (2 + weight_bytes)
+        x_MD = _from_bytes(arriving[:, :row_bytes], x_TD.dtype)
+        slot_Mk = _from_bytes(arriving[:, row_bytes : row_bytes + 2 * num_choices], torch.int16)
+        row_B, choice_B = (slot_Mk >= 0).nonzero().unbind(1)
+        slot_B = slot_Mk[row_B, choice_B].long()
+        sorted_B = torch.argsort(slot_B, stable=True)
+        counts_S = torch.bincount(slot_B, minlength=self.table.slots_per_rank).tolist()
+        weight_B = None
+        if not self._exact:
+            weight_Mk = _from_bytes(arriving[:, row_bytes + 2 * num_choices :], torch.float32)
+            weight_B = weight_Mk[row_B, choice_B]
+        arrival = Arrival(receipt, row_B, sorted_B, weight_B)
+        return Dispatched(x_MD.index_select(0, row_B[sorted_B]), counts_S, arrival)
+
+    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Arrival) -> Stages[Tensor]:
+        world, travel = self._links.world, receipt.travel
+        outputs_BD = torch.empty_like(outputs_AD).index_copy_(0, receipt.sorted_B, outputs_AD)
+        if receipt.weight_B is None:
+            ends_G = torch.tensor(travel.arrived_G).cumsum(0)
+            row_ends = torch.searchsorted(receipt.row_B, ends_G.to(receipt.row_B.device)).tolist()
+            counts_G = [end - start for start, end in zip([0, *row_ends], row_ends, strict=False)]
+            home, pending = world.all_to_all(outputs_BD, counts_G, travel.chosen_G)
+            yield pending
+            return combine(home, weights_Tk, Receipt(travel.place_A, weights_Tk.shape[1]))
+        partial_MD = torch.zeros(sum(travel.arrived_G), outputs_BD.shape[1], device=outputs_BD.device)
+        partial_MD.index_add_(0, receipt.row_B, outputs_BD.float() * receipt.weight_B[:, None])
+        home, pending = world.all_to_all(partial_MD.to(outputs_AD.dtype), travel.arrived_G, travel.sent_G)
+        yield pending
+        total_TD = torch.zeros(travel.x_TD.shape, device=home.device)
+        return total_TD.index_add_(0, travel.token_N, home.float())
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    if rows.numel() == 0:
+        return torch.empty(rows.shape[0], rows.shape[1] * rows.element_size(), dtype=torch.uint8, device=rows.device)
+    return rows.view(torch.uint8)
+
+
+def _from_bytes(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    if columns.numel() == 0:
+        return torch.empty(columns.shape[0], columns.shape[1] // dtype.itemsize, dtype=dtype, device=columns.device)
+    # a copy always: one row of a wider tensor counts as contiguous, at an odd stride or offset
+    return torch.empty(columns.shape, dtype=torch.uint8, device=columns.device).copy_(columns).view(dtype)

@@ -5,6 +5,7 @@ Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C ch
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.ernie_config import ErnieConfig
+from workers.model.parallel import Share
 from workers.runner import BLOCK_SIZE
 
 _MAX_FULL_SEQUENCES = 64
@@ -27,13 +29,24 @@ class KvPool:
     zero, where stale bytes could be infinite and spread to other rows.
     """
 
-    def __init__(self, memory: KvMemory) -> None:
-        layout = memory.layout
-        self.layout = layout
-        values = torch.from_numpy(memory.bytes).view(getattr(torch, layout.dtype))
-        self._positions = values.view(-1, layout.head_dim)
-        self._halves = values.view(layout.num_blocks * layout.num_layers * 2, -1)
-        self._blocks = values.view(layout.num_blocks, -1)
+    def __init__(self, memory: KvMemory, heads: Share | None = None, first_block: int = 0) -> None:
+        """`heads`: the pool is that part of the memory's heads, and touches no other. `first_block`: block ids here are
+        ids of the memory less this many, so that a rank's pool may be a part of a memory, or stand for one elsewhere."""
+        whole = memory.layout
+        heads = heads or Share(0, whole.num_kv_heads, whole.num_kv_heads)
+        self.layout = replace(whole, num_kv_heads=heads.count)
+        self._first_block = first_block
+        self._total = whole.num_kv_heads
+        first = torch.arange(heads.first, heads.first + heads.count)
+        self._heads = torch.cat((first, first + self._total))  # of K, then of V
+        self._some_heads = None if heads.is_whole else first
+        values = torch.from_numpy(memory.bytes).view(getattr(torch, whole.dtype))
+        self._positions = values.view(-1, whole.head_dim)
+        self._by_head = values.view(whole.num_blocks * whole.num_layers * 2 * self._total, -1)
+        self._halves = values.view(whole.num_blocks * whole.num_layers * 2, -1)
+        self._blocks = values.view(whole.num_blocks, whole.num_layers * 2, self._total, -1).narrow(
+            2, heads.first, heads.count
+        )
 
     @property
     def address(self) -> int:
@@ -42,25 +55,29 @@ class KvPool:
 
     def slots(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
         """Where layer 0 keeps the K and V of each token, [T, 2*K]: an argument of `write`."""
-        heads = torch.arange(2 * self.layout.num_kv_heads)
-        per_block = self.layout.num_layers * 2 * self.layout.num_kv_heads
-        return ((blocks_T * per_block)[:, None] + heads) * self.layout.block_size + offsets_T[:, None]
+        per_block = self.layout.num_layers * 2 * self._total
+        places = ((blocks_T + self._first_block) * per_block)[:, None] + self._heads
+        return places * self.layout.block_size + offsets_T[:, None]
 
     def write(self, layer: int, slots: Tensor, kv_T2KC: Tensor) -> None:
         """Stores keys and values of T tokens, heads flattened: [T, 2*K, C]."""
-        first = layer * 2 * self.layout.num_kv_heads * self.layout.block_size
+        first = layer * 2 * self._total * self.layout.block_size
         self._positions.index_copy_(0, (slots + first).flatten(), kv_T2KC.flatten(0, 1))
 
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and the values of some blocks, each fp32 [len(blocks), K, B, C]."""
         shape = (-1, self.layout.num_kv_heads, self.layout.block_size, self.layout.head_dim)
-        halves = (blocks * self.layout.num_layers + layer) * 2
-        keys, values = self._halves.index_select(0, halves), self._halves.index_select(0, halves + 1)
+        halves = ((blocks + self._first_block) * self.layout.num_layers + layer) * 2
+        if self._some_heads is None:
+            keys, values = self._halves.index_select(0, halves), self._halves.index_select(0, halves + 1)
+        else:
+            rows = (halves[:, None] * self._total + self._some_heads).flatten()
+            keys, values = self._by_head.index_select(0, rows), self._by_head.index_select(0, rows + self._total)
         return keys.float().view(shape), values.float().view(shape)
 
     def clear(self, blocks: Tensor) -> None:
-        """Zeroes blocks in all layers."""
-        self._blocks.index_fill_(0, blocks, 0)
+        """Zeroes blocks in all layers: of the heads that are this pool's."""
+        self._blocks.index_fill_(0, blocks + self._first_block, 0)
 
 
 def allocate(config: WorkerConfig, model: ErnieConfig, dtype: torch.dtype, max_model_len: int) -> KvMemory:

@@ -43,12 +43,22 @@ class Linear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         num_rows = x_TI.shape[0]
+        if not num_rows:
+            return x_TI.new_empty(0, self.num_outputs)
         if not self._tiled:
             if num_rows >= _MIN_ROWS:
                 return self._multiply(x_TI)
             return self._multiply(F.pad(x_TI, (0, 0, 0, _MIN_ROWS - num_rows)))[:num_rows]
         padded_TI = F.pad(x_TI, (0, 0, 0, -num_rows % _TILE_ROWS))
         return torch.cat([self._multiply(tile) for tile in torch.split(padded_TI, _TILE_ROWS)])[:num_rows]
+
+    @property
+    def is_tiled(self) -> bool:
+        return self._tiled
+
+    def weight(self) -> Tensor:
+        """W [O, I] as it was given, bit for bit."""
+        return self._weight.to_dense() if self._packed else self._weight
 
     def use_tiles(self) -> None:
         """Computes fixed 32-row tiles from now on: slower, and invariant wherever a kernel is deterministic at all."""

@@ -13,6 +13,10 @@ from workers.model.torch_runner import TorchRunner
 
 def load_runner(config: WorkerConfig) -> ModelRunner[Any]:
     """The runner of config.model on config.device. Raises InvalidConfig when it cannot be served as configured."""
+    if config.parallel.size > 1:
+        raise InvalidConfig(
+            f"worker.parallel spreads the model over {config.parallel.size} ranks: start a group (workers.group), not one worker"
+        )
     if config.device == "cpu":
         return TorchRunner.load(config)
     if importlib.util.find_spec("triton") is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -59,6 +60,10 @@ class ModelRunner(ABC, Generic[M]):
     @property
     def vocab_size(self) -> int:
         return self._info.vocab_size
+
+    @property
+    def num_pools(self) -> int:
+        return 1
 
     @property
     def kv_memory(self) -> KvMemory:
@@ -172,9 +177,13 @@ def require_memory(
     num_values = checkpoint.num_parameters(unused=("lm_head.weight",) if is_tied else ())
     if is_tied and copies_tied_head:
         num_values += dimensions.vocab_size * dimensions.hidden_size
-    needed_bytes = num_values * dtype.itemsize
+    require_bytes(checkpoint.folder, num_values * dtype.itemsize, dtype, free_bytes)
+
+
+def require_bytes(folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int) -> None:
+    """Raises InvalidConfig when weights of `needed_bytes` do not fit."""
     if needed_bytes > free_bytes:
         raise InvalidConfig(
-            f"{checkpoint.folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
+            f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
             f"but {free_bytes / 2**20:.1f} MiB are free"
         )

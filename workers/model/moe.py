@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from workers.model.expert_dispatch import combine, dispatch
+from workers.model.collectives import Links, Stages, finish, gather
+from workers.model.expert_dispatch import Exchange, Local
 from workers.model.layers import FeedForward, Linear
+from workers.model.parallel import SINGLE, Layout
 
 
 class Router:
@@ -36,27 +39,60 @@ class Router:
 
 
 class MixtureOfExperts:
-    """y = sum over chosen experts of weight * expert(x), plus the ungated shared experts."""
+    """y = sum over chosen experts of weight * expert(x), plus the ungated shared experts.
 
-    def __init__(self, router: Router, experts: Sequence[FeedForward], shared_experts: FeedForward | None) -> None:
+    `experts` are those of this rank's slots. Ranks that share sequences bring a part of the rows each; a rank that has
+    no rows takes part all the same.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Sequence[FeedForward],
+        shared_experts: FeedForward | None,
+        exchange: Exchange | None = None,
+        layout: Layout = SINGLE,
+        links: Links | None = None,
+    ) -> None:
         self._router = router
-        self._experts = tuple(experts)
+        self.experts = list(experts)
         self._shared_experts = shared_experts
+        self.exchange = exchange or Local(len(experts))
+        self._layout, self._links = layout, links
+        self.load_E: Tensor | None = None
+        """Counts the tokens that chose each expert, where somebody asks for it."""
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        return finish(self.stages(x_TD))
+
+    def stages(self, x_TD: Tensor) -> Stages[Tensor]:
+        first, last = self._layout.rows(len(x_TD))
+        mine_TD = yield from self._compute(x_TD[first:last])
+        if self._layout.tensor == 1 or self._links is None or not len(x_TD):
+            return mine_TD
+        step = -(-len(x_TD) // self._layout.tensor)
+        parts_GTD = yield from gather(self._links, F.pad(mine_TD, (0, 0, 0, step - len(mine_TD))))
+        return parts_GTD.flatten(0, 1)[: len(x_TD)]
+
+    def _compute(self, x_TD: Tensor) -> Stages[Tensor]:
         weights_Tk, experts_Tk = self._router(x_TD)
-        sent = dispatch(x_TD, experts_Tk, len(self._experts))
+        if self.load_E is not None:
+            self.load_E += torch.bincount(experts_Tk.flatten(), minlength=len(self.load_E))
+        receipt = yield from self.exchange.dispatch(x_TD, weights_Tk, experts_Tk)
+        shared_TD = None if self._shared_experts is None else self._shared_experts(x_TD)  # while the rows travel
+        sent = yield from self.exchange.arrive(receipt)
         outputs = [
             expert(rows)
-            for expert, rows in zip(self._experts, torch.split(sent.rows_AD, sent.counts_E), strict=True)
+            for expert, rows in zip(self.experts, torch.split(sent.rows_AD, sent.counts_E), strict=True)
             if rows.shape[0]
         ]
-        y_TD = combine(torch.cat(outputs), weights_Tk, sent.receipt)
-        if self._shared_experts is not None:
-            y_TD = y_TD + self._shared_experts(x_TD)
+        outputs_AD = torch.cat(outputs) if outputs else sent.rows_AD
+        y_TD = yield from self.exchange.combine(outputs_AD, weights_Tk, sent.receipt)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD.to(x_TD.dtype)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         shared = () if self._shared_experts is None else self._shared_experts.linears
-        return (self._router.linear, *(linear for expert in self._experts for linear in expert.linears), *shared)
+        return (self._router.linear, *(linear for expert in self.experts for linear in expert.linears), *shared)

@@ -62,11 +62,14 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D] for `model.logits`."""
+        self._use_threads()
+        with torch.inference_mode():
+            return self._model.compute(batch, self._pool, on_layer)
+
+    def _use_threads(self) -> None:
         if self._thread != threading.get_ident():  # torch keeps the number of threads per calling thread
             torch.set_num_threads(self._num_threads)
             self._thread = threading.get_ident()
-        with torch.inference_mode():
-            return self._model.compute(batch, self._pool, on_layer)
 
 
 def _load_model(

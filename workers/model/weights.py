@@ -6,6 +6,7 @@ for the next. Files are read rather than mapped, as mapped pages count as memory
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -65,6 +66,29 @@ class Checkpoint:
         self._read(name, 0, tensor.view(-1).view(torch.uint8))
         return tensor.to(dtype)
 
+    def take_share(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, first: int, count: int
+    ) -> Tensor:
+        """Elements first .. first+count-1 along `dim` (0 or 1) of the tensor called `name`, cast to `dtype`.
+
+        Reads rows [first, first+count) alone; of columns it reads some rows at a time, so no more than the share and
+        one piece are ever in memory.
+        """
+        if dim == 0:
+            stored_dtype = self._check(name, shape)
+            share = torch.empty((count, *shape[1:]), dtype=stored_dtype)
+            row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
+            self._read(name, first * row_bytes, share.view(-1).view(torch.uint8))
+            return share.to(dtype)
+        share = torch.empty((shape[0], count), dtype=dtype)
+        for row, rows in self.pieces(name, shape, dtype):
+            share[row : row + len(rows)] = rows[:, first : first + count]
+        return share
+
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
+        self._check(name, shape)
+
     def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The same, some rows at a time: (first row, rows), valid until the next are asked for."""
         stored_dtype = self._check(name, shape)
@@ -118,6 +142,13 @@ class Checkpoint:
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._file_of_tensor[name]].get_slice(name)
+
+
+def give_back_free_memory() -> None:
+    """Returns freed memory to the system where the C library can: packing leaves holes as large as what it packed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _data_offsets(path: Path) -> dict[str, int]:

@@ -294,8 +294,24 @@ class Counter(_message.Message):
     value: float
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
+class RankStatus(_message.Message):
+    __slots__ = ("rank", "host", "pid", "epoch", "is_alive", "shares_memory")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IS_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    SHARES_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    host: str
+    pid: int
+    epoch: int
+    is_alive: bool
+    shares_memory: bool
+    def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., is_alive: bool = ..., shares_memory: bool = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining")
+    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining", "ranks", "is_rebuilding")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +322,8 @@ class WorkerStatus(_message.Message):
     KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    IS_REBUILDING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     role: str
@@ -316,7 +334,9 @@ class WorkerStatus(_message.Message):
     kv_block_bytes: int
     counters: _containers.RepeatedCompositeFieldContainer[Counter]
     is_draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
+    is_rebuilding: bool
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "checksum", "heard")

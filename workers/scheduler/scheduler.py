@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.manager import BlockTable, KvCacheManager
+from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
 from workers.scheduler.preemption import choose_victim
 from workers.scheduler.sequence import Kind, Sequence, State
@@ -46,7 +47,7 @@ class Counters:
 class Scheduler:
     """Owns all sequences of an engine. Decoding comes first, then prompts under way, then new ones, FCFS by priority."""
 
-    kv: KvCacheManager
+    kv: KvCacheManager | PooledKvCache
     limits: Limits
     waiting: list[Sequence] = field(default_factory=list)
     active: list[Sequence] = field(default_factory=list)
@@ -164,6 +165,21 @@ class Scheduler:
         sequence.move(State.PREFILLING)
         sequence.kind = Kind.LOCAL
 
+    def lose_pool(self, pool: int) -> list[Sequence]:
+        """The content of a pool's blocks is gone: what ran there starts again and replays its known tokens.
+
+        Returns the sequences that cannot: another worker reads or writes their blocks.
+        """
+        self.kv.forget_pool(pool)
+        affected = [s for s in self.active if self.kv.pool_of(s.table) == pool]
+        stuck = []
+        for sequence in affected:
+            if sequence.state in (State.DECODING, State.PREFILLING) and sequence.kind is not Kind.SOURCE:
+                self._preempt(sequence)
+            else:
+                stuck.append(sequence)
+        return stuck
+
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence in any state and frees its blocks."""
         sequence.export = None
@@ -187,7 +203,8 @@ class Scheduler:
                 try:
                     self.kv.grow(sequence.table, sequence.num_computed + 1)
                 except OutOfBlocks:
-                    victim = choose_victim(self.active)
+                    pool = self.kv.pool_of(sequence.table)
+                    victim = choose_victim(s for s in self.active if self.kv.pool_of(s.table) == pool)
                     chosen.pop(victim.sequence_id, None)
                     self._preempt(victim)
                 else:
@@ -204,8 +221,6 @@ class Scheduler:
     def _admit(self, sequence: Sequence, use_tiers: bool = False) -> bool:
         """Reserves blocks. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
         request = sequence.request
-        # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
-        spare = sum(1 for s in self.active if s.state is State.DECODING)
         if sequence.hashes is None:
             use_cache = request.params.prompt_logprobs is None
             sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
@@ -213,7 +228,10 @@ class Scheduler:
             table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers)
         except OutOfBlocks:
             return False
-        if self.kv.num_available < spare:
+        # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
+        pool = self.kv.pool_of(table)
+        spare = sum(1 for s in self.active if s.state is State.DECODING and self.kv.pool_of(s.table) == pool)
+        if self.kv.available_in(pool) < spare:
             self.kv.release(table)
             return False
         sequence.table = table

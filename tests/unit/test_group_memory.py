@@ -1,0 +1,87 @@
+"""One pool for a group: ranks of a host write their own heads of one memory, and a transfer sees whole blocks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from workers.errors import TransferFailed
+from workers.kv_transfer.joined import JoinedKvMemory
+from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
+from workers.model.kv_memory import KvPool
+from workers.model.parallel import Share
+from workers.runner import BLOCK_SIZE
+
+LAYOUT = KvLayout(6, 2, num_kv_heads=4, block_size=BLOCK_SIZE, head_dim=8, dtype="float32", itemsize=4)
+
+
+def write_all(pool: KvPool, blocks: list[int], rows: torch.Tensor, heads: slice) -> None:
+    """Stores `rows` [T, 2, 4, 8] of both layers from the first position of the first block on, `heads` of them."""
+    offsets = torch.arange(len(rows))
+    slots = pool.slots(torch.tensor(blocks)[offsets // BLOCK_SIZE], offsets % BLOCK_SIZE)
+    for layer in range(2):
+        pool.write(layer, slots, (rows[:, :, heads] + layer).flatten(1, 2))
+
+
+def test_ranks_that_write_their_heads_leave_the_bytes_of_a_single_writer() -> None:
+    rows = torch.randn(100, 2, 4, 8)
+    alone, shared = KvMemory(LAYOUT), KvMemory(LAYOUT)
+    write_all(KvPool(alone), [2, 5], rows, slice(0, 4))
+    parts = [KvPool(JoinedKvMemory(shared.handle, LAYOUT), Share(first, 2, 4)) for first in (0, 2)]
+    for part, heads in zip(parts, (slice(0, 2), slice(2, 4)), strict=True):
+        write_all(part, [2, 5], rows, heads)
+    assert (alone.bytes == shared.bytes).all()
+
+    whole_keys, whole_values = KvPool(alone).read(1, torch.tensor([5, 2]))
+    keys, values = (torch.cat(each, 1) for each in zip(*(p.read(1, torch.tensor([5, 2])) for p in parts), strict=True))
+    assert torch.equal(keys, whole_keys) and torch.equal(values, whole_values)
+    assert torch.equal(whole_keys[1, :, :64], rows[:64, 0].transpose(0, 1) + 1)
+
+
+def test_a_rank_clears_its_own_heads_and_no_other() -> None:
+    memory = KvMemory(LAYOUT)
+    memory.bytes[:] = 1
+    KvPool(memory, Share(2, 2, 4)).clear(torch.tensor([3]))
+    blocks = memory.bytes.reshape(6, 2 * 2, 4, -1)
+    assert not blocks[3, :, 2:].any()
+    assert blocks[3, :, :2].all() and blocks[[0, 1, 2, 4, 5]].all()
+
+
+def test_a_part_of_the_blocks_is_addressed_by_the_groups_own_numbers() -> None:
+    """A rank elsewhere holds blocks 4 and 5 of the group, in a memory of two blocks."""
+    here, there = KvMemory(LAYOUT), KvMemory(replace(LAYOUT, num_blocks=2))
+    rows = torch.randn(70, 2, 4, 8)
+    write_all(KvPool(here), [5, 4], rows, slice(0, 4))
+    write_all(KvPool(there, first_block=-4), [5, 4], rows, slice(0, 4))
+    for at in range(2):
+        assert (here.block(4 + at, 0, 2) == there.block(at, 0, 2)).all()
+
+
+def fill(handle: SharedHandle, value: int) -> None:
+    JoinedKvMemory(handle, LAYOUT).block(1, 0, 2)[:] = value
+
+
+def test_another_process_writes_into_the_pool_and_outlives_nothing() -> None:
+    memory = KvMemory(LAYOUT)
+    rank = multiprocessing.get_context("spawn").Process(target=fill, args=(memory.handle, 7))
+    rank.start()
+    rank.join(60)
+    assert rank.exitcode == 0
+    assert (memory.block(1, 0, 2) == 7).all()
+    assert (MappedKvMemory(memory.handle, LAYOUT).block(1, 0, 2) == 7).all(), "a peer sees what the rank wrote"
+
+
+@pytest.mark.parametrize("fault", ["gone", "nonce", "size"])
+def test_a_pool_that_is_not_the_groups_is_not_joined(fault: str) -> None:
+    memory = KvMemory(LAYOUT)
+    handle = {
+        "gone": replace(memory.handle, fd=os.open("/dev/null", os.O_RDONLY)),
+        "nonce": replace(memory.handle, nonce=b"x" * 16),
+        "size": replace(memory.handle, num_bytes=4096),
+    }[fault]
+    with pytest.raises(TransferFailed):
+        JoinedKvMemory(handle, LAYOUT)

@@ -1,0 +1,139 @@
+"""Steps and results cross between ranks bit for bit, and bytes that are no message are refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.group.messages import (
+    MAX_FRAME_BYTES,
+    BadMessage,
+    Beat,
+    Done,
+    Form,
+    Hello,
+    Message,
+    Step,
+    Welcome,
+    decode,
+    encode,
+    lengths,
+)  # fmt: skip
+from workers.group.runner import split_by_pool
+from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results
+from workers.request import SamplingParams, TokenLogprob
+from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
+
+MESSAGES: tuple[Message, ...] = (
+    Hello(1, 4, "token", 99, "host", ""),
+    Welcome(17, [[0, 1], [1, 0]]),
+    Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537),
+    Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], b"\x00\xff"),
+    Done(3, 8, 0.25, 7, 99, [[1, 2]], b"tail"),
+    Beat(),
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
+    frame = encode(message)
+    header, tail = lengths(frame[:8])
+    assert len(frame) == 8 + header + tail
+    assert decode(frame[8 : 8 + header], frame[8 + header :]) == message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"{}", b'["os.system", {}]', b'["Beat", {"x": 1}]', b'["Hello", {"rank": "1"}]', b'["Formed", {"epoch": true}]',
+     b'["Welcome", {"num_blocks": 1, "slots": [["a"]]}]', b'["Formed", {}]', b"\xff"],
+)  # fmt: skip
+def test_bytes_that_are_no_message_are_refused(header: bytes) -> None:
+    with pytest.raises(BadMessage):
+        decode(header, b"")
+
+
+def test_a_frame_above_the_bound_is_refused_before_it_is_read() -> None:
+    with pytest.raises(BadMessage, match="above the bound"):
+        lengths(MAX_FRAME_BYTES.to_bytes(4, "little") + (1).to_bytes(4, "little"))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 99),
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0.1, 1),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    logit_bias=st.sampled_from([(), ((3, 1.5), (4, -2.0))]),
+    bad_words=st.sampled_from([(), ((1, 2), (3,))]),
+    logprobs=st.sampled_from([None, 0, 5]),
+)
+TOKENS = st.lists(st.integers(0, 103423), min_size=1, max_size=70)
+
+
+@st.composite
+def slices(draw: st.DrawFn, decode: bool) -> SequenceSlice:
+    tokens = draw(TOKENS)[:1] if decode else draw(TOKENS)
+    start = draw(st.integers(0, 300))
+    spec = None
+    if decode or draw(st.booleans()):
+        spec = SampleSpec(
+            draw(PARAMS), draw(st.integers(0, 3)), draw(st.integers(0, 9)), draw(TOKENS), draw(TOKENS),
+            tuple(draw(st.lists(st.integers(0, 9), max_size=2))), draw(st.sampled_from([None, 7])),
+        )  # fmt: skip
+    num_blocks = -(-(start + len(tokens)) // 64)
+    table = draw(st.lists(st.integers(0, 99), min_size=num_blocks, max_size=num_blocks + 2))
+    return SequenceSlice(draw(st.integers(0, 2**40)), tokens, start, table, spec, draw(st.sampled_from([None, 3])), 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(slices(False), max_size=3), st.lists(slices(True), max_size=3))
+def test_a_batch_arrives_with_everything_that_its_computation_reads(
+    prefill: list[SequenceSlice], decode: list[SequenceSlice]
+) -> None:
+    batch = Batch(tuple(prefill), tuple(decode))
+    found = decode_batch(encode_batch(batch))
+    for before, after in zip((*prefill, *decode), (*found.prefill, *found.decode), strict=True):
+        assert (after.sequence_id, after.start, after.prompt_logprobs) == (
+            before.sequence_id, before.start, before.prompt_logprobs,
+        )  # fmt: skip
+        assert list(after.token_ids) == list(before.token_ids)
+        assert list(after.block_table) == list(before.block_table)[: len(after.block_table)]
+        assert len(after.block_table) * 64 >= after.start + len(after.token_ids)
+        assert (after.sample is None) == (before.sample is None)
+        if before.sample is None or after.sample is None:
+            continue
+        assert after.sample.params == before.sample.params
+        assert after.sample.forced_token_id == before.sample.forced_token_id
+        assert after.sample.suppressed_token_ids == before.sample.suppressed_token_ids
+        if before.sample.params.repetition_penalty != 1 or before.sample.params.bad_words:
+            assert list(after.sample.prompt_token_ids) == list(before.sample.prompt_token_ids)
+            assert list(after.sample.output_token_ids) == list(before.sample.output_token_ids)
+
+
+@given(st.floats(-9999, 0), st.floats(-9999, 0))
+def test_logprobs_keep_their_bits(first: float, second: float) -> None:
+    entry = TokenLogprob(3, first, ((3, first), (9, second)))
+    results = [Sampled(1, 3, entry, (entry, TokenLogprob(4, second))), Sampled(2, None)]
+    assert decode_results(encode_results(results)) == results
+
+
+@pytest.mark.parametrize("data", [b"", b"\x01\x00\x00\x00[", b"\x02\x00\x00\x00[]", b"\x08\x00\x00\x00[[[]],[]]"])
+def test_bytes_that_are_no_batch_are_refused(data: bytes) -> None:
+    with pytest.raises(BadMessage):
+        decode_batch(data)
+
+
+def test_a_batch_is_split_by_pool_with_block_ids_of_its_own() -> None:
+    batch = Batch(
+        (SequenceSlice(1, [5] * 70, 0, [11, 13]), SequenceSlice(2, [6], 0, [3])), (SequenceSlice(3, [7], 64, [18, 10]),)
+    )
+    first, second = split_by_pool(batch, 2, 10)
+    assert [(s.sequence_id, list(s.block_table)) for s in first.prefill] == [(2, [3])] and not first.decode
+    assert [(s.sequence_id, list(s.block_table)) for s in (*second.prefill, *second.decode)] == [
+        (1, [1, 3]), (3, [8, 0]),
+    ]  # fmt: skip
+    for table in ([3, 12], [3], [25, 26]):
+        with pytest.raises(IndexError):
+            split_by_pool(Batch((SequenceSlice(1, [5] * 70, 0, table),)), 2, 10)

@@ -1,0 +1,83 @@
+"""One connection between the leader and a rank: whole messages over TCP, in both directions; knows nothing of their meaning."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+
+from workers.errors import RankLost
+from workers.group.messages import BadMessage, Message, decode, encode, lengths
+
+
+class Channel:
+    """Sends from any thread, receives from one. What cannot be sent or understood breaks it, and so does silence.
+
+    `silence_s`: how long either direction may stand still; both ends send signs of life more often than that. The
+    kernel keeps this time, so a process that is itself late finds what has arrived meanwhile.
+    """
+
+    def __init__(self, connection: socket.socket, silence_s: float) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit = struct.pack("ll", int(silence_s), int(silence_s % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._socket = connection
+        self._lock = threading.Lock()
+        self._silence_s = silence_s
+
+    @staticmethod
+    def connect(host: str, port: int, silence_s: float) -> Channel:
+        """Raises RankLost when nobody answers there."""
+        try:
+            return Channel(socket.create_connection((host, port), silence_s), silence_s)
+        except OSError as error:
+            raise RankLost(f"no leader at {host}:{port}: {error}") from error
+
+    @property
+    def own_host(self) -> str:
+        """The address by which the other end reaches this host."""
+        name: str = self._socket.getsockname()[0]
+        return name
+
+    def send(self, message: Message) -> None:
+        """Raises RankLost when the connection is broken, or its reader took nothing for `silence_s`."""
+        frame = encode(message)
+        try:
+            with self._lock:
+                self._socket.sendall(frame)
+        except OSError as error:
+            self.close()
+            raise RankLost(f"the connection broke: {error}") from error
+
+    def receive(self) -> Message:
+        """The next message. Raises RankLost after a silence, or at the end of the connection."""
+        try:
+            header, tail = lengths(self._read(8))
+            data = self._read(header + tail)
+            return decode(data[:header], data[header:])
+        except BadMessage as error:
+            self.close()
+            raise RankLost(str(error)) from error
+
+    def close(self) -> None:
+        """Ends both directions at once; safe to call twice and from any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self, count: int) -> bytes:
+        data = bytearray()
+        try:
+            while len(data) < count:
+                chunk = self._socket.recv(min(count - len(data), 1 << 20))
+                if not chunk:
+                    raise RankLost("its connection was closed")
+                data += chunk
+        except BlockingIOError:
+            raise RankLost(f"no sign of life for {self._silence_s} s") from None
+        except OSError as error:
+            raise RankLost(f"its connection broke: {error}") from error
+        return bytes(data)

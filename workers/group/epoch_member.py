@@ -1,0 +1,90 @@
+"""One rank's part in epochs: joins them, computes steps in them, leaves them. The same for the leader's own rank and all others."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from workers.config import ParallelConfig
+from workers.errors import RankLost
+from workers.group.messages import Done, Form, Step
+from workers.model.collectives import Links, WorldEpoch
+from workers.model.expert_placement import Placement
+from workers.model.rank_runner import RankRunner
+from workers.runner import Batch, Sampled
+
+
+class EpochMember:
+    """Owns a rank's epoch. One thread joins and computes; any thread aborts."""
+
+    def __init__(self, runner: RankRunner, links: Links, host: str) -> None:
+        self._runner, self._links, self._host = runner, links, host
+        self._epoch: WorldEpoch | None = None
+        self._aborted: tuple[int, threading.Event] = (0, threading.Event())
+        self._lock = threading.Lock()
+        self.role, self.generation = "", 0
+        self.switched_at = 0
+        """The step at which the role in force came."""
+
+    @property
+    def runner(self) -> RankRunner:
+        return self._runner
+
+    def prepare(self, epoch: int) -> None:
+        """Before `join`, in order with `abort`: an abort that comes from now on ends this epoch."""
+        with self._lock:
+            self._aborted = (epoch, threading.Event())
+
+    def join(self, form: Form, parallel: ParallelConfig) -> None:
+        """Meets the other ranks; afterwards this rank holds the leader's placement and role. Raises RankLost."""
+        self.leave()
+        epoch, aborted = self._aborted
+        if epoch != form.epoch or aborted.is_set():
+            raise RankLost(f"epoch {form.epoch} is over")
+        if form.slots:
+            self._runner.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
+        self.role, self.generation = form.role, form.generation
+        layout = self._runner.layout
+        self._epoch = WorldEpoch.join(
+            form.epoch,
+            (form.store_host, form.store_port),
+            rank=layout.rank,
+            size=layout.size,
+            tensor=layout.tensor,
+            host=self._host,
+            timeout_s=parallel.form_timeout_s,
+            aborted=aborted,
+        )
+        self._links.use(self._epoch)
+
+    def leave(self) -> None:
+        """Out of the epoch; its process groups go. Weights and KV stay."""
+        epoch, self._epoch = self._epoch, None
+        self._links.use(None)
+        if epoch is not None:
+            epoch.abort()
+
+    def abort(self, epoch: int) -> None:
+        """Every wait of this rank in that epoch ends with RankLost. For another thread than the one that computes."""
+        with self._lock:
+            current, event = self._aborted
+            if current == epoch:
+                event.set()
+
+    def abort_any(self) -> None:
+        self._aborted[1].set()
+
+    def compute(self, step: Step, batch: Batch) -> tuple[list[Sampled], Done]:
+        """Switches role, moves experts, then computes, as the step says. Raises RankLost when the epoch is over."""
+        if self._epoch is None or self._epoch.epoch != step.epoch:
+            raise RankLost(f"epoch {step.epoch} is over")
+        started_s = time.monotonic()
+        if (step.role, step.generation) != (self.role, self.generation):
+            self.role, self.generation, self.switched_at = step.role, step.generation, step.number
+        if step.moved_layer >= 0:
+            self._runner.move_experts(step.moved_layer, tuple(step.moved_slots))
+        results = self._runner.execute_part(batch, step.halves)
+        sent_bytes = self._epoch.world.num_sent_bytes
+        load = self._runner.take_load() if step.wants_load else []
+        done = Done(step.epoch, step.number, time.monotonic() - started_s, self.generation, sent_bytes, load)
+        return results, done

@@ -1,0 +1,94 @@
+"""The whole group's KV in one layout, whole heads and all pools, whatever the ranks' own; knows no model and no handoff.
+
+Ranks on the leader's host write into this very memory. What a rank on another host holds is fetched before a transfer
+shows it (`expose`), and sent there once a transfer has placed it (`adopt`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.errors import RankLost
+from workers.group.messages import Blocks, GetBlocks, PutBlocks
+from workers.kv_transfer.memory import KvLayout, KvMemory
+
+CHUNK_BYTES = 8 << 20
+"""What one message carries at most, unless a single block is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePart:
+    """What a rank that has a memory of its own holds: some heads of one pool's blocks."""
+
+    rank: int
+    pool: int
+    first_head: int
+    num_heads: int
+
+
+class GroupKvMemory(KvMemory):
+    """Blocks of all pools, pool p's from p * blocks_per_pool on. `expose` and `adopt` raise RankLost.
+
+    `remote_parts()` tells which ranks have memories of their own now; `ask(rank, message, epoch)` returns a rank's answer.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        blocks_per_pool: int,
+        remote_parts: Callable[[], Sequence[RemotePart]],
+        ask: Callable[[int, GetBlocks | PutBlocks, int | None], Blocks],
+    ) -> None:
+        super().__init__(layout)
+        self._blocks_per_pool = blocks_per_pool
+        self._remote_parts, self._ask = remote_parts, ask
+        self.epoch = 0
+        """That of the last step: blocks are shown in the epoch that they were computed in, or not at all."""
+        self.num_moved_bytes = 0
+        """Between hosts, in both directions."""
+
+    def expose(self, blocks: Sequence[int]) -> None:
+        for part, ids, local in self._shares(blocks):
+            answer = self._ask(part.rank, GetBlocks(local), self.epoch)
+            put_heads(self, ids, part.first_head, part.num_heads, answer.tail)
+            self.num_moved_bytes += len(answer.tail)
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        for part, ids, local in self._shares(blocks):
+            tail = take_heads(self, ids, part.first_head, part.num_heads)
+            self._ask(part.rank, PutBlocks(local, tail), None)
+            self.num_moved_bytes += len(tail)
+
+    def _shares(self, blocks: Sequence[int]) -> Iterator[tuple[RemotePart, list[int], list[int]]]:
+        """For each remote rank its blocks among `blocks`, a message's worth at a time: ids here, and ids there."""
+        for part in self._remote_parts():
+            mine = [block for block in blocks if block // self._blocks_per_pool == part.pool]
+            part_bytes = self.layout.block_bytes * part.num_heads // self.layout.num_kv_heads
+            size = max(1, CHUNK_BYTES // part_bytes)
+            for first in range(0, len(mine), size):
+                ids = mine[first : first + size]
+                yield part, ids, [block - part.pool * self._blocks_per_pool for block in ids]
+
+
+def take_heads(memory: KvMemory, blocks: Sequence[int], first_head: int, num_heads: int) -> bytes:
+    """The bytes of some heads of blocks: [blocks, layers, 2, heads, block size, head dim]."""
+    return _by_head(memory)[list(blocks), :, first_head : first_head + num_heads].tobytes()
+
+
+def put_heads(memory: KvMemory, blocks: Sequence[int], first_head: int, num_heads: int, data: bytes) -> None:
+    """The inverse of `take_heads`. Raises RankLost when `data` has another size."""
+    whole = _by_head(memory)
+    shape = (len(blocks), whole.shape[1], num_heads, whole.shape[3])
+    if len(data) != np.prod(shape):
+        raise RankLost(f"a rank sent {len(data)} bytes for {len(blocks)} blocks")
+    whole[list(blocks), :, first_head : first_head + num_heads] = np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _by_head(memory: KvMemory) -> npt.NDArray[np.uint8]:
+    """[blocks, layers * 2, heads, bytes of a head]."""
+    layout = memory.layout
+    return memory.bytes.reshape(layout.num_blocks, layout.num_layers * 2, layout.num_kv_heads, -1)
