@@ -29,7 +29,7 @@ from workers.model.model_runner import served_len
 from workers.model.parallel import Layout, require_device
 from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
 from workers.model.weights import checkpoint_folder
-from workers.runner import BLOCK_SIZE, Batch, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.status import ModelInfo, RankStatus
 
 log = logging.getLogger(__name__)
