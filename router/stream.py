@@ -54,7 +54,9 @@ class RequestStream:
             raise StopAsyncIteration
         self._waiting = None
         self._has_output.clear()
-        self._is_ended |= output.finish_reason is not None  # the reader may have closed while this output was on its way
+        self._is_ended |= (
+            output.finish_reason is not None
+        )  # the reader may have closed while this output was on its way
         return output
 
     async def aclose(self) -> None:

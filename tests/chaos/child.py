@@ -16,9 +16,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from builders import FakeModel
+
 from chaos.census import descriptors, mapped_pools, own_pools, python_threads, too_many
 from chaos.faults import Kind
 from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
@@ -117,7 +119,7 @@ class Child:
 
     def _limit_memory(self, room_bytes: int) -> dict[str, Any]:
         """From now on the process can map at most so many bytes more."""
-        pages = int(open("/proc/self/statm").read().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + room_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         return {"limit_bytes": limit}

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import grpc
 from builders import make_request
+
 from chaos.arena import Arena, Shape
 from chaos.faults import Fault
 from chaos.injector import Injector

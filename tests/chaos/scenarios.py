@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builders import PlainDetokenizer, generate_alone
+
 from chaos.arena import Shape
 from chaos.faults import PROCESS_KINDS, Fault, Kind, draw_plan
 from chaos.processes import ROOT
