@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib
 import importlib.metadata
 import os
 import time
@@ -106,6 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ucx_tls:
         os.environ["UCX_TLS"] = args.ucx_tls
+    importlib.import_module({"nixl": "nixl._api", "mooncake": "mooncake.engine"}[args.kind])  # says what is missing
     if args.kind == "nixl":
         kv_lines.serve(f"NIXL {importlib.metadata.version('nixl')}", Nixl)
     else:

@@ -67,6 +67,8 @@ PURE = (
     "workers/kv_cache",
     "workers/kv_transfer/transfer.py",
     "workers/kv_transfer/pieces.py",
+    "workers/kv_transfer/recovery.py",
+    "workers/kv_transfer/transports/negotiate.py",
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
     "router/core.py",

@@ -87,6 +87,8 @@ class _Live:
     extra_cached: int = 0
     queue_s: float | None = None
     """From its arrival until it had blocks."""
+    computed_from_s: float | None = None
+    """When this worker began to compute a prompt that did not come from elsewhere."""
     is_cancelled: bool = False
     has_spoken: bool = False
     num_texted: int = 0
@@ -223,6 +225,7 @@ class Engine:
             self._drop(live)
             return
         live.report = report
+        live.computed_from_s = self._clock()
         self._scheduler.prefill_here(live.sequence)
 
     # ---- migration: the source ----
@@ -470,7 +473,8 @@ class Engine:
         report = live.report
         if report is None or report.transport == "local":
             report = report or HandoffReport(self._worker_id, self._worker_id, "local")
-            report = replace(report, prefill_s=self._clock() - live.started_s - (live.queue_s or 0.0))
+            since_s = live.computed_from_s or live.started_s + (live.queue_s or 0.0)
+            report = replace(report, prefill_s=self._clock() - since_s)
         report = replace(report, queue_s=live.queue_s or 0.0)
         wanted = sequence.request.params.prompt_logprobs is not None
         return replace(

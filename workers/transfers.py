@@ -148,7 +148,7 @@ class Transfers:
         cut = Cut(self._memory.layout, opening.first_block, opening.num_blocks)
         session = SourceSession(
             cut,
-            HandoffAccepted(self._offers(opening), self._memory.layout),
+            HandoffAccepted(self._offers(opening), self._memory.layout, self._host),
             self._config.transfer_timeout_s,
             self._config.transfer_window_bytes,
         )
@@ -158,7 +158,7 @@ class Transfers:
         export = exporter.open(opening, cut, driver.post)
         task = asyncio.create_task(driver.run(incoming, export), name=f"source-{transfer_id}")
         self._sources[driver] = task
-        task.add_done_callback(lambda _: self._source_ended(driver))
+        task.add_done_callback(lambda ended: self._source_ended(driver, ended))
         return driver
 
     def _offers(self, opening: OpenHandoff) -> tuple[Offer, ...]:
@@ -193,8 +193,9 @@ class Transfers:
         if opening.first_block < 0 or opening.num_blocks < 0:
             raise Refused(Refusal.INVALID, "blocks cannot be counted backwards")
 
-    def _source_ended(self, driver: SourceDriver) -> None:
+    def _source_ended(self, driver: SourceDriver, task: asyncio.Task[None]) -> None:
         self._sources.pop(driver)
+        _log_failure(task)
         self.counters["handoffs_sent" if not driver.reason else "handoffs_not_taken"] += 1
         self.counters["handoff_sent_bytes"] += driver.sent_bytes
         if driver.reason:
@@ -245,7 +246,7 @@ class Transfers:
         stub = await self._peers.stub(source.target)
         task = asyncio.create_task(driver.run(stub), name=f"target-{source.worker_id}")
         self._targets[driver] = task
-        task.add_done_callback(lambda _: self._targets.pop(driver))
+        task.add_done_callback(lambda ended: self._target_ended(driver, ended))
         try:
             return await asyncio.shield(driver.outcome)
         except asyncio.CancelledError:
@@ -256,6 +257,10 @@ class Transfers:
             if error.refusal is Refusal.WORKER_LOST:
                 await self._forget(source)
             raise
+
+    def _target_ended(self, driver: TargetDriver, task: asyncio.Task[None]) -> None:
+        self._targets.pop(driver)
+        _log_failure(task)
 
     async def _forget(self, source: WorkerAddress) -> None:
         """Its successor is to be dialled afresh."""
@@ -309,8 +314,7 @@ class Transfers:
         if task.cancelled() or task.exception() is not None:
             me = self._identity.worker_id
             self._post(TransferLost(sequence_id, HandoffReport(me, me, "local")))
-            if not task.cancelled():
-                log.error("a fetch ended unexpectedly", exc_info=task.exception())
+            _log_failure(task)
 
     def decline(self, wanted: TransferWanted) -> None:
         """Nobody waits for this prompt any more and no transfer was begun."""
@@ -428,6 +432,12 @@ class Transfers:
         await self._peers.close()
         for transport in self._transports.values():
             await transport.close()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """A driver that raised has cleaned up behind itself; that it raised is our fault and must be seen."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
 
 
 async def _until_done(outcome: asyncio.Future[Handoff]) -> None:

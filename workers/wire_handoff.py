@@ -124,7 +124,8 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
     """`generation` is the sender's, of the moment it accepted the transfer."""
     envelope = pb.HandoffUp(transfer_id=transfer_id, generation=generation)
     match message:
-        case HandoffAccepted(offers, layout):
+        case HandoffAccepted(offers, layout, host):
+            envelope.accepted.host = host
             envelope.accepted.layout.CopyFrom(layout_to_pb(layout))
             for offer in offers:
                 envelope.accepted.offers.add(transport=offer.transport, data=offer.data)
@@ -169,7 +170,7 @@ def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:
     match envelope.WhichOneof("message"):
         case "accepted":
             offers = tuple(Offer(offer.transport, offer.data) for offer in envelope.accepted.offers)
-            return HandoffAccepted(offers, layout_from_pb(envelope.accepted.layout))
+            return HandoffAccepted(offers, layout_from_pb(envelope.accepted.layout), envelope.accepted.host)
         case "pieces":
             pieces = tuple(
                 KvPiece(p.piece, p.block, p.first_layer, p.num_layers, p.source_block, p.checksum)

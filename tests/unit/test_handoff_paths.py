@@ -248,12 +248,14 @@ class Sender(worker_pb2_grpc.WorkerServicer):
         if self._fault == "dies at once":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         yield say(
-            HandoffAccepted((Offer("shm", b"nonsense" if self._fault == "cannot connect" else offer),), cut.layout)
+            HandoffAccepted(
+                (Offer("shm", b"nonsense" if self._fault == "cannot connect" else offer),), cut.layout, opening.host
+            )
         )
         if self._fault == "cancels after accepting":
             yield say(CancelHandoff("no room"))
         if self._fault == "accepts twice":
-            yield say(HandoffAccepted((Offer("shm", offer),), cut.layout))
+            yield say(HandoffAccepted((Offer("shm", offer),), cut.layout, opening.host))
         if self._fault in ("dies after accepting", "cancels after accepting"):
             return
         async for message in request_iterator:

@@ -59,7 +59,7 @@ def opening(transports: tuple[str, ...] = ("shm", "grpc"), subject: Subject = PR
 
 
 def accepted(*transports: str) -> HandoffAccepted:
-    return HandoffAccepted(tuple(Offer(name, b"") for name in transports), fake_layout())
+    return HandoffAccepted(tuple(Offer(name, b"") for name in transports), fake_layout(), "here")
 
 
 class Wire:

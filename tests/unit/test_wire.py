@@ -146,7 +146,7 @@ handoff_downs = (
     | st.builds(CancelHandoff, text)
 )
 handoff_ups = (
-    st.builds(HandoffAccepted, tuples(st.builds(Offer, text, st.binary(max_size=20))), layouts)
+    st.builds(HandoffAccepted, tuples(st.builds(Offer, text, st.binary(max_size=20))), layouts, text)
     | st.builds(KvPieces, tuples(pieces), u32)
     | st.builds(TransportBroken, u32, text)
     | st.builds(PrefillDone, u32, st.none() | logprobs, u32, u32, f64)

@@ -107,8 +107,11 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class HandoffAccepted:
+    """`host` is the sender's host name."""
+
     offers: tuple[Offer, ...]
     layout: KvLayout
+    host: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from workers.kv_transfer.messages import (
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.recovery import Plan, Way
 from workers.kv_transfer.transfer import Due, Lease, Transfer, TransferState
+from workers.kv_transfer.transports.negotiate import negotiate
 
 MAX_DEGRADATIONS = 3
 """How often a transfer may ask for its missing pieces again before it fails."""
@@ -222,9 +223,10 @@ class TargetSession:
     def _on_accepted(self, event: HandoffAccepted) -> list[TargetCommand]:
         if self.offers:
             return self._give_up("the sender accepted twice", Refusal.INTERNAL)
-        offered = {offer.transport: offer for offer in event.offers}
+        offered = {offer.transport: offer.data for offer in event.offers}
         mine = self.opening.transports
-        self.offers = [offered[name] for name in mine if name in offered]
+        usable = negotiate(mine, offered, event.host, self.opening.host)
+        self.offers = [Offer(name, offered[name]) for name in usable]
         if not self.offers:
             return self._give_up(f"no common transport: {mine} here, {tuple(offered)} there", Refusal.INTERNAL)
         return self._connect()

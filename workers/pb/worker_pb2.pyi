@@ -423,12 +423,14 @@ class TransportOffer(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class HandoffAccepted(_message.Message):
-    __slots__ = ("offers", "layout")
+    __slots__ = ("offers", "layout", "host")
     OFFERS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     layout: KvLayout
-    def __init__(self, offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    host: str
+    def __init__(self, offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., host: _Optional[str] = ...) -> None: ...
 
 class KvPiece(_message.Message):
     __slots__ = ("piece", "block", "first_layer", "num_layers", "source_block", "checksum")
