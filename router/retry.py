@@ -38,7 +38,7 @@ class RetryPolicy:
     """Bounds of re-runs; times in seconds.
 
     `max_attempts` counts attempts in a row that brought no token: a request that makes progress may be re-run for ever,
-    one that kills its workers may not. A busy cluster is asked again until `patience_s` has passed without progress.
+    one that kills its workers may not. A busy cluster is asked again until it has refused for `patience_s` without a break.
     The first re-run is immediate, later ones wait `backoff_s`, doubled each time, at most `max_backoff_s`.
     """
 
@@ -55,7 +55,8 @@ class RetryHistory:
     num_setbacks: int = 0
     num_faults: int = 0
     num_internal: int = 0
-    since_s: float = 0.0
+    busy_since_s: float = 0.0
+    """When the last run of refusals by busy workers began; the time that an attempt ran on a worker is not such."""
     last_refusal: Refusal | None = None
 
     def progress(self) -> None:
@@ -65,8 +66,8 @@ class RetryHistory:
 
     def setback(self, refusal: Refusal, policy: RetryPolicy, now: float) -> float | None:
         """Records a failed attempt. Returns the seconds to wait before the next one; None: give up."""
-        if self.num_setbacks == 0:
-            self.since_s = now
+        if self.last_refusal is None or TREATMENTS[self.last_refusal] is not Treatment.BUSY:
+            self.busy_since_s = now
         self.num_setbacks += 1
         self.last_refusal = refusal
         match TREATMENTS[refusal]:
@@ -77,7 +78,7 @@ class RetryHistory:
                 if self.num_faults >= policy.max_attempts:
                     return None
             case Treatment.BUSY:
-                if now - self.since_s > policy.patience_s:
+                if now - self.busy_since_s > policy.patience_s:
                     return None
             case Treatment.ONCE:
                 self.num_internal += 1

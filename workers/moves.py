@@ -47,38 +47,40 @@ class Exports:
     """The sequences of one engine that are being copied away. `ended` are refusals that wait to be told."""
 
     memory: KvMemory
-    sequences: dict[int, Sequence] = field(default_factory=dict)
+    sequences: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
+    """With the number of preemptions when the export began: a preempted sequence may decode again by the next look."""
     ended: list[ExportEnded] = field(default_factory=list)
 
     def begin(self, sequence: Sequence, first_block: int, num_blocks: int) -> None:
         """Raises Refused."""
         begin_export(sequence, first_block, num_blocks, BLOCK_SIZE)
-        self.sequences[sequence.sequence_id] = sequence
+        self.sequences[sequence.sequence_id] = sequence, sequence.num_preemptions
 
     def halt(self, sequence_id: int) -> None:
         """The receiver has all that was announced: let the sequence stand still at the next step boundary."""
-        sequence = self.sequences.get(sequence_id)
-        if sequence is not None and sequence.export is not None:
-            sequence.export.is_due = True
+        if sequence_id in self.sequences:
+            export = self.sequences[sequence_id][0].export
+            if export is not None:
+                export.is_due = True
 
     def resume(self, sequence_id: int) -> None:
         """The migration failed: the sequence goes on here."""
-        sequence = self.sequences.pop(sequence_id, None)
-        if sequence is not None and sequence.export is not None:
-            resume(sequence)
+        if sequence_id in self.sequences:
+            sequence, _ = self.sequences.pop(sequence_id)
+            if sequence.export is not None:
+                resume(sequence)
 
     def depart(self, sequence_id: int) -> Sequence | None:
         """The receiver has landed. Returns the sequence if it still stands still here, and forgets it."""
-        sequence = self.sequences.get(sequence_id)
-        if sequence is None or sequence.state is not State.MOVING:
+        if sequence_id not in self.sequences or self.sequences[sequence_id][0].state is not State.MOVING:
             return None
-        return self.sequences.pop(sequence_id)
+        return self.sequences.pop(sequence_id)[0]
 
     def advance(self) -> list[ExportEvent]:
         """Between two steps: what is final, what stands still, what ended."""
         events: list[ExportEvent] = [*self.ended]
         self.ended.clear()
-        for sequence_id, sequence in list(self.sequences.items()):
+        for sequence_id, (sequence, num_preemptions) in list(self.sequences.items()):
             ready = advance_export(sequence, BLOCK_SIZE)
             if ready is not None:
                 blocks = tuple(sequence.table.blocks)
@@ -88,14 +90,13 @@ class Exports:
                     events.append(Halted(sequence_id, tuple(sequence.known), sequence.num_computed))
             elif sequence.export is None:
                 del self.sequences[sequence_id]
-                events.append(ExportEnded(sequence_id, _REASONS[sequence.state]))
+                events.append(ExportEnded(sequence_id, _why_ended(sequence, num_preemptions)))
         return events
 
 
-_REASONS = {
-    State.FINISHED: "the sequence has ended",
-    State.WAITING: "the sequence was preempted",
-    State.PREFILLING: "the sequence was preempted",
-    State.DECODING: "the sequence outgrew its reserved room before it was copied",
-    State.TRANSFERRING: "the sequence was preempted",
-}
+def _why_ended(sequence: Sequence, num_preemptions: int) -> str:
+    if sequence.state is State.FINISHED:
+        return "the sequence has ended"
+    if sequence.num_preemptions > num_preemptions:
+        return "the sequence was preempted"
+    return "the sequence outgrew its reserved room before it was copied"

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from builders import FakeModel
@@ -118,7 +119,7 @@ class Child:
 
     def _limit_memory(self, room_bytes: int) -> dict[str, Any]:
         """From now on the process can map at most so many bytes more."""
-        pages = int(open("/proc/self/statm").read().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + room_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         return {"limit_bytes": limit}

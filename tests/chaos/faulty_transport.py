@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -161,10 +162,8 @@ class _FaultyInbox:
                 return await self._inner.collect(pieces)
             case _:  # a stall: as a transport that waits for a piece until its own bound
                 arrived, lost_too = await self._inner.collect(rest)
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closed.wait(), fault.delay_s + 1.0)
-                except TimeoutError:
-                    pass
                 return arrived, (*lost_too, fault.piece)
 
     def checksum(self, piece: int) -> int | None:

@@ -236,6 +236,35 @@ def test_a_target_without_room_refuses_at_once_and_takes_nothing() -> None:
     assert error.value.refusal is Refusal.QUEUE_FULL and move.target.num_held_blocks == 2
 
 
+def test_preemption_prefers_what_is_not_being_moved_and_ends_a_migration_otherwise() -> None:
+    jobs = {index: make_request([index + 20] * 100, max_tokens=200) for index in range(2)}
+    move = Move(source_blocks=7)
+    for index, request in jobs.items():
+        move.source.add(index, request)
+    move.run(10)
+    move.begin(jobs[1], 1)
+    move.run(130)
+    assert move.ended is None and dict(move.source.counters())["preemptions"] == 1, "the older one gave its blocks"
+    move.source.halt(1)
+    move.run(1)
+    assert move.halted is not None
+    move.land()
+    moved = tokens_of(run_to_end(move.target), 9)
+    both = Move(source_blocks=7)
+    for index, request in jobs.items():
+        both.source.add(index, request)
+    both.run(10)
+    both.wanted = TransferWanted(9, 0, tuple(range(16)))
+    for index in jobs:
+        both.source.export(index, 0, 16)
+    both.run(130)
+    assert both.ended == ExportEnded(1, "the sequence was preempted")
+    for story, tail in ((move, moved), (both, [])):
+        story.outputs += run_to_end(story.source)
+        for index, request in jobs.items():
+            assert tokens_of(story.outputs, index) + (tail if index else []) == generate_alone(request)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_tokens_survive_migrations_under_pressure_and_preemption(data: st.DataObject) -> None:
@@ -243,18 +272,18 @@ def test_tokens_survive_migrations_under_pressure_and_preemption(data: st.DataOb
     jobs = {
         index: make_request(
             [index + 20] * data.draw(st.integers(1, 150)),
-            max_tokens=data.draw(st.integers(2, 140)),
+            max_tokens=data.draw(st.sampled_from([20, 140, 140])),
             temperature=1.0,
             seed=index,
         )
         for index in range(data.draw(st.integers(3, 5)))
     }
-    move = Move(source_blocks=data.draw(st.integers(6, 16)), target_blocks=8)
+    move = Move(source_blocks=data.draw(st.integers(6, 10)), target_blocks=8)
     for index, request in jobs.items():
         move.source.add(index, request)
     moved: dict[int, list[int]] = {}
     for index, request in jobs.items():
-        move.run(data.draw(st.integers(1, 60)))
+        move.run(data.draw(st.integers(1, 80)))
         move.halted = move.ended = None
         try:
             move.begin(request, index)
