@@ -28,8 +28,6 @@ PARALLEL = (
     "--set",
     "worker.parallel.expert_parallel=2",
     "--set",
-    "worker.parallel.heartbeat_timeout_s=2",
-    "--set",
     "ray.rank_placement=spread",
 )
 RAYLET = """
