@@ -27,7 +27,7 @@ from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),
-    Welcome(17, [[0, 1], [1, 0]]),
+    Welcome(17, [[0, 1], [1, 0]], 99, 5, 4096, "00ff"),
     Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537),
     Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], b"\x00\xff"),
     Done(3, 8, 0.25, 7, 99, [[1, 2]], b"tail"),
@@ -46,7 +46,7 @@ def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
 @pytest.mark.parametrize(
     "header",
     [b"", b"{}", b'["os.system", {}]', b'["Beat", {"x": 1}]', b'["Hello", {"rank": "1"}]', b'["Formed", {"epoch": true}]',
-     b'["Welcome", {"num_blocks": 1, "slots": [["a"]]}]', b'["Formed", {}]', b"\xff"],
+     b'["Welcome", {"num_blocks": 1, "slots": [["a"]], "pool_pid": 1, "pool_fd": 2, "pool_bytes": 3, "pool_nonce": ""}]', b'["Formed", {}]', b"\xff"],
 )  # fmt: skip
 def test_bytes_that_are_no_message_are_refused(header: bytes) -> None:
     with pytest.raises(BadMessage):
