@@ -114,7 +114,14 @@ class Worker:
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
         transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
         server = WorkerServer(
-            self._config, self._identity, model.info, memory, transports, thread.post, self._on_role_change
+            self._config,
+            self._identity,
+            model.info,
+            memory,
+            transports,
+            thread.post,
+            self._on_role_change,
+            self._face(),
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
         self._identity.target = self._bind(self._grpc)
