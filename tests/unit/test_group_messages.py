@@ -112,6 +112,7 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
             assert list(after.sample.output_token_ids) == list(before.sample.output_token_ids)
 
 
+@settings(deadline=None)
 @given(st.floats(-9999, 0), st.floats(-9999, 0))
 def test_logprobs_keep_their_bits(first: float, second: float) -> None:
     entry = TokenLogprob(3, first, ((3, first), (9, second)))
