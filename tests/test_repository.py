@@ -76,6 +76,7 @@ PURE = (
     "router/policies",
     "cluster/membership.py",
     "cluster/roles.py",
+    "cluster/placement.py",
 )
 
 
