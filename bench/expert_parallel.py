@@ -81,7 +81,8 @@ class Load:
         from workers.runner import BLOCK_SIZE, Batch, SampleSpec, SequenceSlice
 
         self._runner, self._batch, self._make, self._slice = runner, batch, Batch, SequenceSlice
-        pools, blocks = runner.num_pools, runner.kv_memory.layout.num_blocks
+        pools = runner.num_pools
+        blocks = runner.kv_memory.layout.num_blocks // pools
         per = -(-1024 // BLOCK_SIZE) // 4
         self._tables = [[(i % pools) * blocks + (i // pools) * per + at for at in range(per)] for i in range(batch)]
         self._spec = SampleSpec(SamplingParams(temperature=0), 0, 0, (), ())

@@ -84,6 +84,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     """Runs prompts on the group and on one rank, and compares tokens and KV; then moves KV back and forth."""
     import torch
 
+    from workers.group.memory import take_heads
     from workers.group.runner import GroupRunner
     from workers.loaded import Checkpoint
     from workers.model.torch_runner import TorchRunner
@@ -113,6 +114,8 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
         if (block := alone.kv_memory.block(at, 0, layout.num_layers)).any()
     ]
     last = layout.num_blocks - 1
+    num_heads = layout.num_kv_heads // args.tensor_parallel
+    first_head = layout.num_kv_heads - num_heads  # those of the rank that is away
     memory.block(last, 0, layout.num_layers)[:] = memory.block(0, 0, layout.num_layers)
     memory.adopt([last])
     memory.block(last, 0, layout.num_layers)[:] = 0
@@ -126,9 +129,8 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
         "tokens_equal_one_rank": tokens == golden,
         "kv_blocks_equal_one_rank": sum(block in blocks for block in golden_blocks),
         "kv_blocks": len(golden_blocks),
-        "adopted_block_came_back": bool(
-            (memory.block(last, 0, layout.num_layers) == memory.block(0, 0, layout.num_layers)).all()
-        ),
+        "adopted_heads_came_back": take_heads(memory, [last], first_head, num_heads)
+        == take_heads(memory, [0], first_head, num_heads),
         "ranks_in_leaders_memory": shares,
         "interface_bytes": sent,
         "expert_row_bytes": rows_bytes,

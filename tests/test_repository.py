@@ -87,6 +87,7 @@ PURE = (
     "router/policies",
     "cluster/membership.py",
     "cluster/roles.py",
+    "cluster/placement.py",
 )
 
 

@@ -217,7 +217,7 @@ class TargetDriver:
                 await asyncio.wait({before})
             await self._close_inbox()
             transport = self._transports[name]
-            channel = await transport.connect(self._source, self._session.opening.layout, command.offer.data)
+            channel = await transport.connect(self._source, command.layout, command.offer.data)
             self._inbox = channel.inbox(data_id(self._transfer_id, epoch), self._place)
         except TransferFailed as error:
             self._events.post(ConnectFailed(epoch, f"{name}: {error}"))

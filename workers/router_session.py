@@ -64,9 +64,15 @@ class RouterSession:
         return self._is_closed and not self._outputs
 
     async def next_frame(self, generation: int) -> WorkerFrame:
-        """Waits until there is something to say, then takes all of it."""
+        """Waits until there is something to say, then takes all of it.
+
+        A status that came meanwhile counts more than the generation in which the wait began: whoever hears of a switch
+        must not ask for what it ended.
+        """
         await self._wake.wait()
         self._wake.clear()
+        if self._status is not None:
+            generation = self._status.generation
         frame = WorkerFrame(generation, tuple(self._outputs), self._load, tuple(self._kv_events), self._status)
         self._outputs, self._kv_events, self._load, self._status = [], [], None, None
         return frame

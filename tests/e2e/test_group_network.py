@@ -24,7 +24,7 @@ def test_ranks_over_an_interface_compute_and_hand_over_what_one_rank_does() -> N
     found = json.loads(done.stdout)
     assert found["tokens_equal_one_rank"]
     assert found["kv_blocks_equal_one_rank"] == found["kv_blocks"] > 0, "exposed, its blocks are those of one rank"
-    assert found["adopted_block_came_back"]
+    assert found["adopted_heads_came_back"]
     assert found["ranks_in_leaders_memory"] == [True, False]
     least = found["kv_bytes_between_hosts"] + found["expert_row_bytes"]
     assert found["interface_bytes"] > least, "experts' rows and KV went over the interface"

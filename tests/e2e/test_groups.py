@@ -205,7 +205,8 @@ def test_afterwards_each_worker_has_one_pool_whatever_its_ranks(cluster: Cluster
         return {pool: users for pool, users in pools_in_use(everyone).items() if users & alive}
 
     wait_until(lambda: len(pools()) == 3, 20, "one pool a worker", lambda: str((alive, pools())))
-    assert set(ranks(cluster).values()) in pools().values(), "the ranks of the group share one"
+    both = set(ranks(cluster).values())
+    assert any(both <= users for users in pools().values()), "the ranks of the group share one"
 
 
 def all_processes() -> set[int]:

@@ -10,10 +10,14 @@ from workers.group.messages import (
     MAX_FRAME_BYTES,
     BadMessage,
     Beat,
+    Blocks,
     Done,
     Form,
+    GetBlocks,
     Hello,
     Message,
+    PutBlocks,
+    Ready,
     Step,
     Welcome,
     decode,
@@ -27,7 +31,11 @@ from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),
-    Welcome(17, [[0, 1], [1, 0]], 99, 5, 4096, "00ff"),
+    Welcome(17, [[0, 1], [1, 0]], 88, 5, 4096, "00ff"),
+    Ready("weights", 12, shares_memory=False),
+    GetBlocks([3, 4]),
+    PutBlocks([3], b"heads"),
+    Blocks(b"heads"),
     Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537),
     Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], b"\x00\xff"),
     Done(3, 8, 0.25, 7, 99, [[1, 2]], b"tail"),
@@ -112,6 +120,7 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
             assert list(after.sample.output_token_ids) == list(before.sample.output_token_ids)
 
 
+@settings(deadline=None)
 @given(st.floats(-9999, 0), st.floats(-9999, 0))
 def test_logprobs_keep_their_bits(first: float, second: float) -> None:
     entry = TokenLogprob(3, first, ((3, first), (9, second)))

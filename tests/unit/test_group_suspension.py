@@ -13,6 +13,7 @@ from router.events import Command, Deliver, RequestArrived
 from workers.client import WorkerFrame
 from workers.errors import Refusal
 from workers.group.watch import GroupWatch
+from workers.router_session import RouterSession
 from workers.status import RankStatus, Role, WorkerStatus
 from workers.wire import status_from_pb, status_to_pb
 
@@ -157,3 +158,12 @@ async def test_a_group_that_does_not_find_together_suspends_its_worker_though_no
     await server.until(1)
     assert server.said == ["its ranks do not find together"]
     await watch.stop()
+
+
+async def test_the_frame_that_tells_of_a_new_generation_is_in_it() -> None:
+    """Otherwise handoffs that a router arranges right after a switch would be refused as stale, for up to a second."""
+    session = RouterSession("router-0", 16)
+    frame = asyncio.create_task(session.next_frame(GENERATION))
+    await asyncio.sleep(0)  # it waits, in the old generation
+    session.add_status(rebuilding("d-0", GENERATION + 1, True).status)  # type: ignore[arg-type]
+    assert (await frame).generation == GENERATION + 1

@@ -27,12 +27,12 @@ class PooledFakeRunner:
         self._parts = [FakeRunner(KvMemory(fake_layout(num_blocks))) for _ in range(num_pools)]
         self.num_pools = num_pools
         self.vocab_size = self._parts[0].vocab_size
-        self.kv_memory = self._parts[0].kv_memory
+        self.kv_memory = KvMemory(fake_layout(num_pools * num_blocks))
         self.tokens_of_pool = [0] * num_pools
         self.lose: Callable[[], tuple[int, ...] | None] = lambda: None
 
     def execute(self, batch: Batch) -> list[Sampled]:
-        parts = split_by_pool(batch, self.num_pools, self.kv_memory.layout.num_blocks)
+        parts = split_by_pool(batch, self.num_pools, self._parts[0].kv_memory.layout.num_blocks)
         lost = self.lose()
         if lost is not None:
             for pool in lost:

@@ -132,7 +132,7 @@ class Wire:
             match command:
                 case tgt.Send(message):
                     self.down.append(message)
-                case tgt.Connect(offer, epoch):
+                case tgt.Connect(offer, epoch, _):
                     is_broken = offer.transport in self.broken
                     self.tell_target(tgt.ConnectFailed(epoch, "broken") if is_broken else tgt.Connected(epoch))
                 case tgt.Collect(pieces):
@@ -331,7 +331,7 @@ def test_a_transfer_that_keeps_spoiling_fails_and_frees_the_source() -> None:
 def test_a_failed_target_waits_for_what_writes_before_it_says_so() -> None:
     session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), ttl_s=5)
     session.open(0)
-    assert session.handle(accepted("grpc"), 0) == [tgt.Connect(Offer("grpc", b""), 0)]
+    assert session.handle(accepted("grpc"), 0) == [tgt.Connect(Offer("grpc", b""), 0, fake_layout())]
     session.handle(tgt.Connected(0), 0)
     pieces = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
     assert isinstance(session.handle(KvPieces(pieces), 0)[0], tgt.Collect)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.config import ParallelConfig
@@ -79,6 +79,7 @@ def test_settings_that_cannot_work_name_themselves() -> None:
         Layout.of(parallel(2), MOE_21B, 2)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(0, 70))
 def test_ranks_cover_every_head_and_every_row_once(tensor: int, pools: int, num_rows: int) -> None:
     layouts = [Layout(tensor * pools, tensor, rank) for rank in range(tensor * pools)]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import grpc
 import pytest
@@ -97,9 +98,9 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 @asynccontextmanager
 async def running(
-    name: str, role: Role, config: WorkerConfig = CONFIG, start_count: int = 1
+    name: str, role: Role, config: WorkerConfig = CONFIG, start_count: int = 1, num_blocks: int = 64
 ) -> AsyncIterator[tuple[Worker, WorkerAddress]]:
-    worker = Worker(config, name, start_count, role, load=FakeModel)
+    worker = Worker(config, name, start_count, role, load=partial(FakeModel, num_blocks=num_blocks))
     try:
         yield worker, await worker.start()
     finally:
@@ -110,9 +111,9 @@ async def running(
 async def pair(
     prefill_config: WorkerConfig = CONFIG, decode_config: WorkerConfig = CONFIG
 ) -> AsyncIterator[tuple[Attached, WorkerAddress, Worker]]:
-    """A prefill and a decode worker, and a router attached to the latter."""
+    """A prefill and a decode worker with pools of different sizes, and a router attached to the latter."""
     async with (
-        running("prefill-0", Role.PREFILL, prefill_config) as (prefill, source),
+        running("prefill-0", Role.PREFILL, prefill_config, num_blocks=80) as (prefill, source),
         running("decode-0", Role.DECODE, decode_config) as (_, address),
     ):
         router = await Attached(address).start()

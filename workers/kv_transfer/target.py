@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from workers.errors import Refusal
+from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.messages import (
     CancelHandoff,
     Done,
@@ -97,6 +98,8 @@ class Connect:
 
     offer: Offer
     epoch: int
+    layout: KvLayout
+    """Of the sender's pool, whose number of blocks is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ class TargetSession:
     transfer: Transfer = field(init=False)
     offers: list[Offer] = field(default_factory=list)
     """What is left to try, the one in use first."""
+    source_layout: KvLayout | None = None
     epoch: int = 0
     done: Done | None = None
     landed: set[int] = field(default_factory=set)
@@ -223,6 +227,9 @@ class TargetSession:
     def _on_accepted(self, event: HandoffAccepted) -> list[TargetCommand]:
         if self.offers:
             return self._give_up("the sender accepted twice", Refusal.INTERNAL)
+        if replace(event.layout, num_blocks=self.opening.layout.num_blocks) != self.opening.layout:
+            return self._give_up("the sender has another KV layout", Refusal.INTERNAL)
+        self.source_layout = event.layout
         offered = {offer.transport: offer.data for offer in event.offers}
         mine = self.opening.transports
         usable = negotiate(mine, offered, event.host, self.opening.host)
@@ -233,7 +240,8 @@ class TargetSession:
 
     def _connect(self) -> list[TargetCommand]:
         self.is_connecting = True
-        return [Connect(self.offers[0], self.epoch)]
+        assert self.source_layout is not None
+        return [Connect(self.offers[0], self.epoch, self.source_layout)]
 
     def _on_connected(self) -> list[TargetCommand]:
         self.is_connecting = False
