@@ -108,6 +108,7 @@ class Child:
         raise ValueError(order)
 
     def _census(self) -> dict[str, Any]:
+        gc.collect()  # the worker that came first is a cycle, and its mapping goes with it
         return {
             "workers": {name: dict(worker.status().counters) for name, worker in self._workers.items()},
             "own_pools": sorted(own_pools()),
