@@ -43,6 +43,10 @@ class Paused:
     def kv_memory(self):  # type: ignore[no-untyped-def]
         return self._runner.kv_memory
 
+    @property
+    def num_pools(self) -> int:
+        return self._runner.num_pools
+
     def allow(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self._steps.release()

@@ -131,12 +131,12 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _logprob(found: TokenLogprob) -> list[Any]:
-    return [found.token_id, found.logprob, list(found.top)]
+    return [found.token_id, found.logprob, list(found.top), found.rank]
 
 
 def _read_logprob(entry: Sequence[Any]) -> TokenLogprob:
-    token_id, logprob, top = entry
-    return TokenLogprob(token_id, logprob, tuple((token, value) for token, value in top))
+    token_id, logprob, top, rank = entry
+    return TokenLogprob(token_id, logprob, tuple((token, value) for token, value in top), rank)
 
 
 class _Numbers:

@@ -49,6 +49,8 @@ class KvTiers:
         """Promotions by the hash of a block that is being read, with its position in each."""
         self._counters: Counter[str] = Counter()
         self._disk: DiskThread | None = None
+        self._ending: DiskThread | None = None
+        """A disk that was switched off, until its last write has ended."""
         if folder is not None:
             found, num_refused = folder.scan()
             self._counters["kv_disk_corrupt_blocks"] += num_refused
@@ -209,7 +211,7 @@ class KvTiers:
                 promotion.fail(index)
         self._waiting.clear()
         self._disk.stop(timeout_s=0.0)
-        self._disk = None
+        self._ending, self._disk = self._disk, None
 
     @property
     def is_idle(self) -> bool:
@@ -232,7 +234,8 @@ class KvTiers:
         return tuple((name, float(value)) for name, value in sorted({**totals, **now}.items()))
 
     def close(self) -> None:
-        """Ends the disk's thread. Files stay for the next start."""
-        if self._disk is not None:
-            self._disk.stop()
-            self._disk = None
+        """Ends the disk's thread. Files stay for the next start, but for those it is writing."""
+        for disk in (self._disk, self._ending):
+            if disk is not None:
+                disk.stop()
+        self._disk = self._ending = None
