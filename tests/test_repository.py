@@ -72,7 +72,6 @@ PURE = (
     "workers/kv_transfer/source.py",
     "workers/kv_transfer/target.py",
     "workers/kv_transfer/worth.py",
-    "workers/kv_transfer/resharding.py",
     "workers/group/formation.py",
     "workers/group/messages.py",
     "workers/group/step_codec.py",

@@ -160,7 +160,7 @@ class Injector:
             case Kind.SWITCH_PREFILL | Kind.SWITCH_DECODE:
                 return [raw] if await self.arena.switch(self._victim(fault, passing), chance) else None
             case _:
-                raise NotImplementedError(fault)
+                raise ValueError(f"{fault} strikes the data path, not a message")
         return [raw]
 
     def _victim(self, fault: Fault, passing: Passing) -> str:

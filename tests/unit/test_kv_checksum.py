@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,16 @@ def noise() -> View:
     return np.random.default_rng(3).integers(0, 256, (3 << 20) + 4096, np.uint8)
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need a C++ compiler")
+
+
 @pytest.fixture
 def native() -> Library:
+    """Skips for want of a compiler only: a kernel that a compiler refuses is a failure."""
+    if shutil.which("g++") is None:
+        pytest.skip("the kernels need a C++ compiler")
     found = library()
-    if found is None:
-        pytest.skip("no C++ compiler here")
+    assert found is not None, "there is a compiler, and the kernels were not built"
     return found
 
 
@@ -109,13 +115,11 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path) -> None:
         build_library(main, "checksum", tmp_path, (), compilers=("no-such-compiler",))
 
 
+@needs_compiler
 @pytest.mark.parametrize("flags", [("-mno-avx512f", "-mavx2"), ("-mno-avx", "-mno-avx2")])
 def test_lesser_processors_compute_the_same(noise: View, tmp_path: Path, flags: tuple[str, ...]) -> None:
     main = Path(loading.__file__).parent / "source" / "checksum.cpp"
-    try:
-        path = build_library(main, "checksum", tmp_path, ("-std=c++20", "-O2", "-fPIC", "-shared", *flags))
-    except BuildFailed as error:
-        pytest.skip(str(error))
+    path = build_library(main, "checksum", tmp_path, ("-std=c++20", "-O2", "-fPIC", "-shared", *flags))
     other = Library(path)
     for size in (241, 1024, 1025, 70001):
         for is_streaming in (False, True):
