@@ -93,8 +93,10 @@ def shared_memory_names() -> set[str]:
 
 
 def children(pid: int) -> set[int]:
-    """Child processes, zombies too."""
+    """Child processes, zombies too. A child of a thread that ends meanwhile goes to another thread, maybe one already read: the
+    census that comes next sees it."""
     found: set[int] = set()
     for task in os.listdir(f"/proc/{pid}/task"):
-        found |= {int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found |= {int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()}
     return found
