@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from workers.errors import TransferFailed
@@ -79,14 +80,16 @@ class SourceDriver:
         reader = asyncio.create_task(self._read(incoming))
         is_released = False
         try:
-            pending = self._session.open(time.monotonic())
+            pending = deque(self._session.open(time.monotonic()))
             while True:
-                for command in pending:
-                    match command:
+                while pending:
+                    match pending.popleft():
                         case Send(message):
                             self._out.post(self._envelope(message))
-                        case SendPieces():
-                            self._spawn(command)
+                        case SendPieces() as command:
+                            described = self._start_sending(command)
+                            if described is not None:  # before whatever waits to be said after these pieces
+                                pending += self._session.handle(described, time.monotonic())
                         case StartExport():
                             export.start()
                         case Release(reason):
@@ -98,7 +101,7 @@ class SourceDriver:
                 if isinstance(export, Paced) and self._session.state is TransferState.SENDING:
                     export.acknowledged(len(self._session.acknowledged))
                 event = await self._events.next(self._session.next_deadline_s())
-                pending = self._session.handle(event if event is not None else Due(), time.monotonic())
+                pending += self._session.handle(event if event is not None else Due(), time.monotonic())
         finally:
             reader.cancel()
             self._out.post(None)
@@ -129,22 +132,30 @@ class SourceDriver:
         except Exception as error:
             await self._events.put(Broken(str(error), is_ours=True))
 
-    def _spawn(self, command: SendPieces) -> None:
-        task = asyncio.create_task(self._send_pieces(command))
+    def _start_sending(self, command: SendPieces) -> Described | None:
+        """Has the pieces sent; the announcement of few bytes at once, that of more comes as an event."""
+        outgoing = [self._outgoing_piece(number, block) for number, block in command.pieces]
+        num_bytes = sum(piece.view.nbytes for piece in outgoing)
+        self.sent_bytes += num_bytes
+        described = None
+        if num_bytes <= INLINE_BYTES:
+            started = time.monotonic()
+            described = Described(command.epoch, describe_pieces(self._memory, self._session.cut, command.pieces))
+            self.checksum_s += time.monotonic() - started
+        task = asyncio.create_task(self._send_pieces(command, outgoing, described is not None))
         self._sends.add(task)
         task.add_done_callback(self._sends.discard)
+        return described
 
-    async def _send_pieces(self, command: SendPieces) -> None:
-        """Announces the pieces as soon as their checksums are known, and meanwhile sends them."""
-        outgoing = [self._outgoing_piece(number, block) for number, block in command.pieces]
-        total = sum(piece.view.nbytes for piece in outgoing)
-        self.sent_bytes += total
+    async def _send_pieces(self, command: SendPieces, outgoing: list[OutgoingPiece], is_described: bool) -> None:
+        """Announces the pieces, if they are not, as soon as their checksums are known, and meanwhile sends them."""
         sending = asyncio.create_task(
             self._transports[command.transport].send(self._target, data_id(self._transfer_id, command.epoch), outgoing)
         )
         reason = ""
         try:
-            await self._describe(command, total)
+            if not is_described:
+                await self._describe(command)
             await sending
         except TransferFailed as error:
             reason = str(error)
@@ -156,10 +167,9 @@ class SourceDriver:
                 await asyncio.wait({sending})
             self.post(Sent(command.epoch, reason))
 
-    async def _describe(self, command: SendPieces, total: int) -> None:
-        args = (self._memory, self._session.cut, command.pieces)
+    async def _describe(self, command: SendPieces) -> None:
         started = time.monotonic()
-        pieces = describe_pieces(*args) if total <= INLINE_BYTES else await asyncio.to_thread(describe_pieces, *args)
+        pieces = await asyncio.to_thread(describe_pieces, self._memory, self._session.cut, command.pieces)
         self.checksum_s += time.monotonic() - started
         self.post(Described(command.epoch, pieces))
 

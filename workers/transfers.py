@@ -36,6 +36,7 @@ from workers.kv_transfer.messages import (
     Subject,
 )
 from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.prefault import Prefault
 from workers.kv_transfer.recovery import Choice, Measured, Plan, Way
 from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.target import TargetSession
@@ -93,6 +94,7 @@ class Transfers:
         self._config = config
         self._identity = identity
         self._memory = memory
+        self._prefault = Prefault(memory)
         self._fingerprint = fingerprint
         self._transports = transports
         self._post = post
@@ -264,6 +266,9 @@ class Transfers:
         )
         session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
         driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
+        fresh = self._prefault.fresh(blocks[first_block:])
+        if fresh:
+            asyncio.get_running_loop().run_in_executor(None, self._prefault.back, fresh)
         stub = await self._peers.stub(source.target)
         task = asyncio.create_task(driver.run(stub), name=f"target-{source.worker_id}")
         self._targets[driver] = task

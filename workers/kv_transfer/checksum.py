@@ -15,7 +15,7 @@ View = npt.NDArray[np.uint8]
 MIN_NATIVE_BYTES = 241
 """XXH3 treats shorter inputs in other ways; KV has none, and xxhash knows them."""
 STREAMING_BYTES = 8 << 20
-"""From this much in one call on, copies go past the caches: measured faster where the pool does not fit into them."""
+"""From this much at once on, copies go past the caches: measured faster where the pool does not fit into them."""
 
 
 def checksums(views: Sequence[View]) -> list[int]:
@@ -27,10 +27,10 @@ def checksums(views: Sequence[View]) -> list[int]:
     return native.checksums([view.ctypes.data for view in views], [view.nbytes for view in views])
 
 
-def copy_and_checksum(targets: Sequence[View], sources: Sequence[View]) -> list[int]:
+def copy_and_checksum(targets: Sequence[View], sources: Sequence[View], is_streaming: bool | None = None) -> list[int]:
     """Copies each source into its target (equal sizes, contiguous, not overlapping); XXH3-64 of what was copied.
 
-    Each byte is read once where the C++ library can be had.
+    Each byte is read once where the C++ library can be had. `is_streaming`: past the caches; None: from STREAMING_BYTES on.
     """
     native = library()
     if any(target.nbytes != source.nbytes for target, source in zip(targets, sources, strict=True)):
@@ -41,7 +41,7 @@ def copy_and_checksum(targets: Sequence[View], sources: Sequence[View]) -> list[
         for target, source in zip(targets, sources, strict=True):
             np.copyto(target, source)
         return reference_checksums(targets)
-    return native_copy(native, targets, sources)
+    return native_copy(native, targets, sources, is_streaming)
 
 
 def native_copy(

@@ -141,7 +141,7 @@ class CudaIpcTransport:
         if found.tobytes() != nonce:
             raise TransferFailed("the peer's GPU memory carries another nonce")
 
-    def _copy(self, targets: Sequence[View], sources: Sequence[DeviceSlice]) -> Sequence[int]:
+    def _copy(self, targets: Sequence[View], sources: Sequence[DeviceSlice], is_large: bool) -> Sequence[int]:
         runtime = self._ready()
         base, mirror = self._memory.device_address, self._memory.bytes.ctypes.data
         for target, source in zip(targets, sources, strict=True):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.checksum import copy_and_checksum
+from workers.kv_transfer.checksum import STREAMING_BYTES, copy_and_checksum
 from workers.kv_transfer.transport import IncomingPiece, View
 
 log = logging.getLogger(__name__)
@@ -46,13 +46,14 @@ class ReadablePool(Protocol):
         ...
 
 
-Copy = Callable[[Sequence[View], Sequence[Any]], Sequence[int]]
+Copy = Callable[[Sequence[View], Sequence[Any], bool], Sequence[int]]
 
 
 class PullChannel:
     """Copies out of one sender's pool. `use()` is None once the pool must not be read any more.
 
-    `copy(targets, sources)` returns the checksums of what it copied; it raises TransferFailed, or OSError, on a helper thread.
+    `copy(targets, sources, is_large)` returns the checksums of what it copied; it raises TransferFailed, or OSError, on a helper
+    thread. `is_large`: it is part of more than caches should give up.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class PullInbox:
                     if source.nbytes == target.nbytes:
                         pairs.append((piece.piece, target, source))
             if sum(target.nbytes for _, target, _ in pairs) <= INLINE_BYTES:
-                self._copy(pairs, arrived)
+                self._copy(pairs, arrived, is_large=False)
             else:
                 await self._copy_aside(pairs, arrived)
         lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
@@ -129,19 +130,21 @@ class PullInbox:
             await asyncio.wait(tuple(self._running))
 
     async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
-        num_shares = copiers() if sum(target.nbytes for _, target, _ in pairs) >= _SPLIT_BYTES else 1
+        num_bytes = sum(target.nbytes for _, target, _ in pairs)
+        num_shares = copiers() if num_bytes >= _SPLIT_BYTES else 1
+        is_large = num_bytes >= STREAMING_BYTES
         size = -(-len(pairs) // num_shares)
         loop = asyncio.get_running_loop()
         copies: list[asyncio.Future[None]] = []
         for first in range(0, len(pairs), size):
-            running = loop.run_in_executor(self._helpers, self._copy, pairs[first : first + size], arrived)
+            running = loop.run_in_executor(self._helpers, self._copy, pairs[first : first + size], arrived, is_large)
             copies.append(running)
             self._running.add(running)
             running.add_done_callback(self._running.discard)
         # A cancelled waiter leaves the copies running; `close` waits for them.
         await asyncio.shield(asyncio.gather(*copies))
 
-    def _copy(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
+    def _copy(self, pairs: list[tuple[int, View, Source]], arrived: set[int], is_large: bool) -> None:
         first = 0
         while first < len(pairs) and not self._is_closed and self._channel.pool() is not None:
             end, num_bytes = first, 0
@@ -150,7 +153,8 @@ class PullInbox:
                 end += 1
             group = pairs[first:end]
             try:
-                found = self._channel.copy([target for _, target, _ in group], [source for _, _, source in group])
+                sources = [source for _, _, source in group]
+                found = self._channel.copy([target for _, target, _ in group], sources, is_large)
             except (TransferFailed, OSError) as error:
                 log.warning("KV could not be copied: %s", error)
                 return
