@@ -29,8 +29,8 @@ LAYOUTS = {
     "tiny": KvLayout(64, 1, 1, 1, 16, "bfloat16", 2),
 }
 """Layers of 64 KiB in blocks of 1 MiB; blocks of ERNIE-4.5-21B-A3B, 3.5 MiB; blocks of 64 bytes."""
-ANNOUNCED_PIECES = 16
-"""In one message; the receiver collects and verifies them together."""
+ANNOUNCED_PIECES = 64
+"""In one message, as with the default `transfer_window_bytes`; the receiver collects and verifies them together."""
 TIMEOUT_S = 60.0
 _ASK = struct.Struct("<16sIII")
 _ANNOUNCED = struct.Struct("<IIIIQ")
@@ -99,26 +99,27 @@ class Session:
             shape = shapes[shape_index]
             layout, memory, transport = LAYOUTS[shape], self._memories[shape], self._transports[shape]
             pieces = pieces_of(layout, first_block, num_bytes)
-            views = [memory.block(p.source_block, p.first_layer, p.num_layers) for p in pieces]
-            outgoing = [
-                OutgoingPiece(p.piece, p.source_block, p.first_layer, p.num_layers, view)
-                for p, view in zip(pieces, views, strict=True)
-            ]
-            rows = []
-            for piece, view in zip(pieces, views, strict=True):
-                filled = (shape, piece.source_block, piece.first_layer, piece.num_layers)
-                checksum = self._filled.get(filled) if shape == "bulk" else None
-                if checksum is None:
-                    (checksum,) = checksums([view])
-                    self._filled[filled] = checksum
-                rows.append(_ANNOUNCED.pack(piece.piece, *filled[1:], checksum))
-            for first in range(0, len(rows), ANNOUNCED_PIECES):
-                group = rows[first : first + ANNOUNCED_PIECES]
-                writer.write(struct.pack("<I", len(group)) + b"".join(group))
-            task = asyncio.create_task(transport.send(target, transfer.hex(), outgoing))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.sleep(0)
+            for first in range(0, len(pieces), ANNOUNCED_PIECES):
+                group = pieces[first : first + ANNOUNCED_PIECES]
+                views = [memory.block(p.source_block, p.first_layer, p.num_layers) for p in group]
+                rows = [self._announced(shape, piece, view) for piece, view in zip(group, views, strict=True)]
+                writer.write(struct.pack("<I", len(rows)) + b"".join(rows))
+                outgoing = [
+                    OutgoingPiece(p.piece, p.source_block, p.first_layer, p.num_layers, view)
+                    for p, view in zip(group, views, strict=True)
+                ]
+                task = asyncio.create_task(transport.send(target, transfer.hex(), outgoing))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                await asyncio.sleep(0)
+
+    def _announced(self, shape: str, piece: IncomingPiece, view: Any) -> bytes:
+        filled = (shape, piece.source_block, piece.first_layer, piece.num_layers)
+        checksum = self._filled.get(filled) if shape == "bulk" else None
+        if checksum is None:
+            (checksum,) = checksums([view])
+            self._filled[filled] = checksum
+        return _ANNOUNCED.pack(piece.piece, *filled[1:], checksum)
 
     # ---- the receiver ----
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +35,15 @@ class KvLayout:
     dtype: str
     itemsize: int
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer (K and V) of one block."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+    # Asked for with every piece, so they are kept.
+    layer_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of one layer (K and V) of one block."""
+    block_bytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def block_bytes(self) -> int:
-        return self.num_layers * self.layer_bytes
+    def __post_init__(self) -> None:
+        layer_bytes = 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+        object.__setattr__(self, "layer_bytes", layer_bytes)
+        object.__setattr__(self, "block_bytes", self.num_layers * layer_bytes)
 
     @property
     def pool_bytes(self) -> int:

@@ -12,7 +12,7 @@ from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.offers import decode, encode
-from workers.kv_transfer.transports.pull import PullChannel, copiers
+from workers.kv_transfer.transports.pull import NUM_HELPERS, PullChannel
 from workers.status import WorkerAddress
 
 _lock = threading.Lock()
@@ -27,7 +27,7 @@ class LoopbackTransport:
 
     def __init__(self, memory: KvMemory, worker_id: str) -> None:
         self._token = secrets.token_hex(16)
-        self._helpers = ThreadPoolExecutor(copiers(), thread_name_prefix="kv-loopback")
+        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-loopback")
         self._channels: dict[str, tuple[str, PullChannel]] = {}
         with _lock:
             _pools[self._token] = (worker_id, memory)

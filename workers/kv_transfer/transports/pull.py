@@ -20,15 +20,12 @@ INLINE_BYTES = 1 << 20
 """Up to this many bytes are copied on the event loop: that takes 50 us, a helper thread costs more."""
 _GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
-
-
 _SPLIT_BYTES = 4 << 20
 """From this much on a batch is shared by the helper threads: one core does not use all of the memory's bandwidth."""
 
 
-def copiers() -> int:
-    """Helper threads of one transport. The sender and the model want cores too."""
-    return min(2, os.cpu_count() or 1)
+NUM_HELPERS = min(2, os.cpu_count() or 1)
+"""Threads of one transport that copy. The sender and the model want cores too."""
 
 
 class Source(Protocol):
@@ -131,7 +128,7 @@ class PullInbox:
 
     async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
         num_bytes = sum(target.nbytes for _, target, _ in pairs)
-        num_shares = copiers() if num_bytes >= _SPLIT_BYTES else 1
+        num_shares = NUM_HELPERS if num_bytes >= _SPLIT_BYTES else 1
         is_large = num_bytes >= STREAMING_BYTES
         size = -(-len(pairs) // num_shares)
         loop = asyncio.get_running_loop()

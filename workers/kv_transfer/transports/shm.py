@@ -10,7 +10,7 @@ from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
-from workers.kv_transfer.transports.pull import PullChannel, copiers
+from workers.kv_transfer.transports.pull import NUM_HELPERS, PullChannel
 from workers.status import WorkerAddress
 
 MAX_MAPS = 64
@@ -27,7 +27,7 @@ class ShmTransport:
     def __init__(self, memory: KvMemory, host: str) -> None:
         self._memory = memory
         self._host = host
-        self._helpers = ThreadPoolExecutor(copiers(), thread_name_prefix="kv-shm")
+        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-shm")
         self._channels: dict[bytes, tuple[WorkerAddress, int, PullChannel]] = {}
         """{offer: (sender, its pid, channel)}, the longest unused first. An offer holds a nonce, so it never means two pools."""
 
