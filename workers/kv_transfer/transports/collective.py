@@ -1,9 +1,13 @@
-"""KV over a 2-rank group of torch.distributed for each pair of workers: headers go over a socket, pieces through the group (Gloo here)."""
+"""KV over a 2-rank group of torch.distributed for each pair of workers: headers go over a socket, pieces through the group (Gloo here).
+
+Neighbouring pieces of a block lie together at both ends, so they travel as one tensor: an operation costs as much as half a MiB.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from workers.errors import TransferFailed
+from workers.kv_transfer.checksum import checksums
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.transport import OutgoingPiece, View
 from workers.kv_transfer.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
@@ -23,6 +28,7 @@ from workers.status import WorkerAddress
 PIECES_PER_BATCH = 64
 _STORE_S = 10.0
 _COUNT_BYTES = 4
+"""Before the headers of a batch: how many there are."""
 
 MakePair = Callable[[], PairGroup]
 
@@ -39,13 +45,20 @@ class CollectiveLink(OutgoingLink):
         key = transfer_key(transfer_id)
         for first in range(0, len(pieces), PIECES_PER_BATCH):
             batch = pieces[first : first + PIECES_PER_BATCH]
-            headers = [pack(Frame(key, p.piece, 0, p.view.nbytes, p.view.nbytes)) for p in batch]
-            message = b"".join((len(batch).to_bytes(_COUNT_BYTES, "little"), *headers))
+            message = bytearray(len(batch).to_bytes(_COUNT_BYTES, "little"))
+            runs: list[list[View]] = []
+            for at, piece in enumerate(batch):
+                size, joins = piece.view.nbytes, at > 0 and _follows(piece, batch[at - 1])
+                message += pack(Frame(key, piece.piece, 0, size, size, joins))
+                if joins:
+                    runs[-1].append(piece.view)
+                else:
+                    runs.append([piece.view])
             async with self._turn:
                 if self.is_broken:
                     raise TransferFailed("the receiver is gone")
                 try:
-                    await outlast(self.run(self._send_batch, message, [piece.view for piece in batch]))
+                    await outlast(self.run(self._send_batch, message, [_joined(run) for run in runs]))
                 except OSError as error:
                     self.stop()
                     raise TransferFailed(f"the connection beside the pair broke: {error}") from error
@@ -53,7 +66,7 @@ class CollectiveLink(OutgoingLink):
                     self.stop()
                     raise
 
-    def _send_batch(self, message: bytes, views: list[View]) -> None:
+    def _send_batch(self, message: bytearray, views: list[View]) -> None:
         pair = self._pair.result()
         lane = self.lanes[0]
         lane.setblocking(True)
@@ -89,24 +102,40 @@ class CollectiveLane(IncomingLane):
         self.made.set_result(pair)
         scratch: View | None = None
         while (frames := self._read_headers()) is not None:
-            landings: list[tuple[PushInbox, Frame]] = []
+            runs: list[list[_Landing]] = []
             homes: list[View] = []
-            for frame in frames:
-                inbox = self.inboxes.find(frame.key)
-                home = None if inbox is None else inbox.begin(frame)
-                if inbox is not None and home is not None:
-                    landings.append((inbox, frame))
-                else:  # what nobody wants may overwrite itself
-                    scratch = np.empty(self._max_bytes, np.uint8) if scratch is None else scratch
-                    home = scratch[: frame.length]
-                homes.append(home)
-            is_good = False
+            waiting: deque[_Landing] = deque()
             try:
-                pair.receive(homes)
-                is_good = True
+                for frame in frames:
+                    inbox = self.inboxes.find(frame.key)
+                    home = None if inbox is None else inbox.begin(frame)
+                    landing = _Landing(frame, inbox, home)
+                    if home is not None:
+                        waiting.append(landing)
+                    if frame.joins and runs:
+                        runs[-1].append(landing)
+                    else:
+                        runs.append([landing])
+                for run in runs:
+                    wanted = [landing.home for landing in run if landing.home is not None]
+                    if len(wanted) == len(run):
+                        homes.append(_joined(wanted))
+                    else:  # what nobody wants may overwrite itself
+                        scratch = np.empty(self._max_bytes, np.uint8) if scratch is None else scratch
+                        homes.append(scratch[: sum(landing.frame.length for landing in run)])
+                for run, _ in zip(runs, pair.receive(homes), strict=True):
+                    self._end(run, waiting)
             finally:
-                for inbox, frame in landings:
-                    inbox.end(frame, is_good)
+                for landing in waiting:
+                    landing.end(is_good=False)
+
+    def _end(self, run: list[_Landing], waiting: deque[_Landing]) -> None:
+        """A run has come in; checksums are made now, while it is in this core's cache and the next run arrives."""
+        is_whole = all(landing.home is not None for landing in run)
+        for landing in run:
+            if landing.home is not None:
+                waiting.popleft()
+                landing.end(is_whole)
 
     def _read_headers(self) -> list[Frame] | None:
         """None when the sender has hung up."""
@@ -120,9 +149,40 @@ class CollectiveLane(IncomingLane):
         if not self.read(headers):
             return None
         frames = [unpack(headers[at : at + HEADER_BYTES]) for at in range(0, headers.nbytes, HEADER_BYTES)]
-        if any(frame.total > self._max_bytes or frame.length != frame.total for frame in frames):
-            raise TransferFailed("a piece is longer than a block")
+        num_bytes = 0
+        for frame in frames:
+            num_bytes = frame.length + num_bytes * frame.joins
+            if num_bytes > self._max_bytes or frame.length != frame.total:
+                raise TransferFailed("a piece is longer than a block")
         return frames
+
+
+class _Landing:
+    """A piece that is on its way; `home` None: nobody wants it."""
+
+    def __init__(self, frame: Frame, inbox: PushInbox | None, home: View | None) -> None:
+        self.frame = frame
+        self.home = home
+        self._inbox = inbox
+
+    def end(self, is_good: bool) -> None:
+        assert self._inbox is not None and self.home is not None
+        self._inbox.end(self.frame, is_good, checksums([self.home])[0] if is_good else None)
+
+
+def _follows(piece: OutgoingPiece, before: OutgoingPiece) -> bool:
+    """Whether two pieces are neighbours in one block."""
+    return (piece.source_block, piece.first_layer) == (before.source_block, before.first_layer + before.num_layers)
+
+
+def _joined(views: Sequence[View]) -> View:
+    """One view of neighbours in one pool. Raises TransferFailed when they are not."""
+    end = views[0].ctypes.data
+    for view in views:
+        if view.ctypes.data != end:
+            raise TransferFailed("pieces that travel together do not lie together")
+        end += view.nbytes
+    return np.lib.stride_tricks.as_strided(views[0], (end - views[0].ctypes.data,))
 
 
 class GlooTransport(TcpTransport):

@@ -17,13 +17,17 @@ HEADER_BYTES = _HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """`length` bytes follow: those from `offset` on of a piece of `total` bytes. `key` is transfer_key(transfer id)."""
+    """`length` bytes follow: those from `offset` on of a piece of `total` bytes. `key` is transfer_key(transfer id).
+
+    `joins`: on transports that move several pieces at once, it moves together with the frame before it.
+    """
 
     key: bytes
     piece: int
     offset: int
     length: int
     total: int
+    joins: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -36,14 +40,14 @@ def transfer_key(transfer_id: str) -> bytes:
 
 
 def pack(frame: Frame) -> bytes:
-    return _HEADER.pack(_MAGIC, frame.key, frame.piece, frame.offset, frame.length, frame.total, 0)
+    return _HEADER.pack(_MAGIC, frame.key, frame.piece, frame.offset, frame.length, frame.total, frame.joins)
 
 
 def unpack(header: bytes | bytearray | memoryview) -> Frame:
     """Raises TransferFailed: after a header that makes no sense nothing on this stream does."""
     if len(header) < HEADER_BYTES:
         raise TransferFailed("a frame is shorter than its header")
-    magic, key, piece, offset, length, total, _ = _HEADER.unpack_from(header)
-    if magic != _MAGIC or total > MAX_PIECE_BYTES or offset + length > total:
+    magic, key, piece, offset, length, total, joins = _HEADER.unpack_from(header)
+    if magic != _MAGIC or total > MAX_PIECE_BYTES or offset + length > total or joins > 1:
         raise TransferFailed("a frame has no sensible header")
-    return Frame(key, piece, offset, length, total)
+    return Frame(key, piece, offset, length, total, bool(joins))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -50,12 +50,13 @@ class NcclPair:
     def send(self, views: Sequence[View]) -> None:
         self._move([self._on_device(view) for view in views], self._group.send)
 
-    def receive(self, homes: Sequence[View]) -> None:
-        """Also copies to the host's mirror, where the session verifies checksums."""
+    def receive(self, homes: Sequence[View]) -> Iterator[View]:
+        """Also copies to the host's mirror, where checksums are verified."""
         tensors = [self._on_device(home) for home in homes]
         self._move(tensors, self._group.recv)
         for home, tensor in zip(homes, tensors, strict=True):
             torch.from_numpy(home).copy_(tensor)
+            yield home
 
     def abort(self) -> None:
         self._group.abort()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -24,7 +24,9 @@ class PairGroup(Protocol):
         """Returns when the views are not read any more."""
         ...
 
-    def receive(self, homes: Sequence[View]) -> None: ...
+    def receive(self, homes: Sequence[View]) -> Iterator[View]:
+        """Asks for all of them at once; yields each home, in order, as soon as it is filled. To be read to its end."""
+        ...
 
     def abort(self) -> None:
         """Ends this pair and no other; from any thread."""
@@ -50,22 +52,22 @@ class GlooPair:
 
     def send(self, views: Sequence[View]) -> None:
         try:
-            self._wait([self._group.send([torch.from_numpy(v)], self._peer, tag) for tag, v in enumerate(views)])
+            for work in [self._group.send([torch.from_numpy(v)], self._peer, tag) for tag, v in enumerate(views)]:
+                work.wait(self._timeout)
         except RuntimeError as error:
             raise TransferFailed(f"the pair broke: {error}") from error
 
-    def receive(self, homes: Sequence[View]) -> None:
+    def receive(self, homes: Sequence[View]) -> Iterator[View]:
         try:
-            self._wait([self._group.recv([torch.from_numpy(v)], self._peer, tag) for tag, v in enumerate(homes)])
+            works = [self._group.recv([torch.from_numpy(v)], self._peer, tag) for tag, v in enumerate(homes)]
+            for work, home in zip(works, homes, strict=True):
+                work.wait(self._timeout)
+                yield home
         except RuntimeError as error:
             raise TransferFailed(f"the pair broke: {error}") from error
 
     def abort(self) -> None:
         """Its sockets close when the last user drops it."""
-
-    def _wait(self, works: Sequence[Any]) -> None:
-        for work in works:
-            work.wait(self._timeout)
 
 
 def host_store(listen_host: str, timeout_s: float) -> Any:
