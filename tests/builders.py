@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from workers.config import WorkerConfig
-from workers.engine import Engine, StepResult
+from workers.engine import Engine
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.request import Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, FakeRunner, Runner
 from workers.scheduler.scheduler import Limits
 from workers.status import ModelInfo
+from workers.stepping.result import StepResult
 
 EOS = 2
 
@@ -48,6 +50,7 @@ def make_engine(
     prefix_cache: bool = True,
     overlap_steps: bool = True,
     tiers: KvTiers | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -58,6 +61,7 @@ def make_engine(
         prefix_cache=prefix_cache,
         overlap_steps=overlap_steps,
         tiers=tiers,
+        clock=clock,
     )
 
 

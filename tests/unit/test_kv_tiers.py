@@ -9,9 +9,11 @@ import random
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import (
@@ -38,7 +40,7 @@ from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
 from workers.runner import BLOCK_SIZE, FakeRunner
 from workers.scheduler.sequence import Kind
-from workers.status import Role, Tier
+from workers.status import KvEvent, Role, Tier
 from workers.worker import Worker
 
 LAYOUT = fake_layout()
@@ -50,12 +52,17 @@ class Rig:
     """An engine with a small pool, and what lies below it."""
 
     def __init__(
-        self, num_host: int = 0, folder: Path | None = None, num_disk: int = 64, form: Format = FORMAT
+        self,
+        num_host: int = 0,
+        folder: Path | None = None,
+        num_disk: int = 64,
+        form: Format = FORMAT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner: FakeRunner = fake_runner(POOL_BLOCKS)
         blocks = BlockFolder(folder, form) if folder is not None else None
         self.tiers = KvTiers(self.runner.kv_memory, num_host, blocks, num_disk)
-        self.engine: Engine = make_engine(self.runner, tiers=self.tiers)
+        self.engine: Engine = make_engine(self.runner, tiers=self.tiers, clock=clock)
         self._ids = iter(range(1, 10_000))
 
     def ask(self, request: Request) -> tuple[list[int], int]:
@@ -78,13 +85,20 @@ class Rig:
             self.engine.step()
         self.engine.step()
 
+    def dump(self) -> KvEvent:
+        """All that the worker says it has."""
+        self.engine.dump_cache()
+        event = self.engine.step().kv_event
+        assert event is not None
+        return event
+
     def count(self, name: str) -> float:
         return dict(self.engine.counters()).get(name, 0)
 
 
 @contextlib.contextmanager
-def rig(num_host: int = 0, folder: Path | None = None, num_disk: int = 64, form: Format = FORMAT) -> Iterator[Rig]:
-    made = Rig(num_host, folder, num_disk, form)
+def rig(num_host: int = 0, folder: Path | None = None, num_disk: int = 64, **settings: Any) -> Iterator[Rig]:
+    made = Rig(num_host, folder, num_disk, **settings)
     try:
         yield made
     finally:
@@ -128,7 +142,7 @@ def test_blocks_survive_a_restart_of_the_worker(tmp_path: Path) -> None:
         r.ask(PROMPT)
         r.push_out()
     with rig(folder=tmp_path) as r:
-        assert r.engine.kv_dump().tiers.count(Tier.DISK) >= 4
+        assert r.dump().tiers.count(Tier.DISK) >= 4
         assert r.ask(PROMPT) == (GOLDEN, 4 * BLOCK_SIZE)
 
 
@@ -234,10 +248,9 @@ def test_a_request_may_be_cancelled_while_it_waits_for_the_disk(tmp_path: Path) 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_longer_than_promised(tmp_path: Path) -> None:
     now = [0.0]
-    with rig(folder=tmp_path) as r:
+    with rig(folder=tmp_path, clock=lambda: now[0]) as r:
         r.ask(PROMPT)
         r.push_out()
-        r.engine._clock = lambda: now[0]
         answers = r.tiers.poll
         r.tiers.poll = lambda: None  # type: ignore[method-assign]
         r.engine.add(9000, PROMPT)
@@ -266,10 +279,10 @@ def test_events_tell_routers_the_tier_of_each_block(tmp_path: Path) -> None:
     hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
     with rig(num_host=2, folder=tmp_path) as r:
         r.ask(PROMPT)
-        before = r.engine.kv_dump()
+        before = r.dump()
         assert set(hashes) <= set(before.stored) and before.tiers == ()
         r.push_out()
-        dump = r.engine.kv_dump()
+        dump = r.dump()
         tiers = dict(zip(dump.stored, dump.tiers, strict=True))
         assert {tiers[h] for h in hashes} == {Tier.HOST, Tier.DISK}
         assert list(tiers.values()).count(Tier.HOST) == 2

@@ -20,9 +20,10 @@ from test_worker import CONFIG, Attached, holds_nothing, running, tokens
 
 from workers.client import Cancel, Submit
 from workers.config import WorkerConfig
+from workers.engine import Engine
 from workers.errors import Refused
 from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import block_key
+from workers.kv_cache.prefix_cache import BlockKey, block_key
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.messages import Prefix
 from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
@@ -81,21 +82,28 @@ def test_hashes_without_their_tokens_are_refused() -> None:
 # ---- the engine ----
 
 
+def hold(engine: Engine, export_id: int, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:
+    """The blocks that a holder says it holds."""
+    engine.outgoing.hold_prefix(export_id, keys)
+    early = engine.take_early()
+    assert early is not None
+    return early.held[-1].blocks
+
+
 def test_a_holder_gives_only_what_is_exactly_asked_for_and_at_most_a_quarter_of_its_pool() -> None:
     engine = make_engine()
     engine.add(1, PROMPT)
     run_to_end(engine)
     keys = keys_of_prompt()
-    held = engine.hold_prefix(7, keys)
-    assert len(held.blocks) == 4 == engine.num_held_blocks
-    assert engine.hold_prefix(8, keys).blocks == ()
-    engine.release_prefix(7)
-    engine.release_prefix(7)
-    engine.release_prefix(8)
+    assert len(hold(engine, 7, keys)) == 4 == engine.num_held_blocks
+    assert hold(engine, 8, keys) == ()
+    engine.outgoing.release_prefix(7)
+    engine.outgoing.release_prefix(7)
+    engine.outgoing.release_prefix(8)
     assert engine.num_held_blocks == 0
     spoiled = (keys[0], replace(keys[1], token_ids=(0,) * BLOCK_SIZE), *keys[2:])
-    assert len(engine.hold_prefix(9, spoiled).blocks) == 1
-    engine.release_prefix(9)
+    assert len(hold(engine, 9, spoiled)) == 1
+    engine.outgoing.release_prefix(9)
 
 
 def test_a_cancelled_pull_keeps_its_blocks_until_the_writers_have_stopped() -> None:
@@ -105,7 +113,7 @@ def test_a_cancelled_pull_keeps_its_blocks_until_the_writers_have_stopped() -> N
     assert (wanted.first_block, len(wanted.blocks), wanted.keys) == (0, 6, keys_of_prompt()[:6])
     engine.cancel(1)
     assert step_until(engine, "abandoned").abandoned == [1] and engine.num_held_blocks > 0
-    engine.pulled(1, 6)
+    engine.incoming.pulled(1, 6)
     assert engine.num_held_blocks == 0 and not engine.has_work
 
 
@@ -115,11 +123,11 @@ def test_only_what_arrived_is_used_and_published() -> None:
     run_to_end(donor)
     engine.add(1, PROMPT, Kind.LOCAL, PrefixHint(PEER, 6))
     (wanted,) = step_until(engine, "pulls").pulls
-    source = donor.hold_prefix(1, wanted.keys[:4])
-    for ours, theirs in zip(wanted.blocks, source.blocks, strict=False):
+    held = hold(donor, 1, wanted.keys[:4])
+    for ours, theirs in zip(wanted.blocks, held, strict=False):
         engine._runner.kv_memory.block(ours, 0, 2)[:] = donor._runner.kv_memory.block(theirs, 0, 2)
-    engine.pulled(1, 4)
-    engine.pulled(1, 6)
+    engine.incoming.pulled(1, 4)
+    engine.incoming.pulled(1, 6)
     outputs = run_to_end(engine)
     assert tokens_of(outputs, 1) == GOLDEN and outputs[0][1].cached_tokens == 4 * BLOCK_SIZE
     engine.add(2, PROMPT)
@@ -163,15 +171,15 @@ def test_tokens_do_not_depend_on_what_a_peer_sends_when_or_whether(seed: int) ->
         open_pulls += result.pulls
         if open_pulls and rng.random() < 0.5:
             wanted = open_pulls.pop(rng.randint(0, len(open_pulls) - 1))
-            blocks = donor.hold_prefix(wanted.sequence_id, wanted.keys).blocks
+            blocks = hold(donor, wanted.sequence_id, wanted.keys)
             count = rng.randint(0, len(blocks))
             for ours, theirs in zip(wanted.blocks[wanted.first_block :], blocks[:count], strict=False):
                 engine._runner.kv_memory.block(ours, 0, 2)[:] = donor._runner.kv_memory.block(theirs, 0, 2)
-            donor.release_prefix(wanted.sequence_id)
+            donor.outgoing.release_prefix(wanted.sequence_id)
             if rng.randint(0, 4) == 0:
                 cancelled.add(wanted.sequence_id)
                 engine.cancel(wanted.sequence_id)
-            engine.pulled(wanted.sequence_id, count)
+            engine.incoming.pulled(wanted.sequence_id, count)
         if not (pending or open_pulls or engine.has_work):
             break
     for index, request in enumerate(requests):
