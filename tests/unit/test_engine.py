@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import (
+    REPORT,
     fake_layout,
     fake_runner,
     generate_alone,
+    hand_over,
     make_engine,
     make_request,
     run_to_end,
@@ -22,11 +24,9 @@ from hypothesis import strategies as st
 
 from workers.errors import InvalidRequest, Refused
 from workers.kv_transfer.memory import KvMemory
-from workers.request import FinishReason, HandoffReport, Request
+from workers.request import FinishReason, Request
 from workers.runner import FakeRunner
 from workers.scheduler.sequence import Kind
-
-REPORT = HandoffReport("p", "d", "shm", attempts=1)
 
 
 def test_a_request_yields_max_tokens_and_leaves_no_block_held() -> None:
@@ -144,25 +144,6 @@ def test_a_failed_transfer_is_prefilled_locally_with_unchanged_tokens() -> None:
     step_until(engine, "transfers")
     engine.incoming.failed(1, REPORT)
     assert tokens_of(run_to_end(engine), 1) == generate_alone(request)
-
-
-def hand_over(source_runner: object, source: object, target_runner: object, target: object, request: Request) -> None:
-    """Moves one prompt's blocks between two engines by hand."""
-    target.add(1, request, Kind.TARGET)  # type: ignore[attr-defined]
-    wanted = step_until(target, "transfers").transfers[0]  # type: ignore[arg-type]
-    source.add(7, request, Kind.SOURCE)  # type: ignore[attr-defined]
-    filled: dict[int, int] = {}
-    while True:
-        result = source.step()  # type: ignore[attr-defined]
-        for report in result.filled:
-            filled.update({i: report.blocks[i] for i in range(report.num_filled)})
-        if result.prefilled:
-            break
-    for index in range(wanted.first_block, len(wanted.blocks)):
-        view = target_runner.kv_memory.block(wanted.blocks[index], 0, 2)  # type: ignore[attr-defined]
-        view[:] = source_runner.kv_memory.block(filled[index], 0, 2)  # type: ignore[attr-defined]
-    target.incoming.landed(1, result.prefilled[0].sampled, 0, REPORT)  # type: ignore[attr-defined]
-    source.cancel(7)  # type: ignore[attr-defined]
 
 
 def test_a_handed_over_prompt_continues_with_the_tokens_of_one_worker() -> None:

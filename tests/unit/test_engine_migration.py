@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from builders import REPORT, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine import Engine
 from workers.errors import Refusal, Refused
-from workers.request import FinishReason, HandoffReport, Output, Request
+from workers.request import FinishReason, Output, Request
 from workers.runner import FakeRunner
 from workers.stepping.result import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
-
-REPORT = HandoffReport("s", "t", "shm")
 
 
 @dataclass

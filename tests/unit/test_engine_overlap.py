@@ -6,10 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import fake_layout, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from builders import (
+    REPORT,
+    fake_layout,
+    fake_runner,
+    generate_alone,
+    hand_over,
+    make_engine,
+    make_request,
+    run_to_end,
+    tokens_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import REPORT, hand_over
 
 from workers.engine import Engine
 from workers.kv_transfer.memory import KvMemory
