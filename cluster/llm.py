@@ -136,6 +136,7 @@ class LLM:
         finally:
             for index in range(len(requests)):
                 self._engine.cancel(index)
+            self._engine.take_early()  # what an interrupted step had to say belongs to nobody any more
 
     def _absorb(self, owner: tuple[Request, Generation, Completion], output: Output) -> bool:
         """Adds an output to its choice; True when the choice has ended."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from workers.config import WorkerConfig
-from workers.engine import Engine, StepResult
+from workers.engine import Engine
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.request import Output, Request, SamplingParams
+from workers.request import HandoffReport, Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, FakeRunner, Runner
 from workers.scheduler.scheduler import Limits
+from workers.scheduler.sequence import Kind
 from workers.status import ModelInfo
+from workers.stepping.result import StepResult
 
 EOS = 2
+REPORT = HandoffReport("p", "d", "shm", attempts=1)
+
+_TESTS = Path(__file__).resolve().parent
+IMPORT_PATHS = os.pathsep.join(str(folder) for folder in (_TESTS / "unit", _TESTS, _TESTS.parent))
+"""PYTHONPATH of a process that imports what tests import."""
 
 
 class PlainDetokenizer:
@@ -48,6 +58,7 @@ def make_engine(
     prefix_cache: bool = True,
     overlap_steps: bool = True,
     tiers: KvTiers | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -58,6 +69,7 @@ def make_engine(
         prefix_cache=prefix_cache,
         overlap_steps=overlap_steps,
         tiers=tiers,
+        clock=clock,
     )
 
 
@@ -111,6 +123,25 @@ def generate_alone(request: Request, num_blocks: int = 16, **limits: int) -> lis
     engine = make_engine(fake_runner(num_blocks), prefix_cache=False, **limits)  # type: ignore[arg-type]
     engine.add(0, request)
     return tokens_of(run_to_end(engine), 0)
+
+
+def hand_over(source_runner: Runner, source: Engine, target_runner: Runner, target: Engine, request: Request) -> None:
+    """Moves one prompt's blocks between two engines by hand."""
+    target.add(1, request, Kind.TARGET)
+    wanted = step_until(target, "transfers").transfers[0]
+    source.add(7, request, Kind.SOURCE)
+    filled: dict[int, int] = {}
+    while True:
+        result = source.step()
+        for report in result.filled:
+            filled.update({i: report.blocks[i] for i in range(report.num_filled)})
+        if result.prefilled:
+            break
+    for index in range(wanted.first_block, len(wanted.blocks)):
+        view = target_runner.kv_memory.block(wanted.blocks[index], 0, 2)
+        view[:] = source_runner.kv_memory.block(filled[index], 0, 2)
+    target.incoming.landed(1, result.prefilled[0].sampled, 0, REPORT)
+    source.cancel(7)
 
 
 class FakeModel:

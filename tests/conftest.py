@@ -1,10 +1,22 @@
-"""Kernels run in Triton's interpreter on machines without a GPU; Triton reads the variable when it is imported."""
+"""What all tests share: a Redis where one is asked for; kernels in Triton's interpreter on machines without a GPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+from redis_server import RedisServer
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis of its own for each test file that asks for one."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from workers.engine import Engine, LayersFilled, StepResult, refusal_output
+from workers.engine import Engine
 from workers.errors import InvalidRequest, Refused
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
 from workers.scheduler.sequence import Kind
 from workers.status import Load, PrefixHint
+from workers.stepping.result import LayersFilled, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TransferLost:
 
 @dataclass(frozen=True, slots=True)
 class AddMigrant:
-    """As Engine.add_migrant."""
+    """As Incoming.add_migrant."""
 
     sequence_id: int
     request: Request
@@ -65,7 +66,7 @@ class AddMigrant:
 
 @dataclass(frozen=True, slots=True)
 class MovedIn:
-    """As Engine.moved_in."""
+    """As Incoming.moved_in."""
 
     sequence_id: int
     known_token_ids: tuple[int, ...]
@@ -74,7 +75,7 @@ class MovedIn:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """As Engine.export."""
+    """As Moves.begin."""
 
     sequence_id: int
     first_block: int
@@ -83,21 +84,21 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """As Engine.halt."""
+    """As Moves.halt."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """As Engine.resume."""
+    """As Moves.resume."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Depart:
-    """As Engine.depart."""
+    """As Moves.depart."""
 
     sequence_id: int
 
@@ -195,7 +196,7 @@ class EngineThread:
             def tell(event: LayersFilled) -> None:
                 self._tell(on_layers, event)
 
-            engine.on_layers = tell
+            engine.outgoing.on_layers = tell
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -216,21 +217,15 @@ class EngineThread:
     def _run(self) -> None:
         stalled = False
         while True:
-            extra = StepResult()
-            if not self._take_commands(extra, wait=stalled or not self._engine.has_work):
+            if not self._take_commands(wait=stalled or not self._engine.has_work):
                 return
-            early = self._engine.take_early()
             # A prompt that has landed has its first token, and a receiver waits for a sequence that stands still, as does a peer that
             # wants a prefix: none waits for the next step, which may be long.
-            if extra.held:
-                early = early or StepResult()
-                early.held, extra.held = extra.held, []
+            early = self._engine.take_early()
             if early is not None and not self._report(early):
                 return
             result = self._engine.step()
             stalled = self._engine.made_no_progress
-            result.outputs = extra.outputs + result.outputs
-            result.kv_event = result.kv_event if extra.kv_event is None else extra.kv_event
             if not self._report(result):
                 return
 
@@ -247,7 +242,7 @@ class EngineThread:
             return False
         return True
 
-    def _take_commands(self, extra: StepResult, wait: bool) -> bool:
+    def _take_commands(self, wait: bool) -> bool:
         """Executes what is queued; with `wait`, at least one or until the stall check. False: stop."""
         while True:
             try:
@@ -258,45 +253,45 @@ class EngineThread:
             wait = False
             if isinstance(command, _Stop):
                 return False
-            self._execute(command, extra)
+            self._execute(command)
 
-    def _execute(self, command: Command, extra: StepResult) -> None:
+    def _execute(self, command: Command) -> None:
         engine = self._engine
         match command:
             case Add():
                 try:
                     engine.add(command.sequence_id, command.request, command.kind, command.hint)
                 except (InvalidRequest, Refused) as error:
-                    extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
+                    engine.refuse(command.sequence_id, command.request, error)
             case CancelSequence():
                 engine.cancel(command.sequence_id)
             case Landed():
-                engine.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
+                engine.incoming.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
             case TransferLost():
-                engine.transfer_failed(command.sequence_id, command.report)
+                engine.incoming.failed(command.sequence_id, command.report)
             case AddMigrant():
                 try:
-                    engine.add_migrant(command.sequence_id, command.request)
+                    engine.incoming.add_migrant(command.sequence_id, command.request)
                 except (InvalidRequest, Refused) as error:
-                    extra.outputs.append((command.sequence_id, refusal_output(command.request, error)))
+                    engine.refuse(command.sequence_id, command.request, error)
             case MovedIn():
-                engine.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
+                engine.incoming.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
             case Export():
-                engine.export(command.sequence_id, command.first_block, command.num_blocks)
+                engine.moves.begin(command.sequence_id, command.first_block, command.num_blocks)
             case Halt():
-                engine.halt(command.sequence_id)
+                engine.moves.halt(command.sequence_id)
             case Resume():
-                engine.resume(command.sequence_id)
+                engine.moves.resume(command.sequence_id)
             case Depart():
-                engine.depart(command.sequence_id)
+                engine.moves.depart(command.sequence_id)
             case Pulled():
-                engine.pulled(command.sequence_id, command.num_blocks)
+                engine.incoming.pulled(command.sequence_id, command.num_blocks)
             case HoldPrefix():
-                extra.held.append(engine.hold_prefix(command.export_id, command.keys))
+                engine.outgoing.hold_prefix(command.export_id, command.keys)
             case ReleasePrefix():
-                engine.release_prefix(command.export_id)
+                engine.outgoing.release_prefix(command.export_id)
             case DumpKv():
-                extra.kv_event = engine.kv_dump()
+                engine.dump_cache()
             case ForgetCache():
                 engine.forget_cache()
             case Wake() | _Stop():

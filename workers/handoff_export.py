@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from workers.engine import BlocksFilled, LayersFilled, Prefilled
 from workers.engine_thread import Add, CancelSequence, Command
 from workers.errors import Refusal, Refused
 from workers.kv_transfer.messages import Done, OpenHandoff, PrefillDone, Prompt
@@ -13,6 +12,7 @@ from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, Filled
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
+from workers.stepping.result import BlocksFilled, LayersFilled, Prefilled
 from workers.tracing import NO_SPAN, Span, start_span
 
 Feed = Callable[[Filled | Done | Broken], None]

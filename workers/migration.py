@@ -13,7 +13,7 @@ from workers.handoff_export import Export, Feed
 from workers.kv_transfer.messages import OpenHandoff, Running, SequenceMoved
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, Filled
-from workers.moves import BlocksFinal, ExportEnded, ExportEvent, Halted
+from workers.stepping.result import BlocksFinal, ExportEnded, ExportEvent, Halted
 
 
 class RunningExporter:

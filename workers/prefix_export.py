@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from workers.engine import PrefixHeld
 from workers.engine_thread import Command, HoldPrefix, ReleasePrefix
 from workers.errors import Refusal, Refused
 from workers.handoff_export import Export, Feed
@@ -14,6 +13,7 @@ from workers.kv_transfer.messages import OpenHandoff, Prefix, PrefixDone
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Filled
 from workers.runner import BLOCK_SIZE
+from workers.stepping.result import PrefixHeld
 
 MAX_EXPORTS = 32
 """Prefixes handed over at once; the engine bounds their blocks, the lease their time."""

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from workers.engine import PullWanted
 from workers.engine_thread import Command, Pulled
 from workers.errors import TransferFailed
 from workers.handoff_target import Handoff
@@ -17,6 +16,7 @@ from workers.kv_transfer.messages import PrefixDone, Subject
 from workers.kv_transfer.worth import PullRates, is_worth_pulling
 from workers.prefix_export import subject_of
 from workers.status import WorkerAddress
+from workers.stepping.result import PullWanted
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from workers.errors import InvalidRequest, Refusal
+from workers.errors import InvalidRequest, Refusal, Refused
 
 MAX_TOP_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -192,3 +192,14 @@ class Output:
     """Prompt tokens served from a prefix cache (first output)."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     handoff: HandoffReport | None = None
+
+
+def error_output(request: Request, refusal: Refusal, message: str) -> Output:
+    """The output that ends a request which was refused or given up."""
+    return Output(request.request_id, 0, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+
+
+def refusal_output(request: Request, error: InvalidRequest | Refused) -> Output:
+    """As error_output, for what was raised."""
+    refusal = Refusal.INVALID if isinstance(error, InvalidRequest) else error.refusal
+    return error_output(request, refusal, str(error))

@@ -15,7 +15,6 @@ import grpc
 
 from workers.client import Cancel, DumpRequest, Hello, Migration, Submit
 from workers.config import WorkerConfig
-from workers.engine import refusal_output
 from workers.engine_thread import Add, AddMigrant, CancelSequence, Command, DumpKv, ForgetCache, Report
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged
 from workers.kv_transfer.memory import KvMemory
@@ -24,7 +23,7 @@ from workers.kv_transfer.transport import Transport
 from workers.migration import RunningExporter
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
-from workers.request import FinishReason, Output, Request
+from workers.request import Output, Request, error_output, refusal_output
 from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
@@ -395,12 +394,5 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
 
     def _give_up_all(self, refusal: Refusal, message: str) -> None:
         for sequence_id, owner in list(self._owners.items()):
-            output = Output(
-                request_id=owner.request.request_id,
-                position=0,
-                finish_reason=FinishReason.ERROR,
-                refusal=refusal,
-                message=message,
-            )
-            self._deliver(sequence_id, output)
+            self._deliver(sequence_id, error_output(owner.request, refusal, message))
             self._post(CancelSequence(sequence_id))

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from workers.client import Migration
 from workers.config import WorkerConfig
-from workers.engine import BlocksFilled, LayersFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
 from workers.engine_thread import Command, Landed, MovedIn, TransferLost
 from workers.errors import InvariantViolated, Refusal, Refused, StreamDamaged, TransferFailed
 from workers.handoff_export import Exporter, PromptExporter
@@ -48,6 +47,7 @@ from workers.prefix_pull import PrefixPuller
 from workers.request import HandoffReport, Request
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.status import Role, WorkerAddress
+from workers.stepping.result import BlocksFilled, LayersFilled, Prefilled, PrefixHeld, PullWanted, TransferWanted
 from workers.tracing import Span, start_span
 from workers.wire_handoff import down_from_pb, up_to_pb
 from workers.wire_seal import Sealer, verified

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.logprobs import LogprobWriter, write_prompt_logprobs
+from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece
+from router.api.logprobs import LogprobWriter
 from router.api.progress import Choice, Progress
 from router.api.schema import ChatBody
 from router.api.sse import to_json
@@ -46,11 +47,7 @@ class ChatShape:
     def piece(self, choice: Choice, output: Output) -> str:
         role = "" if choice.is_announced else '"role":"assistant",'
         logprobs = "null" if self._job.logprobs is None else to_json(self._logprobs.chat(output.logprobs))
-        end = "null"
-        if output.finish_reason is not None:
-            end = f'"{output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
-        if self._job.return_token_ids:
-            end += f',"token_ids":{to_json(output.token_ids)}'
+        end = end_of_piece(self._job, output)
         delta = f'{{{role}"content":{to_json(output.text)}}}'
         return f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}'
 
@@ -71,19 +68,9 @@ class ChatShape:
             "index": choice.index,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None if self._job.logprobs is None else self._logprobs.chat(entries),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
         }
-        if self._job.return_token_ids:
-            written["token_ids"] = [token_id for output in choice.outputs for token_id in output.token_ids]
-        return written
+        return written | end_of_choice(self._job, choice)
 
     def _about_prompt(self, choice: Choice) -> dict[str, Any]:
         """A conversation has one prompt, so what is said of it stands beside the choices."""
-        fields: dict[str, Any] = {}
-        if self._job.return_token_ids:
-            fields["prompt_token_ids"] = choice.prompt.token_ids
-        if self._job.prompt_logprobs is not None:
-            scores = choice.prompt_logprobs
-            fields["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, scores, self._job.prompt_logprobs)
-        return fields
+        return about_prompt(self._job, self._tokenizer, choice)

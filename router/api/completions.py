@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.logprobs import CompletionLogprobs, LogprobWriter, write_prompt_logprobs
+from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece
+from router.api.logprobs import CompletionLogprobs, LogprobWriter
 from router.api.progress import Choice, Progress
 from router.api.schema import CompletionBody
 from router.api.sse import to_json
@@ -48,11 +49,7 @@ class CompletionShape:
     def piece(self, choice: Choice, output: Output) -> str:
         echo = "" if choice.is_announced else self._echo(choice)
         logprobs = "null" if self._job.logprobs is None else to_json(self._scores(choice, [output]))
-        end = "null"
-        if output.finish_reason is not None:
-            end = f'"{output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
-        if self._job.return_token_ids:
-            end += f',"token_ids":{to_json(output.token_ids)}'
+        end = end_of_piece(self._job, output)
         if not choice.is_announced:
             end += "".join(f',"{name}":{to_json(value)}' for name, value in self._about_prompt(choice).items())
         text = to_json(echo + output.text)
@@ -69,12 +66,8 @@ class CompletionShape:
             "index": choice.index,
             "text": self._echo(choice) + "".join(output.text for output in choice.outputs),
             "logprobs": None if self._job.logprobs is None else self._scores(choice, choice.outputs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
         }
-        if self._job.return_token_ids:
-            written["token_ids"] = [token_id for output in choice.outputs for token_id in output.token_ids]
-        return written | self._about_prompt(choice)
+        return written | end_of_choice(self._job, choice) | self._about_prompt(choice)
 
     def _echo(self, choice: Choice) -> str:
         if not self._job.echo:
@@ -89,10 +82,4 @@ class CompletionShape:
 
     def _about_prompt(self, choice: Choice) -> dict[str, Any]:
         """Each choice names its own prompt: there may be several."""
-        fields: dict[str, Any] = {}
-        if self._job.return_token_ids:
-            fields["prompt_token_ids"] = choice.prompt.token_ids
-        if self._job.prompt_logprobs is not None:
-            scores = choice.prompt_logprobs
-            fields["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, scores, self._job.prompt_logprobs)
-        return fields
+        return about_prompt(self._job, self._tokenizer, choice)

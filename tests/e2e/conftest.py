@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from cluster_process import MODEL, ClusterProcess
+from cluster_process import ClusterProcess
+from golden_jobs import Job, golden_jobs
 
 NUM_REQUESTS = 200
 NUM_WORKERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One of the mixed requests, in the terms of the completions API, and the tokens it must give."""
-
-    body: dict[str, Any]
-    golden: list[int]
-    text: str
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +37,9 @@ def jobs() -> list[Job]:
     """200 requests of 1 to 3,000 prompt tokens, greedy and seeded, some sharing prefixes, run by one engine in this process."""
     import torch
 
-    from cluster.llm import LLM, SamplingParams
-
     torch.set_num_threads(1)
     rng = random.Random(2026)
-    llm = LLM(str(MODEL), kv_memory_bytes=400_000_000)
-    prompts, params, bodies = [], [], []
+    asked: list[tuple[list[int], dict[str, Any]]] = []
     shared = [rng.randrange(300, 1400) for _ in range(3000)]
     for index in range(NUM_REQUESTS):
         length = (1, 2, 63, 64, 65, 128, 3000)[index] if index < 7 else round(3000 ** rng.random())
@@ -61,16 +49,5 @@ def jobs() -> list[Job]:
         sampling: dict[str, Any] = {"temperature": 0.0} if index % 2 else {"temperature": 0.9, "top_p": 0.95}
         if index % 6 == 0:
             sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
-        seed = rng.randrange(2**31)
-        prompts.append(prompt)
-        params.append(SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **sampling))
-        bodies.append(
-            {"model": MODEL.name, "prompt": prompt, "max_tokens": max_tokens, "seed": seed}
-            | sampling
-            | {"extra_body": {"ignore_eos": True, "return_token_ids": True, "trace": True, "top_k": 0, "min_p": 0.0}}
-        )
-    generations = llm.generate(prompts, params, progress=False)
-    return [
-        Job(body, generation.outputs[0].token_ids, generation.outputs[0].text)
-        for body, generation in zip(bodies, generations, strict=True)
-    ]
+        asked.append((prompt, {"max_tokens": max_tokens, "seed": rng.randrange(2**31), **sampling}))
+    return golden_jobs(asked, kv_memory_bytes=400_000_000)

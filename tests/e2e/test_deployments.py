@@ -12,21 +12,13 @@ from pathlib import Path
 
 import pytest
 from cluster_process import MODEL, ClusterProcess, wait_until
-from conftest import Job
+from golden_jobs import Job
 from redis_server import RedisServer
 from test_exactness import check, run
 
 pytestmark = pytest.mark.timeout(400)
 
 KEY = "sk-for-this-test"
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

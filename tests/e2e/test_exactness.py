@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from cluster_process import ClusterProcess, pools_in_use, wait_until
-from conftest import NUM_WORKERS, Job
+from conftest import NUM_WORKERS
+from golden_jobs import Job
 from openai import AsyncOpenAI
 
 pytestmark = pytest.mark.timeout(400)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_process import MODEL, ROOT, ClusterProcess, pools_in_use, wait_until
-from conftest import Job
+from cluster_process import ROOT, ClusterProcess, pools_in_use, wait_until
+from golden_jobs import Job, golden_jobs
 from test_exactness import Answer, check, run
 from test_joining import joined
 
@@ -95,26 +95,13 @@ def fresh_jobs() -> list[Job]:
 
 
 def make_jobs(seed: int) -> list[Job]:
-    from cluster.llm import LLM, SamplingParams
-
     rng = random.Random(seed)
     prompts = [[rng.randrange(300, 1400) for _ in range(length)] for length in (1, 30, 70, 100, 129, 200, 300, 450)]
-    llm = LLM(str(MODEL), native=False, kv_memory_bytes=100_000_000)
     settings: list[dict[str, Any]] = [
-        {"max_tokens": 90, "seed": index, "temperature": 0.9 if index % 4 else 0.0} for index in range(len(prompts))
+        {"max_tokens": 90, "seed": index, "temperature": 0.9 if index % 4 else 0.0, "top_p": 1.0}
+        for index in range(len(prompts))
     ]
-    params = [SamplingParams(ignore_eos=True, **each) for each in settings]
-    extra = {"ignore_eos": True, "return_token_ids": True, "trace": True, "top_k": 0, "min_p": 0.0}
-    return [
-        Job(
-            {"model": MODEL.name, "prompt": prompt, "top_p": 1.0, **each, "extra_body": extra},
-            generation.outputs[0].token_ids,
-            generation.outputs[0].text,
-        )
-        for prompt, each, generation in zip(
-            prompts, settings, llm.generate(prompts, params, progress=False), strict=True
-        )
-    ]
+    return golden_jobs(list(zip(prompts, settings, strict=True)), native=False, kv_memory_bytes=100_000_000)
 
 
 def ranks(cluster: ClusterProcess, worker_id: str = GROUP) -> dict[int, int]:

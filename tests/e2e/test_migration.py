@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_process import MODEL, ClusterProcess, wait_until
-from conftest import NUM_WORKERS, Job
+from cluster_process import ClusterProcess, wait_until
+from conftest import NUM_WORKERS
+from golden_jobs import Job, golden_jobs
 from test_exactness import check, run
 
 pytestmark = pytest.mark.timeout(400)
@@ -28,30 +29,16 @@ def long_jobs() -> list[Job]:
     """Streams that last: prompts of different lengths, long answers, greedy and seeded, with penalties and logprobs."""
     import torch
 
-    from cluster.llm import LLM, SamplingParams
-
     torch.set_num_threads(1)
     rng = random.Random(4)
-    llm = LLM(str(MODEL), kv_memory_bytes=200_000_000)
-    prompts, params, bodies = [], [], []
+    asked: list[tuple[list[int], dict[str, Any]]] = []
     for index in range(NUM_STREAMS):
         prompt = [rng.randrange(300, 1400) for _ in range((3, 64, 200, 700)[index % 4])]
         sampling: dict[str, Any] = {"temperature": 0.0} if index % 3 == 0 else {"temperature": 0.9, "top_p": 0.95}
         if index % 2:
             sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
-        seed = rng.randrange(2**31)
-        prompts.append(prompt)
-        params.append(SamplingParams(max_tokens=MAX_TOKENS, seed=seed, ignore_eos=True, **sampling))
-        bodies.append(
-            {"model": MODEL.name, "prompt": prompt, "max_tokens": MAX_TOKENS, "seed": seed}
-            | sampling
-            | {"extra_body": {"ignore_eos": True, "return_token_ids": True, "trace": True, "top_k": 0, "min_p": 0.0}}
-        )
-    generations = llm.generate(prompts, params, progress=False)
-    return [
-        Job(body, generation.outputs[0].token_ids, generation.outputs[0].text)
-        for body, generation in zip(bodies, generations, strict=True)
-    ]
+        asked.append((prompt, {"max_tokens": MAX_TOKENS, "seed": rng.randrange(2**31), **sampling}))
+    return golden_jobs(asked, kv_memory_bytes=200_000_000)
 
 
 def counter(cluster: ClusterProcess, name: str) -> float:

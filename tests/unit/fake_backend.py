@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -201,6 +202,10 @@ class FakeBackend:
         )
 
 
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+"""A conversation for requests that are about something else."""
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -247,3 +252,12 @@ def open_api(config: ApiConfig | None = None, key: str = "any") -> Iterator[Api]
         httpx.Client(base_url=url, headers=headers, timeout=30) as http,
     ):
         yield Api(backend, url, client, http)
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+    assert response.headers["x-should-retry"] in ("true", "false")
+    error: dict[str, Any] = body["error"]
+    return error

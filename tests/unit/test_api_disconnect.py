@@ -11,25 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fake_backend import MODEL, Api, FakeBackend, Hang, Step, open_api, speak
+from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, speak
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.api.generation import Generation
 from workers.request import Output, Request, SamplingParams
-
-MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Api]:
-    with open_api() as api:
-        yield api
-
-
-@pytest.fixture
-def api(served: Api) -> Api:
-    served.backend.reset()
-    return served
 
 
 def stall(after: int) -> Any:

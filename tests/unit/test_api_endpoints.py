@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from fake_backend import MODEL, Api, open_api
+from fake_backend import MESSAGES, MODEL, Api, open_api
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.api.config import ApiConfig
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.status import Role
-
-MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Api]:
-    with open_api() as api:
-        yield api
-
-
-@pytest.fixture
-def api(served: Api) -> Api:
-    served.backend.reset()
-    return served
 
 
 def metrics(api: Api) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_backend import MODEL, Api, FakeBackend, Step, open_api, say
+from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Step, say
 
 from workers.request import Request
 
-MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 SAID = " the day is é"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Api]:
-    with open_api() as api:
-        yield api
 
 
 @pytest.fixture

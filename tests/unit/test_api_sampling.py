@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_backend import CHECKPOINT, MODEL, Api, open_api
+from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api
 
 from router.api.config import ApiConfig, load_sampling_defaults
 from workers.errors import InvalidConfig
 from workers.request import INT64_MAX, INT64_MIN, SamplingParams
 
-MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 DEFAULTS = SamplingParams(temperature=0.8, top_p=0.7, top_k=9, repetition_penalty=1.1)
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Api]:
-    with open_api(ApiConfig(sampling_defaults=DEFAULTS)) as api:
-        yield api
-
-
-@pytest.fixture
-def api(served: Api) -> Api:
-    served.backend.reset()
-    return served
+API_CONFIG = ApiConfig(sampling_defaults=DEFAULTS)
 
 
 def complete(api: Api, **fields: Any) -> Any:

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_backend import MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
+from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
 
 from router.api.config import ApiConfig
 from workers.request import Request
 
-MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+API_CONFIG = ApiConfig(max_pending_outputs=2)
 SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Api]:
-    with open_api(ApiConfig(max_pending_outputs=2)) as api:
-        yield api
-
-
-@pytest.fixture
-def api(served: Api) -> Api:
-    served.backend.reset()
-    return served
 
 
 def stream_chat(api: Api, **fields: Any) -> list[Any]:

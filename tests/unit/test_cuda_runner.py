@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_engine, make_request, run_to_end, tokens_of
-from test_engine import hand_over
+from builders import hand_over, make_engine, make_request, run_to_end, tokens_of
 
 from tests.unit.model_configs import (
     GREEDY,

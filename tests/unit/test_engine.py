@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import (
+    REPORT,
     fake_layout,
     fake_runner,
     generate_alone,
+    hand_over,
     make_engine,
     make_request,
     run_to_end,
@@ -22,11 +24,9 @@ from hypothesis import strategies as st
 
 from workers.errors import InvalidRequest, Refused
 from workers.kv_transfer.memory import KvMemory
-from workers.request import FinishReason, HandoffReport, Request
+from workers.request import FinishReason, Request
 from workers.runner import FakeRunner
 from workers.scheduler.sequence import Kind
-
-REPORT = HandoffReport("p", "d", "shm", attempts=1)
 
 
 def test_a_request_yields_max_tokens_and_leaves_no_block_held() -> None:
@@ -133,7 +133,7 @@ def test_a_cancelled_transfer_keeps_its_blocks_until_the_writers_have_stopped() 
     engine.cancel(1)
     assert step_until(engine, "abandoned").abandoned == [1]
     assert engine.num_held_blocks == len(wanted.blocks)
-    engine.transfer_failed(1, REPORT)
+    engine.incoming.failed(1, REPORT)
     assert engine.num_held_blocks == 0
 
 
@@ -142,27 +142,8 @@ def test_a_failed_transfer_is_prefilled_locally_with_unchanged_tokens() -> None:
     engine = make_engine()
     engine.add(1, request, Kind.TARGET)
     step_until(engine, "transfers")
-    engine.transfer_failed(1, REPORT)
+    engine.incoming.failed(1, REPORT)
     assert tokens_of(run_to_end(engine), 1) == generate_alone(request)
-
-
-def hand_over(source_runner: object, source: object, target_runner: object, target: object, request: Request) -> None:
-    """Moves one prompt's blocks between two engines by hand."""
-    target.add(1, request, Kind.TARGET)  # type: ignore[attr-defined]
-    wanted = step_until(target, "transfers").transfers[0]  # type: ignore[arg-type]
-    source.add(7, request, Kind.SOURCE)  # type: ignore[attr-defined]
-    filled: dict[int, int] = {}
-    while True:
-        result = source.step()  # type: ignore[attr-defined]
-        for report in result.filled:
-            filled.update({i: report.blocks[i] for i in range(report.num_filled)})
-        if result.prefilled:
-            break
-    for index in range(wanted.first_block, len(wanted.blocks)):
-        view = target_runner.kv_memory.block(wanted.blocks[index], 0, 2)  # type: ignore[attr-defined]
-        view[:] = source_runner.kv_memory.block(filled[index], 0, 2)  # type: ignore[attr-defined]
-    target.landed(1, result.prefilled[0].sampled, 0, REPORT)  # type: ignore[attr-defined]
-    source.cancel(7)  # type: ignore[attr-defined]
 
 
 def test_a_handed_over_prompt_continues_with_the_tokens_of_one_worker() -> None:
@@ -284,3 +265,13 @@ def test_a_replay_that_is_complete_ends_the_request_without_a_token() -> None:
     ((_, output),) = run_to_end(engine)
     assert (output.position, output.token_ids, output.finish_reason) == (5, (), FinishReason.LENGTH)
     assert engine.num_held_blocks == 0
+
+
+def test_what_changes_right_behind_a_dump_of_the_cache_is_told_as_well() -> None:
+    engine = make_engine()
+    engine.add(1, make_request(range(10, 80)))
+    engine.dump_cache()
+    dump = engine.step().kv_event  # the dump knows nothing of the block that this step filled
+    assert dump is not None and dump.reset and dump.stored == ()
+    change = engine.step().kv_event
+    assert change is not None and (change.sequence, len(change.stored)) == (dump.sequence + 1, 1)

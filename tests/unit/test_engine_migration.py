@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from builders import REPORT, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine import Engine, StepResult, TransferWanted
+from workers.engine import Engine
 from workers.errors import Refusal, Refused
-from workers.moves import BlocksFinal, ExportEnded, Halted
-from workers.request import FinishReason, HandoffReport, Output, Request
+from workers.request import FinishReason, Output, Request
 from workers.runner import FakeRunner
-
-REPORT = HandoffReport("s", "t", "shm")
+from workers.stepping.result import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
 
 
 @dataclass
@@ -66,14 +64,14 @@ class Move:
         delivered = tokens_of(self.outputs, sequence_id)
         replay = make_request(request.prompt_token_ids, replay=delivered).replay_token_ids
         again = Request("t", request.prompt_token_ids, request.params, request.choice_index, replay)
-        self.target.add_migrant(9, again)
+        self.target.incoming.add_migrant(9, again)
         (self.wanted,) = self.target.step().transfers
-        self.source.export(sequence_id, self.wanted.first_block, len(self.wanted.blocks))
+        self.source.moves.begin(sequence_id, self.wanted.first_block, len(self.wanted.blocks))
 
     def land(self) -> None:
         assert self.halted is not None
-        self.target.moved_in(9, self.halted.known_token_ids, self.halted.num_computed)
-        self.source.depart(self.halted.sequence_id)
+        self.target.incoming.moved_in(9, self.halted.known_token_ids, self.halted.num_computed)
+        self.source.moves.depart(self.halted.sequence_id)
         self.take(self.source.step())
 
     def finish(self) -> list[tuple[int, Output]]:
@@ -94,7 +92,7 @@ def test_a_moved_sequence_goes_on_with_the_tokens_of_one_worker(num_steps: int) 
     move.begin(request)
     move.run(5)
     assert move.halted is None, "it goes on while it is copied"
-    move.source.halt(1)
+    move.source.moves.halt(1)
     move.run(3)
     assert move.halted is not None
     position = len(tokens_of(move.outputs, 1))
@@ -115,7 +113,7 @@ def test_full_blocks_are_copied_once_and_only_the_last_ones_while_it_stands_stil
     move.run(80)
     before = move.num_copied
     assert before == 4
-    move.source.halt(1)
+    move.source.moves.halt(1)
     move.run(1)
     assert move.halted is not None and move.num_copied == before + 1
 
@@ -128,7 +126,7 @@ def test_a_prefix_that_the_target_caches_is_not_copied_and_the_prompt_is_cached_
     start(move, request, 8)
     move.begin(request)
     assert move.wanted is not None and move.wanted.first_block == 3
-    move.source.halt(1)
+    move.source.moves.halt(1)
     move.run(1)
     move.land()
     assert tokens_of(move.outputs, 1) + tokens_of(move.finish(), 9) == generate_alone(request)
@@ -148,7 +146,7 @@ def test_text_and_stop_strings_span_the_move() -> None:
     while len(tokens_of(move.outputs, 1)) < 21:  # the stop string has begun
         move.run(1)
     move.begin(request)
-    move.source.halt(1)
+    move.source.moves.halt(1)
     move.target.step()
     early = move.source.take_early()
     assert early is not None, "it stands still before the next step"
@@ -166,12 +164,12 @@ def test_a_failed_migration_lets_the_sequence_go_on_where_it_stood() -> None:
     for _ in range(3):
         move.begin(request)
         move.run(4)
-        move.source.halt(1)
+        move.source.moves.halt(1)
         move.run(2)
         assert move.halted is not None
         move.halted = None
-        move.source.resume(1)
-        move.target.transfer_failed(9, REPORT)
+        move.source.moves.resume(1)
+        move.target.incoming.failed(9, REPORT)
         (refused,) = move.target.step().outputs
         assert refused[1].refusal is Refusal.NOT_MOVABLE
         assert move.target.num_held_blocks == 0
@@ -182,15 +180,15 @@ def test_a_failed_migration_lets_the_sequence_go_on_where_it_stood() -> None:
 def test_what_cannot_move_is_refused_and_stays() -> None:
     request = make_request(range(10, 210), max_tokens=20)
     move = Move()
-    move.source.export(77, 0, 9)
+    move.source.moves.begin(77, 0, 9)
     move.run(1)
     assert move.ended == ExportEnded(77, "the sequence has ended")
     move.source.add(1, request)
-    move.source.export(1, 0, 9)
+    move.source.moves.begin(1, 0, 9)
     move.run(1)
     assert move.ended is not None and "not decoding" in move.ended.reason
     move.run(3)
-    move.source.export(1, 0, 2)
+    move.source.moves.begin(1, 0, 2)
     move.run(1)
     assert "longer than the 2 blocks" in move.ended.reason
     assert tokens_of(move.outputs + run_to_end(move.source), 1) == generate_alone(request)
@@ -207,13 +205,13 @@ def test_a_sequence_that_ends_or_is_cancelled_while_it_moves_ends_the_migration(
     other = Move()
     start(other, request, 4)
     other.begin(request)
-    other.source.halt(1)
+    other.source.moves.halt(1)
     other.run(1)
     assert other.halted is not None
     other.source.cancel(1)
     other.run(1)
     assert other.ended is not None and other.source.num_held_blocks == 0
-    other.source.depart(1)
+    other.source.moves.depart(1)
     assert not other.source.has_work
 
 
@@ -232,7 +230,7 @@ def test_a_target_without_room_refuses_at_once_and_takes_nothing() -> None:
     move.target.add(1, make_request(range(10, 100), max_tokens=20))
     move.target.step()
     with pytest.raises(Refused) as error:
-        move.target.add_migrant(9, make_request(range(10, 150), max_tokens=20))
+        move.target.incoming.add_migrant(9, make_request(range(10, 150), max_tokens=20))
     assert error.value.refusal is Refusal.QUEUE_FULL and move.target.num_held_blocks == 2
 
 
@@ -245,7 +243,7 @@ def test_preemption_prefers_what_is_not_being_moved_and_ends_a_migration_otherwi
     move.begin(jobs[1], 1)
     move.run(130)
     assert move.ended is None and dict(move.source.counters())["preemptions"] == 1, "the older one gave its blocks"
-    move.source.halt(1)
+    move.source.moves.halt(1)
     move.run(1)
     assert move.halted is not None
     move.land()
@@ -256,7 +254,7 @@ def test_preemption_prefers_what_is_not_being_moved_and_ends_a_migration_otherwi
     both.run(10)
     both.wanted = TransferWanted(9, 0, tuple(range(16)))
     for index in jobs:
-        both.source.export(index, 0, 16)
+        both.source.moves.begin(index, 0, 16)
     both.run(130)
     assert both.ended == ExportEnded(1, "the sequence was preempted")
     for story, tail in ((move, moved), (both, [])):
@@ -290,14 +288,14 @@ def test_tokens_survive_migrations_under_pressure_and_preemption(data: st.DataOb
         except Refused:
             continue
         move.run(data.draw(st.integers(0, 20)))
-        move.source.halt(index)
+        move.source.moves.halt(index)
         move.run(data.draw(st.integers(1, 3)))
         if move.halted is not None and move.ended is None and data.draw(st.booleans()):
             move.land()
             moved[index] = tokens_of(run_to_end(move.target), 9)
         else:
-            move.source.resume(index)
-            move.target.transfer_failed(9, REPORT)
+            move.source.moves.resume(index)
+            move.target.incoming.failed(9, REPORT)
             run_to_end(move.target)
         assert move.target.num_held_blocks == 0
     move.outputs += run_to_end(move.source)

@@ -6,10 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import fake_layout, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from builders import (
+    REPORT,
+    fake_layout,
+    fake_runner,
+    generate_alone,
+    hand_over,
+    make_engine,
+    make_request,
+    run_to_end,
+    tokens_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import REPORT, hand_over
 
 from workers.engine import Engine
 from workers.kv_transfer.memory import KvMemory
@@ -212,7 +221,7 @@ def jobs(draw: st.DrawFn) -> tuple[int, Request, int, Kind]:
 
 def place_by_hand(engine: Engine, runner: LateFakeRunner, sequence_id: int, request: Request, first: int) -> None:
     """Writes the prompt into the blocks as a transfer does: at once, whatever steps are running."""
-    blocks = engine._live[sequence_id].sequence.table.blocks
+    blocks = engine._roster.lives[sequence_id].sequence.table.blocks
     alone = fake_runner()
     computed = make_engine(alone, prefix_cache=False)
     computed.add(0, replace(request, replay_token_ids=()), Kind.SOURCE)
@@ -221,7 +230,7 @@ def place_by_hand(engine: Engine, runner: LateFakeRunner, sequence_id: int, requ
     filled = done.filled[-1].blocks
     for mine, theirs in list(zip(blocks, filled, strict=True))[first:]:
         runner.kv_memory.block(mine, 0, 2)[:] = alone.kv_memory.block(theirs, 0, 2)
-    engine.landed(sequence_id, done.prefilled[0].sampled, 0, REPORT)
+    engine.incoming.landed(sequence_id, done.prefilled[0].sampled, 0, REPORT)
 
 
 @settings(max_examples=60, deadline=None)
@@ -250,7 +259,7 @@ def test_overlapping_changes_no_output_under_pressure_stops_cancels_replays_and_
             request = work[wanted.sequence_id][1]
             place_by_hand(engine, runner, wanted.sequence_id, request, wanted.first_block)
         for sequence_id in result.abandoned:
-            engine.transfer_failed(sequence_id, REPORT)
+            engine.incoming.failed(sequence_id, REPORT)
     for index, (_, request, patience, _) in enumerate(work):
         expected, found = outputs_alone(request), outputs_of(outputs, index)
         assert found == expected if patience == 10_000 else found == expected[: len(found)]

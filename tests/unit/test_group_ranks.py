@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from running_workers import Attached
 
 from tests.builders import make_engine, make_request, run_to_end, tokens_of
 from tests.unit.model_configs import (
@@ -21,7 +22,6 @@ from tests.unit.model_configs import (
     small_dense,
 )
 from tests.unit.rank_processes import HANG, KILL, TOKEN, WAIT_S, Group, RankPool
-from tests.unit.test_worker import Attached
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine import Engine
 from workers.errors import InvalidConfig

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import replace
 
 from builders import generate_alone, make_request
-from test_router_core import FREE, GENERATION, MODEL, Story, request, the_submit
-from test_worker import Attached, pair, running, tokens
+from router_story import FREE, GENERATION, MODEL, Story, request, the_submit
+from running_workers import Attached, pair, running, tokens
 
 from router.events import Command, Deliver, RequestArrived
 from workers.client import WorkerFrame

@@ -13,7 +13,7 @@ import pytest
 from builders import make_request
 from model_configs import SHIPPED
 from rank_processes import TOKEN, RankPool, RankProcess
-from test_worker import Attached, tokens
+from running_workers import Attached, tokens
 
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig, Refusal

@@ -6,11 +6,11 @@ import pytest
 from builders import fake_layout, make_engine, make_request
 
 from tests.unit.model_configs import load, moe_with_shared_experts, prefill, random_tokens
-from workers.engine import LayersFilled
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.torch_runner import TorchRunner
 from workers.runner import Batch, FakeRunner, LayerHook
 from workers.scheduler.sequence import Kind
+from workers.stepping.result import LayersFilled
 
 LAYOUT = KvLayout(16, 4, 8, 64, 128, "float32", 4)
 """A layer of 512 KiB: each is a piece."""
@@ -44,7 +44,7 @@ def test_announced_layers_hold_what_they_hold_after_the_step(runner: TorchRunner
 def test_the_engine_tells_of_blocks_that_a_chunk_fills_and_of_no_others() -> None:
     engine = make_engine(FakeRunner(KvMemory(LAYOUT)), max_batch_tokens=100)
     heard: list[LayersFilled] = []
-    engine.on_layers = heard.append
+    engine.outgoing.on_layers = heard.append
     engine.add(1, make_request(range(5, 225)), Kind.SOURCE)
     engine.add(2, make_request(range(300, 340)))
     spans = []
@@ -63,7 +63,7 @@ def test_the_engine_tells_of_blocks_that_a_chunk_fills_and_of_no_others() -> Non
 
 def test_where_a_block_is_one_piece_nothing_is_told_in_mid_step() -> None:
     engine = make_engine(FakeRunner(KvMemory(fake_layout())))
-    engine.on_layers = lambda event: pytest.fail("a block of one piece has no first layers")
+    engine.outgoing.on_layers = lambda event: pytest.fail("a block of one piece has no first layers")
     engine.add(1, make_request(range(5, 225)), Kind.SOURCE)
     while not engine.step().prefilled:
         pass
@@ -72,7 +72,7 @@ def test_where_a_block_is_one_piece_nothing_is_told_in_mid_step() -> None:
 def test_a_listener_changes_no_token_of_others() -> None:
     def run(listens: bool) -> list[int]:
         engine = make_engine(FakeRunner(KvMemory(LAYOUT)))
-        engine.on_layers = (lambda event: None) if listens else None
+        engine.outgoing.on_layers = (lambda event: None) if listens else None
         engine.add(1, make_request(range(5, 225)), Kind.SOURCE)
         engine.add(2, make_request(range(300, 340), max_tokens=9))
         tokens: list[int] = []

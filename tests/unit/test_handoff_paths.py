@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from builders import fake_layout, generate_alone, make_request
-from test_worker import CONFIG, Attached, holds_nothing, running, tokens
+from running_workers import CONFIG, Attached, idle, running, tokens
 
 from workers.client import Cancel
 from workers.kv_transfer.copier import describe_pieces
@@ -42,7 +42,6 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
 from workers.wire_handoff import down_from_pb, down_to_pb, up_from_pb, up_to_pb
-from workers.worker import Worker
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = Prompt(REQUEST)
@@ -52,14 +51,6 @@ ME = WorkerAddress("by-hand", 7, "127.0.0.1:1")
 
 def running_handoffs() -> list[str]:
     return [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith(("fetch-", "source-", "target-"))]
-
-
-async def idle(worker: Worker) -> dict[str, float]:
-    """The counters of a worker once it holds nothing."""
-    async with asyncio.timeout(30):
-        while not holds_nothing(worker.status()):
-            await asyncio.sleep(0.01)
-    return dict(worker.status().counters)
 
 
 # ---- a receiver by hand ----

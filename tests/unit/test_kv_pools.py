@@ -114,7 +114,7 @@ def test_blocks_that_were_lost_while_they_were_filled_are_computed_here() -> Non
     losses = iter([(0, 1)])
     runner.lose = lambda: next(losses, None)
     outputs = run_to_end(engine)
-    engine.landed(wanted.sequence_id, Sampled(0, 999), 0, HandoffReport("a", "b", "shm"))
+    engine.incoming.landed(wanted.sequence_id, Sampled(0, 999), 0, HandoffReport("a", "b", "shm"))
     outputs += run_to_end(engine)
     assert tokens_of(outputs, 0) == generate_alone(request)
 

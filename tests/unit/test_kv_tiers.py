@@ -2,101 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import random
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import (
-    FakeModel,
-    fake_layout,
-    fake_runner,
-    generate_alone,
-    make_engine,
-    make_request,
-    run_to_end,
-    tokens_of,
-)
+from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_worker import CONFIG, Attached
+from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, files_in, rig
 
-from workers.engine import Engine
-from workers.errors import InvalidConfig
 from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import block_key
 from workers.kv_tiers.folder import BlockFolder
-from workers.kv_tiers.record import BadRecord, Format, decode_header, encode_header, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
-from workers.status import Role, Tier
-from workers.worker import Worker
-
-LAYOUT = fake_layout()
-FORMAT = Format(fingerprint_bytes("fake-1"), BLOCK_SIZE, LAYOUT.block_bytes)
-POOL_BLOCKS = 6
-
-
-class Rig:
-    """An engine with a small pool, and what lies below it."""
-
-    def __init__(
-        self, num_host: int = 0, folder: Path | None = None, num_disk: int = 64, form: Format = FORMAT
-    ) -> None:
-        self.runner: FakeRunner = fake_runner(POOL_BLOCKS)
-        blocks = BlockFolder(folder, form) if folder is not None else None
-        self.tiers = KvTiers(self.runner.kv_memory, num_host, blocks, num_disk)
-        self.engine: Engine = make_engine(self.runner, tiers=self.tiers)
-        self._ids = iter(range(1, 10_000))
-
-    def ask(self, request: Request) -> tuple[list[int], int]:
-        """Tokens and cached tokens of a request that runs alone."""
-        name = next(self._ids)
-        self.engine.add(name, request)
-        outputs = run_to_end(self.engine)
-        assert self.engine.num_held_blocks == 0
-        return tokens_of(outputs, name), outputs[0][1].cached_tokens
-
-    def push_out(self) -> None:
-        """Fills the pool with other blocks, and lets the disk finish."""
-        self.ask(make_request([7] * (BLOCK_SIZE * (POOL_BLOCKS - 1) + 1), 1))
-        self.settle()
-
-    def settle(self) -> None:
-        """Until the disk has nothing left to do and the engine knows."""
-        while not self.tiers.is_idle:
-            self.tiers.wait(30)
-            self.engine.step()
-        self.engine.step()
-
-    def count(self, name: str) -> float:
-        return dict(self.engine.counters()).get(name, 0)
-
-
-@contextlib.contextmanager
-def rig(num_host: int = 0, folder: Path | None = None, num_disk: int = 64, form: Format = FORMAT) -> Iterator[Rig]:
-    made = Rig(num_host, folder, num_disk, form)
-    try:
-        yield made
-    finally:
-        made.engine.close()
-
-
-PROMPT = make_request(range(10, 10 + 4 * BLOCK_SIZE + 5), 12)
-GOLDEN = generate_alone(PROMPT)
-
-
-def files_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.kv"))
+from workers.status import Tier
 
 
 def test_a_prefix_that_left_the_pool_comes_back_from_host_memory() -> None:
@@ -123,94 +45,6 @@ def test_a_prefix_may_come_from_pool_host_and_disk_at_once(tmp_path: Path) -> No
         assert r.count("kv_host_hit_blocks") > 0 and r.count("kv_disk_hit_blocks") > 0
 
 
-def test_blocks_survive_a_restart_of_the_worker(tmp_path: Path) -> None:
-    with rig(folder=tmp_path) as r:
-        r.ask(PROMPT)
-        r.push_out()
-    with rig(folder=tmp_path) as r:
-        assert r.engine.kv_dump().tiers.count(Tier.DISK) >= 4
-        assert r.ask(PROMPT) == (GOLDEN, 4 * BLOCK_SIZE)
-
-
-def test_two_workers_never_share_a_folder_and_a_dead_ones_folder_is_free(tmp_path: Path) -> None:
-    with rig(folder=tmp_path), pytest.raises(InvalidConfig, match="in use by another worker"):
-        BlockFolder(tmp_path, FORMAT)
-    BlockFolder(tmp_path, FORMAT).close()
-
-
-def test_blocks_of_another_model_are_deleted_and_other_files_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    with rig(folder=tmp_path) as r:
-        r.ask(PROMPT)
-        r.push_out()
-        count = len(files_in(tmp_path))
-    other = Format(fingerprint_bytes("another"), BLOCK_SIZE, LAYOUT.block_bytes)
-    with rig(folder=tmp_path, form=other) as r:
-        assert count >= 4 and r.count("kv_disk_corrupt_blocks") == count
-        assert not files_in(tmp_path) and (tmp_path / "thesis.txt").read_text() == "mine"
-        assert r.ask(PROMPT)[1] == 0
-
-
-def test_files_are_for_the_workers_user_alone(tmp_path: Path) -> None:
-    with rig(folder=tmp_path / "private") as r:
-        r.ask(PROMPT)
-        r.push_out()
-        assert (tmp_path / "private").stat().st_mode & 0o077 == 0
-        assert all(file.stat().st_mode & 0o077 == 0 for file in files_in(tmp_path / "private"))
-
-
-def damage(path: Path, how: str, rng: random.Random) -> None:
-    raw = bytearray(path.read_bytes())
-    match how:
-        case "flip":
-            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        case "cut":
-            del raw[rng.randrange(len(raw)) :]
-        case "grow":
-            raw += b"x"
-        case "gone":
-            path.unlink()
-            return
-        case "swap":
-            others = [other for other in files_in(path.parent) if other != path]
-            raw = bytearray(rng.choice(others).read_bytes())
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("how", ["flip", "cut", "grow", "gone", "swap"])
-def test_a_damaged_file_costs_time_and_never_a_token(how: str, restart: bool, tmp_path: Path) -> None:
-    rng = random.Random(how)
-    for _ in range(4):
-        with rig(folder=tmp_path) as r:
-            r.ask(PROMPT)
-            r.push_out()
-            hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
-            at = rng.randrange(4)
-            victim = tmp_path / f"{hashes[at]:016x}.kv"
-            if not restart:
-                damage(victim, how, rng)
-                assert r.ask(PROMPT) == (GOLDEN, at * BLOCK_SIZE)
-                assert r.count("kv_disk_corrupt_blocks") >= 1
-        if restart:
-            damage(victim, how, rng)
-            with rig(folder=tmp_path) as r:
-                assert r.ask(PROMPT) == (GOLDEN, at * BLOCK_SIZE)
-                assert r.count("kv_disk_corrupt_blocks") == (0 if how == "gone" else 1)
-
-
-def test_every_single_bit_of_a_file_counts() -> None:
-    tokens = tuple(range(BLOCK_SIZE))
-    key = block_key(block_hashes(tokens, BLOCK_SIZE), tokens, 0, BLOCK_SIZE)
-    header = encode_header(FORMAT, key, 5)
-    assert decode_header(FORMAT, header) == (key, 5)
-    for bit in range(8 * len(header)):
-        spoiled = bytearray(header)
-        spoiled[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(BadRecord):
-            decode_header(FORMAT, bytes(spoiled))
-
-
 def test_host_memory_that_changed_is_refused_too() -> None:
     with rig(num_host=32) as r:
         r.ask(PROMPT)
@@ -234,10 +68,9 @@ def test_a_request_may_be_cancelled_while_it_waits_for_the_disk(tmp_path: Path) 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_longer_than_promised(tmp_path: Path) -> None:
     now = [0.0]
-    with rig(folder=tmp_path) as r:
+    with rig(folder=tmp_path, clock=lambda: now[0]) as r:
         r.ask(PROMPT)
         r.push_out()
-        r.engine._clock = lambda: now[0]
         answers = r.tiers.poll
         r.tiers.poll = lambda: None  # type: ignore[method-assign]
         r.engine.add(9000, PROMPT)
@@ -266,10 +99,10 @@ def test_events_tell_routers_the_tier_of_each_block(tmp_path: Path) -> None:
     hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
     with rig(num_host=2, folder=tmp_path) as r:
         r.ask(PROMPT)
-        before = r.engine.kv_dump()
+        before = r.dump()
         assert set(hashes) <= set(before.stored) and before.tiers == ()
         r.push_out()
-        dump = r.engine.kv_dump()
+        dump = r.dump()
         tiers = dict(zip(dump.stored, dump.tiers, strict=True))
         assert {tiers[h] for h in hashes} == {Tier.HOST, Tier.DISK}
         assert list(tiers.values()).count(Tier.HOST) == 2
@@ -284,36 +117,6 @@ def test_a_tier_keeps_its_bound(tmp_path: Path) -> None:
             assert r.count("kv_host_bytes") <= 2 * LAYOUT.block_bytes
         assert sum(f.stat().st_size for f in files_in(tmp_path)) == 3 * FORMAT.file_bytes
         assert r.count("kv_disk_evicted_blocks") > 0
-
-
-def test_a_full_disk_switches_the_tier_off_with_one_warning_and_all_goes_on(tmp_path: Path) -> None:
-    """In a process whose files may not grow to the size of a block."""
-    story = f"""
-        import logging, resource, sys
-        logging.basicConfig(stream=sys.stdout)
-        from pathlib import Path
-        from test_kv_tiers import GOLDEN, PROMPT, rig
-        with rig(folder=Path({str(tmp_path)!r})) as r:
-            resource.setrlimit(resource.RLIMIT_FSIZE, ({FORMAT.file_bytes - 100}, resource.RLIM_INFINITY))
-            for _ in range(4):
-                assert r.ask(PROMPT)[0] == GOLDEN
-                r.ask(__import__("builders").make_request([7] * 321, 1))
-                r.tiers.wait(30)
-            assert r.count("kv_disk_failures") == 1 and not r.tiers.has_disk
-            assert r.count("kv_disk_bytes") == 0
-    """
-    tests = Path(__file__).resolve().parent
-    paths = os.pathsep.join(str(p) for p in (tests, tests.parent, tests.parent.parent))
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(story)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("the KV disk tier is off") == 1 and not files_in(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 @st.composite
@@ -365,39 +168,3 @@ def test_tokens_do_not_depend_on_tiers(
         assert engine.num_held_blocks == 0
     finally:
         engine.close()
-
-
-async def test_a_worker_brings_blocks_back_from_its_disk_also_after_a_restart(tmp_path: Path) -> None:
-    config = replace(CONFIG, kv_disk_folder=str(tmp_path), max_model_len=8 * BLOCK_SIZE)
-    for start in (1, 2):
-        worker = Worker(config, "mixed/0", start, Role.MIXED, load=lambda config: FakeModel(config, num_blocks=8))
-        router = await Attached(await worker.start()).start()
-        for name in ("first", "filler", "second"):
-            request = make_request([9] * 450, 1) if name == "filler" else PROMPT
-            await router.submit(replace(request, request_id=name))
-            outputs = await router.finish(name)
-            if name == "filler":
-                async with asyncio.timeout(20):
-                    while start == 1 and dict(worker.status().counters).get("kv_disk_stored_blocks", 0) < 4:
-                        await asyncio.sleep(0.01)
-                continue
-            assert [token for output in outputs for token in output.token_ids] == GOLDEN
-            assert outputs[0].cached_tokens == 4 * BLOCK_SIZE or (start, name) == (1, "first")
-        counters = dict((await router.idle()).counters)
-        assert counters["kv_disk_hit_blocks"] > 0
-        await router.close()
-        await worker.stop()
-    assert [path.name for path in tmp_path.iterdir()] == ["mixed%2F0"]
-
-
-async def test_two_workers_of_one_name_do_not_start_on_one_folder(tmp_path: Path) -> None:
-    config = replace(CONFIG, kv_disk_folder=str(tmp_path))
-    first, second = (Worker(config, "mixed-0", 1, Role.MIXED, load=FakeModel) for _ in range(2))
-    await first.start()
-    with pytest.raises(InvalidConfig, match="in use by another worker"):
-        await second.start()
-    await second.stop()
-    await first.stop()
-    third = Worker(config, "mixed-0", 2, Role.MIXED, load=FakeModel)
-    await third.start()
-    await third.stop()

@@ -1,209 +1,33 @@
-"""The two ends of a handoff, wired together without a network, so that every order of events can be tried."""
+"""What becomes of a handoff whose two ends hear of each other in any order, with any fault between them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from builders import fake_layout, make_request
+from handoff_wire import DONE, PROMPT, Wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.errors import InvariantViolated, Refusal, TransferFailed
+from workers.errors import Refusal
 from workers.kv_transfer import source as src
 from workers.kv_transfer import target as tgt
-from workers.kv_transfer.copier import describe_pieces, same_shape, verify_pieces
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory
+from workers.kv_transfer.copier import describe_pieces
+from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.messages import (
     CancelHandoff,
     HandoffAccepted,
-    HandoffRefused,
     KvPieces,
-    Offer,
-    OpenHandoff,
-    PieceAck,
     PrefillDone,
     Prefix,
     PrefixDone,
-    Prompt,
-    ReleaseHandoff,
     Running,
     SequenceMoved,
     Subject,
     TransportBroken,
-    UseTransport,
 )
-from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.recovery import Measured, Plan
-from workers.kv_transfer.transfer import LEGAL, Due, Lease, Transfer, TransferState
-from workers.kv_transfer.transport import View
-from workers.status import WorkerAddress
-
-DONE = PrefillDone(7, None, 4, 0, 0.1)
-PROMPT = Prompt(make_request(range(5, 261)))
-
-
-def opening(transports: tuple[str, ...] = ("shm", "grpc"), subject: Subject = PROMPT) -> OpenHandoff:
-    return OpenHandoff(
-        target=WorkerAddress("decode-0", 1, "x:1"),
-        host="here",
-        source_generation=1,
-        model_fingerprint="f",
-        layout=fake_layout(),
-        subject=subject,
-        first_block=0,
-        num_blocks=4,
-        transports=transports,
-    )
-
-
-def accepted(*transports: str) -> HandoffAccepted:
-    return HandoffAccepted(tuple(Offer(name, b"") for name in transports), fake_layout(), "here")
-
-
-class Wire:
-    """Both sessions, their pools, and messages in flight; `run` delivers in order until nothing moves.
-
-    The bytes travel when the receiver collects. A transport in `broken` cannot be connected; pieces in `spoil` arrive with a
-    flipped byte, those in `lose` do not arrive, each once.
-    """
-
-    def __init__(
-        self,
-        transports: tuple[str, ...] = ("shm", "grpc"),
-        first_block: int = 0,
-        num_blocks: int = 4,
-        subject: Subject = PROMPT,
-        layout: KvLayout | None = None,
-    ) -> None:
-        layout = layout or fake_layout()
-        self.layout = layout
-        self.cut = Cut(layout, first_block, num_blocks - first_block)
-        self.source_pool, self.target_pool = KvMemory(layout), KvMemory(layout)
-        self.source_pool.bytes[:] = np.random.default_rng(0).integers(0, 256, self.source_pool.bytes.size, np.uint8)
-        self.source_blocks = tuple(range(9, 9 - num_blocks, -1))
-        self.target_blocks = tuple(range(2, 2 + num_blocks))
-        self.source = src.SourceSession(self.cut, accepted(*transports), ttl_s=5, window_bytes=4096)
-        self.target = tgt.TargetSession(self.cut, opening(transports, subject), ttl_s=5)
-        self.now = 0.0
-        self.broken: set[str] = set()
-        self.spoil: set[int] = set()
-        self.lose: set[int] = set()
-        self.outcome: list[object] = []
-        self.released: list[str] = []
-        self.up: list[object] = []
-        self.down: list[object] = []
-        self.sent_pieces: list[int] = []
-        self.unfinished: list[src.Sent] = []
-        self.hold_sends = False
-
-    def begin(self) -> None:
-        self.do_target(self.target.open(self.now))
-        self.down.clear()
-        self.do_source(self.source.open(self.now))
-
-    def do_source(self, commands: list[src.SourceCommand]) -> None:
-        for command in commands:
-            match command:
-                case src.Send(message):
-                    self.up.append(message)
-                case src.SendPieces(epoch, _, pieces):
-                    self.sent_pieces += [number for number, _ in pieces]
-                    self.tell_source(src.Described(epoch, describe_pieces(self.source_pool, self.cut, pieces)))
-                    self.unfinished.append(src.Sent(epoch))
-                    if not self.hold_sends:
-                        self.finish_sends()
-                case src.Release(reason):
-                    self.released.append(reason)
-                case src.StartExport():
-                    pass
-
-    def finish_sends(self) -> None:
-        while self.unfinished:
-            self.tell_source(self.unfinished.pop(0))
-
-    def place(self, piece: int) -> View:
-        slot = self.cut.slot(piece)
-        return self.target_pool.block(self.target_blocks[slot.block], slot.first_layer, slot.num_layers)
-
-    def do_target(self, commands: list[tgt.TargetCommand]) -> None:
-        for command in commands:
-            match command:
-                case tgt.Send(message):
-                    self.down.append(message)
-                case tgt.Connect(offer, epoch, _):
-                    is_broken = offer.transport in self.broken
-                    self.tell_target(tgt.ConnectFailed(epoch, "broken") if is_broken else tgt.Connected(epoch))
-                case tgt.Collect(pieces):
-                    there = [p for p in pieces if p.piece not in self.lose]
-                    self.lose -= {p.piece for p in pieces}
-                    for p in there:
-                        view = self.place(p.piece)
-                        view[:] = self.source_pool.block(p.source_block, p.first_layer, p.num_layers)
-                        if p.piece in self.spoil:
-                            view[0] ^= 1
-                            self.spoil.discard(p.piece)
-                    good = verify_pieces(there, self.place)
-                    bad = tuple(p.piece for p in pieces if p.piece not in good)
-                    self.tell_target(tgt.Collected(good, bad, "spoiled" if bad else ""))
-                case tgt.Close():
-                    self.tell_target(tgt.Closed())
-                case tgt.Land() | tgt.Fail():
-                    self.outcome.append(command)
-
-    def tell_source(self, event: src.SourceEvent) -> None:
-        self.do_source(self.source.handle(event, self.now))
-
-    def tell_target(self, event: tgt.TargetEvent) -> None:
-        self.do_target(self.target.handle(event, self.now))
-
-    def step(self) -> bool:
-        """Delivers one message each way; False when nothing was in flight."""
-        moved = bool(self.up or self.down)
-        if self.up:
-            self.tell_target(self.up.pop(0))  # type: ignore[arg-type]
-        if self.down:
-            self.tell_source(self.down.pop(0))  # type: ignore[arg-type]
-        return moved
-
-    def run(self) -> None:
-        while self.step():
-            pass
-
-    def wait(self, seconds: float) -> None:
-        """Time passes, and each end wakes when it said it must."""
-        until = self.now + seconds
-        while True:
-            dues = [d for end in (self.source, self.target) if (d := end.next_deadline_s()) is not None and d <= until]
-            if not dues:
-                break
-            self.now = max(self.now, min(dues))
-            for end, tell in ((self.source, self.tell_source), (self.target, self.tell_target)):
-                due = end.next_deadline_s()
-                if due is not None and due <= self.now:
-                    tell(Due())
-            if not self.is_cut:
-                self.run()
-        self.now = until
-
-    is_cut = False
-
-    def fill(self, num_filled: int) -> None:
-        self.tell_source(src.Filled(self.source_blocks, 0, num_filled, self.layout.num_layers))
-
-    def finish_prefill(self) -> None:
-        self.fill(len(self.source_blocks))
-        self.tell_source(replace(DONE, num_pieces=self.cut.num_pieces))
-
-    def blocks_arrived(self) -> bool:
-        pairs = zip(self.source_blocks, self.target_blocks, strict=True)
-        layers = self.layout.num_layers
-        return all(
-            np.array_equal(self.source_pool.block(a, 0, layers), self.target_pool.block(b, 0, layers))
-            for index, (a, b) in enumerate(pairs)
-            if index >= self.cut.first_block
-        )
+from workers.kv_transfer.transfer import TransferState
 
 
 @pytest.mark.parametrize("transports", [("shm",), ("grpc",), ("shm", "grpc")])
@@ -328,21 +152,6 @@ def test_a_transfer_that_keeps_spoiling_fails_and_frees_the_source() -> None:
     assert len(wire.released) == 1 and "3 re-sends" in wire.released[0]
 
 
-def test_a_failed_target_waits_for_what_writes_before_it_says_so() -> None:
-    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), ttl_s=5)
-    session.open(0)
-    assert session.handle(accepted("grpc"), 0) == [tgt.Connect(Offer("grpc", b""), 0, fake_layout())]
-    session.handle(tgt.Connected(0), 0)
-    pieces = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
-    assert isinstance(session.handle(KvPieces(pieces), 0)[0], tgt.Collect)
-    cancelled = tgt.Broken("cancelled", Refusal.SHUTTING_DOWN, is_ours=True)
-    assert session.handle(cancelled, 0) == [tgt.Send(CancelHandoff("cancelled")), tgt.Close()]
-    assert session.state is TransferState.FAILED and session.next_deadline_s() is None
-    assert session.handle(tgt.Collected((0,)), 0) == []
-    assert session.handle(tgt.Closed(), 0) == [tgt.Fail("cancelled", Refusal.SHUTTING_DOWN)]
-    assert session.handle(tgt.Closed(), 0) == session.handle(tgt.Broken("again"), 0) == []
-
-
 def test_a_failed_source_holds_its_blocks_until_nobody_reads_them() -> None:
     wire = Wire()
     wire.hold_sends = True
@@ -353,17 +162,6 @@ def test_a_failed_source_holds_its_blocks_until_nobody_reads_them() -> None:
     assert wire.source.state is TransferState.FAILED and wire.released == []
     wire.finish_sends()
     assert wire.released == ["the receiver cancelled: enough"]
-
-
-@pytest.mark.parametrize("piece", [{"piece": 9}, {"block": 2}, {"num_layers": 1}])
-def test_a_piece_for_another_place_fails_the_transfer(piece: dict[str, int]) -> None:
-    session = tgt.TargetSession(Cut(fake_layout(), 0, 4), opening(("grpc",)), ttl_s=5)
-    session.open(0)
-    session.handle(accepted("grpc"), 0)
-    session.handle(tgt.Connected(0), 0)
-    (good,) = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
-    commands = session.handle(KvPieces((replace(good, **piece),)), 0)  # type: ignore[arg-type]
-    assert [type(c) for c in commands] == [tgt.Send, tgt.Close] and session.state is TransferState.FAILED
 
 
 def test_silence_expires_both_ends() -> None:
@@ -385,57 +183,6 @@ def test_heartbeats_keep_a_slow_prefill_alive() -> None:
     wire.finish_prefill()
     wire.run()
     assert [type(o) for o in wire.outcome] == [tgt.Land]
-
-
-def test_a_lease_names_the_moment_to_look_again() -> None:
-    lease = Lease(ttl_s=5, heartbeat_s=1)
-    lease.begin(10)
-    assert lease.next_deadline_s == 11
-    lease.spoke(14.5)
-    assert (lease.expires_s, lease.next_deadline_s) == (15, 15)
-    lease.heard(15)
-    assert lease.next_deadline_s == 15.5
-
-
-def test_illegal_moves_raise_and_change_nothing() -> None:
-    for state, legal in LEGAL.items():
-        for other in TransferState:
-            transfer = Transfer(Lease(5), state)
-            if other in legal:
-                transfer.move(other)
-                assert transfer.state is other
-            else:
-                with pytest.raises(InvariantViolated):
-                    transfer.move(other)
-                assert transfer.state is state
-    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
-    reason = "the receiver chose 'telepathy', which was not offered"
-    assert session.handle(UseTransport("telepathy"), 0) == [src.Send(CancelHandoff(reason)), src.Release(reason)]
-    assert session.handle(ReleaseHandoff(), 0) == []
-
-
-def test_a_release_of_what_never_started_is_a_failure() -> None:
-    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
-    (release,) = session.handle(ReleaseHandoff(), 0)
-    assert isinstance(release, src.Release) and release.reason and session.state is TransferState.FAILED
-
-
-def test_a_refusal_reaches_the_caller_with_its_reason() -> None:
-    session = tgt.TargetSession(Cut(fake_layout(), 0, 1), opening(), 5)
-    session.open(0)
-    refusal = HandoffRefused(Refusal.WRONG_ROLE, "decode-3 is a decode worker")
-    assert session.handle(refusal, 0) == [tgt.Close()]
-    assert session.handle(tgt.Closed(), 0) == [tgt.Fail("decode-3 is a decode worker", Refusal.WRONG_ROLE)]
-
-
-def test_the_window_bounds_what_is_in_flight() -> None:
-    session = src.SourceSession(Cut(fake_layout(), 0, 8), accepted("grpc"), 5, window_bytes=4096)
-    session.open(0)
-    session.handle(UseTransport("grpc"), 0)
-    (command,) = session.handle(src.Filled(tuple(range(8)), 0, 8, 2), 0)
-    assert isinstance(command, src.SendPieces) and len(command.pieces) == 2
-    (command,) = session.handle(PieceAck((0,)), 0)
-    assert isinstance(command, src.SendPieces) and len(command.pieces) == 1
 
 
 @pytest.mark.parametrize(
@@ -497,41 +244,3 @@ def test_whatever_is_spoiled_duplicated_or_cut_off_nothing_lands_wrong(data: st.
     assert len(wire.outcome) == 1 and len(wire.released) == 1
     if isinstance(wire.outcome[0], tgt.Land):
         assert wire.blocks_arrived()
-
-
-@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 5), st.integers(1, 9), st.sampled_from([1, 64, 128]))
-def test_a_cut_covers_every_layer_of_every_block_once(
-    num_layers: int, num_heads: int, first: int, num_blocks: int, head_dim: int
-) -> None:
-    layout = KvLayout(16, num_layers, num_heads, 64, head_dim, "bfloat16", 2)
-    cut = Cut(layout, first, num_blocks)
-    seen = [
-        (slot.block, layer)
-        for slot in map(cut.slot, range(cut.num_pieces))
-        for layer in range(slot.first_layer, slot.first_layer + slot.num_layers)
-    ]
-    assert seen == [(b, layer) for b in range(first, first + num_blocks) for layer in range(num_layers)]
-    assert cut.pieces_before(first + num_blocks) == cut.num_pieces and cut.pieces_before(first) == 0
-    with pytest.raises(IndexError):
-        cut.slot(cut.num_pieces)
-
-
-def test_a_pool_can_be_mapped_only_as_what_it_is() -> None:
-    pool = KvMemory(fake_layout())
-    pool.block(3, 0, 2)[:] = 42
-    mapped = MappedKvMemory(pool.handle, pool.layout)
-    assert (mapped.block(3, 0, 2) == 42).all()
-    with pytest.raises(ValueError, match="read-only"):
-        mapped.block(3, 0, 2)[:] = 1
-    with pytest.raises(TransferFailed, match="nonce"):
-        MappedKvMemory(replace(pool.handle, nonce=b"x" * 16), pool.layout)
-    with pytest.raises(TransferFailed, match="layout says"):
-        MappedKvMemory(pool.handle, fake_layout(17))
-    with pytest.raises(TransferFailed, match="cannot be opened"):
-        MappedKvMemory(replace(pool.handle, fd=9999), pool.layout)
-    with pytest.raises(IndexError):
-        pool.block(16, 0, 1)
-    with pytest.raises(IndexError):
-        pool.block(0, 1, 2)
-    assert same_shape(pool.layout, fake_layout(99)) and not same_shape(pool.layout, fake_layout(16, 3))
-    pool.close()

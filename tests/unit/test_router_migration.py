@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_router_core import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
+from router_story import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
 from router.policies.rebalance import DecodeLoad, RebalanceLimits, Rebalancer

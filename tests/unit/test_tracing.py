@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from running_workers import CONFIG, pair, running
 from starlette.testclient import TestClient
-from test_worker import CONFIG, pair, running
 
 from router.api.app import create_app
 from router.api.config import ApiConfig
@@ -85,7 +85,7 @@ async def test_queue_handoff_prefill_and_decode_are_spans_of_the_request(exporte
 async def test_each_fault_is_a_span_that_says_how_it_was_answered(exporter: InMemorySpanExporter) -> None:
     dead = WorkerAddress("prefill-9", 1 << 16, "127.0.0.1:1")
     async with running("decode-0", Role.DECODE, CONFIG) as (_, address):
-        from test_worker import Attached
+        from running_workers import Attached
 
         router = await Attached(address).start()
         await router.submit(traced(), dead)

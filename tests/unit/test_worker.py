@@ -3,124 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 
 import grpc
 import pytest
 from builders import FakeModel, generate_alone, make_request
+from running_workers import CONFIG, Attached, pair, tokens
 
-from workers.client import Cancel, Hello, RouterMessage, Submit, WorkerFrame
+from workers.client import Cancel
 from workers.config import WorkerConfig
 from workers.errors import Refusal
 from workers.kv_transfer import copier
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
-from workers.request import FinishReason, Output, Request
+from workers.request import FinishReason, Output
 from workers.router_session import RouterSession
-from workers.status import Role, WorkerAddress, WorkerStatus
-from workers.wire import frame_from_pb, router_message_to_pb, status_from_pb
+from workers.status import Role, WorkerAddress
+from workers.wire import status_from_pb
 from workers.worker import Worker
-
-CONFIG = WorkerConfig(
-    model="fake",
-    local_prefill_tokens=0,
-    max_batch_tokens=96,
-    max_num_seqs=16,
-    transfer_timeout_s=5.0,
-    transports=("shm", "grpc"),
-)
-
-
-class Attached:
-    """A router's end of one Attach stream, that keeps all it hears."""
-
-    def __init__(self, address: WorkerAddress) -> None:
-        self.address = address
-        self.outputs: list[Output] = []
-        self.status: WorkerStatus | None = None
-        self._channel = grpc.aio.insecure_channel(address.target)
-        self._call = worker_pb2_grpc.WorkerStub(self._channel).Attach()
-        self._changed = asyncio.Condition()
-
-    async def start(self) -> Attached:
-        await self.send(Hello("test"))
-        self._reader = asyncio.create_task(self._read())
-        await self.until(lambda: self.status is not None)
-        return self
-
-    async def send(self, message: RouterMessage) -> None:
-        await self._call.write(router_message_to_pb(message))
-
-    async def submit(self, request: Request, *prefill: WorkerAddress, generation: int | None = None) -> None:
-        await self.send(Submit(request, self.address.generation if generation is None else generation, prefill))
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(condition), 20)
-
-    async def finish(self, request_id: str) -> list[Output]:
-        """All outputs of a request once it has ended."""
-        await self.until(lambda: any(o.request_id == request_id and o.finish_reason for o in self.outputs))
-        return [o for o in self.outputs if o.request_id == request_id]
-
-    async def idle(self) -> WorkerStatus:
-        """Waits until the worker says, from now on, that it holds nothing."""
-        self.status = None
-        await self.until(lambda: self.status is not None and holds_nothing(self.status))
-        assert self.status is not None
-        return self.status
-
-    async def _read(self) -> None:
-        async for message in self._call:
-            frame: WorkerFrame = frame_from_pb(message)
-            async with self._changed:
-                self.outputs += frame.outputs
-                self.status = frame.status or self.status
-                self._changed.notify_all()
-
-    async def close(self) -> None:
-        self._reader.cancel()
-        self._call.cancel()
-        await self._channel.close()
-
-
-def holds_nothing(status: WorkerStatus) -> bool:
-    counters = dict(status.counters)
-    return counters["held_blocks"] == 0 and counters["running_transfers"] == 0
-
-
-def tokens(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-@asynccontextmanager
-async def running(
-    name: str, role: Role, config: WorkerConfig = CONFIG, start_count: int = 1, num_blocks: int = 64
-) -> AsyncIterator[tuple[Worker, WorkerAddress]]:
-    worker = Worker(config, name, start_count, role, load=partial(FakeModel, num_blocks=num_blocks))
-    try:
-        yield worker, await worker.start()
-    finally:
-        await worker.stop()
-
-
-@asynccontextmanager
-async def pair(
-    prefill_config: WorkerConfig = CONFIG, decode_config: WorkerConfig = CONFIG
-) -> AsyncIterator[tuple[Attached, WorkerAddress, Worker]]:
-    """A prefill and a decode worker with pools of different sizes, and a router attached to the latter."""
-    async with (
-        running("prefill-0", Role.PREFILL, prefill_config, num_blocks=80) as (prefill, source),
-        running("decode-0", Role.DECODE, decode_config) as (_, address),
-    ):
-        router = await Attached(address).start()
-        try:
-            yield router, source, prefill
-        finally:
-            await router.close()
 
 
 def with_transports(*transports: str) -> WorkerConfig:

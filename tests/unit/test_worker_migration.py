@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from builders import FakeModel, generate_alone, make_request
-from test_worker import CONFIG, Attached, running, tokens
+from running_workers import CONFIG, Attached, running, tokens
 
 from workers.client import Cancel, Migration, Submit
 from workers.config import WorkerConfig

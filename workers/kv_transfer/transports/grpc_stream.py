@@ -12,6 +12,7 @@ import numpy as np
 from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.transport import OutgoingPiece, View
+from workers.kv_transfer.transports.channels import Channels
 from workers.kv_transfer.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
 from workers.kv_transfer.transports.push import Inboxes, PushInbox
@@ -126,8 +127,7 @@ class GrpcTransport:
         self._timeout_s = timeout_s
         self._tokens = Tokens()
         self._links: dict[Peer, _Link] = {}
-        self._channels: dict[bytes, GrpcChannel] = {}
-        self._connecting = asyncio.Lock()
+        self._channels: Channels[GrpcChannel] = Channels()
         self._is_served = False
         self._is_closed = False
 
@@ -178,22 +178,13 @@ class GrpcTransport:
 
     async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> GrpcChannel:
         token = decode_hex(decode(offer, {"token": str})["token"], TOKEN_BYTES)
-        async with self._connecting:
-            await self._close_useless(source, offer)
-            key = source.worker_id.encode() + offer
-            if key not in self._channels:
-                channel = GrpcChannel(source, offer, self._timeout_s)
-                await channel.open(token)
-                self._channels[key] = channel
-            return self._channels[key]
 
-    async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
-        """Broken channels, and idle ones that this sender's new offer replaces."""
-        for key, channel in tuple(self._channels.items()):
-            is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
-            if channel.inboxes.is_broken or (is_old and channel.inboxes.is_idle):
-                del self._channels[key]
-                await channel.close()
+        async def make() -> GrpcChannel:
+            channel = GrpcChannel(source, offer, self._timeout_s)
+            await channel.open(token)
+            return channel
+
+        return await self._channels.get(source, offer, make)
 
     # ---- both ----
 
@@ -202,14 +193,10 @@ class GrpcTransport:
         for peer, link in tuple(self._links.items()):
             if peer[0] == worker_id:
                 link.over.set()
-        for key, channel in tuple(self._channels.items()):
-            if channel.source.worker_id == worker_id:
-                del self._channels[key]
-                await channel.close()
+        await self._channels.forget(worker_id)
 
     async def close(self) -> None:
         self._is_closed = True
         for link in self._links.values():
             link.over.set()
-        for key in tuple(self._channels):
-            await self._channels.pop(key).close()
+        await self._channels.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.transport import OutgoingPiece, View
+from workers.kv_transfer.transports.channels import Channels
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
 from workers.kv_transfer.transports.push import Inboxes, PushInbox
 from workers.kv_transfer.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
@@ -78,8 +79,7 @@ class TcpTransport:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._arriving: dict[bytes, dict[int, socket.socket]] = {}
         self._links: dict[Peer, OutgoingLink] = {}
-        self._channels: dict[bytes, TcpChannel] = {}
-        self._connecting = asyncio.Lock()
+        self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
 
     # ---- as the sender ----
@@ -182,27 +182,31 @@ class TcpTransport:
         port, num_lanes = int(fields["port"]), int(fields["lanes"])
         if not (0 < port < 1 << 16 and 0 < num_lanes <= 16):
             raise TransferFailed("an offer names no sensible port or number of lanes")
-        async with self._connecting:
-            await self._close_useless(source, offer)
-            kept = self._channels.get(source.worker_id.encode() + offer)
-            if kept is not None:
-                return kept
-            host = source.target.rpartition(":")[0].strip("[]")
+        extra = {name: int(fields[name]) for name, _ in self.extra_fields}
+
+        async def make() -> TcpChannel:
             session = secrets.token_bytes(8)
-            lanes: list[socket.socket] = []
-            try:
-                async with asyncio.timeout(min(_HANDSHAKE_S, self.timeout_s)):
-                    for lane in range(num_lanes):
-                        hello = _HELLO.pack(_MAGIC, token, session, lane, num_lanes)
-                        lanes.append(await _dial(host, port, hello, proof))
-            except (OSError, TimeoutError, TransferFailed) as error:
-                for opened in lanes:
-                    opened.close()
-                raise TransferFailed(f"no tcp connection to {source.worker_id}: {error or 'no answer'}") from error
-            extra = {name: int(fields[name]) for name, _ in self.extra_fields}
-            channel = await self.make_channel(source, layout, offer, lanes, session, extra)
-            self._channels[source.worker_id.encode() + offer] = channel
-            return channel
+            lanes = await self._dial_lanes(source, port, num_lanes, token, proof, session)
+            return await self.make_channel(source, layout, offer, lanes, session, extra)
+
+        return await self._channels.get(source, offer, make)
+
+    async def _dial_lanes(
+        self, source: WorkerAddress, port: int, num_lanes: int, token: bytes, proof: bytes, session: bytes
+    ) -> list[socket.socket]:
+        """Raises TransferFailed."""
+        host = source.target.rpartition(":")[0].strip("[]")
+        lanes: list[socket.socket] = []
+        try:
+            async with asyncio.timeout(min(_HANDSHAKE_S, self.timeout_s)):
+                for lane in range(num_lanes):
+                    hello = _HELLO.pack(_MAGIC, token, session, lane, num_lanes)
+                    lanes.append(await _dial(host, port, hello, proof))
+        except (OSError, TimeoutError, TransferFailed) as error:
+            for opened in lanes:
+                opened.close()
+            raise TransferFailed(f"no tcp connection to {source.worker_id}: {error or 'no answer'}") from error
+        return lanes
 
     async def make_channel(
         self,
@@ -216,14 +220,6 @@ class TcpTransport:
         """Takes the lanes over. Raises TransferFailed."""
         return TcpChannel(source, offer, lanes, self.timeout_s)
 
-    async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
-        """Broken channels, and idle ones that this sender's new offer replaces."""
-        for key, channel in tuple(self._channels.items()):
-            is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
-            if channel.inboxes.is_broken or (is_old and channel.inboxes.is_idle):
-                del self._channels[key]
-                await channel.close()
-
     # ---- both ----
 
     async def forget(self, worker_id: str) -> None:
@@ -231,10 +227,7 @@ class TcpTransport:
         for peer, link in tuple(self._links.items()):
             if peer[0] == worker_id:
                 self._drop_link(peer, link)
-        for key, channel in tuple(self._channels.items()):
-            if channel.source.worker_id == worker_id:
-                del self._channels[key]
-                await channel.close()
+        await self._channels.forget(worker_id)
 
     async def close(self) -> None:
         self._is_closed = True
@@ -252,8 +245,7 @@ class TcpTransport:
         for peer, link in tuple(self._links.items()):
             self._drop_link(peer, link)
             await link.join()
-        for key in tuple(self._channels):
-            await self._channels.pop(key).close()
+        await self._channels.close()
 
 
 async def _read(connection: socket.socket, num_bytes: int) -> bytes:

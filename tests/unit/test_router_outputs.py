@@ -1,0 +1,80 @@
+"""Stories about tokens on their way to a client: no gap, no repeat, no wrong one; no network and no clock."""
+
+from __future__ import annotations
+
+from router_story import GENERATION, MIXED, Story, messages, outputs, request, the_submit
+
+from router.events import RequestArrived
+from workers.client import Cancel, WorkerFrame
+from workers.errors import Refusal
+from workers.request import HandoffReport, Output, TokenLogprob
+from workers.status import Role
+
+
+def test_outputs_reach_the_client_under_its_own_name() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    (first,) = outputs(story.output("m-0", "r#1", 0, 5, 6))
+    (last,) = outputs(story.output("m-0", "r#1", 2, 7, finish=True))
+    assert (first.request_id, first.token_ids, last.position, last.finish_reason) == ("r", (5, 6), 2, "length")
+    assert story.core.flights.num_running == 0
+
+
+def test_a_duplicate_frame_is_delivered_once() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5)
+    assert outputs(story.output("m-0", "r#1", 0, 5)) == []
+    assert story.count("repeated_outputs") == 1
+
+
+def test_an_overlap_without_text_is_trimmed_with_its_logprobs() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5, 6)
+    logprobs = tuple(TokenLogprob(token, -1.0) for token in (6, 7))
+    (output,) = outputs(story.frame("m-0", WorkerFrame(GENERATION, (Output("r#1", 1, (6, 7), logprobs=logprobs),))))
+    assert (output.position, output.token_ids, output.logprobs) == (2, (7,), logprobs[1:])
+
+
+def test_an_overlap_whose_text_cannot_be_divided_is_run_again() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5, 6)
+    commands = story.output("m-0", "r#1", 1, 6, 7)
+    assert outputs(commands) == [] and messages(commands, Cancel) == [Cancel("r#1")]
+    assert the_submit(commands)[1].request.replay_token_ids == (5, 6)
+
+
+def test_wrong_tokens_end_the_request_rather_than_reach_the_client() -> None:
+    story = Story(*MIXED)
+    worker, _ = the_submit(story.tell(RequestArrived(request())))
+    story.output(worker, "r#1", 0, 5, 6)
+    commands = story.output(worker, "r#1", 0, 5, 9)
+    (output,) = outputs(commands)
+    assert (output.token_ids, output.refusal, output.position) == ((), Refusal.INTERNAL, 2)
+    assert messages(commands, Cancel) == [Cancel("r#1")]
+
+
+def test_a_gap_is_filled_by_running_again() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5)
+    commands = story.output("m-0", "r#1", 2, 7)
+    assert outputs(commands) == [] and the_submit(commands)[1].request.replay_token_ids == (5,)
+    assert outputs(story.output("m-0", "r#1", 3, 8)) == []
+    assert story.count("stale_outputs") == 1
+    assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)
+
+
+def test_first_output_extras_come_once_although_a_second_worker_sends_them_again() -> None:
+    story = Story(*MIXED)
+    worker, _ = the_submit(story.tell(RequestArrived(request())))
+    report = HandoffReport("m-0", "m-0", "local")
+    told = Output("r#1", 0, (5,), handoff=report, prompt_logprobs=(None,), cached_tokens=4)
+    (first,) = outputs(story.frame(worker, WorkerFrame(GENERATION, (told,))))
+    other, _ = the_submit(story.lose(worker))
+    again = Output("r#2", 1, (6,), handoff=report, prompt_logprobs=(None,), cached_tokens=4)
+    (second,) = outputs(story.frame(other, WorkerFrame(GENERATION, (again,))))
+    assert (first.handoff, first.prompt_logprobs, first.cached_tokens) == (report, (None,), 4)
+    assert (second.handoff, second.prompt_logprobs, second.cached_tokens) == (None, None, 0)

@@ -1,0 +1,1 @@
+"""What the step loop is made of; each part owns its state, and none knows a network."""

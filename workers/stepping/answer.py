@@ -1,0 +1,97 @@
+"""What a client hears of one sequence: turns drawn and replayed tokens into Outputs, each token once; knows no batch and no blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from workers.request import HandoffReport, Output, TokenLogprob
+from workers.runner import Sampled
+from workers.sampling.output import OutputState
+from workers.scheduler.sequence import Sequence
+
+
+class Answer:
+    """Reads its sequence and changes nothing in it. Times are the engine's clock, in seconds."""
+
+    def __init__(self, sequence: Sequence, text: OutputState, worker_id: str, arrived_s: float) -> None:
+        self._sequence = sequence
+        self._text = text
+        self._worker_id = worker_id
+        self._num_texted = 0
+        """Tokens that `text` has seen; a replay after a preemption does not show them again."""
+        self._has_spoken = False
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+        self._report: HandoffReport | None = None
+        self._landed_cached_tokens = 0
+        self._queue_s: float | None = None
+        """From its arrival until it had blocks."""
+        self._computed_from_s = arrived_s
+        """When this worker began to compute a prompt that did not come from elsewhere."""
+
+    def admitted(self, now: float) -> None:
+        """It has blocks; what comes after the first time is a preemption's business."""
+        if self._queue_s is None:
+            self._queue_s = max(0.0, now - self._computed_from_s)
+            self._computed_from_s = now
+
+    def landed(self, report: HandoffReport, cached_tokens: int) -> None:
+        """Its prompt was computed by another worker, which had so many of its tokens in a cache."""
+        self._report = report
+        self._landed_cached_tokens = cached_tokens
+
+    def computed_here(self, report: HandoffReport, now: float) -> None:
+        """No other worker could compute its prompt; this one begins to."""
+        self._report = report
+        self._computed_from_s = now
+
+    def take_up(self, token_ids: tuple[int, ...]) -> None:
+        """The client heard the beginning from another worker: brings text and stop strings to where these tokens lead."""
+        for token_id in token_ids[self._num_texted :]:
+            self._text.push(token_id)
+        self._num_texted = len(token_ids)
+        self._has_spoken = True
+
+    def add_prompt_logprobs(self, start: int, logprobs: tuple[TokenLogprob, ...]) -> None:
+        """Those of the prompt tokens that follow positions `start`, `start` + 1, ..."""
+        self._prompt_logprobs[start:] = logprobs
+
+    def push(self, position: int, sampled: Sampled, is_new: bool, now: float) -> Output | None:
+        """Accounts for the token at output position `position`, which is replayed unless it is new.
+
+        None when the client has it. An output with a finish reason ends the sequence.
+        """
+        assert sampled.token_id is not None
+        if position < self._num_texted:
+            return None
+        self._num_texted += 1
+        progress = self._text.push(sampled.token_id)
+        num_given = len(self._sequence.request.replay_token_ids)
+        if position < num_given and progress.finish_reason is None:
+            return None
+        output = Output(
+            request_id=self._sequence.request.request_id,
+            position=position if is_new else num_given,
+            token_ids=(sampled.token_id,) if is_new else (),
+            text=progress.text,
+            logprobs=(sampled.logprob,) if sampled.logprob is not None and is_new else (),
+            finish_reason=progress.finish_reason,
+            stop_reason=progress.stop_reason,
+        )
+        if not self._has_spoken:
+            self._has_spoken = True
+            output = self._first(output, now)
+        return output
+
+    def _first(self, output: Output, now: float) -> Output:
+        """Adds what is said once: cached tokens, prompt logprobs and how the prompt was computed."""
+        sequence, report = self._sequence, self._report
+        if report is None or report.transport == "local":
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=now - self._computed_from_s)
+        wanted = sequence.request.params.prompt_logprobs is not None
+        return replace(
+            output,
+            cached_tokens=max(sequence.num_cached_tokens, self._landed_cached_tokens),
+            handoff=replace(report, queue_s=self._queue_s or 0.0),
+            prompt_logprobs=(None, *self._prompt_logprobs[: sequence.num_prompt - 1]) if wanted else None,
+        )

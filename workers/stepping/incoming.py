@@ -1,0 +1,164 @@
+"""KV that other workers write into an engine's blocks: prompts computed elsewhere, sequences that move here, prefixes pulled from peers.
+
+Knows what is reserved, wanted and in place; not how bytes travel.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from workers.errors import RankLost, Refusal, Refused
+from workers.kv_transfer.memory import KvMemory
+from workers.request import HandoffReport, Request, error_output
+from workers.runner import Sampled
+from workers.scheduler.migration import land_migrant, reserve_migrant
+from workers.scheduler.sequence import Kind, Sequence, State
+from workers.stepping.result import PullWanted, TransferWanted
+from workers.stepping.roster import Live, Roster
+
+log = logging.getLogger(__name__)
+
+LOST_WITH_RANK = "the rank that held this prompt was lost"
+
+
+class Incoming:
+    """Blocks that others write into stay reserved until they have stopped, whatever becomes of the sequence."""
+
+    def __init__(self, roster: Roster, memory: KvMemory) -> None:
+        self._roster = roster
+        self._scheduler = roster.scheduler
+        self._memory = memory
+
+    # ---- prompts that another worker computes ----
+
+    def want(self, sequence: Sequence) -> None:
+        """Its blocks are reserved: another worker shall fill those that no cache filled."""
+        table = sequence.table
+        wanted = TransferWanted(sequence.sequence_id, table.num_cached, tuple(table.blocks), sequence.hint)
+        self._roster.said.transfers.append(wanted)
+
+    def landed(self, sequence_id: int, sampled: Sampled, cached_tokens: int, report: HandoffReport) -> None:
+        """The prompt's blocks are in place and verified; `sampled` is the first token."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        if live.has_lost_blocks:
+            self.failed(sequence_id, report)
+            return
+        assert live.answer is not None
+        live.answer.landed(report, cached_tokens)
+        sequence = live.sequence
+        try:
+            self._memory.adopt(sequence.table.blocks[sequence.table.num_cached :])
+        except RankLost as error:
+            log.warning("a prompt that has landed is computed again: %s", error)
+            self.failed(sequence_id, report)
+            return
+        self._scheduler.landed(sequence, sequence.num_prompt)
+        self._roster.drew(live, Sampled(sequence_id, sequence.known[0]) if sequence.known else sampled)
+
+    def failed(self, sequence_id: int, report: HandoffReport) -> None:
+        """No worker could compute the prompt for us, or move the sequence here; nothing writes into the reserved blocks any more."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        if live.sequence.kind is Kind.MIGRANT:
+            self._roster.fail(live, Refusal.NOT_MOVABLE, "it could not be moved here")
+            return
+        assert live.answer is not None
+        live.answer.computed_here(report, self._roster.clock())
+        if live.has_lost_blocks:
+            table = live.sequence.table
+            live.sequence.num_computed = table.num_cached = table.num_published = 0
+        self._scheduler.prefill_here(live.sequence)
+
+    # ---- sequences that move here ----
+
+    def add_migrant(self, sequence_id: int, request: Request) -> None:
+        """Reserves room for a sequence that another worker runs, and asks for its blocks with TransferWanted.
+
+        `request.replay_token_ids` are what the client has of it. Raises InvalidRequest, or Refused(QUEUE_FULL): it never waits.
+        """
+        live = self._roster.arrive(sequence_id, request, Kind.MIGRANT)
+        reserve_migrant(self._scheduler, live.sequence, self._roster.longest(request))
+        self._roster.lives[sequence_id] = live
+        assert live.answer is not None
+        live.answer.take_up(request.replay_token_ids)
+        self.want(live.sequence)
+
+    def moved_in(self, sequence_id: int, known_token_ids: tuple[int, ...], num_computed: int) -> None:
+        """A migrant's blocks are in place and verified, with its state: it goes on here where it stood."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        table = live.sequence.table
+        self._memory.adopt(table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)])
+        try:
+            land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+        except Refused as error:
+            self._roster.fail(live, error.refusal, str(error))
+            return
+        assert live.answer is not None
+        live.answer.take_up(known_token_ids)
+
+    # ---- prefixes of peers ----
+
+    def pull(self, sequence: Sequence, prefill_tokens_per_s: float) -> None:
+        """Its blocks are reserved: asks the peer that may have the beginning of its prompt, if there is one."""
+        pull, hint = sequence.table.pull, sequence.hint
+        if pull is not None and hint is not None:
+            blocks = tuple(sequence.table.blocks[: pull.first_block + len(pull.keys)])
+            wanted = PullWanted(
+                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, prefill_tokens_per_s
+            )
+            self._roster.said.pulls.append(wanted)
+
+    def pulled(self, sequence_id: int, num_blocks: int) -> None:
+        """Another worker has sent the first `num_blocks` of the blocks asked for; nothing writes into any of them any more."""
+        live = self._roster.lives.get(sequence_id)
+        pull = live.sequence.table.pull if live is not None else None
+        if live is None or pull is None or pull.num_arrived is not None:
+            return
+        self._scheduler.pulled(live.sequence, num_blocks)
+        if live.is_cancelled:
+            self._roster.drop(live)
+        elif num_blocks:
+            first = pull.first_block
+            self._memory.adopt(live.sequence.table.blocks[first : first + num_blocks])
+
+    # ---- ends ----
+
+    def cancel(self, live: Live) -> bool:
+        """Whether others write into its blocks: then it ends when they have stopped, and they are asked to."""
+        if live.sequence.state is not State.TRANSFERRING and not _is_pulling(live.sequence):
+            return False
+        if not live.is_cancelled:
+            live.is_cancelled = True
+            self._roster.said.abandoned.append(live.sequence.sequence_id)
+        return True
+
+    def lose(self, sequence: Sequence) -> None:
+        """A pool lost what these blocks held. A transfer under way is let finish, and its prompt computed here."""
+        live = self._roster.lives[sequence.sequence_id]
+        if sequence.state is State.TRANSFERRING:
+            live.has_lost_blocks = True
+        elif _is_pulling(sequence):
+            output = error_output(sequence.request, Refusal.WORKER_LOST, LOST_WITH_RANK)
+            self._roster.said.outputs.append((sequence.sequence_id, output))
+            self.cancel(live)
+        else:
+            self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
+
+    def _transferring(self, sequence_id: int) -> Live | None:
+        """The sequence whose transfer has ended; None when nobody waits for it, or not any more."""
+        live = self._roster.lives.get(sequence_id)
+        if live is None or live.sequence.state is not State.TRANSFERRING:
+            return None
+        if live.is_cancelled:
+            self._roster.drop(live)
+            return None
+        return live
+
+
+def _is_pulling(sequence: Sequence) -> bool:
+    return sequence.table.pull is not None and sequence.table.pull.num_arrived is None

@@ -1,0 +1,80 @@
+"""KV that other workers copy from an engine's blocks while nobody changes it: prompts computed for them, and held prefixes.
+
+Knows what is filled and how long it stays; not who copies it, or how. Sequences that move away: workers.stepping.moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from workers.errors import RankLost, Refusal
+from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.pieces import layers_per_piece
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
+from workers.scheduler.sequence import Kind
+from workers.stepping.result import BlocksFilled, LayersFilled, Prefilled, PrefixHeld
+from workers.stepping.roster import Live, Roster
+
+
+class Outgoing:
+    """Prompts of kind SOURCE, held until they are cancelled, and prefix blocks, held until they are released."""
+
+    def __init__(self, roster: Roster, memory: KvMemory) -> None:
+        self._roster = roster
+        self._memory = memory
+        self._kv = roster.scheduler.kv
+        self._held: dict[int, list[int]] = {}
+        self.on_layers: Callable[[LayersFilled], None] | None = None
+        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
+
+    def layer_hook(self, batch: Batch) -> LayerHook | None:
+        """None when nothing of the batch is for another worker, or nobody listens."""
+        listener = self.on_layers
+        lives = self._roster.lives
+        sources = [s for s in batch.prefill if lives[s.sequence_id].sequence.kind is Kind.SOURCE]
+        layout = self._memory.layout
+        every = layers_per_piece(layout)
+        if listener is None or not sources or every >= layout.num_layers:
+            return None
+        fills: list[LayersFilled] = []
+        for piece in sources:
+            table, end = lives[piece.sequence_id].sequence.table, piece.start + len(piece.token_ids)
+            first, blocks = piece.start // BLOCK_SIZE, tuple(table.blocks)
+            # Where the prompt ends its last block is as full as it will be.
+            last = len(blocks) if piece.sample is not None else end // BLOCK_SIZE
+            fills.append(LayersFilled(piece.sequence_id, blocks, first, last, 0))
+
+        def tell(num_layers: int) -> None:
+            for fill in fills:
+                listener(replace(fill, num_layers=num_layers))
+
+        return LayerHook(every, tell)
+
+    def computed(self, live: Live, piece: SequenceSlice, sampled: Sampled) -> None:
+        """A chunk of a SOURCE prompt has been computed: says what is filled, and with the last one that all is."""
+        sequence, said = live.sequence, self._roster.said
+        done = sampled.token_id is not None
+        blocks = tuple(sequence.table.blocks)
+        num_filled = len(blocks) if done else sequence.num_computed // BLOCK_SIZE
+        is_first = piece.start <= sequence.table.num_cached * BLOCK_SIZE  # cached blocks were never shown to a transfer
+        try:
+            self._memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
+        except RankLost as error:
+            self._roster.fail(live, Refusal.WORKER_LOST, str(error))
+            return
+        said.filled.append(BlocksFilled(sequence.sequence_id, blocks, num_filled))
+        if done:
+            elapsed_s = self._roster.clock() - live.arrived_s
+            said.prefilled.append(Prefilled(sequence.sequence_id, sampled, sequence.num_cached_tokens, elapsed_s))
+
+    def hold_prefix(self, export_id: int, keys: tuple[BlockKey, ...]) -> None:
+        """Holds the longest run of these blocks that the pool has, and says which; at most a quarter of the pool in all."""
+        room = self._kv.num_blocks // 4 - sum(map(len, self._held.values()))
+        blocks = self._held[export_id] = self._kv.hold_prefix(keys, max(0, room))
+        self._memory.expose(blocks)
+        self._roster.said.held.append(PrefixHeld(export_id, tuple(blocks)))
+
+    def release_prefix(self, export_id: int) -> None:
+        self._kv.release_blocks(self._held.pop(export_id, []))
