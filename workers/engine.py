@@ -189,7 +189,7 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._arrivals = 0
         self.on_layers: Callable[[LayersFilled], None] | None = None
-        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
+        """Hears in mid-step, on the thread that steps or one of the runner's, which layers of a SOURCE prompt are filled."""
         self._abandoned: list[int] = []
         self._early: list[tuple[int, Output]] = []
         self._settled = StepResult()
@@ -481,7 +481,8 @@ class Engine:
         running = _Running(step.batch, [self._live[piece.sequence_id] for piece in slices])
         if self._launcher is not None:
             try:
-                running.launched = self._launcher.launch(step.batch, after.launched if after else None)
+                hook = self._layer_hook(step.batch)
+                running.launched = self._launcher.launch(step.batch, after.launched if after else None, hook)
             except Exception as error:
                 self._fail_all(running.lives, error, result)
                 return None
@@ -623,7 +624,7 @@ class Engine:
             for fill in fills:
                 listener(replace(fill, num_layers=num_layers))
 
-        return LayerHook(every, tell)
+        return LayerHook(every, tell, tuple(b for fill in fills for b in fill.blocks[fill.first : fill.end]))
 
     def _after_prefill(self, live: _Live, piece: SequenceSlice, sampled: Sampled, result: StepResult) -> None:
         sequence = live.sequence
