@@ -172,7 +172,8 @@ class Engine:
         running = _Running(step.batch, [lives[piece.sequence_id] for piece in slices])
         if self._launcher is not None:
             try:
-                running.launched = self._launcher.launch(step.batch, after.launched if after else None)
+                hook = self.outgoing.layer_hook(step.batch)
+                running.launched = self._launcher.launch(step.batch, after.launched if after else None, hook)
             except Exception as error:
                 self._fail_all(running.lives, error)
                 return None

@@ -13,14 +13,15 @@ from workers.runner import Batch, FakeRunner, LayerHook, Runner, Sampled, Sequen
 
 @runtime_checkable
 class LaunchingRunner(Runner, Protocol):
-    """A Runner whose steps run in the order of their launches. `execute(batch)` is `finish(launch(batch))`.
+    """A Runner whose steps run in the order of their launches. `execute(batch, hook)` is `finish(launch(batch, None, hook))`.
 
     A slice that `is_late` takes the token that the step `after` draws for its sequence: a step that was launched
     directly before this one and need not be finished yet. Steps are finished in the order of their launches, each once;
-    one whose launch raised counts as never launched. What a handle is, the runner alone knows.
+    one whose launch raised counts as never launched. What a handle is, the runner alone knows. `on_layer` is called, on
+    whichever thread, before `finish` returns or raises, and not after a launch that has raised.
     """
 
-    def launch(self, batch: Batch, after: Any = None) -> Any: ...
+    def launch(self, batch: Batch, after: Any = None, on_layer: LayerHook | None = None) -> Any: ...
 
     def finish(self, launched: Any) -> list[Sampled]: ...
 
@@ -31,6 +32,7 @@ class Postponed:
 
     batch: Batch
     after: Postponed | None
+    on_layer: LayerHook | None = None
     results: list[Sampled] = field(default_factory=list)
 
 
@@ -40,9 +42,9 @@ class LateFakeRunner(FakeRunner):
     Whoever gives the blocks of a running step to somebody else, or looks at its tokens too early, gets other tokens.
     """
 
-    def launch(self, batch: Batch, after: Postponed | None = None) -> Postponed:
+    def launch(self, batch: Batch, after: Postponed | None = None, on_layer: LayerHook | None = None) -> Postponed:
         prefill, decode = (tuple(_as_it_is_now(piece) for piece in part) for part in (batch.prefill, batch.decode))
-        return Postponed(Batch(prefill, decode), after)
+        return Postponed(Batch(prefill, decode), after, on_layer)
 
     def finish(self, launched: Postponed) -> list[Sampled]:
         before = launched.after.results if launched.after else []  # none where that step failed: any token will do then
@@ -54,11 +56,11 @@ class LateFakeRunner(FakeRunner):
                 token = drawn[piece.sequence_id] if before else None
                 piece = replace(piece, token_ids=(token or 0,))
             decode.append(piece)
-        launched.results = super().execute(Batch(launched.batch.prefill, tuple(decode)))
+        launched.results = super().execute(Batch(launched.batch.prefill, tuple(decode)), launched.on_layer)
         return launched.results
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
-        return self.finish(self.launch(batch))
+        return self.finish(self.launch(batch, None, on_layer))
 
 
 def _as_it_is_now(piece: SequenceSlice) -> SequenceSlice:

@@ -81,13 +81,17 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class LayerHook:
-    """Wants to hear of a step's progress: `call(n)` when the KV of all prefill slices is written in the first n layers.
+    """Wants to hear of a step's progress: `call(n)` when the KV of all prefill slices is written in the first n layers, and
+    those layers of `blocks` can be read through `kv_memory.block`.
 
-    Called on the thread that computes, after every `every`-th layer but the last one. It must be quick and must not raise.
+    Called in order after every `every`-th layer but the last one, on one thread or another, and never once the step's results
+    are there or it has failed. It must be quick and must not raise.
     """
 
     every: int
     call: Callable[[int], None]
+    blocks: tuple[int, ...] = ()
+    """Those that the step fills for another worker."""
 
 
 class Runner(Protocol):
@@ -107,7 +111,7 @@ class Runner(Protocol):
         """KV pools that share the blocks of kv_memory evenly, the first has the lowest ids. A sequence keeps to one pool."""
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
-        """A runner whose pool is no host memory may ignore `on_layer`.
+        """A runner of several ranks may ignore `on_layer`.
 
         Raises PoolsLost when this batch must run again, after what lived in the lost pools has been computed again.
         """

@@ -24,7 +24,7 @@ from workers.engine import Engine
 from workers.kv_transfer.memory import KvMemory
 from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
-from workers.runner import Batch, Sampled
+from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind
 
 
@@ -37,12 +37,12 @@ class Recorded(LateFakeRunner):
         self.breaks_at = -1
         self.refuses_at = -1
 
-    def launch(self, batch: Batch, after: Postponed | None = None) -> Postponed:
+    def launch(self, batch: Batch, after: Postponed | None = None, on_layer: LayerHook | None = None) -> Postponed:
         if len([c for c in self.calls if c]) == self.refuses_at:
             self.refuses_at = -1
             raise RuntimeError("no launch")
         self.calls.append(batch.num_tokens)
-        return super().launch(batch, after)
+        return super().launch(batch, after, on_layer)
 
     def finish(self, launched: Postponed) -> list[Sampled]:
         self.calls.append(0)

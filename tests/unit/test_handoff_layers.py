@@ -7,6 +7,7 @@ from builders import fake_layout, make_engine, make_request
 
 from tests.unit.model_configs import load, moe_with_shared_experts, prefill, random_tokens
 from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.launching import LateFakeRunner
 from workers.model.torch_runner import TorchRunner
 from workers.runner import Batch, FakeRunner, LayerHook
 from workers.scheduler.sequence import Kind
@@ -41,8 +42,9 @@ def test_announced_layers_hold_what_they_hold_after_the_step(runner: TorchRunner
     assert with_hook == runner.execute(Batch(prefill=(prefill(tokens, table=table),)))
 
 
-def test_the_engine_tells_of_blocks_that_a_chunk_fills_and_of_no_others() -> None:
-    engine = make_engine(FakeRunner(KvMemory(LAYOUT)), max_batch_tokens=100)
+@pytest.mark.parametrize("kind", [FakeRunner, LateFakeRunner])
+def test_the_engine_tells_of_blocks_that_a_chunk_fills_and_of_no_others(kind: type[FakeRunner]) -> None:
+    engine = make_engine(kind(KvMemory(LAYOUT)), max_batch_tokens=100)
     heard: list[LayersFilled] = []
     engine.outgoing.on_layers = heard.append
     engine.add(1, make_request(range(5, 225)), Kind.SOURCE)

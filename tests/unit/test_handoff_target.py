@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -44,4 +45,56 @@ async def test_a_channel_that_another_transfer_has_closed_fails_the_transfer_and
     await transfer.run(stub)
     with pytest.raises(HandoffFailed) as failed:
         await asyncio.wait_for(transfer.outcome, 20)
+    assert failed.value.refusal is Refusal.WORKER_LOST
+
+
+class BreakingCall:
+    """gRPC's side of a stream that breaks as it is written to, or as it is closed after the sender has ended it."""
+
+    def __init__(self, error: Exception, breaks_at: str) -> None:
+        self._error, self._breaks_at = error, breaks_at
+        self._is_over = asyncio.Event()
+
+    async def write(self, message: object) -> None:
+        if self._breaks_at == "write":
+            raise self._error
+        self._is_over.set()
+
+    async def done_writing(self) -> None:
+        raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[object]:
+        await self._is_over.wait()
+        return
+        yield
+
+    def cancel(self) -> None:
+        self._is_over.set()
+
+
+class BreakingStub:
+    def __init__(self, call: BreakingCall) -> None:
+        self._call = call
+
+    def Handoff(self) -> BreakingCall:
+        return self._call
+
+
+@pytest.mark.parametrize("breaks_at", ["write", "done_writing"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        grpc.RpcError("the call is over"), grpc.aio.InternalError("a batch failed"), grpc.aio.UsageError("finished"),
+        asyncio.InvalidStateError("half closed"), TimeoutError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+async def test_whatever_grpc_raises_from_a_stream_that_breaks_the_sender_counts_as_lost(
+    error: Exception, breaks_at: str
+) -> None:
+    transfer = driver()
+    stub = BreakingStub(BreakingCall(error, breaks_at))
+    await asyncio.wait_for(transfer.run(stub), 60)  # type: ignore[arg-type]
+    with pytest.raises(HandoffFailed) as failed:
+        await asyncio.wait_for(transfer.outcome, 60)
     assert failed.value.refusal is Refusal.WORKER_LOST

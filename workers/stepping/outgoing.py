@@ -27,7 +27,7 @@ class Outgoing:
         self._kv = roster.scheduler.kv
         self._held: dict[int, list[int]] = {}
         self.on_layers: Callable[[LayersFilled], None] | None = None
-        """Hears, on the engine's thread and in mid-step, which layers of a SOURCE prompt are filled."""
+        """Hears in mid-step, on the thread that steps or one of the runner's, which layers of a SOURCE prompt are filled."""
 
     def layer_hook(self, batch: Batch) -> LayerHook | None:
         """None when nothing of the batch is for another worker, or nobody listens."""
@@ -50,7 +50,7 @@ class Outgoing:
             for fill in fills:
                 listener(replace(fill, num_layers=num_layers))
 
-        return LayerHook(every, tell)
+        return LayerHook(every, tell, tuple(b for fill in fills for b in fill.blocks[fill.first : fill.end]))
 
     def computed(self, live: Live, piece: SequenceSlice, sampled: Sampled) -> None:
         """A chunk of a SOURCE prompt has been computed: says what is filled, and with the last one that all is."""

@@ -30,7 +30,7 @@ def is_usable(memory: KvMemory) -> bool:
 
 
 class NcclPair:
-    """A 2-rank communicator with a stream of its own. The engine has exposed what is sent, so it is final on the device."""
+    """A 2-rank communicator with a stream of its own. What is sent was announced, so it is final on the device."""
 
     def __init__(self, store: Any, prefix: str, rank: int, memory: KvMemory, timeout_s: float) -> None:
         self._memory = memory

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.model.cuda.copy_engine import CopyEngine, copy_engine
+from workers.model.cuda.layer_copies import LayerCopies, StepCopies
+from workers.runner import LayerHook
 
 _STAGED_BYTES = 32 << 20
 """What one copy between host and device moves at most; the size of the pinned memory between them."""
@@ -39,16 +42,23 @@ class DevicePool:
 class StagedKvMemory(KvMemory):
     """Host memory with a place for each block of a DevicePool; a block takes real memory once it was transferred.
 
-    Copies run on the caller's thread, behind what the device was given before, and have ended on return.
+    Copies run on the caller's thread, behind what the device was given before, and have ended on return; but for those of a
+    step that is followed (`follow`), which run beside it on a thread of their own.
     """
 
-    def __init__(self, pool: DevicePool) -> None:
+    def __init__(self, pool: DevicePool, engine: CopyEngine | None = None) -> None:
         super().__init__(pool.layout)
         self._device = pool.values.device
         self._blocks = pool.values.view(pool.layout.num_blocks + 1, -1).view(torch.uint8)
         self._host = torch.from_numpy(self.bytes).view(pool.layout.num_blocks, -1)
         self._group = max(1, _STAGED_BYTES // pool.layout.block_bytes)
         self._staged: Tensor | None = None
+        layers = (-1, pool.layout.num_layers, pool.layout.layer_bytes)
+        self._layers = LayerCopies(
+            self._blocks.view(layers), self.bytes.reshape(layers), engine or copy_engine(self._device)
+        )
+        self._shown: set[int] = set()
+        """Blocks that the mirror has as the last finished step left them, and that nobody has asked for yet."""
         if self._device.type == "cuda":
             self.device_address = self._blocks.data_ptr()
             self.device_index = self._device.index or 0
@@ -58,8 +68,21 @@ class StagedKvMemory(KvMemory):
         """The pool on the device, uint8 [num_blocks * block_bytes]; byte i mirrors byte i of `bytes`."""
         return self._blocks[:-1].reshape(-1)
 
+    def follow(self, hook: LayerHook | None) -> StepCopies | None:
+        """Called before a step is launched, which may change any block. With a hook, its blocks are copied as they fill."""
+        self._shown.clear()
+        return None if hook is None or not hook.blocks else self._layers.follow(hook)
+
+    def followed(self, copies: StepCopies) -> None:
+        """The step has ended well. Waits for what is still being copied."""
+        self._shown = set(copies.finish())
+
     def expose(self, blocks: Sequence[int]) -> None:
-        """Copies blocks from the device to the host, where `block` shows them to a transfer."""
+        """Copies blocks from the device to the host, where `block` shows them to a transfer; not those that a step has
+        brought there."""
+        shown = self._shown.intersection(blocks)
+        self._shown -= shown
+        blocks = [block for block in blocks if block not in shown]
         with torch.inference_mode():
             for first in range(0, len(blocks), self._group):
                 index = torch.tensor(blocks[first : first + self._group])
@@ -70,6 +93,7 @@ class StagedKvMemory(KvMemory):
 
     def adopt(self, blocks: Sequence[int]) -> None:
         """Copies blocks that a transfer has placed from the host to the device."""
+        self._shown.difference_update(blocks)
         with torch.inference_mode():
             for first in range(0, len(blocks), self._group):
                 index = torch.tensor(blocks[first : first + self._group])
@@ -92,6 +116,7 @@ class StagedKvMemory(KvMemory):
 
     def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
         """As KvMemory.copy_in, through the pinned memory and past the mirror."""
+        self._shown.difference_update(blocks)
         with torch.inference_mode():
             for first in range(0, len(blocks), self._group):
                 index = torch.tensor(blocks[first : first + self._group])
@@ -101,6 +126,10 @@ class StagedKvMemory(KvMemory):
                 arrived = staged.to(self._device, non_blocking=True)
                 self._blocks.index_copy_(0, index.to(self._device), arrived)
                 self._wait()
+
+    def close(self) -> None:
+        self._layers.close()
+        super().close()
 
     def _staging(self) -> Tensor:
         if self._staged is None:

@@ -80,8 +80,11 @@ class CudaErnie:
         self._head = Linear(head_VD, deterministic)
         source.require_all_taken(unused=("lm_head.weight",) if tied else ())
 
-    def forward(self, inputs: StepInputs, pool: DevicePool) -> Tensor:
-        """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards."""
+    def forward(self, inputs: StepInputs, pool: DevicePool, on_filled: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
+
+        `on_filled(n)` is called once the kernels that write those of the first n layers have been launched.
+        """
         is_decode, eps = inputs.prefill is None, self.config.rms_norm_eps
         x_TD = self._embedding_VD.index_select(0, inputs.rows[:, 0])
         y_TD: Tensor | None = None
@@ -90,6 +93,8 @@ class CudaErnie:
             x_TD, normed_TD = add_norm(x_TD, y_TD, layer.input_norm_D, eps)
             qkv_TX = layer.qkv(normed_TD, is_decode)
             q_THC = rotate_and_store(qkv_TX, self._rotation, inputs.rows, layer_pool, self.config.num_heads)
+            if on_filled is not None:
+                on_filled(index + 1)
             y_TD = layer.output(self._attend(q_THC, layer_pool, inputs), is_decode)
             x_TD, normed_TD = add_norm(x_TD, y_TD, layer.post_attention_norm_D, eps)
             y_TD = layer.mlp(normed_TD, is_decode)

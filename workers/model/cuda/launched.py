@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from workers.model.cuda.layer_copies import StepCopies
 from workers.model.cuda.step_inputs import LateTokens
 from workers.runner import Batch, SampleSpec
 from workers.sampling.placement import on_device
@@ -24,7 +25,11 @@ class LaunchedStep:
     step. Logprobs are computed when they are waited for; the logits are kept for them.
     """
 
-    def __init__(self, batch: Batch, x_TD: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, batch: Batch, x_TD: Tensor, logits: Callable[[Tensor], Tensor], copies: StepCopies | None = None
+    ) -> None:
+        self.copies = copies
+        """Of blocks that another worker waits for."""
         self.slices = (*batch.prefill, *batch.decode)
         self.rows = list(accumulate((len(piece.token_ids) for piece in self.slices), initial=0))
         self.x_TD = x_TD

@@ -7,6 +7,7 @@ tiles. Shapes: T rows of a step, D hidden.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from workers.model.kv_memory import available_bytes, choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
+from workers.sampling.sampler import Drawn
 from workers.status import ModelInfo
 
 _MAX_GRAPH_BYTES = 1 << 30
@@ -43,7 +45,8 @@ class CudaRunner(ModelRunner[CudaErnie]):
         dtype: torch.dtype,
         max_num_seqs: int,
     ) -> None:
-        super().__init__(model, StagedKvMemory(pool), info)
+        self._mirrored = StagedKvMemory(pool)
+        super().__init__(model, self._mirrored, info)
         self._pool = pool
         self._device = device
         self._upload = Upload(device)
@@ -91,19 +94,27 @@ class CudaRunner(ModelRunner[CudaErnie]):
         return runner
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
-        """`on_layer` is not called: the pool's copy in host memory is made after the step (KvMemory.expose)."""
-        return self.finish(self.launch(batch)) if batch.num_tokens else []
+        return self.finish(self.launch(batch, None, on_layer)) if batch.num_tokens else []
 
-    def launch(self, batch: Batch, after: LaunchedStep | None = None) -> LaunchedStep:
+    def launch(
+        self, batch: Batch, after: LaunchedStep | None = None, on_layer: LayerHook | None = None
+    ) -> LaunchedStep:
         """Gives the device a step to run behind the one before it; nothing here waits for results."""
         with torch.inference_mode(), as_current(self._device):
             late = None if after is None else after.late_tokens
-            return LaunchedStep(batch, self.hidden_states(batch, late=late), self._model.logits)
+            copies = self._mirrored.follow(on_layer)
+            try:
+                x_TD = self.hidden_states(batch, late=late, on_filled=None if copies is None else copies.filled)
+                return LaunchedStep(batch, x_TD, self._model.logits, copies)
+            except BaseException:
+                if copies is not None:
+                    copies.abandon()
+                raise
 
     def finish(self, launched: LaunchedStep) -> list[Sampled]:
         """Waits for the step's tokens, not for a step behind it, and reads the logprobs asked for."""
         with torch.inference_mode(), as_current(self._device):
-            drawn = launched.wait()
+            drawn = self._wait(launched)
             return [
                 Sampled(
                     piece.sequence_id,
@@ -114,10 +125,29 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 for i, piece in enumerate(launched.slices)
             ]
 
-    def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None, late: LateTokens | None = None) -> Tensor:
+    def _wait(self, launched: LaunchedStep) -> dict[int, Drawn]:
+        """Its tokens, once all layers have been told of and the mirror has the blocks of its hook."""
+        try:
+            drawn = launched.wait()
+        except BaseException:
+            if launched.copies is not None:
+                launched.copies.abandon()
+            raise
+        if launched.copies is not None:
+            self._mirrored.followed(launched.copies)
+        return drawn
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        on_layer: LayerHook | None = None,
+        late: LateTokens | None = None,
+        on_filled: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D].
 
-        A batch that only decodes has it in memory that the next step writes to.
+        A batch that only decodes has it in memory that the next step writes to. `on_filled(n)` is called as the kernels that
+        write the prompts' keys and values of the first n layers have been launched; `on_layer` is not (see `launch`).
         """
         with torch.inference_mode(), as_current(self._device):
             parts = []
@@ -125,7 +155,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
                 if piece.start + len(piece.token_ids) > self.max_model_len:
                     raise IndexError(f"{self.max_model_len} positions are the longest sequence of this runner")
             if batch.prefill:
-                parts.append(self._forward(self._upload.prefill(batch.prefill)))
+                parts.append(self._forward(self._upload.prefill(batch.prefill), on_filled))
             if batch.decode:
                 parts.append(self._decode.run(batch.decode, late))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -137,8 +167,8 @@ class CudaRunner(ModelRunner[CudaErnie]):
             self._model.logits(self.hidden_states(Batch(prefill=(scratch,))))
             return self._decode.record(min(_MAX_GRAPH_BYTES, free_bytes(self._device) // _GRAPH_SHARE))
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        return self._model.forward(inputs, self._pool)
+    def _forward(self, inputs: StepInputs, on_filled: Callable[[int], None] | None = None) -> Tensor:
+        return self._model.forward(inputs, self._pool, on_filled)
 
 
 def free_bytes(device: torch.device) -> int:

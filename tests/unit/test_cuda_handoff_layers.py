@@ -1,0 +1,136 @@
+"""A prompt for another worker leaves the CUDA path's pool layer by layer, while its step is under way.
+
+Without a GPU the kernels run in Triton's interpreter and are done when they are launched; the thread that copies and tells is the
+one of a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders import make_engine, make_request
+from test_cuda_runner import load_cuda
+
+from tests.unit.model_configs import decode, prefill, random_tokens, small_dense
+from workers.model.cuda.runner import CudaRunner
+from workers.runner import Batch, LayerHook
+from workers.scheduler.sequence import Kind
+from workers.stepping.result import LayersFilled
+
+NUM_LAYERS = 3
+NUM_HEADS, HEAD_DIM = (8, 128) if torch.cuda.is_available() else (1, 1024)
+"""A GPU has no room for tiles of the wide head; the interpreter takes its time for each head and row."""
+
+PROMPT, OTHER = random_tokens(5, vocab_size=64), random_tokens(3, seed=1, vocab_size=64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer of a block is 512 KiB: each is a piece."""
+    return small_dense(
+        tmp_path_factory.mktemp("checkpoint"), vocab_size=64, hidden_size=32, intermediate_size=32,
+        num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_HEADS, head_dim=HEAD_DIM,
+        max_position_embeddings=192,
+    ).folder  # fmt: skip
+
+
+@pytest.fixture
+def runner(folder: Path) -> Iterator[CudaRunner]:
+    loaded = load_cuda(folder, kv_memory_bytes=16 << 20, deterministic=False)
+    yield loaded
+    loaded.kv_memory.close()
+
+
+def shown(runner: CudaRunner, block: int, num_layers: int = NUM_LAYERS) -> bytes:
+    return runner.kv_memory.block(block, 0, num_layers).tobytes()
+
+
+def on_device(runner: CudaRunner, block: int, num_layers: int = NUM_LAYERS) -> bytes:
+    return runner._pool.values[block, :num_layers].cpu().numpy().tobytes()
+
+
+def spoil(runner: CudaRunner) -> None:
+    with torch.inference_mode():
+        runner._pool.values.fill_(7)
+
+
+def test_the_engine_tells_of_layers_before_the_step_ends_when_they_are_on_the_host(runner: CudaRunner) -> None:
+    engine = make_engine(runner, max_model_len=192)
+    spans: list[tuple[int, int, int, int]] = []
+    bytes_then: list[tuple[int, int, bytes]] = []
+    threads: set[threading.Thread] = set()
+
+    def hear(event: LayersFilled) -> None:
+        threads.add(threading.current_thread())
+        spans.append((event.sequence_id, event.first, event.end, event.num_layers))
+        for block in event.blocks[event.first : event.end]:
+            bytes_then.append((block, event.num_layers, shown(runner, block, event.num_layers)))
+
+    engine.outgoing.on_layers = hear
+    engine.add(1, make_request(PROMPT), Kind.SOURCE)
+    engine.add(2, make_request(OTHER), Kind.SOURCE)
+    result = engine.step()
+    assert spans == [(1, 0, 1, 1), (2, 0, 1, 1), (1, 0, 1, 2), (2, 0, 1, 2)]
+    assert len(result.prefilled) == 2 and threading.current_thread() not in threads
+    for block, layers, then in bytes_then:
+        assert any(then) and then == shown(runner, block, layers) == on_device(runner, block, layers)
+    for filled in result.filled:
+        assert [shown(runner, b) for b in filled.blocks] == [on_device(runner, b) for b in filled.blocks]
+
+
+@pytest.mark.parametrize("overlap_steps", [True, False])
+def test_what_is_shown_and_drawn_is_the_same_without_a_listener(runner: CudaRunner, overlap_steps: bool) -> None:
+    found = []
+    for listens in (True, False):
+        engine = make_engine(runner, max_model_len=192, overlap_steps=overlap_steps, prefix_cache=False)
+        heard: list[LayersFilled] = []
+        engine.outgoing.on_layers = heard.append if listens else None
+        engine.add(1, make_request(PROMPT), Kind.SOURCE)
+        result = engine.step()
+        assert len(heard) == (2 if listens else 0)
+        found.append(([shown(runner, block) for block in result.filled[0].blocks], result.prefilled[0].sampled))
+        runner.kv_memory.bytes[:] = 0
+    assert found[0] == found[1]
+
+
+def test_a_block_is_brought_to_the_host_once(runner: CudaRunner) -> None:
+    """What the step has brought there is not looked at again when the step is over; what it has not is."""
+    batch = Batch(prefill=(prefill(PROMPT, table=[3]), prefill(OTHER, table=[1])))
+    runner.execute(batch, LayerHook(2, lambda num_layers: None, (3,)))
+    before = on_device(runner, 3)
+    spoil(runner)
+    runner.kv_memory.expose([3, 1])
+    assert shown(runner, 3) == before != on_device(runner, 3)
+    assert shown(runner, 1) == on_device(runner, 1)
+
+
+def test_a_step_that_fails_tells_of_nothing_afterwards_and_its_blocks_are_copied_when_they_are_asked_for(
+    runner: CudaRunner,
+) -> None:
+    heard: list[int] = []
+    good = prefill(PROMPT, table=[3])
+    hook = LayerHook(1, heard.append, (3,))
+    with pytest.raises(IndexError, match="longest sequence"):
+        runner.launch(Batch((good,), (decode(5, 192, [2, 4, 5, 6]),)), None, hook)
+    never_launched = list(heard)
+    launched = runner.launch(Batch((good,)), None, hook)
+    launched._host_R = None  # type: ignore[assignment]  # as good as a device that is lost
+    with pytest.raises(AttributeError):
+        runner.finish(launched)
+    in_all = list(heard)
+    assert never_launched == [1, 2][: len(never_launched)]
+    assert in_all[len(never_launched) :] == [1, 2][: len(in_all) - len(never_launched)]
+    spoil(runner)
+    runner.kv_memory.expose([3])
+    assert shown(runner, 3) == on_device(runner, 3)
+    runner.execute(Batch((good,)))
+    assert heard == in_all
+
+
+def test_a_step_without_blocks_for_others_starts_no_thread(runner: CudaRunner) -> None:
+    runner.execute(Batch(prefill=(prefill(PROMPT, table=[3]),)), LayerHook(1, lambda n: None))
+    assert runner._mirrored._layers._thread is None
