@@ -94,6 +94,25 @@ async def test_bytes_arrive_where_they_belong_and_nowhere_else(ends: tuple[End, 
     await inbox.close()
 
 
+async def test_a_piece_beside_one_that_nobody_wants_is_in_place_or_lost(ends: tuple[End, End]) -> None:
+    source, target = ends
+    channel = await connect(source, target)
+    unwanted, wanted, after = IncomingPiece(7, 3, 0, 1), IncomingPiece(8, 3, 1, 2), IncomingPiece(9, 4, 0, 4)
+    inbox = channel.inbox("t", target.placer([wanted, after], [5, 6]))
+    sending = asyncio.create_task(
+        source.transport.send(target.address, "t", source.outgoing([unwanted, wanted, after]))
+    )
+    arrived, lost = await asyncio.wait_for(inbox.collect([wanted, after]), BOUND_S)
+    await sending
+    assert set(arrived) | set(lost) == {8, 9} and 9 in arrived
+    expected = np.zeros_like(target.memory.bytes).reshape(LAYOUT.num_blocks, LAYOUT.num_layers, -1)
+    expected[6].reshape(-1)[:] = source.memory.block(4, 0, 4)
+    if 8 in arrived:
+        expected[5, 1:3].reshape(-1)[:] = source.memory.block(3, 1, 2)
+    assert np.array_equal(target.memory.bytes, expected.reshape(-1))
+    await inbox.close()
+
+
 async def test_a_checksum_made_on_the_way_is_that_of_the_bytes(ends: tuple[End, End]) -> None:
     import xxhash
 
