@@ -6,20 +6,30 @@ one of a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from builders import make_engine, make_request
+from builders import PlainDetokenizer, make_engine, make_request, run_to_end, tokens_of
 from test_cuda_runner import load_cuda
+from test_worker import Attached, tokens
 
 from tests.unit.model_configs import decode, prefill, random_tokens, small_dense
+from workers.config import WorkerConfig
+from workers.model.cuda.copy_engine import HostCopies, Mark, Reached
+from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.runner import CudaRunner
-from workers.runner import Batch, LayerHook
+from workers.request import Request
+from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind
+from workers.status import Role, WorkerAddress
 from workers.stepping.result import LayersFilled
+from workers.worker import Worker
 
 NUM_LAYERS = 3
 NUM_HEADS, HEAD_DIM = (8, 128) if torch.cuda.is_available() else (1, 1024)
@@ -108,27 +118,100 @@ def test_a_block_is_brought_to_the_host_once(runner: CudaRunner) -> None:
     assert shown(runner, 1) == on_device(runner, 1)
 
 
+class SlowMark(Reached):
+    def wait(self) -> None:
+        threading.Event().wait(0.3)
+
+
+class SlowCopies(HostCopies):
+    """A launch, or what comes of it, fails long before these copies end."""
+
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Mark) -> Reached:
+        super().copy(pairs, after)
+        return SlowMark()
+
+
 def test_a_step_that_fails_tells_of_nothing_afterwards_and_its_blocks_are_copied_when_they_are_asked_for(
     runner: CudaRunner,
 ) -> None:
+    layers = runner._mirrored._layers
+    layers.engine = SlowCopies()
     heard: list[int] = []
     good = prefill(PROMPT, table=[3])
     hook = LayerHook(1, heard.append, (3,))
+
+    def nothing_more(so_far: list[int]) -> None:
+        behind = runner._mirrored.follow(LayerHook(NUM_LAYERS, heard.append, (5,)))
+        assert behind is not None
+        behind.filled(NUM_LAYERS)
+        behind.finish()  # everything before it has been gone through
+        assert heard == so_far
+
     with pytest.raises(IndexError, match="longest sequence"):
         runner.launch(Batch((good,), (decode(5, 192, [2, 4, 5, 6]),)), None, hook)
-    never_launched = list(heard)
+    nothing_more(list(heard))
     launched = runner.launch(Batch((good,)), None, hook)
     launched._host_R = None  # type: ignore[assignment]  # as good as a device that is lost
     with pytest.raises(AttributeError):
         runner.finish(launched)
-    in_all = list(heard)
-    assert never_launched == [1, 2][: len(never_launched)]
-    assert in_all[len(never_launched) :] == [1, 2][: len(in_all) - len(never_launched)]
+    nothing_more(list(heard))
     spoil(runner)
     runner.kv_memory.expose([3])
     assert shown(runner, 3) == on_device(runner, 3)
-    runner.execute(Batch((good,)))
-    assert heard == in_all
+
+
+class CudaModel:
+    """A LoadedModel around a runner."""
+
+    def __init__(self, runner: CudaRunner) -> None:
+        self.runner, self.info, self.eos_token_ids = runner, runner.model_info, runner.eos_token_ids
+
+    def make_detokenizer(self, request: Request) -> PlainDetokenizer:
+        return PlainDetokenizer()
+
+
+class Held(CudaModel):
+    """Its steps do not end before `condition` holds."""
+
+    def __init__(self, runner: CudaRunner, condition: Callable[[], bool]) -> None:
+        super().__init__(runner)
+        finish = runner.finish
+
+        def finish_late(launched: LaunchedStep) -> list[Sampled]:
+            deadline = time.monotonic() + 60
+            while not condition():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            return finish(launched)
+
+        runner.finish = finish_late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp", "grpc", "gloo"])
+async def test_layers_reach_another_worker_before_the_step_that_computes_them_ends(
+    folder: Path, runner: CudaRunner, transport: str
+) -> None:
+    request = make_request(PROMPT, 3)
+    alone = make_engine(runner, max_model_len=192, prefix_cache=False)
+    alone.add(0, request)
+    expected = tokens_of(run_to_end(alone), 0)
+    target = load_cuda(folder, kv_memory_bytes=16 << 20, deterministic=False)
+    arrived = target.kv_memory.bytes.reshape(-1, NUM_LAYERS, target.kv_memory.layout.layer_bytes)
+    models = {"prefill-0": Held(runner, lambda: bool(arrived[:, 1].any())), "decode-0": CudaModel(target)}
+    config = WorkerConfig(model="fake", local_prefill_tokens=0, transports=(transport,))
+    async with contextlib.AsyncExitStack() as stack:
+        addresses: list[WorkerAddress] = []
+        for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE)):
+            worker = Worker(config, name, 1, role, load=partial(lambda name, config: models[name], name))
+            stack.push_async_callback(worker.stop)
+            addresses.append(await worker.start())
+        router = await Attached(addresses[1]).start()
+        stack.push_async_callback(router.close)
+        await router.submit(request, addresses[0])
+        outputs = await router.finish("r")
+        assert tokens(outputs) == expected
+        assert outputs[0].handoff is not None and outputs[0].handoff.transport == transport
+    assert not [thread for thread in threading.enumerate() if thread.name == "kv-layers"]
 
 
 def test_a_step_without_blocks_for_others_starts_no_thread(runner: CudaRunner) -> None:

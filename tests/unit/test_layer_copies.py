@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -323,6 +324,7 @@ def test_closing_ends_the_thread_and_whoever_waits_for_it() -> None:
             step.device.end(copy)
         closing.join(0.001)
     assert len(copiers()) == before
+    assert len(step.device.copies) <= 3  # what waited for a slot was not begun
     heard = list(step.heard)
     assert step.copies.finish() == ()
     late = step.memory.follow(LayerHook(1, step.hear, (3,)))
@@ -333,13 +335,23 @@ def test_closing_ends_the_thread_and_whoever_waits_for_it() -> None:
     assert step.heard == heard and len(copiers()) == before
 
 
-def test_a_pool_that_nobody_uses_any_more_takes_its_thread_along() -> None:
+class Listener:
+    def hear(self, num_layers: int) -> None:
+        """Takes note."""
+
+
+def test_an_idle_thread_keeps_no_listener_and_goes_with_the_pool_that_nobody_uses_any_more() -> None:
     before = len(copiers())
     memory = StagedKvMemory(DevicePool(KvLayout(8, 3, 1, 64, 2, "float32", 4), torch.device("cpu")))
-    copies = memory.follow(LayerHook(1, lambda num_layers: None, (3, 4)))
+    listener = Listener()
+    gone = weakref.ref(listener)
+    copies = memory.follow(LayerHook(1, listener.hear, (3, 4)))
     assert copies is not None
-    copies.filled(1)
-    copies.abandon()
+    for layer in range(3):
+        copies.filled(layer + 1)
+    memory.followed(copies)
     assert len(copiers()) == before + 1
-    del memory, copies
+    del copies, listener
+    until(lambda: gc.collect() >= 0 and gone() is None)
+    del memory
     until(lambda: len(copiers()) == before)
