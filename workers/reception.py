@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from workers.client import Migration, Submit
 from workers.engine_thread import Add, AddMigrant, CancelSequence, Command
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.identity import Identity
 from workers.request import Output, Request, error_output, refusal_output
 from workers.request_trace import RequestTraces
 from workers.router_session import RouterSession
 from workers.scheduler.sequence import Kind
 from workers.status import WorkerAddress
-from workers.transfers import Identity
 
 
 @dataclass(frozen=True, slots=True)

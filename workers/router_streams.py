@@ -11,11 +11,11 @@ import grpc
 from workers.client import Cancel, DumpRequest, Hello, Submit
 from workers.engine_thread import Command, DumpKv
 from workers.errors import StreamDamaged
+from workers.identity import Identity
 from workers.pb import worker_pb2 as pb
 from workers.reception import Reception
 from workers.router_session import RouterSession
 from workers.status import KvEvent, Load, WorkerStatus
-from workers.transfers import Identity
 from workers.wire import frame_to_pb, router_message_from_pb
 from workers.wire_seal import Sealer, Unsealer, verified
 

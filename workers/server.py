@@ -15,6 +15,7 @@ import grpc
 from workers.config import WorkerConfig
 from workers.engine_thread import Command, ForgetCache, Report
 from workers.errors import Refusal
+from workers.identity import Identity
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import Running
 from workers.kv_transfer.transport import Transport
@@ -25,7 +26,7 @@ from workers.reception import Reception
 from workers.router_streams import RouterStreams
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.stepping.result import TransferWanted
-from workers.transfers import Identity, Transfers
+from workers.transfers import Transfers
 from workers.wire import status_to_pb
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             self._on_role_change(identity.role, identity.generation)
         self._routers.tell_status()
         self._requests.give_up_all(Refusal.WORKER_LOST, f"{identity.worker_id} lost a rank: {reason}")
-        self.transfers.fail_sources(reason)
+        self.transfers.serving.fail_all(reason)
         self._post(ForgetCache())
 
     def resume(self) -> None:
@@ -171,37 +172,37 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._load, self._counters = report.load, report.counters
         self._num_held_blocks = report.num_held_blocks
         self._changed.set()
-        self.transfers.measured.own_rate = report.prefill_rate
+        self.transfers.fetches.measured.own_rate = report.prefill_rate
         result = report.result
         for sequence_id, output in result.outputs:
             if not self._requests.deliver(sequence_id, output) and output.finish_reason is not None:
-                self.transfers.source_failed(sequence_id, output.message)
+                self.transfers.prompts.failed(sequence_id, output.message)
         for wanted in result.transfers:
             self._find_source(wanted)
         for event in result.exports:
             self._running.hear(event)
         for pull in result.pulls:
-            self.transfers.pull(pull)
+            self.transfers.puller.pull(pull)
         for sequence_id in result.abandoned:
             self.transfers.abandon(sequence_id)
         for held in result.held:
-            self.transfers.held(held)
+            self.transfers.prefixes.held(held)
         for filled in result.filled:
-            self.transfers.filled(filled)
+            self.transfers.prompts.filled(filled)
         for prefilled in result.prefilled:
-            self.transfers.prefilled(prefilled)
+            self.transfers.prompts.prefilled(prefilled)
         self._routers.tell_step(report.load, result.kv_event)
 
     def _find_source(self, wanted: TransferWanted) -> None:
         owner = self._requests.owner(wanted.sequence_id)
         if owner is None:  # cancelled meanwhile
-            self.transfers.decline(wanted)
+            self.transfers.fetches.decline(wanted.sequence_id)
         elif owner.migration is not None:
-            self.transfers.take_over(wanted, owner.migration)
+            self.transfers.fetches.take_over(wanted, owner.migration)
         else:
             # The prefill worker computes the prompt and its first token; a replay is the decode worker's business.
             request, due_s = replace(owner.request, replay_token_ids=()), self._requests.deadline_s(wanted.sequence_id)
-            self.transfers.fetch(wanted, request, owner.candidates, due_s)
+            self.transfers.fetches.fetch(wanted, request, owner.candidates, due_s)
 
     # ---- gRPC ----
 
@@ -218,7 +219,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def Handoff(
         self, request_iterator: AsyncIterator[pb.HandoffDown], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.HandoffUp]:
-        messages = self.transfers.serve(request_iterator)
+        messages = self.transfers.serving.serve(request_iterator)
         try:
             async for message in messages:
                 yield message
