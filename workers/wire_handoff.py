@@ -26,13 +26,8 @@ from workers.kv_transfer.messages import (
     UseTransport,
 )
 from workers.pb import worker_pb2 as pb
-from workers.wire import (
-    address_from_pb,
-    address_to_pb,
-    hint_from_pb,
-    hint_to_pb,
-    layout_from_pb,
-    layout_to_pb,
+from workers.wire import address_from_pb, address_to_pb, hint_from_pb, hint_to_pb, layout_from_pb, layout_to_pb
+from workers.wire_request import (
     refusal_from_name,
     request_from_pb,
     request_to_pb,

@@ -14,6 +14,7 @@ from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
+from workers.identity import Identity
 from workers.kv_tiers.opening import open_tiers
 from workers.kv_transfer.memory import KvMemory
 from workers.pb import worker_pb2_grpc
@@ -24,7 +25,6 @@ from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
 from workers.server import Face, WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
-from workers.transfers import Identity
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,10 @@ class Worker:
         self._engine = engine
         loop = asyncio.get_running_loop()
         thread = EngineThread(
-            engine, loop, lambda report: server.on_report(report), lambda event: server.transfers.layers_filled(event)
+            engine,
+            loop,
+            lambda report: server.on_report(report),
+            lambda event: server.transfers.prompts.layers_filled(event),
         )
         memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)

@@ -24,8 +24,7 @@ from workers.group.messages import (
     encode,
     lengths,
 )  # fmt: skip
-from workers.group.runner import split_by_pool
-from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results
+from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results, split_by_pool
 from workers.request import SamplingParams, TokenLogprob
 from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
 

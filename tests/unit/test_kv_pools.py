@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 from workers.errors import PoolsLost
-from workers.group.runner import split_by_pool
+from workers.group.step_codec import split_by_pool
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_transfer.memory import KvMemory

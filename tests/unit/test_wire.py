@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import wire, wire_handoff
+from workers import wire, wire_handoff, wire_request
 from workers.client import Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal, TransferFailed
 from workers.kv_cache.block_hash import block_hashes
@@ -178,10 +178,10 @@ router_messages = (
 )
 
 PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {
-    "request": (requests, wire.request_to_pb, wire.request_from_pb),
-    "handoff_report": (reports, wire.handoff_report_to_pb, wire.handoff_report_from_pb),
-    "logprob": (st.none() | logprobs, wire.token_logprob_to_pb, wire.optional_logprob_from_pb),
-    "output": (outputs, wire.output_to_pb, wire.output_from_pb),
+    "request": (requests, wire_request.request_to_pb, wire_request.request_from_pb),
+    "handoff_report": (reports, wire_request.handoff_report_to_pb, wire_request.handoff_report_from_pb),
+    "logprob": (st.none() | logprobs, wire_request.token_logprob_to_pb, wire_request.optional_logprob_from_pb),
+    "output": (outputs, wire_request.output_to_pb, wire_request.output_from_pb),
     "address": (addresses, wire.address_to_pb, wire.address_from_pb),
     "load": (loads, wire.load_to_pb, wire.load_from_pb),
     "kv_event": (kv_events, wire.kv_event_to_pb, wire.kv_event_from_pb),
@@ -210,12 +210,12 @@ def test_a_value_survives_the_wire(name: str) -> None:
 
 def test_a_request_without_a_concrete_seed_does_not_leave() -> None:
     with pytest.raises(InvariantViolated):
-        wire.request_to_pb(Request("r", (1,), SamplingParams()))
+        wire_request.request_to_pb(Request("r", (1,), SamplingParams()))
 
 
 def test_a_refusal_of_a_newer_peer_counts_as_internal() -> None:
     message = pb.Output(request_id="r", finish_reason="error", refusal="solar_flare")
-    assert wire.output_from_pb(message).refusal is Refusal.INTERNAL
+    assert wire_request.output_from_pb(message).refusal is Refusal.INTERNAL
 
 
 def test_an_empty_router_message_is_refused() -> None:

@@ -16,20 +16,21 @@ from dataclasses import replace
 
 from workers.config import WorkerConfig
 from workers.errors import PoolsLost, RankLost
+from workers.group.balance import Balance
 from workers.group.epoch_member import EpochMember
 from workers.group.leader import OWN_RANK, Callbacks, GroupLeader, Truth
 from workers.group.memory import GroupKvMemory, RemotePart
 from workers.group.messages import Done, Form, Step
-from workers.group.step_codec import decode_results, encode_batch
+from workers.group.step_codec import decode_results, encode_batch, split_by_pool
 from workers.kv_transfer.memory import KvMemory
 from workers.model.collectives import Links, start_store
 from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement, Slots, imbalance, replan
+from workers.model.expert_placement import Placement
 from workers.model.model_runner import served_len
 from workers.model.parallel import Layout, require_device
 from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
 from workers.model.weights import checkpoint_folder
-from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
+from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo, RankStatus
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class GroupRunner:
     ) -> None:
         self._config, self._parallel = config, config.parallel
         self._member = EpochMember(runner, links, leader_host)
-        self._placement = placement
+        self._balance = Balance(config.parallel, placement)
         self._memory = memory
         runner.use_memory(memory)
         self._role, self._generation = "mixed", 0
@@ -64,13 +65,8 @@ class GroupRunner:
         self._number = 0
         self._lost_before: set[int] = set()
         """Pools whose loss came to light in a step that was not the engine's."""
-        self._next_look = self._parallel.rebalance_steps
-        self._moves: list[tuple[int, Slots]] = []
-        self._load: list[list[int]] = []
         self._leader: GroupLeader | None = None
         self.warnings = runner.warnings
-        self.imbalance_seen = 1.0
-        """Busiest rank's expert load over the mean, worst layer, at the last look."""
         self.last_done: dict[int, Done] = {}
 
     @staticmethod
@@ -140,8 +136,7 @@ class GroupRunner:
         `on_layer` is not called: no rank knows how far the others are within a step.
         """
         with self._step_lock:
-            if self._parallel.rebalance_steps and self._number >= self._next_look:
-                self._next_look = self._number + self._parallel.rebalance_steps
+            if self._balance.is_due(self._number):
                 self._look_at_load()
             return self._step(batch)
 
@@ -158,7 +153,12 @@ class GroupRunner:
 
     @property
     def placement(self) -> Placement:
-        return self._placement
+        return self._balance.placement
+
+    @property
+    def imbalance_seen(self) -> float:
+        """As Balance.imbalance_seen."""
+        return self._balance.imbalance_seen
 
     @property
     def is_serving(self) -> bool:
@@ -216,14 +216,14 @@ class GroupRunner:
             if load is None:
                 self._look_at_load(always=True)
             else:
-                self._plan_moves(load)
-            return len(self._moves)
+                self._balance.plan(load)
+            return self._balance.num_moves
 
     def measure_load(self) -> list[list[int]]:
         """Tokens that chose each expert [layer][expert] since the last look, over all ranks. Runs an empty step."""
         with self._step_lock:
             self._step(_EMPTY, wants_load=True)
-            return self._load
+            return self._balance.load
 
     def stop(self) -> None:
         """Ends the group: every rank returns from `serve`."""
@@ -237,7 +237,7 @@ class GroupRunner:
     @property
     def truth(self) -> Truth:
         with self._truth_lock:
-            return Truth(_lists(self._placement), self._role, self._generation)
+            return Truth(_lists(self._balance.placement), self._role, self._generation)
 
     def form(self, form: Form) -> None:
         self._member.prepare(form.epoch)
@@ -280,7 +280,7 @@ class GroupRunner:
         epoch = leader.epoch
         self._memory.epoch = epoch
         self._number += 1
-        moved_layer, moved_slots = self._moves[0] if self._moves else (-1, ())
+        moved_layer, moved_slots = self._balance.next_move
         plan = Step(
             epoch, self._number, self._role, self._generation, self._halves(batch), wants_load, moved_layer,
             list(moved_slots),
@@ -298,7 +298,7 @@ class GroupRunner:
         except Exception as error:
             leader.own_broke(epoch, f"rank 0: {error}")
             raise
-        self._finished(answers, moved_layer, moved_slots, wants_load)
+        self._finished(answers, moved_layer >= 0, wants_load)
         found = {result.sequence_id: result for result in own}
         for pool in range(1, self.num_pools):
             found |= {result.sequence_id: result for result in decode_results(answers[pool * tensor].tail)}
@@ -310,34 +310,19 @@ class GroupRunner:
         self._lost_before.clear()
         return lost
 
-    def _finished(self, answers: dict[int, Done], moved_layer: int, moved_slots: Slots, wants_load: bool) -> None:
+    def _finished(self, answers: dict[int, Done], has_moved: bool, wants_load: bool) -> None:
         self.last_done = answers
-        if moved_layer >= 0:
+        if has_moved:
             with self._truth_lock:
-                self._placement = self._placement.with_layer(moved_layer, moved_slots)
-            self._moves.pop(0)
+                self._balance.moved()
         if wants_load:
-            self._load = [
-                [sum(counts) for counts in zip(*layers, strict=True)]
-                for layers in zip(*(done.load for done in answers.values()), strict=True)
-            ]
+            self._balance.measured(done.load for done in answers.values())
 
     def _look_at_load(self, always: bool = False) -> None:
         """Plans moves when the load measured since the last look is uneven."""
-        if self._moves or not self._placement.layers:
-            return
-        self._step(_EMPTY, wants_load=True)
-        size = self._parallel.size
-        self.imbalance_seen = max(
-            imbalance(slots, load, size) for slots, load in zip(self._placement.layers, self._load, strict=True)
-        )
-        if always or self.imbalance_seen > self._parallel.rebalance_above:
-            self._plan_moves(self._load)
-
-    def _plan_moves(self, load: list[list[int]]) -> None:
-        target = replan(self._placement, load, self._parallel.num_nodes)
-        pairs = zip(self._placement.layers, target.layers, strict=True)
-        self._moves = [(layer, after) for layer, (before, after) in enumerate(pairs) if before != after]
+        if self._balance.wants_load:
+            self._step(_EMPTY, wants_load=True)
+            self._balance.look(always)
 
     def _halves(self, batch: Batch) -> bool:
         least = self._parallel.min_overlap_tokens
@@ -360,22 +345,6 @@ def _share_memory(
     memory = GroupKvMemory(group_layout(config, dimensions, layout, num_blocks), num_blocks, remote_parts, leader.ask)
     leader.pool = memory.handle
     return memory
-
-
-def split_by_pool(batch: Batch, num_pools: int, num_blocks: int) -> list[Batch]:
-    """The part of each pool, with block ids of its own. Raises IndexError where a block table is too short or mixed."""
-    prefill: list[list[SequenceSlice]] = [[] for _ in range(num_pools)]
-    decode: list[list[SequenceSlice]] = [[] for _ in range(num_pools)]
-    for into, slices in ((prefill, batch.prefill), (decode, batch.decode)):
-        for piece in slices:
-            needed = -(-(piece.start + len(piece.token_ids)) // BLOCK_SIZE)
-            table = piece.block_table[:needed]
-            pool = table[0] // num_blocks if table else 0
-            local = [block - pool * num_blocks for block in table]
-            if len(local) < needed or not 0 <= pool < num_pools or not all(0 <= at < num_blocks for at in local):
-                raise IndexError(f"the block table of sequence {piece.sequence_id} is too short or spans two pools")
-            into[pool].append(replace(piece, block_table=local))
-    return [Batch(tuple(first), tuple(second)) for first, second in zip(prefill, decode, strict=True)]
 
 
 def _lists(placement: Placement) -> list[list[int]]:

@@ -19,6 +19,22 @@ from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
 
+def split_by_pool(batch: Batch, num_pools: int, num_blocks: int) -> list[Batch]:
+    """The part of each pool, with block ids of its own. Raises IndexError where a block table is too short or mixed."""
+    prefill: list[list[SequenceSlice]] = [[] for _ in range(num_pools)]
+    decode: list[list[SequenceSlice]] = [[] for _ in range(num_pools)]
+    for into, slices in ((prefill, batch.prefill), (decode, batch.decode)):
+        for piece in slices:
+            needed = -(-(piece.start + len(piece.token_ids)) // BLOCK_SIZE)
+            table = piece.block_table[:needed]
+            pool = table[0] // num_blocks if table else 0
+            local = [block - pool * num_blocks for block in table]
+            if len(local) < needed or not 0 <= pool < num_pools or not all(0 <= at < num_blocks for at in local):
+                raise IndexError(f"the block table of sequence {piece.sequence_id} is too short or spans two pools")
+            into[pool].append(dataclasses.replace(piece, block_table=local))
+    return [Batch(tuple(first), tuple(second)) for first, second in zip(prefill, decode, strict=True)]
+
+
 def encode_batch(batch: Batch) -> bytes:
     """A batch whose block ids are the receiver's own."""
     numbers: list[int] = []

@@ -117,7 +117,7 @@ class StepResult:
     """Of sequences that other workers take over."""
     abandoned: list[int] = field(default_factory=list)
     """Sequences that were cancelled while another worker's bytes were on their way: their blocks stay reserved until
-    `transfer_failed` or `pulled` confirms that nothing writes into them any more."""
+    `Incoming.failed` or `Incoming.pulled` confirms that nothing writes into them any more."""
     pulls: list[PullWanted] = field(default_factory=list)
     held: list[PrefixHeld] = field(default_factory=list)
     kv_event: KvEvent | None = None

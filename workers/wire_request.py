@@ -1,0 +1,173 @@
+"""Translates requests and their outputs between protobuf messages and values; decides nothing.
+
+As in wire.py: `x_to_pb` and `x_from_pb`. Floats of a LogitBias and of logprobs travel in 32 bits.
+"""
+
+from __future__ import annotations
+
+from workers.errors import InvariantViolated, Refusal
+from workers.pb import worker_pb2 as pb
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
+from workers.wire_fields import fields_of, from_fields
+
+
+def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    """Raises InvariantViolated when the seed is not concrete."""
+    if params.seed is None:
+        raise InvariantViolated("a request leaves the router with a concrete seed")
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        logit_bias=[pb.LogitBias(token_id=token, bias=bias) for token, bias in params.logit_bias],
+        bad_words=[pb.TokenIds(token_ids=words) for words in params.bad_words],
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        include_stop=params.include_stop,
+        skip_special_tokens=params.skip_special_tokens,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+
+
+def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty,
+        seed=message.seed,
+        logit_bias=tuple((pair.token_id, pair.bias) for pair in message.logit_bias),
+        bad_words=tuple(tuple(words.token_ids) for words in message.bad_words),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        include_stop=message.include_stop,
+        skip_special_tokens=message.skip_special_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def request_to_pb(request: Request) -> pb.Request:
+    return pb.Request(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        params=params_to_pb(request.params),
+        choice_index=request.choice_index,
+        replay_token_ids=request.replay_token_ids,
+        priority=request.priority,
+        traceparent=request.traceparent,
+    )
+
+
+def request_from_pb(message: pb.Request) -> Request:
+    return Request(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        params=params_from_pb(message.params),
+        choice_index=message.choice_index,
+        replay_token_ids=tuple(message.replay_token_ids),
+        priority=message.priority,
+        traceparent=message.traceparent,
+    )
+
+
+def token_logprob_to_pb(entry: TokenLogprob | None) -> pb.TokenLogprob:
+    """None (the first prompt token has no logprob) travels as `absent`."""
+    if entry is None:
+        return pb.TokenLogprob(absent=True)
+    top = [pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top]
+    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top, rank=entry.rank)
+
+
+def token_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple((entry.token_id, entry.logprob) for entry in message.top)
+    rank = message.rank if message.HasField("rank") else None
+    return TokenLogprob(message.token_id, message.logprob, top, rank)
+
+
+def optional_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob | None:
+    return None if message.absent else token_logprob_from_pb(message)
+
+
+def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
+    return pb.HandoffReport(**fields_of(report))
+
+
+def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
+    return from_fields(HandoffReport, message)
+
+
+def output_to_pb(output: Output) -> pb.Output:
+    """Runs once a token and sequence: fields that are mostly empty are set only when they are not."""
+    message = pb.Output(
+        request_id=output.request_id, position=output.position, token_ids=output.token_ids, text=output.text
+    )
+    if output.logprobs:
+        message.logprobs.extend([token_logprob_to_pb(entry) for entry in output.logprobs])
+    if output.finish_reason is not None:
+        message.finish_reason = output.finish_reason.value
+        message.message = output.message
+        if isinstance(output.stop_reason, str):
+            message.stop_text = output.stop_reason
+        elif output.stop_reason is not None:
+            message.stop_token_id = output.stop_reason
+        if output.refusal is not None:
+            message.refusal = output.refusal.value
+    if output.cached_tokens:
+        message.cached_tokens = output.cached_tokens
+    if output.prompt_logprobs is not None:
+        message.has_prompt_logprobs = True
+        message.prompt_logprobs.extend([token_logprob_to_pb(entry) for entry in output.prompt_logprobs])
+    if output.handoff is not None:
+        message.handoff.CopyFrom(handoff_report_to_pb(output.handoff))
+    return message
+
+
+def output_from_pb(message: pb.Output) -> Output:
+    finish = message.finish_reason
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    if message.has_prompt_logprobs:
+        prompt_logprobs = tuple(optional_logprob_from_pb(entry) for entry in message.prompt_logprobs)
+    return Output(
+        request_id=message.request_id,
+        position=message.position,
+        token_ids=tuple(message.token_ids),
+        text=message.text,
+        logprobs=tuple(token_logprob_from_pb(entry) for entry in message.logprobs) if message.logprobs else (),
+        finish_reason=FinishReason(finish) if finish else None,
+        stop_reason=_stop_reason(message) if finish else None,
+        refusal=refusal_from_name(message.refusal) if finish and message.refusal else None,
+        message=message.message if finish else "",
+        cached_tokens=message.cached_tokens,
+        prompt_logprobs=prompt_logprobs,
+        handoff=handoff_report_from_pb(message.handoff) if message.HasField("handoff") else None,
+    )
+
+
+def _stop_reason(message: pb.Output) -> str | int | None:
+    if message.HasField("stop_text"):
+        return message.stop_text
+    return message.stop_token_id if message.HasField("stop_token_id") else None
+
+
+def refusal_from_name(name: str) -> Refusal:
+    """A name that a newer peer made up counts as INTERNAL, so that a rolling upgrade cannot break a stream."""
+    try:
+        return Refusal(name)
+    except ValueError:
+        return Refusal.INTERNAL
