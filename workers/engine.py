@@ -86,7 +86,7 @@ class Engine:
         self._promotions = Promotions(tiers, self._scheduler)
         self.incoming = Incoming(self._roster, runner.kv_memory)
         self.outgoing = Outgoing(self._roster, runner.kv_memory)
-        self.moves = Moves(self._roster, runner.kv_memory, self.settle)
+        self.moves = Moves(self._roster, runner.kv_memory)
         self.last_step_s = 0.0
         self.prefill_tokens_per_s: float | None = None
         """Of recent steps with prompts, smoothed."""
@@ -135,6 +135,11 @@ class Engine:
         running, self._running = self._running, None
         if running is not None:
             self._complete(running)
+
+    def export(self, sequence_id: int, first_block: int, num_blocks: int) -> None:
+        """Lets another worker copy a running sequence; what is final and what becomes of it shows in `StepResult.exports`."""
+        self.settle()  # from here on no step runs ahead, so that the sequence can stand still between two
+        self.moves.begin(sequence_id, first_block, num_blocks)
 
     def step(self) -> StepResult:
         """One engine step. A runner that raises fails the sequences of that batch and no others."""

@@ -277,7 +277,7 @@ class EngineThread:
             case MovedIn():
                 engine.incoming.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
             case Export():
-                engine.moves.begin(command.sequence_id, command.first_block, command.num_blocks)
+                engine.export(command.sequence_id, command.first_block, command.num_blocks)
             case Halt():
                 engine.moves.halt(command.sequence_id)
             case Resume():

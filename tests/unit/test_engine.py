@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -275,3 +277,17 @@ def test_what_changes_right_behind_a_dump_of_the_cache_is_told_as_well() -> None
     assert dump is not None and dump.reset and dump.stored == ()
     change = engine.step().kv_event
     assert change is not None and (change.sequence, len(change.stored)) == (dump.sequence + 1, 1)
+
+
+def test_an_engine_that_nobody_uses_gives_its_pool_back_at_once() -> None:
+    gc.disable()  # a cycle would keep gigabytes until the collector comes by
+    try:
+        engine = make_engine()
+        engine.add(1, make_request(range(100)))
+        run_to_end(engine)
+        engine.export(1, 0, 2)
+        gone = weakref.ref(engine)
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()

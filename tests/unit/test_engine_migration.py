@@ -66,7 +66,7 @@ class Move:
         again = Request("t", request.prompt_token_ids, request.params, request.choice_index, replay)
         self.target.incoming.add_migrant(9, again)
         (self.wanted,) = self.target.step().transfers
-        self.source.moves.begin(sequence_id, self.wanted.first_block, len(self.wanted.blocks))
+        self.source.export(sequence_id, self.wanted.first_block, len(self.wanted.blocks))
 
     def land(self) -> None:
         assert self.halted is not None
@@ -180,15 +180,15 @@ def test_a_failed_migration_lets_the_sequence_go_on_where_it_stood() -> None:
 def test_what_cannot_move_is_refused_and_stays() -> None:
     request = make_request(range(10, 210), max_tokens=20)
     move = Move()
-    move.source.moves.begin(77, 0, 9)
+    move.source.export(77, 0, 9)
     move.run(1)
     assert move.ended == ExportEnded(77, "the sequence has ended")
     move.source.add(1, request)
-    move.source.moves.begin(1, 0, 9)
+    move.source.export(1, 0, 9)
     move.run(1)
     assert move.ended is not None and "not decoding" in move.ended.reason
     move.run(3)
-    move.source.moves.begin(1, 0, 2)
+    move.source.export(1, 0, 2)
     move.run(1)
     assert "longer than the 2 blocks" in move.ended.reason
     assert tokens_of(move.outputs + run_to_end(move.source), 1) == generate_alone(request)
@@ -254,7 +254,7 @@ def test_preemption_prefers_what_is_not_being_moved_and_ends_a_migration_otherwi
     both.run(10)
     both.wanted = TransferWanted(9, 0, tuple(range(16)))
     for index in jobs:
-        both.source.moves.begin(index, 0, 16)
+        both.source.export(index, 0, 16)
     both.run(130)
     assert both.ended == ExportEnded(1, "the sequence was preempted")
     for story, tail in ((move, moved), (both, [])):

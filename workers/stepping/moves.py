@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from workers.errors import Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
 from workers.request import FinishReason, Output
@@ -15,18 +13,16 @@ from workers.stepping.roster import Roster
 
 
 class Moves:
-    """The sending end of an engine's migrations. `settle()` waits for the step that runs, if one does."""
+    """The sending end of an engine's migrations."""
 
-    def __init__(self, roster: Roster, memory: KvMemory, settle: Callable[[], None]) -> None:
+    def __init__(self, roster: Roster, memory: KvMemory) -> None:
         self._roster = roster
         self._memory = memory
-        self._settle = settle
         self._moving: dict[int, tuple[Sequence, int]] = {}
         """With the number of preemptions when it began: a preempted sequence may decode again by the next look."""
 
     def begin(self, sequence_id: int, first_block: int, num_blocks: int) -> None:
-        """Lets another worker copy a running sequence; what is final and what becomes of it shows in `StepResult.exports`."""
-        self._settle()  # from here on no step runs ahead, so that the sequence can stand still between two
+        """As Engine.export, between two steps."""
         live = self._roster.lives.get(sequence_id)
         try:
             if live is None:
