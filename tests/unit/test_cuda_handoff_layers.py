@@ -21,6 +21,7 @@ from test_worker import Attached, tokens
 
 from tests.unit.model_configs import decode, prefill, random_tokens, small_dense
 from workers.config import WorkerConfig
+from workers.engine import Engine
 from workers.model.cuda.copy_engine import HostCopies, Mark, Reached
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.runner import CudaRunner
@@ -63,6 +64,10 @@ def on_device(runner: CudaRunner, block: int, num_layers: int = NUM_LAYERS) -> b
     return runner._pool.values[block, :num_layers].cpu().numpy().tobytes()
 
 
+def listen(engine: Engine, hear: Callable[[LayersFilled], None]) -> None:
+    engine.outgoing.on_layers = hear
+
+
 def spoil(runner: CudaRunner) -> None:
     with torch.inference_mode():
         runner._pool.values.fill_(7)
@@ -80,7 +85,7 @@ def test_the_engine_tells_of_layers_before_the_step_ends_when_they_are_on_the_ho
         for block in event.blocks[event.first : event.end]:
             bytes_then.append((block, event.num_layers, shown(runner, block, event.num_layers)))
 
-    engine.outgoing.on_layers = hear
+    listen(engine, hear)
     engine.add(1, make_request(PROMPT), Kind.SOURCE)
     engine.add(2, make_request(OTHER), Kind.SOURCE)
     result = engine.step()
@@ -98,7 +103,8 @@ def test_what_is_shown_and_drawn_is_the_same_without_a_listener(runner: CudaRunn
     for listens in (True, False):
         engine = make_engine(runner, max_model_len=192, overlap_steps=overlap_steps, prefix_cache=False)
         heard: list[LayersFilled] = []
-        engine.outgoing.on_layers = heard.append if listens else None
+        if listens:
+            listen(engine, heard.append)
         engine.add(1, make_request(PROMPT), Kind.SOURCE)
         result = engine.step()
         assert len(heard) == (2 if listens else 0)

@@ -5,7 +5,7 @@ Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from workers.runner import LayerHook
 
 _STAGED_BYTES = 32 << 20
 """What one copy between host and device moves at most; the size of the pinned memory between them."""
+
+OnFilled = Callable[[int], None]
+"""Hears that the kernels which write the keys and values of a step's first n layers have been launched."""
 
 
 class DevicePool:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.model.cuda.device_pool import DevicePool
+from workers.model.cuda.device_pool import DevicePool, OnFilled
 from workers.model.cuda.flash import find_flash_attention
 from workers.model.cuda.kernels.decode_attention import decode_attention
 from workers.model.cuda.kernels.prefill_attention import prefill_attention
@@ -80,10 +80,10 @@ class CudaErnie:
         self._head = Linear(head_VD, deterministic)
         source.require_all_taken(unused=("lm_head.weight",) if tied else ())
 
-    def forward(self, inputs: StepInputs, pool: DevicePool, on_filled: Callable[[int], None] | None = None) -> Tensor:
+    def forward(self, inputs: StepInputs, pool: DevicePool, on_filled: OnFilled | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
 
-        `on_filled(n)` is called once the kernels that write those of the first n layers have been launched.
+        `on_filled(n)` is called after the launch of the kernels that write those of the first n layers.
         """
         is_decode, eps = inputs.prefill is None, self.config.rms_norm_eps
         x_TD = self._embedding_VD.index_select(0, inputs.rows[:, 0])

@@ -7,7 +7,6 @@ tiles. Shapes: T rows of a step, D hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.cuda.decode_graphs import DecodeGraphs
-from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
+from workers.model.cuda.device_pool import DevicePool, OnFilled, StagedKvMemory
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
@@ -142,7 +141,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
         batch: Batch,
         on_layer: LayerHook | None = None,
         late: LateTokens | None = None,
-        on_filled: Callable[[int], None] | None = None,
+        on_filled: OnFilled | None = None,
     ) -> Tensor:
         """Runs the layers, writes KV, returns the last layer's output [T, D].
 
@@ -167,7 +166,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
             self._model.logits(self.hidden_states(Batch(prefill=(scratch,))))
             return self._decode.record(min(_MAX_GRAPH_BYTES, free_bytes(self._device) // _GRAPH_SHARE))
 
-    def _forward(self, inputs: StepInputs, on_filled: Callable[[int], None] | None = None) -> Tensor:
+    def _forward(self, inputs: StepInputs, on_filled: OnFilled | None = None) -> Tensor:
         return self._model.forward(inputs, self._pool, on_filled)
 
 
