@@ -10,14 +10,14 @@ from workers.errors import RankLost
 from workers.group.messages import Done, Form, Step
 from workers.model.collectives import Links, WorldEpoch
 from workers.model.expert_placement import Placement
-from workers.model.rank_runner import RankRunner
+from workers.model.rank_runner import GroupStep, Rank
 from workers.runner import Batch, Sampled
 
 
 class EpochMember:
     """Owns a rank's epoch. One thread joins and computes; any thread aborts."""
 
-    def __init__(self, runner: RankRunner, links: Links, host: str) -> None:
+    def __init__(self, runner: Rank, links: Links, host: str) -> None:
         self._runner, self._links, self._host = runner, links, host
         self._epoch: WorldEpoch | None = None
         self._aborted: tuple[int, threading.Event] = (0, threading.Event())
@@ -27,7 +27,7 @@ class EpochMember:
         """The step at which the role in force came."""
 
     @property
-    def runner(self) -> RankRunner:
+    def runner(self) -> Rank:
         return self._runner
 
     def prepare(self, epoch: int) -> None:
@@ -42,7 +42,7 @@ class EpochMember:
         if epoch != form.epoch or aborted.is_set():
             raise RankLost(f"epoch {form.epoch} is over")
         if form.slots:
-            self._runner.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
+            self._runner.experts.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
         self.role, self.generation = form.role, form.generation
         layout = self._runner.layout
         self._epoch = WorldEpoch.join(
@@ -54,25 +54,34 @@ class EpochMember:
             host=self._host,
             timeout_s=parallel.form_timeout_s,
             aborted=aborted,
+            device=self._runner.device,
+            prepare=lambda store: self._runner.prepare(form.direct, store),
         )
         self._links.use(self._epoch)
 
     def leave(self) -> None:
-        """Out of the epoch; its process groups go. Weights and KV stay."""
+        """Out of the epoch; its process groups go. Weights and KV stay. Raises DeviceStuck when the device does not."""
         epoch, self._epoch = self._epoch, None
         self._links.use(None)
         if epoch is not None:
             epoch.abort()
+            self._runner.left()
 
     def abort(self, epoch: int) -> None:
         """Every wait of this rank in that epoch ends with RankLost. For another thread than the one that computes."""
         with self._lock:
-            current, event = self._aborted
-            if current == epoch:
-                event.set()
+            if self._aborted[0] == epoch:
+                self._interrupt()
 
     def abort_any(self) -> None:
-        self._aborted[1].set()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        number, event = self._aborted
+        event.set()
+        epoch = self._epoch  # one that is being joined is ended by its flag alone
+        if epoch is not None and epoch.epoch == number:
+            epoch.interrupt()
 
     def compute(self, step: Step, batch: Batch) -> tuple[list[Sampled], Done]:
         """Switches role, moves experts, then computes, as the step says. Raises RankLost when the epoch is over."""
@@ -82,9 +91,9 @@ class EpochMember:
         if (step.role, step.generation) != (self.role, self.generation):
             self.role, self.generation, self.switched_at = step.role, step.generation, step.number
         if step.moved_layer >= 0:
-            self._runner.move_experts(step.moved_layer, tuple(step.moved_slots))
-        results = self._runner.execute_part(batch, step.halves)
+            self._runner.experts.move(step.moved_layer, tuple(step.moved_slots))
+        results = self._runner.execute_part(batch, GroupStep(step.num_prefill, step.num_decode, step.halves))
         sent_bytes = self._epoch.world.num_sent_bytes
-        load = self._runner.take_load() if step.wants_load else []
+        load = self._runner.experts.take_load() if step.wants_load else []
         done = Done(step.epoch, step.number, time.monotonic() - started_s, self.generation, sent_bytes, load)
         return results, done
