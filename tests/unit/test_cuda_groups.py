@@ -17,14 +17,16 @@ from tests.unit.model_configs import load, random_tokens
 from tests.unit.rank_processes import KILL, Group, RankPool
 from tests.unit.test_cuda_runner import MAX_LEN, load_cuda, tiny_dense, tiny_moe
 from tests.unit.test_engine import hand_over
+from tests.unit.test_group_ranks import in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine import Engine
+from workers.model.cuda.rank_runner import CudaRankRunner
 from workers.request import Output, Request
 from workers.runner import Runner
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
-SKEWED = [[1, 90, 1, 40]]
+SKEWED = [[90, 40, 1, 60]]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config(folder: Path, transports: tuple[str, ...] = ("shm", "tcp"), **parallel: Any) -> WorkerConfig:
     return WorkerConfig(
         model=str(folder), device="cuda", max_model_len=MAX_LEN, kv_memory_bytes=1 << 20, max_num_seqs=4,
-        max_batch_tokens=24, transports=transports, parallel=ParallelConfig(**{"heartbeat_timeout_s": 60.0, **parallel}),
+        max_batch_tokens=96, transports=transports, parallel=ParallelConfig(**{"heartbeat_timeout_s": 60.0, **parallel}),
     )  # fmt: skip
 
 
 def requests(count: int = 3) -> list[Request]:
-    return [make_request(random_tokens(7 + 4 * i, i, 64), 5, request_id=str(i), ignore_eos=True) for i in range(count)]
+    return [make_request(random_tokens(5 + 4 * i, i, 64), 4, request_id=str(i), ignore_eos=True) for i in range(count)]
 
 
 def start(runner: Runner, work: list[Request]) -> Engine:
@@ -80,15 +82,14 @@ def generate(group: Group, work: list[Request], move_after: int = 0) -> list[lis
     return [tokens_of(outputs, i) for i in range(len(work))]
 
 
-@pytest.mark.parametrize(
-    ("model", "parallel"),
-    [
-        ("moe", {"expert_parallel": 2, "redundant_experts": 2, "min_overlap_tokens": 1}),
-        ("moe", {"expert_parallel": 2, "tensor_parallel": 2, "exact_combine": False}),
-        ("moe", {"expert_parallel": 2, "redundant_experts": 2, "dispatch": "device"}),
-        ("dense", {"tensor_parallel": 2}),
-    ],
+LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("moe", {"expert_parallel": 2, "redundant_experts": 2, "min_overlap_tokens": 1}),
+    ("moe", {"expert_parallel": 2, "tensor_parallel": 2, "dispatch": "all_to_all"}),
+    ("dense", {"tensor_parallel": 2}),
 )
+
+
+@pytest.mark.parametrize(("model", "parallel"), LAYOUTS)
 def test_a_group_gives_the_greedy_tokens_of_one_rank_on_the_cpu(
     pool: RankPool, folders: dict[str, Path], model: str, parallel: dict[str, Any]
 ) -> None:
@@ -96,8 +97,52 @@ def test_a_group_gives_the_greedy_tokens_of_one_rank_on_the_cpu(
     group = Group(pool, config(folders[model], **parallel))
     try:
         before = group.runner.placement
-        found = generate(group, work, move_after=3 if model == "moe" else 0)
-        assert found == alone(folders[model], work)
+        assert generate(group, work, move_after=3 if model == "moe" else 0) == alone(folders[model], work)
         assert (group.runner.placement != before) == (model == "moe")
+    finally:
+        group.stop()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of rows that nobody reads
+def test_rows_travel_without_the_host_until_a_rank_is_lost_and_with_it_from_then_on(
+    pool: RankPool, folders: dict[str, Path]
+) -> None:
+    work = requests()
+    golden = alone(folders["moe"], work)
+    group = Group(pool, config(folders["moe"], expert_parallel=2, redundant_experts=2, dispatch="device"))
+    own = group.runner.member.runner
+    assert isinstance(own, CudaRankRunner)
+    try:
+        assert own.is_direct
+        assert generate(group, work, move_after=3) == golden
+        found = in_mid_run(group, work, lambda: group.ranks[1].signal(KILL), num_steps=2)
+        assert only_tokens(found) == golden
+        assert not own.is_direct and group.runner.epoch == 2
+    finally:
+        group.stop()
+
+
+@pytest.mark.parametrize(
+    ("transports", "parallel"),
+    [
+        (("shm", "tcp"), {"expert_parallel": 2, "tensor_parallel": 2, "dispatch": "all_to_all"}),
+        (("tcp",), {"expert_parallel": 2, "dispatch": "all_to_all"}),
+    ],
+)
+def test_kv_goes_from_a_group_to_one_rank_and_back(
+    pool: RankPool, folders: dict[str, Path], transports: tuple[str, ...], parallel: dict[str, Any]
+) -> None:
+    """By way of the leader's memory, where ranks that cannot map it send their blocks; the second pool's too."""
+    first, second = requests(2)
+    golden = alone(folders["moe"], [first, second])
+    group = Group(pool, config(folders["moe"], transports, **parallel))
+    single = load_cuda(folders["moe"])
+    try:
+        for at, (source, target) in enumerate(((group.runner, single), (single, group.runner))):
+            engines = [make_engine(runner, max_model_len=MAX_LEN) for runner in (source, target)]
+            engines[at].add(9, second)  # takes the group's first pool
+            engines[at].step()
+            hand_over(source, engines[0], target, engines[1], first)
+            assert tokens_of(run_to_end(engines[1]), 1) == golden[0]
     finally:
         group.stop()

@@ -114,6 +114,11 @@ class CudaRankRunner(ModelRunner[RankErnie]):
         for mixture in self._model.mixtures:
             mixture.use_buffers(self._buffers)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether rows reach experts without the host in this epoch."""
+        return self._buffers is not None
+
     def left(self) -> None:
         """As Rank's. NCCL's operations end when they are aborted; those of NVSHMEM never do."""
         if self._buffers is None or self._torch_device.type != "cuda":
