@@ -120,7 +120,7 @@ class WorkerConfig:
     """Requests waiting for admission before QUEUE_FULL."""
     prefix_cache: bool = True
     kv_host_bytes: int = -1
-    """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and on cuda four times the pool, but at most a twentieth of the memory that is available."""
+    """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and for a group of ranks, and on cuda four times the pool, but at most a twentieth of the memory that is available."""
     kv_disk_folder: str = ""
     """Where prefix blocks go that leave host memory; each worker takes a folder of its name in it. Empty: no disk tier."""
     kv_disk_bytes: int = 8 << 30

@@ -17,7 +17,7 @@ from tests.unit.model_configs import load, random_tokens
 from tests.unit.rank_processes import KILL, Group, RankPool
 from tests.unit.test_cuda_runner import MAX_LEN, load_cuda, tiny_dense, tiny_moe
 from tests.unit.test_engine import hand_over
-from tests.unit.test_group_ranks import in_mid_run, only_tokens
+from tests.unit.test_group_ranks import Found, found, in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine import Engine
 from workers.model.cuda.rank_runner import CudaRankRunner
@@ -53,7 +53,10 @@ def config(folder: Path, transports: tuple[str, ...] = ("shm", "tcp"), **paralle
 
 
 def requests(count: int = 3) -> list[Request]:
-    return [make_request(random_tokens(5 + 4 * i, i, 64), 4, request_id=str(i), ignore_eos=True) for i in range(count)]
+    return [
+        make_request(random_tokens(5 + 4 * i, i, 64), 4, request_id=str(i), ignore_eos=True, logprobs=1)
+        for i in range(count)
+    ]
 
 
 def start(runner: Runner, work: list[Request]) -> Engine:
@@ -65,11 +68,11 @@ def start(runner: Runner, work: list[Request]) -> Engine:
 
 
 def alone(folder: Path, work: list[Request]) -> list[list[int]]:
-    outputs = run_to_end(start(load(folder, max_model_len=MAX_LEN, native=False), work))
-    return [tokens_of(outputs, i) for i in range(len(work))]
+    runner = load(folder, max_model_len=MAX_LEN, native=False)
+    return only_tokens(found(run_to_end(start(runner, work)), len(work)))
 
 
-def generate(group: Group, work: list[Request], move_after: int = 0) -> list[list[int]]:
+def generate(group: Group, work: list[Request], move_after: int = 0) -> Found:
     """With experts that move from rank to rank after some steps."""
     engine = start(group.runner, work)
     outputs: list[tuple[int, Output]] = []
@@ -79,7 +82,7 @@ def generate(group: Group, work: list[Request], move_after: int = 0) -> list[lis
         assert group.runner.rebalance(SKEWED) == 1
     outputs += run_to_end(engine)
     assert engine.num_held_blocks == 0
-    return [tokens_of(outputs, i) for i in range(len(work))]
+    return found(outputs, len(work))
 
 
 LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -97,7 +100,10 @@ def test_a_group_gives_the_greedy_tokens_of_one_rank_on_the_cpu(
     group = Group(pool, config(folders[model], **parallel))
     try:
         before = group.runner.placement
-        assert generate(group, work, move_after=3 if model == "moe" else 0) == alone(folders[model], work)
+        result = generate(group, work, move_after=3 if model == "moe" else 0)
+        assert only_tokens(result) == alone(folders[model], work)
+        if "tensor_parallel" not in parallel:  # then no sum is cut, and the logprobs too are those of one such rank
+            assert result == found(run_to_end(start(load_cuda(folders[model]), work)), len(work))
         assert (group.runner.placement != before) == (model == "moe")
     finally:
         group.stop()
@@ -114,9 +120,9 @@ def test_rows_travel_without_the_host_until_a_rank_is_lost_and_with_it_from_then
     assert isinstance(own, CudaRankRunner)
     try:
         assert own.is_direct
-        assert generate(group, work, move_after=3) == golden
-        found = in_mid_run(group, work, lambda: group.ranks[1].signal(KILL), num_steps=2)
-        assert only_tokens(found) == golden
+        assert only_tokens(generate(group, work, move_after=3)) == golden
+        result = in_mid_run(group, work, lambda: group.ranks[1].signal(KILL), num_steps=2)
+        assert only_tokens(result) == golden
         assert not own.is_direct and group.runner.epoch == 2
     finally:
         group.stop()

@@ -100,7 +100,7 @@ def test_a_pass_that_the_buffers_cannot_hold_is_refused_before_anything_is_sent(
         _Alone(), num_ranks=2, num_slots=2, num_choices=2, hidden_size=D, dtype=torch.float32, max_tokens=8, exact=True
     )
     buffers.expect(8)
-    with pytest.raises(ValueError, match="a pass of 9 tokens is above worker.max_batch_tokens 8"):
+    with pytest.raises(ValueError, match="a pass of 9 tokens is above"):
         buffers.expect(9)
 
 

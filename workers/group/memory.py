@@ -42,7 +42,7 @@ class OwnPart(Protocol):
 
 
 class GroupKvMemory(KvMemory):
-    """Blocks of all pools, pool p's from p * blocks_per_pool on. `expose` and `adopt` raise RankLost.
+    """Blocks of all pools, pool p's from p * blocks_per_pool on. Whatever brings blocks here or away raises RankLost.
 
     `remote_parts()` tells which ranks have memories of their own now; `ask(rank, message, epoch)` returns a rank's answer.
     """
@@ -80,6 +80,14 @@ class GroupKvMemory(KvMemory):
             tail = b"" if part.shares_memory else take_heads(self, ids, part.first_head, part.num_heads)
             self._ask(part.rank, PutBlocks(local, tail), None)
             self.num_moved_bytes += len(tail)
+
+    def copy_out(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        self.expose(blocks)
+        super().copy_out(blocks, views)
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        super().copy_in(blocks, views)
+        self.adopt(blocks)
 
     def _in_first_pool(self, blocks: Sequence[int]) -> list[int]:
         return [block for block in blocks if block < self._blocks_per_pool]
