@@ -6,7 +6,7 @@ import threading
 import time
 
 from workers.config import ParallelConfig
-from workers.errors import RankLost
+from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
 from workers.model.collectives import Links, WorldEpoch
 from workers.model.expert_placement import Placement
@@ -14,11 +14,16 @@ from workers.model.rank_runner import GroupStep, Rank
 from workers.runner import Batch, Sampled
 
 
+_STUCK_S = 10.0
+"""A thread that has not come back this long after its epoch was aborted waits for a device that waits for a lost rank."""
+
+
 class EpochMember:
     """Owns a rank's epoch. One thread joins and computes; any thread aborts."""
 
-    def __init__(self, runner: Rank, links: Links, host: str) -> None:
-        self._runner, self._links, self._host = runner, links, host
+    def __init__(self, runner: Rank, links: Links, host: str, stuck_s: float = _STUCK_S) -> None:
+        self._runner, self._links, self._host, self._stuck_s = runner, links, host, stuck_s
+        self._has_left = threading.Event()
         self._epoch: WorldEpoch | None = None
         self._aborted: tuple[int, threading.Event] = (0, threading.Event())
         self._lock = threading.Lock()
@@ -57,6 +62,7 @@ class EpochMember:
             device=self._runner.device,
             prepare=lambda store: self._runner.prepare(form.direct, store),
         )
+        self._has_left.clear()
         self._links.use(self._epoch)
 
     def leave(self) -> None:
@@ -66,6 +72,7 @@ class EpochMember:
         if epoch is not None:
             epoch.abort()
             self._runner.left()
+        self._has_left.set()
 
     def abort(self, epoch: int) -> None:
         """Every wait of this rank in that epoch ends with RankLost. For another thread than the one that computes."""
@@ -82,6 +89,14 @@ class EpochMember:
         epoch = self._epoch  # one that is being joined is ended by its flag alone
         if epoch is not None and epoch.epoch == number:
             epoch.interrupt()
+            if self._runner.is_direct:
+                threading.Thread(target=self._require_leave, name="group-stuck", daemon=True).start()
+
+    def _require_leave(self) -> None:
+        """Dies where the thread that computes does not come back, and with it the process whose owner watches its threads
+        (cluster.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted."""
+        if not self._has_left.wait(self._stuck_s):
+            raise DeviceStuck("the GPU waits for a rank that is gone, which only the end of this process can end")
 
     def compute(self, step: Step, batch: Batch) -> tuple[list[Sampled], Done]:
         """Switches role, moves experts, then computes, as the step says. Raises RankLost when the epoch is over."""

@@ -63,7 +63,7 @@ class Pending:
         """As `wait`, and on a GPU too until the operation has ended well: for what must not be taken from a broken epoch."""
         self.wait()
         if self._on_device:
-            _await_device(self._aborted)
+            _await_device(self._keep[0].device, self._aborted)
 
     def _queue_behind(self) -> None:
         if self._aborted.is_set():
@@ -74,10 +74,10 @@ class Pending:
             raise RankLost(f"a group operation failed: {error}") from error
 
 
-def _await_device(aborted: threading.Event) -> None:
-    """Until the current stream is done. Raises RankLost when the epoch was aborted: whoever aborts says so before he does."""
+def _await_device(device: torch.device, aborted: threading.Event) -> None:
+    """Until the device's current stream is done. Raises RankLost when the epoch was aborted, which is said before it is done."""
     done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
+    done.record(torch.cuda.current_stream(device))
     while not done.query():
         if aborted.is_set():
             raise RankLost("the epoch was aborted")
@@ -154,7 +154,7 @@ class Communicator:
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            _await_device(self._aborted)
+            _await_device(values.device, self._aborted)
             values = host
         return values.tolist()
 

@@ -49,6 +49,8 @@ class Rank(Protocol):
     """Keys and values are on a device, and come to the memory in use only when they are shown."""
     offers_direct: bool
     """The next epoch may bring rows to experts without the host, if all ranks offer it."""
+    is_direct: bool
+    """This epoch does: a rank that is lost then leaves this device waiting, and nothing but the end of the process ends that."""
     warnings: tuple[str, ...]
 
     @property
@@ -95,6 +97,7 @@ class RankRunner(TorchRunner):
     device = "cpu"
     is_staged = False
     offers_direct = False
+    is_direct = False
 
     def __init__(
         self,

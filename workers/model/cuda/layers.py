@@ -80,9 +80,10 @@ class Experts:
             if not isinstance(source, int) or source != at
         }
         cut = self._gate_up[0].numel() * self._gate_up.element_size()
-        for at, blob in fresh.items():
-            self._gate_up[at].view(-1).view(torch.uint8).copy_(blob[:cut])
-            self._down[at].view(-1).view(torch.uint8).copy_(blob[cut:])
+        with torch.inference_mode():
+            for at, blob in fresh.items():
+                self._gate_up[at].view(-1).view(torch.uint8).copy_(blob[:cut])
+                self._down[at].view(-1).view(torch.uint8).copy_(blob[cut:])
 
     def _multiply(self, x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, is_decode: bool) -> Tensor:
         if self._vendor:

@@ -72,6 +72,7 @@ class CudaRankRunner(ModelRunner[RankErnie]):
         self._upload = Upload(device)
         self._step = GroupStep(0, 0)
         self._buffers: DirectBuffers | None = None
+        self.is_direct = False
 
     # ---- memory ----
 
@@ -106,22 +107,18 @@ class CudaRankRunner(ModelRunner[RankErnie]):
     def prepare(self, direct: bool, store: Any) -> None:
         """As Rank's. Buffers that the device reaches in other processes can be made once in a process's life: those
         processes cannot be exchanged afterwards, so later epochs go without."""
-        self.offers_direct = False
+        self.offers_direct = self.is_direct = False
         self._buffers = None
         if direct and self._symmetric is not None:
             with torch.inference_mode(), as_current(self._torch_device):
                 self._buffers = self._make_buffers(self._symmetric, store)
+        self.is_direct = self._buffers is not None
         for mixture in self._model.mixtures:
             mixture.use_buffers(self._buffers)
 
-    @property
-    def is_direct(self) -> bool:
-        """Whether rows reach experts without the host in this epoch."""
-        return self._buffers is not None
-
     def left(self) -> None:
         """As Rank's. NCCL's operations end when they are aborted; those of NVSHMEM never do."""
-        if self._buffers is None or self._torch_device.type != "cuda":
+        if not self.is_direct or self._torch_device.type != "cuda":
             return
         with as_current(self._torch_device):
             done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
