@@ -13,7 +13,6 @@ from workers.model.expert_placement import Placement
 from workers.model.rank_runner import GroupStep, Rank
 from workers.runner import Batch, Sampled
 
-
 _STUCK_S = 10.0
 """A thread that has not come back this long after its epoch was aborted waits for a device that waits for a lost rank."""
 

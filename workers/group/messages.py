@@ -109,8 +109,8 @@ class Step:
     wants_load: bool
     moved_layer: int
     moved_slots: list[int]
-    num_prefill: int = 0
-    num_decode: int = 0
+    num_prefill: int
+    num_decode: int
     """Tokens of prompts and of decode, over all ranks."""
     tail: bytes = b""
 
