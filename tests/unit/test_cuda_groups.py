@@ -15,16 +15,22 @@ import torch
 from tests.builders import make_engine, make_request, run_to_end, tokens_of
 from tests.unit.model_configs import load, random_tokens
 from tests.unit.rank_processes import KILL, Group, RankPool
-from tests.unit.test_cuda_runner import MAX_LEN, load_cuda, tiny_dense, tiny_moe
+from tests.unit.test_cuda_runner import DEVICE, MAX_LEN, load_cuda, tiny_dense, tiny_moe
 from tests.unit.test_engine import hand_over
 from tests.unit.test_group_ranks import Found, found, in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine import Engine
-from workers.model.cuda.rank_runner import CudaRankRunner
+from workers.model.collectives import Links
+from workers.model.cuda.rank_runner import CudaRankRunner, CudaRanks
+from workers.model.ernie_config import ErnieConfig
+from workers.model.rank_runner import initial_placement
 from workers.request import Output, Request
 from workers.runner import Runner
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # of rows that nobody reads
+]
 
 SKEWED = [[90, 40, 1, 60]]
 
@@ -109,7 +115,15 @@ def test_a_group_gives_the_greedy_tokens_of_one_rank_on_the_cpu(
         group.stop()
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of rows that nobody reads
+def test_warming_up_touches_no_block_and_talks_to_nobody(folders: dict[str, Path]) -> None:
+    settings = config(folders["moe"], expert_parallel=2, tensor_parallel=2)
+    placement = initial_placement(settings, ErnieConfig.load(folders["moe"]))
+    rank = CudaRanks(DEVICE).load(settings, 1, Links(), placement, num_blocks=4)
+    rank.warm_up()
+    assert not rank._pool.values[:-1].any() and rank._pool.values[-1].any()
+    assert rank.experts.take_load() == [[0, 0, 0, 0]]
+
+
 def test_rows_travel_without_the_host_until_a_rank_is_lost_and_with_it_from_then_on(
     pool: RankPool, folders: dict[str, Path]
 ) -> None:

@@ -20,6 +20,7 @@ from workers.errors import DeviceStuck, InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links, Stages, finish, finish_both
 from workers.model.cuda.device_pool import DevicePool
+from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
 from workers.model.cuda.runner import as_current, free_bytes
 from workers.model.cuda.staged_part import StagedPart
@@ -147,6 +148,13 @@ class CudaRankRunner(ModelRunner[RankErnie]):
 
     # ---- steps ----
 
+    def warm_up(self) -> None:
+        """Compiles the kernels of both kinds of passes: this rank's part alone, on a row of the scratch block, to no purpose."""
+        scratch = SequenceSlice(0, (0,), 0, (self._pool.scratch_block,))
+        with torch.inference_mode(), as_current(self._torch_device):
+            for inputs in (self._upload.prefill((scratch,)), self._decode_inputs((scratch,))):
+                CudaErnie.logits(self._model, self._model.forward(inputs, self._pool))
+
     def execute_part(self, batch: Batch, step: GroupStep) -> list[Sampled]:
         """As Rank's."""
         self._step = step
@@ -235,7 +243,10 @@ class CudaRanks:
             num_nodes=config.parallel.num_nodes, dtype=dtype, device=device,
         )  # fmt: skip
         symmetric = (self._symmetric or nvshmem) if is_direct else None
-        return CudaRankRunner(model, pool, info, config, layout, experts, device, symmetric)
+        runner = CudaRankRunner(model, pool, info, config, layout, experts, device, symmetric)
+        if device.type == "cuda":
+            runner.warm_up()
+        return runner
 
     def _layout(self, config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, num_free_bytes: int) -> KvLayout:
         mine = replace(dimensions, num_kv_heads=layout.share(dimensions.num_kv_heads).count)
