@@ -222,7 +222,7 @@ def measure_balance(folder: Path) -> dict[str, Any]:
         quiet = statistics.median(load.decode() for _ in range(20))
         return {
             "before": before, "after": worst(skewed), "layers": moved, "step_ms": quiet * 1e3,
-            "moving_step_ms": statistics.median(during) * 1e3, "expert_bytes": runner.member.runner.expert_bytes(),
+            "moving_step_ms": statistics.median(during) * 1e3, "expert_bytes": runner.member.runner.experts.expert_bytes,
         }  # fmt: skip
     finally:
         ranks.stop()

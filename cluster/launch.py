@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig
 from cluster.joining import join_ray
 from cluster.local import RaySession, end_local, make_folder, start_ray
-from cluster.preflight import check_disk_tier, check_layout, check_memory, check_model, check_port, check_store
+from cluster.preflight import (
+    check_disk_tier,
+    check_gpus,
+    check_layout,
+    check_memory,
+    check_model,
+    check_port,
+    check_store,
+)
 from cluster.progress import Progress
 from workers.errors import BatonError, InvalidConfig
 
@@ -49,6 +57,7 @@ async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
     check_model(config.worker.model)
     check_layout(config.worker)
+    check_gpus(config)
     if config.router.model != config.worker.model:
         check_model(config.router.model)
     for at in range(config.pools.routers):

@@ -13,7 +13,7 @@ from cluster.store.store import StoreUnavailable
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.ernie_config import ErnieConfig
-from workers.model.parallel import check, require_device
+from workers.model.parallel import check
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
@@ -47,8 +47,24 @@ def check_model(path: str) -> None:
 def check_layout(config: WorkerConfig) -> None:
     """Raises InvalidConfig when the model cannot be spread over ranks as worker.parallel asks."""
     if config.parallel.size > 1:
-        require_device(config.parallel, config.device)
         check(config.parallel, ErnieConfig.load(Path(config.model)))
+
+
+def check_gpus(config: ClusterConfig) -> None:
+    """Raises InvalidConfig when the ranks of a worker would not get a GPU each."""
+    worker = config.worker
+    if worker.parallel.size == 1 or worker.device == "cpu":
+        return
+    if config.ray.worker_gpus < 1:
+        raise InvalidConfig(
+            f"ray.worker_gpus {config.ray.worker_gpus:g} would put several ranks of a worker on one GPU, which NCCL refuses; "
+            "set it to 1"
+        )
+    if worker.device != "cuda":
+        raise InvalidConfig(
+            f"worker.device {worker.device!r} is one GPU, and worker.parallel asks for {worker.parallel.size} ranks: "
+            "set it to cuda, as Ray shows each rank a GPU of its own"
+        )
 
 
 def check_port(host: str, port: int, setting: str) -> None:

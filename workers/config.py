@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
+
+MAX_DIRECT_RANKS = 16
+"""torch's device-side exchange (all_to_all_vdev_2d_offset) takes no larger groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class ParallelConfig:
     """Ranks that share a host, which experts' copies are packed into first; 0: the whole group is on one."""
     exact_combine: bool = True
     """Expert outputs travel back one by one and are added as on a single rank, bit for bit. False: each rank adds its own first, which sends less."""
+    dispatch: Literal["auto", "all_to_all", "device"] = "auto"
+    """How rows reach experts on GPUs: device keeps the number of rows that travel on the GPU (NVSHMEM; a rank that is lost then ends the processes of all), all_to_all asks the host and runs everywhere, auto takes device where it can."""
     min_overlap_tokens: int = 0
     """Steps with at least this many tokens run as two halves, one communicating while the other computes; 0: never."""
     rebalance_steps: int = 0
@@ -49,6 +55,12 @@ class ParallelConfig:
                 self.ranks_per_node >= 0 and self.size % (self.ranks_per_node or self.size) == 0,
                 "ranks_per_node",
                 f"must be 0 or divide the group's {self.size} ranks",
+            ),
+            (self.dispatch in ("auto", "all_to_all", "device"), "dispatch", "must be auto, all_to_all or device"),
+            (
+                self.dispatch != "device" or (self.size <= MAX_DIRECT_RANKS and not self.min_overlap_tokens),
+                "dispatch",
+                f"must be auto or all_to_all for more than {MAX_DIRECT_RANKS} ranks, and with min_overlap_tokens",
             ),
             (self.min_overlap_tokens >= 0, "min_overlap_tokens", "must not be negative"),
             (self.rebalance_steps >= 0, "rebalance_steps", "must not be negative"),
@@ -108,7 +120,7 @@ class WorkerConfig:
     """Requests waiting for admission before QUEUE_FULL."""
     prefix_cache: bool = True
     kv_host_bytes: int = -1
-    """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and on cuda four times the pool, but at most a twentieth of the memory that is available."""
+    """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and for a group of ranks, and on cuda four times the pool, but at most a twentieth of the memory that is available."""
     kv_disk_folder: str = ""
     """Where prefix blocks go that leave host memory; each worker takes a folder of its name in it. Empty: no disk tier."""
     kv_disk_bytes: int = 8 << 30
@@ -165,6 +177,11 @@ class WorkerConfig:
                 bool(self.transports) and set(self.transports) <= set(BEST_FIRST),
                 "transports",
                 f"must name at least one of {', '.join(BEST_FIRST)}",
+            ),
+            (
+                self.parallel.dispatch != "device" or self.device != "cpu",
+                "parallel",
+                "must leave dispatch at auto or all_to_all on cpu",
             ),
             (self.max_pause_s > 0, "max_pause_s", "must be positive"),
             (self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative"),

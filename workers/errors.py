@@ -70,6 +70,10 @@ class RankLost(BatonError):
     """The world's fault: a group of ranks broke apart in mid-step; it will be put together again."""
 
 
+class DeviceStuck(BatonError):
+    """The world's fault: a device waits for a rank that is gone, and nothing but the end of this process can end that."""
+
+
 class PoolsLost(BatonError):
     """The world's fault: a batch was not computed. It can run again, once what lived in `pools` has been computed again.
 

@@ -12,9 +12,25 @@ from typing import Any
 
 from workers.config import WorkerConfig
 from workers.group.runner import GroupRunner
+from workers.model.rank_loading import RankLoader, rank_loader
 
 TOKEN = "a group of tests"
 WAIT_S = 60.0
+
+
+def loader_of(config: WorkerConfig, rank: int) -> RankLoader:
+    """Where there is no GPU, ranks that are configured for one compute on the CPU, in Triton's interpreter; and what they
+    exchange without the host goes through an emulation of NVSHMEM."""
+    import torch
+
+    if config.device == "cpu":
+        return rank_loader(config)
+    from tests.unit.symmetric_emulation import emulated
+    from workers.model.cuda.rank_runner import CudaRanks
+
+    if torch.cuda.is_available():
+        return CudaRanks(torch.device("cuda", rank))
+    return CudaRanks(torch.device("cpu"), emulated)
 
 
 def serve_ranks(pipe: Connection) -> None:
@@ -26,7 +42,7 @@ def serve_ranks(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
         config, rank, addresses = task
-        follower = Follower(config, rank, TOKEN)
+        follower = Follower(config, rank, TOKEN, loader=loader_of(config, rank))
         for address in addresses:
             why = follower.serve(*address)
             member = follower.member
@@ -94,7 +110,13 @@ class Group:
     def __post_init__(self) -> None:
         for rank in range(1, self.config.parallel.size):
             self.ranks[rank] = self.pool.take()
-        self.runner = GroupRunner.load(self.config, token=TOKEN, on_listening=self._listening, on_lost=self._on_lost)
+        self.runner = GroupRunner.load(
+            self.config,
+            token=TOKEN,
+            on_listening=self._listening,
+            on_lost=self._on_lost,
+            loader=loader_of(self.config, 0),
+        )
         assert self.runner.wait_serving(WAIT_S), "the group does not form"
 
     def replace(self, rank: int) -> None:

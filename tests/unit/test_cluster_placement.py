@@ -51,7 +51,8 @@ def test_what_is_missing_is_said_in_figures() -> None:
     [
         (["worker.parallel.expert_parallel=3"], "do not spread evenly over 3 ranks"),
         (["worker.parallel.tensor_parallel=2"], "must divide expert_parallel"),
-        (["worker.parallel.expert_parallel=2", "worker.device=cuda"], r"2 ranks runs on worker\.device cpu"),
+        (["worker.parallel.expert_parallel=2", "worker.device=cuda:1"], "Ray shows each rank a GPU of its own"),
+        (["worker.parallel.expert_parallel=2", "worker.device=cuda", "ray.worker_gpus=0.5"], "which NCCL refuses"),
     ],
 )
 async def test_a_layout_that_cannot_be_is_refused_before_anything_starts(settings: list[str], message: str) -> None:

@@ -38,11 +38,12 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 MAX_LEN = 192
 
 
-def tiny_dense(folder: Path) -> Oracle:
-    return small_dense(
-        folder, vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
+def tiny_dense(folder: Path, **changes: Any) -> Oracle:
+    fields: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, max_position_embeddings=MAX_LEN,
     )  # fmt: skip
+    return small_dense(folder, **{**fields, **changes})
 
 
 def tiny_moe(folder: Path) -> Oracle:

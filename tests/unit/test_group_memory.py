@@ -9,12 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workers.errors import TransferFailed
+from tests.builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from workers.errors import RankLost, TransferFailed
+from workers.group.memory import GroupKvMemory, RemotePart, put_heads, take_heads
+from workers.group.messages import Blocks, GetBlocks, PutBlocks
+from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.joined import JoinedKvMemory
 from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.model.kv_memory import KvPool
 from workers.model.parallel import Share
-from workers.runner import BLOCK_SIZE
+from workers.runner import BLOCK_SIZE, FakeRunner
 
 LAYOUT = KvLayout(6, 2, num_kv_heads=4, block_size=BLOCK_SIZE, head_dim=8, dtype="float32", itemsize=4)
 
@@ -85,3 +89,42 @@ def test_a_pool_that_is_not_the_groups_is_not_joined(fault: str) -> None:
     }[fault]
     with pytest.raises(TransferFailed):
         JoinedKvMemory(handle, LAYOUT)
+
+
+class RemoteRunner(FakeRunner):
+    """Computes in a memory of its own, as a rank on another host or a GPU; the group's is what others see of it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        layout = replace(fake_layout(), num_blocks=num_blocks)
+        self.own, self.is_lost = KvMemory(layout), False
+        super().__init__(self.own)
+        part = RemotePart(1, 0, 0, layout.num_kv_heads)
+        self.group = GroupKvMemory(layout, num_blocks, lambda: [part], self._ask)
+
+    @property
+    def kv_memory(self) -> KvMemory:
+        return self.group
+
+    def _ask(self, rank: int, message: GetBlocks | PutBlocks, epoch: int | None) -> Blocks:
+        if self.is_lost:
+            raise RankLost("the group is between two epochs")
+        heads = self.own.layout.num_kv_heads
+        if isinstance(message, GetBlocks):
+            return Blocks(take_heads(self.own, message.blocks, 0, heads))
+        put_heads(self.own, message.blocks, 0, heads, message.tail)
+        return Blocks()
+
+
+@pytest.mark.parametrize("lost", ["", "down", "up"])
+def test_a_rank_elsewhere_gets_its_evicted_blocks_back_or_computes_them(lost: str) -> None:
+    runner = RemoteRunner(num_blocks=6)
+    engine = make_engine(runner, tiers=KvTiers(runner.kv_memory, num_host_blocks=16))
+    request, other = (make_request(range(first, first + 3 * BLOCK_SIZE + 1), 2) for first in (5, 400))
+    found = []
+    for name, asked in enumerate((request, other, request)):
+        runner.is_lost = lost == ("", "down", "up")[name]
+        engine.add(name, asked)
+        outputs = run_to_end(engine)
+        found.append((tokens_of(outputs, name), outputs[0][1].cached_tokens))
+    assert found[0][0] == found[2][0] == generate_alone(request)
+    assert found[2][1] == (2 if lost else 3) * BLOCK_SIZE  # two are in the pool still

@@ -31,12 +31,12 @@ from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),
     Welcome(17, [[0, 1], [1, 0]], 88, 5, 4096, "00ff"),
-    Ready("weights", 12, shares_memory=False),
+    Ready("weights", 12, shares_memory=False, offers_direct=True),
     GetBlocks([3, 4]),
     PutBlocks([3], b"heads"),
     Blocks(b"heads"),
-    Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537),
-    Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], b"\x00\xff"),
+    Form(3, "127.0.0.1", 4444, [[0, 1]], "decode", 65537, direct=True),
+    Step(3, 8, "mixed", 0, True, False, 1, [3, 2, 1], 5, 2, b"\x00\xff"),
     Done(3, 8, 0.25, 7, 99, [[1, 2]], b"tail"),
     Beat(),
 )

@@ -6,19 +6,23 @@ import threading
 import time
 
 from workers.config import ParallelConfig
-from workers.errors import RankLost
+from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
 from workers.model.collectives import Links, WorldEpoch
 from workers.model.expert_placement import Placement
-from workers.model.rank_runner import RankRunner
+from workers.model.rank_runner import GroupStep, Rank
 from workers.runner import Batch, Sampled
+
+_STUCK_S = 10.0
+"""A thread that has not come back this long after its epoch was aborted waits for a device that waits for a lost rank."""
 
 
 class EpochMember:
     """Owns a rank's epoch. One thread joins and computes; any thread aborts."""
 
-    def __init__(self, runner: RankRunner, links: Links, host: str) -> None:
-        self._runner, self._links, self._host = runner, links, host
+    def __init__(self, runner: Rank, links: Links, host: str, stuck_s: float = _STUCK_S) -> None:
+        self._runner, self._links, self._host, self._stuck_s = runner, links, host, stuck_s
+        self._has_left = threading.Event()
         self._epoch: WorldEpoch | None = None
         self._aborted: tuple[int, threading.Event] = (0, threading.Event())
         self._lock = threading.Lock()
@@ -27,7 +31,7 @@ class EpochMember:
         """The step at which the role in force came."""
 
     @property
-    def runner(self) -> RankRunner:
+    def runner(self) -> Rank:
         return self._runner
 
     def prepare(self, epoch: int) -> None:
@@ -42,7 +46,7 @@ class EpochMember:
         if epoch != form.epoch or aborted.is_set():
             raise RankLost(f"epoch {form.epoch} is over")
         if form.slots:
-            self._runner.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
+            self._runner.experts.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
         self.role, self.generation = form.role, form.generation
         layout = self._runner.layout
         self._epoch = WorldEpoch.join(
@@ -54,25 +58,44 @@ class EpochMember:
             host=self._host,
             timeout_s=parallel.form_timeout_s,
             aborted=aborted,
+            device=self._runner.device,
+            prepare=lambda store: self._runner.prepare(form.direct, store),
         )
+        self._has_left.clear()
         self._links.use(self._epoch)
 
     def leave(self) -> None:
-        """Out of the epoch; its process groups go. Weights and KV stay."""
+        """Out of the epoch; its process groups go. Weights and KV stay. Raises DeviceStuck when the device does not."""
         epoch, self._epoch = self._epoch, None
         self._links.use(None)
         if epoch is not None:
             epoch.abort()
+            self._runner.left()
+        self._has_left.set()
 
     def abort(self, epoch: int) -> None:
         """Every wait of this rank in that epoch ends with RankLost. For another thread than the one that computes."""
         with self._lock:
-            current, event = self._aborted
-            if current == epoch:
-                event.set()
+            if self._aborted[0] == epoch:
+                self._interrupt()
 
     def abort_any(self) -> None:
-        self._aborted[1].set()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        number, event = self._aborted
+        event.set()
+        epoch = self._epoch  # one that is being joined is ended by its flag alone
+        if epoch is not None and epoch.epoch == number:
+            epoch.interrupt()
+            if self._runner.is_direct:
+                threading.Thread(target=self._require_leave, name="group-stuck", daemon=True).start()
+
+    def _require_leave(self) -> None:
+        """Dies where the thread that computes does not come back, and with it the process whose owner watches its threads
+        (cluster.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted."""
+        if not self._has_left.wait(self._stuck_s):
+            raise DeviceStuck("the GPU waits for a rank that is gone, which only the end of this process can end")
 
     def compute(self, step: Step, batch: Batch) -> tuple[list[Sampled], Done]:
         """Switches role, moves experts, then computes, as the step says. Raises RankLost when the epoch is over."""
@@ -82,9 +105,9 @@ class EpochMember:
         if (step.role, step.generation) != (self.role, self.generation):
             self.role, self.generation, self.switched_at = step.role, step.generation, step.number
         if step.moved_layer >= 0:
-            self._runner.move_experts(step.moved_layer, tuple(step.moved_slots))
-        results = self._runner.execute_part(batch, step.halves)
+            self._runner.experts.move(step.moved_layer, tuple(step.moved_slots))
+        results = self._runner.execute_part(batch, GroupStep(step.num_prefill, step.num_decode, step.halves))
         sent_bytes = self._epoch.world.num_sent_bytes
-        load = self._runner.take_load() if step.wants_load else []
+        load = self._runner.experts.take_load() if step.wants_load else []
         done = Done(step.epoch, step.number, time.monotonic() - started_s, self.generation, sent_bytes, load)
         return results, done

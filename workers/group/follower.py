@@ -37,8 +37,11 @@ from workers.group.step_codec import decode_batch, encode_results
 from workers.kv_transfer.joined import JoinedKvMemory
 from workers.kv_transfer.memory import KvMemory, SharedHandle
 from workers.model.collectives import Links
+from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement
-from workers.model.rank_runner import RankRunner, load_rank
+from workers.model.rank_loading import RankLoader, rank_loader
+from workers.model.rank_runner import Rank, group_layout, own_layout
+from workers.model.weights import checkpoint_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +50,18 @@ class Follower:
     """One rank of a group, in a process of its own. Weights and KV outlive epochs and leaders."""
 
     def __init__(
-        self, config: WorkerConfig, rank: int, token: str, on_loaded: Callable[[], None] = lambda: None
+        self,
+        config: WorkerConfig,
+        rank: int,
+        token: str,
+        on_loaded: Callable[[], None] = lambda: None,
+        loader: RankLoader | None = None,
     ) -> None:
         """`on_loaded` is called on the thread that serves, each time this rank is ready for an epoch."""
-        self._config, self._rank, self._token = config, rank, token
+        self._config, self._rank, self._token, self._loader = config, rank, token, loader
         self._on_loaded = on_loaded
         self._shares_memory = False
+        self._num_blocks = 0
         self._links = Links()
         self._member: EpochMember | None = None
         self._stop = threading.Event()
@@ -159,13 +168,18 @@ class Follower:
         size = self._config.parallel.size
         if self._member is None:
             placement = Placement(size, tuple(map(tuple, welcome.slots)))
-            runner = load_rank(self._config, self._rank, self._links, placement, welcome.num_blocks)
+            loader = self._loader or rank_loader(self._config)
+            runner = loader.load(self._config, self._rank, self._links, placement, welcome.num_blocks)
             self._member = EpochMember(runner, self._links, host)
+        else:
+            self._member.runner.resize(welcome.num_blocks)
+        self._num_blocks = welcome.num_blocks
         self._join_memory(self._member.runner, welcome)
 
-    def _join_memory(self, runner: RankRunner, welcome: Welcome) -> None:
+    def _join_memory(self, runner: Rank, welcome: Welcome) -> None:
         """The leader's memory where it can be reached, which is on its host; else one of this rank's own."""
-        whole = runner.group_layout(welcome.num_blocks)
+        dimensions = ErnieConfig.load(checkpoint_folder(self._config.model))
+        whole = group_layout(self._config, dimensions, runner.layout, welcome.num_blocks)
         nonce = bytes.fromhex(welcome.pool_nonce)
         handle = SharedHandle(welcome.pool_pid, welcome.pool_fd, welcome.pool_bytes, nonce)
         try:
@@ -174,7 +188,8 @@ class Follower:
             runner.use_memory(JoinedKvMemory(handle, whole), runner.layout.pool * welcome.num_blocks)
         except TransferFailed as error:
             log.info("rank %d keeps its KV to itself: %s", self._rank, error)
-            runner.use_memory(KvMemory(runner.own_layout(welcome.num_blocks)))
+            own = own_layout(self._config, dimensions, runner.layout, welcome.num_blocks)
+            runner.use_memory(KvMemory(own))
             self._shares_memory = False
         else:
             self._shares_memory = True
@@ -182,18 +197,22 @@ class Follower:
     def _say_ready(self, channel: Channel) -> None:
         assert self._member is not None
         runner = self._member.runner
-        channel.send(Ready(runner.model_info.fingerprint, runner.expert_bytes(), self._shares_memory))
+        fingerprint, experts = runner.model_info.fingerprint, runner.experts
+        channel.send(Ready(fingerprint, experts.expert_bytes, self._shares_memory, runner.offers_direct))
         self._on_loaded()
 
     def _move_blocks(self, message: GetBlocks | PutBlocks) -> Blocks:
         assert self._member is not None
-        memory = self._member.runner.kv_memory
+        runner, memory = self._member.runner, self._member.runner.kv_memory
         heads = memory.layout.num_kv_heads
-        if not all(0 <= block < memory.layout.num_blocks for block in message.blocks):
+        if not all(0 <= block < self._num_blocks for block in message.blocks):
             raise RankLost("the leader named a block that this rank does not have")
         if isinstance(message, GetBlocks):
-            return Blocks(take_heads(memory, message.blocks, 0, heads))
-        put_heads(memory, message.blocks, 0, heads, message.tail)
+            runner.show_blocks(message.blocks)
+            return Blocks(b"" if self._shares_memory else take_heads(memory, message.blocks, 0, heads))
+        if not self._shares_memory:
+            put_heads(memory, message.blocks, 0, heads, message.tail)
+        runner.take_blocks(message.blocks)
         return Blocks()
 
     def _form(self, form: Form, channel: Channel) -> None:

@@ -83,6 +83,8 @@ class GroupLeader:
         self._blocks: dict[int, Blocks] = {}
         self._hellos: dict[int, Hello] = {}
         self._remote: set[int] = set()
+        self._direct: set[int] = set()
+        """Ranks that offer to bring rows to experts without the host in the next epoch."""
         self.pool: SharedHandle | None = None
         """The memory that ranks on this host join."""
         self._number = 0
@@ -118,9 +120,10 @@ class GroupLeader:
 
     # ---- what rank 0 reports of itself ----
 
-    def own_ready(self, fingerprint: str) -> None:
+    def own_ready(self, fingerprint: str, offers_direct: bool = False) -> None:
         with self._changed:
             self._fingerprint = fingerprint
+            (self._direct.add if offers_direct else self._direct.discard)(OWN_RANK)
         self._handle(f.BecameReady(OWN_RANK))
 
     def own_formed(self, epoch: int) -> None:
@@ -282,6 +285,7 @@ class GroupLeader:
                     raise RankLost("it has loaded another checkpoint, or with other settings")
                 with self._changed:
                     (self._remote.discard if message.shares_memory else self._remote.add)(rank)
+                    (self._direct.add if message.offers_direct else self._direct.discard)(rank)
                 self._handle(f.BecameReady(rank))
             case Blocks():
                 with self._changed:
@@ -322,7 +326,8 @@ class GroupLeader:
         match command:
             case f.FormEpoch(epoch):
                 truth = self._callbacks.truth()
-                form = Form(epoch, *self._store, truth.slots, truth.role, truth.generation)
+                direct = len(self._direct) == self._parallel.size
+                form = Form(epoch, *self._store, truth.slots, truth.role, truth.generation, direct)
                 self._tell_all(form)
                 self._callbacks.form(form)
             case f.AbortEpoch(epoch, message):

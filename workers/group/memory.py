@@ -1,13 +1,14 @@
 """The whole group's KV in one layout, whole heads and all pools, whatever the ranks' own; knows no model and no handoff.
 
-Ranks on the leader's host write into this very memory. What a rank on another host holds is fetched before a transfer
-shows it (`expose`), and sent there once a transfer has placed it (`adopt`).
+CPU ranks on the leader's host write into this very memory. What a rank holds elsewhere, on another host or on a GPU, is
+fetched before a transfer shows it (`expose`), and brought there once a transfer has placed it (`adopt`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +23,26 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class RemotePart:
-    """What a rank that has a memory of its own holds: some heads of one pool's blocks."""
+    """What a rank that computes elsewhere than in this memory holds: some heads of one pool's blocks."""
 
     rank: int
     pool: int
     first_head: int
     num_heads: int
+    shares_memory: bool = False
+    """It copies between its device and this memory itself; otherwise the bytes travel with the messages."""
+
+
+class OwnPart(Protocol):
+    """The leader's own rank, where it computes on a device; its blocks are the first pool's."""
+
+    def show_blocks(self, blocks: Sequence[int]) -> None: ...
+
+    def take_blocks(self, blocks: Sequence[int]) -> None: ...
 
 
 class GroupKvMemory(KvMemory):
-    """Blocks of all pools, pool p's from p * blocks_per_pool on. `expose` and `adopt` raise RankLost.
+    """Blocks of all pools, pool p's from p * blocks_per_pool on. Whatever brings blocks here or away raises RankLost.
 
     `remote_parts()` tells which ranks have memories of their own now; `ask(rank, message, epoch)` returns a rank's answer.
     """
@@ -46,22 +57,40 @@ class GroupKvMemory(KvMemory):
         super().__init__(layout)
         self._blocks_per_pool = blocks_per_pool
         self._remote_parts, self._ask = remote_parts, ask
+        self.own: OwnPart | None = None
         self.epoch = 0
         """That of the last step: blocks are shown in the epoch that they were computed in, or not at all."""
         self.num_moved_bytes = 0
         """Between hosts, in both directions."""
 
     def expose(self, blocks: Sequence[int]) -> None:
+        if self.own is not None:
+            self.own.show_blocks(self._in_first_pool(blocks))
         for part, ids, local in self._shares(blocks):
             answer = self._ask(part.rank, GetBlocks(local), self.epoch)
+            if part.shares_memory:
+                continue
             put_heads(self, ids, part.first_head, part.num_heads, answer.tail)
             self.num_moved_bytes += len(answer.tail)
 
     def adopt(self, blocks: Sequence[int]) -> None:
+        if self.own is not None:
+            self.own.take_blocks(self._in_first_pool(blocks))
         for part, ids, local in self._shares(blocks):
-            tail = take_heads(self, ids, part.first_head, part.num_heads)
+            tail = b"" if part.shares_memory else take_heads(self, ids, part.first_head, part.num_heads)
             self._ask(part.rank, PutBlocks(local, tail), None)
             self.num_moved_bytes += len(tail)
+
+    def copy_out(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        self.expose(blocks)
+        super().copy_out(blocks, views)
+
+    def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
+        super().copy_in(blocks, views)
+        self.adopt(blocks)
+
+    def _in_first_pool(self, blocks: Sequence[int]) -> list[int]:
+        return [block for block in blocks if block < self._blocks_per_pool]
 
     def _shares(self, blocks: Sequence[int]) -> Iterator[tuple[RemotePart, list[int], list[int]]]:
         """For each remote rank its blocks among `blocks`, a message's worth at a time: ids here, and ids there."""

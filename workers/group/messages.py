@@ -62,6 +62,8 @@ class Ready:
     expert_bytes: int = 0
     shares_memory: bool = True
     """It has joined the leader's memory; otherwise it is on another host and keeps its KV to itself."""
+    offers_direct: bool = False
+    """It can bring rows to experts without the host (workers.model.direct_dispatch) in the next epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Form:
     slots: list[list[int]]
     role: str
     generation: int
+    direct: bool = False
+    """All ranks have offered it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,9 @@ class Step:
     wants_load: bool
     moved_layer: int
     moved_slots: list[int]
+    num_prefill: int
+    num_decode: int
+    """Tokens of prompts and of decode, over all ranks."""
     tail: bytes = b""
 
 
@@ -134,14 +141,15 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class GetBlocks:
-    """The leader wants what a rank holds of some blocks, by the rank's own numbers."""
+    """The leader wants what a rank holds of some blocks, by the rank's own numbers: in the leader's memory if it has joined
+    that, else in the answer."""
 
     blocks: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class PutBlocks:
-    """A rank takes over what it is to hold of some blocks: the bytes in `tail`."""
+    """A rank takes over what it is to hold of some blocks: from the leader's memory if it has joined that, else from `tail`."""
 
     blocks: list[int]
     tail: bytes = b""

@@ -26,9 +26,9 @@ from workers.kv_transfer.memory import KvMemory
 from workers.model.collectives import Links, start_store
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement
-from workers.model.model_runner import served_len
-from workers.model.parallel import Layout, require_device
-from workers.model.rank_runner import RankRunner, group_layout, initial_placement, load_rank, rank_layout
+from workers.model.parallel import Layout
+from workers.model.rank_loading import RankLoader, rank_loader
+from workers.model.rank_runner import Rank, group_layout, initial_placement
 from workers.model.weights import checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo, RankStatus
@@ -46,7 +46,7 @@ class GroupRunner:
     def __init__(
         self,
         config: WorkerConfig,
-        runner: RankRunner,
+        runner: Rank,
         links: Links,
         leader_host: str,
         placement: Placement,
@@ -57,6 +57,7 @@ class GroupRunner:
         self._balance = Balance(config.parallel, placement)
         self._memory = memory
         runner.use_memory(memory)
+        memory.own = runner if runner.is_staged else None
         self._role, self._generation = "mixed", 0
         self._step_lock = threading.Lock()
         self._truth_lock = threading.Lock()
@@ -78,6 +79,7 @@ class GroupRunner:
         token: str = "",
         on_listening: Callable[[tuple[str, int]], None] = lambda address: None,
         on_lost: Callable[[int, str], None] = lambda rank, reason: None,
+        loader: RankLoader | None = None,
     ) -> GroupRunner:
         """Starts the leader, tells its address, loads rank 0's part; ranks may come at any time from then on.
 
@@ -85,9 +87,9 @@ class GroupRunner:
         with the same rank and token. Raises InvalidConfig.
         """
         dimensions = ErnieConfig.load(checkpoint_folder(config.model))
-        require_device(config.parallel, config.device)
         layout = Layout.of(config.parallel, dimensions, OWN_RANK)
-        num_blocks = rank_layout(config, dimensions, layout, served_len(config, dimensions)).num_blocks
+        loader = loader or rank_loader(config)
+        num_blocks = loader.count_blocks(config)
         placement = initial_placement(config, dimensions)
         links, store = Links(), start_store(host)
         found: list[GroupRunner] = []
@@ -100,11 +102,11 @@ class GroupRunner:
         leader = GroupLeader(config.parallel, callbacks, num_blocks=num_blocks, store=(host, store.port), token=token)
         memory = _share_memory(leader, config, dimensions, layout, num_blocks)
         on_listening(leader.start(host, port))
-        runner = load_rank(config, OWN_RANK, links, placement, num_blocks)
+        runner = loader.load(config, OWN_RANK, links, placement, num_blocks)
         group = GroupRunner(config, runner, links, host, placement, memory)
         group._leader, group._store = leader, store
         found.append(group)
-        leader.own_ready(runner.model_info.fingerprint)
+        leader.own_ready(runner.model_info.fingerprint, runner.offers_direct)
         return group
 
     # ---- Runner ----
@@ -264,7 +266,7 @@ class GroupRunner:
     def _recover(self) -> None:
         with self._step_part:
             self._member.leave()
-        self.leader.own_ready(self.model_info.fingerprint)
+        self.leader.own_ready(self.model_info.fingerprint, self._member.runner.offers_direct)
 
     # ---- steps ----
 
@@ -283,7 +285,7 @@ class GroupRunner:
         moved_layer, moved_slots = self._balance.next_move
         plan = Step(
             epoch, self._number, self._role, self._generation, self._halves(batch), wants_load, moved_layer,
-            list(moved_slots),
+            list(moved_slots), sum(len(piece.token_ids) for piece in batch.prefill), len(batch.decode),
         )  # fmt: skip
         tensor = self._parallel.tensor_parallel
         tails = [encode_batch(part) for part in parts]
@@ -334,12 +336,14 @@ def _share_memory(
 ) -> GroupKvMemory:
     """The memory of the whole group, which ranks on this host are shown and the others are asked for."""
 
+    is_staged = config.device != "cpu"
+
     def remote_parts() -> list[RemotePart]:
-        parts = []
-        for rank in leader.remote_ranks:
+        parts, remote = [], leader.remote_ranks
+        for rank in range(1, layout.size) if is_staged else remote:
             its = replace(layout, rank=rank)
             heads = its.share(dimensions.num_kv_heads)
-            parts.append(RemotePart(rank, its.pool, heads.first, heads.count))
+            parts.append(RemotePart(rank, its.pool, heads.first, heads.count, rank not in remote))
         return parts
 
     memory = GroupKvMemory(group_layout(config, dimensions, layout, num_blocks), num_blocks, remote_parts, leader.ask)

@@ -37,7 +37,7 @@ def host_bytes(config: WorkerConfig, layout: KvLayout) -> int:
     """The size of the host tier."""
     if config.kv_host_bytes >= 0:
         return config.kv_host_bytes
-    if config.device == "cpu" or not config.prefix_cache:
+    if config.device == "cpu" or config.parallel.size > 1 or not config.prefix_cache:
         return 0
     from workers.model.kv_memory import available_bytes  # needs torch, as a worker on a GPU does anyway
 

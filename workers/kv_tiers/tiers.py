@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from workers.errors import RankLost
 from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import Promotion
 from workers.kv_cache.prefix_cache import BlockKey
@@ -104,12 +105,17 @@ class KvTiers:
     def _copy_out(self, copies: list[tuple[int, BlockKey, int | None, View]]) -> None:
         if not copies:
             return
-        self._memory.copy_out([block for block, _, _, _ in copies], [view for _, _, _, view in copies])
+        spoiler = 0
+        try:
+            self._memory.copy_out([block for block, _, _, _ in copies], [view for _, _, _, view in copies])
+        except RankLost as error:
+            log.warning("%d evicted blocks cannot be kept: %s", len(copies), error)
+            spoiler = 1  # they are refused when they are looked up, as any that are not what they should be
         for _, key, slot, view in copies:
             if slot is None:
-                self._write(key, view, checksum(view))
+                self._write(key, view, checksum(view) ^ spoiler)
             else:
-                self._checksums[slot] = checksum(view)
+                self._checksums[slot] = checksum(view) ^ spoiler
                 self._counters["kv_host_stored_blocks"] += 1
         copies.clear()
 
@@ -151,9 +157,10 @@ class KvTiers:
                 case _:
                     promotion.fail(index)
                     break
-        if blocks:
-            self._memory.copy_in(blocks, views)
+        if blocks and self._copy_in(blocks, views):
             self._counters["kv_host_hit_blocks"] += len(blocks)
+        elif blocks:
+            promotion.fail(0)
 
     def poll(self) -> None:
         """Takes over what the disk's thread has done since."""
@@ -179,9 +186,20 @@ class KvTiers:
             return
         for promotion, index in waiting:
             if index < promotion.end:
-                self._memory.copy_in([promotion.blocks[index]], [result.payload])
+                if not self._copy_in([promotion.blocks[index]], [result.payload]):
+                    promotion.fail(index)
+                    continue
                 promotion.arrived.add(index)
                 self._counters["kv_disk_hit_blocks"] += 1
+
+    def _copy_in(self, blocks: Sequence[int], views: Sequence[View]) -> bool:
+        """Whether the model has the blocks now. A group that has lost a rank has not, and computes them."""
+        try:
+            self._memory.copy_in(blocks, views)
+        except RankLost as error:
+            log.warning("%d kept blocks cannot be brought back: %s", len(blocks), error)
+            return False
+        return True
 
     def promoted(self, key: BlockKey) -> None:
         self._book.promoted(key)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from workers.errors import RankLost
+from workers.model.process_groups import bury, make_group
 
 _POLL_S = 0.1
 """How often a waiting thread looks whether the epoch was aborted; a finished operation wakes it at once."""
-_OPERATION_TIMEOUT = timedelta(seconds=300)
-"""After this the library itself gives an operation up; lost ranks are found long before, by their silence."""
+_DEVICE_POLL_S = 50e-6
+"""How often a thread that waits for the device looks whether it is done, and whether the epoch was aborted."""
 
 T = TypeVar("T")
 
@@ -32,9 +34,17 @@ class Pending:
     def __init__(self, work: Any, aborted: threading.Event, *keep: Tensor) -> None:
         self._work, self._aborted = work, aborted
         self._keep = keep  # the operation reads and writes them until it ends
+        self._on_device = keep[0].is_cuda
 
     def wait(self) -> None:
-        """Raises RankLost when a peer is gone or the epoch was aborted."""
+        """Until its result can be computed with. Raises RankLost when a peer is gone or the epoch was aborted.
+
+        On a GPU this thread goes on: what it gives the device from now on runs behind the operation. After an abort that
+        may be anything, so nobody looks at numbers without `Communicator.read`, and indices are bounded before their use.
+        """
+        if self._on_device:
+            self._queue_behind()
+            return
         while True:
             if self._aborted.is_set():
                 raise RankLost("the epoch was aborted")
@@ -48,6 +58,32 @@ class Pending:
             self._work.wait()  # it may have ended well just after the wait timed out
         except RuntimeError as error:
             raise RankLost(f"a group operation failed: {error}") from error
+
+    def settle(self) -> None:
+        """As `wait`, and on a GPU too until the operation has ended well: for what must not be taken from a broken epoch."""
+        self.wait()
+        if self._on_device:
+            _await_device(self._keep[0].device, self._aborted)
+
+    def _queue_behind(self) -> None:
+        if self._aborted.is_set():
+            raise RankLost("the epoch was aborted")
+        try:
+            self._work.wait()  # with a timeout NCCL's would hold this thread, and end the communicator when that is over
+        except RuntimeError as error:
+            raise RankLost(f"a group operation failed: {error}") from error
+
+
+def _await_device(device: torch.device, aborted: threading.Event) -> None:
+    """Until the device's current stream is done. Raises RankLost when the epoch was aborted, which is said before it is done."""
+    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(device))
+    while not done.query():
+        if aborted.is_set():
+            raise RankLost("the epoch was aborted")
+        time.sleep(_DEVICE_POLL_S)
+    if aborted.is_set():
+        raise RankLost("the epoch was aborted")
 
 
 Stages = Generator[Pending, None, T]
@@ -107,8 +143,25 @@ class Communicator:
         part = part.contiguous()
         gathered = part.new_empty((self.size, *part.shape))
         self._count((self.size - 1) * part.numel() * part.element_size())
-        work = self._start(lambda: self._group.allgather([list(gathered.unbind(0))], [part]))
+        if part.is_cuda:
+            work = self._start(lambda: self._group._allgather_base(gathered, part))
+        else:
+            work = self._start(lambda: self._group.allgather([list(gathered.unbind(0))], [part]))
         return gathered, Pending(work, self._aborted, gathered, part)
+
+    def read(self, values: Tensor) -> Any:
+        """`values` as numbers of the host. Raises RankLost when the epoch is over, whose last results mean nothing."""
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            _await_device(values.device, self._aborted)
+            values = host
+        return values.tolist()
+
+    def require_alive(self) -> None:
+        """Raises RankLost when the epoch was aborted."""
+        if self._aborted.is_set():
+            raise RankLost("the epoch was aborted")
 
     def _start(self, operation: Any) -> Any:
         if self._aborted.is_set():
@@ -126,10 +179,13 @@ class Communicator:
 class WorldEpoch:
     """One epoch's process groups: all ranks, and the `tensor` ranks that share this one's sequences."""
 
-    def __init__(self, epoch: int, world: Communicator, tensor: Communicator, aborted: threading.Event) -> None:
+    def __init__(
+        self, epoch: int, world: Communicator, tensor: Communicator, aborted: threading.Event, device: str = "cpu"
+    ) -> None:
         self.epoch = epoch
         self.world, self.tensor = world, tensor
         self._aborted = aborted
+        self._on_device = device.startswith("cuda")
 
     @staticmethod
     def join(
@@ -143,10 +199,12 @@ class WorldEpoch:
         timeout_s: float,
         aborted: threading.Event,
         device: str = "cpu",
+        prepare: Callable[[Any], None] = lambda store: None,
     ) -> WorldEpoch:
         """Meets the other ranks in the store at `store_address`. `aborted` ends this and every later wait.
 
-        `host` is this rank's own address, which Gloo listens at. Raises RankLost when they do not all come in time.
+        `host` is this rank's own address, which Gloo listens at. `prepare(store)` is what else all ranks do together,
+        on the thread that meets them. Raises RankLost when they do not all come in time.
         """
         found: list[WorldEpoch | BaseException] = []
 
@@ -155,19 +213,21 @@ class WorldEpoch:
                 host_name, port = store_address
                 store = c10d.TCPStore(host_name, port, None, False, timeout=timedelta(seconds=timeout_s))
                 named = c10d.PrefixStore(f"epoch-{epoch}", store)
-                world = _process_group(c10d.PrefixStore("world", named), rank, size, device, host)
+                world = make_group(c10d.PrefixStore("world", named), rank, size, device, host)
                 part = rank // tensor
                 inner = (
-                    _process_group(c10d.PrefixStore(f"tensor-{part}", named), rank % tensor, tensor, device, host)
+                    make_group(c10d.PrefixStore(f"tensor-{part}", named), rank % tensor, tensor, device, host)
                     if 1 < tensor < size
                     else world
                 )
+                prepare(named)
                 found.append(
                     WorldEpoch(
                         epoch,
                         Communicator(world, rank, size, aborted),
                         Communicator(inner, rank % tensor, tensor, aborted),
                         aborted,
+                        device,
                     )
                 )
             except BaseException as error:
@@ -187,12 +247,25 @@ class WorldEpoch:
     def abort(self) -> None:
         """Makes every waiting and every later operation of this epoch raise RankLost, in all threads of this process."""
         self._aborted.set()
-        for communicator in {id(c._group): c for c in (self.world, self.tensor)}.values():
-            group = communicator._group
+        self._abort_groups()
+        for group in self._groups:
+            bury(group)
+
+    def interrupt(self) -> None:
+        """As `abort`, at once and for another thread than the one that computes, which may be waiting for the device."""
+        self._aborted.set()
+        if self._on_device:
+            threading.Thread(target=self._abort_groups, name="interrupt", daemon=True).start()
+
+    @property
+    def _groups(self) -> list[Any]:
+        return list({id(c._group): c._group for c in (self.world, self.tensor)}.values())
+
+    def _abort_groups(self) -> None:
+        for group in self._groups:
             if hasattr(group, "abort"):
                 with contextlib.suppress(RuntimeError):
                     group.abort()
-            _bury(group)
 
 
 class Links:
@@ -261,20 +334,3 @@ def _in_order(parts_GTD: Tensor) -> Tensor:
 
 def _row_bytes(rows: Tensor) -> int:
     return rows[0:1].numel() * rows.element_size() if len(rows) else 0
-
-
-def _process_group(store: Any, rank: int, size: int, device: str, host: str) -> Any:
-    """A group of its own beside torch's global one. Not tried here on CUDA: there was no machine with two GPUs."""
-    if device.startswith("cuda"):
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = _OPERATION_TIMEOUT
-        return c10d.ProcessGroupNCCL(store, rank, size, options)
-    gloo = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
-    gloo._timeout = _OPERATION_TIMEOUT
-    return c10d.ProcessGroupGloo(store, rank, size, gloo)
-
-
-def _bury(group: Any) -> None:
-    """Lets go of a group on a thread of its own: its end waits for operations that wait for a hung rank."""
-    threading.Thread(target=lambda held: held.clear(), args=([group],), name="bury", daemon=True).start()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.model.attention import attend
-from workers.model.collectives import Links, Stages, add_up, finish, finish_both, gather
+from workers.model.collectives import Links, Stages, add_up, finish, finish_both
 from workers.model.ernie_config import ErnieConfig, MoeConfig
 from workers.model.expert_dispatch import AllToAll, ExpertTable
 from workers.model.expert_placement import Placement
@@ -24,6 +24,7 @@ from workers.model.moe import MixtureOfExperts, Router
 from workers.model.parallel import SINGLE, Layout
 from workers.model.rope import RotaryEmbedding, rotate
 from workers.model.step_plan import StepPlan, plan_step
+from workers.model.vocabulary import embed_share, gather_logits, most_likely
 from workers.model.weights import Checkpoint, give_back_free_memory
 from workers.runner import Batch, LayerHook
 
@@ -147,16 +148,11 @@ class Ernie:
         return x_TD
 
     def _embed(self, plan: StepPlan | None) -> Stages[Tensor]:
-        yield from ()
         if plan is None:
             return torch.empty(0, self.config.hidden_size, dtype=self._dtype)
-        if self._layout.tensor == 1:
-            return self._embedding_VD.index_select(0, plan.token_ids_T).to(self._dtype)
-        count = len(self._embedding_VD)
-        local_T = plan.token_ids_T - self._first_token
-        is_mine_T = (local_T >= 0) & (local_T < count)
-        x_TD = self._embedding_VD.index_select(0, local_T.clamp(0, count - 1)).masked_fill_(~is_mine_T[:, None], 0)
-        x_TD = yield from self._sum(x_TD)
+        x_TD = yield from embed_share(
+            self._links, self._layout, self._embedding_VD, self._first_token, plan.token_ids_T
+        )
         return x_TD.to(self._dtype)
 
     def _sum(self, x_TD: Tensor) -> Stages[Tensor]:
@@ -168,25 +164,11 @@ class Ernie:
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of hidden states. Ranks that share sequences call it together."""
-        logits_RV = self._head(self._norm(x_RD)).float()
-        if self._layout.tensor == 1:
-            return logits_RV
-        return finish(gather(self._links, logits_RV)).transpose(0, 1).flatten(1)
+        return finish(gather_logits(self._links, self._layout, self._head(self._norm(x_RD)).float()))
 
     def greedy(self, x_RD: Tensor) -> list[int]:
         """The most likely token of each row, of equals the lowest."""
-        logits_RV = self._head(self._norm(x_RD)).float()
-        if self._layout.tensor > 1:
-            best_R, token_R = logits_RV.max(-1)
-            best_GR, token_GR = finish(gather(self._links, torch.stack((best_R.double(), token_R.double()), 1))).unbind(
-                2
-            )
-            first = best_GR.argmax(0)  # ranks in order of vocabulary, so of equals the lowest
-            tokens_R = token_GR.gather(0, first[None])[0].long() + first * logits_RV.shape[1]
-        else:
-            tokens_R = logits_RV.argmax(-1)
-        tokens: list[int] = tokens_R.tolist()
-        return tokens
+        return finish(most_likely(self._links, self._layout, self._head(self._norm(x_RD)).float()))
 
 
 class Loader:

@@ -1,7 +1,8 @@
 """Brings each token's row to the ranks of the experts that it chose, and their outputs back; knows no weights.
 
 `dispatch` returns a receipt, which `arrive` and `combine` take. Local: all experts live in this process. AllToAll:
-they are spread over ranks; a row travels once to a rank however many of its experts live there.
+they are spread over ranks; a row travels once to a rank however many of its experts live there. The same with split sizes
+that stay on the device: workers.model.direct_dispatch.
 
 Shapes: T tokens, k experts of a token, A = T*k assignments, D hidden, E experts, G ranks, S expert slots of a rank, N
 rows that travel (a token and a rank each), M rows that arrived, B assignments that arrived.
@@ -9,6 +10,7 @@ rows that travel (a token and a rank each), M rows that arrived, B assignments t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,11 +31,21 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Rows sorted by expert; expert e owns the next `counts_E[e]` of them."""
+    """Rows sorted by expert; expert e owns those before `ends_E[e]` (int32) that none before it owns."""
 
     rows_AD: Tensor
-    counts_E: list[int]
+    ends_E: Tensor
     receipt: Any
+
+    @property
+    def counts_E(self) -> list[int]:
+        """Rows of each expert, as numbers of the host: on a GPU this waits."""
+        ends: list[int] = self.ends_E.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+Add = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(rows, the place among them of each (token, choice), weights [T, k], what else is added [T, D]) gives sums [T, D]."""
 
 
 class Exchange(Protocol):
@@ -45,8 +57,10 @@ class Exchange(Protocol):
     def arrive(self, receipt: Any) -> Stages[Dispatched]:
         """The rows that this rank's experts compute, from wherever they come."""
 
-    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Any) -> Stages[Tensor]:
-        """Brings outputs home: the weighted sum of each token's experts, fp32 [T, D]."""
+    def combine(
+        self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Any, shared_TD: Tensor | None = None
+    ) -> Stages[Tensor]:
+        """Brings outputs home: the weighted sum of each token's experts and `shared_TD`, [T, D], summed in fp32."""
 
 
 def dispatch(x_TD: Tensor, experts_Tk: Tensor, num_experts: int) -> Dispatched:
@@ -54,9 +68,9 @@ def dispatch(x_TD: Tensor, experts_Tk: Tensor, num_experts: int) -> Dispatched:
     num_choices = experts_Tk.shape[1]
     flat_A = experts_Tk.flatten()
     order_A = torch.argsort(flat_A, stable=True)
-    counts_E = torch.bincount(flat_A, minlength=num_experts).tolist()
+    ends_E = torch.bincount(flat_A, minlength=num_experts).cumsum(0, dtype=torch.int32)
     return Dispatched(
-        x_TD.index_select(0, order_A // num_choices), counts_E, Receipt(torch.argsort(order_A), num_choices)
+        x_TD.index_select(0, order_A // num_choices), ends_E, Receipt(torch.argsort(order_A), num_choices)
     )
 
 
@@ -73,6 +87,14 @@ def combine(outputs_AD: Tensor, weights_Tk: Tensor, receipt: Receipt) -> Tensor:
     return total_TD
 
 
+def add_choices(outputs_AD: Tensor, place_A: Tensor, weights_Tk: Tensor, shared_TD: Tensor | None) -> Tensor:
+    """As Add says, on the CPU."""
+    total_TD = combine(outputs_AD, weights_Tk, Receipt(place_A, weights_Tk.shape[1]))
+    if shared_TD is not None:
+        total_TD = total_TD + shared_TD
+    return total_TD.to(outputs_AD.dtype)
+
+
 class Local:
     """All experts live here, expert e in slot e."""
 
@@ -87,9 +109,11 @@ class Local:
         yield from ()
         return receipt
 
-    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Receipt) -> Stages[Tensor]:
+    def combine(
+        self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Receipt, shared_TD: Tensor | None = None
+    ) -> Stages[Tensor]:
         yield from ()
-        return combine(outputs_AD, weights_Tk, receipt)
+        return add_choices(outputs_AD, receipt.place_A, weights_Tk, shared_TD)
 
 
 class ExpertTable:
@@ -140,6 +164,7 @@ class Arrival:
     travel: Travel
     row_B: Tensor
     """The arrived row of each assignment, in order of row, then choice."""
+    choice_B: Tensor
     sorted_B: Tensor
     """The assignments in the order in which experts compute them."""
     weight_B: Tensor | None
@@ -148,12 +173,12 @@ class Arrival:
 class AllToAll:
     """Experts are spread over the ranks of `links.world`. All ranks must call with the same sequence of layers and batches.
 
-    With `exact`, outputs travel back one a choice and are added at home in the order of choices: the very additions
-    of `combine`. Otherwise each rank adds a row's outputs first and sends one row back for each that came.
+    With `exact`, outputs travel back one a choice and are added at home, by `add`, in the order of choices: the very
+    additions of `combine`. Otherwise each rank adds a row's outputs first and sends one row back for each that came.
     """
 
-    def __init__(self, links: Links, table: ExpertTable, exact: bool = True) -> None:
-        self._links, self.table, self._exact = links, table, exact
+    def __init__(self, links: Links, table: ExpertTable, exact: bool = True, add: Add = add_choices) -> None:
+        self._links, self.table, self._exact, self._add = links, table, exact, add
 
     def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, experts_Tk: Tensor) -> Stages[Travel]:
         world, size = self._links.world, self.table.slots_per_rank
@@ -163,15 +188,14 @@ class AllToAll:
         wanted_TG.scatter_(1, rank_Tk, True)
         rank_N, token_N = wanted_TG.T.nonzero().unbind(1)
         counts_2G = torch.stack((wanted_TG.sum(0), torch.bincount(rank_Tk.flatten(), minlength=world.size)))
-        sent_G, chosen_G = counts_2G.tolist()
         arrived, pending = world.all_to_all(counts_2G[0], [1] * world.size, [1] * world.size)
         mine_Nk = rank_Tk[token_N] == rank_N[:, None]
         slot_Nk = torch.where(mine_Nk, slot_Tk[token_N] % size, -1).to(torch.int16)
-        columns = [_as_bytes(x_TD[token_N]), _as_bytes(slot_Nk)]
+        columns = [as_bytes(x_TD[token_N]), as_bytes(slot_Nk)]
         if not self._exact:
-            columns.append(_as_bytes(weights_Tk[token_N]))
+            columns.append(as_bytes(weights_Tk[token_N]))
         yield pending
-        arrived_G = arrived.tolist()
+        sent_G, chosen_G, arrived_G = world.read(torch.cat((counts_2G, arrived[None])))
         arriving, pending = world.all_to_all(torch.cat(columns, dim=1), sent_G, arrived_G)
         # what comes back stands in order of rank, then token, then choice
         place_A = torch.argsort(torch.argsort(rank_Tk.flatten(), stable=True))
@@ -183,45 +207,58 @@ class AllToAll:
         row_bytes, arriving = x_TD.shape[1] * x_TD.element_size(), receipt.arriving
         weight_bytes = 0 if self._exact else 4
         num_choices = (arriving.shape[1] - row_bytes) // (2 + weight_bytes)
-        x_MD = _from_bytes(arriving[:, :row_bytes], x_TD.dtype)
-        slot_Mk = _from_bytes(arriving[:, row_bytes : row_bytes + 2 * num_choices], torch.int16)
+        x_MD = from_bytes(arriving[:, :row_bytes], x_TD.dtype)
+        slot_Mk = from_bytes(arriving[:, row_bytes : row_bytes + 2 * num_choices], torch.int16)
         row_B, choice_B = (slot_Mk >= 0).nonzero().unbind(1)
-        slot_B = slot_Mk[row_B, choice_B].long()
-        sorted_B = torch.argsort(slot_B, stable=True)
-        counts_S = torch.bincount(slot_B, minlength=self.table.slots_per_rank).tolist()
+        slots_B, sorted_B = torch.sort(slot_Mk[row_B, choice_B], stable=True)
+        each_S = torch.arange(self.table.slots_per_rank, dtype=slots_B.dtype, device=slots_B.device)
+        ends_S = torch.searchsorted(slots_B, each_S, right=True, out_int32=True)
         weight_B = None
         if not self._exact:
-            weight_Mk = _from_bytes(arriving[:, row_bytes + 2 * num_choices :], torch.float32)
+            weight_Mk = from_bytes(arriving[:, row_bytes + 2 * num_choices :], torch.float32)
             weight_B = weight_Mk[row_B, choice_B]
-        arrival = Arrival(receipt, row_B, sorted_B, weight_B)
-        return Dispatched(x_MD.index_select(0, row_B[sorted_B]), counts_S, arrival)
+        arrival = Arrival(receipt, row_B, choice_B, sorted_B, weight_B)
+        return Dispatched(x_MD.index_select(0, row_B[sorted_B]), ends_S, arrival)
 
-    def combine(self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Arrival) -> Stages[Tensor]:
+    def combine(
+        self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Arrival, shared_TD: Tensor | None = None
+    ) -> Stages[Tensor]:
         world, travel = self._links.world, receipt.travel
         outputs_BD = torch.empty_like(outputs_AD).index_copy_(0, receipt.sorted_B, outputs_AD)
         if receipt.weight_B is None:
             ends_G = torch.tensor(travel.arrived_G).cumsum(0)
-            row_ends = torch.searchsorted(receipt.row_B, ends_G.to(receipt.row_B.device)).tolist()
+            row_ends = world.read(torch.searchsorted(receipt.row_B, ends_G.to(receipt.row_B.device)))
             counts_G = [end - start for start, end in zip([0, *row_ends], row_ends, strict=False)]
             home, pending = world.all_to_all(outputs_BD, counts_G, travel.chosen_G)
             yield pending
-            return combine(home, weights_Tk, Receipt(travel.place_A, weights_Tk.shape[1]))
+            return self._add(home, travel.place_A, weights_Tk, shared_TD)
         partial_MD = torch.zeros(sum(travel.arrived_G), outputs_BD.shape[1], device=outputs_BD.device)
-        partial_MD.index_add_(0, receipt.row_B, outputs_BD.float() * receipt.weight_B[:, None])
+        weighted_BD = outputs_BD.float() * receipt.weight_B[:, None]
+        for choice in range(weights_Tk.shape[1]):  # one addition a row at a time: a GPU keeps no order among more
+            is_this_B = receipt.choice_B == choice
+            partial_MD.index_add_(0, receipt.row_B[is_this_B], weighted_BD[is_this_B])
         home, pending = world.all_to_all(partial_MD.to(outputs_AD.dtype), travel.arrived_G, travel.sent_G)
         yield pending
         total_TD = torch.zeros(travel.x_TD.shape, device=home.device)
-        return total_TD.index_add_(0, travel.token_N, home.float())
+        for token_N, rows_ND in zip(
+            torch.split(travel.token_N, travel.sent_G), torch.split(home, travel.sent_G), strict=True
+        ):
+            total_TD.index_add_(0, token_N, rows_ND.float())
+        if shared_TD is not None:
+            total_TD = total_TD + shared_TD
+        return total_TD.to(outputs_AD.dtype)
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
+def as_bytes(rows: Tensor) -> Tensor:
+    """Rows as uint8, to travel beside other things."""
     rows = rows.contiguous()
     if rows.numel() == 0:
         return torch.empty(rows.shape[0], rows.shape[1] * rows.element_size(), dtype=torch.uint8, device=rows.device)
     return rows.view(torch.uint8)
 
 
-def _from_bytes(columns: Tensor, dtype: torch.dtype) -> Tensor:
+def from_bytes(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_bytes`, of some columns of what arrived."""
     if columns.numel() == 0:
         return torch.empty(columns.shape[0], columns.shape[1] // dtype.itemsize, dtype=dtype, device=columns.device)
     # a copy always: one row of a wider tensor counts as contiguous, at an odd stride or offset

@@ -5,14 +5,14 @@ Shapes: T tokens, D hidden, E experts, k chosen per token, A = T*k assignments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from workers.model.collectives import Links, Stages, finish, gather
-from workers.model.expert_dispatch import Exchange, Local
+from workers.model.expert_dispatch import AllToAll, Exchange, ExpertTable, Local
 from workers.model.layers import FeedForward, Linear
 from workers.model.parallel import SINGLE, Layout
 
@@ -66,13 +66,8 @@ class MixtureOfExperts:
         return finish(self.stages(x_TD))
 
     def stages(self, x_TD: Tensor) -> Stages[Tensor]:
-        first, last = self._layout.rows(len(x_TD))
-        mine_TD = yield from self._compute(x_TD[first:last])
-        if self._layout.tensor == 1 or self._links is None or not len(x_TD):
-            return mine_TD
-        step = -(-len(x_TD) // self._layout.tensor)
-        parts_GTD = yield from gather(self._links, F.pad(mine_TD, (0, 0, 0, step - len(mine_TD))))
-        return parts_GTD.flatten(0, 1)[: len(x_TD)]
+        y_TD = yield from share_rows(x_TD, self._layout, self._links, self._compute)
+        return y_TD
 
     def _compute(self, x_TD: Tensor) -> Stages[Tensor]:
         weights_Tk, experts_Tk = self._router(x_TD)
@@ -87,12 +82,54 @@ class MixtureOfExperts:
             if rows.shape[0]
         ]
         outputs_AD = torch.cat(outputs) if outputs else sent.rows_AD
-        y_TD = yield from self.exchange.combine(outputs_AD, weights_Tk, sent.receipt)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        return y_TD.to(x_TD.dtype)
+        y_TD = yield from self.exchange.combine(outputs_AD, weights_Tk, sent.receipt, shared_TD)
+        return y_TD
+
+    def use_table(self, table: ExpertTable) -> None:
+        """Experts are where `table` says from now on."""
+        assert isinstance(self.exchange, AllToAll)
+        self.exchange.table = table
+
+    def expert_bytes(self, slot: int) -> Tensor:
+        """The weights in a slot, flat uint8: gate, up, down."""
+        return torch.cat(
+            [linear.weight().contiguous().view(-1).view(torch.uint8) for linear in self.experts[slot].linears]
+        )
+
+    def rearrange(self, sources: Sequence[int | Tensor]) -> None:
+        """Fills every slot anew: from a slot as it was, or with weights as `expert_bytes` gives them."""
+        template = self.experts[0]
+        self.experts = [
+            self.experts[source] if isinstance(source, int) else _from_bytes(source, template) for source in sources
+        ]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         shared = () if self._shared_experts is None else self._shared_experts.linears
         return (self._router.linear, *(linear for expert in self.experts for linear in expert.linears), *shared)
+
+
+def share_rows(
+    x_TD: Tensor, layout: Layout, links: Links | None, compute: Callable[[Tensor], Stages[Tensor]]
+) -> Stages[Tensor]:
+    """`compute` of all rows, where each of the ranks that share them takes a part, and all get the whole."""
+    first, last = layout.rows(len(x_TD))
+    mine_TD = yield from compute(x_TD[first:last])
+    if layout.tensor == 1 or links is None or not len(x_TD):
+        return mine_TD
+    step = -(-len(x_TD) // layout.tensor)
+    parts_GTD = yield from gather(links, F.pad(mine_TD, (0, 0, 0, step - len(mine_TD))))
+    return parts_GTD.flatten(0, 1)[: len(x_TD)]
+
+
+def _from_bytes(blob: Tensor, template: FeedForward) -> FeedForward:
+    gate_up, down = template.linears
+    num_bytes = gate_up.num_outputs * gate_up.num_inputs * gate_up.dtype.itemsize
+    gate_up_XD = blob[:num_bytes].clone().view(gate_up.dtype).view(gate_up.num_outputs, gate_up.num_inputs)
+    down_DF = blob[num_bytes:].clone().view(down.dtype).view(down.num_outputs, down.num_inputs)
+    gate_FD, up_FD = gate_up_XD.chunk(2)
+    expert = FeedForward(gate_FD, up_FD, down_DF)
+    if down.is_tiled:
+        for linear in expert.linears:
+            linear.use_tiles()
+    return expert

@@ -75,14 +75,6 @@ class Layout:
 SINGLE = Layout()
 
 
-def require_device(parallel: ParallelConfig, device: str) -> None:
-    """Raises InvalidConfig where the group's forward pass does not exist yet."""
-    if parallel.size > 1 and device != "cpu":
-        raise InvalidConfig(
-            f"worker.parallel with {parallel.size} ranks runs on worker.device cpu; the kernels of {device!r} compute whole models"
-        )
-
-
 def check(parallel: ParallelConfig, model: ErnieConfig) -> None:
     """Raises InvalidConfig with the reason when a model cannot be laid out as asked."""
     experts, tensor = parallel.expert_parallel, parallel.tensor_parallel

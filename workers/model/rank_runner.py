@@ -1,11 +1,13 @@
-"""One rank's part of a model, run step by step and moved expert by expert; knows no leader and no other process.
+"""One rank's part of a model on the CPU, run step by step; and what a rank of any device needs to know before it loads.
 
-Shapes: T rows of a step, D hidden, E experts.
+Knows no leader and no other process. Shapes: T rows of a step, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +17,11 @@ from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links
 from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_dispatch import AllToAll, ExpertTable
-from workers.model.expert_placement import Placement, Slots, initial, moves
+from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
-from workers.model.layers import FeedForward
 from workers.model.model_runner import describe_model, require_bytes, served_len
-from workers.model.moe import MixtureOfExperts
-from workers.model.parallel import Layout, Share, require_device
+from workers.model.parallel import Layout, Share
+from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
 from workers.model.torch_runner import TorchRunner
 from workers.model.weights import Checkpoint, checkpoint_folder
@@ -29,8 +29,75 @@ from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
 
 
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """What all ranks of a group compute together in a step: tokens of prompts and of decode, and whether in two halves."""
+
+    num_prefill: int
+    num_decode: int
+    halves: bool = False
+
+
+class Rank(Protocol):
+    """One rank's part of a model on some device. All ranks of a group call the same methods in the same order."""
+
+    layout: Layout
+    experts: RankExperts
+    device: str
+    """What its process groups serve: cpu or cuda:N."""
+    is_staged: bool
+    """Keys and values are on a device, and come to the memory in use only when they are shown."""
+    offers_direct: bool
+    """The next epoch may bring rows to experts without the host, if all ranks offer it."""
+    is_direct: bool
+    """This epoch does: a rank that is lost then leaves this device waiting, and nothing but the end of the process ends that."""
+    warnings: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def kv_memory(self) -> KvMemory: ...
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
+        """Keys and values are seen in `memory` from now on; what was computed before is forgotten.
+
+        A memory with all heads is the whole group's, on this host: this rank takes its own heads of it. One with as many
+        heads as this rank has is its own. `first_block` is the memory's first block less the first id in batches.
+        """
+
+    def resize(self, num_blocks: int) -> None:
+        """The rank's pool has this many blocks from now on; `use_memory` comes next."""
+
+    def show_blocks(self, blocks: Sequence[int]) -> None:
+        """Copies blocks, by this rank's own ids, to the memory in use; nothing to do where they are computed there."""
+
+    def take_blocks(self, blocks: Sequence[int]) -> None:
+        """The inverse: blocks of the memory in use are those to compute with."""
+
+    def prepare(self, direct: bool, store: Any) -> None:
+        """Part of meeting the other ranks of an epoch, which all do together. `direct`: all have offered it."""
+
+    def left(self) -> None:
+        """The epoch is over. Raises DeviceStuck when this process cannot join another one."""
+
+    def execute_part(self, batch: Batch, step: GroupStep) -> list[Sampled]:
+        """This rank's part of a step; with an empty batch it computes for the others alone."""
+
+
 class RankRunner(TorchRunner):
-    """What a rank computes of a step. All ranks of a group call the same methods in the same order."""
+    """Implements Rank on the CPU."""
+
+    device = "cpu"
+    is_staged = False
+    offers_direct = False
+    is_direct = False
 
     def __init__(
         self,
@@ -43,41 +110,41 @@ class RankRunner(TorchRunner):
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
         self._ernie = model
-        self._config = config
         self.layout = layout
-        self.placement = placement
-        """Which expert is where, as this rank holds and routes it now."""
+        self.experts = RankExperts(
+            model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
+            num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
+        )  # fmt: skip
         self._halves = False
-        if model.config.moe is not None:
-            for mixture in model.mixtures:
-                mixture.load_E = torch.zeros(model.config.moe.num_experts, dtype=torch.int64)
-
-    def own_layout(self, num_blocks: int) -> KvLayout:
-        """A pool with this rank's heads alone."""
-        return replace(self.group_layout(num_blocks), num_blocks=num_blocks, num_kv_heads=self._own_heads.count)
-
-    def group_layout(self, num_blocks: int) -> KvLayout:
-        """As the function of that name."""
-        return group_layout(self._config, self._ernie.config, self.layout, num_blocks)
 
     @property
     def _own_heads(self) -> Share:
         return self.layout.share(self._ernie.config.num_kv_heads)
 
     def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
-        """Keeps keys and values in `memory` from now on; what was computed before is forgotten.
-
-        A memory with all heads is the whole group's, on this host: this rank takes its own heads of it. One with as many
-        heads as this rank has is its own. `first_block` is the memory's first block less the first id in batches.
-        """
+        """As Rank's; the rank computes in that memory itself."""
         mine = self._own_heads
         is_own = memory.layout.num_kv_heads == mine.count
         self._memory = memory
         self._pool = KvPool(memory, None if is_own else mine, first_block)
 
-    def execute_part(self, batch: Batch, halves: bool = False) -> list[Sampled]:
-        """This rank's part of a step; with an empty batch it computes for the others alone. `halves`: overlap."""
-        self._halves = halves
+    def resize(self, num_blocks: int) -> None:
+        pass  # the memory in use says it
+
+    def show_blocks(self, blocks: Sequence[int]) -> None:
+        pass
+
+    def take_blocks(self, blocks: Sequence[int]) -> None:
+        pass
+
+    def prepare(self, direct: bool, store: Any) -> None:
+        pass
+
+    def left(self) -> None:
+        pass
+
+    def execute_part(self, batch: Batch, step: GroupStep) -> list[Sampled]:
+        self._halves = step.halves
         if batch.prefill or batch.decode:
             return self.execute(batch)
         with torch.inference_mode():
@@ -93,95 +160,6 @@ class RankRunner(TorchRunner):
         with torch.inference_mode():
             return self._ernie.compute_halves(first, second, self._pool)
 
-    def take_load(self) -> list[list[int]]:
-        """Tokens that chose each expert [layer][expert] on this rank since the last call."""
-        found = []
-        for mixture in self._ernie.mixtures:
-            assert mixture.load_E is not None
-            found.append(mixture.load_E.tolist())
-            mixture.load_E.zero_()
-        return found
-
-    def move_experts(self, layer: int, slots: Slots) -> None:
-        """Gives mixture layer `layer` new slots; weights come from the ranks that have them. All ranks call this together.
-
-        Raises RankLost when the group breaks; `adopt` then puts right what is half done.
-        """
-        mixture = self._ernie.mixtures[layer]
-        links, rank, size = self._ernie.links, self.layout.rank, self.placement.slots_per_rank
-        before = self.placement.layers[layer]
-        steps = moves(before, slots, self.layout.size, self._config.parallel.num_nodes)
-        experts: dict[int, FeedForward] = {
-            at: mixture.experts[at] for at in range(size) if before[rank * size + at] == slots[rank * size + at]
-        }
-        leaving: list[Tensor] = []
-        send, receive = [0] * self.layout.size, [0] * self.layout.size
-        arriving_at: list[int] = []
-        for other in range(self.layout.size):
-            for step in steps:
-                source, target = step.source_slot // size, step.target_slot // size
-                if source == rank and target == rank and other == rank:
-                    experts[step.target_slot % size] = mixture.experts[step.source_slot % size]
-                elif source == rank and target == other:
-                    leaving.append(_to_bytes(mixture.experts[step.source_slot % size]))
-                    send[other] += 1
-                elif source == other and target == rank:
-                    arriving_at.append(step.target_slot % size)
-                    receive[other] += 1
-        template = mixture.experts[0]
-        blob = _to_bytes(template)
-        rows = torch.stack(leaving) if leaving else blob.new_empty(0, len(blob))
-        arriving, pending = links.world.all_to_all(rows, send, receive)
-        pending.wait()
-        for at, bytes_ in zip(arriving_at, arriving, strict=True):
-            experts[at] = _from_bytes(bytes_, template)
-        self._use(mixture, layer, slots, [experts[at] for at in range(size)])
-
-    def adopt(self, placement: Placement) -> None:
-        """Brings this rank alone to a placement: what it lacks it reads from the checkpoint.
-
-        For ranks that an interrupted `move_experts` left apart; a rank that holds the right experts reads nothing.
-        """
-        checkpoint: Checkpoint | None = None
-        size = self.placement.slots_per_rank
-        for layer, mixture in enumerate(self._ernie.mixtures):
-            if self.placement.layers[layer] == placement.layers[layer]:
-                continue
-            held = dict(zip(self.placement.held_by(layer, self.layout.rank), mixture.experts, strict=True))
-            experts = []
-            for expert in placement.held_by(layer, self.layout.rank):
-                if expert not in held:
-                    checkpoint = checkpoint or Checkpoint(checkpoint_folder(self._config.model))
-                    held[expert] = self._read_expert(checkpoint, layer, expert, mixture.experts[0])
-                experts.append(held[expert])
-            assert len(experts) == size
-            self._use(mixture, layer, placement.layers[layer], experts)
-
-    def expert_bytes(self) -> int:
-        """What one expert's weights weigh on the way."""
-        return len(_to_bytes(self._ernie.mixtures[0].experts[0])) if self._ernie.mixtures else 0
-
-    def _use(self, mixture: MixtureOfExperts, layer: int, slots: Slots, experts: list[FeedForward]) -> None:
-        assert isinstance(mixture.exchange, AllToAll) and self._ernie.config.moe is not None
-        table = ExpertTable(slots, self._ernie.config.moe.num_experts, self.layout.size, torch.device("cpu"))
-        mixture.experts = experts
-        mixture.exchange.table = table
-        self.placement = self.placement.with_layer(layer, slots)
-
-    def _read_expert(self, checkpoint: Checkpoint, layer: int, expert: int, template: FeedForward) -> FeedForward:
-        moe, D = self._ernie.config.moe, self._ernie.config.hidden_size
-        assert moe is not None
-        index = next(
-            at for at in range(self._ernie.config.num_layers) if moe.has_layer(at) and mixture_index(moe, at) == layer
-        )
-        prefix, F = f"model.layers.{index}.mlp.experts.{expert}", moe.intermediate_size
-        shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
-        read = {
-            name: checkpoint.take(f"{prefix}.{name}_proj.weight", shape, template.down.dtype)
-            for name, shape in shapes.items()
-        }
-        return _like(FeedForward(read["gate"], read["up"], read["down"]), template)
-
 
 def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placement, num_blocks: int = 0) -> RankRunner:
     """Loads one rank's share of config.model. `num_blocks` 0: as many KV blocks as the settings give.
@@ -190,7 +168,6 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     """
     folder = checkpoint_folder(config.model)
     dimensions = ErnieConfig.load(folder)
-    require_device(config.parallel, config.device)
     layout = Layout.of(config.parallel, dimensions, rank)
     max_model_len = served_len(config, dimensions)
     torch.set_num_threads(config.num_threads)
@@ -202,12 +179,30 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
         model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
         warnings = require_invariance(model, dtype)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
-    # the KV of a whole pool, not of this rank's heads: groups of other shapes hold the same values
-    whole = kv_layout(dimensions, dtype, memory.layout.num_blocks)
-    info = describe_model(config, checkpoint, whole, dimensions.vocab_size, max_model_len, "torch")
+    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, "torch")
     runner = RankRunner(model, memory, info, config, layout, placement)
     runner.warnings = warnings
     return runner
+
+
+def describe_part(
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    dimensions: ErnieConfig,
+    num_blocks: int,
+    max_model_len: int,
+    *facts: object,
+) -> ModelInfo:
+    """What a group says of its model: as one rank alone would. The KV is a whole pool's, not of a rank's heads: groups of
+    other shapes hold the same values."""
+    whole = kv_layout(dimensions, getattr(torch, config.dtype), num_blocks)
+    return describe_model(config, checkpoint, whole, dimensions.vocab_size, max_model_len, *facts)
+
+
+def own_layout(config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, num_blocks: int) -> KvLayout:
+    """A pool with a rank's heads alone."""
+    mine = replace(dimensions, num_kv_heads=layout.share(dimensions.num_kv_heads).count)
+    return kv_layout(mine, getattr(torch, config.dtype), num_blocks)
 
 
 def group_layout(config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, num_blocks: int) -> KvLayout:
@@ -219,11 +214,11 @@ def group_layout(config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, 
 def rank_layout(
     config: WorkerConfig, dimensions: ErnieConfig, layout: Layout, max_model_len: int, num_blocks: int = 0
 ) -> KvLayout:
-    """The pool of one rank: all blocks of its sequences, with its own heads."""
+    """The pool of one rank on the CPU: all blocks of its sequences, with its own heads."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    mine = replace(dimensions, num_kv_heads=layout.share(dimensions.num_kv_heads).count)
     if num_blocks:
-        return kv_layout(mine, dtype, num_blocks)
+        return own_layout(config, dimensions, layout, num_blocks)
+    mine = replace(dimensions, num_kv_heads=layout.share(dimensions.num_kv_heads).count)
     neighbours = config.parallel.ranks_per_node or layout.size
     shared = replace(config, kv_memory_fraction=config.kv_memory_fraction / neighbours)
     return choose_layout(shared, mine, dtype, max_model_len, available_bytes())
@@ -268,24 +263,3 @@ def split(batch: Batch) -> tuple[Batch, Batch]:
     first = Batch(batch.prefill[:count], batch.decode[: max(0, count - num_prefill)])
     second = Batch(batch.prefill[count:], batch.decode[max(0, count - num_prefill) :])
     return first, second
-
-
-def _to_bytes(expert: FeedForward) -> Tensor:
-    parts = [linear.weight().contiguous().view(-1).view(torch.uint8) for linear in expert.linears]
-    return torch.cat(parts)
-
-
-def _from_bytes(blob: Tensor, template: FeedForward) -> FeedForward:
-    gate_up, down = template.linears
-    num_bytes = gate_up.num_outputs * gate_up.num_inputs * gate_up.dtype.itemsize
-    gate_up_XD = blob[:num_bytes].clone().view(gate_up.dtype).view(gate_up.num_outputs, gate_up.num_inputs)
-    down_DF = blob[num_bytes:].clone().view(down.dtype).view(down.num_outputs, down.num_inputs)
-    gate_FD, up_FD = gate_up_XD.chunk(2)
-    return _like(FeedForward(gate_FD, up_FD, down_DF), template)
-
-
-def _like(expert: FeedForward, template: FeedForward) -> FeedForward:
-    if template.down.is_tiled:
-        for linear in expert.linears:
-            linear.use_tiles()
-    return expert

@@ -7,7 +7,7 @@ experts, F expert width, R rows that are sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,8 +60,12 @@ class CudaErnie:
         max_len: int,
         device: torch.device,
         deterministic: bool,
+        loader: Loader | None = None,
     ) -> None:
-        """Takes every weight of the source in turn. Raises InvalidConfig when one is missing, misshapen or unknown."""
+        """Takes every weight of the source in turn. Raises InvalidConfig when one is missing, misshapen or unknown.
+
+        `loader` takes a part of each instead, for a model of a part's dimensions.
+        """
         self.config = config
         self._deterministic = deterministic
         self._flash = None if deterministic else find_flash_attention(device, dtype)
@@ -70,13 +74,12 @@ class CudaErnie:
         rope = RotaryEmbedding(config.head_dim, config.rope_theta, max_len)
         cos, sin = rope.at(torch.arange(max_len))
         self._rotation = (cos.squeeze(1).to(device), sin.squeeze(1).to(device))
-        V, D = config.vocab_size, config.hidden_size
-        tied = config.tie_word_embeddings
-        self._embedding_VD = source.take("model.embed_tokens.weight", (V, D), dtype).to(device)
-        loader = _Loader(config, source, dtype, device, deterministic)
+        D, tied = config.hidden_size, config.tie_word_embeddings
+        loader = loader or Loader(config, source, dtype, device, deterministic)
+        self._embedding_VD = loader.vocabulary("model.embed_tokens.weight")
         self._layers = tuple(loader.layer(index) for index in range(config.num_layers))
         self._norm_D = source.take("model.norm.weight", (D,), dtype).to(device)
-        head_VD = self._embedding_VD if tied else source.take("lm_head.weight", (V, D), dtype).to(device)
+        head_VD = self._embedding_VD if tied else loader.vocabulary("lm_head.weight")
         self._head = Linear(head_VD, deterministic)
         source.require_all_taken(unused=("lm_head.weight",) if tied else ())
 
@@ -126,52 +129,83 @@ class CudaErnie:
         return min(max(wanted, 1), _MOST_SPLITS), _LEAST_SPLIT_BLOCKS
 
 
-@dataclass(frozen=True, slots=True)
-class _Loader:
-    config: ErnieConfig
-    source: WeightSource
-    dtype: torch.dtype
-    device: torch.device
-    deterministic: bool
+class Loader:
+    """Takes a model's weights from a source, each whole."""
+
+    def __init__(
+        self, config: ErnieConfig, source: WeightSource, dtype: torch.dtype, device: torch.device, deterministic: bool
+    ) -> None:
+        self._config, self._source = config, source
+        self._dtype, self._device, self._deterministic = dtype, device, deterministic
+
+    def cut(self, name: str, dim: int, total: int, unit: int, other: int) -> Tensor:
+        """A matrix of `total` pieces of `unit` rows (dim 0) or columns (dim 1); a rank may have a share of the pieces."""
+        shape = (total * unit, other) if dim == 0 else (other, total * unit)
+        return self._source.take(name, shape, self._dtype).to(self._device)
+
+    def vocabulary(self, name: str) -> Tensor:
+        return self.cut(name, 0, self._config.vocab_size, 1, self._config.hidden_size)
+
+    def take(self, name: str, *shape: int, exact: bool = False) -> Tensor:
+        return self._source.take(name, shape, torch.float32 if exact else self._dtype).to(self._device)
 
     def layer(self, index: int) -> Layer:
-        def take(name: str, *shape: int, exact: bool = False) -> Tensor:
-            kind = torch.float32 if exact else self.dtype
-            return self.source.take(f"model.layers.{index}.{name}", shape, kind).to(self.device)
-
-        config = self.config
+        config, prefix = self._config, f"model.layers.{index}"
         D, C = config.hidden_size, config.head_dim
-        H, K = config.num_heads * C, config.num_kv_heads * C
+        heads = (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads))
         moe = config.moe if config.moe is not None and config.moe.has_layer(index) else None
-        parts = [take(f"self_attn.{part}_proj.weight", rows, D) for part, rows in (("q", H), ("k", K), ("v", K))]
+        parts = [self.cut(f"{prefix}.self_attn.{part}_proj.weight", 0, count, C, D) for part, count in heads]
         return Layer(
-            input_norm_D=take("input_layernorm.weight", D),
-            qkv=Linear(torch.cat(parts), self.deterministic),
-            output=Linear(take("self_attn.o_proj.weight", D, H), self.deterministic),
-            post_attention_norm_D=take("post_attention_layernorm.weight", D),
-            mlp=self._feed_forward(take, "mlp", config.intermediate_size) if moe is None else self._moe(take, moe),
+            input_norm_D=self.take(f"{prefix}.input_layernorm.weight", D),
+            qkv=Linear(torch.cat(parts), self._deterministic),
+            output=Linear(
+                self.cut(f"{prefix}.self_attn.o_proj.weight", 1, config.num_heads, C, D), self._deterministic
+            ),
+            post_attention_norm_D=self.take(f"{prefix}.post_attention_layernorm.weight", D),
+            mlp=self._dense(f"{prefix}.mlp", config.intermediate_size) if moe is None else self.mixture(index, moe),
         )
 
-    def _feed_forward(self, take: Callable[..., Tensor], prefix: str, width: int) -> FeedForward:
-        D = self.config.hidden_size
-        gate_up = torch.cat([take(f"{prefix}.{part}_proj.weight", width, D) for part in ("gate", "up")])
-        return FeedForward(gate_up, take(f"{prefix}.down_proj.weight", D, width), self.deterministic)
-
-    def _moe(self, take: Callable[..., Tensor], moe: MoeConfig) -> MixtureOfExperts:
-        D, E, F = self.config.hidden_size, moe.num_experts, moe.intermediate_size
-        gate_up_EXD = torch.empty(E, 2 * F, D, dtype=self.dtype, device=self.device)
-        down_EDF = torch.empty(E, D, F, dtype=self.dtype, device=self.device)
-        for expert in range(E):
-            gate_up_EXD[expert, :F] = take(f"mlp.experts.{expert}.gate_proj.weight", F, D)
-            gate_up_EXD[expert, F:] = take(f"mlp.experts.{expert}.up_proj.weight", F, D)
-            down_EDF[expert] = take(f"mlp.experts.{expert}.down_proj.weight", D, F)
+    def mixture(self, index: int, moe: MoeConfig) -> MixtureOfExperts:
+        router, bias_E = self.router(index, moe)
         return MixtureOfExperts(
-            Linear(take("mlp.gate.weight", E, D, exact=True), self.deterministic),
-            take("mlp.moe_statics.e_score_correction_bias", 1, E, exact=True)[0],
-            moe.num_experts_per_token,
-            moe.norm_min,
-            Experts(gate_up_EXD, down_EDF, self.deterministic),
-            self._feed_forward(take, "mlp.shared_experts", F * moe.num_shared_experts)
-            if moe.num_shared_experts
-            else None,
+            router, bias_E, moe.num_experts_per_token, moe.norm_min,
+            self.experts(index, moe, range(moe.num_experts)), self.shared_experts(index, moe),
+        )  # fmt: skip
+
+    def router(self, index: int, moe: MoeConfig) -> tuple[Linear, Tensor]:
+        prefix, E = f"model.layers.{index}.mlp", moe.num_experts
+        weight_ED = self.take(f"{prefix}.gate.weight", E, self._config.hidden_size, exact=True)
+        bias_1E = self.take(f"{prefix}.moe_statics.e_score_correction_bias", 1, E, exact=True)
+        return Linear(weight_ED, self._deterministic), bias_1E[0]
+
+    def experts(self, index: int, moe: MoeConfig, held: Sequence[int]) -> Experts:
+        """The weights of `held`, one after the other."""
+        D, F = self._config.hidden_size, moe.intermediate_size
+        gate_up_EXD = torch.empty(len(held), 2 * F, D, dtype=self._dtype, device=self._device)
+        down_EDF = torch.empty(len(held), D, F, dtype=self._dtype, device=self._device)
+        for at, expert in enumerate(held):
+            prefix = f"model.layers.{index}.mlp.experts.{expert}"
+            gate_up_EXD[at, :F] = self.take(f"{prefix}.gate_proj.weight", F, D)
+            gate_up_EXD[at, F:] = self.take(f"{prefix}.up_proj.weight", F, D)
+            down_EDF[at] = self.take(f"{prefix}.down_proj.weight", D, F)
+        return Experts(gate_up_EXD, down_EDF, self._deterministic)
+
+    def shared_experts(self, index: int, moe: MoeConfig) -> FeedForward | None:
+        """Whole, always: they meet a rank's own rows."""
+        if not moe.num_shared_experts:
+            return None
+        D, width, prefix = (
+            self._config.hidden_size,
+            moe.intermediate_size * moe.num_shared_experts,
+            "mlp.shared_experts",
+        )
+        gate, up = (self.take(f"model.layers.{index}.{prefix}.{part}_proj.weight", width, D) for part in ("gate", "up"))
+        down = self.take(f"model.layers.{index}.{prefix}.down_proj.weight", D, width)
+        return FeedForward(torch.cat((gate, up)), down, self._deterministic)
+
+    def _dense(self, prefix: str, width: int) -> FeedForward:
+        D = self._config.hidden_size
+        gate, up = (self.cut(f"{prefix}.{part}_proj.weight", 0, width, 1, D) for part in ("gate", "up"))
+        return FeedForward(
+            torch.cat((gate, up)), self.cut(f"{prefix}.down_proj.weight", 1, width, 1, D), self._deterministic
         )

@@ -5,6 +5,8 @@ Shapes: T rows, D hidden, F feed-forward width, E experts, k chosen for a row, A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,8 +59,31 @@ class Experts:
         places_A = torch.empty_like(order_A)
         places_A.scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
         rows_AD = x_TD.index_select(0, order_A // experts_Tk.shape[1])
+        return self.run(rows_AD, ends_E, is_decode), places_A
+
+    def run(self, rows_AD: Tensor, ends_E: Tensor, is_decode: bool) -> Tensor:
+        """Outputs [A, D] of rows sorted by expert: expert e has those before ends[e], int32, that none before it has."""
+        if not rows_AD.shape[0]:
+            return rows_AD
         hidden_AF = swiglu(self._multiply(rows_AD, self._gate_up, ends_E, is_decode))
-        return self._multiply(hidden_AF, self._down, ends_E, is_decode), places_A
+        return self._multiply(hidden_AF, self._down, ends_E, is_decode)
+
+    def bytes_of(self, expert: int) -> Tensor:
+        """One expert's weights, flat uint8: gate, up, down."""
+        return torch.cat([weight[expert].view(-1).view(torch.uint8) for weight in (self._gate_up, self._down)])
+
+    def rearrange(self, sources: Sequence[int | Tensor]) -> None:
+        """Fills every place anew, in the memory that is there: from a place as it was, or with weights as `bytes_of` gives."""
+        fresh = {
+            at: self.bytes_of(source) if isinstance(source, int) else source.to(self._down.device)
+            for at, source in enumerate(sources)
+            if not isinstance(source, int) or source != at
+        }
+        cut = self._gate_up[0].numel() * self._gate_up.element_size()
+        with torch.inference_mode():
+            for at, blob in fresh.items():
+                self._gate_up[at].view(-1).view(torch.uint8).copy_(blob[:cut])
+                self._down[at].view(-1).view(torch.uint8).copy_(blob[cut:])
 
     def _multiply(self, x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, is_decode: bool) -> Tensor:
         if self._vendor:

@@ -62,16 +62,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
     @staticmethod
     def load(config: WorkerConfig) -> CudaRunner:
         """The runner of a "-PT" checkpoint folder. Raises InvalidConfig when it cannot be served as configured."""
-        if not torch.cuda.is_available():
-            raise InvalidConfig(f"worker.device {config.device!r} needs a GPU; torch {torch.__version__} finds none")
-        device = torch.device(config.device)
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device.index >= torch.cuda.device_count():
-            raise InvalidConfig(
-                f"worker.device {config.device!r} does not exist; there are {torch.cuda.device_count()}"
-            )
-        return CudaRunner.load_on(config, device)
+        return CudaRunner.load_on(config, find_device(config))
 
     @staticmethod
     def load_on(config: WorkerConfig, device: torch.device) -> CudaRunner:
@@ -168,6 +159,18 @@ class CudaRunner(ModelRunner[CudaErnie]):
 
     def _forward(self, inputs: StepInputs, on_filled: OnFilled | None = None) -> Tensor:
         return self._model.forward(inputs, self._pool, on_filled)
+
+
+def find_device(config: WorkerConfig) -> torch.device:
+    """The GPU that config.device names. Raises InvalidConfig when there is none."""
+    if not torch.cuda.is_available():
+        raise InvalidConfig(f"worker.device {config.device!r} needs a GPU; torch {torch.__version__} finds none")
+    device = torch.device(config.device)
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise InvalidConfig(f"worker.device {config.device!r} does not exist; there are {torch.cuda.device_count()}")
+    return device
 
 
 def free_bytes(device: torch.device) -> int:

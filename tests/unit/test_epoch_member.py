@@ -1,0 +1,48 @@
+"""A rank whose device nothing can free after an abort ends with its thread; one that comes back goes on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from workers.config import ParallelConfig
+from workers.errors import DeviceStuck
+from workers.group.epoch_member import EpochMember
+from workers.group.messages import Form
+from workers.model.collectives import Links, start_store
+from workers.model.parallel import SINGLE
+
+
+class DirectRank:
+    """As much of workers.model.rank_runner.Rank as joining and leaving take."""
+
+    layout, device, is_direct = SINGLE, "cpu", False
+
+    def prepare(self, direct: bool, store: Any) -> None:
+        self.is_direct = direct
+
+    def left(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_thread_that_does_not_come_back_from_a_device_is_not_waited_for(
+    comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    store = start_store("127.0.0.1")
+    member = EpochMember(DirectRank(), Links(), "127.0.0.1", stuck_s=60.0 if comes_back else 0.1)  # type: ignore[arg-type]
+    member.prepare(1)
+    member.join(Form(1, "127.0.0.1", store.port, [], "mixed", 1, direct=True), ParallelConfig())
+    member.abort(1)
+    watches = [thread for thread in threading.enumerate() if thread.name == "group-stuck"]
+    if comes_back:
+        member.leave()
+    for thread in watches:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert [args.exc_type for args in died] == ([] if comes_back else [DeviceStuck])
+    member.leave()
