@@ -1,6 +1,6 @@
 """torch's all_to_all_vdev_2d and all_to_all_vdev_2d_offset on host memory over Gloo, written from their documentation.
 
-What the documentation leaves undefined is filled with noise: a caller that reads it fails. Splits are int64 [G * ne]; chunk
+Buffers begin as noise, and what an exchange does not write stays as it was: rows of an earlier one, which look like rows. Splits are int64 [G * ne]; chunk
 (peer, expert) of the first operation's input is number peer * ne + expert, chunk (expert, source) of its output number
 expert * G + source; the second operation goes the other way round, with offsets of its input given.
 """
@@ -47,7 +47,6 @@ def all_to_all_vdev_2d(
     assert int(splits.sum()) <= len(rows), "the splits are longer than the input"
     order = [peer * ne + expert for peer in range(G) for expert in range(ne)]
     chunks = _exchange(ranks, rows, splits, offsets, order, ne)
-    noise(out)
     at, splits_of, offset_of = 0, [], []
     for expert in range(ne):
         first = at
@@ -68,7 +67,6 @@ def all_to_all_vdev_2d_offset(
     G, ne = ranks.size, splits_offsets.shape[1] // ranks.size
     order = [expert * G + peer for peer in range(G) for expert in range(ne)]
     chunks = _exchange(ranks, rows, splits_offsets[0], splits_offsets[1], order, ne)
-    noise(out)
     at, splits_of, offset_of = 0, [], []
     for source in range(G):
         for part in chunks[source]:
@@ -81,12 +79,10 @@ def all_to_all_vdev_2d_offset(
 
 
 def noise(values: Tensor) -> Tensor:
-    """Fills with what nobody may read: not-a-numbers, which as bytes are slots beyond any table, and splits beyond any buffer."""
+    """Fills with what nobody may read: not-a-numbers, splits beyond any buffer, and as bytes zeros, which look like slots."""
     if values.dtype is torch.uint8:
-        values.view(-1)[::2], values.view(-1)[1::2] = 0xFF, 0x7F
-    else:
-        values.fill_(float("nan") if values.dtype.is_floating_point else 1 << 40)
-    return values
+        return values.zero_()
+    return values.fill_(float("nan") if values.dtype.is_floating_point else 1 << 40)
 
 
 def _exchange(
