@@ -15,18 +15,18 @@ import grpc
 from workers.config import WorkerConfig
 from workers.engine_thread import Command, ForgetCache, Report
 from workers.errors import Refusal
+from workers.handoff.migration import RunningExporter
+from workers.handoff.transfers import Transfers
 from workers.identity import Identity
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import Running
 from workers.kv_transfer.transport import Transport
-from workers.migration import RunningExporter
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.reception import Reception
 from workers.router_streams import RouterStreams
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.stepping.result import TransferWanted
-from workers.transfers import Transfers
 from workers.wire import status_to_pb
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
+from workers.handoff.peers import SERVER_OPTIONS
 from workers.identity import Identity
 from workers.kv_tiers.opening import open_tiers
 from workers.kv_transfer.memory import KvMemory
 from workers.pb import worker_pb2_grpc
-from workers.peers import SERVER_OPTIONS
 from workers.request import Request
 from workers.runner import Runner
 from workers.sampling.output import Detokenizer

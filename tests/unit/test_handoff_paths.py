@@ -15,6 +15,7 @@ from builders import fake_layout, generate_alone, make_request
 from running_workers import CONFIG, Attached, idle, running, tokens
 
 from workers.client import Cancel
+from workers.handoff.wire import down_from_pb, down_to_pb, up_from_pb, up_to_pb
 from workers.kv_transfer.copier import describe_pieces
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import (
@@ -41,7 +42,6 @@ from workers.kv_transfer.transports.shm import ShmTransport
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
-from workers.wire_handoff import down_from_pb, down_to_pb, up_from_pb, up_to_pb
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = Prompt(REQUEST)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from workers.engine import Engine
 from workers.errors import Refused
+from workers.handoff.prefix_export import keys_of, subject_of
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_cache.prefix_cache import BlockKey, block_key
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.messages import Prefix
 from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
-from workers.prefix_export import keys_of, subject_of
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
 from workers.status import PrefixHint, WorkerAddress

@@ -10,9 +10,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import wire, wire_handoff, wire_request
+from workers import wire, wire_request
 from workers.client import Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal, TransferFailed
+from workers.handoff import wire as handoff_wire
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.messages import (
@@ -188,8 +189,8 @@ PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {
     "model": (models, wire.model_to_pb, wire.model_from_pb),
     "status": (statuses, wire.status_to_pb, wire.status_from_pb),
     "layout": (layouts, wire.layout_to_pb, wire.layout_from_pb),
-    "handoff_down": (handoff_downs, partial(wire_handoff.down_to_pb, "t", 7), wire_handoff.down_from_pb),
-    "handoff_up": (handoff_ups, partial(wire_handoff.up_to_pb, "t", 7), wire_handoff.up_from_pb),
+    "handoff_down": (handoff_downs, partial(handoff_wire.down_to_pb, "t", 7), handoff_wire.down_from_pb),
+    "handoff_up": (handoff_ups, partial(handoff_wire.up_to_pb, "t", 7), handoff_wire.up_from_pb),
     "frame": (frames, wire.frame_to_pb, wire.frame_from_pb),
     "router_message": (router_messages, wire.router_message_to_pb, wire.router_message_from_pb),
 }
@@ -225,11 +226,11 @@ def test_an_empty_router_message_is_refused() -> None:
 
 def test_a_handoff_message_of_an_unknown_kind_fails_the_transfer() -> None:
     with pytest.raises(TransferFailed, match="unknown kind"):
-        wire_handoff.down_from_pb(pb.HandoffDown())
+        handoff_wire.down_from_pb(pb.HandoffDown())
     with pytest.raises(TransferFailed, match="unknown kind"):
-        wire_handoff.up_from_pb(pb.HandoffUp())
+        handoff_wire.up_from_pb(pb.HandoffUp())
     with pytest.raises(TransferFailed, match="unknown kind"):
-        wire_handoff.down_from_pb(pb.HandoffDown(open=pb.OpenHandoff()))
+        handoff_wire.down_from_pb(pb.HandoffDown(open=pb.OpenHandoff()))
 
 
 @settings(max_examples=50, deadline=None)

@@ -119,7 +119,7 @@ async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.Monke
             described = (replace(described[0], checksum=described[0].checksum ^ 1), *described[1:])
         return described
 
-    monkeypatch.setattr("workers.handoff_source.describe_pieces", spoil_once)
+    monkeypatch.setattr("workers.handoff.source.describe_pieces", spoil_once)
     async with pair() as (router, source, _):
         await router.submit(request, source)
         outputs = await router.finish("r")

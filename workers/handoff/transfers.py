@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from workers.config import WorkerConfig
 from workers.engine_thread import Command
 from workers.errors import Refusal
-from workers.handoff_export import Exporter, PromptExporter
-from workers.handoff_fetch import Fetches
-from workers.handoff_serving import Serving
-from workers.handoff_target import Handoff, HandoffFailed, TargetDriver
-from workers.handoff_tasks import log_failure
+from workers.handoff.export import Exporter, PromptExporter
+from workers.handoff.fetch import Fetches
+from workers.handoff.peers import Peers
+from workers.handoff.prefix_export import PrefixExporter
+from workers.handoff.prefix_pull import PrefixPuller
+from workers.handoff.serving import Serving
+from workers.handoff.target import Handoff, HandoffFailed, TargetDriver
+from workers.handoff.tasks import log_failure
 from workers.identity import Identity
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import OpenHandoff, Prefix, Prompt, Subject
@@ -25,9 +28,6 @@ from workers.kv_transfer.prefault import Prefault
 from workers.kv_transfer.recovery import Plan, Way
 from workers.kv_transfer.target import TargetSession
 from workers.kv_transfer.transport import Sweeping, Transport
-from workers.peers import Peers
-from workers.prefix_export import PrefixExporter
-from workers.prefix_pull import PrefixPuller
 from workers.status import WorkerAddress
 
 CLOSE_S = 5.0

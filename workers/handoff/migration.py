@@ -9,7 +9,7 @@ from collections.abc import Callable
 from workers.engine_thread import Command, Depart, Halt, Resume
 from workers.engine_thread import Export as BeginExport
 from workers.errors import Refusal, Refused
-from workers.handoff_export import Export, Feed
+from workers.handoff.export import Export, Feed
 from workers.kv_transfer.messages import OpenHandoff, Running, SequenceMoved
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, Filled

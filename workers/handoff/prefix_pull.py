@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 
 from workers.engine_thread import Command, Pulled
 from workers.errors import TransferFailed
-from workers.handoff_target import Handoff
+from workers.handoff.prefix_export import subject_of
+from workers.handoff.target import Handoff
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.messages import PrefixDone, Subject
 from workers.kv_transfer.worth import PullRates, is_worth_pulling
-from workers.prefix_export import subject_of
 from workers.status import WorkerAddress
 from workers.stepping.result import PullWanted
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import grpc
 
 from workers.errors import Refusal, TransferFailed
-from workers.handoff_source import data_id
+from workers.handoff.letterbox import Letterbox
+from workers.handoff.source import data_id
+from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.copier import INLINE_BYTES, verify_pieces
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import Done, HandoffRefused, KvPiece, KvPieces
@@ -32,11 +34,9 @@ from workers.kv_transfer.target import (
 )
 from workers.kv_transfer.transfer import Due
 from workers.kv_transfer.transport import Inbox, IncomingPiece, Transport, View
-from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
-from workers.wire_handoff import down_to_pb, up_from_pb
 from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)

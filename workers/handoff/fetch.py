@@ -14,8 +14,8 @@ from typing import Protocol
 from workers.client import Migration
 from workers.engine_thread import Command, Landed, MovedIn, TransferLost
 from workers.errors import InvariantViolated, TransferFailed
-from workers.handoff_target import Handoff, HandoffFailed
-from workers.handoff_tasks import log_failure
+from workers.handoff.target import Handoff, HandoffFailed
+from workers.handoff.tasks import log_failure
 from workers.kv_transfer.messages import PrefillDone, Prompt, Running, SequenceMoved, Subject
 from workers.kv_transfer.recovery import Choice, Measured, Plan, Way
 from workers.request import HandoffReport, Request

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from workers.engine_thread import Command, HoldPrefix, ReleasePrefix
 from workers.errors import Refusal, Refused
-from workers.handoff_export import Export, Feed
+from workers.handoff.export import Export, Feed
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_transfer.messages import OpenHandoff, Prefix, PrefixDone
 from workers.kv_transfer.pieces import Cut
@@ -20,7 +20,7 @@ MAX_EXPORTS = 32
 
 
 class PrefixExporter:
-    """Implements workers.handoff_export.Exporter for Prefix; the engine's reports come in through `held`."""
+    """Implements workers.handoff.export.Exporter for Prefix; the engine's reports come in through `held`."""
 
     def __init__(self, post: Callable[[Command], None], new_export_id: Callable[[], int]) -> None:
         self._post = post

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from workers.errors import TransferFailed
-from workers.handoff_export import Export, Paced
+from workers.handoff.export import Export, Paced
+from workers.handoff.letterbox import Letterbox
+from workers.handoff.wire import down_from_pb, up_to_pb
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import HandoffUp
@@ -26,10 +28,8 @@ from workers.kv_transfer.source import (
 )
 from workers.kv_transfer.transfer import Due, TransferState
 from workers.kv_transfer.transport import OutgoingPiece, Transport
-from workers.letterbox import Letterbox
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
-from workers.wire_handoff import down_from_pb, up_to_pb
 from workers.wire_seal import Sealer
 
 log = logging.getLogger(__name__)

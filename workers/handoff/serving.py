@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, StreamDamaged, TransferFailed
-from workers.handoff_export import Exporter
-from workers.handoff_source import SourceDriver
-from workers.handoff_tasks import log_failure
+from workers.handoff.export import Exporter
+from workers.handoff.source import SourceDriver
+from workers.handoff.tasks import log_failure
+from workers.handoff.wire import down_from_pb, up_to_pb
 from workers.identity import Identity
 from workers.kv_transfer.copier import same_shape
 from workers.kv_transfer.memory import KvMemory
@@ -21,7 +22,6 @@ from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.transport import Transport
 from workers.pb import worker_pb2 as pb
-from workers.wire_handoff import down_from_pb, up_to_pb
 from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)
