@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tests.builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import RankLost, TransferFailed
 from workers.group.memory import GroupKvMemory, RemotePart, put_heads, take_heads
 from workers.group.messages import Blocks, GetBlocks, PutBlocks
+from workers.kv_tiers.opening import host_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.joined import JoinedKvMemory
 from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
@@ -128,3 +130,11 @@ def test_a_rank_elsewhere_gets_its_evicted_blocks_back_or_computes_them(lost: st
         found.append((tokens_of(outputs, name), outputs[0][1].cached_tokens))
     assert found[0][0] == found[2][0] == generate_alone(request)
     assert found[2][1] == (2 if lost else 3) * BLOCK_SIZE  # two are in the pool still
+
+
+def test_a_group_on_gpus_keeps_evicted_blocks_in_host_memory_only_when_told_to() -> None:
+    """Each of them would be asked for between two steps."""
+    alone = WorkerConfig(model="x", device="cuda")
+    group = replace(alone, parallel=ParallelConfig(expert_parallel=2))
+    assert host_bytes(alone, LAYOUT) > 0 == host_bytes(group, LAYOUT)
+    assert host_bytes(replace(group, kv_host_bytes=4096), LAYOUT) == 4096
