@@ -213,6 +213,9 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             log.error("the engine thread did not end within %s s", timeout_s)
+        # Nobody is told any more, and what pointed here would keep the pool until the collector comes.
+        self._engine.outgoing.on_layers = None
+        self._engine.on_tiers_ready(lambda: None)
 
     def _run(self) -> None:
         stalled = False

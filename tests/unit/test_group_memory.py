@@ -112,7 +112,7 @@ class RemoteRunner(FakeRunner):
             raise RankLost("the group is between two epochs")
         heads = self.own.layout.num_kv_heads
         if isinstance(message, GetBlocks):
-            return Blocks(take_heads(self.own, message.blocks, 0, heads))
+            return Blocks(tail=take_heads(self.own, message.blocks, 0, heads))
         put_heads(self.own, message.blocks, 0, heads, message.tail)
         return Blocks()
 

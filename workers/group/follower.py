@@ -209,11 +209,12 @@ class Follower:
             raise RankLost("the leader named a block that this rank does not have")
         if isinstance(message, GetBlocks):
             runner.show_blocks(message.blocks)
-            return Blocks(b"" if self._shares_memory else take_heads(memory, message.blocks, 0, heads))
+            tail = b"" if self._shares_memory else take_heads(memory, message.blocks, 0, heads)
+            return Blocks(message.number, tail)
         if not self._shares_memory:
             put_heads(memory, message.blocks, 0, heads, message.tail)
         runner.take_blocks(message.blocks)
-        return Blocks()
+        return Blocks(message.number)
 
     def _form(self, form: Form, channel: Channel) -> None:
         assert self._member is not None

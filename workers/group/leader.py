@@ -10,8 +10,9 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig, RankLost
@@ -81,6 +82,7 @@ class GroupLeader:
         self._channels: dict[int, Channel] = {}
         self._done: dict[int, Done] = {}
         self._blocks: dict[int, Blocks] = {}
+        self._num_asked: Counter[int] = Counter()
         self._hellos: dict[int, Hello] = {}
         self._remote: set[int] = set()
         self._direct: set[int] = set()
@@ -164,20 +166,27 @@ class GroupLeader:
             return tuple(sorted(self._remote))
 
     def ask(self, rank: int, message: GetBlocks | PutBlocks, epoch: int | None = None) -> Blocks:
-        """A rank's answer, between two steps of `epoch` (None: of whichever serves). Raises RankLost when that is over."""
+        """A rank's answer, between two steps of `epoch` (None: of whichever serves). Raises RankLost when that is over.
+
+        A rank that does not answer is lost, so that it moves nothing once the blocks have another owner.
+        """
         with self._changed:
             epoch = self.epoch if epoch is None else epoch
             self._blocks.pop(rank, None)
             if not self._lives(epoch):
                 raise RankLost("the group is between two epochs")
             channel = self._channels[rank]
-        channel.send(message)
+            self._num_asked[rank] += 1
+        channel.send(replace(message, number=self._num_asked[rank]))
         with self._changed:
             limit_s = self._parallel.step_timeout_s
             self._changed.wait_for(lambda: rank in self._blocks or not self._lives(epoch), limit_s)
-            if rank not in self._blocks or not self._lives(epoch):
-                raise RankLost(f"rank {rank} did not move its blocks")
-            return self._blocks.pop(rank)
+            if not self._lives(epoch):
+                raise RankLost("the epoch ended before a rank had moved its blocks")
+            if rank in self._blocks:
+                return self._blocks.pop(rank)
+        channel.close()
+        raise RankLost(f"rank {rank} did not move its blocks within {limit_s:g} s")
 
     def take_lost_pools(self) -> tuple[int, ...]:
         """Pools whose KV is gone since the last call."""
@@ -289,8 +298,9 @@ class GroupLeader:
                 self._handle(f.BecameReady(rank))
             case Blocks():
                 with self._changed:
-                    self._blocks[rank] = message
-                    self._changed.notify_all()
+                    if message.number == self._num_asked[rank]:
+                        self._blocks[rank] = message
+                        self._changed.notify_all()
             case Formed():
                 self._handle(f.HasFormed(rank, message.epoch))
             case Done():

@@ -78,7 +78,7 @@ class GroupKvMemory(KvMemory):
             self.own.take_blocks(self._in_first_pool(blocks))
         for part, ids, local in self._shares(blocks):
             tail = b"" if part.shares_memory else take_heads(self, ids, part.first_head, part.num_heads)
-            self._ask(part.rank, PutBlocks(local, tail), None)
+            self._ask(part.rank, PutBlocks(local, tail=tail), None)
             self.num_moved_bytes += len(tail)
 
     def copy_out(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:

@@ -145,6 +145,8 @@ class GetBlocks:
     that, else in the answer."""
 
     blocks: list[int]
+    number: int = 0
+    """The answer repeats it: one that comes too late answers nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class PutBlocks:
     """A rank takes over what it is to hold of some blocks: from the leader's memory if it has joined that, else from `tail`."""
 
     blocks: list[int]
+    number: int = 0
     tail: bytes = b""
 
 
@@ -159,6 +162,7 @@ class PutBlocks:
 class Blocks:
     """The answer to either: the bytes asked for, or none."""
 
+    number: int = 0
     tail: bytes = b""
 
 

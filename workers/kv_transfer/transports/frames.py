@@ -10,7 +10,7 @@ from workers.errors import TransferFailed
 
 MAX_PIECE_BYTES = 256 << 20
 """More than a layer of a block can have; a longer frame is not ours."""
-_MAGIC = 0x314E5442  # "BTN1"
+_MAGIC = 0x324E5442  # "BTN2"
 _HEADER = struct.Struct("<I16sIIIII")
 HEADER_BYTES = _HEADER.size
 
