@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +339,11 @@ def test_a_rank_of_another_group_is_declined() -> None:
         assert not runner.leader.is_serving
     finally:
         runner.stop()
+
+
+def test_a_group_whose_step_hangs_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.group.runner.STOP_WAIT_S", 0.1)
+    group = GroupRunner.load(config(SHIPPED, expert_parallel=2), token=TOKEN)
+    with ThreadPoolExecutor(1) as threads, group._step_lock:  # as a step holds it
+        threads.submit(group.stop).result(WAIT_S)
+    assert not group.wait_serving(0.0)
