@@ -32,7 +32,7 @@ class ParallelConfig:
     exact_combine: bool = True
     """Expert outputs travel back one by one and are added as on a single rank, bit for bit. False: each rank adds its own first, which sends less."""
     dispatch: Literal["auto", "all_to_all", "device"] = "auto"
-    """How rows reach experts on GPUs: device keeps the number of rows that travel on the GPU (NVSHMEM; a rank that is lost then ends the processes of all), all_to_all asks the host and runs everywhere, auto takes device where it can."""
+    """How rows reach experts on GPUs: device keeps the number of rows that travel on the GPU (NVSHMEM; a rank that is lost then ends the processes of all), all_to_all asks the host and runs everywhere. auto is all_to_all for now: torch's device operations are reported to race."""
     min_overlap_tokens: int = 0
     """Steps with at least this many tokens run as two halves, one communicating while the other computes; 0: never."""
     rebalance_steps: int = 0

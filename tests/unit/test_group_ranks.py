@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from workers.config import ParallelConfig, WorkerConfig
 from workers.engine import Engine
 from workers.errors import InvalidConfig
 from workers.group.follower import Follower
+from workers.group.messages import GetBlocks, PutBlocks
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan
 from workers.group.worker import GroupWorker
@@ -338,3 +341,25 @@ def test_a_rank_of_another_group_is_declined() -> None:
         assert not runner.leader.is_serving
     finally:
         runner.stop()
+
+
+def test_a_group_whose_step_hangs_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.group.runner.STOP_WAIT_S", 0.1)
+    group = GroupRunner.load(config(SHIPPED, expert_parallel=2), token=TOKEN)
+    with ThreadPoolExecutor(1) as threads, group._step_lock:  # as a step holds it
+        threads.submit(group.stop).result(WAIT_S)
+    assert not group.wait_serving(0.0)
+
+
+def test_a_rank_leaves_blocks_alone_that_were_sent_in_an_epoch_that_is_over(pool: RankPool) -> None:
+    group = Group(pool, replace(config(SHIPPED, expert_parallel=2), transports=("tcp",)))
+    leader = group.runner.leader
+    try:
+        before = leader.ask(1, GetBlocks([0])).tail
+        others = bytes(byte ^ 1 for byte in before)
+        leader._channels[1].send(PutBlocks([0], leader.epoch - 1, tail=others))
+        assert leader.ask(1, GetBlocks([0])).tail == before
+        leader.ask(1, PutBlocks([0], tail=others))
+        assert leader.ask(1, GetBlocks([0])).tail == others
+    finally:
+        group.stop()

@@ -9,6 +9,7 @@ from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
 from workers.model.collectives import Links, WorldEpoch
+from workers.model.direct_dispatch import DirectBuffers
 from workers.model.expert_placement import Placement
 from workers.model.rank_runner import GroupStep, Rank
 from workers.runner import Batch, Sampled
@@ -34,13 +35,20 @@ class EpochMember:
     def runner(self) -> Rank:
         return self._runner
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that this rank is in; 0 between two."""
+        epoch = self._epoch
+        return 0 if epoch is None else epoch.epoch
+
     def prepare(self, epoch: int) -> None:
         """Before `join`, in order with `abort`: an abort that comes from now on ends this epoch."""
         with self._lock:
             self._aborted = (epoch, threading.Event())
 
     def join(self, form: Form, parallel: ParallelConfig) -> None:
-        """Meets the other ranks; afterwards this rank holds the leader's placement and role. Raises RankLost."""
+        """Meets the other ranks; afterwards this rank holds the leader's placement and role. Raises RankLost,
+        or DeviceStuck as `leave`."""
         self.leave()
         epoch, aborted = self._aborted
         if epoch != form.epoch or aborted.is_set():
@@ -49,18 +57,24 @@ class EpochMember:
             self._runner.experts.adopt(Placement(parallel.size, tuple(map(tuple, form.slots))))
         self.role, self.generation = form.role, form.generation
         layout = self._runner.layout
-        self._epoch = WorldEpoch.join(
-            form.epoch,
-            (form.store_host, form.store_port),
-            rank=layout.rank,
-            size=layout.size,
-            tensor=layout.tensor,
-            host=self._host,
-            timeout_s=parallel.form_timeout_s,
-            aborted=aborted,
-            device=self._runner.device,
-            prepare=lambda store: self._runner.prepare(form.direct, store),
-        )
+        made: list[DirectBuffers | None] = []
+        try:
+            self._epoch = WorldEpoch.join(
+                form.epoch,
+                (form.store_host, form.store_port),
+                rank=layout.rank,
+                size=layout.size,
+                tensor=layout.tensor,
+                host=self._host,
+                timeout_s=parallel.form_timeout_s,
+                aborted=aborted,
+                device=self._runner.device,
+                prepare=lambda store: made.append(self._runner.prepare(form.direct, store)),
+            )
+        except RankLost:
+            self._runner.left()
+            raise
+        self._runner.use_buffers(made[0])
         self._has_left.clear()
         self._links.use(self._epoch)
 
@@ -88,12 +102,12 @@ class EpochMember:
         epoch = self._epoch  # one that is being joined is ended by its flag alone
         if epoch is not None and epoch.epoch == number:
             epoch.interrupt()
-            if self._runner.is_direct:
+            if self._runner.device != "cpu" or self._runner.is_direct:
                 threading.Thread(target=self._require_leave, name="group-stuck", daemon=True).start()
 
     def _require_leave(self) -> None:
         """Dies where the thread that computes does not come back, and with it the process whose owner watches its threads
-        (cluster.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted."""
+        (cluster.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted, and NCCL's abort may hang too."""
         if not self._has_left.wait(self._stuck_s):
             raise DeviceStuck("the GPU waits for a rank that is gone, which only the end of this process can end")
 

@@ -160,7 +160,9 @@ class Follower:
             case Step():
                 self._step(message, channel)
             case GetBlocks() | PutBlocks():
-                channel.send(self._move_blocks(message))
+                assert self._member is not None
+                if message.epoch == self._member.epoch:  # otherwise the leader has given up waiting
+                    channel.send(self._move_blocks(message))
             case _:
                 pass
 

@@ -10,7 +10,6 @@ import logging
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -81,8 +80,11 @@ class GroupLeader:
         self._changed = threading.Condition(threading.RLock())
         self._channels: dict[int, Channel] = {}
         self._done: dict[int, Done] = {}
+        self._num_asked = 0
+        self._asked: dict[int, int] = {}
+        """Questions that wait for an answer, by number, and the ranks they were put to."""
         self._blocks: dict[int, Blocks] = {}
-        self._num_asked: Counter[int] = Counter()
+        """Their answers."""
         self._hellos: dict[int, Hello] = {}
         self._remote: set[int] = set()
         self._direct: set[int] = set()
@@ -172,19 +174,25 @@ class GroupLeader:
         """
         with self._changed:
             epoch = self.epoch if epoch is None else epoch
-            self._blocks.pop(rank, None)
             if not self._lives(epoch):
                 raise RankLost("the group is between two epochs")
             channel = self._channels[rank]
-            self._num_asked[rank] += 1
-        channel.send(replace(message, number=self._num_asked[rank]))
-        with self._changed:
-            limit_s = self._parallel.step_timeout_s
-            self._changed.wait_for(lambda: rank in self._blocks or not self._lives(epoch), limit_s)
-            if not self._lives(epoch):
-                raise RankLost("the epoch ended before a rank had moved its blocks")
-            if rank in self._blocks:
-                return self._blocks.pop(rank)
+            self._num_asked += 1
+            number = self._num_asked
+            self._asked[number] = rank
+        limit_s = self._parallel.step_timeout_s
+        try:
+            channel.send(replace(message, epoch=epoch, number=number))
+            with self._changed:
+                self._changed.wait_for(lambda: number in self._blocks or not self._lives(epoch), limit_s)
+                if not self._lives(epoch):
+                    raise RankLost("the epoch ended before a rank had moved its blocks")
+                if number in self._blocks:
+                    return self._blocks[number]
+        finally:
+            with self._changed:
+                del self._asked[number]
+                self._blocks.pop(number, None)
         channel.close()
         raise RankLost(f"rank {rank} did not move its blocks within {limit_s:g} s")
 
@@ -298,8 +306,8 @@ class GroupLeader:
                 self._handle(f.BecameReady(rank))
             case Blocks():
                 with self._changed:
-                    if message.number == self._num_asked[rank]:
-                        self._blocks[rank] = message
+                    if self._asked.get(message.number) == rank:
+                        self._blocks[message.number] = message
                         self._changed.notify_all()
             case Formed():
                 self._handle(f.HasFormed(rank, message.epoch))

@@ -145,6 +145,8 @@ class GetBlocks:
     that, else in the answer."""
 
     blocks: list[int]
+    epoch: int = 0
+    """A rank that is no longer in it does nothing: the blocks may have another owner."""
     number: int = 0
     """The answer repeats it: one that comes too late answers nothing else."""
 
@@ -154,6 +156,7 @@ class PutBlocks:
     """A rank takes over what it is to hold of some blocks: from the leader's memory if it has joined that, else from `tail`."""
 
     blocks: list[int]
+    epoch: int = 0
     number: int = 0
     tail: bytes = b""
 

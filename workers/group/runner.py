@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from workers.config import WorkerConfig
-from workers.errors import PoolsLost, RankLost
+from workers.errors import DeviceStuck, PoolsLost, RankLost
 from workers.group.balance import Balance
 from workers.group.epoch_member import EpochMember
 from workers.group.leader import OWN_RANK, Callbacks, GroupLeader, Truth
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 0.25
 """A step waits this long for the group to be whole; then the engine looks after its commands and tries again."""
+STOP_WAIT_S = 10.0
+"""A group that stops waits this long for the step under way, which its abort ends, unless a device holds it."""
 _EMPTY = Batch()
 
 
@@ -231,8 +233,15 @@ class GroupRunner:
         """Ends the group: every rank returns from `serve`."""
         self.leader.stop()
         self._member.abort_any()
-        with self._step_lock:
+        if not self._step_lock.acquire(timeout=STOP_WAIT_S):
+            log.warning("rank 0 is still in a step %g s after the end of its group", STOP_WAIT_S)
+            return
+        try:
             self._member.leave()
+        except DeviceStuck as error:
+            log.warning("rank 0 left its group, but %s", error)
+        finally:
+            self._step_lock.release()
 
     # ---- rank 0's own part, called by the leader ----
 

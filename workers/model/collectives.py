@@ -22,6 +22,8 @@ from workers.model.process_groups import bury, make_group
 
 _POLL_S = 0.1
 """How often a waiting thread looks whether the epoch was aborted; a finished operation wakes it at once."""
+_ABORT_S = 5.0
+"""Whoever leaves an epoch waits this long for its groups' aborts; they go on by themselves."""
 _DEVICE_POLL_S = 50e-6
 """How often a thread that waits for the device looks whether it is done, and whether the epoch was aborted."""
 
@@ -158,6 +160,20 @@ class Communicator:
             values = host
         return values.tolist()
 
+    def settle(self, device: torch.device) -> None:
+        """Until the device has done all it was given, in an epoch that goes on. Raises RankLost when that was aborted."""
+        if device.type == "cuda":
+            _await_device(device, self._aborted)
+        self.require_alive()
+
+    def connect(self, device: str) -> None:
+        """One small operation of either kind, to its end: NCCL connects two ranks only when they first have to do with each
+        other, and every rank would wait for a lost one in mid-step."""
+        ones_G1 = torch.ones(self.size, 1, dtype=torch.uint8, device=device)
+        each = [1] * self.size
+        for _, pending in (self.all_to_all(ones_G1, each, each), self.all_gather(ones_G1[:1])):
+            pending.settle()
+
     def require_alive(self) -> None:
         """Raises RankLost when the epoch was aborted."""
         if self._aborted.is_set():
@@ -204,8 +220,10 @@ class WorldEpoch:
         """Meets the other ranks in the store at `store_address`. `aborted` ends this and every later wait.
 
         `host` is this rank's own address, which Gloo listens at. `prepare(store)` is what else all ranks do together,
-        on the thread that meets them. Raises RankLost when they do not all come in time.
+        on the thread that meets them, which an abort leaves behind: it may only make what the caller puts to use.
+        Raises RankLost when they do not all come in time.
         """
+        met: list[WorldEpoch] = []
         found: list[WorldEpoch | BaseException] = []
 
         def meet() -> None:
@@ -220,16 +238,14 @@ class WorldEpoch:
                     if 1 < tensor < size
                     else world
                 )
+                both = Communicator(world, rank, size, aborted), Communicator(inner, rank % tensor, tensor, aborted)
+                met.append(WorldEpoch(epoch, *both, aborted, device))
+                Communicator(world, rank, size, aborted).connect(device)  # others than those that count
+                if inner is not world:
+                    Communicator(inner, rank % tensor, tensor, aborted).connect(device)
+                both[0].require_alive()
                 prepare(named)
-                found.append(
-                    WorldEpoch(
-                        epoch,
-                        Communicator(world, rank, size, aborted),
-                        Communicator(inner, rank % tensor, tensor, aborted),
-                        aborted,
-                        device,
-                    )
-                )
+                found.append(met[0])
             except BaseException as error:
                 found.append(error)
 
@@ -238,16 +254,21 @@ class WorldEpoch:
         thread.start()
         while thread.is_alive() and not aborted.is_set():
             thread.join(_POLL_S)
-        if not found:
+        outcome = found[0] if found else None
+        if isinstance(outcome, WorldEpoch):
+            return outcome
+        for unfinished in met:
+            unfinished.abort()  # its first operations may hold the device
+        if outcome is None:
             raise RankLost(f"epoch {epoch} was aborted while its ranks met")
-        if isinstance(found[0], BaseException):
-            raise RankLost(f"the ranks of epoch {epoch} did not meet: {found[0]}") from found[0]
-        return found[0]
+        raise RankLost(f"the ranks of epoch {epoch} did not meet: {outcome}") from outcome
 
     def abort(self) -> None:
         """Makes every waiting and every later operation of this epoch raise RankLost, in all threads of this process."""
         self._aborted.set()
-        self._abort_groups()
+        deadline_s = time.monotonic() + _ABORT_S
+        for thread in self._start_aborts():
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         for group in self._groups:
             bury(group)
 
@@ -255,17 +276,27 @@ class WorldEpoch:
         """As `abort`, at once and for another thread than the one that computes, which may be waiting for the device."""
         self._aborted.set()
         if self._on_device:
-            threading.Thread(target=self._abort_groups, name="interrupt", daemon=True).start()
+            self._start_aborts()
 
     @property
     def _groups(self) -> list[Any]:
         return list({id(c._group): c._group for c in (self.world, self.tensor)}.values())
 
-    def _abort_groups(self) -> None:
-        for group in self._groups:
-            if hasattr(group, "abort"):
-                with contextlib.suppress(RuntimeError):
-                    group.abort()
+    def _start_aborts(self) -> list[threading.Thread]:
+        """All groups at the same time: one communicator's abort may wait for the device, and so for the kernel of another."""
+        threads = [
+            threading.Thread(target=_abort, args=(group,), name="abort", daemon=True)
+            for group in self._groups
+            if hasattr(group, "abort")
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+
+def _abort(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        group.abort()
 
 
 class Links:

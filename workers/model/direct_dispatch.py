@@ -203,11 +203,16 @@ class DirectAllToAll:
         assert receipt.weights_Mk is not None
         if not outputs_AD.shape[0]:
             return
-        place_A = torch.zeros(receipt.is_asked_Mk.numel(), dtype=torch.int64, device=outputs_AD.device)
+        is_asked_Mk = receipt.is_asked_Mk
+        place_A = torch.zeros(is_asked_Mk.numel(), dtype=torch.int64, device=outputs_AD.device)
         place_A.index_copy_(0, receipt.order_B, torch.arange(len(receipt.order_B), device=outputs_AD.device))
-        place_A.masked_fill_(~receipt.is_asked_Mk.flatten(), 0)  # with weight 0
-        sums_MD = self._add(outputs_AD, place_A, receipt.weights_Mk, None)
-        self._buffers.returning_BD[: len(sums_MD)] = sums_MD
+        place_Mk = place_A.view(is_asked_Mk.shape)
+        sums_MD = torch.zeros(len(place_Mk), outputs_AD.shape[1], device=outputs_AD.device)
+        # products are rounded before they are added, as AllToAll's are; `add` may fuse the two
+        for asked_M, place_M, weight_M in zip(is_asked_Mk.T, place_Mk.T, receipt.weights_Mk.T, strict=True):
+            weighted_MD = outputs_AD.index_select(0, place_M).float() * weight_M[:, None]
+            sums_MD += weighted_MD.masked_fill_(~asked_M[:, None], 0)
+        self._buffers.returning_BD[: len(sums_MD)] = sums_MD.to(outputs_AD.dtype)
 
 
 class Nvshmem:

@@ -23,7 +23,8 @@ thread. Here the leader watches, and an epoch's abort is what ends operations. G
 
 
 def make_group(store: Any, rank: int, size: int, device: str, host: str) -> Any:
-    """A group of `size` ranks that meet in `store`; `host` is where Gloo listens. Returns when all of them are connected."""
+    """A group of `size` ranks that meet in `store`; `host` is where Gloo listens. Returns when all of them have come;
+    NCCL connects them in their first operations (workers.model.collectives.Communicator.connect)."""
     if device.startswith("cuda"):
         return _nccl(store, rank, size, torch.device(device))
     options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -39,7 +40,7 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = _OPERATION_TIMEOUT
     group = c10d.ProcessGroupNCCL(store, rank, size, options)
-    # otherwise the first operation of a step would wait for a rank that does not come, where nothing can end it
+    # makes the communicator now: otherwise the first operation would, and wait for a rank that does not come
     group.eager_connect_single_device(device)
     return group
 

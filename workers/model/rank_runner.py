@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links
+from workers.model.direct_dispatch import DirectBuffers
 from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
@@ -81,8 +82,14 @@ class Rank(Protocol):
     def take_blocks(self, blocks: Sequence[int]) -> None:
         """The inverse: blocks of the memory in use are those to compute with."""
 
-    def prepare(self, direct: bool, store: Any) -> None:
-        """Part of meeting the other ranks of an epoch, which all do together. `direct`: all have offered it."""
+    def prepare(self, direct: bool, store: Any) -> DirectBuffers | None:
+        """Part of meeting the other ranks of an epoch, which all do together. `direct`: all have offered it.
+
+        It may end after the epoch does, so it changes nothing that a step looks at: `use_buffers` takes its result.
+        """
+
+    def use_buffers(self, buffers: DirectBuffers | None) -> None:
+        """This rank is in the epoch that `prepare` made them for, and brings rows to experts by them; None: by the host."""
 
     def left(self) -> None:
         """The epoch is over. Raises DeviceStuck when this process cannot join another one."""
@@ -138,6 +145,9 @@ class RankRunner(TorchRunner):
         pass
 
     def prepare(self, direct: bool, store: Any) -> None:
+        return None
+
+    def use_buffers(self, buffers: DirectBuffers | None) -> None:
         pass
 
     def left(self) -> None:

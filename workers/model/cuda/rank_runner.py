@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.config import MAX_DIRECT_RANKS, WorkerConfig
+from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links, Stages, finish, finish_both
@@ -105,21 +105,24 @@ class CudaRankRunner(ModelRunner[RankErnie]):
 
     # ---- epochs ----
 
-    def prepare(self, direct: bool, store: Any) -> None:
+    def prepare(self, direct: bool, store: Any) -> DirectBuffers | None:
         """As Rank's. Buffers that the device reaches in other processes can be made once in a process's life: those
         processes cannot be exchanged afterwards, so later epochs go without."""
-        self.offers_direct = self.is_direct = False
-        self._buffers = None
-        if direct and self._symmetric is not None:
-            with torch.inference_mode(), as_current(self._torch_device):
-                self._buffers = self._make_buffers(self._symmetric, store)
-        self.is_direct = self._buffers is not None
+        self.offers_direct = False
+        if not direct or self._symmetric is None:
+            return None
+        with torch.inference_mode(), as_current(self._torch_device):
+            return self._make_buffers(self._symmetric, store)
+
+    def use_buffers(self, buffers: DirectBuffers | None) -> None:
+        """As Rank's."""
+        self._buffers, self.is_direct = buffers, buffers is not None
         for mixture in self._model.mixtures:
-            mixture.use_buffers(self._buffers)
+            mixture.use_buffers(buffers)
 
     def left(self) -> None:
-        """As Rank's. NCCL's operations end when they are aborted; those of NVSHMEM never do."""
-        if not self.is_direct or self._torch_device.type != "cuda":
+        """As Rank's. NCCL's operations end when they are aborted, if the abort itself does; those of NVSHMEM never do."""
+        if self._torch_device.type != "cuda":
             return
         with as_current(self._torch_device):
             done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -164,7 +167,9 @@ class CudaRankRunner(ModelRunner[RankErnie]):
             else:
                 found = []
                 self.hidden_states(batch)
-            self._model.links.world.require_alive()  # what came of a broken epoch means nothing
+            # What came of a broken epoch means nothing; and once this rank is said to be done, an abort in the next step
+            # must not find operations of this one still under way: its keys and values are taken for good.
+            self._model.links.world.settle(self._torch_device)
         return found
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
@@ -269,6 +274,4 @@ def wants_direct(config: WorkerConfig, can: bool) -> bool:
             "worker.parallel.dispatch device needs a GPU and NVSHMEM's library (pip install nvidia-nvshmem-cu12 or -cu13); "
             "auto and all_to_all do without"
         )
-    if parallel.dispatch == "auto":
-        return can and parallel.size <= MAX_DIRECT_RANKS and not parallel.min_overlap_tokens
     return parallel.dispatch == "device"
