@@ -16,16 +16,14 @@ from workers.kv_transfer.transport import IncomingPiece, View
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 1 << 20
-"""Up to this many bytes are copied on the event loop: that takes 50 us, a helper thread costs more."""
+INLINE_BYTES = 4 << 20
+"""Up to this many bytes are copied on the event loop: a quarter of a millisecond at most, a helper thread costs as much in wake-ups."""
 _GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
-_SPLIT_BYTES = 4 << 20
-"""From this much on a batch is shared by the helper threads: one core does not use all of the memory's bandwidth."""
 
 
 NUM_HELPERS = min(2, os.cpu_count() or 1)
-"""Threads of one transport that copy. The sender and the model want cores too."""
+"""Threads of one transport that share a copy, as one core does not use all of the memory's bandwidth. Sender and model want cores too."""
 
 
 class Source(Protocol):
@@ -127,10 +125,8 @@ class PullInbox:
             await asyncio.wait(tuple(self._running))
 
     async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
-        num_bytes = sum(target.nbytes for _, target, _ in pairs)
-        num_shares = NUM_HELPERS if num_bytes >= _SPLIT_BYTES else 1
-        is_large = num_bytes >= STREAMING_BYTES
-        size = -(-len(pairs) // num_shares)
+        is_large = sum(target.nbytes for _, target, _ in pairs) >= STREAMING_BYTES
+        size = -(-len(pairs) // NUM_HELPERS)
         loop = asyncio.get_running_loop()
         copies: list[asyncio.Future[None]] = []
         for first in range(0, len(pairs), size):
