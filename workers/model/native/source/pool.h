@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -26,6 +27,8 @@ class Pool {
   int num_threads() const { return static_cast<int>(helpers_.size()) + 1; }
 
   // Calls task(index, thread) for every index below `count`, and returns when all are done.
+  //
+  // Neighbours go to one thread, a few at a time, so that what it fetches beyond one task's memory is for the next one.
   template <class Task> void run(int64_t count, Task&& task) {
     if (helpers_.empty() || count <= 1) {
       for (int64_t i = 0; i < count; ++i) task(i, 0);
@@ -36,6 +39,7 @@ class Pool {
       (*static_cast<std::remove_reference_t<Task>*>(context))(index, thread);
     };
     count_ = count;
+    run_ = std::clamp<int64_t>(count / (num_threads() * kRunsPerThread), 1, kLongestRun);
     next_.store(0, std::memory_order_relaxed);
     is_open_.store(true);
     round_.fetch_add(1);
@@ -49,9 +53,11 @@ class Pool {
 
  private:
   static constexpr int kSpins = 20000;  // some tens of microseconds: longer than the serial parts of a step
+  static constexpr int64_t kLongestRun = 4, kRunsPerThread = 4;  // so that a thread that is held up leaves little to wait for
 
   void work(int thread) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) call_(context_, i, thread);
+    for (int64_t first; (first = next_.fetch_add(run_, std::memory_order_relaxed)) < count_;)
+      for (int64_t i = first; i < std::min(count_, first + run_); ++i) call_(context_, i, thread);
   }
 
   void help(int thread) {
@@ -71,7 +77,7 @@ class Pool {
   std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
   std::atomic<bool> is_open_{false}, stopping_{false};
-  int64_t count_ = 0;
+  int64_t count_ = 0, run_ = 1;
   void* context_ = nullptr;
   void (*call_)(void*, int64_t, int) = nullptr;
 };
