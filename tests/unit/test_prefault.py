@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import sys
 
 import pytest
@@ -24,7 +25,10 @@ def resident_kib(memory: KvMemory, block: int) -> int:
     return sum(entries[at + 7] >> 7 for at in range(0, len(entries), 8)) * page // 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pools are backed page by page on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, platform.release().split(".")[:2])) < (5, 14),
+    reason="the kernel has no MADV_POPULATE_WRITE",
+)
 def test_blocks_have_their_memory_before_anything_is_written() -> None:
     memory = KvMemory(LAYOUT)
     prefault = Prefault(memory)
