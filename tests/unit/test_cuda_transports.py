@@ -160,7 +160,7 @@ async def test_a_worker_without_a_gpu_leaves_out_what_needs_one() -> None:
 async def test_nccl_is_not_offered_without_cuda() -> None:
     nccl = importlib.import_module("workers.kv_transfer.transports.nccl")
     if nccl.torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("says what happens without a GPU")
     memory = KvMemory(LAYOUT)
     memory.device_address = 4096
     transport = nccl.NcclTransport(memory, "127.0.0.1", 5.0)

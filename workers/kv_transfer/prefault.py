@@ -20,8 +20,8 @@ _PAGE_BYTES = 4096
 class Prefault:
     """Which blocks of a pool have their memory, and how the others get it. A pool takes as much as was ever used of it.
 
-    A copy into 2 MiB that nobody has touched takes 2.2 ms, of which 2 ms are page faults. Blocks that wait for a transfer
-    have that time while the prompt is computed. On kernels before 5.14 it does nothing.
+    In one traced handoff of 2 MiB into a new pool the copy took 2.2 ms without and 0.8 ms with it; the time to the first token
+    did not change measurably. On kernels before 5.14 it does nothing.
     """
 
     def __init__(self, memory: KvMemory) -> None:
@@ -37,7 +37,7 @@ class Prefault:
         return fresh
 
     def back(self, blocks: Sequence[int]) -> None:
-        """On a helper thread, without the interpreter's lock: 0.5 ms a MiB. What the blocks hold stays, even if it changes meanwhile."""
+        """On a helper thread, without the interpreter's lock. What the blocks hold stays, even if it changes meanwhile."""
         pool, size = self._memory.bytes.ctypes.data, self._memory.layout.block_bytes
         for first, end in _runs(blocks):
             start = (pool + first * size) // _PAGE_BYTES * _PAGE_BYTES

@@ -17,7 +17,7 @@ from workers.kv_transfer.transport import IncomingPiece, View
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 4 << 20
-"""Up to this many bytes are copied on the event loop: a quarter of a millisecond at most, a helper thread costs as much in wake-ups."""
+"""Up to this many bytes are copied on the event loop: a fraction of a millisecond where the pages are there, and two changes of thread cost more."""
 _GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
 
