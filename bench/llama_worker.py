@@ -15,12 +15,15 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from json_worker import serve
+from llama_state import lengthen
 
 ROOM = 256
 """Positions of a sequence beyond its prompt."""
 MAX_BATCH_TOKENS = 2048
 WARMING_TOKENS = 512
 """As many as llama.cpp computes at once by default."""
+FILLED_FROM = 64
+"""Tokens whose keys and values are repeated to fill a long context."""
 
 Row = tuple[int, int, int, bool]
 """Token, its position, its sequence, whether its logits are wanted."""
@@ -56,9 +59,13 @@ class LlamaEngine:
             self._prefill(context, prompt, 0)
             return time.perf_counter() - started
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
         with self._context(len(prompts), len(prompts[0]) + num_steps) as context:
-            tokens = [self._prefill(context, prompt, place)[0] for place, prompt in enumerate(prompts)]
+            if is_filled:
+                self._fill(context, prompts)
+                tokens = [prompt[-1] for prompt in prompts]
+            else:
+                tokens = [self._prefill(context, prompt, place)[0] for place, prompt in enumerate(prompts)]
             step_s = []
             for step in range(num_steps):
                 started = time.perf_counter()
@@ -91,6 +98,18 @@ class LlamaEngine:
             tokens = self._run(context, rows[first : first + MAX_BATCH_TOKENS])
         return tokens
 
+    def _fill(self, context: Any, prompts: list[list[int]]) -> None:
+        """Gives each sequence as many positions as its prompt has tokens: the first ones are computed, then repeated."""
+        self._prefill(context, prompts[0][:FILLED_FROM], 0)
+        size = llama_cpp.llama_state_seq_get_size(context, 0)
+        state = (ctypes.c_uint8 * size)()
+        llama_cpp.llama_state_seq_get_data(context, state, size, 0)
+        filled = lengthen(bytes(state), len(prompts[0]))
+        buffer = (ctypes.c_uint8 * len(filled)).from_buffer_copy(filled)
+        for place in range(len(prompts)):
+            if llama_cpp.llama_state_seq_set_data(context, buffer, len(filled), place) != len(filled):
+                raise RuntimeError("llama.cpp does not take the lengthened state")
+
     def _run(self, context: Any, rows: list[Row]) -> list[int]:
         """One llama_decode; the most likely token of each row that wants logits."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
@@ -106,6 +125,15 @@ class LlamaEngine:
             return [self._argmax(context, i) for i, row in enumerate(rows) if row[3]]
         finally:
             llama_cpp.llama_batch_free(batch)
+
+    def describe(self) -> str:
+        """The features that llama.cpp was built with and found."""
+        text: bytes = llama_cpp.llama_print_system_info()
+        return " ".join(
+            feature.replace(" = 1", "").strip().removeprefix("CPU : ")
+            for feature in text.decode().split("|")
+            if feature.strip().endswith("= 1")
+        )
 
     def _argmax(self, context: Any, row: int) -> int:
         logits = ctypes.cast(llama_cpp.llama_get_logits_ith(context, row), ctypes.POINTER(ctypes.c_float))
