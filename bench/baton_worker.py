@@ -6,6 +6,8 @@ import argparse
 import logging
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ class BatonEngine:
             model=path,
             dtype=dtype,
             num_threads=num_threads,
-            max_model_len=MAX_LEN,
+            max_model_len=min(MAX_LEN, pool_tokens),
             kv_memory_bytes=pool_tokens * _kv_bytes_per_token(path, dtype),
             prefix_cache=False,
             **settings,
@@ -110,6 +112,10 @@ class BatonEngine:
     @property
     def vocab_size(self) -> int:
         return self._model.info.vocab_size
+
+    @property
+    def runner(self) -> Any:
+        return self._model.runner
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         self._add(prompt, num_tokens)
@@ -130,24 +136,31 @@ class BatonEngine:
 
     def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
         """Also `overhead`: the share of step time outside the runner (scheduling, blocks, detokenizing, outputs)."""
+        with self.decoding(prompts, num_steps, is_filled) as step:
+            self._model.runner.spent_s = 0.0
+            step_s = []
+            for _ in range(num_steps):
+                started = time.perf_counter()
+                step()
+                step_s.append(time.perf_counter() - started)
+        return {"step_s": step_s, "overhead": 1 - self._model.runner.spent_s / sum(step_s)}
+
+    @contextmanager
+    def decoding(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> Iterator[Callable[[], object]]:
+        """What makes one step in which every prompt gets a token; it may be called `num_steps` times."""
         if is_filled:
             self._fill_pool()
         self._model.runner.is_skipping = is_filled
         # prompts are computed one after another, so the first ones have drawn tokens before the last one starts
-        waiting = {self._add(prompt, num_steps + 2 * len(prompts) + 64) for prompt in prompts}
+        num_tokens = num_steps + 2 * len(prompts) + sum(map(len, prompts)) // 512 + 64
+        waiting = {self._add(prompt, num_tokens) for prompt in prompts}
         ids = tuple(waiting)
         while waiting:
             waiting -= {sequence_id for sequence_id, _ in self._engine.step().outputs}
         self._model.runner.is_skipping = False
-        self._model.runner.spent_s = 0.0
-        step_s = []
-        for _ in range(num_steps):
-            started = time.perf_counter()
-            self._engine.step()
-            step_s.append(time.perf_counter() - started)
+        yield self._engine.step
         for sequence_id in ids:
             self._engine.cancel(sequence_id)
-        return {"step_s": step_s, "overhead": 1 - self._model.runner.spent_s / sum(step_s)}
 
     def _fill_pool(self) -> None:
         """Noise for the keys and values of every position, once."""
