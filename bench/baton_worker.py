@@ -218,8 +218,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pool-tokens", type=int, default=SHORT_POOL_TOKENS)
     parser.add_argument("--instruction-set", default="", help="worker.instruction_set")
+    parser.add_argument("--cache-folder", default="", help="worker.cache_folder")
     options = parser.parse_args()
-    settings = known_settings({"instruction_set": options.instruction_set})
+    settings = known_settings({"instruction_set": options.instruction_set, "cache_folder": options.cache_folder})
     serve(_commit(), lambda *place: BatonEngine(*place, options.pool_tokens, settings))
 
 

@@ -34,20 +34,22 @@ from roofline import Machine, best, limit
 from worker_process import Program, WorkerFailed, WorkerProcess
 from workloads import LONG, LONG_POOL_TOKENS, LONG_STEPS, MAX_LEN, SHORT, SHORT_POOL_TOKENS
 
+BATON_CACHE = "baton"
+"""Where in the cache Baton keeps compiled kernels and packed weights."""
 PEERS = ("transformers", "continuous", "llama")
 INSTALL_TRANSFORMERS = 'pip install "transformers>=5.0"'
 
 
-def programs(peers: list[str], llama_python: str, pool_tokens: int, instruction_set: str) -> list[Program]:
-    """Baton first, then the peers asked for. `pool_tokens` is Baton's KV room; `instruction_set` empty: its own choice."""
+def programs(peers: list[str], llama_python: str, *baton_options: str) -> list[Program]:
+    """Baton first, started with `baton_options`, then the peers asked for."""
     own = sys.executable
     known = {
         "transformers": Program("transformers", own, "transformers_worker.py", (), INSTALL_TRANSFORMERS),
         "continuous": Program("continuous", own, "transformers_worker.py", ("--continuous",), INSTALL_TRANSFORMERS),
         "llama": Program("llama", llama_python, "llama_worker.py", (), gguf_files.INSTALL),
     }
-    options = (f"--pool-tokens={pool_tokens}", f"--instruction-set={instruction_set}")
-    return [Program("baton", own, "baton_worker.py", options, "pip install -e ."), *(known[peer] for peer in peers)]
+    baton = Program("baton", own, "baton_worker.py", baton_options, "pip install -e .")
+    return [baton, *(known[peer] for peer in peers)]
 
 
 def installed(candidates: list[Program], logs: Path) -> tuple[list[Program], dict[str, str]]:
@@ -78,8 +80,12 @@ def run(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
 
     load = ForeignLoad()
     pool_tokens = LONG_POOL_TOKENS if args.long else SHORT_POOL_TOKENS
-    wanted = programs(args.peers, args.llama_python, pool_tokens, os.environ.get("BATON_ISA", ""))
-    usable, states = installed(wanted, cache)
+    baton_options = (
+        f"--pool-tokens={pool_tokens}",
+        f"--instruction-set={os.environ.get('BATON_ISA', '')}",
+        f"--cache-folder={cache / BATON_CACHE}",
+    )
+    usable, states = installed(programs(args.peers, args.llama_python, *baton_options), cache)
     for engine, state in states.items():
         say(f"{engine}: {state}")
     plan = Plan(
@@ -110,7 +116,9 @@ def _model(
     failures: list[str] = []
     tokens = greedy_tokens(plan.programs, plan.num_threads, folder, plan.say, failures)
     sentences, is_right = compare_tokens(tokens)
-    loads = {} if args.quick else measure_loads(plan.programs, plan.num_threads, folder, plan.say, failures)
+    loads = {}
+    if not args.quick:
+        loads = measure_loads(plan.programs, plan.num_threads, folder, cache / BATON_CACHE, plan.say, failures)
     runs = []
     for num_threads in args.threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # also for threads that an engine starts by itself

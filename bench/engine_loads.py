@@ -1,6 +1,7 @@
 """How long each engine takes to load a model: from the disk, and again; beside plainly reading the same files.
 
-Baton may keep packed weights in a file that is mapped the next time: it starts without one here, and finds it the second time.
+Baton may keep packed weights in its cache folder and map them the next time: it starts without them here, but with its kernels
+compiled, and finds what it kept the second time.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ Loads = dict[str, dict[str, float]]
 
 
 def measure_loads(
-    programs: Sequence[Program], num_threads: int, folder: Path, say: Callable[[str], None], failures: list[str]
+    programs: Sequence[Program],
+    num_threads: int,
+    folder: Path,
+    baton_cache: Path,
+    say: Callable[[str], None],
+    failures: list[str],
 ) -> Loads:
-    """Each load in a process of its own."""
+    """Each load in a process of its own. `baton_cache` is Baton's cache folder."""
     loads: Loads = {}
+    keep_only_kernels(baton_cache)
     for program in programs:
         if program.engine == "continuous":  # it loads as the other transformers engine does
             continue
@@ -44,6 +51,13 @@ def measure_loads(
 def weight_files(path: Path) -> list[Path]:
     """The files that hold weights: the path itself, or those of a checkpoint folder."""
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def keep_only_kernels(baton_cache: Path) -> None:
+    """Deletes whatever Baton keeps besides compiled libraries and their locks."""
+    for path in [path for path in baton_cache.rglob("*") if path.is_file()]:
+        if path.suffix not in (".so", ".lock"):
+            path.unlink()
 
 
 def forget(files: Sequence[Path]) -> None:

@@ -145,7 +145,7 @@ def _scaling(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _memory_rows(
     figures: Figures, loads: Mapping[str, Mapping[str, float]], shown: Sequence[str]
 ) -> Iterator[Sequence[str]]:
-    for measure in _LOADS:
+    for measure in _LOADS if loads else ():
         yield [measure, *(number(loads.get(engine, {}).get(measure), 2) for engine in shown)]
     for title, key, factor in _MEMORY:
         yield [title, *(number(_scaled(figures[e].get(key), factor), 0 if factor < 1 else 2) for e in shown)]

@@ -77,6 +77,7 @@ class TransformersEngine:
         self, prompts: list[list[int]], num_tokens: int, *clocks: StepClock, cache: DynamicCache | None = None
     ) -> torch.Tensor:
         ids = torch.tensor(prompts)
+        filled = {} if cache is None else {"past_key_values": cache}
         with torch.inference_mode():
             found: torch.Tensor = self._model.generate(
                 ids,
@@ -84,7 +85,7 @@ class TransformersEngine:
                 do_sample=False,
                 max_new_tokens=num_tokens,
                 stopping_criteria=StoppingCriteriaList(clocks),
-                past_key_values=cache,
+                **filled,
             )
         return found
 

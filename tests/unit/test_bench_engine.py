@@ -18,7 +18,7 @@ sys.path.append(str(BENCH))  # scripts, no package: they import one another by n
 from baton_worker import known_settings, library_origins  # noqa: E402
 from busy_core import busy_core  # noqa: E402
 from engine import limits, programs  # noqa: E402
-from engine_loads import forget, read_once, weight_files  # noqa: E402
+from engine_loads import forget, keep_only_kernels, read_once, weight_files  # noqa: E402
 from engine_report import number, report, table  # noqa: E402
 from engine_runs import expected_s  # noqa: E402
 from engine_tokens import compare_tokens  # noqa: E402
@@ -26,6 +26,7 @@ from json_worker import random_prompt  # noqa: E402
 from llama_state import UnknownState, lengthen  # noqa: E402
 from machine_worker import products  # noqa: E402
 from model_shapes import BIG, DENSE, SHAPES, SMALL, Shape  # noqa: E402
+from profile_samples import PYTHON, SERIAL, WAITING, Sample, shares, stepping_and_helping  # noqa: E402
 from random_checkpoints import MAX_LEN, random_checkpoint, token_pieces  # noqa: E402
 from roofline import (  # noqa: E402
     Machine,
@@ -302,10 +303,10 @@ def test_a_setting_that_the_worker_does_not_have_is_refused() -> None:
         known_settings({"no_such_setting": "x"})
 
 
-def test_the_instruction_set_and_the_pool_reach_batons_worker() -> None:
-    baton, *peers = programs(["llama"], "python", 5000, "avx2")
+def test_only_batons_worker_gets_its_options() -> None:
+    baton, *peers = programs(["llama"], "python", "--pool-tokens=5000", "--instruction-set=avx2")
     assert baton.arguments == ("--pool-tokens=5000", "--instruction-set=avx2")
-    assert [peer.engine for peer in peers] == ["llama"]
+    assert [(peer.engine, peer.arguments) for peer in peers] == [("llama", ())]
 
 
 def test_kernels_in_the_package_were_built_ahead_and_others_at_first_use() -> None:
@@ -336,3 +337,50 @@ def test_files_can_be_dropped_from_the_page_cache_and_read_again(tmp_path: Path)
     forget(files)
     assert read_once(files) > 0
     assert files[0].read_bytes() == b"x" * 5000
+
+
+def test_a_cold_load_finds_compiled_kernels_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("kernels-avx2-12.so", "kernels-avx2-12.lock", "weights/34.packed"):
+        (tmp_path / name).touch()
+    keep_only_kernels(tmp_path)
+    keep_only_kernels(tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "kernels-avx2-12.lock",
+        "kernels-avx2-12.so",
+    ]
+
+
+TASK = "baton::Pool::run<baton::Model<baton::Bf16>::{}(long)::{{lambda(long, int)#1}}>(long)::{{lambda(void*)#1}}::_FUN(void*)"
+PERF = f"""7
+    1a multiply_tile<baton::Bf16, 1>
+    2b {TASK.format("forward")}
+    3c baton_forward
+
+7
+    1a void baton::Model<baton::Bf16>::forward(baton::Step const&, void*)
+    3c baton_forward
+
+7
+    4d _PyEval_EvalFrameDefault
+
+8
+    1a multiply_tile<baton::Bf16, 1>
+    2b {TASK.format("add_product")}
+
+8
+    5e std::thread::_State_impl<baton::Pool::Pool(int)::{{lambda()#1}}>::_M_run()
+
+9
+    4d another_library
+"""
+
+
+def test_samples_are_sorted_by_the_task_that_a_thread_had() -> None:
+    samples = list(Sample.parse(PERF))
+    kinds = ["queries, keys, values", SERIAL, PYTHON, "output and down projections", WAITING, PYTHON]
+    assert [sample.kind for sample in samples] == kinds
+    stepping, helping = stepping_and_helping(samples, 7)
+    assert shares(stepping) == {kind: pytest.approx(1 / 3) for kind in kinds[:3]}
+    assert shares(helping) == {kind: 0.5 for kind in kinds[3:5]}
+    assert shares([]) == {}
