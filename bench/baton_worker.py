@@ -27,16 +27,26 @@ from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo
 from workers.worker import make_engine
 
-ANY_TOKEN = 1000
+NOISE_STEP = 8209
+"""Elements by which the noise of two neighbouring blocks is shifted."""
 
 
 class TimedRunner:
-    """Another runner, and the seconds spent in it. While it `is_skipping` it computes nothing and draws ANY_TOKEN."""
+    """Another runner, and the seconds spent in it.
+
+    While it `is_skipping` it computes nothing: a slice's blocks get noise and its last token is drawn.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.spent_s = 0.0
         self.is_skipping = False
+        layout = runner.kv_memory.layout
+        dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
+        num_elements = 2 * layout.block_bytes // layout.itemsize
+        noise = torch.randn(num_elements, generator=torch.Generator().manual_seed(0)).to(dtype)
+        self._noise = noise.view(torch.uint8).numpy()
+        self._filled: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -44,12 +54,22 @@ class TimedRunner:
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         if self.is_skipping:
             slices = (*batch.prefill, *batch.decode)
-            return [Sampled(piece.sequence_id, None if piece.sample is None else ANY_TOKEN) for piece in slices]
+            for block in {block for piece in slices for block in piece.block_table} - self._filled:
+                self._fill(block)
+            return [Sampled(s.sequence_id, None if s.sample is None else s.token_ids[-1]) for s in slices]
         started = time.perf_counter()
         try:
             return self._runner.execute(batch, on_layer)
         finally:
             self.spent_s += time.perf_counter() - started
+
+    def _fill(self, block: int) -> None:
+        layout = self._runner.kv_memory.layout
+        first = block * NOISE_STEP * layout.itemsize % layout.block_bytes
+        place = block * layout.block_bytes
+        noise = self._noise[first : first + layout.block_bytes]
+        self._runner.kv_memory.bytes[place : place + layout.block_bytes] = noise
+        self._filled.add(block)
 
 
 class TimedModel:
@@ -107,7 +127,6 @@ class BatonEngine:
         product.removeHandler(self._names)
         self._engine: Engine = make_engine(config, self._model)
         self._next_id = 0
-        self._is_filled = False
 
     @property
     def vocab_size(self) -> int:
@@ -148,8 +167,6 @@ class BatonEngine:
     @contextmanager
     def decoding(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> Iterator[Callable[[], object]]:
         """What makes one step in which every prompt gets a token; it may be called `num_steps` times."""
-        if is_filled:
-            self._fill_pool()
         self._model.runner.is_skipping = is_filled
         # prompts are computed one after another, so the first ones have drawn tokens before the last one starts
         num_tokens = num_steps + 2 * len(prompts) + sum(map(len, prompts)) // 512 + 64
@@ -161,18 +178,6 @@ class BatonEngine:
         yield self._engine.step
         for sequence_id in ids:
             self._engine.cancel(sequence_id)
-
-    def _fill_pool(self) -> None:
-        """Noise for the keys and values of every position, once."""
-        if self._is_filled:
-            return
-        self._is_filled = True
-        memory = self._model.runner.kv_memory
-        dtype = torch.float32 if memory.layout.dtype == "float32" else torch.bfloat16
-        elements = torch.from_numpy(memory.bytes).view(dtype)
-        noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-        for part in elements.split(len(noise)):
-            part.copy_(noise[: len(part)])
 
     def _add(self, prompt: list[int], num_tokens: int) -> int:
         self._next_id += 1

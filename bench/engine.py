@@ -146,7 +146,9 @@ def main() -> int:
     parser.add_argument("--decode-steps", type=int, default=32, help="steps of a decode measurement")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="threads of each engine, one run for each")
     parser.add_argument("--long", action="store_true", help="also contexts of 8K and 32K and a prompt of 16K, once")
-    parser.add_argument("--longest-s", type=float, default=120.0, help="leaves out long prompts that would take more")
+    parser.add_argument(
+        "--longest-s", type=float, default=120.0, help="leaves out workloads whose prompts would take more"
+    )
     parser.add_argument("--busy", action="store_true", help="also beside a process that keeps one core busy, once")
     parser.add_argument("--quick", action="store_true", help="one round of 8 decode steps: shows that it works")
     parser.add_argument("--cache", type=Path, help="keeps checkpoints and conversions here (14 GB for all models)")

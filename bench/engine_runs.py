@@ -24,7 +24,7 @@ from model_shapes import Shape
 from roofline import Machine, prefill_flops
 from targets import OVERHEAD_AT
 from worker_process import HERE, Program, WorkerFailed, WorkerProcess
-from workloads import BESIDE_A_BUSY_CORE, LONG, LONG_STEPS, SHORT, Workload
+from workloads import BESIDE_A_BUSY_CORE, LONG, LONG_STEPS, PREFILLS, SHORT, Workload
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     is_beside_busy: bool
     """Also some workloads beside a process that keeps one core busy, once."""
     longest_s: float
-    """A long prompt that would take an engine more is left out."""
+    """A workload of whose prompts an engine would compute for longer is left out."""
     say: Say
 
 
@@ -73,9 +73,9 @@ def measure_machine(num_threads: int) -> Machine:
 
 
 def expected_s(shape: Shape, workload: Workload, known: Workload, tokens_per_s: float) -> float:
-    """Seconds of a prompt, going by the speed at which a shorter one was computed."""
+    """Seconds for the prompts of a workload, going by the speed at which another one was computed."""
     flops_per_s = prefill_flops(shape, known.context) / (known.context / tokens_per_s)
-    return prefill_flops(shape, workload.context) / flops_per_s
+    return workload.batch * prefill_flops(shape, workload.context) / flops_per_s
 
 
 def measure_model(shape: Shape, folder: Path, plan: Plan) -> tuple[dict[str, Any], list[Machine]]:
@@ -96,7 +96,8 @@ def measure_model(shape: Shape, folder: Path, plan: Plan) -> tuple[dict[str, Any
         for turn in range(plan.repeats):
             collected.machines.append(measure_machine(plan.num_threads))
             for workload in SHORT:
-                _take_turns(workers, workload, workload.name, turn, plan, collected)
+                able = {e: w for e, w in workers.items() if _is_able(e, shape, workload, plan, collected)}
+                _take_turns(able, workload, workload.name, turn, plan, collected)
         for engine, worker in workers.items():
             try:
                 collected.add(engine, "peak_bytes", worker.ask("memory")["peak_bytes"])
@@ -135,32 +136,39 @@ def _load(
 
 
 def _is_able(engine: str, shape: Shape, workload: Workload, plan: Plan, collected: Collected) -> bool:
-    """Whether an engine is asked a long workload; if not, the reason is among the failures."""
-    if engine == "continuous":
-        collected.failures.append(f"{engine} {workload.name}: left out, its cache cannot be filled from outside")
-        return False
-    known = SHORT[1]
-    tokens_per_s = collected.median(engine, known.name)
-    if workload.kind == "decode" or tokens_per_s is None:
+    """Whether an engine is asked a workload; if not, the reason is among the failures, once."""
+    is_filled = workload.kind == "decode" and engine != "continuous"
+    if is_filled or workload in PREFILLS or (workload.kind == "prefill" and engine == "continuous"):
         return True
-    seconds = expected_s(shape, workload, known, tokens_per_s)
-    if seconds > plan.longest_s:
-        reason = f"left out, it would take {seconds:.0f} s at the speed of {known.name} (--longest-s)"
-        collected.failures.append(f"{engine} {workload.name}: {reason}")
-    return seconds <= plan.longest_s
+    if engine == "continuous" and workload in LONG:
+        reason = "left out, its cache cannot be filled from outside"
+    else:
+        known = PREFILLS[0] if engine == "continuous" else PREFILLS[-1]
+        tokens_per_s = collected.median("transformers" if engine == "continuous" else engine, known.name)
+        seconds = expected_s(shape, workload, known, tokens_per_s) if tokens_per_s else 0.0
+        if seconds <= plan.longest_s:
+            return True
+        reason = f"left out, its prompts would take {seconds:.0f} s at the speed of {known.name} (--longest-s)"
+    text = f"{engine} {workload.name}: {reason}"
+    if not any(failure.startswith(f"{engine} {workload.name}: left out") for failure in collected.failures):
+        collected.failures.append(text)
+    return False
 
 
 def _take_turns(
     workers: Mapping[str, WorkerProcess], workload: Workload, measure: str, turn: int, plan: Plan, collected: Collected
 ) -> None:
-    """One workload on every engine once; the prompts differ from round to round and not from engine to engine."""
+    """One workload on every engine once; the prompts differ from round to round and not from engine to engine.
+
+    Keys and values of a decode step's prompts are put into the cache where an engine allows that.
+    """
     for engine, worker in workers.items():
         if workload.kind == "prefill" and engine == "continuous":  # its prompts run as the other transformers engine's
             continue
         fields: dict[str, Any] = {"num_prompt": workload.context, "seed": turn + 1}
         if workload.kind == "decode":
-            num_steps = LONG_STEPS if workload.is_filled else plan.decode_steps
-            fields |= {"batch": workload.batch, "num_steps": num_steps, "is_filled": workload.is_filled}
+            num_steps = LONG_STEPS if workload in LONG else plan.decode_steps
+            fields |= {"batch": workload.batch, "num_steps": num_steps, "is_filled": engine != "continuous"}
         try:
             reply = worker.ask(workload.kind, **fields)
         except WorkerFailed as error:

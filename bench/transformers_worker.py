@@ -69,8 +69,9 @@ class TransformersEngine:
         config = self._model.config
         cache = DynamicCache(config=config)
         for layer in range(config.num_hidden_layers):
-            noise = torch.randn(1, config.num_key_value_heads, num_tokens, config.head_dim).to(self._model.dtype)
-            cache.update(noise.repeat(batch, 1, 1, 1), noise.repeat(batch, 1, 1, 1), layer)
+            size = (batch, config.num_key_value_heads, num_tokens, config.head_dim)
+            keys, values = (torch.randn(size).to(self._model.dtype) for _ in range(2))
+            cache.update(keys, values, layer)
         return cache
 
     def _generate(

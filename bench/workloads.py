@@ -16,14 +16,12 @@ class Workload:
     """prefill or decode."""
     batch: int
     context: int
-    is_filled: bool = False
-    """The prompts are not computed: keys and values are put into each engine's cache."""
 
     @property
     def name(self) -> str:
         if self.kind == "prefill":
             return f"prefill {self.context}"
-        return f"decode {self.batch} at {self.context}" if self.is_filled else f"decode {self.batch}"
+        return f"decode {self.batch}" if self.context == DECODE_PROMPT else f"decode {self.batch} at {self.context}"
 
     @property
     def busy_name(self) -> str:
@@ -39,9 +37,9 @@ DECODES = (
 )
 SHORT = (*PREFILLS, *DECODES)
 LONG = (
-    Workload("decode", 1, 8192, is_filled=True),
-    Workload("decode", 8, 8192, is_filled=True),
-    Workload("decode", 1, 32768, is_filled=True),
+    Workload("decode", 1, 8192),
+    Workload("decode", 8, 8192),
+    Workload("decode", 1, 32768),
     Workload("prefill", 1, 16384),
 )
 BESIDE_A_BUSY_CORE = (PREFILLS[0], DECODES[0], DECODES[1])

@@ -128,7 +128,7 @@ def test_every_host_has_a_product_to_be_measured_by() -> None:
 
 def test_a_long_context_is_read_again_by_every_step() -> None:
     machine = Machine(read_bytes_per_s=50e9, flops_per_s=400e9)
-    step_s = 8 / limit(machine, DENSE, Workload("decode", 8, 8192, is_filled=True), 8)
+    step_s = 8 / limit(machine, DENSE, Workload("decode", 8, 8192), 8)
     assert step_s == pytest.approx((DENSE.total_params * 2 + 8 * 8196 * DENSE.kv_bytes_per_token) / 50e9)
     assert limit(machine, DENSE, Workload("prefill", 1, 16384), 8) == prefill_limit(machine, DENSE, 16384)
 
