@@ -15,7 +15,7 @@ import torch
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))  # scripts, no package: they import one another by name
 
-from baton_worker import known_settings, library_origins  # noqa: E402
+from baton_worker import TimedRunner, known_settings, library_origins  # noqa: E402
 from busy_core import busy_core  # noqa: E402
 from engine import limits, programs  # noqa: E402
 from engine_loads import forget, keep_only_kernels, read_once, weight_files  # noqa: E402
@@ -44,8 +44,11 @@ from worker_process import Program, WorkerFailed, WorkerProcess  # noqa: E402
 from workloads import LONG, LONG_POOL_TOKENS, PREFILLS, SHORT, Workload  # noqa: E402
 
 import workers  # noqa: E402
+from workers.kv_transfer.memory import KvLayout, KvMemory  # noqa: E402
 from workers.model.ernie_config import ErnieConfig  # noqa: E402
 from workers.model.weights import Checkpoint  # noqa: E402
+from workers.request import SamplingParams  # noqa: E402
+from workers.runner import Batch, FakeRunner, SampleSpec, SequenceSlice  # noqa: E402
 from workers.tokenizer import Tokenizer  # noqa: E402
 
 TINY_MOE = Shape("tiny", 300, 32, 3, 4, 2, 8, 64, 4, 2, 16, 2)
@@ -301,6 +304,21 @@ def test_a_setting_that_the_worker_does_not_have_is_refused() -> None:
     assert known_settings({"instruction_set": "avx2", "served_model_name": ""}) == {"instruction_set": "avx2"}
     with pytest.raises(SystemExit, match="no_such_setting"):
         known_settings({"no_such_setting": "x"})
+
+
+def test_a_prompt_that_is_not_computed_gets_noise_of_its_own_and_goes_on_with_its_last_token() -> None:
+    memory = KvMemory(KvLayout(3, 2, 1, 64, 32, "bfloat16", 2))
+    runner = TimedRunner(FakeRunner(memory))
+    spec = SampleSpec(SamplingParams(), 0, 0, (), ())
+    runner.is_skipping = True
+    slices = (SequenceSlice(1, (5, 6), 0, (0,)), SequenceSlice(2, (7, 8), 0, (2,), spec))
+    assert [drawn.token_id for drawn in runner.execute(Batch(prefill=slices))] == [None, 8]
+    first, untouched, last = memory.bytes.reshape(3, -1)
+    assert not untouched.any()
+    assert (first.view("int16") != last.view("int16")).mean() > 0.95
+    values = torch.from_numpy(first.copy()).view(torch.bfloat16).float()
+    assert values.std() == pytest.approx(1.0, abs=0.05)
+    assert runner.spent_s == 0
 
 
 def test_only_batons_worker_gets_its_options() -> None:
