@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # this checkout is measured, whatever is installed
+sys.path.insert(0, str(HERE.parent))  # this checkout is measured, whatever is installed
 
 from baton_worker import BatonEngine, known_settings  # noqa: E402
 from engine_report import number, table  # noqa: E402
