@@ -17,7 +17,15 @@
 
 namespace baton {
 
-#if defined(__AVX512F__)
+// BATON_EMULATE_AVX512, and BATON_EMULATE_AVX512BF16 beside it: tests compile the path of AVX-512 for any processor.
+#if defined(__AVX512F__) || defined(BATON_EMULATE_AVX512)
+#define BATON_WIDE 1
+#endif
+#if defined(__AVX512BF16__) || defined(BATON_EMULATE_AVX512BF16)
+#define BATON_PAIRS 1
+#endif
+
+#if defined(BATON_WIDE)
 constexpr int kRegisterBytes = 64, kNumRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kRegisterBytes = 32, kNumRegisters = 16;
@@ -29,7 +37,16 @@ typedef float FloatRegister __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t WordRegister __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
 
-#if defined(__AVX512F__)
+}  // namespace baton
+
+#if defined(BATON_EMULATE_AVX512)
+#include "emulated.h"
+#endif
+
+namespace baton {
+
+#if defined(BATON_EMULATE_AVX512)
+#elif defined(__AVX512F__)
 
 inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
   return (FloatRegister)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -65,12 +82,14 @@ inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(BATON_PAIRS)
 constexpr bool kDotsPairs = true;
 constexpr const char* kPairArithmetic = "avx512bf16";
+#if !defined(BATON_EMULATE_AVX512)
 inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
   return (FloatRegister)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
+#endif
 #else
 constexpr bool kDotsPairs = false;
 constexpr const char* kPairArithmetic = "fma";
@@ -78,9 +97,9 @@ inline FloatRegister dot_register(FloatRegister acc, WordRegister, WordRegister)
 #endif
 
 // The name of this set in workers.model.native.build.
-#if defined(__AVX512BF16__)
+#if defined(BATON_PAIRS)
 constexpr const char* kInstructionSet = "avx512bf16";
-#elif defined(__AVX512F__)
+#elif defined(BATON_WIDE)
 constexpr const char* kInstructionSet = "avx512";
 #elif defined(__AVX2__)
 constexpr const char* kInstructionSet = "avx2";
@@ -99,7 +118,7 @@ inline void pause_briefly() {
 
 // Turns a square of as many rows as a register has lanes: lane j of row i becomes lane i of row j.
 inline void transpose_square(WordRegister (&r)[kRegisterBytes / 4]) {
-#if defined(__AVX512F__)
+#if defined(BATON_WIDE)
   WordRegister t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
