@@ -1,8 +1,9 @@
 // Runs the kernels without Python, on any processor or emulator that they are compiled for, and prints a hash of all outputs.
 //
-// `driver hashes`: builds that name the same arithmetic print the same lines. It fails where batch, chunking or threads change
-// a bit.
+// `driver`: builds that name the same arithmetic print the same lines. It fails where batch, chunking or threads change a bit.
+// `driver hostile SEED`: calls every entry point with what it must refuse, for a build with sanitizers.
 
+#include "hostile.h"
 #include "tiny.h"
 
 namespace {
@@ -82,10 +83,14 @@ void draw() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   std::fprintf(stderr, "%s\n", baton_instruction_set());
-  for (const tiny::Shape& shape : tiny::kShapes)
-    for (bool is_bf16 : {false, true}) run(shape, is_bf16);
-  draw();
+  if (count > 2 && std::string(arguments[1]) == "hostile") {
+    hostile::run(std::strtoull(arguments[2], nullptr, 10));
+  } else {
+    for (const tiny::Shape& shape : tiny::kShapes)
+      for (bool is_bf16 : {false, true}) run(shape, is_bf16);
+    draw();
+  }
   std::puts("passed");
 }

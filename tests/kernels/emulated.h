@@ -14,6 +14,9 @@ inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
   return made;
 }
 
+inline void accumulate(FloatRegister& acc, FloatRegister a, FloatRegister b) { acc = fused(a, b, acc); }
+inline FloatRegister upper_half(WordRegister x) { return (FloatRegister)(x & 0xffff0000u); }
+
 inline WordRegister widen_halves(const uint16_t* from) {
   WordRegister made;
   for (int i = 0; i < 16; ++i) {

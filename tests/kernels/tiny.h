@@ -54,27 +54,58 @@ inline const Shape kShapes[] = {
     {"many-choices", 64, 64, 2, 2, 2, 128, 2, 70, 6, 2, 0, 0, true},
 };
 
+constexpr int64_t kBlocks = 4, kSequences = 4, kNumBlocks = kBlocks * kSequences;  // blocks of each sequence; and all
+
 // Rows of a sequence that one step computes.
 struct Piece {
   int64_t sequence, start, count;
 };
 
+// The arrays of a step, each of just its size, so that a sanitizer sees who reads beyond them.
+struct Rows {
+  std::vector<int64_t> tokens, positions, first_rows = {0}, tables, first_blocks;
+
+  baton::Step step() const {
+    baton::Step made = {};
+    made.num_rows = static_cast<int64_t>(tokens.size());
+    made.num_slices = static_cast<int64_t>(first_blocks.size());
+    made.num_entries = static_cast<int64_t>(tables.size());
+    made.num_blocks = kNumBlocks;
+    made.token_ids = tokens.data();
+    made.positions = positions.data();
+    made.first_rows = first_rows.data();
+    made.tables = tables.data();
+    made.first_blocks = first_blocks.data();
+    return made;
+  }
+};
+
 class Tiny {
  public:
-  static constexpr int64_t kBlocks = 4;  // of each sequence
-  static constexpr int64_t kSequences = 4;
-
-  Tiny(const Shape& shape, bool is_bf16, int64_t num_threads) : shape(shape), is_bf16(is_bf16) {
+  // Gives the model all its weights but the `kept_back`-th.
+  Tiny(const Shape& shape, bool is_bf16, int64_t num_threads, int64_t kept_back = -1) : shape(shape), is_bf16(is_bf16) {
     float turn = 1;
     for (int64_t i = 0; i < shape.head_dim / 2; ++i, turn *= 0.875f) frequencies_.push_back(turn);
     for (int64_t i = 0; i < shape.num_layers; ++i) is_mixture_.push_back(i >= shape.first_mixture);
-    const baton::Dimensions dimensions = {
-        shape.vocab_size, shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim,
-        shape.dense_width, shape.num_experts, shape.num_choices, shape.expert_width, shape.shared_width, num_threads,
-        1e-5, 1e-12, frequencies_.data(), is_mixture_.data()};
+    dimensions.vocab_size = shape.vocab_size;
+    dimensions.hidden_size = shape.hidden_size;
+    dimensions.num_layers = shape.num_layers;
+    dimensions.num_heads = shape.num_heads;
+    dimensions.num_kv_heads = shape.num_kv_heads;
+    dimensions.head_dim = shape.head_dim;
+    dimensions.dense_width = shape.dense_width;
+    dimensions.num_experts = shape.num_experts;
+    dimensions.num_choices = shape.num_choices;
+    dimensions.expert_width = shape.expert_width;
+    dimensions.shared_width = shape.shared_width;
+    dimensions.num_threads = num_threads;
+    dimensions.eps = 1e-5;
+    dimensions.norm_min = 1e-12;
+    dimensions.frequencies = frequencies_.data();
+    dimensions.is_mixture = is_mixture_.data();
     require(baton_create(&dimensions, is_bf16, &model));
-    load();
-    pool.assign(kSequences * kBlocks * block_bytes(), char(0xff));  // no number, where nothing was written
+    load(kept_back);
+    pool.assign(kNumBlocks * block_bytes(), char(0xff));  // no number, where nothing was written
   }
   ~Tiny() { baton_destroy(model); }
   Tiny(const Tiny&) = delete;
@@ -92,22 +123,26 @@ class Tiny {
 
   // Hidden states of the pieces' rows, one after the other.
   std::vector<char> forward(const std::vector<Piece>& pieces) {
-    std::vector<int64_t> tokens, positions, first_rows = {0}, tables, first_blocks;
-    for (const Piece& piece : pieces) {
-      for (int64_t t = piece.start; t < piece.start + piece.count; ++t) {
-        tokens.push_back(token(piece.sequence, t));
-        positions.push_back(t);
-      }
-      first_rows.push_back(static_cast<int64_t>(tokens.size()));
-      first_blocks.push_back(static_cast<int64_t>(tables.size()));
-      for (int64_t b = 0; b * baton::kBlock < piece.start + piece.count; ++b) tables.push_back(block(piece.sequence, b));
-    }
-    const baton::Step step = {static_cast<int64_t>(tokens.size()), static_cast<int64_t>(pieces.size()),
-                              static_cast<int64_t>(tables.size()), kSequences * kBlocks, tokens.data(), positions.data(),
-                              first_rows.data(), tables.data(), first_blocks.data()};
-    std::vector<char> x(tokens.size() * row_bytes());
+    const Rows rows = make_rows(pieces);
+    const baton::Step step = rows.step();
+    std::vector<char> x(step.num_rows * row_bytes());
     require(baton_forward(model, &step, pool.data(), x.data(), 0, nullptr));
     return x;
+  }
+
+  Rows make_rows(const std::vector<Piece>& pieces) const {
+    Rows rows;
+    for (const Piece& piece : pieces) {
+      for (int64_t t = piece.start; t < piece.start + piece.count; ++t) {
+        rows.tokens.push_back(token(piece.sequence, t));
+        rows.positions.push_back(t);
+      }
+      rows.first_rows.push_back(static_cast<int64_t>(rows.tokens.size()));
+      rows.first_blocks.push_back(static_cast<int64_t>(rows.tables.size()));
+      for (int64_t b = 0; b * baton::kBlock < piece.start + piece.count; ++b)
+        rows.tables.push_back(block(piece.sequence, b));
+    }
+    return rows;
   }
 
   std::vector<float> logits(const std::vector<char>& x, std::vector<int64_t>* best) {
@@ -121,10 +156,12 @@ class Tiny {
   const Shape shape;
   const bool is_bf16;
   std::vector<char> pool;
+  baton::Dimensions dimensions = {};
   baton::AnyModel* model = nullptr;
 
  private:
-  void load() {
+  void load(int64_t kept_back) {
+    left_ = kept_back;
     using baton::Part;
     const int64_t D = shape.hidden_size, C = shape.head_dim, H = shape.num_heads * C, K = shape.num_kv_heads * C;
     give(Part::kEmbedding, 0, 0, shape.vocab_size, D, 0, 1);
@@ -157,6 +194,7 @@ class Tiny {
   // A weight around `middle`, in two pieces of rows.
   void give(baton::Part part, int64_t layer, int64_t expert, int64_t rows, int64_t columns, float middle, float spread,
             bool is_exact = false) {
+    if (left_-- == 0) return;
     Random random((static_cast<uint64_t>(part) * 64 + layer) * 128 + expert);
     std::vector<float> exact(rows * columns);
     for (float& value : exact) value = middle + spread * random.centered();
@@ -175,6 +213,7 @@ class Tiny {
 
   std::vector<float> frequencies_;
   std::vector<int64_t> is_mixture_;
+  int64_t left_ = -1;
 };
 
 }  // namespace tiny

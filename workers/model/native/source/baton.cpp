@@ -1,6 +1,7 @@
 // The C interface of the kernels, for workers.model.native.library. Returns null or 0 when all is well, else a message.
 
 #include <exception>
+#include <string>
 
 #include "draw.h"
 #include "forward.h"
@@ -33,6 +34,7 @@ const char* baton_arithmetic(int64_t is_bf16) {
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {
   return guarded([&] {
+    baton::check(*dimensions, is_bf16 ? baton::kDepth<baton::Bf16> : baton::kDepth<float>);
     if (is_bf16)
       *model = new baton::Model<baton::Bf16>(*dimensions);
     else
