@@ -59,6 +59,7 @@ inline void take(Random& random, const Tiny& model, const std::vector<char>& sou
   const int64_t part = random.below(20) - 2, layer = random.below(3) ? random.below(model.shape.num_layers) : number(random);
   const int64_t expert = random.below(2) ? 0 : number(random), first = random.below(2) ? number(random) : 0;
   const int64_t count = number(random);
+  if (part == 1 && !model.shape.has_head) return;  // it would have to come whole
   const char* refused = baton_take(model.model, part, layer, expert, first, count, source.data());
   const int64_t longest = std::max({model.shape.vocab_size, model.shape.hidden_size, model.shape.dense_width,
                                     model.shape.num_heads * model.shape.head_dim, model.shape.num_experts});

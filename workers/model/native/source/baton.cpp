@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "arithmetic.h"
 #include "draw.h"
 #include "forward.h"
 #include "load.h"
@@ -11,6 +12,7 @@ namespace {
 
 template <class Body> const char* guarded(Body&& body) {
   static thread_local std::string message;
+  const baton::FlushDenormals flush;
   try {
     body();
     return nullptr;
@@ -29,7 +31,7 @@ const char* baton_instruction_set() { return baton::kInstructionSet; }
 
 // How products of a type are rounded: libraries that give the same name compute the same bits.
 const char* baton_arithmetic(int64_t is_bf16) {
-  return is_bf16 ? baton::kArithmetic<baton::Bf16> : baton::kArithmetic<float>;
+  return !is_bf16 || !baton::kDotsPairs || baton::dots_like_fma() ? "fma" : "pairs";
 }
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {

@@ -39,7 +39,10 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
                   });
     });
     place_keys(step, kv, i);
-    if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) on_layer(i + 1);
+    if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) {
+      const FlushDenormals as_usual(false);
+      on_layer(i + 1);
+    }
     attend(step, kv, i);
     add_product(layer.output, context_, num_rows, x);
     normalize_rows(x, layer.mlp_norm, num_rows);

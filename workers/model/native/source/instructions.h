@@ -98,9 +98,10 @@ inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(
 
 #endif
 
+// Where the processor multiplies pairs of bfloat16: acc plus the product of the odd members, then that of the even ones, each
+// by a fused multiply-add (the manual of VDPBF16PS). Sets without it do the same one by one, so that all give the same bits.
 #if defined(BATON_PAIRS)
 constexpr bool kDotsPairs = true;
-constexpr const char* kPairArithmetic = "avx512bf16";
 #if !defined(BATON_EMULATE_AVX512)
 inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
   return (FloatRegister)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -108,9 +109,36 @@ inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegiste
 #endif
 #else
 constexpr bool kDotsPairs = false;
-constexpr const char* kPairArithmetic = "fma";
 inline FloatRegister dot_register(FloatRegister acc, WordRegister, WordRegister) { return acc; }
 #endif
+
+// While one lives, this thread's processor takes denormal numbers for zero, and gives zero in place of one; or, with `false`,
+// computes with them as C++ has it. VDPBF16PS knows no other way than the first, so every set computes like that.
+class FlushDenormals {
+ public:
+  explicit FlushDenormals(bool flush = true) : before_(read()) {
+    constexpr uint64_t bits = kFlushBits;
+    write(flush ? before_ | bits : before_ & ~bits);
+  }
+  ~FlushDenormals() { write(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+#if defined(__AVX2__)
+  static constexpr uint64_t kFlushBits = 0x8040;  // FTZ and DAZ of MXCSR
+  static uint64_t read() { return _mm_getcsr(); }
+  static void write(uint64_t bits) { _mm_setcsr(static_cast<uint32_t>(bits)); }
+#else
+  static constexpr uint64_t kFlushBits = 1 << 24;  // FZ of FPCR
+  static uint64_t read() {
+    uint64_t bits;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+    return bits;
+  }
+  static void write(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits)); }
+#endif
+  const uint64_t before_;
+};
 
 // The name of this set in workers.model.native.build.
 #if defined(BATON_PAIRS)
