@@ -9,7 +9,7 @@ from typing import Literal
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon")
 """Those that the C++ kernels are written for, better ones first."""
 
 MAX_DIRECT_RANKS = 16

@@ -25,6 +25,7 @@ _SANITIZE = (
 _TIMEOUT_S = 600.0
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _CROSS_COMPILER = "aarch64-linux-gnu-g++"
+_QEMU = ("qemu-aarch64-static", "qemu-aarch64")  # as the processor "max", which has all that qemu knows
 
 
 class Missing(Exception):
@@ -77,12 +78,8 @@ def sanitized() -> Build:
 EMULATED = {
     "avx512": Build("avx512-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512")),
     "avx512bf16": Build("avx512bf16-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512", "-DBATON_EMULATE_AVX512BF16")),
-    "neon": Build(
-        "neon-emulated",
-        ("-march=armv8.2-a", "-static"),
-        (_CROSS_COMPILER,),
-        ("qemu-aarch64-static", "qemu-aarch64"),
-    ),
+    "neon": Build("neon-emulated", ("-march=armv8.2-a", "-static"), (_CROSS_COMPILER,), _QEMU),
+    "neonbf16": Build("neonbf16-emulated", ("-march=armv8.2-a+bf16", "-static"), (_CROSS_COMPILER,), _QEMU),
 }
 """Sets that this processor need not have: AVX-512 by emulated.h on AVX2, NEON by qemu-user."""
 

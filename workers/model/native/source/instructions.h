@@ -21,7 +21,7 @@ namespace baton {
 #if defined(__AVX512F__) || defined(BATON_EMULATE_AVX512)
 #define BATON_WIDE 1
 #endif
-#if defined(__AVX512BF16__) || defined(BATON_EMULATE_AVX512BF16)
+#if defined(__AVX512BF16__) || defined(BATON_EMULATE_AVX512BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define BATON_PAIRS 1
 #endif
 
@@ -99,16 +99,24 @@ inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(
 #endif
 
 // Where the processor multiplies pairs of bfloat16: acc plus the product of the odd members, then that of the even ones, each
-// by a fused multiply-add (the manual of VDPBF16PS). Sets without it do the same one by one, so that all give the same bits.
+// by a fused multiply-add, as the manuals of VDPBF16PS and of BFMLALT and BFMLALB say. Sets without it do the same one by one,
+// so that all give the same bits.
 #if defined(BATON_PAIRS)
 constexpr bool kDotsPairs = true;
-#if !defined(BATON_EMULATE_AVX512)
+#else
+constexpr bool kDotsPairs = false;
+#endif
+#if defined(BATON_EMULATE_AVX512BF16)
+#elif defined(__AVX512BF16__)
 inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
   return (FloatRegister)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
-#endif
+#elif defined(BATON_PAIRS)
+inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
+  const bfloat16x8_t x = vreinterpretq_bf16_u32(a), y = vreinterpretq_bf16_u32(b);
+  return vbfmlalbq_f32(vbfmlaltq_f32(acc, x, y), x, y);
+}
 #else
-constexpr bool kDotsPairs = false;
 inline FloatRegister dot_register(FloatRegister acc, WordRegister, WordRegister) { return acc; }
 #endif
 
@@ -141,12 +149,14 @@ class FlushDenormals {
 };
 
 // The name of this set in workers.model.native.build.
-#if defined(BATON_PAIRS)
+#if defined(BATON_WIDE) && defined(BATON_PAIRS)
 constexpr const char* kInstructionSet = "avx512bf16";
 #elif defined(BATON_WIDE)
 constexpr const char* kInstructionSet = "avx512";
 #elif defined(__AVX2__)
 constexpr const char* kInstructionSet = "avx2";
+#elif defined(BATON_PAIRS)
+constexpr const char* kInstructionSet = "neonbf16";
 #else
 constexpr const char* kInstructionSet = "neon";
 #endif
