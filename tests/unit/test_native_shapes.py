@@ -112,7 +112,7 @@ def test_a_token_or_a_position_that_cannot_be_is_refused_and_the_next_step_is_co
         with pytest.raises(InvariantViolated, match="a token is not in the vocabulary"):
             logits(runner, prefill([*tokens, wrong]))
     with pytest.raises(InvariantViolated, match="a block is not in the pool"):
-        logits(runner, prefill(tokens, table=[10**6]))
+        logits(runner, prefill(random_tokens(64), table=[10**6]))
     with pytest.raises(InvariantViolated, match="a position is out of range"):
         logits(runner, decode=[decode(tokens[0], 2**20, [0] * (2**14 + 1))])
     assert torch.equal(logits(runner, prefill(tokens)), before)

@@ -143,7 +143,7 @@ class FlushDenormals {
     __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
     return bits;
   }
-  static void write(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits)); }
+  static void write(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
 #endif
   const uint64_t before_;
 };
