@@ -107,7 +107,7 @@ class WorkerConfig:
     native: bool = True
     """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
     instruction_set: str = "auto"
-    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16 or neon."""
+    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, neon or neonbf16."""
     cache_folder: str = ""
     """Where compiled kernels are kept; ~/.cache/baton when empty."""
     max_model_len: int = 0
