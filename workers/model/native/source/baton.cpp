@@ -1,7 +1,9 @@
 // The C interface of the kernels, for workers.model.native.library. Returns null or 0 when all is well, else a message.
 
 #include <exception>
+#include <string>
 
+#include "arithmetic.h"
 #include "draw.h"
 #include "forward.h"
 #include "load.h"
@@ -10,6 +12,7 @@ namespace {
 
 template <class Body> const char* guarded(Body&& body) {
   static thread_local std::string message;
+  const baton::FlushDenormals flush;
   try {
     body();
     return nullptr;
@@ -28,11 +31,12 @@ const char* baton_instruction_set() { return baton::kInstructionSet; }
 
 // How products of a type are rounded: libraries that give the same name compute the same bits.
 const char* baton_arithmetic(int64_t is_bf16) {
-  return is_bf16 ? baton::kArithmetic<baton::Bf16> : baton::kArithmetic<float>;
+  return !is_bf16 || !baton::kDotsPairs || baton::dots_like_fma() ? "fma" : "pairs";
 }
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {
   return guarded([&] {
+    baton::check(*dimensions, is_bf16 ? baton::kDepth<baton::Bf16> : baton::kDepth<float>);
     if (is_bf16)
       *model = new baton::Model<baton::Bf16>(*dimensions);
     else

@@ -42,6 +42,12 @@ enum class Part : int64_t {
   kEmbedding, kHead, kNorm, kInputNorm, kQuery, kKey, kValue, kOutput, kMlpNorm, kRouter, kRouterBias, kGate, kUp, kDown
 };
 
+}  // namespace baton
+
+#include "checks.h"
+
+namespace baton {
+
 // Memory for weights in huge pages where the kernel has them; freed with its owner.
 class Arena {
  public:
@@ -143,6 +149,7 @@ template <class T> class Model : public AnyModel {
   }
 
   Dimensions d_;
+  Ledger ledger_{d_};
   Pool threads_;
   Arena arena_;
   std::vector<float> frequencies_;
