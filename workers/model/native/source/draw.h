@@ -1,154 +1,355 @@
-// Shortcuts of drawing a token from one row of logits. The draw itself is defined by workers.sampling, in PyTorch: what is
-// found here are the few tokens that can win, and the threshold of a nucleus, or that this way cannot tell.
+// Draws a token from one row of logits, and finds its logprobs, as workers.sampling defines them: bit for bit.
+//
+// The first look at a row keeps the largest logit of every run of lanes. What the filters keep, the likeliest tokens and
+// the rank of a token are then found in the few runs that can hold them.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <vector>
 
-#include "lanes.h"
+#include "fixed.h"
 
 namespace baton {
 
-typedef uint64_t Longs __attribute__((vector_size(64)));
+constexpr int kMaxTop = 20;
 
-// ln x for normal positive x, within 2 ulp: x = 2^k m, m in [sqrt(1/2), sqrt(2)), a series in (m-1)/(m+1) (as in FreeBSD's logf).
-inline Floats logarithm(Floats x) {
-  const Words bits = (Words)x + (0x3f800000u - 0x3f3504f3u);
-  const Ints k = (Ints)(bits >> 23) - 127;
-  const Floats f = (Floats)((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  const Floats s = f / (f + 2.0f), z = s * s, w = z * z;
-  const Floats r = z * (w * 0.28498786688f + 0.66666662693f) + w * (w * 0.24279078841f + 0.40000972152f);
-  const Floats half_square = f * f * 0.5f;
-  return s * (half_square + r) - half_square + f + __builtin_convertvector(k, Floats) * 0.69314718056f;
-}
+// How to draw from one row; what each field does is said in workers/request.py, workers/sampling/edits.py.
+struct DrawSpec {
+  int64_t token;         // given: only its logprobs are wanted; -1: draw one
+  uint32_t key_low, key_high;
+  float temperature;     // 0: the largest logit
+  float min_p_offset;    // -infinity: off
+  double top_p;          // 1: off
+  int64_t top_k;         // 0: off
+  double presence, frequency;
+  float repetition;
+  int32_t num_top;       // -1: no logprobs
+  int64_t num_biases, num_banned, num_seen;
+  const int32_t* bias_ids;
+  const float* biases;
+  const int32_t* banned_ids;
+  const int32_t* seen_ids;
+  const int32_t* seen_counts;
+};
 
-// 32 random bits of 16 token ids, from the states of workers.sampling.noise (SplitMix64, Steele, Lea and Flood 2014).
-inline Longs mixed(Longs z) {
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
-}
+struct Drawn {
+  int64_t token;    // kNoNumber: a logit is +infinity or no number; kOutside: a token id is not in the vocabulary
+  int64_t rank;
+  float logprob;
+  int32_t num_top;
+  int32_t top_ids[kMaxTop];
+  float top_logprobs[kMaxTop];
+};
+constexpr int64_t kNoNumber = -1, kOutside = -2;
 
-// -log(-log1p(-u)) with the u that PyTorch computes from the same bits; within 1e-5 of its result.
-inline Floats gumbel(Floats u) {
-  const Floats rest = all(1.0f) - u, gap = all(1.0f) - rest;  // gap is u as far as `rest` knows it
-  const Floats exponential = pick(gap > 0.0f, -logarithm(rest) * u / pick(gap > 0.0f, gap, all(1.0f)), u);
-  return -logarithm(exponential);
-}
-
-// No less than gumbel(u), by at most 0.7 where u is small: -log(-log1p(-u)) <= -log u <= -ln 2 floor(log2 u).
-inline Floats gumbel_bound(Floats u) {
-  return __builtin_convertvector(127 - (Ints)((Words)u >> 23), Floats) * 0.69314724f;
-}
-
-// What a sum must reach to be a candidate: far less below the largest than both errors and both roundings could hide.
-inline float least_sum(float largest_sum) { return largest_sum - (1e-3f + 1e-6f * std::fabs(largest_sum)); }
-
-// The tokens that may have the largest sum of logit and noise, in ascending order: their number, or -1 when that cannot be
-// told, or is above `capacity`. `sums` gets the sums, within 1e-5 and rounding, and -infinity for tokens that cannot win.
-inline int64_t find_candidates(const float* logits, int64_t size, uint64_t key, float* sums, int64_t* tokens,
-                               int64_t capacity) {
-  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-  Longs low, high;
-  for (int i = 0; i < 8; ++i) {
-    low[i] = key + kGolden * (i + 1);
-    high[i] = key + kGolden * (i + 9);
+// Draws from rows one after the other; keeps its memory between them.
+class RowDraw {
+ public:
+  // The logits are changed on the way, and are as they were afterwards.
+  void run(float* logits, int64_t size, const DrawSpec& spec, Drawn* drawn) {
+    x_ = logits;
+    size_ = size;
+    num_groups_ = (size + kGroup - 1) / kGroup;
+    is_scanned_ = false;
+    drawn->token = kOutside;
+    if (!is_inside(&spec.token, spec.token < 0 ? 0 : 1) || !is_inside(spec.bias_ids, spec.num_biases) ||
+        !is_inside(spec.banned_ids, spec.num_banned) || !is_inside(spec.seen_ids, spec.num_seen))
+      return;
+    if (spec.token >= 0) {
+      drawn->token = spec.token;
+    } else {
+      edit(spec);
+      drawn->token = draw(spec);
+      restore();
+    }
+    if (drawn->token >= 0 && spec.num_top >= 0 && !(scan() && top_ > -INFINITY && find_logprobs(spec.num_top, drawn)))
+      drawn->token = kNoNumber;
   }
-  float top = -INFINITY, least = -INFINITY;
-  const Floats most = all(1 - 0x1p-24f);
-  for (int64_t i = 0; i < size; i += kLanes, low += kGolden * 16, high += kGolden * 16) {
-    const Words bits = __builtin_shufflevector((Words)mixed(low), (Words)mixed(high), 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
-                                               23, 25, 27, 29, 31);
-    Floats u = (__builtin_convertvector(bits, Floats) + 0.5f) * 0x1p-32f;
-    u = pick(u < most, u, most);
-    const int count = static_cast<int>(std::min<int64_t>(kLanes, size - i));
-    const __mmask16 used = static_cast<__mmask16>((1u << count) - 1);
-    const Floats logit = (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), used, logits + i);
-    if (_mm512_cmp_ps_mask((__m512)logit, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ)) return -1;  // infinity or no number
-    Floats sum = all(-INFINITY);
-    if (_mm512_cmp_ps_mask((__m512)(logit + gumbel_bound(u)), _mm512_set1_ps(least), _CMP_GT_OQ)) {
-      sum = logit + gumbel(u);
-      const float here = largest(sum);
-      if (here > top) {
-        top = here;
-        least = least_sum(top);
+
+ private:
+  static constexpr int64_t kGroup = 1024;  // tokens of a group: 64 a lane
+
+  struct Edit {
+    int32_t id;
+    float value;
+  };
+  struct Candidate {
+    float logit;
+    int32_t id;
+  };
+
+  template <class Id> bool is_inside(const Id* ids, int64_t count) const {
+    return std::all_of(ids, ids + count, [&](Id id) { return id >= 0 && id < size_; });
+  }
+  int64_t end_of(int64_t group) const { return std::min(size_, (group + 1) * kGroup); }
+
+  // Sixteen logits from `at` on; beyond the end there is nothing that could be drawn.
+  BATON_INLINE Floats logits(int64_t at) const {
+    if (at + kLanes <= size_) return read(x_ + at);
+    float some[kLanes];
+    std::fill_n(some, kLanes, -INFINITY);
+    std::copy_n(x_ + at, size_ - at, some);
+    return read(some);
+  }
+
+  void edit(const DrawSpec& spec) {
+    edits_.clear();
+    const auto set = [&](int32_t id, float value) {
+      edits_.push_back({id, x_[id]});
+      x_[id] = value;
+    };
+    for (int64_t i = 0; i < spec.num_biases; ++i) set(spec.bias_ids[i], x_[spec.bias_ids[i]] + spec.biases[i]);
+    for (int64_t i = 0; i < spec.num_banned; ++i) set(spec.banned_ids[i], -INFINITY);
+    for (int64_t i = 0; i < spec.num_seen; ++i) {
+      const int32_t id = spec.seen_ids[i], count = spec.seen_counts[i];
+      float value = x_[id];
+      if (spec.repetition != 1) value = value > 0 ? value / spec.repetition : value * spec.repetition;
+      if (spec.presence != 0 || spec.frequency != 0)
+        value -= static_cast<float>(spec.frequency * count + (count > 0 ? spec.presence : 0.0));
+      set(id, value);
+    }
+  }
+
+  void restore() {
+    for (auto at = edits_.rbegin(); at != edits_.rend(); ++at) x_[at->id] = at->value;
+    if (!edits_.empty()) is_scanned_ = false;
+  }
+
+  // Finds the largest logit of every lane and every group, and of all; false where one is +infinity or no number.
+  bool scan() {
+    if (is_scanned_) return is_sound_;
+    maxima_.resize(num_groups_ * kLanes);
+    tops_.resize(num_groups_);
+    top_ = -INFINITY;
+    Ints bad = {};
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      Floats most = all(-INFINITY);
+      for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
+        const Floats x = logits(i);
+        bad = bad | ~(x < all(INFINITY));
+        most = larger(most, x);
+      }
+      store(&maxima_[group * kLanes], most);
+      tops_[group] = largest(most);
+      top_ = std::max(top_, tops_[group]);
+    }
+    is_scanned_ = true;
+    return is_sound_ = !any(bad);
+  }
+
+  int64_t draw(const DrawSpec& spec) {
+    const bool has_top_k = spec.top_k > 0 && spec.top_k < size_, has_top_p = spec.top_p < 1;
+    const bool is_greedy = spec.temperature == 0, has_min_p = spec.min_p_offset > -INFINITY;
+    const bool is_filtered = has_top_k || has_top_p || has_min_p;
+    if (is_greedy || is_filtered) {
+      if (!scan()) return kNoNumber;
+      if (top_ == -INFINITY) return 0;
+    }
+    if (is_greedy) return first_top();
+    temperature_ = spec.temperature;
+    kept_ = {};
+    if (is_filtered) {
+      kept_.top = top_ / temperature_;
+      if (kept_.top == INFINITY) return kNoNumber;
+      if (has_top_k) kept_.least = largest_but(spec.top_k) / temperature_;
+      if (has_top_p) keep_nucleus(spec.top_p);
+      if (has_min_p) kept_.least = std::max(kept_.least, kept_.top + spec.min_p_offset);
+    }
+    const bool is_tempered = temperature_ != 1;
+    if (is_filtered) return is_tempered ? best_sum<true, true>(spec) : best_sum<false, true>(spec);
+    return is_tempered ? best_sum<true, false>(spec) : best_sum<false, false>(spec);
+  }
+
+  int64_t first_top() const {
+    for (int64_t group = 0;; ++group)
+      if (tops_[group] == top_)
+        for (int64_t i = group * kGroup;; ++i)
+          if (x_[i] == top_) return i;
+  }
+
+  // The k-th largest logit, or -infinity where there are not so many tokens.
+  float largest_but(int64_t k) {
+    collect(k);
+    if (k > static_cast<int64_t>(candidates_.size())) return -INFINITY;
+    const auto wanted = candidates_.begin() + (k - 1);
+    std::nth_element(candidates_.begin(), wanted, candidates_.end(), [](auto a, auto b) { return a.logit > b.logit; });
+    return wanted->logit;
+  }
+
+  // Fills candidates_ with at least the k largest logits, if there are so many: all that reach the k-th largest of the
+  // lanes' maxima, since that many reach it.
+  void collect(int64_t k) {
+    const float least = bound_of(maxima_, k, bound_of(tops_, k, -INFINITY));
+    candidates_.clear();
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      if (tops_[group] < least) continue;
+      for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
+        if (!any(logits(i) >= all(least))) continue;
+        for (int64_t id = i; id < std::min(end, i + kLanes); ++id)
+          if (x_[id] >= least) candidates_.push_back({x_[id], static_cast<int32_t>(id)});
       }
     }
-    _mm512_mask_storeu_ps(sums + i, used, (__m512)sum);
   }
-  if (!std::isfinite(top)) return -1;
-  int64_t found = 0;
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes, size - i));
-    if (count == kLanes && !_mm512_cmp_ps_mask((__m512)load<Floats>(sums + i), _mm512_set1_ps(least), _CMP_GE_OQ)) continue;
-    for (int lane = 0; lane < count; ++lane)
-      if (sums[i + lane] >= least) {
-        if (found == capacity) return -1;
-        tokens[found++] = i + lane;
+
+  // The k-th largest of some values, all of those above `least` being among them; `least` where there are not so many.
+  float bound_of(const std::vector<float>& values, int64_t k, float least) {
+    bounds_.clear();
+    for (float value : values)
+      if (value >= least) bounds_.push_back(value);
+    if (k > static_cast<int64_t>(bounds_.size())) return least;
+    std::nth_element(bounds_.begin(), bounds_.begin() + (k - 1), bounds_.end(), std::greater<float>());
+    return bounds_[k - 1];
+  }
+
+  // What the filters keep: tempered logits from `least` on that have at least this weight; `top` is the largest.
+  struct Kept {
+    float top = INFINITY, least = -INFINITY, weight = 0;
+  };
+
+  // The sum of all weights, of tokens that are kept so far. `members_` gets those of at least `member`, rounded.
+  template <bool kAreMembers> int64_t add_weights(float temperature, float top, float least, float member) {
+    WeightSum sum;
+    members_.clear();
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      const float most = tops_[group] / temperature;
+      if (most < least || most - top < -29.0f) continue;
+      if (kAreMembers) members_.reserve(members_.size() + kGroup);
+      for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
+        const Floats logit = temperature == 1 ? logits(i) : logits(i) / temperature;
+        const Ints is_in = logit >= all(least);
+        const Floats w = pick(is_in, weights(logit, top), Floats{});
+        sum.add(w);
+        if (!kAreMembers || !any(w >= all(member))) continue;
+        float rounded[kLanes];
+        store(rounded, rounded_weights(w));
+        for (float weight : rounded)
+          if (weight >= member) members_.push_back(weight);
       }
-  }
-  return found;
-}
-
-// The least probability among the fewest likeliest tokens that add up to `wanted`, as found by summing in descending order
-// in double and rounding each sum to float; false when a sum comes so close that its rounding errors could decide.
-//
-// Tokens are counted by the upper bits of their probability, then those of the decisive group by the next bits; only what
-// shares all of these is sorted.
-inline bool find_nucleus(const float* probabilities, int64_t size, float wanted, float* threshold) {
-  constexpr double kSlack = 1e-9;  // sums of up to 2^20 probabilities in another order differ by less than 1e-9
-  constexpr int64_t kGroups = 1024;
-  if (size > (1 << 20)) return false;
-  const double enough = (static_cast<double>(wanted) + std::nextafterf(wanted, 0.0f)) / 2;
-  static thread_local std::vector<double> sums;
-  static thread_local std::vector<float> members, last;
-  double before = 0;
-  const auto decisive = [&](const float* from, int64_t count, auto&& group) {
-    sums.assign(2 * kGroups, 0.0);  // two sums a group: neighbours often share one, and each would wait for the other
-    for (int64_t i = 0; i < count; ++i) sums[2 * group(from[i]) + (i & 1)] += from[i];
-    for (int64_t g = kGroups; g-- > 0;) {
-      const double sum = sums[2 * g] + sums[2 * g + 1];
-      if (before + sum >= enough - kSlack) return g;
-      before += sum;
     }
-    return int64_t{-1};
-  };
-  const auto keep = [](const float* from, int64_t count, int64_t wanted_group, auto&& group, std::vector<float>& to) {
-    to.clear();
-    for (int64_t i = 0; i < count; ++i)
-      if (group(from[i]) == wanted_group) to.push_back(from[i]);
-  };
-  const auto word = [](float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-  };
-  for (int64_t i = 0; i < size; ++i)
-    if (!(probabilities[i] >= 0.0f && probabilities[i] < 2.0f)) return false;
-  const auto coarse = [&](float x) -> int64_t { return word(x) >> 20; };
-  const auto fine = [&](float x) -> int64_t { return word(x) >> 10 & (kGroups - 1); };
-  const int64_t upper = decisive(probabilities, size, coarse);
-  if (upper < 0) return false;
-  keep(probabilities, size, upper, coarse, members);
-  const int64_t lower = decisive(members.data(), members.size(), fine);
-  if (lower < 0) return false;
-  keep(members.data(), members.size(), lower, fine, last);
-  std::sort(last.begin(), last.end(), std::greater<float>());
-  for (float probability : last) {
-    before += probability;
-    if (before < enough - kSlack) continue;
-    *threshold = probability;
-    return before > enough + kSlack;
+    return sum.total();
   }
-  return false;
-}
 
-// Makes logits impossible whose key does not reach the threshold.
-inline void drop_below(const float* keys, int64_t size, float threshold, float* logits) {
-  for (int64_t i = 0; i < size; ++i) logits[i] = keys[i] >= threshold ? logits[i] : -INFINITY;
-}
+  // Finds the weight that ends the nucleus: first among the tokens that weigh most, for they hold nearly all.
+  void keep_nucleus(double p) {
+    const float heavy = 0x1p28f;
+    const int64_t total = add_weights<true>(temperature_, kept_.top, kept_.least, heavy);
+    const int64_t wanted = static_cast<int64_t>(std::ceil(static_cast<double>(total) * p));
+    int64_t found = 0;
+    for (float weight : members_) found += static_cast<int64_t>(weight);
+    if (found < wanted) add_weights<true>(temperature_, kept_.top, kept_.least, 1.0f);
+    kept_.weight = last_weight(wanted);
+    // A logit below this cannot weigh so much: logarithm and weights are far more exact than one in a thousand.
+    const float reach = std::log(kept_.weight) - kWeightBits * 0.6931472f;
+    kept_.least = std::max(kept_.least, kept_.top + reach - (1e-3f + 1e-6f * std::fabs(kept_.top)));
+  }
+
+  // The least of the fewest heaviest members that add up to `wanted`. Members are added up by the upper bits of their
+  // weight, those of the decisive run by the next bits; only what shares all of these is sorted.
+  float last_weight(int64_t wanted) {
+    constexpr int32_t kRuns = 1024, kBitsOfOne = 127 << 23;
+    for (const int shift : {19, 9}) {
+      if (members_.size() < 64) break;
+      const auto place = [&](float weight) {
+        int32_t bits;
+        std::memcpy(&bits, &weight, 4);
+        return ((bits - kBitsOfOne) >> shift) & (kRuns - 1);  // 2^40 is 640 runs of the first kind above 1
+      };
+      sums_.assign(2 * kRuns, 0);  // two sums a run: neighbours often share one, and each would wait for the other
+      for (size_t i = 0; i < members_.size(); ++i) sums_[2 * place(members_[i]) + (i & 1)] += static_cast<int64_t>(members_[i]);
+      int32_t run = kRuns - 1;
+      for (; run > 0 && sums_[2 * run] + sums_[2 * run + 1] < wanted; --run) wanted -= sums_[2 * run] + sums_[2 * run + 1];
+      std::erase_if(members_, [&](float weight) { return place(weight) != run; });
+    }
+    std::sort(members_.begin(), members_.end(), std::greater<float>());
+    for (float weight : members_) {
+      wanted -= static_cast<int64_t>(weight);
+      if (wanted <= 0) return weight;
+    }
+    return 0;
+  }
+
+  // The token with the largest sum of tempered logit and noise among those kept, of equals the lowest.
+  template <bool kIsTempered, bool kIsFiltered> int64_t best_sum(const DrawSpec& spec) const {
+    const Words key_high = all_words(spec.key_high);
+    const Words numbers = as<Words>(lane_numbers()) + all_words(spec.key_low);
+    const Floats least = all(kept_.least);
+    float best = -INFINITY;
+    int64_t token = 0;
+    Ints bad = {};
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      if (kIsFiltered && (kIsTempered ? tops_[group] / temperature_ : tops_[group]) < kept_.least) continue;
+      for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
+        Floats x = logits(i);
+        if (!kIsFiltered) bad = bad | ~(x < all(INFINITY));
+        if (kIsTempered) x = x / temperature_;
+        const Floats numerators = random_numerators(numbers + all_words(static_cast<uint32_t>(i)), key_high);
+        Ints can_win = x + gumbel_bound(numerators) > all(best);
+        if (kIsFiltered) can_win = can_win & (x >= least);
+        if (!any(can_win)) continue;
+        if (kIsFiltered && kept_.weight > 0) {
+          can_win = can_win & (rounded_weights(weights(x, kept_.top)) >= all(kept_.weight));
+          if (!any(can_win)) continue;
+        }
+        float sums[kLanes];
+        store(sums, pick(can_win, x + gumbel(numerators), all(-INFINITY)));
+        for (int lane = 0; lane < kLanes; ++lane)
+          if (sums[lane] > best) {
+            best = sums[lane];
+            token = i + lane;
+          }
+      }
+    }
+    return any(bad) || best == INFINITY ? kNoNumber : token;
+  }
+
+  bool find_logprobs(int32_t num_top, Drawn* drawn) {
+    const double base = static_cast<double>(top_) + log_total(add_weights<false>(1, top_, -INFINITY, 0));
+    const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - base); };
+    drawn->logprob = logprob(x_[drawn->token]);
+    drawn->rank = rank_of(drawn->token);
+    drawn->num_top = static_cast<int32_t>(std::min<int64_t>({num_top, kMaxTop, size_}));
+    if (drawn->num_top == 0) return true;
+    collect(drawn->num_top);
+    std::partial_sort(candidates_.begin(), candidates_.begin() + drawn->num_top, candidates_.end(), [](auto a, auto b) {
+      return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+    });
+    for (int32_t i = 0; i < drawn->num_top; ++i) {
+      drawn->top_ids[i] = candidates_[i].id;
+      drawn->top_logprobs[i] = logprob(candidates_[i].logit);
+    }
+    return true;
+  }
+
+  // From 1 on: tokens that are likelier, or as likely with a lower id, come first.
+  int64_t rank_of(int64_t token) const {
+    const float own = x_[token];
+    int64_t rank = 1;
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      if (tops_[group] < own) continue;
+      Ints before = {};
+      for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
+        const Floats x = logits(i);
+        const Ints is_lower = lane_numbers() < all_ints(static_cast<int32_t>(token - i));
+        before = before - ((x > all(own)) | ((x == all(own)) & is_lower));
+      }
+      for (int lane = 0; lane < kLanes; ++lane) rank += before[lane];
+    }
+    return rank;
+  }
+
+  float* x_ = nullptr;
+  int64_t size_ = 0, num_groups_ = 0;
+  bool is_scanned_ = false, is_sound_ = false;
+  std::vector<float> maxima_, tops_, bounds_, members_;
+  float top_ = 0, temperature_ = 1;
+  Kept kept_;
+  std::vector<Edit> edits_;
+  std::vector<Candidate> candidates_;
+  std::vector<int64_t> sums_;
+};
 
 }  // namespace baton
