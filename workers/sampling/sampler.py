@@ -105,6 +105,19 @@ def _draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return (logits_RV + gumbel_noise(keys, logits_RV.shape[1], logits_RV.device)).argmax(-1)
 
 
+def logprobs_of(
+    logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int], kernel: RowKernel | None = None
+) -> list[TokenLogprob]:
+    """As workers.sampling.logprobs.token_logprobs, with a kernel if there is one."""
+    if kernel is None:
+        return token_logprobs(logits_RV, tokens, num_top)
+    found = kernel.token_logprobs(logits_RV, tokens, num_top)
+    return [
+        token_logprobs(logits_RV[row : row + 1], tokens[row : row + 1], num_top[row : row + 1])[0] if one is None else one
+        for row, one in enumerate(found)
+    ]
+
+
 def with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:
     """Drawn tokens with the logprobs that their rows ask for."""
     counts = {row: spec.params.logprobs for row, spec in enumerate(specs) if spec.forced_token_id is None}

@@ -5,6 +5,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 
@@ -35,8 +36,10 @@ _NO_EDITS = (0, 0, 0, 0, 0, 0, 0, 0)
 class NativeRowKernel:
     """Implements workers.sampling.row_kernel.RowKernel. Used by one thread at a time."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, model: ctypes.c_void_p | None = None) -> None:
+        """Rows are shared out among the threads of `model`, which the caller keeps; without one the caller's draws them all."""
         self._library = library
+        self._model = model
 
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
         edits = [edits_of(spec) for spec in specs]  # alive as long as their addresses are used
@@ -63,7 +66,7 @@ class NativeRowKernel:
             raise InvariantViolated(f"{num_rows} rows are drawn from {logits_RV.dtype} logits of {logits_RV.shape[0]}")
         logits_RV = logits_RV.contiguous()
         drawn = np.empty(num_rows, dtype=_DRAWN)
-        self._library.draw(logits_RV.data_ptr(), num_rows, logits_RV.shape[1], packed, drawn.ctypes.data)
+        self._library.draw(self._model, logits_RV.data_ptr(), num_rows, logits_RV.shape[1], packed, drawn.ctypes.data)
         if (drawn["token"] == _OUTSIDE).any():
             raise InvariantViolated("a token id of a request is outside the vocabulary")
         return drawn
