@@ -211,40 +211,65 @@ class RowDraw {
   };
 
   // The sum of all weights, of tokens that are kept so far. `members_` gets those of at least `member`, rounded.
-  template <bool kAreMembers> int64_t add_weights(float temperature, float top, float least, float member) {
+  template <bool kIsTempered, bool kHasMembers> int64_t add_weights(float member) {
     WeightSum sum;
+    const bool are_all_kept = kept_.least == -INFINITY;
     members_.clear();
     for (int64_t group = 0; group < num_groups_; ++group) {
-      const float most = tops_[group] / temperature;
-      if (most < least || most - top < -29.0f) continue;
-      if (kAreMembers) members_.reserve(members_.size() + kGroup);
+      const float most = kIsTempered ? tops_[group] / temperature_ : tops_[group];
+      if (most < kept_.least || most - kept_.top < -29.0f) continue;  // all of them weigh nothing
       for (int64_t i = group * kGroup, end = end_of(group); i < end; i += kLanes) {
-        const Floats logit = temperature == 1 ? logits(i) : logits(i) / temperature;
-        const Ints is_in = logit >= all(least);
-        const Floats w = pick(is_in, weights(logit, top), Floats{});
+        const Floats logit = kIsTempered ? logits(i) / temperature_ : logits(i);
+        Floats w = weights(logit, kept_.top);
+        if (!are_all_kept) w = pick(logit >= all(kept_.least), w, Floats{});
         sum.add(w);
-        if (!kAreMembers || !any(w >= all(member))) continue;
-        float rounded[kLanes];
-        store(rounded, rounded_weights(w));
-        for (float weight : rounded)
-          if (weight >= member) members_.push_back(weight);
+        if (kHasMembers && any(w >= all(member))) add_members(rounded_weights(w), member);
       }
     }
     return sum.total();
   }
 
-  // Finds the weight that ends the nucleus: first among the tokens that weigh most, for they hold nearly all.
+  BATON_INLINE void add_members(Floats w, float member) {
+    const size_t before = members_.size();
+    members_.resize(before + kLanes);
+    float* to = members_.data() + before;
+    float some[kLanes];
+    store(some, w);
+    for (float weight : some) {
+      *to = weight;
+      to += weight >= member;  // no branch: it would be guessed wrong half of the time
+    }
+    members_.resize(to - members_.data());
+  }
+
+  // Finds the weight that ends the nucleus. Only the heaviest tokens are looked at one by one; how light they have to be is
+  // guessed from some of all tokens. Where the guess was too high, all that weigh anything are looked at.
   void keep_nucleus(double p) {
-    const float heavy = 0x1p28f;
-    const int64_t total = add_weights<true>(temperature_, kept_.top, kept_.least, heavy);
+    const bool is_tempered = temperature_ != 1;
+    const float guess = guess_weight(p + (1 - p) / 2);
+    const int64_t total = is_tempered ? add_weights<true, true>(guess) : add_weights<false, true>(guess);
     const int64_t wanted = static_cast<int64_t>(std::ceil(static_cast<double>(total) * p));
     int64_t found = 0;
     for (float weight : members_) found += static_cast<int64_t>(weight);
-    if (found < wanted) add_weights<true>(temperature_, kept_.top, kept_.least, 1.0f);
+    if (found < wanted) is_tempered ? add_weights<true, true>(1) : add_weights<false, true>(1);
     kept_.weight = last_weight(wanted);
     // A logit below this cannot weigh so much: logarithm and weights are far more exact than one in a thousand.
     const float reach = std::log(kept_.weight) - kWeightBits * 0.6931472f;
     kept_.least = std::max(kept_.least, kept_.top + reach - (1e-3f + 1e-6f * std::fabs(kept_.top)));
+  }
+
+  // A weight that about this part of the sum reaches, judged by one vector of every group; at least 1.
+  float guess_weight(double part) {
+    members_.clear();
+    WeightSum sum;
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      const Floats logit = logits(group * kGroup) / temperature_;
+      const Floats w = rounded_weights(pick(logit >= all(kept_.least), weights(logit, kept_.top), Floats{}));
+      sum.add(w);
+      if (any(w >= all(1.0f))) add_members(w, 1);
+    }
+    const int64_t total = sum.total();
+    return total == 0 ? 1 : std::max(1.0f, last_weight(static_cast<int64_t>(static_cast<double>(total) * part)));
   }
 
   // The least of the fewest heaviest members that add up to `wanted`. Members are added up by the upper bits of their
@@ -307,7 +332,8 @@ class RowDraw {
   }
 
   bool find_logprobs(int32_t num_top, Drawn* drawn) {
-    const double base = static_cast<double>(top_) + log_total(add_weights<false>(1, top_, -INFINITY, 0));
+    kept_ = {.top = top_};
+    const double base = static_cast<double>(top_) + log_total(add_weights<false, false>(0));
     const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - base); };
     drawn->logprob = logprob(x_[drawn->token]);
     drawn->rank = rank_of(drawn->token);

@@ -51,8 +51,8 @@ class WeightSum {
  public:
   BATON_INLINE void add(Floats w) {
     const Floats shifted = w * 0x1p-20f + kRounding;
-    high_ = high_ + (as<Ints>(shifted) - all_ints(kRoundingBits));
-    low_ = low_ + (as<Ints>((w - (shifted - kRounding) * 0x1p20f) + kRounding) - all_ints(kRoundingBits));
+    high_ = high_ + as<Words>(shifted);
+    low_ = low_ + as<Words>((w - (shifted - kRounding) * 0x1p20f) + kRounding);
     if (++count_ == kMost) flush();
   }
   int64_t total() {
@@ -61,15 +61,18 @@ class WeightSum {
   }
 
  private:
-  static constexpr int kMost = 1024;  // a lane's upper parts are up to 2^20: so many keep below 2^31
+  static constexpr int kMost = 1024;  // a lane's upper parts are up to 2^20: so many of them stay below 2^31
 
   void flush() {
-    for (int lane = 0; lane < kLanes; ++lane) total_ += (static_cast<int64_t>(high_[lane]) << 20) + low_[lane];
-    high_ = low_ = Ints{};
+    const uint32_t excess = static_cast<uint32_t>(count_) * kRoundingBits;  // 32-bit sums wrap, and so does this
+    for (int lane = 0; lane < kLanes; ++lane)
+      total_ += (static_cast<int64_t>(static_cast<int32_t>(high_[lane] - excess)) << 20) +
+                static_cast<int32_t>(low_[lane] - excess);
+    high_ = low_ = Words{};
     count_ = 0;
   }
 
-  Ints high_ = {}, low_ = {};
+  Words high_ = {}, low_ = {};
   int count_ = 0;
   int64_t total_ = 0;
 };

@@ -48,20 +48,32 @@ template <class T> using Operand = std::conditional_t<kTakesPairs<T>, T, float>;
 // The rounding that products of this type have: hosts whose names agree compute the same bits.
 template <class T> constexpr const char* kArithmetic = kTakesPairs<T> ? kPairArithmetic : "fma";
 
-template <class V> BATON_INLINE V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
-
-template <class V> BATON_INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
-
 // Calls make(p) for every register and keeps what it returns.
 template <class L, class Make> BATON_INLINE L each(Make&& make) {
   L made;
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p) made.part[p] = make(p);
   return made;
+}
+
+// Register by register: compilers copy larger things in smaller pieces, by way of memory.
+template <class V> BATON_INLINE V load(const void* from) {
+  if constexpr (requires { typename V::Part; }) {
+    return each<V>([&](int p) { return load<typename V::Part>(static_cast<const char*>(from) + p * kRegisterBytes); });
+  } else {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+  }
+}
+
+template <class V> BATON_INLINE void store(void* to, V v) {
+  if constexpr (requires { typename V::Part; }) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) store(static_cast<char*>(to) + p * kRegisterBytes, v.part[p]);
+  } else {
+    std::memcpy(to, &v, sizeof(V));
+  }
 }
 
 // The same bits under another type.
@@ -129,7 +141,9 @@ BATON_INLINE Ints operator-(int32_t a, Ints b) { return all_ints(a) - b; }
 BATON_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
   return as<Floats>((as<Ints>(yes) & mask) | (as<Ints>(no) & ~mask));
 }
-BATON_INLINE Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+BATON_INLINE Floats larger(Floats a, Floats b) {
+  return each<Floats>([&](int p) { return a.part[p] > b.part[p] ? a.part[p] : b.part[p]; });
+}
 BATON_INLINE bool any(Ints mask) {
   IntRegister found = mask.part[0];
 #pragma GCC unroll 4
