@@ -51,10 +51,7 @@ class RowDraw {
  public:
   // The logits are changed on the way, and are as they were afterwards.
   void run(float* logits, int64_t size, const DrawSpec& spec, Drawn* drawn) {
-    x_ = logits;
-    size_ = size;
-    num_groups_ = (size + kGroup - 1) / kGroup;
-    is_scanned_ = false;
+    look_at(logits, size);
     drawn->token = kOutside;
     if (!is_inside(&spec.token, spec.token < 0 ? 0 : 1) || !is_inside(spec.bias_ids, spec.num_biases) ||
         !is_inside(spec.banned_ids, spec.num_banned) || !is_inside(spec.seen_ids, spec.num_seen))
@@ -64,6 +61,7 @@ class RowDraw {
     } else {
       edit(spec);
       drawn->token = draw(spec);
+      if (x_ != logits) look_at(logits, size);
       restore();
     }
     if (drawn->token >= 0 && spec.num_top >= 0 && !(scan() && top_ > -INFINITY && find_logprobs(spec.num_top, drawn)))
@@ -81,6 +79,13 @@ class RowDraw {
     float logit;
     int32_t id;
   };
+
+  void look_at(float* logits, int64_t size) {
+    x_ = logits;
+    size_ = size;
+    num_groups_ = (size + kGroup - 1) / kGroup;
+    is_scanned_ = false;
+  }
 
   template <class Id> bool is_inside(const Id* ids, int64_t count) const {
     return std::all_of(ids, ids + count, [&](Id id) { return id >= 0 && id < size_; });
@@ -155,11 +160,12 @@ class RowDraw {
     if (is_filtered) {
       kept_.top = top_ / temperature_;
       if (kept_.top == INFINITY) return kNoNumber;
-      if (has_top_k) kept_.least = largest_but(spec.top_k) / temperature_;
+      if (has_top_k) keep_largest(spec.top_k);
       if (has_top_p) keep_nucleus(spec.top_p);
       if (has_min_p) kept_.least = std::max(kept_.least, kept_.top + spec.min_p_offset);
     }
     const bool is_tempered = temperature_ != 1;
+    if (has_top_k) return is_tempered ? best_sum<true, true, true>(spec) : best_sum<false, true, true>(spec);
     if (is_filtered) return is_tempered ? best_sum<true, true>(spec) : best_sum<false, true>(spec);
     return is_tempered ? best_sum<true, false>(spec) : best_sum<false, false>(spec);
   }
@@ -171,19 +177,44 @@ class RowDraw {
           if (x_[i] == top_) return i;
   }
 
-  // The k-th largest logit, or -infinity where there are not so many tokens.
-  float largest_but(int64_t k) {
+  // Looks from now on at nothing but the k largest logits, and those that tie with the last of them once they are tempered.
+  void keep_largest(int64_t k) {
     collect(k);
-    if (k > static_cast<int64_t>(candidates_.size())) return -INFINITY;
-    const auto wanted = candidates_.begin() + (k - 1);
-    std::nth_element(candidates_.begin(), wanted, candidates_.end(), [](auto a, auto b) { return a.logit > b.logit; });
-    return wanted->logit;
+    const auto tempered = [&](float logit) { return logit / temperature_; };
+    few_.clear();
+    for (const Candidate& candidate : candidates_) few_.push_back(candidate.logit);
+    std::nth_element(few_.begin(), few_.begin() + (k - 1), few_.end(), std::greater<float>());
+    const float least = tempered(few_[k - 1]);
+    few_.clear();
+    few_ids_.clear();
+    for (const Candidate& candidate : candidates_) {
+      if (!(tempered(candidate.logit) >= least)) continue;
+      few_.push_back(candidate.logit);
+      few_ids_.push_back(candidate.id);
+    }
+    few_ids_.resize((few_ids_.size() + kLanes - 1) / kLanes * kLanes);
+    look_at(few_.data(), static_cast<int64_t>(few_.size()));
+    scan();
   }
 
-  // Fills candidates_ with at least the k largest logits, if there are so many: all that reach the k-th largest of the
-  // lanes' maxima, since that many reach it.
+  // Fills candidates_ with at least the k largest logits, and all that division by a temperature up to 2 could make equal to
+  // the last of them, in the order of their tokens.
   void collect(int64_t k) {
-    const float least = bound_of(maxima_, k, bound_of(tops_, k, -INFINITY));
+    const int64_t num_lanes = num_groups_ * kLanes;
+    float least = -INFINITY;
+    if (k <= num_lanes / 4) {  // as many lanes as that have a maximum that reaches this one
+      least = bound_of(maxima_, k, bound_of(tops_, k, -INFINITY));
+    } else if (const int64_t part = k * num_lanes / size_ * 5 / 4 + 32; part < num_lanes) {  // judged by some of all
+      few_.resize(num_lanes);
+      for (int64_t group = 0; group < num_groups_; ++group) store(&few_[group * kLanes], logits(group * kGroup));
+      least = bound_of(few_, part, -INFINITY);
+    }
+    for (int i = 0; i < 4; ++i) least = std::nextafter(least, -INFINITY);
+    collect_from(least);
+    if (static_cast<int64_t>(candidates_.size()) < std::min(k, size_)) collect_from(-INFINITY);
+  }
+
+  void collect_from(float least) {
     candidates_.clear();
     for (int64_t group = 0; group < num_groups_; ++group) {
       if (tops_[group] < least) continue;
@@ -195,7 +226,7 @@ class RowDraw {
     }
   }
 
-  // The k-th largest of some values, all of those above `least` being among them; `least` where there are not so many.
+  // The k-th largest of those values that reach `least`; `least` where there are not so many.
   float bound_of(const std::vector<float>& values, int64_t k, float least) {
     bounds_.clear();
     for (float value : values)
@@ -298,7 +329,7 @@ class RowDraw {
   }
 
   // The token with the largest sum of tempered logit and noise among those kept, of equals the lowest.
-  template <bool kIsTempered, bool kIsFiltered> int64_t best_sum(const DrawSpec& spec) const {
+  template <bool kIsTempered, bool kIsFiltered, bool kIsFew = false> int64_t best_sum(const DrawSpec& spec) const {
     const Words key_high = all_words(spec.key_high);
     const Words numbers = as<Words>(lane_numbers()) + all_words(spec.key_low);
     const Floats least = all(kept_.least);
@@ -311,7 +342,8 @@ class RowDraw {
         Floats x = logits(i);
         if (!kIsFiltered) bad = bad | ~(x < all(INFINITY));
         if (kIsTempered) x = x / temperature_;
-        const Floats numerators = random_numerators(numbers + all_words(static_cast<uint32_t>(i)), key_high);
+        const Words ids = kIsFew ? load<Words>(&few_ids_[i]) + all_words(spec.key_low) : numbers + all_words(static_cast<uint32_t>(i));
+        const Floats numerators = random_numerators(ids, key_high);
         Ints can_win = x + gumbel_bound(numerators) > all(best);
         if (kIsFiltered) can_win = can_win & (x >= least);
         if (!any(can_win)) continue;
@@ -328,7 +360,8 @@ class RowDraw {
           }
       }
     }
-    return any(bad) || best == INFINITY ? kNoNumber : token;
+    if (any(bad) || best == INFINITY) return kNoNumber;
+    return kIsFew ? few_ids_[token] : token;
   }
 
   bool find_logprobs(int32_t num_top, Drawn* drawn) {
@@ -370,7 +403,8 @@ class RowDraw {
   float* x_ = nullptr;
   int64_t size_ = 0, num_groups_ = 0;
   bool is_scanned_ = false, is_sound_ = false;
-  std::vector<float> maxima_, tops_, bounds_, members_;
+  std::vector<float> maxima_, tops_, bounds_, members_, few_;
+  std::vector<int32_t> few_ids_;
   float top_ = 0, temperature_ = 1;
   Kept kept_;
   std::vector<Edit> edits_;
