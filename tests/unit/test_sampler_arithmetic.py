@@ -78,9 +78,7 @@ def test_frequencies_of_a_thousand_tokens_follow_their_softmax(temperature: floa
     num_draws = 50_000
     counts = torch.zeros(1000, dtype=torch.int64)
     for first in range(0, num_draws, 1000):
-        specs = [
-            SampleSpec(SamplingParams(temperature=temperature, seed=3), 0, first + i, (), ()) for i in range(1000)
-        ]
+        specs = [SampleSpec(SamplingParams(temperature=temperature, seed=3), 0, first + i, (), ()) for i in range(1000)]
         counts += draw(logits.expand(1000, -1), specs).bincount(minlength=1000)
     expected = torch.softmax(logits.double() / temperature, -1) * num_draws
     common = expected >= 10

@@ -152,7 +152,9 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_is_touched(kernel: 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([1, 3, 17, 1500, 5000]), st.sampled_from([0.0, 1.0, 9.0]), st.integers(0, 20), st.integers(0, 99))
+@given(
+    st.sampled_from([1, 3, 17, 1500, 5000]), st.sampled_from([0.0, 1.0, 9.0]), st.integers(0, 20), st.integers(0, 99)
+)
 def test_logprobs_of_given_tokens_are_those_of_pytorch(size: int, scale: float, count: int, seed: int) -> None:
     logits_RV = numbers(6, size, seed=seed) * scale
     tokens = [(seed * 31 + row * 7) % size for row in range(6)]

@@ -30,8 +30,14 @@ def by_searching(stops: list[str], pieces: list[str], include: bool) -> list[str
     return [*delivered, held]
 
 
-@given(st.lists(WORDS, min_size=1, max_size=6, unique=True), st.lists(st.text("ab€", max_size=6), max_size=8), st.booleans())
-def test_text_is_delivered_held_back_and_ended_as_by_searching(stops: list[str], pieces: list[str], include: bool) -> None:
+@given(
+    st.lists(WORDS, min_size=1, max_size=6, unique=True),
+    st.lists(st.text("ab€", max_size=6), max_size=8),
+    st.booleans(),
+)
+def test_text_is_delivered_held_back_and_ended_as_by_searching(
+    stops: list[str], pieces: list[str], include: bool
+) -> None:
     stream = StopStrings(stops, include)
     delivered: list[str | StopMatch] = []
     for piece in pieces:

@@ -21,7 +21,9 @@ def adjust(row_V: Tensor, edits: LogitEdits, params: SamplingParams) -> None:
         return
     seen = on_device(edits.seen_ids, device)
     logits = row_V[seen]
-    if params.repetition_penalty != 1:  # Keskar et al. 2019, CTRL: positive logits are divided, negative ones multiplied
+    if (
+        params.repetition_penalty != 1
+    ):  # Keskar et al. 2019, CTRL: positive logits are divided, negative ones multiplied
         penalty = on_device([params.repetition_penalty], device, torch.float32)
         logits = torch.where(logits > 0, logits / penalty, logits * penalty)
     if params.presence_penalty or params.frequency_penalty:

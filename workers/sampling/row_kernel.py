@@ -17,9 +17,7 @@ from workers.runner import SampleSpec
 class RowKernel(Protocol):
     """Rows are fp32 on the host. None stands for a row with a logit that is +inf or no number: PyTorch decides there."""
 
-    def sample(
-        self, logits_RV: Tensor, specs: Sequence[SampleSpec]
-    ) -> list[tuple[int, TokenLogprob | None] | None]:
+    def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
         """The token of each row, and its logprobs where the spec asks for them. No spec has a forced token."""
 
     def token_logprobs(

@@ -113,7 +113,9 @@ def logprobs_of(
         return token_logprobs(logits_RV, tokens, num_top)
     found = kernel.token_logprobs(logits_RV, tokens, num_top)
     return [
-        token_logprobs(logits_RV[row : row + 1], tokens[row : row + 1], num_top[row : row + 1])[0] if one is None else one
+        token_logprobs(logits_RV[row : row + 1], tokens[row : row + 1], num_top[row : row + 1])[0]
+        if one is None
+        else one
         for row, one in enumerate(found)
     ]
 
