@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def kernel() -> NativeRowKernel:
     return the_kernel()
 
 
+@cache
 def the_kernel() -> NativeRowKernel:
     torch.set_num_threads(1)
     return NativeRowKernel(Library(build(default_cache_folder())))
@@ -93,7 +95,7 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, list[SampleSpec]]:
     return logits_RV, specs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows())
 def test_every_draw_is_that_of_pytorch_and_the_logits_stay(case: tuple[Tensor, list[SampleSpec]]) -> None:
     logits_RV, specs = case
@@ -151,7 +153,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_is_touched(kernel: 
         kernel.token_logprobs(numbers(1, 100), [100], [0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([1, 3, 17, 1500, 5000]), st.sampled_from([0.0, 1.0, 9.0]), st.integers(0, 20), st.integers(0, 99)
 )

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "fixed.h"
@@ -245,7 +246,7 @@ class RowDraw {
   template <bool kIsTempered, bool kHasMembers> int64_t add_weights(float member) {
     WeightSum sum;
     const bool are_all_kept = kept_.least == -INFINITY;
-    members_.clear();
+    start_members();
     for (int64_t group = 0; group < num_groups_; ++group) {
       const float most = kIsTempered ? tops_[group] / temperature_ : tops_[group];
       if (most < kept_.least || most - kept_.top < -29.0f) continue;  // all of them weigh nothing
@@ -260,17 +261,21 @@ class RowDraw {
     return sum.total();
   }
 
+  // members_ has room for every token and a vector more, so that each can be written before it is known to stay.
+  void start_members() {
+    members_.resize(std::max(members_.size(), static_cast<size_t>(size_) + 2 * kLanes));
+    num_members_ = 0;
+  }
+
   BATON_INLINE void add_members(Floats w, float member) {
-    const size_t before = members_.size();
-    members_.resize(before + kLanes);
-    float* to = members_.data() + before;
     float some[kLanes];
     store(some, w);
+    float* to = members_.data() + num_members_;
     for (float weight : some) {
       *to = weight;
       to += weight >= member;  // no branch: it would be guessed wrong half of the time
     }
-    members_.resize(to - members_.data());
+    num_members_ = to - members_.data();
   }
 
   // Finds the weight that ends the nucleus. Only the heaviest tokens are looked at one by one; how light they have to be is
@@ -280,10 +285,11 @@ class RowDraw {
     const float guess = guess_weight(p + (1 - p) / 2);
     const int64_t total = is_tempered ? add_weights<true, true>(guess) : add_weights<false, true>(guess);
     const int64_t wanted = static_cast<int64_t>(std::ceil(static_cast<double>(total) * p));
-    int64_t found = 0;
-    for (float weight : members_) found += static_cast<int64_t>(weight);
-    if (found < wanted) is_tempered ? add_weights<true, true>(1) : add_weights<false, true>(1);
     kept_.weight = last_weight(wanted);
+    if (kept_.weight == 0) {
+      is_tempered ? add_weights<true, true>(1) : add_weights<false, true>(1);
+      kept_.weight = last_weight(wanted);
+    }
     // A logit below this cannot weigh so much: logarithm and weights are far more exact than one in a thousand.
     const float reach = std::log(kept_.weight) - kWeightBits * 0.6931472f;
     kept_.least = std::max(kept_.least, kept_.top + reach - (1e-3f + 1e-6f * std::fabs(kept_.top)));
@@ -291,7 +297,7 @@ class RowDraw {
 
   // A weight that about this part of the sum reaches, judged by one vector of every group; at least 1.
   float guess_weight(double part) {
-    members_.clear();
+    start_members();
     WeightSum sum;
     for (int64_t group = 0; group < num_groups_; ++group) {
       const Floats logit = logits(group * kGroup) / temperature_;
@@ -303,27 +309,36 @@ class RowDraw {
     return total == 0 ? 1 : std::max(1.0f, last_weight(static_cast<int64_t>(static_cast<double>(total) * part)));
   }
 
-  // The least of the fewest heaviest members that add up to `wanted`. Members are added up by the upper bits of their
-  // weight, those of the decisive run by the next bits; only what shares all of these is sorted.
+  // The least of the fewest heaviest members that add up to `wanted`; 0 where all together do not. Members are added up by the
+  // upper bits of their weight, those of the decisive run by the next bits; only what shares all of these is sorted.
   float last_weight(int64_t wanted) {
-    constexpr int32_t kRuns = 1024, kBitsOfOne = 127 << 23;
+    constexpr int32_t kRuns = 1024, kTables = 4, kBitsOfOne = 127 << 23;
+    float* const members = members_.data();
     for (const int shift : {19, 9}) {
-      if (members_.size() < 64) break;
+      if (num_members_ < 64) break;
       const auto place = [&](float weight) {
         int32_t bits;
         std::memcpy(&bits, &weight, 4);
         return ((bits - kBitsOfOne) >> shift) & (kRuns - 1);  // 2^40 is 640 runs of the first kind above 1
       };
-      sums_.assign(2 * kRuns, 0);  // two sums a run: neighbours often share one, and each would wait for the other
-      for (size_t i = 0; i < members_.size(); ++i) sums_[2 * place(members_[i]) + (i & 1)] += static_cast<int64_t>(members_[i]);
+      // Several sums a run: neighbours often share one, and each would wait for the other.
+      sums_.assign(kTables * kRuns, 0);
+      for (int64_t i = 0; i < num_members_; ++i)
+        sums_[kTables * place(members[i]) + (i & (kTables - 1))] += static_cast<int64_t>(members[i]);
+      const auto sum_of = [&](int32_t run) {
+        const int64_t* first = sums_.data() + kTables * run;
+        return std::accumulate(first, first + kTables, int64_t{0});
+      };
       int32_t run = kRuns - 1;
-      for (; run > 0 && sums_[2 * run] + sums_[2 * run + 1] < wanted; --run) wanted -= sums_[2 * run] + sums_[2 * run + 1];
-      std::erase_if(members_, [&](float weight) { return place(weight) != run; });
+      for (; run >= 0 && sum_of(run) < wanted; --run) wanted -= sum_of(run);
+      if (run < 0) return 0;
+      const auto is_elsewhere = [&](float weight) { return place(weight) != run; };
+      num_members_ = std::remove_if(members, members + num_members_, is_elsewhere) - members;
     }
-    std::sort(members_.begin(), members_.end(), std::greater<float>());
-    for (float weight : members_) {
-      wanted -= static_cast<int64_t>(weight);
-      if (wanted <= 0) return weight;
+    std::sort(members, members + num_members_, std::greater<float>());
+    for (int64_t i = 0; i < num_members_; ++i) {
+      wanted -= static_cast<int64_t>(members[i]);
+      if (wanted <= 0) return members[i];
     }
     return 0;
   }
@@ -405,6 +420,7 @@ class RowDraw {
   bool is_scanned_ = false, is_sound_ = false;
   std::vector<float> maxima_, tops_, bounds_, members_, few_;
   std::vector<int32_t> few_ids_;
+  int64_t num_members_ = 0;
   float top_ = 0, temperature_ = 1;
   Kept kept_;
   std::vector<Edit> edits_;
