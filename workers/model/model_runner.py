@@ -20,6 +20,7 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.weights import Checkpoint, fingerprint
 from workers.request import TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
+from workers.sampling.arithmetic import DRAW_VERSION
 from workers.sampling.placement import on_device
 from workers.sampling.row_kernel import RowKernel
 from workers.sampling.sampler import Drawn, is_plain, logprobs_of, sample
@@ -158,7 +159,7 @@ def describe_model(
     kv_format = (layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
     return ModelInfo(
         name=config.served_model_name or folder.resolve().name,
-        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, *facts),
+        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, DRAW_VERSION, *facts),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+DRAW_VERSION = 2
+"""Rises with every change that draws another token from the same logits; part of what workers must agree on (fingerprint)."""
 WEIGHT_BITS = 40
 """The weight of the likeliest token is 2 to the power of this."""
 _ROOT_HALF = 0x3F3504F3
