@@ -65,7 +65,10 @@ class RowDraw {
       if (x_ != logits) look_at(logits, size);
       restore();
     }
-    if (drawn->token >= 0 && spec.num_top >= 0 && !(scan() && top_ > -INFINITY && find_logprobs(spec.num_top, drawn)))
+    if (drawn->token < 0 || spec.num_top < 0) return;
+    if (scan() && top_ > -INFINITY)
+      find_logprobs(spec.num_top, drawn);
+    else
       drawn->token = kNoNumber;
   }
 
@@ -255,7 +258,7 @@ class RowDraw {
         Floats w = weights(logit, kept_.top);
         if (!are_all_kept) w = pick(logit >= all(kept_.least), w, Floats{});
         sum.add(w);
-        if (kHasMembers && any(w >= all(member))) add_members(rounded_weights(w), member);
+        if (kHasMembers && any(w >= all(member - 0.5f))) add_members(rounded_weights(w), member);
       }
     }
     return sum.total();
@@ -346,7 +349,7 @@ class RowDraw {
   // The token with the largest sum of tempered logit and noise among those kept, of equals the lowest.
   template <bool kIsTempered, bool kIsFiltered, bool kIsFew = false> int64_t best_sum(const DrawSpec& spec) const {
     const Words key_high = all_words(spec.key_high);
-    const Words numbers = as<Words>(lane_numbers()) + all_words(spec.key_low);
+    const Words numbers = as<Words>(lane_numbers());
     const Floats least = all(kept_.least);
     float best = -INFINITY;
     int64_t token = 0;
@@ -357,8 +360,8 @@ class RowDraw {
         Floats x = logits(i);
         if (!kIsFiltered) bad = bad | ~(x < all(INFINITY));
         if (kIsTempered) x = x / temperature_;
-        const Words ids = kIsFew ? load<Words>(&few_ids_[i]) + all_words(spec.key_low) : numbers + all_words(static_cast<uint32_t>(i));
-        const Floats numerators = random_numerators(ids, key_high);
+        const Words ids = kIsFew ? load<Words>(&few_ids_[i]) : numbers + all_words(static_cast<uint32_t>(i));
+        const Floats numerators = random_numerators(ids + all_words(spec.key_low), key_high);
         Ints can_win = x + gumbel_bound(numerators) > all(best);
         if (kIsFiltered) can_win = can_win & (x >= least);
         if (!any(can_win)) continue;
@@ -379,14 +382,14 @@ class RowDraw {
     return kIsFew ? few_ids_[token] : token;
   }
 
-  bool find_logprobs(int32_t num_top, Drawn* drawn) {
+  void find_logprobs(int32_t num_top, Drawn* drawn) {
     kept_ = {.top = top_};
     const double base = static_cast<double>(top_) + log_total(add_weights<false, false>(0));
     const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - base); };
     drawn->logprob = logprob(x_[drawn->token]);
     drawn->rank = rank_of(drawn->token);
     drawn->num_top = static_cast<int32_t>(std::min<int64_t>({num_top, kMaxTop, size_}));
-    if (drawn->num_top == 0) return true;
+    if (drawn->num_top == 0) return;
     collect(drawn->num_top);
     std::partial_sort(candidates_.begin(), candidates_.begin() + drawn->num_top, candidates_.end(), [](auto a, auto b) {
       return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
@@ -395,7 +398,6 @@ class RowDraw {
       drawn->top_ids[i] = candidates_[i].id;
       drawn->top_logprobs[i] = logprob(candidates_[i].logit);
     }
-    return true;
   }
 
   // From 1 on: tokens that are likelier, or as likely with a lower id, come first.
