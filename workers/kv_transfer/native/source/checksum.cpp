@@ -7,6 +7,11 @@
 #include <immintrin.h>
 #endif
 
+#ifndef BATON_LABEL
+#define BATON_LABEL ""
+#endif
+#define BATON_API __attribute__((visibility("default")))
+
 namespace {
 
 constexpr uint64_t kSecret[24] = {
@@ -150,13 +155,16 @@ uint64_t run(const char* source, int64_t size, char* target) {
 
 extern "C" {
 
+// What this was built from: workers.native_build looks for it in the file.
+BATON_API const char* baton_label() { return BATON_LABEL; }
+
 // Every size is above 240.
-void baton_checksum(const char* const* sources, const int64_t* sizes, int64_t count, uint64_t* checksums) {
+BATON_API void baton_checksum(const char* const* sources, const int64_t* sizes, int64_t count, uint64_t* checksums) {
   for (int64_t i = 0; i < count; ++i) checksums[i] = run<Copy::kNone>(sources[i], sizes[i], nullptr);
 }
 
 // Every size is above 240; no target overlaps a source. `streaming` asks for stores that go past the caches.
-void baton_copy_and_checksum(char* const* targets, const char* const* sources, const int64_t* sizes, int64_t count,
+BATON_API void baton_copy_and_checksum(char* const* targets, const char* const* sources, const int64_t* sizes, int64_t count,
                              int64_t streaming, uint64_t* checksums) {
   for (int64_t i = 0; i < count; ++i) {
     const bool is_aligned = reinterpret_cast<uintptr_t>(targets[i]) % kStripe == 0;
