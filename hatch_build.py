@@ -33,6 +33,8 @@ ZIG = "ziglang>=0.14"
 _ZIG_GLIBC = "2.28"
 """The oldest that torch's own wheels run on."""
 _NAMED = "BATON_COMPILER"
+_TIMEOUT_S = 1800.0
+"""A busy machine may be slow; nobody waits for a library here as a starting worker does."""
 _GLIBC = re.compile(rb"\0GLIBC_(\d+)\.(\d+)(?:\.\d+)?(?=\0)")
 # Nothing of the C++ library is shared with the process, whose version of it may be older than the compiler's.
 _OWN_LIBRARIES = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
@@ -87,7 +89,7 @@ class LibrariesHook(BuildHookInterface[Any]):
             library.parent.mkdir(parents=True, exist_ok=True)
             flags = (*source.compile_flags(instruction_set), *compiler.flags)
             try:
-                run_compiler([*compiler.command, *flags, str(source.main)], library)
+                run_compiler([*compiler.command, *flags, str(source.main)], library, _TIMEOUT_S)
             except BuildFailed as error:
                 return error
             return library, place

@@ -14,7 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.instruction_sets import InstructionSet
+from workers.instruction_sets import InstructionSet, cpu_description
+
+__all__ = (
+    "COMPILERS",
+    "BuildFailed",
+    "NativeSource",
+    "compile_library",
+    "cpu_description",
+    "default_cache_folder",
+    "find_library",
+    "run_compiler",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,19 +143,19 @@ def compile_library(
     return library
 
 
-def run_compiler(command: Sequence[str], library: Path) -> None:
+def run_compiler(command: Sequence[str], library: Path, timeout_s: float = _COMPILE_TIMEOUT_S) -> None:
     """Runs `command` so that `library` is there whole or not at all. Raises BuildFailed."""
     started = time.monotonic()
     partial = library.with_suffix(f".{os.getpid()}")
     try:
         done = subprocess.run(
-            [*command, "-o", str(partial)], capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
+            [*command, "-o", str(partial)], capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if done.returncode:
             raise BuildFailed(f"{command[0]} failed: {done.stderr.strip()[:500]}")
         partial.replace(library)
     except subprocess.TimeoutExpired:
-        raise BuildFailed(f"{command[0]} took more than {_COMPILE_TIMEOUT_S:.0f} s") from None
+        raise BuildFailed(f"{command[0]} took more than {timeout_s:.0f} s") from None
     finally:
         partial.unlink(missing_ok=True)
     logger.info("compiled the kernels in %.1f s: %s", time.monotonic() - started, library)

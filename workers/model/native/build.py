@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from workers import instruction_sets
 from workers.errors import InvalidConfig
-from workers.instruction_sets import (
-    AMX,
-    AUTO,
-    AVX2,
-    AVX512,
-    AVX512BF16,
-    NEON,
-    NEONBF16,
-    InstructionSet,
-    supported,
-)
+from workers.instruction_sets import AUTO, AVX2, AVX512, AVX512BF16, NEON, InstructionSet
 from workers.native_build import (
     COMPILERS,
     BuildFailed,
@@ -26,12 +17,12 @@ from workers.native_build import (
     find_library,
 )
 
-__all__ = ("KERNELS", "BuildFailed", "build", "choices", "default_cache_folder", "source_hash")
+__all__ = ("KERNELS", "BuildFailed", "build", "choices", "default_cache_folder", "source_hash", "supported")
 
 KERNELS = NativeSource(
     Path(__file__).parent / "source" / "baton.cpp",
     "kernels",
-    (AMX, AVX512BF16, AVX512, AVX2, NEONBF16, NEON),
+    (AVX512BF16, AVX512, AVX2, NEON),
     ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fvisibility=hidden"),
 )
 """No contraction: which products are fused with a sum is written in the source, not left to the compiler."""
@@ -42,27 +33,31 @@ def source_hash() -> str:
     return KERNELS.hash()
 
 
-def choices(
-    wanted: str = AUTO, cpu: frozenset[str] | None = None, machine: str | None = None
-) -> tuple[InstructionSet, ...]:
-    """The sets to try, best first: all that the processor has, or the one that is asked for.
+def supported(description: str | None = None, machine: str | None = None) -> tuple[InstructionSet, ...]:
+    """The kernels' sets that a machine has, best first: the one at hand, or that of /proc/cpuinfo's text."""
+    return instruction_sets.supported(KERNELS.sets, description, machine)
 
-    Raises InvalidConfig when the one asked for is unknown or beyond the processor, BuildFailed when it has none at all.
+
+def choices(
+    wanted: str = AUTO, description: str | None = None, machine: str | None = None
+) -> tuple[InstructionSet, ...]:
+    """The sets to try, best first: all that the machine has, or the one that is asked for.
+
+    Raises InvalidConfig when the one asked for is unknown or beyond the processor, BuildFailed when there is none at all.
     """
-    able = supported(KERNELS.sets, cpu, machine)
-    names = ", ".join(each.name for each in able) or "none of the kernels' sets"
+    able = supported(description, machine)
     if wanted != AUTO:
-        if wanted not in [each.name for each in KERNELS.sets]:
-            every = ", ".join(each.name for each in KERNELS.sets)
-            raise InvalidConfig(f"worker.instruction_set must be {AUTO} or one of {every}; it is {wanted!r}")
-        able = tuple(each for each in able if each.name == wanted)
-        if not able:
+        every = [each.name for each in KERNELS.sets]
+        if wanted not in every:
+            raise InvalidConfig(f"worker.instruction_set must be {AUTO} or one of {', '.join(every)}; it is {wanted!r}")
+        if wanted not in [each.name for each in able]:
+            names = ", ".join(each.name for each in able) or "none of the kernels' sets"
             raise InvalidConfig(
-                f"worker.instruction_set {wanted!r} is not what this processor has ({names}); set one of those, or {AUTO}"
+                f"worker.instruction_set is {wanted!r}, and this processor has {names}; set one that it has, or {AUTO}"
             )
+        return tuple(each for each in able if each.name == wanted)
     if not able:
-        least = ", ".join(sorted(AVX2.cpu_flags))
-        raise BuildFailed(f"the processor has no instruction set of the kernels (on x86-64 they need {least})")
+        raise BuildFailed("the processor has neither AVX2 with FMA, F16C and BMI2 nor NEON with atomics")
     return able
 
 
@@ -71,9 +66,9 @@ def build(
 ) -> Path:
     """The library's path, for the best set of those asked for that can be had.
 
-    The library built ahead when there is one from just this source; else one compiled into `folder`. `sanitize`: always
-    compiled, with AddressSanitizer and UBSan; the process that loads it must have started with their libraries
-    (tests/sanitized.py does that). Raises BuildFailed, and InvalidConfig as `choices` does.
+    It is the one built ahead where there is one from just this source, else one compiled into `folder`. `sanitize`: always
+    compiled, with AddressSanitizer and UBSan, whose libraries the process that loads it must have started with
+    (tests/sanitized.py). Raises BuildFailed, and InvalidConfig as `choices` does.
     """
     reasons: dict[str, str] = {}
     for each in choices(instruction_set):

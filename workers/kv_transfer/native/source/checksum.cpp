@@ -10,7 +10,6 @@
 #ifndef BATON_LABEL
 #define BATON_LABEL ""
 #endif
-#define BATON_API __attribute__((visibility("default")))
 
 namespace {
 
@@ -153,18 +152,19 @@ uint64_t run(const char* source, int64_t size, char* target) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // What this was built from: workers.native_build looks for it in the file.
-BATON_API const char* baton_label() { return BATON_LABEL; }
+const char* baton_label() { return BATON_LABEL; }
 
 // Every size is above 240.
-BATON_API void baton_checksum(const char* const* sources, const int64_t* sizes, int64_t count, uint64_t* checksums) {
+void baton_checksum(const char* const* sources, const int64_t* sizes, int64_t count, uint64_t* checksums) {
   for (int64_t i = 0; i < count; ++i) checksums[i] = run<Copy::kNone>(sources[i], sizes[i], nullptr);
 }
 
 // Every size is above 240; no target overlaps a source. `streaming` asks for stores that go past the caches.
-BATON_API void baton_copy_and_checksum(char* const* targets, const char* const* sources, const int64_t* sizes, int64_t count,
+void baton_copy_and_checksum(char* const* targets, const char* const* sources, const int64_t* sizes, int64_t count,
                              int64_t streaming, uint64_t* checksums) {
   for (int64_t i = 0; i < count; ++i) {
     const bool is_aligned = reinterpret_cast<uintptr_t>(targets[i]) % kStripe == 0;
@@ -175,4 +175,5 @@ BATON_API void baton_copy_and_checksum(char* const* targets, const char* const* 
   if (streaming) _mm_sfence();
 #endif
 }
-}
+}  // extern "C"
+#pragma GCC visibility pop

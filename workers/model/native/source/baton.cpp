@@ -6,6 +6,10 @@
 #include "forward.h"
 #include "load.h"
 
+#ifndef BATON_LABEL
+#define BATON_LABEL ""
+#endif
+
 namespace {
 
 template <class Body> const char* guarded(Body&& body) {
@@ -21,14 +25,24 @@ template <class Body> const char* guarded(Body&& body) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
-const char* baton_kernels() {
-#if defined(__AVX512BF16__)
-  return "avx512bf16";
-#else
-  return "avx512";
-#endif
+// What this was built from: workers.native_build looks for it in the file.
+const char* baton_label() { return BATON_LABEL; }
+
+// Bytes of Dimensions and of Step, for Python to compare with its own.
+void baton_struct_bytes(int64_t* sizes) {
+  sizes[0] = sizeof(baton::Dimensions);
+  sizes[1] = sizeof(baton::Step);
+}
+
+// The instruction set that this library was compiled for.
+const char* baton_instruction_set() { return baton::kInstructionSet; }
+
+// How products of a type are rounded: libraries that give the same name compute the same bits.
+const char* baton_arithmetic(int64_t is_bf16) {
+  return is_bf16 ? baton::kArithmetic<baton::Bf16> : baton::kArithmetic<float>;
 }
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {
@@ -70,3 +84,4 @@ int64_t baton_nucleus(const float* probabilities, int64_t size, float wanted, fl
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
