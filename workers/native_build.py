@@ -18,6 +18,7 @@ from workers.instruction_sets import InstructionSet, cpu_description
 
 __all__ = (
     "COMPILERS",
+    "SHARED",
     "BuildFailed",
     "NativeSource",
     "compile_library",
@@ -30,7 +31,10 @@ __all__ = (
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("g++", "c++", "clang++")
-_COMPILE_TIMEOUT_S = 180.0
+SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic")
+"""A library's own names are its own, though the process may have loaded others that were compiled from the same templates."""
+_COMPILE_TIMEOUT_S = 600.0
+"""The kernels take a processor half a minute; a busy one takes longer."""
 _LOCK_POLL_S = 0.05
 _SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from workers.instruction_sets import AVX2, AVX512, PLAIN_ARM, PLAIN_X86, supported
-from workers.native_build import BuildFailed, NativeSource, default_cache_folder, find_library
+from workers.native_build import SHARED, BuildFailed, NativeSource, default_cache_folder, find_library
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ CHECKSUM = NativeSource(
     Path(__file__).parent / "source" / "checksum.cpp",
     "checksum",
     (AVX512, AVX2, PLAIN_X86, PLAIN_ARM),
-    ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    ("-std=c++20", "-O3", *SHARED),
 )
 
 

@@ -10,6 +10,7 @@ from workers.errors import InvalidConfig
 from workers.instruction_sets import AUTO, AVX2, AVX512, AVX512BF16, NEON, InstructionSet
 from workers.native_build import (
     COMPILERS,
+    SHARED,
     BuildFailed,
     NativeSource,
     compile_library,
@@ -23,7 +24,7 @@ KERNELS = NativeSource(
     Path(__file__).parent / "source" / "baton.cpp",
     "kernels",
     (AVX512BF16, AVX512, AVX2, NEON),
-    ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fvisibility=hidden"),
+    ("-std=c++20", "-O3", "-ffp-contract=off", "-pthread", "-Wno-psabi", *SHARED),
 )
 """No contraction: which products are fused with a sum is written in the source, not left to the compiler."""
 
