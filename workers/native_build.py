@@ -94,9 +94,12 @@ def default_cache_folder() -> Path:
 
 
 def find_library(
-    source: NativeSource, instruction_set: InstructionSet, folder: Path, compilers: Sequence[str] = COMPILERS
+    source: NativeSource, instruction_set: InstructionSet, folder: Path | None, compilers: Sequence[str] = COMPILERS
 ) -> Path:
-    """The library built ahead from just this source, or else one that is compiled into `folder`. Raises BuildFailed."""
+    """The library built ahead from just this source, or else one that is compiled into `folder`, by default ~/.cache/baton.
+
+    Raises BuildFailed.
+    """
     ahead = source.prebuilt(instruction_set)
     if not ahead.exists():
         missing = "none was built ahead"
@@ -107,7 +110,7 @@ def find_library(
         missing = f"{ahead} was built from other source"
         logger.warning("%s for %s: %s and is not used", source.name, instruction_set.name, missing)
     try:
-        path = compile_library(source, instruction_set, folder, compilers)
+        path = compile_library(source, instruction_set, folder or default_cache_folder(), compilers)
     except BuildFailed as error:
         raise BuildFailed(f"{missing}, and {error}") from error
     logger.info("%s for %s: compiled at first use: %s", source.name, instruction_set.name, path)

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from workers.instruction_sets import AVX2, AVX512, PLAIN_ARM, PLAIN_X86, supported
-from workers.native_build import SHARED, BuildFailed, NativeSource, default_cache_folder, find_library
+from workers.native_build import SHARED, BuildFailed, NativeSource, find_library
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def library(folder: Path | None = None) -> Library | None:
                 best = next(iter(supported(CHECKSUM.sets)), None)
                 if best is None:
                     raise BuildFailed("it is not made for this kind of processor")
-                _library = Library(find_library(CHECKSUM, best, folder or default_cache_folder()))
+                _library = Library(find_library(CHECKSUM, best, folder))
             except BuildFailed as error:
                 log.warning("checksums of KV are computed by xxhash, in a second pass: %s", error)
         return _library

@@ -18,7 +18,16 @@ from workers.native_build import (
     find_library,
 )
 
-__all__ = ("KERNELS", "BuildFailed", "build", "choices", "default_cache_folder", "source_hash", "supported")
+__all__ = (
+    "COMPILERS",
+    "KERNELS",
+    "BuildFailed",
+    "build",
+    "choices",
+    "default_cache_folder",
+    "source_hash",
+    "supported",
+)
 
 KERNELS = NativeSource(
     Path(__file__).parent / "source" / "baton.cpp",
@@ -63,11 +72,11 @@ def choices(
 
 
 def build(
-    folder: Path, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS, sanitize: bool = False
+    folder: Path | None, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS, sanitize: bool = False
 ) -> Path:
     """The library's path, for the best set of those asked for that can be had.
 
-    It is the one built ahead where there is one from just this source, else one compiled into `folder`. `sanitize`: always
+    It is the one built ahead where there is one from just this source, else one compiled into `folder` (None: ~/.cache/baton). `sanitize`: always
     compiled, with AddressSanitizer and UBSan, whose libraries the process that loads it must have started with
     (tests/sanitized.py). Raises BuildFailed, and InvalidConfig as `choices` does.
     """
@@ -75,7 +84,7 @@ def build(
     for each in choices(instruction_set):
         try:
             if sanitize:
-                return compile_library(KERNELS, each, folder, compilers, sanitize=True)
+                return compile_library(KERNELS, each, folder or default_cache_folder(), compilers, sanitize=True)
             return find_library(KERNELS, each, folder, compilers)
         except BuildFailed as error:
             reasons.setdefault(str(error), each.name)
