@@ -14,14 +14,13 @@ from tests.unit.model_configs import SHIPPED, load
 from workers.model.native.build import build, default_cache_folder, supported
 from workers.model.native.draw import NativeShortcuts
 from workers.model.native.library import Library
-from workers.native_build import cpu_description
 from workers.request import SamplingParams
 from workers.sampling.filters import _full_threshold, drop_unlikely
 from workers.sampling.noise import gumbel_noise
 from workers.sampling.sampler import sample
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(cpu_description()),
+    shutil.which("g++") is None or not supported(),
     reason="the kernels need a C++ compiler, and AVX2 with FMA or NEON",
 )
 VARIANTS: list[dict[str, Any]] = [

@@ -13,7 +13,6 @@ from workers.native_build import (
     SHARED,
     BuildFailed,
     NativeSource,
-    compile_library,
     default_cache_folder,
     find_library,
 )
@@ -49,15 +48,15 @@ def supported(description: str | None = None, machine: str | None = None) -> tup
 
 
 def choices(
-    wanted: str = AUTO, description: str | None = None, machine: str | None = None
+    wanted: str = AUTO, description: str | None = None, machine: str | None = None, source: NativeSource = KERNELS
 ) -> tuple[InstructionSet, ...]:
     """The sets to try, best first: all that the machine has, or the one that is asked for.
 
     Raises InvalidConfig when the one asked for is unknown or beyond the processor, BuildFailed when there is none at all.
     """
-    able = supported(description, machine)
+    able = instruction_sets.supported(source.sets, description, machine)
     if wanted != AUTO:
-        every = [each.name for each in KERNELS.sets]
+        every = [each.name for each in source.sets]
         if wanted not in every:
             raise InvalidConfig(f"worker.instruction_set must be {AUTO} or one of {', '.join(every)}; it is {wanted!r}")
         if wanted not in [each.name for each in able]:
@@ -71,20 +70,15 @@ def choices(
     return able
 
 
-def build(
-    folder: Path | None, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS, sanitize: bool = False
-) -> Path:
+def build(folder: Path | None, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS) -> Path:
     """The library's path, for the best set of those asked for that can be had.
 
-    It is the one built ahead where there is one from just this source, else one compiled into `folder` (None: ~/.cache/baton). `sanitize`: always
-    compiled, with AddressSanitizer and UBSan, whose libraries the process that loads it must have started with
-    (tests/sanitized.py). Raises BuildFailed, and InvalidConfig as `choices` does.
+    It is the one built ahead where there is one from just this source, else one compiled into `folder` (None: ~/.cache/baton).
+    Raises BuildFailed, and InvalidConfig as `choices` does.
     """
     reasons: dict[str, str] = {}
     for each in choices(instruction_set):
         try:
-            if sanitize:
-                return compile_library(KERNELS, each, folder or default_cache_folder(), compilers, sanitize=True)
             return find_library(KERNELS, each, folder, compilers)
         except BuildFailed as error:
             reasons.setdefault(str(error), each.name)

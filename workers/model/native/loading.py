@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from workers.instruction_sets import AUTO
-from workers.model.native.build import COMPILERS, BuildFailed, build, choices
+from workers.model.native.build import KERNELS, choices
 from workers.model.native.library import Dimensions, Library, Part, Step
+from workers.native_build import COMPILERS, BuildFailed, NativeSource, find_library
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +25,19 @@ _ROWS, _VOCAB, _HIDDEN = 3, 70, 96
 
 
 def load(
-    folder: Path | None, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS
+    folder: Path | None,
+    instruction_set: str = AUTO,
+    compilers: Sequence[str] = COMPILERS,
+    source: NativeSource = KERNELS,
 ) -> tuple[Library, tuple[str, ...]]:
     """The kernels, and a warning for each better set that was refused. `folder` keeps what must be compiled (None: ~/.cache/baton).
 
     Raises BuildFailed when no set is left, InvalidConfig when the one asked for is beyond the processor.
     """
     refused: list[str] = []
-    for each in choices(instruction_set):
+    for each in choices(instruction_set, source=source):
         try:
-            library = Library(build(folder, each.name, compilers))
+            library = Library(find_library(source, each, folder, compilers))
             check(library, each.name)
         except BuildFailed as error:
             refused.append(f"the kernels for {each.name} are not used: {error}")
@@ -57,10 +61,10 @@ def check(library: Library, instruction_set: str) -> None:
 
 def _check_product(library: Library, dtype: torch.dtype) -> None:
     """The head of a model without layers, on small integers: all sums are exact in any order."""
-    none = np.zeros(1, dtype=np.float32)
+    unused = np.zeros(16, dtype=np.float32)
     dimensions = Dimensions(
         vocab_size=_VOCAB, hidden_size=_HIDDEN, num_heads=1, num_kv_heads=1, head_dim=32, dense_width=32, num_threads=1,
-        frequencies=none.ctypes.data, is_mixture=none.ctypes.data,
+        frequencies=unused.ctypes.data, is_mixture=unused.ctypes.data,
     )  # fmt: skip
     head_VD = (torch.arange(_VOCAB * _HIDDEN).reshape(_VOCAB, _HIDDEN) * 7 % 13 - 6).to(dtype)
     x_RD = (torch.arange(_ROWS * _HIDDEN).reshape(_ROWS, _HIDDEN) * 5 % 3 - 1).sign().add(0.5).sign().to(dtype)
