@@ -32,6 +32,7 @@ MACHINES = ("x86_64", "aarch64")
 ZIG = "ziglang>=0.14"
 _ZIG_GLIBC = "2.28"
 """The oldest that torch's own wheels run on."""
+_ZIG_SPELLS = {"-march=armv8.2-a": "-mcpu=generic+v8_2a"}
 _NAMED = "BATON_COMPILER"
 _TIMEOUT_S = 1800.0
 """A busy machine may be slow; nobody waits for a library here as a starting worker does."""
@@ -43,6 +44,8 @@ _OWN_LIBRARIES = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL
 class Compiler(NamedTuple):
     command: tuple[str, ...]
     flags: tuple[str, ...]
+    spelled: dict[str, str]
+    """Flags that it wants in other words."""
 
 
 class LibrariesHook(BuildHookInterface[Any]):
@@ -87,9 +90,9 @@ class LibrariesHook(BuildHookInterface[Any]):
             place = source.prebuilt(instruction_set)
             library = place if folder is None else folder / place.name
             library.parent.mkdir(parents=True, exist_ok=True)
-            flags = (*source.compile_flags(instruction_set), *compiler.flags)
+            flags = [compiler.spelled.get(flag, flag) for flag in source.compile_flags(instruction_set)]
             try:
-                run_compiler([*compiler.command, *flags, str(source.main)], library, _TIMEOUT_S)
+                run_compiler([*compiler.command, *flags, *compiler.flags, str(source.main)], library, _TIMEOUT_S)
             except BuildFailed as error:
                 return error
             return library, place
@@ -134,10 +137,10 @@ def find_compiler() -> Compiler | None:
     names = () if named == "zig" else (named,) if named else COMPILERS
     for name in names:
         if found := shutil.which(name):
-            return Compiler((found,), _OWN_LIBRARIES if _has_static_library(found) else ("-s",))
+            return Compiler((found,), _OWN_LIBRARIES if _has_static_library(found) else ("-s",), {})
     if named in ("", "zig") and find_spec("ziglang") is not None:
         target = f"{platform.machine()}-linux-gnu.{_ZIG_GLIBC}"
-        return Compiler((sys.executable, "-m", "ziglang", "c++"), ("-target", target, "-s"))
+        return Compiler((sys.executable, "-m", "ziglang", "c++"), ("-target", target, "-s"), _ZIG_SPELLS)
     return None
 
 
