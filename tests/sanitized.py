@@ -23,7 +23,7 @@ def missing_for_sanitizers() -> str | None:
 
 
 def run_sanitized(*arguments: str, timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
-    """pytest with `arguments`; its output is in `stdout`, and names the line of an error. Raises TimeoutExpired."""
+    """pytest with `arguments`, capturing nothing, as the process may end in the middle; its output is in `stdout`, and names the line of an error. Raises TimeoutExpired."""
     # The C++ library comes along because the sanitizer looks for the function that throws when the process starts.
     preloaded = [_library("libasan.so"), _library("libubsan.so"), _library("libstdc++.so")]
     environment = os.environ | {
@@ -35,7 +35,7 @@ def run_sanitized(*arguments: str, timeout_s: float = 1200) -> subprocess.Comple
         "PYTHONMALLOC": "malloc",
     }
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "sanitized_kernels", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-p", "sanitized_kernels", "-p", "no:cacheprovider", "-s", *arguments],
         cwd=TESTS.parent,
         env=environment,
         stdout=subprocess.PIPE,
