@@ -59,9 +59,14 @@ class LibrariesHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         named = os.environ.get(_NAMED, "")
-        compiler = find_compiler() if _is_known_platform() and named != "none" else None
+        if named == "none" or not _is_known_platform():
+            self._say_that_it_is_pure(
+                f"{_NAMED} is none" if named == "none" else f"no C++ is made for {platform.platform()}"
+            )
+            return
+        compiler = find_compiler()
         if compiler is None:
-            if named not in ("", "none"):
+            if named:
                 raise BuildFailed(f"{_NAMED} is {named!r}, which is not there")
             self._say_that_it_is_pure("there is no C++ compiler here, and no ziglang")
             return
