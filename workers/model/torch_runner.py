@@ -19,9 +19,10 @@ from workers.model.ernie import Ernie
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool, allocate, available_bytes
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
-from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
+from workers.model.native.build import BuildFailed, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
+from workers.model.native.loading import load
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook
@@ -79,7 +80,7 @@ def _load_model(
     warnings: tuple[str, ...] = ()
     if config.native:
         try:
-            library = _load_library(config, dimensions)
+            library, warnings = _load_library(config, dimensions)
         except BuildFailed as error:
             warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
             logger.warning(warnings[0])
@@ -88,14 +89,13 @@ def _load_model(
             native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
             kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
             logger.info("computing with the C++ kernels for %s", library.instruction_set)
-            return native, kernels, ()
+            return native, kernels, warnings
     require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
     return model, "torch", (*warnings, *require_invariance(model, dtype))
 
 
-def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
-    """Raises BuildFailed where the C++ kernels cannot run this model on this machine."""
+def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> tuple[Library, tuple[str, ...]]:
+    """The C++ kernels, and warnings. Raises BuildFailed where they cannot run this model on this machine."""
     require_supported(dimensions)
-    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
-    return Library(build(folder, config.instruction_set))
+    return load(Path(config.cache_folder) if config.cache_folder else None, config.instruction_set)

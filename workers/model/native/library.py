@@ -75,6 +75,7 @@ _SIGNATURES = {
         ctypes.c_char_p,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p),
     ),
+    "baton_struct_bytes": (None, (ctypes.c_void_p,)),
     "baton_instruction_set": (ctypes.c_char_p, ()),
     "baton_arithmetic": (ctypes.c_char_p, (ctypes.c_int64,)),
 }
@@ -92,6 +93,12 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise BuildFailed(f"{path} cannot be loaded: {error}") from error
+
+    def struct_bytes(self) -> tuple[int, int]:
+        """Sizes of Dimensions and Step as the library has them."""
+        sizes = (ctypes.c_int64 * 2)()
+        self._functions.baton_struct_bytes(sizes)
+        return sizes[0], sizes[1]
 
     @property
     def instruction_set(self) -> str:

@@ -8,6 +8,10 @@
 #include "forward.h"
 #include "load.h"
 
+#ifndef BATON_LABEL
+#define BATON_LABEL ""
+#endif
+
 namespace {
 
 template <class Body> const char* guarded(Body&& body) {
@@ -24,7 +28,17 @@ template <class Body> const char* guarded(Body&& body) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
+
+// What this was built from: workers.native_build looks for it in the file.
+const char* baton_label() { return BATON_LABEL; }
+
+// Bytes of Dimensions and of Step, for Python to compare with its own.
+void baton_struct_bytes(int64_t* sizes) {
+  sizes[0] = sizeof(baton::Dimensions);
+  sizes[1] = sizeof(baton::Step);
+}
 
 // The instruction set that this library was compiled for.
 const char* baton_instruction_set() { return baton::kInstructionSet; }
@@ -75,3 +89,4 @@ const char* baton_draw(baton::AnyModel* model, float* logits, int64_t num_rows, 
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

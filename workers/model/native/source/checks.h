@@ -34,7 +34,7 @@ inline void check(const Dimensions& d, int64_t depth) {
   within(d.vocab_size, 1, kMostWidth, "vocab_size is out of range");
   within(d.hidden_size, 32, kMostWidth, "hidden_size is out of range");
   require(d.hidden_size % 32 == 0, "hidden_size is no multiple of 32");
-  within(d.num_layers, 1, kMostLayers, "num_layers is out of range");
+  within(d.num_layers, 0, kMostLayers, "num_layers is out of range");
   within(d.head_dim, 32, 1 << 12, "head_dim is out of range");
   require(d.head_dim % 32 == 0, "head_dim is no multiple of 32");
   within(d.num_kv_heads, 1, 1 << 12, "num_kv_heads is out of range");
@@ -49,7 +49,7 @@ inline void check(const Dimensions& d, int64_t depth) {
   for (int64_t i = 0; i < d.num_layers; ++i) (d.is_mixture[i] ? has_mixture : has_dense) = true;
   if (has_dense) width(d.dense_width, "dense_width is out of range");
   if (!has_mixture) return;
-  within(d.num_experts, 1, (1 << 16) / d.num_layers, "num_experts is out of range");
+  within(d.num_experts, 1, (1 << 16) / std::max<int64_t>(1, d.num_layers), "num_experts is out of range");
   within(d.num_choices, 1, d.num_experts, "num_choices is out of range");
   width(d.expert_width, "expert_width is out of range");
   if (d.shared_width) width(d.shared_width, "shared_width is out of range");
