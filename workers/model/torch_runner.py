@@ -22,6 +22,7 @@ from workers.model.model_runner import ModelRunner, describe_model, require_memo
 from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
+from workers.model.parallel import SINGLE, Layout
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook
@@ -38,6 +39,8 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         self._pool = KvPool(memory)
         self._num_threads = num_threads
         self._thread = 0
+        if isinstance(model, NativeErnie):
+            self.shortcuts = model.shortcuts
 
     @staticmethod
     def load(config: WorkerConfig) -> TorchRunner:
@@ -56,8 +59,6 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
-        if isinstance(model, NativeErnie):
-            runner.shortcuts = model.shortcuts
         return runner
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
@@ -76,26 +77,35 @@ def _load_model(
     config: WorkerConfig, dimensions: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
 ) -> tuple[Ernie | NativeErnie, str, tuple[str, ...]]:
     """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
-    warnings: tuple[str, ...] = ()
-    if config.native:
-        try:
-            library = _load_library(config, dimensions)
-        except BuildFailed as error:
-            warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
-            logger.warning(warnings[0])
-        else:
-            require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
-            native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
-            kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
-            logger.info("computing with the C++ kernels for %s", library.instruction_set)
-            return native, kernels, ()
-    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
+    library, warnings = find_library(config, dimensions)
+    kernels = kernel_name(library, dtype)
+    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=library is None)
+    if library is not None:
+        return NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads), kernels, ()
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
-    return model, "torch", (*warnings, *require_invariance(model, dtype))
+    return model, kernels, (*warnings, *require_invariance(model, dtype))
 
 
-def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
-    """Raises BuildFailed where the C++ kernels cannot run this model on this machine."""
-    require_supported(dimensions)
-    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
-    return Library(build(folder, config.instruction_set))
+def find_library(
+    config: WorkerConfig, dimensions: ErnieConfig, layout: Layout = SINGLE
+) -> tuple[Library | None, tuple[str, ...]]:
+    """The C++ kernels, or None where they are not wanted or cannot run this model here, and then a warning that says why."""
+    if not config.native:
+        return None, ()
+    try:
+        require_supported(dimensions, layout)
+        folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
+        library = Library(build(folder, config.instruction_set))
+    except BuildFailed as error:
+        warning = f"computing with PyTorch's kernels, which is slower: {error}"
+        logger.warning(warning)
+        return None, (warning,)
+    logger.info("computing with the C++ kernels for %s", library.instruction_set)
+    return library, ()
+
+
+def kernel_name(library: Library | None, dtype: torch.dtype) -> str:
+    """Kernels with the same name compute the same bits: a fact of the fingerprint."""
+    if library is None:
+        return "torch"
+    return f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
