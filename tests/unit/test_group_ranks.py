@@ -353,6 +353,8 @@ def test_a_rank_of_another_group_is_declined() -> None:
             Follower(settings, 1, "wrong").serve(*addresses[0])
         with pytest.raises(InvalidConfig, match="does not belong"):
             Follower(settings, 3, "right").serve(*addresses[0])
+        with pytest.raises(InvalidConfig, match="it computes with torch, and the leader with native"):
+            Follower(replace(settings, native=False), 1, "right").serve(*addresses[0])
         assert not runner.leader.is_serving
     finally:
         runner.stop()

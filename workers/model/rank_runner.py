@@ -45,6 +45,8 @@ class Rank(Protocol):
 
     layout: Layout
     experts: RankExperts
+    kernels: str
+    """What it computes with, as the fingerprint names it: all ranks of a group the same."""
     device: str
     """What its process groups serve: cpu or cuda:N."""
     is_staged: bool
@@ -115,6 +117,7 @@ class RankRunner(TorchRunner):
         config: WorkerConfig,
         layout: Layout,
         placement: Placement,
+        kernels: str,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
         self._part = model
@@ -123,6 +126,7 @@ class RankRunner(TorchRunner):
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
             num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
         )  # fmt: skip
+        self.kernels = kernels
         self._halves = False
 
     @property
@@ -198,7 +202,7 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
             model = NativeRank(dimensions, checkpoint, dtype, library, config.num_threads, part)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
     info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, kernels)
-    runner = RankRunner(model, memory, info, config, layout, placement)
+    runner = RankRunner(model, memory, info, config, layout, placement, kernels)
     runner.warnings = warnings
     return runner
 
