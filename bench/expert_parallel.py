@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,8 +305,7 @@ def main() -> None:
     for part in arguments.parts:
         match part:
             case "steps":
-                found[part] = measure_steps(folder, native, arguments.batch, arguments.steps)
-                print_steps(found[part])
+                found[part] = print_steps(measure_steps(folder, native, arguments.batch, arguments.steps))
             case "memory":
                 found[part] = measure_memory(folder, native)
             case "balance":
@@ -322,23 +322,28 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def measure_steps(folder: Path, native: bool, batch: int, steps: int) -> list[dict[str, Any]]:
+def measure_steps(folder: Path, native: bool, batch: int, steps: int) -> Iterator[dict[str, Any]]:
     layouts: tuple[dict[str, Any], ...] = (
         {"expert_parallel": 2}, {"expert_parallel": 4}, {"expert_parallel": 4, "exact_combine": False},
         {"expert_parallel": 2, "min_overlap_tokens": 1}, {"expert_parallel": 2, "tensor_parallel": 2},
     )  # fmt: skip
-    rows = [measure_single(folder, native, batch, steps)]
-    return rows + [measure_group(folder, native, batch, steps, **layout) for layout in layouts]
+    yield measure_single(folder, native, batch, steps)
+    for layout in layouts:
+        yield measure_group(folder, native, batch, steps, **layout)
 
 
-def print_steps(rows: list[dict[str, Any]]) -> None:
+def print_steps(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each as soon as it is measured; returns them all."""
+    found = []
     print("| layout | decode step ms | prefill step ms | bytes a token and layer | formula |")
     print("|---|--:|--:|--:|--:|")
     for row in rows:
+        found.append(row)
         layout = ", ".join(f"{name} {value}" for name, value in row["layout"].items()) or "one rank"
         formula = "-" if row["formula"] is None else f"{row['formula']:.0f}"
         moved = row["bytes_token_layer"]
         print(f"| {layout} | {row['decode_ms']:.1f} | {row['prefill_ms']:.1f} | {moved:.0f} | {formula} |", flush=True)
+    return found
 
 
 def measure_single(folder: Path, native: bool, batch: int, steps: int) -> dict[str, Any]:

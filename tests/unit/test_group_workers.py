@@ -34,9 +34,9 @@ ALONE = WorkerConfig(
     local_prefill_tokens=0,
     transfer_timeout_s=20.0,
 )
-EP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, heartbeat_timeout_s=2.0))
+EP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, heartbeat_timeout_s=20.0))
 """Attention is data-parallel: two pools."""
-TP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, tensor_parallel=2, heartbeat_timeout_s=2.0))
+TP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, tensor_parallel=2, heartbeat_timeout_s=20.0))
 """One pool, each rank with half of its heads."""
 
 
