@@ -21,10 +21,11 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
 from workers.model.model_runner import describe_model, require_bytes, served_len
+from workers.model.native.rank import NativeRank
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
-from workers.model.torch_runner import TorchRunner
+from workers.model.torch_runner import TorchRunner, find_library, kernel_name
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
@@ -44,6 +45,8 @@ class Rank(Protocol):
 
     layout: Layout
     experts: RankExperts
+    kernels: str
+    """What it computes with, as the fingerprint names it: all ranks of a group the same."""
     device: str
     """What its process groups serve: cpu or cuda:N."""
     is_staged: bool
@@ -108,25 +111,27 @@ class RankRunner(TorchRunner):
 
     def __init__(
         self,
-        model: Ernie,
+        model: Ernie | NativeRank,
         memory: KvMemory,
         info: ModelInfo,
         config: WorkerConfig,
         layout: Layout,
         placement: Placement,
+        kernels: str,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
-        self._ernie = model
+        self._part = model
         self.layout = layout
         self.experts = RankExperts(
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
             num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
         )  # fmt: skip
+        self.kernels = kernels
         self._halves = False
 
     @property
     def _own_heads(self) -> Share:
-        return self.layout.share(self._ernie.config.num_kv_heads)
+        return self.layout.share(self._part.config.num_kv_heads)
 
     def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
         """As Rank's; the rank computes in that memory itself."""
@@ -168,7 +173,7 @@ class RankRunner(TorchRunner):
         self._use_threads()
         first, second = split(batch)
         with torch.inference_mode():
-            return self._ernie.compute_halves(first, second, self._pool)
+            return self._part.compute_halves(first, second, self._pool)
 
 
 def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placement, num_blocks: int = 0) -> RankRunner:
@@ -183,14 +188,21 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
-    require_bytes(folder, share_bytes(dimensions, layout, placement, dtype), dtype, available_bytes())
+    library, warnings = find_library(config, dimensions, layout)
+    kernels = kernel_name(library, dtype)
+    needed_bytes = share_bytes(dimensions, layout, placement, dtype, copies_tied_head=library is None)
+    require_bytes(folder, needed_bytes, dtype, available_bytes())
     part = Part(layout, links, placement, config.parallel.exact_combine)
+    model: Ernie | NativeRank
     with torch.inference_mode():
-        model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
-        warnings = require_invariance(model, dtype)
+        if library is None:
+            model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
+            warnings = (*warnings, *require_invariance(model, dtype))
+        else:
+            model = NativeRank(dimensions, checkpoint, dtype, library, config.num_threads, part)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
-    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, "torch")
-    runner = RankRunner(model, memory, info, config, layout, placement)
+    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, kernels)
+    runner = RankRunner(model, memory, info, config, layout, placement, kernels)
     runner.warnings = warnings
     return runner
 
@@ -243,11 +255,14 @@ def initial_placement(config: WorkerConfig, dimensions: ErnieConfig) -> Placemen
     return initial(num_layers, moe.num_experts, config.parallel.size, config.parallel.redundant_experts)
 
 
-def share_bytes(config: ErnieConfig, layout: Layout, placement: Placement, dtype: torch.dtype) -> int:
-    """Memory that a rank's weights take."""
+def share_bytes(
+    config: ErnieConfig, layout: Layout, placement: Placement, dtype: torch.dtype, *, copies_tied_head: bool = True
+) -> int:
+    """Memory that a rank's weights take. `copies_tied_head`: as in workers.model.model_runner.require_memory."""
     D, t = config.hidden_size, layout.tensor
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * D // t
-    values = 2 * config.vocab_size * D // t + D  # the table, and the head that is packed apart even where it is tied
+    num_tables = 2 if copies_tied_head or not config.tie_word_embeddings else 1
+    values = num_tables * config.vocab_size * D // t + D
     for index in range(config.num_layers):
         values += heads + 2 * D
         moe = config.moe

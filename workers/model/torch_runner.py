@@ -23,6 +23,7 @@ from workers.model.native.build import BuildFailed, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
 from workers.model.native.loading import load
+from workers.model.parallel import SINGLE, Layout
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook
@@ -39,6 +40,8 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         self._pool = KvPool(memory)
         self._num_threads = num_threads
         self._thread = 0
+        if isinstance(model, NativeErnie):
+            self.row_kernel = model.row_kernel
 
     @staticmethod
     def load(config: WorkerConfig) -> TorchRunner:
@@ -57,8 +60,6 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
-        if isinstance(model, NativeErnie):
-            runner.row_kernel = model.row_kernel
         return runner
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
@@ -77,25 +78,34 @@ def _load_model(
     config: WorkerConfig, dimensions: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
 ) -> tuple[Ernie | NativeErnie, str, tuple[str, ...]]:
     """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
-    warnings: tuple[str, ...] = ()
-    if config.native:
-        try:
-            library, warnings = _load_library(config, dimensions)
-        except BuildFailed as error:
-            warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
-            logger.warning(warnings[0])
-        else:
-            require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
-            native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
-            kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
-            logger.info("computing with the C++ kernels for %s", library.instruction_set)
-            return native, kernels, warnings
-    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
+    library, warnings = find_library(config, dimensions)
+    kernels = kernel_name(library, dtype)
+    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=library is None)
+    if library is not None:
+        return NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads), kernels, warnings
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
-    return model, "torch", (*warnings, *require_invariance(model, dtype))
+    return model, kernels, (*warnings, *require_invariance(model, dtype))
 
 
-def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> tuple[Library, tuple[str, ...]]:
-    """The C++ kernels, and warnings. Raises BuildFailed where they cannot run this model on this machine."""
-    require_supported(dimensions)
-    return load(Path(config.cache_folder) if config.cache_folder else None, config.instruction_set)
+def find_library(
+    config: WorkerConfig, dimensions: ErnieConfig, layout: Layout = SINGLE
+) -> tuple[Library | None, tuple[str, ...]]:
+    """The C++ kernels, or None where they are not wanted or cannot run this model here; and warnings that say why."""
+    if not config.native:
+        return None, ()
+    try:
+        require_supported(dimensions, layout)
+        library, warnings = load(Path(config.cache_folder) if config.cache_folder else None, config.instruction_set)
+    except BuildFailed as error:
+        warning = f"computing with PyTorch's kernels, which is slower: {error}"
+        logger.warning(warning)
+        return None, (warning,)
+    logger.info("computing with the C++ kernels for %s", library.instruction_set)
+    return library, warnings
+
+
+def kernel_name(library: Library | None, dtype: torch.dtype) -> str:
+    """Kernels with the same name compute the same bits: a fact of the fingerprint."""
+    if library is None:
+        return "torch"
+    return f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"

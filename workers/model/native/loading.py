@@ -63,18 +63,19 @@ def _check_product(library: Library, dtype: torch.dtype) -> None:
     """The head of a model without layers, on small integers: all sums are exact in any order."""
     unused = np.zeros(16, dtype=np.float32)
     dimensions = Dimensions(
-        vocab_size=_VOCAB, hidden_size=_HIDDEN, num_heads=1, num_kv_heads=1, head_dim=32, dense_width=32, num_threads=1,
+        vocab_size=_VOCAB, num_tokens=_VOCAB, hidden_size=_HIDDEN, num_heads=1, num_kv_heads=1, head_dim=32, dense_width=32, num_threads=1,
         frequencies=unused.ctypes.data, is_mixture=unused.ctypes.data,
     )  # fmt: skip
     head_VD = (torch.arange(_VOCAB * _HIDDEN).reshape(_VOCAB, _HIDDEN) * 7 % 13 - 6).to(dtype)
     x_RD = (torch.arange(_ROWS * _HIDDEN).reshape(_ROWS, _HIDDEN) * 5 % 3 - 1).sign().add(0.5).sign().to(dtype)
     norm_D = torch.ones(_HIDDEN, dtype=dtype)
     logits_RV, best_R = torch.empty(_ROWS, _VOCAB), np.empty(_ROWS, dtype=np.int64)
+    peaks_R = torch.empty(_ROWS)
     model = library.create(dimensions, dtype is torch.bfloat16)
     try:
         library.take(model, Part.NORM, 0, 0, 0, _HIDDEN, norm_D.data_ptr())
         library.take(model, Part.EMBEDDING, 0, 0, 0, _VOCAB, head_VD.data_ptr())
-        library.head(model, x_RD.data_ptr(), _ROWS, logits_RV.data_ptr(), best_R.ctypes.data)
+        library.head(model, x_RD.data_ptr(), _ROWS, logits_RV.data_ptr(), best_R.ctypes.data, peaks_R.data_ptr())
     finally:
         library.destroy(model)
     # Every element is 1 or -1, so that the norm before the head changes nothing.
