@@ -76,7 +76,7 @@ class Transport(Protocol):
     """One way for bytes to travel, for one worker process, as sender and as receiver. Used from one event loop."""
 
     name: str
-    """As in worker.transports and on the wire: loopback, cuda_ipc, shm, nccl, gloo, tcp, grpc."""
+    """As in worker.transports and on the wire: loopback, cuda_ipc, shm, nccl, nixl, tcp, gloo, grpc."""
 
     def offer(self, target: WorkerAddress, host: str) -> bytes | None:
         """As the sender: what that receiver needs to connect, opaque and small; None when it cannot be served this way.

@@ -86,6 +86,14 @@ class GrpcChannel:
             raise TransferFailed(f"{self.source.worker_id} does not answer as a sender")
         self._reading = asyncio.create_task(self._read(call))
 
+    @property
+    def is_broken(self) -> bool:
+        return self.inboxes.is_broken
+
+    @property
+    def is_idle(self) -> bool:
+        return self.inboxes.is_idle
+
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
         return self.inboxes.open(transfer_id, place)
 

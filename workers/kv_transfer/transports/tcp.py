@@ -48,6 +48,14 @@ class TcpChannel:
         for lane in self.lanes:
             lane.start()
 
+    @property
+    def is_broken(self) -> bool:
+        return self.inboxes.is_broken
+
+    @property
+    def is_idle(self) -> bool:
+        return self.inboxes.is_idle
+
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
         return self.inboxes.open(transfer_id, place)
 
