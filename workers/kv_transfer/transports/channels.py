@@ -73,9 +73,12 @@ class Channels(Generic[AnyChannel]):
     async def _make(
         self, key: bytes, source: WorkerAddress, offer: bytes, make: Callable[[], Awaitable[AnyChannel]]
     ) -> AnyChannel:
-        await self._close_useless(source, offer)
+        await self._make_room()
         channel = await make()
         self._kept[key] = channel
+        for other, old in tuple(self._kept.items()):  # that this sender's new offer replaces
+            if other != key and old.source.worker_id == source.worker_id and old.is_idle:
+                await self._drop(other, old)
         return channel
 
     def _made(self, key: bytes, source: WorkerAddress, ended: asyncio.Task[AnyChannel]) -> None:
@@ -90,13 +93,12 @@ class Channels(Generic[AnyChannel]):
             if len(self._failed) > _MAX_FAILED:
                 self._failed.popitem(last=False)
 
-    async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
-        """Broken channels, idle ones that this sender's new offer replaces, and idle ones beyond the bound."""
+    async def _make_room(self) -> None:
+        """Closes broken channels, and idle ones beyond the bound."""
         for key, channel in tuple(self._kept.items()):
-            is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
-            if channel.is_broken or (is_old and channel.is_idle):
+            if channel.is_broken:
                 await self._drop(key, channel)
-        while len(self._kept) >= self._max_channels:
+        while len(self._kept) + len(self._making) > self._max_channels:
             idle = next(((key, channel) for key, channel in self._kept.items() if channel.is_idle), None)
             if idle is None:
                 raise TransferFailed(f"{self._max_channels} senders are connected and in use")

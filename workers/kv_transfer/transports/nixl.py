@@ -16,6 +16,7 @@ import mmap
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,44 +43,49 @@ MAX_PEERS = 64
 _CONNECT_S = 5.0
 _SPIN_S = 200e-6
 _NAP_S = 50e-6
-_FIELDS: dict[str, type[int] | type[str]] = {"metadata": str, "address": int, "nonce": str}
+_FIELDS: dict[str, type[int] | type[str]] = {"agent": str, "metadata": str, "address": int, "nonce": str}
 
 Wanted = Callable[[], bool]
 
 
 class Slots:
-    """Registered memory that reads arrive in. Used from helper threads; `take` and `give` are safe on any."""
+    """Registered memory that reads arrive in. Safe to use from helper threads."""
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, NUM_SLOTS * SLOT_BYTES)
         self.bytes = np.frombuffer(self._map, np.uint8)
         self._free = list(range(NUM_SLOTS))
-        self._hanging: dict[int, int] = {}
-        """{slot: the read that still has it}."""
+        self._hanging: dict[int, tuple[str, int]] = {}
+        """{slot: (peer, the read that still has it)}."""
         self._lock = threading.Lock()
 
-    def take(self, agent: NixlAgent) -> int | None:
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int | None:
         """A slot that no read has; None: there is none at the moment."""
         with self._lock:
-            for slot, request in tuple(self._hanging.items()):
-                if agent.state(request) is not ReadState.RUNNING:
-                    agent.release(request)
-                    del self._hanging[slot]
-                    self._free.append(slot)
             return self._free.pop() if self._free else None
 
     def give(self, slot: int) -> None:
         with self._lock:
             self._free.append(slot)
 
-    def lend(self, slot: int, request: int) -> None:
-        """Its read hangs: the slot comes back when that has ended."""
+    def lend(self, slot: int, peer: str, request: int) -> None:
+        """Its read was given up and goes on: the slot comes back when that has ended."""
         with self._lock:
-            self._hanging[slot] = request
+            self._hanging[slot] = peer, request
 
-    @property
-    def num_hanging(self) -> int:
-        return len(self._hanging)
+    def reclaim(self, agent: NixlAgent) -> set[str]:
+        """Takes slots back whose reads have ended; the peers whose reads still hang."""
+        with self._lock:
+            for slot, (_, request) in tuple(self._hanging.items()):
+                if agent.state(request) is not ReadState.RUNNING:
+                    agent.release(request)
+                    del self._hanging[slot]
+                    self._free.append(slot)
+            return {peer for peer, _ in self._hanging.values()}
 
     def view(self, slot: int) -> View:
         return self.bytes[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
@@ -101,7 +107,7 @@ class RemotePool:
     def block(self, block_id: int, first_layer: int, num_layers: int) -> RemoteSlice:
         """As KvMemory.block. Raises IndexError when out of range."""
         layout = self._layout
-        is_inside = 0 <= block_id < layout.num_blocks and 0 <= first_layer and num_layers >= 1
+        is_inside = 0 <= block_id < layout.num_blocks and first_layer >= 0 and num_layers >= 1
         if not is_inside or first_layer + num_layers > layout.num_layers:
             raise IndexError(f"block {block_id} layers {first_layer}+{num_layers} are outside the sender's pool")
         start = block_id * layout.block_bytes + first_layer * layout.layer_bytes
@@ -111,9 +117,7 @@ class RemotePool:
 class NixlChannel(PullChannel):
     """Reads from one sender."""
 
-    def __init__(
-        self, owner: NixlTransport, source: WorkerAddress, offer: bytes, peer: str, pool: RemotePool
-    ) -> None:
+    def __init__(self, owner: NixlTransport, source: WorkerAddress, offer: bytes, peer: str, pool: RemotePool) -> None:
         super().__init__(lambda: None if self.is_broken else pool, owner.helpers)
         self.source, self.offer = source, offer
         self.peer = peer
@@ -126,7 +130,7 @@ class NixlChannel(PullChannel):
     async def close(self) -> None:
         self.is_broken = True
         await super().close()
-        await self._owner.remove(self)
+        await self._owner.leave(self.peer)
 
 
 class NixlInbox(PullInbox):
@@ -165,16 +169,17 @@ class NixlTransport:
         self._memory = memory
         self._timeout_s = timeout_s
         self._agent: NixlAgent | None = NixlAgent(f"baton-{uuid.uuid4().hex}")
-        self._slots = Slots()
+        self.slots = Slots()
         # The nonce's page lies before the blocks: who reads it from there knows that it reads the right pool.
         pool = memory.bytes.ctypes.data - NONCE_PAGE_BYTES
         spans = [
             (pool, memory.bytes.nbytes + NONCE_PAGE_BYTES),
-            (self._slots.bytes.ctypes.data, self._slots.bytes.nbytes),
+            (self.slots.bytes.ctypes.data, self.slots.bytes.nbytes),
         ]
         self._regions = [self._agent.register([span]) for span in spans]
         self._offer = encode(
             {
+                "agent": self._agent.name,
                 "metadata": base64.b64encode(self._agent.metadata()).decode(),
                 "address": memory.bytes.ctypes.data,
                 "nonce": memory.handle.nonce.hex(),
@@ -182,6 +187,10 @@ class NixlTransport:
         )
         self.helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-nixl")
         self._channels: Channels[NixlChannel] = Channels(MAX_PEERS)
+        self._metadata: dict[str, bytes] = {}
+        """Of each sender that NIXL knows, by the name of its agent."""
+        self._num_users: Counter[str] = Counter()
+        self._peers_lock = threading.Lock()
 
     # ---- as the sender ----
 
@@ -204,17 +213,18 @@ class NixlTransport:
         except (binascii.Error, ValueError) as error:
             raise TransferFailed("the metadata of an offer is not base64") from error
 
+        peer = str(fields["agent"])
+
         async def make() -> NixlChannel:
             loop = asyncio.get_running_loop()
-            peer = await loop.run_in_executor(self.helpers, self._add_peer, metadata, address, nonce)
+            await loop.run_in_executor(self.helpers, self._open, peer, metadata, address, nonce)
             return NixlChannel(self, source, offer, peer, RemotePool(address, layout))
 
         return await self._channels.get(source, offer, make)
 
-    def _add_peer(self, metadata: bytes, address: int, nonce: bytes) -> str:
-        """Raises TransferFailed unless the sender's pool carries the nonce."""
-        agent = self._running()
-        peer = agent.add_peer(metadata)
+    def _open(self, peer: str, metadata: bytes, address: int, nonce: bytes) -> None:
+        """Makes a sender reachable. Raises TransferFailed unless its pool carries the nonce."""
+        self._use_peer(peer, metadata)
         found = np.zeros(NONCE_BYTES, np.uint8)
         deadline_s = time.monotonic() + min(_CONNECT_S, self._timeout_s)
         try:
@@ -223,13 +233,39 @@ class NixlTransport:
             if found.tobytes() != nonce:
                 raise TransferFailed("the sender's pool carries another nonce")
         except TransferFailed:
-            agent.remove_peer(peer)
+            self._leave_peer(peer)
             raise
-        return peer
 
-    def fetch(
-        self, peer: str, pairs: Sequence[tuple[View, RemoteSlice]], is_wanted: Wanted
-    ) -> list[int | None]:
+    def _use_peer(self, peer: str, metadata: bytes) -> None:
+        agent = self._running()
+        with self._peers_lock:
+            if peer in self._remove_unused():
+                raise TransferFailed("earlier reads from it still hang")
+            if peer not in self._metadata:
+                if agent.add_peer(metadata) != peer:
+                    raise TransferFailed("an offer's metadata is another agent's than it says")
+                self._metadata[peer] = metadata
+            elif self._metadata[peer] != metadata:
+                raise TransferFailed("an agent of that name has other metadata")
+            self._num_users[peer] += 1
+
+    def _leave_peer(self, peer: str) -> None:
+        with self._peers_lock:
+            self._num_users[peer] -= 1
+            self._remove_unused()
+
+    def _remove_unused(self) -> set[str]:
+        """The peers that reads hang of, which stay: of a removed peer's read NIXL does not say any more whether it has ended."""
+        hanging = self.slots.reclaim(self._running())
+        for peer in [peer for peer in self._metadata if not self._num_users[peer] and peer not in hanging]:
+            del self._metadata[peer], self._num_users[peer]
+            try:
+                self._running().remove_peer(peer)
+            except TransferFailed as error:
+                log.debug("%s", error)
+        return hanging
+
+    def fetch(self, peer: str, pairs: Sequence[tuple[View, RemoteSlice]], is_wanted: Wanted) -> list[int | None]:
         """Reads each source to its target, at most SLOT_BYTES in all unless it is one; their checksums, None where unknown.
 
         Blocking. Raises TransferFailed, also when nobody wants it any more; no target is written after that.
@@ -241,7 +277,7 @@ class NixlTransport:
                 self.fetch(peer, [(part, RemoteSlice(source.address + start, part.nbytes))], is_wanted)
             return [None]
         slot = self._take(is_wanted)
-        view = self._slots.view(slot)
+        view = self.slots.view(slot)
         homes: list[View] = []
         used = 0
         for target, _ in pairs:
@@ -254,11 +290,12 @@ class NixlTransport:
                 raise TransferFailed("nobody wants it any more")
             return list(copy_and_checksum([target for target, _ in pairs], homes, used == SLOT_BYTES))
         finally:
-            self._slots.give(slot)
+            self.slots.give(slot)
 
     def _take(self, is_wanted: Wanted) -> int:
         deadline_s = time.monotonic() + self._timeout_s
-        while (slot := self._slots.take(self._running())) is None:
+        while (slot := self.slots.take()) is None:
+            self.slots.reclaim(self._running())
             if not is_wanted() or time.monotonic() > deadline_s:
                 raise TransferFailed(f"all {NUM_SLOTS} slots wait for reads that hang")
             time.sleep(_NAP_S)
@@ -274,28 +311,37 @@ class NixlTransport:
                 peer, [(home.ctypes.data, home.nbytes) for home in homes], [(s.address, s.nbytes) for s in sources]
             )
         except TransferFailed:
-            self._slots.give(slot)
+            self.slots.give(slot)
             raise
         started_s = time.monotonic()
         while (state := agent.state(request)) is ReadState.RUNNING:
             elapsed_s = time.monotonic() - started_s
             if elapsed_s > self._timeout_s or not is_wanted():
-                self._slots.lend(slot, request)
+                self.slots.lend(slot, peer, request)
                 return False
             if elapsed_s > _SPIN_S:
                 time.sleep(_NAP_S)
         agent.release(request)
         if state is ReadState.FAILED:
-            self._slots.give(slot)
+            self.slots.give(slot)
             raise TransferFailed("a read failed: the sender is gone, or its pool is")
         return True
 
     # ---- both ----
 
-    async def remove(self, channel: NixlChannel) -> None:
-        """A channel was closed: its sender's metadata goes."""
+    async def sweep(self) -> None:
+        """Takes back what reads have let go of."""
+        if self._agent is not None and (len(self._metadata) > len(+self._num_users) or self.slots.num_free < NUM_SLOTS):
+            await asyncio.get_running_loop().run_in_executor(self.helpers, self._tidy)
+
+    def _tidy(self) -> None:
+        with self._peers_lock:
+            self._remove_unused()
+
+    async def leave(self, peer: str) -> None:
+        """A channel was closed: its sender's metadata goes, as soon as no read from it hangs."""
         if self._agent is not None:
-            await asyncio.get_running_loop().run_in_executor(self.helpers, _remove, self._agent, channel.peer)
+            await asyncio.get_running_loop().run_in_executor(self.helpers, self._leave_peer, peer)
 
     async def forget(self, worker_id: str) -> None:
         await self._channels.forget(worker_id)
@@ -308,8 +354,8 @@ class NixlTransport:
             self.helpers.shutdown()
 
     def _end(self, agent: NixlAgent) -> None:
-        if self._slots.num_hanging:
-            _abandoned.append(self._slots)
+        if self.slots.reclaim(agent):
+            _abandoned.append(self.slots)
         for regions in self._regions:
             try:
                 agent.deregister(regions)
@@ -325,13 +371,6 @@ class NixlTransport:
 
 _abandoned: list[Slots] = []
 """Slots of transports that were closed while reads hung: their memory is never given to anybody else."""
-
-
-def _remove(agent: NixlAgent, peer: str) -> None:
-    try:
-        agent.remove_peer(peer)
-    except TransferFailed as error:
-        log.debug("%s", error)
 
 
 def _groups(pairs: Pairs) -> list[Pairs]:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
@@ -121,7 +122,8 @@ class NixlAgent:
 
 
 def _bindings() -> Any:
-    """Raises ImportError. NIXL's module sets up a log of its own on standard output, which is not its to write to."""
+    """Raises ImportError. Both NIXL's module and UCX write their logs to standard output unless told otherwise."""
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
     raises = logging.raiseExceptions
     try:
         bindings = importlib.import_module(f"{installed() or MODULES[0]}._bindings")
