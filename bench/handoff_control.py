@@ -32,8 +32,16 @@ from workers.handoff.wire import down_from_pb, down_to_pb, up_from_pb, up_to_pb
 from workers.identity import Identity
 from workers.kv_transfer.copier import describe_pieces, verify_pieces
 from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.messages import HandoffAccepted, KvPieces, Offer, OpenHandoff, PrefillDone, Prompt
-from workers.kv_transfer.messages import ReleaseHandoff, UseTransport
+from workers.kv_transfer.messages import (
+    HandoffAccepted,
+    KvPieces,
+    Offer,
+    OpenHandoff,
+    PrefillDone,
+    Prompt,
+    ReleaseHandoff,
+    UseTransport,
+)
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Described, Filled, SendPieces, Sent, SourceSession
 from workers.kv_transfer.target import Collect, Collected, Connected, Land, TargetSession

@@ -98,7 +98,13 @@ class Serving:
             self._config.transfer_window_bytes,
         )
         driver = SourceDriver(
-            session, self._memory, self._transports, opening.target, transfer_id, self._identity.generation
+            session,
+            self._memory,
+            self._transports,
+            opening.target,
+            transfer_id,
+            self._identity.generation,
+            opening.takes_batches,
         )
         export = exporter.open(opening, cut, driver.post)
         task = asyncio.create_task(driver.run(incoming, export), name=f"source-{transfer_id}")

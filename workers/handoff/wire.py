@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from workers.errors import TransferFailed
 from workers.kv_transfer.messages import (
     CancelHandoff,
@@ -47,6 +49,7 @@ def opening_to_pb(transfer_id: str, opening: OpenHandoff) -> pb.OpenHandoff:
         first_block=opening.first_block,
         num_blocks=opening.num_blocks,
         transports=opening.transports,
+        takes_batches=opening.takes_batches,
     )
     match opening.subject:
         case Prompt(request, hint):
@@ -84,6 +87,7 @@ def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
         first_block=message.first_block,
         num_blocks=message.num_blocks,
         transports=tuple(message.transports),
+        takes_batches=message.takes_batches,
     )
 
 
@@ -124,6 +128,17 @@ def down_from_pb(envelope: pb.HandoffDown) -> HandoffDown:
 def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.HandoffUp:
     """`generation` is the sender's, of the moment it accepted the transfer."""
     envelope = pb.HandoffUp(transfer_id=transfer_id, generation=generation)
+    _fill_up(envelope, message)
+    return envelope
+
+
+def then_to_pb(envelope: pb.HandoffUp, messages: Iterable[HandoffUp]) -> None:
+    """Has `messages` said in the same write, after what the envelope says."""
+    for message in messages:
+        _fill_up(envelope.then.add(), message)
+
+
+def _fill_up(envelope: pb.HandoffUp, message: HandoffUp) -> None:
     match message:
         case HandoffAccepted(offers, layout, host):
             envelope.accepted.host = host
@@ -163,7 +178,6 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
             envelope.refused.CopyFrom(pb.HandoffRefused(refusal=refusal.value, message=text))
         case CancelHandoff(reason):
             envelope.cancel.CopyFrom(pb.CancelHandoff(reason=reason))
-    return envelope
 
 
 def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:

@@ -59,6 +59,15 @@ class Inbox(Protocol):
         """After this nothing writes into our pool for this transfer any more; what still arrives is thrown away."""
 
 
+@runtime_checkable
+class ImmediateInbox(Protocol):
+    """An inbox that can fetch few bytes at once, which takes less than a change of thread or task."""
+
+    def collect_now(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """As `collect`, on the event loop; None, and nothing is done: there are too many bytes for that."""
+        ...
+
+
 class Channel(Protocol):
     """A connection from this receiver to one sender over one transport; shared by all transfers between the two."""
 
@@ -96,6 +105,13 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends everything; safe to call twice."""
+
+
+@runtime_checkable
+class PulledTransport(Protocol):
+    """A transport whose receiver fetches announced pieces by itself: its `send` has nothing to do and need not be called."""
+
+    is_pulled: bool
 
 
 @runtime_checkable

@@ -164,6 +164,7 @@ class NixlTransport:
     """Raises TransferFailed when NIXL cannot be started here. Nobody is checked by NIXL: whoever has an offer can reach the pool."""
 
     name = "nixl"
+    is_pulled = True
 
     def __init__(self, memory: KvMemory, timeout_s: float) -> None:
         self._memory = memory

@@ -102,10 +102,28 @@ class PullInbox:
         self._checksums: dict[int, int] = {}
 
     async def collect(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        pool = self._channel.pool()
+        pairs = self._pairs(pieces)
         arrived: set[int] = set()
+        if sum(target.nbytes for _, target, _ in pairs) <= self.inline_bytes:
+            self._copy(pairs, arrived, is_large=False)
+        else:
+            await self._copy_aside(pairs, arrived)
+        return _split(pieces, arrived)
+
+    def collect_now(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """As ImmediateInbox."""
+        pairs = self._pairs(pieces)
+        if sum(target.nbytes for _, target, _ in pairs) > self.inline_bytes:
+            return None
+        arrived: set[int] = set()
+        self._copy(pairs, arrived, is_large=False)
+        return _split(pieces, arrived)
+
+    def _pairs(self, pieces: Sequence[IncomingPiece]) -> Pairs:
+        """Of those that have a place at both ends."""
+        pool = self._channel.pool()
+        pairs: Pairs = []
         if pool is not None and not self._is_closed:
-            pairs: Pairs = []
             for piece in pieces:
                 self._checksums.pop(piece.piece, None)
                 with contextlib.suppress(TransferFailed, IndexError):
@@ -113,12 +131,7 @@ class PullInbox:
                     source = pool.block(piece.source_block, piece.first_layer, piece.num_layers)
                     if source.nbytes == target.nbytes:
                         pairs.append((piece.piece, target, source))
-            if sum(target.nbytes for _, target, _ in pairs) <= self.inline_bytes:
-                self._copy(pairs, arrived, is_large=False)
-            else:
-                await self._copy_aside(pairs, arrived)
-        lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
-        return tuple(piece.piece for piece in pieces if piece.piece in arrived), lost
+        return pairs
 
     def checksum(self, piece: int) -> int | None:
         return self._checksums.get(piece)
@@ -164,3 +177,9 @@ class PullInbox:
                 self._checksums[piece] = checksum
                 arrived.add(piece)
             first = end
+
+
+def _split(pieces: Sequence[IncomingPiece], arrived: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(arrived, lost) piece numbers."""
+    lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
+    return tuple(piece.piece for piece in pieces if piece.piece in arrived), lost

@@ -22,6 +22,7 @@ class ShmTransport:
     """Offered to receivers that name the same host; those in another PID namespace fail to connect and go on to the next."""
 
     name = "shm"
+    is_pulled = True
 
     def __init__(self, memory: KvMemory, host: str) -> None:
         self._memory = memory
