@@ -19,16 +19,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import grpc
 from machine_facts import machine_facts
 
 from workers.config import WorkerConfig
+from workers.grpc_options import HANDOFF_CHANNEL, SERVER
 from workers.handoff.export import Export, Feed
-from workers.handoff.peers import CHANNEL_OPTIONS, SERVER_OPTIONS
 from workers.handoff.transfers import Transfers
-from workers.handoff.wire import down_from_pb, down_to_pb, up_from_pb, up_to_pb
+from workers.handoff.wire import down_from_pb, down_to_pb, then_to_pb, up_from_pb, up_to_pb
 from workers.identity import Identity
 from workers.kv_transfer.copier import describe_pieces, verify_pieces
 from workers.kv_transfer.memory import KvLayout, KvMemory
@@ -104,7 +105,7 @@ async def serve(tokens: int) -> None:
     """The sending process, until standard input ends; a line asks for the CPU time so far."""
     memory = KvMemory(layout_of(tokens))
     memory.bytes[:] = 3
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER)
     target = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
     transfers = transfers_of("prefill-0", 1, target, memory)
     transfers.export(Prompt, ComputedPrompts())
@@ -178,7 +179,7 @@ async def measure(tokens: int, repeats: int) -> dict[str, dict[str, float]]:
     async def handoff() -> None:
         await transfers.receive(peer.address, Prompt(request), 0, blocks)
 
-    channel = grpc.aio.insecure_channel(peer.address.target, options=CHANNEL_OPTIONS)
+    channel = grpc.aio.insecure_channel(peer.address.target, options=HANDOFF_CHANNEL)
     stream = channel.stream_stream(f"/{FLOOR}/Echo")
 
     async def floor(rounds: int) -> None:
@@ -216,68 +217,71 @@ def parts(tokens: int, repeats: int) -> dict[str, float]:
     accepted = HandoffAccepted((Offer("shm", b"x" * 120),), layout, HOST)
     found: dict[str, float] = {}
 
-    def note(name: str, started: float) -> float:
-        now = time.perf_counter()
-        spent[name] += (now - started) * 1e6
-        return time.perf_counter()
+    marks: list[tuple[str, float]] = []
+
+    def note(name: str) -> None:
+        """What was done since the mark before."""
+        marks.append((name, time.perf_counter()))
 
     def carry_down(message: Any, sealer: Sealer, unsealer: Unsealer) -> Any:
-        at = time.perf_counter()
         envelope = sealer.seal(down_to_pb("0" * 32, 1, message))
         wire = envelope.SerializeToString()
-        at = note("messages: write", at)
+        note("messages: write")
         envelope = pb.HandoffDown.FromString(wire)
         unsealer.check(envelope)
         message = down_from_pb(envelope)
-        note("messages: read", at)
+        note("messages: read")
         return message
 
     def carry_up(message: Any, sealer: Sealer, unsealer: Unsealer) -> Any:
-        at = time.perf_counter()
         envelope = sealer.seal(up_to_pb("0" * 32, 1, message))
         wire = envelope.SerializeToString()
-        at = note("messages: write", at)
+        note("messages: write")
         envelope = pb.HandoffUp.FromString(wire)
         unsealer.check(envelope)
         message = up_from_pb(envelope)
-        note("messages: read", at)
+        note("messages: read")
         return message
 
     for _ in range(repeats):
-        spent: Counter[str] = Counter()
+        marks[:] = [("", time.perf_counter())]
         down, up = (Sealer(), Unsealer()), (Sealer(), Unsealer())
         now = 0.0
-        at = time.perf_counter()
         cut = Cut(layout, 0, num_blocks)
         target = TargetSession(cut, opening, 30.0)
         target.open(now)
         source_cut = Cut(layout, 0, num_blocks)
         source = SourceSession(source_cut, accepted, 30.0, 1 << 40)
         source.open(now)
-        note("sessions", at)
+        note("sessions")
         carry_down(opening, *down)
         heard = carry_up(accepted, *up)
-        at = time.perf_counter()
         target.handle(heard, now)
         (use, *_) = target.handle(Connected(0), now)
-        note("sessions", at)
+        note("sessions")
         used = carry_down(use.message, *down)  # type: ignore[union-attr]
         assert isinstance(used, UseTransport)
-        at = time.perf_counter()
         source.handle(used, now)
         commands = source.handle(Filled(blocks, 0, num_blocks, layout.num_layers), now)
-        at = note("sessions", at)
+        note("sessions")
         (sending,) = commands
         assert isinstance(sending, SendPieces)
         described = describe_pieces(source_memory, source_cut, sending.pieces)
-        at = note("checksums, sender", at)
+        note("checksums, sender")
         source.handle(Described(0, described), now)
         source.handle(Sent(0), now)
-        note("sessions", at)
-        heard = carry_up(KvPieces(described, 0), *up)
-        at = time.perf_counter()
+        note("sessions")
+        # The product says what waits in one write: the last pieces and the end.
+        envelope = up_to_pb("0" * 32, 1, KvPieces(described, 0))
+        then_to_pb(envelope, [PrefillDone(17, None, cut.num_pieces, 0, 0.01)])
+        wire = up[0].seal(envelope).SerializeToString()
+        note("messages: write")
+        envelope = pb.HandoffUp.FromString(wire)
+        up[1].check(envelope)
+        heard, done = (up_from_pb(part) for part in (envelope, *envelope.then))
+        note("messages: read")
         (collect,) = target.handle(heard, now)
-        at = note("sessions", at)
+        note("sessions")
         assert isinstance(collect, Collect)
 
         def place(piece: int, cut: Cut = cut) -> Any:
@@ -285,17 +289,16 @@ def parts(tokens: int, repeats: int) -> dict[str, float]:
             return target_memory.block(blocks[slot.block], slot.first_layer, slot.num_layers)
 
         good = verify_pieces(described, place)
-        at = note("checksums, receiver", at)
+        note("checksums, receiver")
         target.handle(Collected(tuple(p.piece for p in described) or good), now)
-        note("sessions", at)
-        heard = carry_up(PrefillDone(17, None, cut.num_pieces, 0, 0.01), *up)
-        at = time.perf_counter()
-        assert any(isinstance(command, Land) for command in target.handle(heard, now))
-        note("sessions", at)
+        assert any(isinstance(command, Land) for command in target.handle(done, now))
+        note("sessions")
         released = carry_down(ReleaseHandoff(), *down)
-        at = time.perf_counter()
         source.handle(released, now)
-        note("sessions", at)
+        note("sessions")
+        spent: Counter[str] = Counter()
+        for (_, began), (name, ended) in pairwise(marks):
+            spent[name] += (ended - began) * 1e6
         for name, us_spent in spent.items():
             found[name] = min(found.get(name, us_spent), us_spent)
     return found

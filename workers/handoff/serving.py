@@ -15,8 +15,7 @@ from workers.handoff.source import SourceDriver
 from workers.handoff.tasks import log_failure
 from workers.handoff.wire import down_from_pb, up_to_pb
 from workers.identity import Identity
-from workers.kv_transfer.copier import same_shape
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.memory import KvMemory, same_shape
 from workers.kv_transfer.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff, Prompt
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, SourceSession

@@ -51,6 +51,18 @@ class KvLayout:
         return self.num_blocks * self.block_bytes
 
 
+def same_shape(a: KvLayout, b: KvLayout) -> bool:
+    """Whether blocks of one pool fit into the other; the number of blocks may differ."""
+    return (a.num_layers, a.num_kv_heads, a.block_size, a.head_dim, a.dtype, a.itemsize) == (
+        b.num_layers,
+        b.num_kv_heads,
+        b.block_size,
+        b.head_dim,
+        b.dtype,
+        b.itemsize,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SharedHandle:
     """Where a same-host peer finds a pool: /proc/<pid>/fd/<fd>, proven by `nonce`."""
