@@ -107,6 +107,7 @@ class Transfers:
             first_block=first_block,
             num_blocks=cut.num_blocks,
             transports=tuple(self._transports),
+            takes_batches=True,
         )
         session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
         driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)

@@ -65,7 +65,7 @@ class OpenHandoff:
     num_blocks: int
     transports: tuple[str, ...]
     """What the receiver can do, best first."""
-    takes_batches: bool = True
+    takes_batches: bool = False
     """Several messages may come in one write; releases before this cannot read that."""
 
 
