@@ -22,8 +22,10 @@ from workers.model.model_runner import ModelRunner, describe_model, require_memo
 from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
+from workers.model.native.packed import PackedFile
 from workers.model.self_test import require_invariance
-from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.model.weights import Checkpoint, checkpoint_folder, fingerprint
+from workers.processors import Processors, too_few
 from workers.runner import Batch, LayerHook
 from workers.status import ModelInfo
 
@@ -35,6 +37,7 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
 
     def __init__(self, model: Ernie | NativeErnie, memory: KvMemory, info: ModelInfo, num_threads: int = 1) -> None:
         super().__init__(model, memory, info)
+        self._processors = Processors()
         self._pool = KvPool(memory)
         self._num_threads = num_threads
         self._thread = 0
@@ -44,6 +47,11 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         """The runner of a "-PT" checkpoint folder. Raises InvalidConfig when it cannot be served as configured."""
         if config.device != "cpu":
             raise InvalidConfig(f"TorchRunner runs on worker.device cpu, not {config.device!r}")
+        processors = Processors.of(config.cpus)
+        return processors.run(lambda: TorchRunner._load_on(processors, config))
+
+    @staticmethod
+    def _load_on(processors: Processors, config: WorkerConfig) -> TorchRunner:
         folder = checkpoint_folder(config.model)
         dimensions = ErnieConfig.load(folder)
         max_model_len = served_len(config, dimensions)
@@ -53,9 +61,14 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         with torch.inference_mode():
             model, kernels, warnings = _load_model(config, dimensions, checkpoint, dtype, max_model_len)
             memory = allocate(config, dimensions, dtype, max_model_len)
+        processors.bind(memory.bytes.ctypes.data, memory.bytes.nbytes)
+        if crowded := too_few(config.num_threads, processors):
+            logger.warning(crowded)
+            warnings = (*warnings, crowded)
         info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
+        runner._processors = processors
         if isinstance(model, NativeErnie):
             runner.shortcuts = model.shortcuts
         return runner
@@ -68,6 +81,7 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
 
     def _use_threads(self) -> None:
         if self._thread != threading.get_ident():  # torch keeps the number of threads per calling thread
+            self._processors.pin()
             torch.set_num_threads(self._num_threads)
             self._thread = threading.get_ident()
 
@@ -85,13 +99,27 @@ def _load_model(
             logger.warning(warnings[0])
         else:
             require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
-            native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
+            native = NativeErnie(
+                dimensions, checkpoint, dtype, library, config.num_threads, packed_file(config, checkpoint, library)
+            )
             kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
             logger.info("computing with the C++ kernels for %s", library.instruction_set)
             return native, kernels, ()
     require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
     return model, "torch", (*warnings, *require_invariance(model, dtype))
+
+
+def packed_file(config: WorkerConfig, checkpoint: Checkpoint, library: Library) -> PackedFile | None:
+    """Where the weights of this checkpoint are kept once they are packed; None: nowhere."""
+    if not config.packed_weights_bytes:
+        return None
+    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
+    # Samples of the weights may miss a change in the same file, so when it was last written counts too.
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    content = fingerprint(checkpoint.folder, checkpoint.files, config.dtype, states)
+    facts = (content, config.dtype, library.instruction_set, source_hash())
+    return PackedFile(folder, config.packed_weights_bytes, facts, config.num_threads)
 
 
 def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:

@@ -5,7 +5,10 @@ Shapes: T rows of a step, D hidden, R rows that are sampled, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, chain
 
 import numpy as np
@@ -17,9 +20,14 @@ from workers.model.kv_memory import KvPool
 from workers.model.native.build import BuildFailed
 from workers.model.native.draw import NativeShortcuts
 from workers.model.native.library import Dimensions, Library, Part, Step
+from workers.model.native.loading import run_all
+from workers.model.native.packed import PackedFile
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
+
+_JOB_VALUES = 4 << 20
+"""A larger matrix is packed by several threads."""
 
 
 def require_supported(config: ErnieConfig) -> None:
@@ -40,16 +48,34 @@ class NativeErnie:
     """A text model with its weights packed in `dtype` in the kernels' memory."""
 
     def __init__(
-        self, config: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, library: Library, num_threads: int
+        self,
+        config: ErnieConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        library: Library,
+        num_threads: int,
+        packed: PackedFile | None = None,
     ) -> None:
-        """Takes every weight of the checkpoint in turn. Raises InvalidConfig when one is missing, misshapen or unknown."""
+        """Takes every weight of the checkpoint in turn. Raises InvalidConfig when one is missing, misshapen or unknown.
+
+        `packed`: where weights are once they are packed, and what is read instead of the checkpoint when it is there.
+        """
         self.config = config
+        self._num_threads = num_threads
         self._dtype = dtype
         self._library = library
         self._model = library.create(_dimensions(config, num_threads), dtype is torch.bfloat16)
         weakref.finalize(self, library.destroy, self._model)
         self.shortcuts = NativeShortcuts(library)
-        self._load(checkpoint)
+        self.keeping: threading.Thread | None = None
+        """Writes the packed weights, after a load from the checkpoint."""
+        if not config.tie_word_embeddings:
+            library.take(self._model, Part.HEAD, 0, 0, 0, 0, 0)  # makes room for it
+        runs = library.weights(self._model)
+        if packed is None or not packed.read(runs):
+            self._load(checkpoint)
+            if packed is not None:
+                self.keeping = packed.write_later(runs, self)
 
     def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
@@ -105,9 +131,17 @@ class NativeErnie:
             values = checkpoint.take(name, shape, torch.float32 if exact else self._dtype)
             self._library.take(self._model, part, layer, 0, 0, values.numel(), values.data_ptr())
 
+        jobs: list[Callable[[], None]] = []
+
         def take(part: Part, name: str, *shape: int, layer: int = 0, expert: int = 0, exact: bool = False) -> None:
-            for first, rows in checkpoint.pieces(name, shape, torch.float32 if exact else self._dtype):
-                self._library.take(self._model, part, layer, expert, first, len(rows), rows.data_ptr())
+            def pack(start: int, count: int) -> None:
+                for first, rows in checkpoint.pieces(
+                    name, shape, torch.float32 if exact else self._dtype, (start, count)
+                ):
+                    self._library.take(self._model, part, layer, expert, start + first, len(rows), rows.data_ptr())
+
+            step = max(1, _JOB_VALUES // shape[1])
+            jobs.extend(partial(pack, start, min(step, shape[0] - start)) for start in range(0, shape[0], step))
 
         def take_mlp(prefix: str, width: int, layer: int, expert: int) -> None:
             take(Part.GATE, f"{prefix}.gate_proj.weight", width, D, layer=layer, expert=expert)
@@ -138,6 +172,7 @@ class NativeErnie:
         take_vector(Part.NORM, "model.norm.weight", D)
         if not config.tie_word_embeddings:
             take(Part.HEAD, "lm_head.weight", config.vocab_size, D)
+        run_all(jobs, self._num_threads)
         checkpoint.require_all_taken(unused=("lm_head.weight",) if config.tie_word_embeddings else ())
 
 
