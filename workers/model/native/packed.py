@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -174,7 +175,7 @@ def _pieces(runs: Sequence[memoryview], start: int) -> Iterator[tuple[int, memor
             start += len(piece)
 
 
-def _read_header(file: int) -> tuple[dict[str, object], int]:
+def _read_header(file: int) -> tuple[dict[str, Any], int]:
     """What the file says of itself, and where its data begins."""
     prefix = os.pread(file, _PREFIX.size, 0)
     if len(prefix) != _PREFIX.size:
@@ -185,7 +186,7 @@ def _read_header(file: int) -> tuple[dict[str, object], int]:
     text = os.pread(file, size, _PREFIX.size)
     if len(text) != size or xxhash.xxh3_64_intdigest(text) != checksum:
         raise _Unusable("its header is damaged")
-    header: dict[str, object] = json.loads(text)
+    header: dict[str, Any] = json.loads(text)
     return header, _PREFIX.size + size
 
 
