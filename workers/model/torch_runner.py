@@ -111,10 +111,13 @@ def _load_model(
 
 
 def packed_file(config: WorkerConfig, checkpoint: Checkpoint, library: Library) -> PackedFile | None:
-    """Where the weights of this checkpoint are kept once they are packed; None: nowhere."""
+    """Where the weights of this checkpoint are kept once they are packed; None: nowhere. Raises InvalidConfig."""
     if not config.packed_weights_bytes:
         return None
-    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
+    try:
+        folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
+    except BuildFailed as error:
+        raise InvalidConfig(f"worker.packed_weights_bytes needs a worker.cache_folder: {error}") from error
     # Samples of the weights may miss a change in the same file, so when it was last written counts too.
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     content = fingerprint(checkpoint.folder, checkpoint.files, config.dtype, states)
