@@ -5,9 +5,11 @@ Shapes: T rows of a step, D hidden, R rows that are sampled, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -20,10 +22,15 @@ from workers.model.kv_memory import KvPool
 from workers.model.native.build import BuildFailed
 from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Dimensions, Library, Part, Step
+from workers.model.native.load_jobs import run_all
+from workers.model.native.packed import PackedFile
 from workers.model.parallel import SINGLE, Layout, Share
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
+
+_JOB_VALUES = 4 << 20
+"""A larger matrix is packed by several threads."""
 
 
 def require_supported(config: ErnieConfig, layout: Layout = SINGLE) -> None:
@@ -66,11 +73,14 @@ class NativeErnie:
         num_threads: int,
         layout: Layout = SINGLE,
         held: Sequence[Sequence[int]] | None = None,
+        packed: PackedFile | None = None,
     ) -> None:
         """Takes every weight of the checkpoint in turn, or a rank's share of it. Raises InvalidConfig when one is missing,
-        misshapen or unknown. `held`: the experts in this rank's slots, by mixture layer; all in order when None.
+        misshapen or unknown. `held`: the experts in this rank's slots, by mixture layer; all in order when None. `packed`: where
+        weights are once they are packed, and what is read instead of the checkpoint when it is there.
         """
         self.config = config
+        self._num_threads = num_threads
         self._dtype = dtype
         self._library = library
         self._layout = layout
@@ -80,7 +90,16 @@ class NativeErnie:
         self._model = library.create(_dimensions(config, num_threads, layout, num_slots), dtype is torch.bfloat16)
         weakref.finalize(self, library.destroy, self._model)
         self.row_kernel = NativeRowKernel(library, self._model)
+        self.keeping: threading.Thread | None = None
+        """Writes the packed weights, after a load from the checkpoint."""
+        if not config.tie_word_embeddings:
+            library.take(self._model, Part.HEAD, 0, 0, 0, 0, 0)  # makes room for it
+        if packed is not None and packed.read(library.weights(self._model)):
+            library.have_all(self._model)
+            return
         self._load(checkpoint)
+        if packed is not None:
+            self.keeping = packed.write_later(library.weights(self._model), self)
 
     def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:
         """Hidden states [T, D] after the last layer; keys and values of all rows are in the pool afterwards.
@@ -143,6 +162,8 @@ class NativeErnie:
             values = checkpoint.take(name, shape, torch.float32 if exact else self._dtype)
             self._library.take(self._model, part, layer, 0, 0, values.numel(), values.data_ptr())
 
+        jobs: list[Callable[[], None]] = []
+
         def put(part: Part, rows_OI: Tensor, layer: int, expert: int, first: int) -> None:
             self._library.take(self._model, part, layer, expert, first, len(rows_OI), rows_OI.data_ptr())
 
@@ -150,16 +171,24 @@ class NativeErnie:
             part: Part, name: str, share: Share, unit: int, *, layer: int = 0, expert: int = 0, exact: bool = False
         ) -> None:
             """Rows of a matrix with D columns, `unit` of them for each element of the share."""
-            mine = (share.first * unit, share.count * unit)
             kind = torch.float32 if exact else self._dtype
-            for first, rows in checkpoint.pieces(name, (share.total * unit, D), kind, mine):
-                put(part, rows, layer, expert, first)
+
+            def pack(start: int, count: int) -> None:
+                mine = (share.first * unit + start, count)
+                for first, rows in checkpoint.pieces(name, (share.total * unit, D), kind, mine):
+                    put(part, rows, layer, expert, start + first)
+
+            jobs.extend(partial(pack, *run) for run in _runs(share.count * unit, D))
 
         def take_columns(part: Part, name: str, share: Share, unit: int, *, layer: int, expert: int = 0) -> None:
             """The same of columns, of a matrix with D rows."""
             mine = slice(share.first * unit, (share.first + share.count) * unit)
-            for first, rows in checkpoint.pieces(name, (D, share.total * unit), self._dtype):
-                put(part, rows[:, mine].contiguous(), layer, expert, first)
+
+            def pack(start: int, count: int) -> None:
+                for first, rows in checkpoint.pieces(name, (D, share.total * unit), self._dtype, (start, count)):
+                    put(part, rows[:, mine].contiguous(), layer, expert, start + first)
+
+            jobs.extend(partial(pack, *run) for run in _runs(D, share.total * unit))
 
         def take_mlp(prefix: str, width: Share, layer: int, expert: int) -> None:
             take(Part.GATE, f"{prefix}.gate_proj.weight", width, 1, layer=layer, expert=expert)
@@ -200,7 +229,14 @@ class NativeErnie:
         take_vector(Part.NORM, "model.norm.weight", D)
         if not config.tie_word_embeddings:
             take(Part.HEAD, "lm_head.weight", tokens, 1)
+        run_all(jobs, self._num_threads)
         checkpoint.require_all_taken(unused=("lm_head.weight",) if config.tie_word_embeddings else ())
+
+
+def _runs(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
+    """A matrix as (first row, rows) for one job each."""
+    step = max(1, _JOB_VALUES // num_columns)
+    return [(start, min(step, num_rows - start)) for start in range(0, num_rows, step)]
 
 
 def _dimensions(config: ErnieConfig, num_threads: int, layout: Layout, num_slots: int) -> Dimensions:

@@ -82,6 +82,8 @@ _SIGNATURES = {
     "baton_create": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)),
     "baton_destroy": (None, (ctypes.c_void_p,)),
     "baton_take": (ctypes.c_char_p, (ctypes.c_void_p, *(ctypes.c_int64,) * 5, ctypes.c_void_p)),
+    "baton_have_all": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "baton_weights": (ctypes.c_bool, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)),
     "baton_forward": (ctypes.c_char_p, (*(ctypes.c_void_p,) * 4, ctypes.c_int64, _OnLayer)),
     "baton_begin": (ctypes.c_char_p, (ctypes.c_void_p,) * 3),
     "baton_attend": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 3)),
@@ -146,6 +148,19 @@ class Library:
     ) -> None:
         """Copies `count` rows of a weight, from row `first` on; a vector is one element a row."""
         _check(self._functions.baton_take(model, int(part), layer, expert, first, count, address))
+
+    def have_all(self, model: ctypes.c_void_p) -> None:
+        """Says that `weights` were filled whole, as another model of the same dimensions had them."""
+        _check(self._functions.baton_have_all(model))
+
+    def weights(self, model: ctypes.c_void_p) -> tuple[memoryview, ...]:
+        """The memory of all packed weights, bytes that may be written; valid until `destroy`."""
+        found: list[memoryview] = []
+        address, num_bytes = ctypes.c_void_p(), ctypes.c_int64()
+        while self._functions.baton_weights(model, len(found), ctypes.byref(address), ctypes.byref(num_bytes)):
+            assert address.value is not None
+            found.append(memoryview((ctypes.c_char * num_bytes.value).from_address(address.value)).cast("B"))
+        return tuple(found)
 
     def forward(self, model: ctypes.c_void_p, step: Step, pool: int, x: int, on_layer: LayerHook | None = None) -> None:
         every, call = (on_layer.every, _OnLayer(on_layer.call)) if on_layer is not None else (0, _OnLayer())

@@ -65,6 +65,20 @@ const char* baton_take(baton::AnyModel* model, int64_t part, int64_t layer, int6
   return guarded([&] { model->take(static_cast<baton::Part>(part), layer, expert, first, count, source); });
 }
 
+// Weights were copied to the memory that baton_weights names, whole, as another model of the same dimensions had them.
+const char* baton_have_all(baton::AnyModel* model) {
+  return guarded([&] { model->have_all(); });
+}
+
+// One run of the memory that holds all weights, packed; false when there are no more.
+bool baton_weights(const baton::AnyModel* model, int64_t index, void** address, int64_t* num_bytes) {
+  const auto& maps = model->weights().maps();
+  if (index >= static_cast<int64_t>(maps.size())) return false;
+  *address = maps[index].at;
+  *num_bytes = maps[index].used;
+  return true;
+}
+
 // `on_layer(n)`: the keys and values of the first n layers are in the pool; after every `every`-th layer but the last, 0: never.
 const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void* pool, void* x, int64_t every,
                           void (*on_layer)(int64_t)) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <tuple>
 
@@ -58,7 +59,7 @@ inline void check(const Dimensions& d, int64_t depth) {
   if (d.shared_width) width(d.shared_width, "shared_width is out of range");
 }
 
-// How many rows of each weight have not come yet. A model computes nothing before all have.
+// How many rows of each weight have not come yet. A model computes nothing before all have. Several threads may take.
 class Ledger {
  public:
   explicit Ledger(const Dimensions& d) : head_rows_(d.num_tokens) {
@@ -84,6 +85,7 @@ class Ledger {
 
   // Notes that these rows come. Throws invalid_argument where the weight has no such rows. A row may come again.
   void take(Part part, int64_t layer, int64_t expert, int64_t first, int64_t count) {
+    const std::lock_guard lock(mutex_);
     if (part == Part::kHead) expect(part, 0, 0, head_rows_);  // a model may do without
     const auto found = weights_.find({part, layer, expert});
     require(found != weights_.end(), "the model has no such weight");
@@ -91,6 +93,12 @@ class Ledger {
     require(first >= 0 && count >= 0 && first <= rows.total && count <= rows.total - first, "a weight has no such rows");
     rows.left -= std::min(rows.left, count);
     if (!rows.left && rows.is_awaited) --num_awaited_, rows.is_awaited = false;
+  }
+
+  // All rows of all weights have come by another way.
+  void complete() {
+    const std::lock_guard lock(mutex_);
+    num_awaited_ = 0;
   }
 
   void require_complete() const { require(num_awaited_ == 0, "not all weights of the model have been given"); }
@@ -110,6 +118,7 @@ class Ledger {
     expect(Part::kDown, layer, expert, hidden);
   }
 
+  std::mutex mutex_;
   int64_t head_rows_, num_awaited_ = 0;
   std::map<std::tuple<Part, int64_t, int64_t>, Rows> weights_;
 };

@@ -60,12 +60,18 @@ enum class Part : int64_t {
 
 namespace baton {
 
-// Memory for weights in huge pages where the kernel has them; freed with its owner.
+// Memory for weights in huge pages where the kernel has them; freed with its owner. A model always takes the same sizes in
+// the same order, so that its bytes can be kept in a file. What nobody wrote is zero.
 class Arena {
  public:
+  struct Map {
+    char* at;
+    int64_t size, used;
+  };
   ~Arena() {
-    for (auto [at, size] : maps_) munmap(at, size);
+    for (const Map& map : maps_) munmap(map.at, map.size);
   }
+  const std::vector<Map>& maps() const { return maps_; }
   template <class T> Matrix matrix(int64_t outputs, int64_t inputs) {
     if (inputs % kDepth<T>) throw std::invalid_argument("a matrix has an odd number of inputs");
     Matrix made{outputs, inputs, inputs / kDepth<T>, nullptr};
@@ -77,33 +83,29 @@ class Arena {
 
  private:
   void* allocate(int64_t num_bytes) {
-    if (num_bytes > left_) {
+    if (maps_.empty() || num_bytes > maps_.back().size - maps_.back().used) {
       const int64_t size = std::max<int64_t>(num_bytes, kMapBytes);
       void* map = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (map == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
       madvise(map, size, MADV_HUGEPAGE);
 #endif
-      maps_.emplace_back(map, size);
-      next_ = static_cast<char*>(map);
-      left_ = size;
+      maps_.push_back({static_cast<char*>(map), size, 0});
     }
-    void* found = next_;
-    const int64_t taken = std::min<int64_t>(left_, (num_bytes + 63) / 64 * 64);
-    next_ += taken;
-    left_ -= taken;
+    Map& last = maps_.back();
+    void* found = last.at + last.used;
+    last.used = std::min<int64_t>(last.size, last.used + (num_bytes + 63) / 64 * 64);
     return found;
   }
   static constexpr int64_t kMapBytes = 32 << 20;
-  std::vector<std::pair<void*, int64_t>> maps_;
-  char* next_ = nullptr;
-  int64_t left_ = 0;
+  std::vector<Map> maps_;
 };
 
 class AnyModel {
  public:
   virtual ~AnyModel() = default;
-  // Copies rows first .. first+count-1 of a weight, or as many elements of a vector.
+  // Copies rows first .. first+count-1 of a weight, or as many elements of a vector. Several threads may, but for the first
+  // rows of the head, which make room for it; none will do.
   virtual void take(Part part, int64_t layer, int64_t expert, int64_t first, int64_t count, const void* source) = 0;
   // The weights in a slot as the checkpoint has them: gate and up [width, hidden], down [hidden, width].
   virtual void give(int64_t layer, int64_t slot, void* to) const = 0;
@@ -124,6 +126,9 @@ class AnyModel {
                        const void* shared, void* to) = 0;
   virtual void head(const void* x, int64_t num_rows, float* logits, int64_t* best, float* peaks) = 0;
   virtual Pool& threads() = 0;
+  virtual const Arena& weights() const = 0;
+  // Weights were copied to that memory whole, as another model of the same dimensions had them.
+  virtual void have_all() = 0;
 };
 
 struct Expert {
@@ -163,6 +168,8 @@ template <class T> class Model : public AnyModel {
                void* to) override;
   void head(const void* x, int64_t num_rows, float* logits, int64_t* best, float* peaks) override;
   Pool& threads() override { return threads_; }
+  const Arena& weights() const override { return arena_; }
+  void have_all() override { ledger_.complete(); }
 
  private:
   // Rows first .. first + count - 1 of the assignments are an expert's.
