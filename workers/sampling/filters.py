@@ -60,7 +60,7 @@ def nucleus_threshold(weights_RV: Tensor, p_R1: Tensor) -> Tensor:
     return threshold_R1.view(torch.float32)
 
 
-def _columns(pairs: list[tuple[int, float]], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _columns(pairs: Sequence[tuple[int, float]], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Row numbers [R] and values [R, 1]."""
     return on_device([row for row, _ in pairs], device), on_device([[value] for _, value in pairs], device, dtype)
 
