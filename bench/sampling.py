@@ -133,7 +133,8 @@ def report(num_rows: int, head: Head, options: argparse.Namespace) -> None:
     for (name, _, _), slow_s, own_s in zip(cases, plain_s, quick_s, strict=True):
         ratios = (own_s / quick_s[0], own_s / argmax_s, (product_s + own_s) / greedy_step_s)
         marks = " | ".join(f"{ratio:.2f}{'' if ratio <= 2 else ' (above 2)'}" for ratio in ratios)
-        print(f"| {name} | {slow_s / num_rows * 1e6:.0f} | {own_s / num_rows * 1e6:.0f} | {marks} |")
+        slow = "" if options.no_pytorch else f"{slow_s / num_rows * 1e6:.0f}"
+        print(f"| {name} | {slow} | {own_s / num_rows * 1e6:.0f} | {marks} |")
 
 
 def main() -> None:

@@ -72,14 +72,12 @@ def test_a_nucleus_has_the_fewest_heaviest_tokens_in_exact_integers(p: float, sc
         assert lighter < math.ceil(sum(row) * p) <= kept and threshold in row
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_of_a_thousand_tokens_follow_their_softmax(temperature: float) -> None:
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(8)) * 1.5
-    num_draws = 50_000
-    counts = torch.zeros(1000, dtype=torch.int64)
-    for first in range(0, num_draws, 1000):
-        specs = [SampleSpec(SamplingParams(temperature=temperature, seed=3), 0, first + i, (), ()) for i in range(1000)]
-        counts += draw(logits.expand(1000, -1), specs).bincount(minlength=1000)
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_frequencies_of_many_tokens_follow_their_softmax(temperature: float) -> None:
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(8)) * 1.5
+    num_draws = 20_000
+    specs = [SampleSpec(SamplingParams(temperature=temperature, seed=3), 0, i, (), ()) for i in range(num_draws)]
+    counts = draw(logits.expand(num_draws, -1), specs).bincount(minlength=200)
     expected = torch.softmax(logits.double() / temperature, -1) * num_draws
     common = expected >= 10
     rare = float(expected[~common].sum())
