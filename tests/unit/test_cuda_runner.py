@@ -15,6 +15,7 @@ import pytest
 import torch
 from builders import hand_over, make_engine, make_request, run_to_end, tokens_of
 
+import tests.unit.interpreted_products  # noqa: F401
 from tests.unit.model_configs import (
     GREEDY,
     Oracle,
