@@ -9,6 +9,9 @@ from typing import Literal
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
+"""Those that the C++ kernels are written for, better ones first."""
+
 MAX_DIRECT_RANKS = 16
 """torch's device-side exchange (all_to_all_vdev_2d_offset) takes no larger groups."""
 
@@ -103,6 +106,8 @@ class WorkerConfig:
     num_threads: int = 1
     native: bool = True
     """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
+    instruction_set: str = "auto"
+    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16 or neon."""
     cache_folder: str = ""
     """Where compiled kernels are kept; ~/.cache/baton when empty."""
     max_model_len: int = 0
@@ -155,6 +160,11 @@ class WorkerConfig:
                 "must be true on cpu, which has no other mode",
             ),
             (self.num_threads >= 1, "num_threads", "must be at least 1"),
+            (
+                self.instruction_set in ("auto", *INSTRUCTION_SETS),
+                "instruction_set",
+                f"must be auto or one of {', '.join(INSTRUCTION_SETS)}",
+            ),
             (self.max_model_len >= 0, "max_model_len", "must be 0 (the model's own) or positive"),
             (self.kv_memory_bytes >= 0, "kv_memory_bytes", "must be 0 (automatic) or positive"),
             (0 < self.kv_memory_fraction <= 0.95, "kv_memory_fraction", "must be above 0 and at most 0.95"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +11,18 @@ from test_sampler import spec
 from torch import Tensor
 
 from tests.unit.model_configs import SHIPPED, load
-from workers.model.native.build import build, default_cache_folder
+from workers.model.native.build import build, default_cache_folder, supported
 from workers.model.native.draw import NativeShortcuts
 from workers.model.native.library import Library
+from workers.native_build import cpu_description
 from workers.request import SamplingParams
 from workers.sampling.filters import _full_threshold, drop_unlikely
 from workers.sampling.noise import gumbel_noise
 from workers.sampling.sampler import sample
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or "avx512f" not in Path("/proc/cpuinfo").read_text(),
-    reason="the kernels need a C++ compiler and AVX-512",
+    shutil.which("g++") is None or not supported(cpu_description()),
+    reason="the kernels need a C++ compiler, and AVX2 with FMA or NEON",
 )
 VARIANTS: list[dict[str, Any]] = [
     {},

@@ -86,7 +86,9 @@ def _load_model(
         else:
             require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
             native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
-            return native, f"native {library.kernels} {source_hash()}", ()
+            kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
+            logger.info("computing with the C++ kernels for %s", library.instruction_set)
+            return native, kernels, ()
     require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True)
     model = Ernie(dimensions, checkpoint, dtype, max_model_len)
     return model, "torch", (*warnings, *require_invariance(model, dtype))
@@ -95,4 +97,5 @@ def _load_model(
 def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
     """Raises BuildFailed where the C++ kernels cannot run this model on this machine."""
     require_supported(dimensions)
-    return Library(build(Path(config.cache_folder) if config.cache_folder else default_cache_folder()))
+    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
+    return Library(build(folder, config.instruction_set))

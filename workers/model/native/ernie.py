@@ -74,7 +74,8 @@ class NativeErnie:
             _int64(chain.from_iterable(tables)),
             _int64(accumulate(num_blocks[:-1], initial=0)),
         ]
-        step = Step(rows[-1], len(slices), *(array.ctypes.data for array in arrays))
+        sizes = (rows[-1], len(slices), len(arrays[3]), pool.layout.num_blocks)
+        step = Step(*sizes, *(array.ctypes.data for array in arrays))
         self._library.forward(self._model, step, pool.address, x_TD.data_ptr(), on_layer)
         return x_TD
 

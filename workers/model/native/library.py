@@ -54,6 +54,8 @@ class Step(ctypes.Structure):
     _fields_ = (
         ("num_rows", ctypes.c_int64),
         ("num_slices", ctypes.c_int64),
+        ("num_entries", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "first_rows", "tables", "first_blocks")),
     )
 
@@ -75,7 +77,8 @@ _SIGNATURES = {
     ),
     "baton_nucleus": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
     "baton_drop_below": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
-    "baton_kernels": (ctypes.c_char_p, ()),
+    "baton_instruction_set": (ctypes.c_char_p, ()),
+    "baton_arithmetic": (ctypes.c_char_p, (ctypes.c_int64,)),
 }
 
 
@@ -93,9 +96,14 @@ class Library:
             raise BuildFailed(f"{path} cannot be loaded: {error}") from error
 
     @property
-    def kernels(self) -> str:
-        """The instruction set that the kernels were compiled for; part of what their bits depend on."""
-        name: bytes = self._functions.baton_kernels()
+    def instruction_set(self) -> str:
+        """What the kernels were compiled for."""
+        name: bytes = self._functions.baton_instruction_set()
+        return name.decode()
+
+    def arithmetic(self, is_bf16: bool) -> str:
+        """How products are rounded: libraries that give the same name compute the same bits."""
+        name: bytes = self._functions.baton_arithmetic(int(is_bf16))
         return name.decode()
 
     def create(self, dimensions: Dimensions, is_bf16: bool) -> ctypes.c_void_p:

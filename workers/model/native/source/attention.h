@@ -57,10 +57,10 @@ template <class T> class HeadAttention {
     }
   }
 
-  // The finished output of a row.
-  void finish(int64_t row, T* to) const {
+  // The finished output of a row, rounded to T.
+  void finish(int64_t row, Operand<T>* to) const {
     const float* from = output_.data() + row * panels_ * kPanel;
-    for (int64_t c = 0; c < channels_; c += kLanes) write(to + c, load<Floats>(from + c) / total_[row]);
+    for (int64_t c = 0; c < channels_; c += kLanes) write(to + c, as_stored<T>(load<Floats>(from + c) / total_[row]));
   }
 
  private:
@@ -70,25 +70,26 @@ template <class T> class HeadAttention {
     if (first >= num_valid) return Words{};
     from += first * channels_;
     if constexpr (kDeep == 1) return load<Words>(from);
-    const Words even = __builtin_convertvector(load<Halves>(from), Words);
+    const Words even = load_halves(from);
     if (first + 1 == num_valid) return even;
-    return even | __builtin_convertvector(load<Halves>(from + channels_), Words) << 16;
+    return even | load_halves(from + channels_) << 16;
   }
 
   template <int M, class Query, class Valid>
-  inline __attribute__((always_inline)) void meet_tile(int64_t row, float scale, Query& query, Valid& valid) {
-    const uint32_t* x[M];
-    for (int m = 0; m < M; ++m) x[m] = reinterpret_cast<const uint32_t*>(query(row + m));
+  BATON_INLINE void meet_tile(int64_t row, float scale, Query& query, Valid& valid) {
+    const Operand<T>* x[M];
+    for (int m = 0; m < M; ++m) x[m] = query(row + m);
     Floats scores[M][kVectors] = {};
-    multiply_tile<T, M, 0>(x, keys_.data(), groups_, scores);
-    alignas(64) T weights[M][kBlock];
-    Floats rescale = Floats{};
+    multiply_tile<T, M, false>(x, keys_.data(), groups_, scores);
+    alignas(64) Operand<T> weights[M][kBlock];
+    alignas(64) float rescale[kLanes] = {};
+    float totals[M];
+    const Ints lane = lane_numbers();
     for (int m = 0; m < M; ++m) {
       const int num_valid = valid(row + m);
-      const Ints lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       for (int v = 0; v < kVectors; ++v) {
-        scores[m][v] *= scale;
-        if (num_valid < kBlock) scores[m][v] = pick(lane + v * kLanes < num_valid, scores[m][v], all(-INFINITY));
+        scores[m][v] = scores[m][v] * scale;
+        if (num_valid < kBlock) scores[m][v] = pick(lane < all_ints(num_valid - v * kLanes), scores[m][v], all(-INFINITY));
       }
       const float before = maximum_[row + m];
       const float peak = std::max(
@@ -98,18 +99,18 @@ template <class T> class HeadAttention {
       Floats added = Floats{};
       for (int v = 0; v < kVectors; ++v) {
         Floats weight = exponential(scores[m][v] - peak);
-        if (num_valid < kBlock) weight = pick(lane + v * kLanes < num_valid, weight, Floats{});
+        if (num_valid < kBlock) weight = pick(lane < all_ints(num_valid - v * kLanes), weight, Floats{});
         weight = as_stored<T>(weight);
         write(weights[m] + v * kLanes, weight);
-        added += weight;
+        added = added + weight;
       }
-      scores[m][0] = added;
+      totals[m] = sum(added);
     }
-    rescale = exponential(rescale);
-    const uint32_t* p[M];
+    store(rescale, exponential(load<Floats>(rescale)));
+    const Operand<T>* p[M];
     for (int m = 0; m < M; ++m) {
-      total_[row + m] = total_[row + m] * rescale[m] + sum(scores[m][0]);
-      p[m] = reinterpret_cast<const uint32_t*>(weights[m]);
+      total_[row + m] = total_[row + m] * rescale[m] + totals[m];
+      p[m] = weights[m];
     }
     for (int64_t c = 0; c < panels_; ++c) {
       Floats sums[M][kVectors];
@@ -117,7 +118,7 @@ template <class T> class HeadAttention {
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v)
           sums[m][v] = load<Floats>(out + m * panels_ * kPanel + v * kLanes) * rescale[m];
-      multiply_tile<T, M, 0>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
+      multiply_tile<T, M, false>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v) store(out + m * panels_ * kPanel + v * kLanes, sums[m][v]);
     }

@@ -23,12 +23,12 @@ template <class Body> const char* guarded(Body&& body) {
 
 extern "C" {
 
-const char* baton_kernels() {
-#if defined(__AVX512BF16__)
-  return "avx512bf16";
-#else
-  return "avx512";
-#endif
+// The instruction set that this library was compiled for.
+const char* baton_instruction_set() { return baton::kInstructionSet; }
+
+// How products of a type are rounded: libraries that give the same name compute the same bits.
+const char* baton_arithmetic(int64_t is_bf16) {
+  return is_bf16 ? baton::kArithmetic<baton::Bf16> : baton::kArithmetic<float>;
 }
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {

@@ -12,21 +12,20 @@
 
 namespace baton {
 
-typedef uint64_t Longs __attribute__((vector_size(64)));
 
 // ln x for normal positive x, within 2 ulp: x = 2^k m, m in [sqrt(1/2), sqrt(2)), a series in (m-1)/(m+1) (as in FreeBSD's logf).
 inline Floats logarithm(Floats x) {
-  const Words bits = (Words)x + (0x3f800000u - 0x3f3504f3u);
-  const Ints k = (Ints)(bits >> 23) - 127;
-  const Floats f = (Floats)((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const Words bits = as<Words>(x) + all_words(0x3f800000u - 0x3f3504f3u);
+  const Ints k = as<Ints>(bits >> 23) - all_ints(127);
+  const Floats f = as<Floats>((bits & all_words(0x007fffffu)) + all_words(0x3f3504f3u)) - 1.0f;
   const Floats s = f / (f + 2.0f), z = s * s, w = z * z;
   const Floats r = z * (w * 0.28498786688f + 0.66666662693f) + w * (w * 0.24279078841f + 0.40000972152f);
   const Floats half_square = f * f * 0.5f;
-  return s * (half_square + r) - half_square + f + __builtin_convertvector(k, Floats) * 0.69314718056f;
+  return s * (half_square + r) - half_square + f + to_floats(k) * 0.69314718056f;
 }
 
-// 32 random bits of 16 token ids, from the states of workers.sampling.noise (SplitMix64, Steele, Lea and Flood 2014).
-inline Longs mixed(Longs z) {
+// 64 random bits of a token id, from a state of workers.sampling.noise (SplitMix64, Steele, Lea and Flood 2014).
+inline uint64_t mixed(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
@@ -35,13 +34,13 @@ inline Longs mixed(Longs z) {
 // -log(-log1p(-u)) with the u that PyTorch computes from the same bits; within 1e-5 of its result.
 inline Floats gumbel(Floats u) {
   const Floats rest = all(1.0f) - u, gap = all(1.0f) - rest;  // gap is u as far as `rest` knows it
-  const Floats exponential = pick(gap > 0.0f, -logarithm(rest) * u / pick(gap > 0.0f, gap, all(1.0f)), u);
+  const Floats exponential = pick(gap > Floats{}, -logarithm(rest) * u / pick(gap > Floats{}, gap, all(1.0f)), u);
   return -logarithm(exponential);
 }
 
 // No less than gumbel(u), by at most 0.7 where u is small: -log(-log1p(-u)) <= -log u <= -ln 2 floor(log2 u).
 inline Floats gumbel_bound(Floats u) {
-  return __builtin_convertvector(127 - (Ints)((Words)u >> 23), Floats) * 0.69314724f;
+  return to_floats(127 - as<Ints>(as<Words>(u) >> 23)) * 0.69314724f;
 }
 
 // What a sum must reach to be a candidate: far less below the largest than both errors and both roundings could hide.
@@ -52,24 +51,19 @@ inline float least_sum(float largest_sum) { return largest_sum - (1e-3f + 1e-6f 
 inline int64_t find_candidates(const float* logits, int64_t size, uint64_t key, float* sums, int64_t* tokens,
                                int64_t capacity) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
-  Longs low, high;
-  for (int i = 0; i < 8; ++i) {
-    low[i] = key + kGolden * (i + 1);
-    high[i] = key + kGolden * (i + 9);
-  }
   float top = -INFINITY, least = -INFINITY;
   const Floats most = all(1 - 0x1p-24f);
-  for (int64_t i = 0; i < size; i += kLanes, low += kGolden * 16, high += kGolden * 16) {
-    const Words bits = __builtin_shufflevector((Words)mixed(low), (Words)mixed(high), 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
-                                               23, 25, 27, 29, 31);
-    Floats u = (__builtin_convertvector(bits, Floats) + 0.5f) * 0x1p-32f;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    uint32_t bits[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) bits[lane] = static_cast<uint32_t>(mixed(key + kGolden * (i + lane + 1)) >> 32);
+    Floats u = (to_floats(load<Words>(bits)) + 0.5f) * 0x1p-32f;
     u = pick(u < most, u, most);
     const int count = static_cast<int>(std::min<int64_t>(kLanes, size - i));
-    const __mmask16 used = static_cast<__mmask16>((1u << count) - 1);
-    const Floats logit = (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), used, logits + i);
-    if (_mm512_cmp_ps_mask((__m512)logit, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ)) return -1;  // infinity or no number
+    const Ints used = lane_numbers() < all_ints(count);
+    const Floats logit = pick(used, read_some(logits + i, count), all(-INFINITY));
+    if (any(~(logit < all(INFINITY)))) return -1;  // infinity or no number
     Floats sum = all(-INFINITY);
-    if (_mm512_cmp_ps_mask((__m512)(logit + gumbel_bound(u)), _mm512_set1_ps(least), _CMP_GT_OQ)) {
+    if (any(logit + gumbel_bound(u) > all(least))) {
       sum = logit + gumbel(u);
       const float here = largest(sum);
       if (here > top) {
@@ -77,13 +71,13 @@ inline int64_t find_candidates(const float* logits, int64_t size, uint64_t key, 
         least = least_sum(top);
       }
     }
-    _mm512_mask_storeu_ps(sums + i, used, (__m512)sum);
+    write_some(sums + i, sum, count);
   }
   if (!std::isfinite(top)) return -1;
   int64_t found = 0;
   for (int64_t i = 0; i < size; i += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, size - i));
-    if (count == kLanes && !_mm512_cmp_ps_mask((__m512)load<Floats>(sums + i), _mm512_set1_ps(least), _CMP_GE_OQ)) continue;
+    if (count == kLanes && !any(load<Floats>(sums + i) >= all(least))) continue;
     for (int lane = 0; lane < count; ++lane)
       if (sums[i + lane] >= least) {
         if (found == capacity) return -1;

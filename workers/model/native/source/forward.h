@@ -17,8 +17,10 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
   T* x = static_cast<T*>(x_out);
   T* kv = static_cast<T*>(pool);
   const int64_t num_rows = step.num_rows, hidden = d_.hidden_size;
+  check(step);
   grow(normed_, num_rows * hidden);
   grow(qkv_, num_rows * qkv_width());
+  grow(queries_, num_rows * d_.num_heads * d_.head_dim);
   grow(context_, num_rows * d_.num_heads * d_.head_dim);
   embed(step, x);
   turn(step);
@@ -46,6 +48,28 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
   }
 }
 
+// Throws invalid_argument where a token, a position or a block does not exist: nothing has been written then.
+template <class T> void Model<T>::check(const Step& step) const {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+  };
+  require(step.num_rows >= 0 && step.num_slices >= 0 && step.first_rows[0] == 0 &&
+              step.first_rows[step.num_slices] == step.num_rows, "the slices of a step are not its rows");
+  for (int64_t t = 0; t < step.num_rows; ++t)
+    require(step.token_ids[t] >= 0 && step.token_ids[t] < d_.vocab_size, "a token is not in the vocabulary");
+  for (int64_t i = 0; i < step.num_entries; ++i)
+    require(step.tables[i] >= 0 && step.tables[i] < step.num_blocks, "a block is not in the pool");
+  for (int64_t s = 0; s < step.num_slices; ++s) {
+    const int64_t first = step.first_rows[s], last = step.first_rows[s + 1];
+    require(first < last && last <= step.num_rows, "a slice has no rows");
+    for (int64_t t = first; t < last; ++t)
+      require(step.positions[t] == step.positions[first] + (t - first), "the positions of a slice do not follow each other");
+    require(step.positions[first] >= 0 && step.first_blocks[s] >= 0 &&
+                step.positions[last - 1] / kBlock < step.num_entries - step.first_blocks[s],
+            "a block table is too short for its slice");
+  }
+}
+
 template <class T> void Model<T>::embed(const Step& step, T* x) {
   const int64_t groups = embedding_.groups;
   for (int64_t t = 0; t < step.num_rows; ++t) {
@@ -61,12 +85,10 @@ template <class T> void Model<T>::turn(const Step& step) {
   const int64_t pairs = d_.head_dim / 2;
   grow(cos_, step.num_rows * pairs);
   grow(sin_, step.num_rows * pairs);
-  for (int64_t t = 0; t < step.num_rows; ++t)
-    for (int64_t i = 0; i < pairs; ++i) {
-      const float angle = static_cast<float>(step.positions[t]) * frequencies_[i];
-      cos_[t * pairs + i] = std::cos(angle);
-      sin_[t * pairs + i] = std::sin(angle);
-    }
+  threads_.run(step.num_rows, [&](int64_t t, int) {
+    for (int64_t i = 0; i < pairs; ++i)
+      sine_cosine(static_cast<float>(step.positions[t]) * frequencies_[i], &sin_[t * pairs + i], &cos_[t * pairs + i]);
+  });
 }
 
 template <class T> void Model<T>::normalize_rows(const T* x, const T* weight, int64_t num_rows) {
@@ -77,7 +99,7 @@ template <class T> void Model<T>::normalize_rows(const T* x, const T* weight, in
   });
 }
 
-// Rotates queries where they are, and keys on their way to the pool; values go there as they are.
+// Rotates queries and keys, which go to the pool as values do.
 template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t layer) {
   const int64_t C = d_.head_dim, H = d_.num_heads, K = d_.num_kv_heads;
   threads_.run((step.num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
@@ -89,7 +111,7 @@ template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t 
       const float *cos = cos_.data() + t * (C / 2), *sin = sin_.data() + t * (C / 2);
       const int64_t position = step.positions[t];
       const int64_t block = step.tables[step.first_blocks[s] + position / kBlock];
-      for (int64_t h = 0; h < H; ++h) rotate(row + h * C, cos, sin, C, row + h * C);
+      for (int64_t h = 0; h < H; ++h) rotate(row + h * C, cos, sin, C, queries_.data() + (t * H + h) * C);
       for (int64_t h = 0; h < K; ++h) {
         rotate(row + (H + h) * C, cos, sin, C, slot(pool, block, layer, 0, h) + position % kBlock * C);
         std::memcpy(slot(pool, block, layer, 1, h) + position % kBlock * C, row + (H + K + h) * C, C * sizeof(T));
@@ -115,7 +137,7 @@ template <class T> void Model<T>::attend(const Step& step, const T* pool, int64_
     HeadAttention<T>& state = *attention_[thread];
     state.start(num_rows);
     const auto query = [&](int64_t row) {
-      return qkv_.data() + (tile.first + row / G) * qkv_width() + (head * G + row % G) * C;
+      return queries_.data() + ((tile.first + row / G) * d_.num_heads + head * G + row % G) * C;
     };
     for (int64_t first = 0, b = 0; first < end; first += kBlock, ++b) {
       const int64_t block = step.tables[step.first_blocks[tile.slice] + b];
@@ -135,7 +157,7 @@ template <class T> void Model<T>::attend(const Step& step, const T* pool, int64_
 
 // x += from W^T
 template <class T>
-void Model<T>::add_product(const Matrix& matrix, const std::vector<T>& from, int64_t num_rows, T* x) {
+void Model<T>::add_product(const Matrix& matrix, const std::vector<Operand<T>>& from, int64_t num_rows, T* x) {
   threads_.run(matrix.panels(), [&](int64_t p, int) {
     multiply<T>(matrix.panel(p), matrix.groups, num_rows,
                 [&](int64_t row) { return from.data() + row * matrix.inputs; },
@@ -148,10 +170,10 @@ void Model<T>::add_product(const Matrix& matrix, const std::vector<T>& from, int
   });
 }
 
-// Writes a panel's 32 gated results at `to`, of which `left` exist.
-template <class T> void write_gated(T* to, const Floats* sums, int64_t left) {
-  write_some(to, gated(sums[0], sums[2]), static_cast<int>(left));
-  if (left > kLanes) write_some(to + kLanes, gated(sums[1], sums[3]), static_cast<int>(left - kLanes));
+// Writes a panel's 32 gated results at `to`, rounded to T, of which `left` exist.
+template <class T> void write_gated(Operand<T>* to, const Floats* sums, int64_t left) {
+  write_some(to, as_stored<T>(gated(sums[0], sums[2])), static_cast<int>(left));
+  if (left > kLanes) write_some(to + kLanes, as_stored<T>(gated(sums[1], sums[3])), static_cast<int>(left - kLanes));
 }
 
 template <class T> void Model<T>::feed_forward(const Layer<T>& layer, int64_t num_rows, T* x) {
@@ -161,7 +183,7 @@ template <class T> void Model<T>::feed_forward(const Layer<T>& layer, int64_t nu
     multiply<T>(mlp.gate_up.panel(p), mlp.gate_up.groups, num_rows,
                 [&](int64_t row) { return normed_.data() + row * d_.hidden_size; },
                 [&](int64_t row, const Floats* sums) {
-                  write_gated(activated_.data() + row * mlp.width + p * 32, sums, mlp.width - p * 32);
+                  write_gated<T>(activated_.data() + row * mlp.width + p * 32, sums, mlp.width - p * 32);
                 });
   });
   add_product(mlp.down, activated_, num_rows, x);
@@ -222,7 +244,7 @@ template <class T> void Model<T>::run_experts(const Layer<T>& layer, int64_t num
                   return normed_.data() + (work.expert < E ? assigned_.token[work.first + row] : row) * hidden;
                 },
                 [&](int64_t row, const Floats* sums) {
-                  write_gated(activated_.data() + (work.first + row) * pitch + work.panel * 32, sums,
+                  write_gated<T>(activated_.data() + (work.first + row) * pitch + work.panel * 32, sums,
                               expert.width - work.panel * 32);
                 });
   });
@@ -251,7 +273,7 @@ template <class T> void Model<T>::combine(int64_t num_rows, T* x) {
         for (int64_t choice = 0; choice < k; ++choice)
           total = multiply_add(read(expert_out_.data() + assigned_.place[t * k + choice] * hidden + c),
                                all(weights_[t * k + choice]), total);
-        if (d_.shared_width) total += read(expert_out_.data() + (num_rows * k + t) * hidden + c);
+        if (d_.shared_width) total = total + read(expert_out_.data() + (num_rows * k + t) * hidden + c);
         write(x + t * hidden + c, read(x + t * hidden + c) + as_stored<T>(total));
       }
   });
@@ -272,12 +294,12 @@ template <class T> void Model<T>::head(const void* x_in, int64_t num_rows, float
                 [&](int64_t row) { return normed_.data() + row * hidden; },
                 [&](int64_t row, const Floats* sums) {
                   Floats values[kVectors];
-                  const Ints lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                  const Ints lane = lane_numbers();
                   for (int v = 0; v < kVectors; ++v) {
                     const int left = static_cast<int>(std::min<int64_t>(kLanes, V - p * kPanel - v * kLanes));
                     values[v] = sums[v];
                     if (logits && left > 0) write_some(logits + row * V + p * kPanel + v * kLanes, values[v], left);
-                    if (left < kLanes) values[v] = pick(lane < left, values[v], all(-INFINITY));
+                    if (left < kLanes) values[v] = pick(lane < all_ints(left), values[v], all(-INFINITY));
                   }
                   const float peak = largest(larger(larger(values[0], values[1]), larger(values[2], values[3])));
                   const float* one = reinterpret_cast<const float*>(values);

@@ -1,25 +1,36 @@
 // Sixteen lanes of 32 bits: a row of floats, or a row of pairs of bfloat16. Knows no matrices.
 //
-// Every function here computes each lane by itself, in one fixed way, so no result depends on what stands beside it.
+// Every function here computes each lane by itself, in one fixed way that is the same on every instruction set, so no
+// result depends on what stands beside it or on the processor. The one exception is `dot` of bfloat16 where the processor
+// multiplies pairs by itself (`kDotsPairs`): it rounds otherwise, and `kArithmetic` says so.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
+#include <type_traits>
 
-#if !defined(__AVX512F__)
-#error "the kernels need AVX-512"
-#endif
+#include "instructions.h"
 
 namespace baton {
 
-constexpr int kLanes = 16;
+#define BATON_INLINE inline __attribute__((always_inline))
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr int kLanes = 16;
+constexpr int kPartLanes = kRegisterBytes / 4;   // lanes of one register
+constexpr int kParts = kLanes / kPartLanes;      // registers of sixteen lanes
+
+// Sixteen lanes in as many registers as the instruction set needs for them. N is one register's vector type.
+template <class N> struct Lanes {
+  using Part = N;
+  using Element = std::remove_reference_t<decltype(N{}[0])>;
+  N part[kParts];
+
+  Element operator[](int lane) const { return part[lane / kPartLanes][lane % kPartLanes]; }
+};
+using Floats = Lanes<FloatRegister>;
+using Words = Lanes<WordRegister>;
+using Ints = Lanes<IntRegister>;
 
 struct Bf16 {
   uint16_t bits;
@@ -28,92 +39,193 @@ struct Bf16 {
 // How many numbers of a type share one lane.
 template <class T> constexpr int kDepth = 4 / sizeof(T);
 
-template <class V> inline V load(const void* from) {
+// Whether products of this type take pairs of numbers as they are stored; else each number is widened to a float.
+template <class T> constexpr bool kTakesPairs = kDotsPairs && sizeof(T) == 2;
+
+// What the rows of a product are kept as: values of T, in the form that the multiplication takes.
+template <class T> using Operand = std::conditional_t<kTakesPairs<T>, T, float>;
+
+// The rounding that products of this type have: hosts whose names agree compute the same bits.
+template <class T> constexpr const char* kArithmetic = kTakesPairs<T> ? kPairArithmetic : "fma";
+
+template <class V> BATON_INLINE V load(const void* from) {
   V v;
   std::memcpy(&v, from, sizeof(V));
   return v;
 }
 
-template <class V> inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+template <class V> BATON_INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
-inline Floats all(float x) { return Floats{} + x; }
-inline Words all_words(uint32_t x) { return Words{} + x; }
-inline Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
-inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+// Calls make(p) for every register and keeps what it returns.
+template <class L, class Make> BATON_INLINE L each(Make&& make) {
+  L made;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) made.part[p] = make(p);
+  return made;
+}
+
+// The same bits under another type.
+template <class To, class From> BATON_INLINE To as(From x) {
+  return each<To>([&](int p) { return (typename To::Part)x.part[p]; });
+}
+
+BATON_INLINE Floats all(float x) {
+  return each<Floats>([&](int) { return x - FloatRegister{}; });  // x - 0 is x, a negative zero included
+}
+BATON_INLINE Words all_words(uint32_t x) {
+  return each<Words>([&](int) { return x + WordRegister{}; });
+}
+BATON_INLINE Ints all_ints(int32_t x) {
+  return each<Ints>([&](int) { return x + IntRegister{}; });
+}
+// 0, 1, 2, ... 15
+BATON_INLINE Ints lane_numbers() {
+  constexpr int32_t numbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<Ints>(numbers);
+}
+
+#define BATON_BINARY(op)                                                                    \
+  template <class N> BATON_INLINE Lanes<N> operator op(Lanes<N> a, Lanes<N> b) {            \
+    return each<Lanes<N>>([&](int p) { return a.part[p] op b.part[p]; });                   \
+  }
+BATON_BINARY(+)
+BATON_BINARY(-)
+BATON_BINARY(*)
+BATON_BINARY(/)
+BATON_BINARY(&)
+BATON_BINARY(|)
+BATON_BINARY(^)
+#undef BATON_BINARY
+#define BATON_SHIFT(op)                                                          \
+  template <class N> BATON_INLINE Lanes<N> operator op(Lanes<N> a, int bits) {   \
+    return each<Lanes<N>>([&](int p) { return a.part[p] op bits; });             \
+  }
+BATON_SHIFT(<<)
+BATON_SHIFT(>>)
+#undef BATON_SHIFT
+// All bits of a lane are set where the comparison holds.
+#define BATON_COMPARISON(op)                                                     \
+  template <class N> BATON_INLINE Ints operator op(Lanes<N> a, Lanes<N> b) {     \
+    return each<Ints>([&](int p) { return (IntRegister)(a.part[p] op b.part[p]); }); \
+  }
+BATON_COMPARISON(>)
+BATON_COMPARISON(<)
+BATON_COMPARISON(>=)
+BATON_COMPARISON(<=)
+BATON_COMPARISON(==)
+#undef BATON_COMPARISON
+BATON_INLINE Ints operator~(Ints a) {
+  return each<Ints>([&](int p) { return ~a.part[p]; });
+}
+BATON_INLINE Floats operator-(Floats a) {
+  return each<Floats>([&](int p) { return -a.part[p]; });
+}
+BATON_INLINE Floats operator*(Floats a, float b) { return a * all(b); }
+BATON_INLINE Floats operator+(Floats a, float b) { return a + all(b); }
+BATON_INLINE Floats operator-(Floats a, float b) { return a - all(b); }
+BATON_INLINE Floats operator/(Floats a, float b) { return a / all(b); }
+BATON_INLINE Ints operator-(int32_t a, Ints b) { return all_ints(a) - b; }
+
+BATON_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
+  return as<Floats>((as<Ints>(yes) & mask) | (as<Ints>(no) & ~mask));
+}
+BATON_INLINE Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+BATON_INLINE bool any(Ints mask) {
+  IntRegister found = mask.part[0];
+#pragma GCC unroll 4
+  for (int p = 1; p < kParts; ++p) found |= mask.part[p];
+  return has_any(found);
+}
+
+BATON_INLINE Floats to_floats(Ints x) {
+  return each<Floats>([&](int p) { return __builtin_convertvector(x.part[p], FloatRegister); });
+}
+BATON_INLINE Floats to_floats(Words x) {
+  return each<Floats>([&](int p) { return __builtin_convertvector(x.part[p], FloatRegister); });
+}
+BATON_INLINE Ints to_ints(Floats x) {
+  return each<Ints>([&](int p) { return __builtin_convertvector(x.part[p], IntRegister); });
+}
 
 // a * b + c with one rounding.
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+BATON_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return each<Floats>([&](int p) { return fused(a.part[p], b.part[p], c.part[p]); });
+}
 
-// The even and the odd members of sixteen pairs of bfloat16.
-inline Floats low(Words pairs) { return (Floats)(pairs << 16); }
-inline Floats high(Words pairs) { return (Floats)(pairs & 0xffff0000u); }
+// The even (0) or the odd (1) members of sixteen pairs of bfloat16; of sixteen floats, themselves.
+template <class T> BATON_INLINE Floats member(Words lanes, int which) {
+  if constexpr (sizeof(T) == 4) return as<Floats>(lanes);
+  return as<Floats>(which ? lanes & all_words(0xffff0000u) : lanes << 16);
+}
 
-// acc += a * b, where a lane holds kDepth<T> numbers of each; their order of addition is fixed.
-template <class T> inline Floats dot(Floats acc, Words a, Words b) {
-  if constexpr (kDepth<T> == 1) return multiply_add((Floats)a, (Floats)b, acc);
-#if defined(__AVX512BF16__)
-  return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-  return multiply_add(high(a), high(b), multiply_add(low(a), low(b), acc));
-#endif
+// acc += a . b, where every lane holds a pair of bfloat16; only where the processor does that by itself.
+BATON_INLINE Floats dot_pairs(Floats acc, Words a, Words b) {
+  return each<Floats>([&](int p) { return dot_register(acc.part[p], a.part[p], b.part[p]); });
 }
 
 // The upper half of each float, rounded to nearest even, in the low bits of its lane.
-inline Words rounded(Floats x) {
-  const Words bits = (Words)x;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+BATON_INLINE Words rounded(Floats x) {
+  const Words bits = as<Words>(x);
+  return (bits + all_words(0x7fffu) + ((bits >> 16) & all_words(1u))) >> 16;
+}
+
+// Sixteen numbers of 16 bits, each in the low half of a lane, and back.
+BATON_INLINE Words load_halves(const void* from) {
+  return each<Words>([&](int p) { return widen_halves(static_cast<const uint16_t*>(from) + p * kPartLanes); });
+}
+BATON_INLINE void store_halves(void* to, Words x) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) narrow_halves(x.part[p], static_cast<uint16_t*>(to) + p * kPartLanes);
 }
 
 // Sixteen consecutive numbers of a type, as floats, and back.
-template <class T> inline Floats read(const T* from);
-template <> inline Floats read(const float* from) { return load<Floats>(from); }
-template <> inline Floats read(const Bf16* from) {
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
-template <class T> inline void write(T* to, Floats x);
-template <> inline void write(float* to, Floats x) { store(to, x); }
-template <> inline void write(Bf16* to, Floats x) { store(to, __builtin_convertvector(rounded(x), Halves)); }
+BATON_INLINE Floats read(const float* from) { return load<Floats>(from); }
+BATON_INLINE Floats read(const Bf16* from) { return as<Floats>(load_halves(from) << 16); }
+BATON_INLINE void write(float* to, Floats x) { store(to, x); }
+BATON_INLINE void write(Bf16* to, Floats x) { store_halves(to, rounded(x)); }
 
 // The same, of the first `count` of sixteen; what is missing reads as zero.
 template <class T> inline Floats read_some(const T* from, int count) {
   if (count >= kLanes) return read(from);
   T whole[kLanes] = {};
-  std::memcpy(whole, from, count * sizeof(T));
+  if (count > 0) std::memcpy(whole, from, count * sizeof(T));
   return read(whole);
 }
 template <class T> inline void write_some(T* to, Floats x, int count) {
   if (count >= kLanes) return write(to, x);
   T whole[kLanes];
   write(whole, x);
-  std::memcpy(to, whole, count * sizeof(T));
+  if (count > 0) std::memcpy(to, whole, count * sizeof(T));
 }
 
 // What a number becomes when it is stored as T.
-template <class T> inline Floats as_stored(Floats x) {
-  if constexpr (sizeof(T) == 2) return (Floats)(rounded(x) << 16);
+template <class T> BATON_INLINE Floats as_stored(Floats x) {
+  if constexpr (sizeof(T) == 2) return as<Floats>(rounded(x) << 16);
   return x;
 }
 
-inline float sum(Floats x) {
-  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  return x[0];
+// One lane out of sixteen: lanes eight apart first, then four, two and one apart.
+template <class Join> BATON_INLINE float folded(Floats x, Join&& join) {
+  typedef float Four __attribute__((vector_size(16)));
+  float lanes[kLanes];
+  store(lanes, x);
+  const Four a = load<Four>(lanes), b = load<Four>(lanes + 4), c = load<Four>(lanes + 8), d = load<Four>(lanes + 12);
+  const Four four = join(join(a, c), join(b, d));
+  const Four two = join(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  const Four one = join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2));
+  return one[0];
 }
-
-inline float largest(Floats x) {
-  x = larger(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  x = larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return x[0];
+BATON_INLINE float sum(Floats x) {
+  return folded(x, [](auto a, auto b) { return a + b; });
+}
+BATON_INLINE float largest(Floats x) {
+  return folded(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x for x within +-87, and the value there beyond: 2^n times a Taylor polynomial of the rest, 1 ulp or so.
-inline Floats exponential(Floats x) {
+BATON_INLINE Floats exponential(Floats x) {
   x = larger(x, all(-87.0f));
-  x = pick(x < 87.0f, x, all(87.0f));
+  x = pick(x < all(87.0f), x, all(87.0f));
   const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats n = multiply_add(x, all(1.44269504f), magic) - magic;
   Floats r = multiply_add(n, all(-0.693359375f), x);
@@ -126,7 +238,7 @@ inline Floats exponential(Floats x) {
   p = multiply_add(p, r, all(0.5f));
   p = multiply_add(p, r, all(1.0f));
   p = multiply_add(p, r, all(1.0f));
-  return (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+  return as<Floats>(as<Ints>(p) + (to_ints(n) << 23));
 }
 
 }  // namespace baton

@@ -29,7 +29,7 @@ struct Dimensions {
 };
 
 struct Step {
-  int64_t num_rows, num_slices;
+  int64_t num_rows, num_slices, num_entries, num_blocks;  // entries of `tables`; blocks of the pool
   const int64_t* token_ids;  // [num_rows]
   const int64_t* positions;  // [num_rows]
   const int64_t* first_rows; // [num_slices + 1]
@@ -126,12 +126,13 @@ template <class T> class Model : public AnyModel {
   Expert make_expert(int64_t width) {
     return {arena_.matrix<T>((width + 31) / 32 * kPanel, d_.hidden_size), arena_.matrix<T>(d_.hidden_size, width), width};
   }
+  void check(const Step& step) const;
   void embed(const Step& step, T* x);
   void turn(const Step& step);
   void normalize_rows(const T* x, const T* weight, int64_t num_rows);
   void place_keys(const Step& step, T* pool, int64_t layer);
   void attend(const Step& step, const T* pool, int64_t layer);
-  void add_product(const Matrix& matrix, const std::vector<T>& from, int64_t num_rows, T* x);
+  void add_product(const Matrix& matrix, const std::vector<Operand<T>>& from, int64_t num_rows, T* x);
   void feed_forward(const Layer<T>& layer, int64_t num_rows, T* x);
   void route(const Layer<T>& layer, int64_t num_rows);
   void run_experts(const Layer<T>& layer, int64_t num_rows, T* x);
@@ -151,7 +152,8 @@ template <class T> class Model : public AnyModel {
   std::vector<std::unique_ptr<HeadAttention<T>>> attention_;
 
   // What the parts of a step hand on to each other; grown to the largest step seen.
-  std::vector<T> normed_, qkv_, context_, activated_, expert_out_;
+  std::vector<Operand<T>> normed_, queries_, context_, activated_;
+  std::vector<T> qkv_, expert_out_;
   std::vector<float> cos_, sin_, wide_, scores_, weights_;
   std::vector<int64_t> chosen_;
   Assignments assigned_;

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "instructions.h"
+
 namespace baton {
 
 class Pool {
@@ -62,7 +64,7 @@ class Pool {
 
   void help(int thread) {
     for (uint32_t seen = 0;;) {
-      for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) __builtin_ia32_pause();
+      for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) pause_briefly();
       round_.wait(seen, std::memory_order_acquire);
       seen = round_.load(std::memory_order_acquire);
       if (stopping_) return;

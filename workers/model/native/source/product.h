@@ -14,10 +14,17 @@ namespace baton {
 
 constexpr int kPanel = 64;      // outputs of a panel
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kTileRows = 6;    // rows at once: 24 sums, 4 weights and a broadcast value fill 32 registers
+constexpr int kTileRows = 6;    // rows that meet a panel's weights at once
 constexpr int kBlockRows = 96;  // rows whose unfinished sums stay in the first cache
 constexpr int kChunk = 64;      // groups of inputs whose weights stay in the first cache meanwhile
 constexpr int kAhead = 24;      // groups of inputs to fetch ahead of use, where nobody did before
+
+// Vectors of outputs that a tile of `rows` rows computes at once: as many sums as leave registers for weights and a value.
+constexpr int tile_vectors(int rows) {
+  int vectors = kVectors;
+  while (vectors > 1 && rows * vectors * kParts > kNumRegisters * 3 / 4) vectors /= 2;
+  return vectors;
+}
 
 struct Matrix {
   int64_t outputs = 0, inputs = 0, groups = 0;  // groups: lanes' worth of inputs
@@ -27,40 +34,26 @@ struct Matrix {
   const uint32_t* panel(int64_t index) const { return data + index * groups * kPanel; }
 };
 
-// Sixteen rows of sixteen lanes to sixteen columns of a panel, in steps of 32, 64 and 128 bits; rows from `rows` on read as
-// zero. What lies `next` lanes further on is fetched meanwhile.
+// Sixteen rows of sixteen lanes to sixteen columns of a panel; rows from `rows` on read as zero. What lies `next` lanes
+// further on is fetched meanwhile.
 inline void transpose(const uint32_t* from, int64_t stride, int64_t rows, int64_t next, uint32_t* to) {
-  Words r[kLanes], t[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    __builtin_prefetch(from + next + i * stride);
-    r[i] = i < rows ? load<Words>(from + i * stride) : Words{};
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; i += 2) {
-    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  }
 #pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const Words a = t[i + j], b = t[i + j + 2];
-      r[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      r[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  for (int i = 0; i < kParts; ++i) {
+    WordRegister square[kParts][kPartLanes];
+#pragma GCC unroll 16
+    for (int k = 0; k < kPartLanes; ++k) {
+      const int row = i * kPartLanes + k;
+      __builtin_prefetch(from + next + row * stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < kParts; ++j)
+        square[j][k] = row < rows ? load<WordRegister>(from + row * stride + j * kPartLanes) : WordRegister{};
     }
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const Words a = r[c], b = r[c + 4], d = r[c + 8], e = r[c + 12];
-    const Words p = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    const Words q = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    const Words u = __builtin_shufflevector(d, e, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    const Words v = __builtin_shufflevector(d, e, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    const auto keep = [&](int column, Words x) { store(to + column * kPanel, x); };
-    keep(c, __builtin_shufflevector(p, u, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27));
-    keep(c + 4, __builtin_shufflevector(p, u, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
-    keep(c + 8, __builtin_shufflevector(q, v, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27));
-    keep(c + 12, __builtin_shufflevector(q, v, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+    for (int j = 0; j < kParts; ++j) {
+      transpose_square(square[j]);
+#pragma GCC unroll 16
+      for (int k = 0; k < kPartLanes; ++k) store(to + (j * kPartLanes + k) * kPanel + i * kPartLanes, square[j][k]);
+    }
   }
 }
 
@@ -82,42 +75,71 @@ void pack(const Matrix& matrix, const T* source, int64_t first, int64_t count, i
   }
 }
 
-// sums[m] += rows[m] . panel over `groups` groups of inputs. For each group, kFetch cache lines of `ahead` are fetched.
-template <class T, int M, int kFetch>
-inline __attribute__((always_inline)) void multiply_tile(
-    const uint32_t* const* rows, const uint32_t* panel, int64_t groups, Floats (&sums)[M][kVectors],
-    const uint32_t* ahead = nullptr) {
-  const uint32_t* x[M];
-  Floats y[M][kVectors];
+// sums[m] += rows[m] . panel over `groups` groups of inputs, for V vectors of the panel's outputs from vector `first` on. For
+// each group, kFetch cache lines of `ahead` are fetched. Each sum adds its inputs one by one, in their order.
+template <class T, int M, int V, int kFetch>
+BATON_INLINE void multiply_vectors(const Operand<T>* const* rows, const uint32_t* panel, int64_t groups,
+                                   Floats (*sums)[kVectors], int first, const uint32_t* ahead) {
+  panel += first * kLanes;
+  const Operand<T>* x[M];
+  Floats y[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     x[m] = rows[m];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) y[m][v] = sums[m][v];
+    for (int v = 0; v < V; ++v) y[m][v] = sums[m][first + v];
   }
 #pragma GCC unroll 2
   for (int64_t g = 0; g < groups; ++g) {
-    Words w[kVectors];
+    const uint32_t* from = panel + g * kPanel;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      if (v < kFetch) __builtin_prefetch(ahead + g * kPanel + v * kLanes);
-      w[v] = load<Words>(panel + g * kPanel + v * kLanes);
-    }
+    for (int v = 0; v < kFetch; ++v) __builtin_prefetch(ahead + g * kPanel + (first + v) * kLanes);
+    if constexpr (kTakesPairs<T>) {
+      Words w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = load<Words>(from + v * kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Words a = all_words(x[m][g]);
+      for (int m = 0; m < M; ++m) {
+        uint32_t pair;
+        std::memcpy(&pair, x[m] + 2 * g, 4);
+        const Words a = all_words(pair);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) y[m][v] = dot<T>(y[m][v], a, w[v]);
+        for (int v = 0; v < V; ++v) y[m][v] = dot_pairs(y[m][v], a, w[v]);
+      }
+    } else {
+#pragma GCC unroll 2
+      for (int which = 0; which < kDepth<T>; ++which) {
+        Floats w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = member<T>(load<Words>(from + v * kLanes), which);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const Floats a = all(x[m][g * kDepth<T> + which]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) y[m][v] = multiply_add(a, w[v], y[m][v]);
+        }
+      }
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[m][v] = y[m][v];
+    for (int v = 0; v < V; ++v) sums[m][first + v] = y[m][v];
+}
+
+// The same for all of the panel's outputs, as many vectors at a time as registers allow; where kFetches, all of `ahead` is
+// fetched. Not inlined, so that it is compiled once for each number of rows.
+template <class T, int M, bool kFetches>
+__attribute__((noinline)) void multiply_tile(const Operand<T>* const* rows, const uint32_t* panel, int64_t groups,
+                                             Floats (*sums)[kVectors], const uint32_t* ahead = nullptr) {
+  constexpr int V = tile_vectors(M);
+#pragma GCC unroll 4
+  for (int first = 0; first < kVectors; first += V)
+    multiply_vectors<T, M, V, kFetches ? V : 0>(rows, panel, groups, sums, first, ahead);
 }
 
 // Calls `body` with the number of rows, 1 to kTileRows, as a constant.
-template <class Body> inline __attribute__((always_inline)) void with_rows(int64_t count, Body&& body) {
+template <class Body> BATON_INLINE void with_rows(int64_t count, Body&& body) {
   switch (count) {
     case 1: return body(std::integral_constant<int, 1>{});
     case 2: return body(std::integral_constant<int, 2>{});
@@ -134,46 +156,54 @@ inline int64_t tile_rows(int64_t left) {
   return (left + tiles - 1) / tiles;
 }
 
+// sums = rows . panel for at most kTileRows rows: the panel streams by, and what comes next is fetched ahead.
+template <class T> void multiply_few(const Operand<T>** rows, int64_t count, const uint32_t* panel, int64_t groups,
+                                     Floats (*sums)[kVectors]) {
+  with_rows(count, [&](auto M) {
+    for (int64_t g = 0, span; g < groups; g += span) {
+      span = tile_vectors(M) == kVectors ? groups : std::min<int64_t>(kAhead, groups - g);
+      const uint32_t* here = panel + g * kPanel;
+      multiply_tile<T, M, true>(rows, here, span, sums, here + kAhead * kPanel);
+      for (int m = 0; m < M; ++m) rows[m] += span * kDepth<T>;
+    }
+  });
+}
+
+// The same for at most kBlockRows rows. A chunk of the panel's inputs stays in the first cache while all rows meet it;
+// where `is_cold`, the first rows that meet it fetch the next one.
+template <class T> void multiply_many(const Operand<T>** rows, int64_t count, const uint32_t* panel, int64_t groups,
+                                      bool is_cold, Floats (*sums)[kVectors]) {
+  for (int64_t g = 0, span; g < groups; g += span) {
+    span = std::min<int64_t>(kChunk, groups - g);
+    const uint32_t* here = panel + g * kPanel;
+    for (int64_t m = 0, together; m < count; m += together) {
+      together = tile_rows(count - m);
+      with_rows(together, [&](auto M) {
+        if (is_cold && m == 0)
+          multiply_tile<T, M, true>(rows, here, span, sums, g ? here + span * kPanel : here + kAhead * kPanel);
+        else
+          multiply_tile<T, M, false>(rows + m, here, span, sums + m);
+      });
+    }
+    for (int64_t m = 0; m < count; ++m) rows[m] += span * kDepth<T>;
+  }
+}
+
 // One panel times all rows; `row(i)` points at row i, `take(i, sums)` gets its 64 results.
 template <class T, class Row, class Take>
 void multiply(const uint32_t* panel, int64_t groups, int64_t num_rows, Row&& row, Take&& take) {
-  const uint32_t* x[kBlockRows];
-  if (num_rows <= kTileRows) {
-    for (int64_t m = 0; m < num_rows; ++m) x[m] = reinterpret_cast<const uint32_t*>(row(m));
-    with_rows(num_rows, [&](auto M) {
-      Floats sums[M][kVectors] = {};
-      multiply_tile<T, M, kVectors>(x, panel, groups, sums, panel + kAhead * kPanel);
-      for (int m = 0; m < M; ++m) take(m, sums[m]);
-    });
-    return;
-  }
+  const Operand<T>* rows[kBlockRows];
   Floats sums[kBlockRows][kVectors];
   for (int64_t first = 0; first < num_rows; first += kBlockRows) {
     const int64_t count = std::min<int64_t>(kBlockRows, num_rows - first);
     for (int64_t m = 0; m < count; ++m) {
-      x[m] = reinterpret_cast<const uint32_t*>(row(first + m));
+      rows[m] = row(first + m);
       for (int v = 0; v < kVectors; ++v) sums[m][v] = Floats{};
     }
-    for (int64_t g = 0; g < groups; g += kChunk) {
-      const int64_t span = std::min<int64_t>(kChunk, groups - g);
-      const uint32_t *here = panel + g * kPanel, *ahead = here + span * kPanel;
-      const bool fetches = first == 0 && g + span < groups;  // the next chunk, shared out among the first tiles
-      for (int64_t m = 0, tile = 0; m < count; ++tile) {
-        const int64_t together = tile_rows(count - m);
-        with_rows(together, [&](auto M) {
-          const uint32_t* rows[M];
-          for (int i = 0; i < M; ++i) rows[i] = x[m + i] + g;
-          auto& part = reinterpret_cast<Floats(&)[M][kVectors]>(sums[m]);
-          if (first == 0 && g == 0 && tile == 0)
-            multiply_tile<T, M, kVectors>(rows, here, span, part, here + kAhead * kPanel);
-          else if (fetches && tile < 2)
-            multiply_tile<T, M, 2>(rows, here, span, part, ahead + tile * 2 * kLanes);
-          else
-            multiply_tile<T, M, 0>(rows, here, span, part);
-        });
-        m += together;
-      }
-    }
+    if (num_rows <= kTileRows)
+      multiply_few<T>(rows, count, panel, groups, sums);
+    else
+      multiply_many<T>(rows, count, panel, groups, first == 0, sums);
     for (int64_t m = 0; m < count; ++m) take(first + m, sums[m]);
   }
 }

@@ -8,37 +8,58 @@
 
 namespace baton {
 
-// x / rms(x) in fp32, rounded to T, times the weight (Zhang and Sennrich 2019, eq. 4). `size` is a multiple of 16.
-template <class T> void normalize(const T* x, const T* weight, int64_t size, float eps, T* to) {
+// x / rms(x) in fp32, rounded to T, times the weight (Zhang and Sennrich 2019, eq. 4), rounded to T. `size` is a multiple of 16.
+template <class T> void normalize(const T* x, const T* weight, int64_t size, float eps, Operand<T>* to) {
   Floats squares = Floats{};
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats v = read(x + i);
     squares = multiply_add(v, v, squares);
   }
   const float scale = 1.0f / std::sqrt(sum(squares) / size + eps);
-  for (int64_t i = 0; i < size; i += kLanes) write(to + i, as_stored<T>(read(x + i) * scale) * read(weight + i));
+  for (int64_t i = 0; i < size; i += kLanes)
+    write(to + i, as_stored<T>(as_stored<T>(read(x + i) * scale) * read(weight + i)));
 }
 
-// Turns each channel pair (2i, 2i+1) by its angle, in fp32; cos and sin have channels / 2 entries, channels % 32 == 0.
-inline void rotate(const Bf16* x, const float* cos, const float* sin, int64_t channels, Bf16* to) {
-  for (int64_t i = 0; i < channels / 2; i += kLanes) {
-    const Words pairs = load<Words>(x + 2 * i);
-    const Floats even = low(pairs), odd = high(pairs), c = load<Floats>(cos + i), s = load<Floats>(sin + i);
-    store(to + 2 * i, rounded(even * c - odd * s) | rounded(odd * c + even * s) << 16);
+// Turns each channel pair (2i, 2i+1) by its angle, in fp32, and rounds to T; cos and sin have channels / 2 entries,
+// channels % 32 == 0. `to` may be `x`.
+template <class T, class To> void rotate(const T* x, const float* cos, const float* sin, int64_t channels, To* to) {
+  for (int64_t i = 0; i < channels; i += 2 * kLanes) {
+    alignas(64) float pairs[2 * kLanes], even[kLanes], odd[kLanes];
+    write(pairs, read(x + i));
+    write(pairs + kLanes, read(x + i + kLanes));
+    for (int j = 0; j < kLanes; ++j) even[j] = pairs[2 * j], odd[j] = pairs[2 * j + 1];
+    const Floats a = load<Floats>(even), b = load<Floats>(odd), c = load<Floats>(cos + i / 2), s = load<Floats>(sin + i / 2);
+    store(even, a * c - b * s);
+    store(odd, b * c + a * s);
+    for (int j = 0; j < kLanes; ++j) pairs[2 * j] = even[j], pairs[2 * j + 1] = odd[j];
+    write(to + i, as_stored<T>(load<Floats>(pairs)));
+    write(to + i + kLanes, as_stored<T>(load<Floats>(pairs + kLanes)));
   }
 }
 
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t channels, float* to) {
-  for (int64_t i = 0; i < channels / 2; i += kLanes) {
-    const Floats a = load<Floats>(x + 2 * i), b = load<Floats>(x + 2 * i + kLanes);
-    const Floats even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Floats odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    const Floats c = load<Floats>(cos + i), s = load<Floats>(sin + i);
-    const Floats first = even * c - odd * s, second = odd * c + even * s;
-    store(to + 2 * i, __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-    store(to + 2 * i + kLanes,
-          __builtin_shufflevector(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-  }
+// Sine and cosine of an angle, in double and rounded once, with operations that are the same on every host: the angle less a
+// multiple of pi/2 (in two parts, as in FreeBSD's rem_pio2), then Taylor's polynomials. For angles up to 2^20.
+inline void sine_cosine(float angle, float* sine, float* cosine) {
+  const double x = angle, magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  const double turns = (x * 0.63661977236758134308 + magic) - magic;
+  const double r = (x - turns * 1.57079632673412561417) - turns * 6.07710050650619224932e-11, z = r * r;
+  double s = 1.0 / 6227020800, c = 1.0 / 479001600;
+  s = s * z - 1.0 / 39916800;
+  s = s * z + 1.0 / 362880;
+  s = s * z - 1.0 / 5040;
+  s = s * z + 1.0 / 120;
+  s = s * z - 1.0 / 6;
+  s = r + r * z * s;
+  c = c * z - 1.0 / 3628800;
+  c = c * z + 1.0 / 40320;
+  c = c * z - 1.0 / 720;
+  c = c * z + 1.0 / 24;
+  c = c * z - 0.5;
+  c = 1.0 + z * c;
+  const int64_t quadrant = static_cast<int64_t>(turns) & 3;
+  const double first = quadrant & 1 ? c : s, second = quadrant & 1 ? s : c;
+  *sine = static_cast<float>(quadrant & 2 ? -first : first);
+  *cosine = static_cast<float>((quadrant + 1) & 2 ? -second : second);
 }
 
 // silu(gate) * up (Shazeer 2020, eq. 6).

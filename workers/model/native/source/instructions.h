@@ -1,0 +1,161 @@
+// What differs between instruction sets, for one register: its width, a fused multiply-add, halves, a transposition.
+//
+// A set is chosen by the compiler's flags (workers.model.native.build); each makes a library of its own.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#error "the kernels need AVX2 with FMA, AVX-512, or NEON of ARM64"
+#endif
+
+namespace baton {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64, kNumRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32, kNumRegisters = 16;
+#else
+constexpr int kRegisterBytes = 16, kNumRegisters = 32;
+#endif
+
+typedef float FloatRegister __attribute__((vector_size(kRegisterBytes)));
+typedef uint32_t WordRegister __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
+
+#if defined(__AVX512F__)
+
+inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
+  return (FloatRegister)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline WordRegister widen_halves(const uint16_t* from) {
+  return (WordRegister)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void narrow_halves(WordRegister x, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
+}
+inline bool has_any(IntRegister mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+
+#elif defined(__AVX2__)
+
+inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
+  return (FloatRegister)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline WordRegister widen_halves(const uint16_t* from) {
+  return (WordRegister)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void narrow_halves(WordRegister x, uint16_t* to) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+inline bool has_any(IntRegister mask) { return _mm256_movemask_epi8((__m256i)mask) != 0; }
+
+#else
+
+inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) { return vfmaq_f32(c, a, b); }
+inline WordRegister widen_halves(const uint16_t* from) { return vmovl_u16(vld1_u16(from)); }
+inline void narrow_halves(WordRegister x, uint16_t* to) { vst1_u16(to, vmovn_u32(x)); }
+inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(mask)) != 0; }
+
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool kDotsPairs = true;
+constexpr const char* kPairArithmetic = "avx512bf16";
+inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
+  return (FloatRegister)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr bool kDotsPairs = false;
+constexpr const char* kPairArithmetic = "fma";
+inline FloatRegister dot_register(FloatRegister acc, WordRegister, WordRegister) { return acc; }
+#endif
+
+// The name of this set in workers.model.native.build.
+#if defined(__AVX512BF16__)
+constexpr const char* kInstructionSet = "avx512bf16";
+#elif defined(__AVX512F__)
+constexpr const char* kInstructionSet = "avx512";
+#elif defined(__AVX2__)
+constexpr const char* kInstructionSet = "avx2";
+#else
+constexpr const char* kInstructionSet = "neon";
+#endif
+
+// Tells the processor that this thread waits for another one.
+inline void pause_briefly() {
+#if defined(__AVX2__)
+  _mm_pause();
+#else
+  __asm__ volatile("isb");
+#endif
+}
+
+// Turns a square of as many rows as a register has lanes: lane j of row i becomes lane i of row j.
+inline void transpose_square(WordRegister (&r)[kRegisterBytes / 4]) {
+#if defined(__AVX512F__)
+  WordRegister t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const WordRegister a = t[i + j], b = t[i + j + 2];
+      r[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      r[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const WordRegister a = r[c], b = r[c + 4], d = r[c + 8], e = r[c + 12];
+    const WordRegister p = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const WordRegister q = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const WordRegister u = __builtin_shufflevector(d, e, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const WordRegister v = __builtin_shufflevector(d, e, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    t[c] = __builtin_shufflevector(p, u, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    t[c + 4] = __builtin_shufflevector(p, u, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    t[c + 8] = __builtin_shufflevector(q, v, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    t[c + 12] = __builtin_shufflevector(q, v, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+#elif defined(__AVX2__)
+  WordRegister t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      r[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const WordRegister a = r[c], b = r[c + 4];
+    r[c] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    r[c + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#else
+  const WordRegister a = __builtin_shufflevector(r[0], r[1], 0, 4, 2, 6), b = __builtin_shufflevector(r[0], r[1], 1, 5, 3, 7);
+  const WordRegister c = __builtin_shufflevector(r[2], r[3], 0, 4, 2, 6), d = __builtin_shufflevector(r[2], r[3], 1, 5, 3, 7);
+  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  r[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#endif
+}
+
+}  // namespace baton
