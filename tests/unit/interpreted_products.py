@@ -17,7 +17,7 @@ _multiply_tiles = InterpreterBuilder.create_dot
 
 def _multiply_rows(builder: Any, a: Any, b: Any, total: Any, precision: Any, max_num_imprecise: Any) -> Any:
     """total + a b, [.., M, O], of tiles [.., M, I] and [.., I, O]."""
-    if a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8:  # fp8 is widened first; no kernel here has it
+    if 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):  # fp8 is widened first; no kernel here has it
         return _multiply_tiles(builder, a, b, total, precision, max_num_imprecise)
     product = np.matmul(a.data[..., None, :], b.data[..., None, :, :], dtype=total.data.dtype)[..., 0, :]
     return TensorHandle(product + total.data, total.dtype.scalar)

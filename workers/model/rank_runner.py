@@ -20,11 +20,12 @@ from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
+from workers.model.layers import product_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
-from workers.model.torch_runner import TorchRunner
+from workers.model.torch_runner import TorchRunner, torch_kernels
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
@@ -183,13 +184,15 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
-    require_bytes(folder, share_bytes(dimensions, layout, placement, dtype), dtype, available_bytes())
+    wide = product_dtype(dtype)
+    needed_bytes = share_bytes(dimensions, layout, placement, dtype, wide)
+    require_bytes(folder, needed_bytes, wide, available_bytes(), served_dtype=dtype)
     part = Part(layout, links, placement, config.parallel.exact_combine)
     with torch.inference_mode():
         model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
         warnings = require_invariance(model, dtype)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
-    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, "torch")
+    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, torch_kernels(dtype))
     runner = RankRunner(model, memory, info, config, layout, placement)
     runner.warnings = warnings
     return runner
@@ -243,11 +246,19 @@ def initial_placement(config: WorkerConfig, dimensions: ErnieConfig) -> Placemen
     return initial(num_layers, moe.num_experts, config.parallel.size, config.parallel.redundant_experts)
 
 
-def share_bytes(config: ErnieConfig, layout: Layout, placement: Placement, dtype: torch.dtype) -> int:
-    """Memory that a rank's weights take."""
+def share_bytes(
+    config: ErnieConfig,
+    layout: Layout,
+    placement: Placement,
+    dtype: torch.dtype,
+    packed_dtype: torch.dtype | None = None,
+) -> int:
+    """Memory that a rank's weights take; `packed_dtype` is what all but the table of embeddings is held in, if not `dtype`."""
     D, t = config.hidden_size, layout.tensor
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * D // t
-    values = 2 * config.vocab_size * D // t + D  # the table, and the head that is packed apart even where it is tied
+    table = config.vocab_size * D // t
+    values = table + D  # the head, which is packed apart even where it is tied, and its norm
+    fp32_values = 0
     for index in range(config.num_layers):
         values += heads + 2 * D
         moe = config.moe
@@ -256,8 +267,8 @@ def share_bytes(config: ErnieConfig, layout: Layout, placement: Placement, dtype
             continue
         held = placement.slots_per_rank if layout.size > 1 else moe.num_experts
         values += 3 * moe.intermediate_size * D * (held + moe.num_shared_experts)
-        values += (D + 1) * moe.num_experts * 4 // dtype.itemsize
-    return values * dtype.itemsize
+        fp32_values += (D + 1) * moe.num_experts
+    return table * dtype.itemsize + values * (packed_dtype or dtype).itemsize + 4 * fp32_values
 
 
 def split(batch: Batch) -> tuple[Batch, Batch]:
