@@ -16,24 +16,24 @@ _PACK_ROWS_HINT = 64
 """Rows the packed layout is chosen for; a hint of 1 is up to twice as slow for batches."""
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of weights in `dtype` are computed in: float32 for bfloat16 where oneDNN finds no instructions for it.
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed linear runs on this machine."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    PyTorch emulates bfloat16 products there, ten times slower; float32 weights take twice the memory.
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model that is served in `dtype` computes in: float32 for bfloat16 that oneDNN has no instructions for.
+
+    PyTorch emulates bfloat16 products on such a machine, which takes ten times as long; float32 weights take twice the
+    memory. Keys and values are kept in `dtype` all the same.
     """
-    if dtype is not torch.bfloat16:
-        return dtype
-    has_bf16 = _can_pack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _can_pack() -> bool:
-    """Whether this PyTorch has oneDNN's packed linear."""
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return dtype if dtype is torch.float32 or can_pack(dtype) else torch.float32
 
 
 class Linear:
-    """y = x W^T without bias, W [O, I] kept in the layout of oneDNN's matmul kernels, in `product_dtype`.
+    """y = x W^T without bias, W [O, I] kept in the layout of oneDNN's matmul kernels.
 
     oneDNN gives a row the same bits in every batch of at least four rows (checked by workers.model.self_test). Where
     that fails, or cannot be had, `use_tiles` computes fixed tiles of 32 rows, padded with zeros.
@@ -42,23 +42,16 @@ class Linear:
     def __init__(self, weight_OI: Tensor) -> None:
         self.num_outputs, self.num_inputs = weight_OI.shape
         self.dtype = weight_OI.dtype
-        self._product_dtype = product_dtype(weight_OI.dtype)
-        self._packed = _can_pack()
+        self._packed = can_pack(weight_OI.dtype)
         self._tiled = not self._packed
-        product_OI = weight_OI.to(self._product_dtype)
-        if self._packed:
-            self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(product_OI.contiguous(), _PACK_ROWS_HINT)
-        else:
-            self._weight = product_OI.clone() if product_OI is weight_OI else product_OI  # of the mapped file, a copy
+        self._weight: Tensor = (
+            torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _PACK_ROWS_HINT)
+            if self._packed
+            else weight_OI.clone()  # it may be a view of the mapped file
+        )
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        """[T, O] in the dtype of x."""
-        return self.product(x_TI).to(x_TI.dtype)
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        """As a call, in `product_dtype`: not rounded to the dtype of x yet, so that every bit of the sums shows."""
         num_rows = x_TI.shape[0]
-        x_TI = x_TI.to(self._product_dtype)
         if not num_rows:
             return x_TI.new_empty(0, self.num_outputs)
         if not self._tiled:
@@ -74,7 +67,7 @@ class Linear:
 
     def weight(self) -> Tensor:
         """W [O, I] as it was given, bit for bit."""
-        return (self._weight.to_dense() if self._packed else self._weight).to(self.dtype)
+        return self._weight.to_dense() if self._packed else self._weight
 
     def use_tiles(self) -> None:
         """Computes fixed 32-row tiles from now on: slower, and invariant wherever a row's place in a tile does not matter."""

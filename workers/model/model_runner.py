@@ -173,20 +173,20 @@ def require_memory(
     free_bytes: int,
     *,
     copies_tied_head: bool,
-    product_dtype: torch.dtype | None = None,
+    packed_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`.
 
-    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed. `product_dtype`: what all
+    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed. `packed_dtype`: what all
     but the table is held in, where that is not `dtype`.
     """
     is_tied = dimensions.tie_word_embeddings
     num_values = checkpoint.num_parameters(unused=("lm_head.weight",) if is_tied else ())
     num_table = dimensions.vocab_size * dimensions.hidden_size
     num_packed = num_values - (0 if is_tied and copies_tied_head else num_table)
-    product_dtype = product_dtype or dtype
-    needed_bytes = num_table * dtype.itemsize + num_packed * product_dtype.itemsize
-    require_bytes(checkpoint.folder, needed_bytes, product_dtype, free_bytes, served_dtype=dtype)
+    packed_dtype = packed_dtype or dtype
+    needed_bytes = num_table * dtype.itemsize + num_packed * packed_dtype.itemsize
+    require_bytes(checkpoint.folder, needed_bytes, packed_dtype, free_bytes, served_dtype=dtype)
 
 
 def require_bytes(
@@ -201,8 +201,8 @@ def require_bytes(
     )
     if served_dtype is not None and served_dtype is not dtype:
         refusal += (
-            f"; PyTorch has no fast {dtype_name(served_dtype)} products on this machine, the C++ kernels (worker.native, "
-            "with a compiler) need half of that"
+            f"; PyTorch computes {dtype_name(served_dtype)} models so on this machine; the C++ kernels (worker.native, and a "
+            "compiler) take half of it"
         )
     raise InvalidConfig(refusal)
 

@@ -20,7 +20,7 @@ from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
-from workers.model.layers import product_dtype
+from workers.model.layers import compute_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
@@ -121,7 +121,8 @@ class RankRunner(TorchRunner):
         self.layout = layout
         self.experts = RankExperts(
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
-            num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
+            num_nodes=config.parallel.num_nodes, dtype=compute_dtype(getattr(torch, config.dtype)),
+            device=torch.device("cpu"),
         )  # fmt: skip
         self._halves = False
 
@@ -184,12 +185,12 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
-    wide = product_dtype(dtype)
+    wide = compute_dtype(dtype)
     needed_bytes = share_bytes(dimensions, layout, placement, dtype, wide)
     require_bytes(folder, needed_bytes, wide, available_bytes(), served_dtype=dtype)
     part = Part(layout, links, placement, config.parallel.exact_combine)
     with torch.inference_mode():
-        model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
+        model = Ernie(dimensions, checkpoint, wide, max_model_len, part)
         warnings = require_invariance(model, dtype)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
     info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, torch_kernels(dtype))

@@ -28,17 +28,16 @@ _LENGTHS = (1, 64, 65, 150)
 def require_invariance(model: Ernie, dtype: torch.dtype) -> tuple[str, ...]:
     """Warnings about kernels whose bits depend on the batch; such linears compute fixed tiles from then on.
 
-    Covers the products of every layer, of experts, routers and the head: `model.linears` has them all.
+    `model.linears` are the products of every layer, of routers, experts and the head. `dtype` is that of keys and values.
     """
     warnings = []
     if not linears_are_invariant(model.linears):
         for linear in model.linears:
             linear.use_tiles()
-        if linears_are_invariant(model.linears):
-            warning = "linear kernels of this machine depend on the batch; computing in fixed tiles, which is slower"
-        else:
-            warning = "linear kernels of this machine depend on the batch, even in fixed tiles; tokens may differ between runs"
-        warnings.append(warning)
+        outcome = "computing in fixed tiles, which is slower"
+        if not linears_are_invariant(model.linears):
+            outcome = "in fixed tiles too: tokens may differ between runs"
+        warnings.append(f"linear kernels of this machine depend on the batch; {outcome}")
     if not attention_is_invariant(model.config, dtype):
         warnings.append("attention kernels of this machine depend on the batch; tokens may differ between runs")
     for warning in warnings:
@@ -56,8 +55,8 @@ def _is_invariant(linear: Linear) -> bool:
     affordable = _MAX_PRODUCT / (linear.num_inputs * linear.num_outputs)
     counts = [rows for rows in _ROWS if rows <= max(8, affordable)]
     x_TI = _numbers(counts[-1], linear.num_inputs).to(linear.dtype)
-    y_TO = linear.product(x_TI)
-    return all(torch.equal(linear.product(x_TI[-rows:].contiguous()), y_TO[-rows:]) for rows in counts[:-1])
+    y_TO = linear(x_TI)
+    return all(torch.equal(linear(x_TI[-rows:].contiguous()), y_TO[-rows:]) for rows in counts[:-1])
 
 
 def attention_is_invariant(config: ErnieConfig, dtype: torch.dtype) -> bool:

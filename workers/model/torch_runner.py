@@ -18,7 +18,7 @@ from workers.kv_transfer.memory import KvMemory
 from workers.model.ernie import Ernie
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool, allocate, available_bytes
-from workers.model.layers import product_dtype
+from workers.model.layers import compute_dtype
 from workers.model.model_runner import ModelRunner, describe_model, dtype_name, require_memory, served_len
 from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
@@ -90,20 +90,23 @@ def _load_model(
             kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
             logger.info("computing with the C++ kernels for %s", library.instruction_set)
             return native, kernels, ()
-    require_memory(
-        checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True, product_dtype=product_dtype(dtype)
-    )
-    model = Ernie(dimensions, checkpoint, dtype, max_model_len)
+    wide = compute_dtype(dtype)
+    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True, packed_dtype=wide)
+    model = Ernie(dimensions, checkpoint, wide, max_model_len)
     return model, torch_kernels(dtype), (*warnings, *require_invariance(model, dtype))
 
 
 def torch_kernels(dtype: torch.dtype) -> str:
     """The name of PyTorch's kernels for the fingerprint. Says in the log where they do not compute in `dtype`."""
-    wide = product_dtype(dtype)
+    wide = compute_dtype(dtype)
     if wide is dtype:
         return "torch"
-    logger.info("multiplying %s weights in %s, which this machine does faster", dtype_name(dtype), dtype_name(wide))
-    return f"torch {dtype_name(wide)} products"
+    logger.info(
+        "computing the %s model in %s, which is faster on this machine and takes twice the memory for weights",
+        dtype_name(dtype),
+        dtype_name(wide),
+    )
+    return f"torch in {dtype_name(wide)}"
 
 
 def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
