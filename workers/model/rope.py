@@ -10,8 +10,12 @@ from torch import Tensor
 
 
 def frequencies(head_dim: int, theta: float) -> Tensor:
-    """Radians per position of each channel pair, fp32 [C/2] (Su et al. 2021, eq. 15)."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """Radians per position of each channel pair, fp32 [C/2] (Su et al. 2021, eq. 15).
+
+    Powers are taken in double and rounded once: PyTorch's own differ in the last bit from processor to processor.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / torch.tensor([theta**exponent for exponent in exponents.tolist()], dtype=torch.float32)
 
 
 class RotaryEmbedding:

@@ -80,7 +80,7 @@ template <class T> class HeadAttention {
     const Operand<T>* x[M];
     for (int m = 0; m < M; ++m) x[m] = query(row + m);
     Floats scores[M][kVectors] = {};
-    multiply_tile<T, M, false>(x, keys_.data(), groups_, scores);
+    multiply_tile<T, M>(x, keys_.data(), groups_, scores);
     alignas(64) Operand<T> weights[M][kBlock];
     alignas(64) float rescale[kLanes] = {};
     float totals[M];
@@ -118,7 +118,7 @@ template <class T> class HeadAttention {
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v)
           sums[m][v] = load<Floats>(out + m * panels_ * kPanel + v * kLanes) * rescale[m];
-      multiply_tile<T, M, false>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
+      multiply_tile<T, M>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v) store(out + m * panels_ * kPanel + v * kLanes, sums[m][v]);
     }

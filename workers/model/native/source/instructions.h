@@ -34,6 +34,8 @@ typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
 inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
   return (FloatRegister)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
+inline void accumulate(FloatRegister& acc, FloatRegister a, FloatRegister b) { acc = fused(a, b, acc); }
+inline FloatRegister upper_half(WordRegister x) { return (FloatRegister)(x & 0xffff0000u); }
 inline WordRegister widen_halves(const uint16_t* from) {
   return (WordRegister)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
@@ -47,6 +49,18 @@ inline bool has_any(IntRegister mask) { return _mm512_movepi32_mask((__m512i)mas
 inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
   return (FloatRegister)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
+// acc += a * b in place. Written out, since GCC takes forms that overwrite a factor and then spills sums to memory.
+inline void accumulate(FloatRegister& acc, FloatRegister a, FloatRegister b) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+}
+// The upper half of each word as a float. The mask stays in memory: sixteen registers are few.
+inline FloatRegister upper_half(WordRegister x) {
+  alignas(32) static constexpr uint32_t mask[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                   0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  FloatRegister found;
+  __asm__("vpand %2, %1, %0" : "=x"(found) : "x"(x), "m"(mask));
+  return found;
+}
 inline WordRegister widen_halves(const uint16_t* from) {
   return (WordRegister)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -59,6 +73,8 @@ inline bool has_any(IntRegister mask) { return _mm256_movemask_epi8((__m256i)mas
 #else
 
 inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) { return vfmaq_f32(c, a, b); }
+inline void accumulate(FloatRegister& acc, FloatRegister a, FloatRegister b) { acc = fused(a, b, acc); }
+inline FloatRegister upper_half(WordRegister x) { return (FloatRegister)(x & 0xffff0000u); }
 inline WordRegister widen_halves(const uint16_t* from) { return vmovl_u16(vld1_u16(from)); }
 inline void narrow_halves(WordRegister x, uint16_t* to) { vst1_u16(to, vmovn_u32(x)); }
 inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(mask)) != 0; }

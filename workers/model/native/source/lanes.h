@@ -9,12 +9,21 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "instructions.h"
 
 namespace baton {
 
 #define BATON_INLINE inline __attribute__((always_inline))
+
+// Calls body(0), body(1), ... body(N - 1), each with a constant, so that what they index stays in registers.
+template <int N, class Body> BATON_INLINE void repeat(Body&& body) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+#define BATON_BODY __attribute__((always_inline))
 
 constexpr int kLanes = 16;
 constexpr int kPartLanes = kRegisterBytes / 4;   // lanes of one register
@@ -48,13 +57,30 @@ template <class T> using Operand = std::conditional_t<kTakesPairs<T>, T, float>;
 // The rounding that products of this type have: hosts whose names agree compute the same bits.
 template <class T> constexpr const char* kArithmetic = kTakesPairs<T> ? kPairArithmetic : "fma";
 
+template <class V> struct IsLanes : std::false_type {};
+template <class N> struct IsLanes<Lanes<N>> : std::true_type {};
+
+// Register by register: a copy of all sixteen lanes at once would go through memory in smaller pieces.
 template <class V> BATON_INLINE V load(const void* from) {
   V v;
-  std::memcpy(&v, from, sizeof(V));
+  if constexpr (IsLanes<V>::value) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p)
+      v.part[p] = load<typename V::Part>(static_cast<const char*>(from) + p * kRegisterBytes);
+  } else {
+    std::memcpy(&v, from, sizeof(V));
+  }
   return v;
 }
 
-template <class V> BATON_INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+template <class V> BATON_INLINE void store(void* to, V v) {
+  if constexpr (IsLanes<V>::value) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) store(static_cast<char*>(to) + p * kRegisterBytes, v.part[p]);
+  } else {
+    std::memcpy(to, &v, sizeof(V));
+  }
+}
 
 // Calls make(p) for every register and keeps what it returns.
 template <class L, class Make> BATON_INLINE L each(Make&& make) {
@@ -69,8 +95,10 @@ template <class To, class From> BATON_INLINE To as(From x) {
   return each<To>([&](int p) { return (typename To::Part)x.part[p]; });
 }
 
+// x in every lane; x - 0 is x, a negative zero included.
+BATON_INLINE FloatRegister all_of_register(float x) { return x - FloatRegister{}; }
 BATON_INLINE Floats all(float x) {
-  return each<Floats>([&](int) { return x - FloatRegister{}; });  // x - 0 is x, a negative zero included
+  return each<Floats>([&](int) { return all_of_register(x); });
 }
 BATON_INLINE Words all_words(uint32_t x) {
   return each<Words>([&](int) { return x + WordRegister{}; });
@@ -152,15 +180,15 @@ BATON_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return each<Floats>([&](int p) { return fused(a.part[p], b.part[p], c.part[p]); });
 }
 
-// The even (0) or the odd (1) members of sixteen pairs of bfloat16; of sixteen floats, themselves.
-template <class T> BATON_INLINE Floats member(Words lanes, int which) {
-  if constexpr (sizeof(T) == 4) return as<Floats>(lanes);
-  return as<Floats>(which ? lanes & all_words(0xffff0000u) : lanes << 16);
+// The even (0) or the odd (1) members of a register's pairs of bfloat16; of floats, themselves.
+template <class T> BATON_INLINE FloatRegister member_of_register(WordRegister lanes, int which) {
+  if constexpr (sizeof(T) == 4) return (FloatRegister)lanes;
+  return which == 0 ? (FloatRegister)(lanes << 16) : upper_half(lanes);
 }
 
-// acc += a . b, where every lane holds a pair of bfloat16; only where the processor does that by itself.
-BATON_INLINE Floats dot_pairs(Floats acc, Words a, Words b) {
-  return each<Floats>([&](int p) { return dot_register(acc.part[p], a.part[p], b.part[p]); });
+// The same of sixteen lanes.
+template <class T> BATON_INLINE Floats member(Words lanes, int which) {
+  return each<Floats>([&](int p) { return member_of_register<T>(lanes.part[p], which); });
 }
 
 // The upper half of each float, rounded to nearest even, in the low bits of its lane.

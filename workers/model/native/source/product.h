@@ -14,9 +14,9 @@ namespace baton {
 
 constexpr int kPanel = 64;      // outputs of a panel
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kTileRows = 6;    // rows that meet a panel's weights at once
+constexpr int kTileRows = kNumRegisters == 16 ? 5 : 6;  // rows that meet a panel's weights at once: no sum leaves its register
 constexpr int kBlockRows = 96;  // rows whose unfinished sums stay in the first cache
-constexpr int kChunk = 64;      // groups of inputs whose weights stay in the first cache meanwhile
+constexpr int kChunk = kNumRegisters == 16 ? 32 : 64;  // groups of inputs whose weights stay in the first cache meanwhile
 constexpr int kAhead = 24;      // groups of inputs to fetch ahead of use, where nobody did before
 
 // Vectors of outputs that a tile of `rows` rows computes at once: as many sums as leave registers for weights and a value.
@@ -75,79 +75,93 @@ void pack(const Matrix& matrix, const T* source, int64_t first, int64_t count, i
   }
 }
 
+// y[m] += input `index` of row m times the members `which` of R registers of words. What there are fewer of, values or weights,
+// stays in registers.
+template <class T, int M, int R>
+BATON_INLINE void multiply_members(const Operand<T>* const (&x)[M], int64_t index, const uint32_t* from, int which,
+                                   FloatRegister (&y)[M][R]) {
+  const auto weight = [&](int r) BATON_BODY {
+    return member_of_register<T>(load<WordRegister>(from + r * kPartLanes), which);
+  };
+  if constexpr (M < R) {
+    FloatRegister a[M];
+    repeat<M>([&](auto m) BATON_BODY { a[m] = all_of_register(x[m][index]); });
+    repeat<R>([&](auto r) BATON_BODY {
+      const FloatRegister w = weight(r);
+      repeat<M>([&](auto m) BATON_BODY { accumulate(y[m][r], a[m], w); });
+    });
+  } else {
+    FloatRegister w[R];
+    repeat<R>([&](auto r) BATON_BODY { w[r] = weight(r); });
+    repeat<M>([&](auto m) BATON_BODY {
+      const FloatRegister a = all_of_register(x[m][index]);
+      repeat<R>([&](auto r) BATON_BODY { accumulate(y[m][r], a, w[r]); });
+    });
+  }
+}
+
+// The same for a whole pair of bfloat16, where the processor multiplies pairs.
+template <class T, int M, int R>
+BATON_INLINE void multiply_pairs(const Operand<T>* const (&x)[M], int64_t g, const uint32_t* from, FloatRegister (&y)[M][R]) {
+  WordRegister w[R];
+  repeat<R>([&](auto r) BATON_BODY { w[r] = load<WordRegister>(from + r * kPartLanes); });
+  repeat<M>([&](auto m) BATON_BODY {
+    const WordRegister a = load<uint32_t>(x[m] + 2 * g) + WordRegister{};
+    repeat<R>([&](auto r) BATON_BODY { y[m][r] = dot_register(y[m][r], a, w[r]); });
+  });
+}
+
 // sums[m] += rows[m] . panel over `groups` groups of inputs, for V vectors of the panel's outputs from vector `first` on. For
 // each group, kFetch cache lines of `ahead` are fetched. Each sum adds its inputs one by one, in their order.
 template <class T, int M, int V, int kFetch>
 BATON_INLINE void multiply_vectors(const Operand<T>* const* rows, const uint32_t* panel, int64_t groups,
                                    Floats (*sums)[kVectors], int first, const uint32_t* ahead) {
-  panel += first * kLanes;
+  constexpr int R = V * kParts;
   const Operand<T>* x[M];
-  Floats y[M][V];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+  FloatRegister y[M][R];
+  repeat<M>([&](auto m) BATON_BODY {
     x[m] = rows[m];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) y[m][v] = sums[m][first + v];
-  }
-#pragma GCC unroll 2
+    repeat<R>([&](auto r) BATON_BODY { y[m][r] = sums[m][first + r / kParts].part[r % kParts]; });
+  });
   for (int64_t g = 0; g < groups; ++g) {
-    const uint32_t* from = panel + g * kPanel;
-#pragma GCC unroll 4
-    for (int v = 0; v < kFetch; ++v) __builtin_prefetch(ahead + g * kPanel + (first + v) * kLanes);
+    const uint32_t* from = panel + first * kLanes + g * kPanel;
+    repeat<kFetch>([&](auto v) BATON_BODY { __builtin_prefetch(ahead + g * kPanel + v * kLanes); });
     if constexpr (kTakesPairs<T>) {
-      Words w[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) w[v] = load<Words>(from + v * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        uint32_t pair;
-        std::memcpy(&pair, x[m] + 2 * g, 4);
-        const Words a = all_words(pair);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) y[m][v] = dot_pairs(y[m][v], a, w[v]);
-      }
+      multiply_pairs<T>(x, g, from, y);
     } else {
-#pragma GCC unroll 2
-      for (int which = 0; which < kDepth<T>; ++which) {
-        Floats w[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) w[v] = member<T>(load<Words>(from + v * kLanes), which);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const Floats a = all(x[m][g * kDepth<T> + which]);
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) y[m][v] = multiply_add(a, w[v], y[m][v]);
-        }
-      }
+      multiply_members<T>(x, g * kDepth<T>, from, 0, y);
+      if constexpr (kDepth<T> == 2) multiply_members<T>(x, g * 2 + 1, from, 1, y);
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[m][first + v] = y[m][v];
+  repeat<M>([&](auto m) BATON_BODY {
+    repeat<R>([&](auto r) BATON_BODY { sums[m][first + r / kParts].part[r % kParts] = y[m][r]; });
+  });
 }
 
-// The same for all of the panel's outputs, as many vectors at a time as registers allow; where kFetches, all of `ahead` is
-// fetched. Not inlined, so that it is compiled once for each number of rows.
-template <class T, int M, bool kFetches>
+// The same for all of the panel's outputs, as many vectors at a time as registers allow. Of each group's four lines, those from
+// `fetch_from` to `fetch_to` are fetched at `ahead`. Not inlined, so that it is compiled once for each number of rows.
+template <class T, int M>
 __attribute__((noinline)) void multiply_tile(const Operand<T>* const* rows, const uint32_t* panel, int64_t groups,
-                                             Floats (*sums)[kVectors], const uint32_t* ahead = nullptr) {
-  constexpr int V = tile_vectors(M);
+                                             Floats (*sums)[kVectors], const uint32_t* ahead = nullptr,
+                                             int fetch_from = 0, int fetch_to = 0) {
+  constexpr int V = tile_vectors(M), kSome = V > 1 ? V / 2 : V;
 #pragma GCC unroll 4
-  for (int first = 0; first < kVectors; first += V)
-    multiply_vectors<T, M, V, kFetches ? V : 0>(rows, panel, groups, sums, first, ahead);
+  for (int first = 0; first < kVectors; first += V) {
+    const int from = std::max(first, fetch_from), lines = std::min(first + V, fetch_to) - from;
+    if (lines <= 0)
+      multiply_vectors<T, M, V, 0>(rows, panel, groups, sums, first, nullptr);
+    else if (lines >= V)
+      multiply_vectors<T, M, V, V>(rows, panel, groups, sums, first, ahead + from * kLanes);
+    else
+      multiply_vectors<T, M, V, kSome>(rows, panel, groups, sums, first, ahead + from * kLanes);
+  }
 }
 
 // Calls `body` with the number of rows, 1 to kTileRows, as a constant.
 template <class Body> BATON_INLINE void with_rows(int64_t count, Body&& body) {
-  switch (count) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    default: return body(std::integral_constant<int, kTileRows>{});
-  }
+  repeat<kTileRows>([&](auto before) BATON_BODY {
+    if (count == before + 1) body(std::integral_constant<int, before + 1>{});
+  });
 }
 
 // Rows of the next tile when `left` remain: as even as can be.
@@ -163,26 +177,26 @@ template <class T> void multiply_few(const Operand<T>** rows, int64_t count, con
     for (int64_t g = 0, span; g < groups; g += span) {
       span = tile_vectors(M) == kVectors ? groups : std::min<int64_t>(kAhead, groups - g);
       const uint32_t* here = panel + g * kPanel;
-      multiply_tile<T, M, true>(rows, here, span, sums, here + kAhead * kPanel);
+      multiply_tile<T, M>(rows, here, span, sums, here + kAhead * kPanel, 0, kVectors);
       for (int m = 0; m < M; ++m) rows[m] += span * kDepth<T>;
     }
   });
 }
 
-// The same for at most kBlockRows rows. A chunk of the panel's inputs stays in the first cache while all rows meet it;
-// where `is_cold`, the first rows that meet it fetch the next one.
+// The same for at most kBlockRows rows. A chunk of the panel's inputs stays in the first cache while all rows meet it. Where
+// `is_cold`, the first tiles that meet a chunk share in fetching the next one; the very first tile also fetches its own.
 template <class T> void multiply_many(const Operand<T>** rows, int64_t count, const uint32_t* panel, int64_t groups,
                                       bool is_cold, Floats (*sums)[kVectors]) {
+  const int64_t num_tiles = (count + kTileRows - 1) / kTileRows;
+  const int share = num_tiles >= kVectors ? 1 : num_tiles >= kVectors / 2 ? 2 : kVectors;  // lines of a group for each tile
   for (int64_t g = 0, span; g < groups; g += span) {
-    span = std::min<int64_t>(kChunk, groups - g);
-    const uint32_t* here = panel + g * kPanel;
-    for (int64_t m = 0, together; m < count; m += together) {
+    span = std::min<int64_t>(g ? kChunk : kAhead, groups - g);
+    const uint32_t *here = panel + g * kPanel, *ahead = here + span * kPanel;
+    int from = is_cold ? 0 : kVectors;
+    for (int64_t m = 0, together; m < count; m += together, from += share) {
       together = tile_rows(count - m);
       with_rows(together, [&](auto M) {
-        if (is_cold && m == 0)
-          multiply_tile<T, M, true>(rows, here, span, sums, g ? here + span * kPanel : here + kAhead * kPanel);
-        else
-          multiply_tile<T, M, false>(rows + m, here, span, sums + m);
+        multiply_tile<T, M>(rows + m, here, span, sums + m, ahead, from, std::min(from + share, kVectors));
       });
     }
     for (int64_t m = 0; m < count; ++m) rows[m] += span * kDepth<T>;
