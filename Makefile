@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SERVE := $(VENV)/.serve-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: serve test chaos demo model lint protos clean
+.PHONY: serve test kernels-emulated chaos demo model lint protos clean
 
 serve: $(SERVE)
 	$(BIN)/baton serve
@@ -16,6 +16,10 @@ demo: $(SERVE)
 
 test: $(TEST)
 	$(BIN)/python -m pytest
+
+# What the C++ kernels compute on every instruction set that can be run or emulated here (docs/architecture.md, Exactness).
+kernels-emulated: $(TEST)
+	$(BIN)/python -m tests.kernels
 
 # Minutes: worker processes are killed, stopped and cut off at every step of a transfer. SEED=2 for another run.
 chaos: $(TEST)

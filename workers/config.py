@@ -9,7 +9,7 @@ from typing import Literal
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon")
 """Those that the C++ kernels are written for, better ones first."""
 
 MAX_DIRECT_RANKS = 16
@@ -107,7 +107,7 @@ class WorkerConfig:
     native: bool = True
     """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
     instruction_set: str = "auto"
-    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16 or neon."""
+    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, neon or neonbf16."""
     cache_folder: str = ""
     """Where compiled kernels are kept; ~/.cache/baton when empty."""
     max_model_len: int = 0

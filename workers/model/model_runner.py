@@ -20,10 +20,10 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.weights import Checkpoint, fingerprint
 from workers.request import TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.logprobs import token_logprobs
+from workers.sampling.arithmetic import DRAW_VERSION
 from workers.sampling.placement import on_device
-from workers.sampling.sampler import Drawn, is_plain, sample
-from workers.sampling.shortcuts import Shortcuts
+from workers.sampling.row_kernel import RowKernel
+from workers.sampling.sampler import Drawn, is_plain, logprobs_of, sample
 from workers.status import ModelInfo
 
 _PROMPT_LOGPROB_ROWS = 64
@@ -50,7 +50,7 @@ class ModelRunner(ABC, Generic[M]):
         self._info = info
         self.warnings: tuple[str, ...] = ()
         """What was found at start-up, one sentence each."""
-        self.shortcuts: Shortcuts | None = None
+        self.row_kernel: RowKernel | None = None
         """Faster kernels for drawing, where the logits are on the host."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class ModelRunner(ABC, Generic[M]):
             if all(is_plain(spec) for spec in specs):
                 found = [Drawn(token_id) for token_id in self._model.greedy(x_RD)]
             else:
-                found = sample(self._model.logits(x_RD), specs, self.shortcuts)
+                found = sample(self._model.logits(x_RD), specs, self.row_kernel)
             drawn.update(zip((i for i, _ in wanted), found, strict=True))
         return drawn
 
@@ -137,7 +137,7 @@ class ModelRunner(ABC, Generic[M]):
         for first in range(0, len(following), _PROMPT_LOGPROB_ROWS):
             tokens = following[first : first + _PROMPT_LOGPROB_ROWS]
             logits_RV = self._model.logits(x_TD[first : first + len(tokens)])
-            found += token_logprobs(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens))
+            found += logprobs_of(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens), self.row_kernel)
         return tuple(found)
 
 
@@ -159,7 +159,7 @@ def describe_model(
     kv_format = (layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
     return ModelInfo(
         name=config.served_model_name or folder.resolve().name,
-        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, *facts),
+        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, DRAW_VERSION, *facts),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,

@@ -58,7 +58,7 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
         if isinstance(model, NativeErnie):
-            runner.shortcuts = model.shortcuts
+            runner.row_kernel = model.row_kernel
         return runner
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:

@@ -34,6 +34,7 @@ SETS = (
     InstructionSet("avx512bf16", ("-mavx512bf16", *_AVX512.flags), ("avx512_bf16", *_AVX512.cpu_flags)),
     _AVX512,
     _AVX2,
+    InstructionSet("neonbf16", ("-march=armv8.2-a+bf16",), ("asimd", "bf16")),
     InstructionSet("neon", ("-march=armv8.2-a",), ("asimd",)),
 )
 """Better ones first; their names are workers.config.INSTRUCTION_SETS."""

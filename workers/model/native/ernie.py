@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool
 from workers.model.native.build import BuildFailed
-from workers.model.native.draw import NativeShortcuts
+from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Dimensions, Library, Part, Step
 from workers.model.rope import frequencies
 from workers.model.weights import Checkpoint
@@ -48,7 +48,7 @@ class NativeErnie:
         self._library = library
         self._model = library.create(_dimensions(config, num_threads), dtype is torch.bfloat16)
         weakref.finalize(self, library.destroy, self._model)
-        self.shortcuts = NativeShortcuts(library)
+        self.row_kernel = NativeRowKernel(library, self._model)
         self._load(checkpoint)
 
     def compute(self, batch: Batch, pool: KvPool, on_layer: LayerHook | None = None) -> Tensor:

@@ -71,12 +71,10 @@ _SIGNATURES = {
         ctypes.c_char_p,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
     ),
-    "baton_candidates": (
-        ctypes.c_int64,
-        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+    "baton_draw": (
+        ctypes.c_char_p,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p),
     ),
-    "baton_nucleus": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
-    "baton_drop_below": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p)),
     "baton_instruction_set": (ctypes.c_char_p, ()),
     "baton_arithmetic": (ctypes.c_char_p, (ctypes.c_int64,)),
 }
@@ -127,17 +125,11 @@ class Library:
     def head(self, model: ctypes.c_void_p, x: int, num_rows: int, logits: int | None, best: int) -> None:
         _check(self._functions.baton_head(model, x, num_rows, logits, best))
 
-    def candidates(self, logits: int, size: int, key: int, sums: int, tokens: int, capacity: int) -> int:
-        """Fills `tokens` and `sums` as `find_candidates` of source/draw.h does; -1 when it cannot tell."""
-        found: int = self._functions.baton_candidates(logits, size, key, sums, tokens, capacity)
-        return found
-
-    def nucleus(self, probabilities: int, size: int, wanted: float, threshold: int) -> bool:
-        """As `find_nucleus` of source/draw.h; False when it cannot tell."""
-        return bool(self._functions.baton_nucleus(probabilities, size, wanted, threshold))
-
-    def drop_below(self, keys: int, size: int, threshold: float, logits: int) -> None:
-        self._functions.baton_drop_below(keys, size, threshold, logits)
+    def draw(
+        self, model: ctypes.c_void_p | None, logits: int, num_rows: int, size: int, specs: bytes, drawn: int
+    ) -> None:
+        """Draws from every row of logits, on the threads of `model` if there is one; see source/draw.h."""
+        _check(self._functions.baton_draw(model, logits, num_rows, size, specs, drawn))
 
 
 def _check(message: bytes | None) -> None:

@@ -1,7 +1,9 @@
 // The C interface of the kernels, for workers.model.native.library. Returns null or 0 when all is well, else a message.
 
 #include <exception>
+#include <string>
 
+#include "arithmetic.h"
 #include "draw.h"
 #include "forward.h"
 #include "load.h"
@@ -10,6 +12,7 @@ namespace {
 
 template <class Body> const char* guarded(Body&& body) {
   static thread_local std::string message;
+  const baton::FlushDenormals flush;
   try {
     body();
     return nullptr;
@@ -28,11 +31,12 @@ const char* baton_instruction_set() { return baton::kInstructionSet; }
 
 // How products of a type are rounded: libraries that give the same name compute the same bits.
 const char* baton_arithmetic(int64_t is_bf16) {
-  return is_bf16 ? baton::kArithmetic<baton::Bf16> : baton::kArithmetic<float>;
+  return !is_bf16 || !baton::kDotsPairs || baton::dots_like_fma() ? "fma" : "pairs";
 }
 
 const char* baton_create(const baton::Dimensions* dimensions, int64_t is_bf16, baton::AnyModel** model) {
   return guarded([&] {
+    baton::check(*dimensions, is_bf16 ? baton::kDepth<baton::Bf16> : baton::kDepth<float>);
     if (is_bf16)
       *model = new baton::Model<baton::Bf16>(*dimensions);
     else
@@ -57,16 +61,17 @@ const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, 
   return guarded([&] { model->head(x, num_rows, logits, best); });
 }
 
-int64_t baton_candidates(const float* logits, int64_t size, uint64_t key, float* sums, int64_t* tokens, int64_t capacity) {
-  return baton::find_candidates(logits, size, key, sums, tokens, capacity);
-}
-
-void baton_drop_below(const float* keys, int64_t size, float threshold, float* logits) {
-  baton::drop_below(keys, size, threshold, logits);
-}
-
-int64_t baton_nucleus(const float* probabilities, int64_t size, float wanted, float* threshold) {
-  return baton::find_nucleus(probabilities, size, wanted, threshold);
+// Draws from `num_rows` rows of `size` logits, one after the other where there is no model.
+const char* baton_draw(baton::AnyModel* model, float* logits, int64_t num_rows, int64_t size, const baton::DrawSpec* specs,
+                       baton::Drawn* drawn) {
+  return guarded([&] {
+    auto draw = [&](int64_t row, int) {
+      static thread_local baton::RowDraw rows;
+      rows.run(logits + row * size, size, specs[row], &drawn[row]);
+    };
+    if (model != nullptr) return model->threads().run(num_rows, draw);
+    for (int64_t row = 0; row < num_rows; ++row) draw(row, 0);
+  });
 }
 
 }  // extern "C"

@@ -18,6 +18,8 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
   T* kv = static_cast<T*>(pool);
   const int64_t num_rows = step.num_rows, hidden = d_.hidden_size;
   check(step);
+  require(!num_rows || (pool && x_out), "a step has rows and nowhere to put them");
+  require(every >= 0 && (!every || on_layer), "nobody waits for layers");
   grow(normed_, num_rows * hidden);
   grow(qkv_, num_rows * qkv_width());
   grow(queries_, num_rows * d_.num_heads * d_.head_dim);
@@ -37,7 +39,10 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
                   });
     });
     place_keys(step, kv, i);
-    if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) on_layer(i + 1);
+    if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) {
+      const FlushDenormals as_usual(false);
+      on_layer(i + 1);
+    }
     attend(step, kv, i);
     add_product(layer.output, context_, num_rows, x);
     normalize_rows(x, layer.mlp_norm, num_rows);
@@ -48,13 +53,16 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
   }
 }
 
-// Throws invalid_argument where a token, a position or a block does not exist: nothing has been written then.
+// Throws invalid_argument where a token, a position or a block does not exist, or a weight: nothing has been written then. The
+// arrays of a step are as long as it says.
 template <class T> void Model<T>::check(const Step& step) const {
-  const auto require = [](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-  };
-  require(step.num_rows >= 0 && step.num_slices >= 0 && step.first_rows[0] == 0 &&
-              step.first_rows[step.num_slices] == step.num_rows, "the slices of a step are not its rows");
+  ledger_.require_complete();
+  require(step.num_rows >= 0 && step.num_rows <= kMostRows && step.num_slices >= 0 && step.num_slices <= step.num_rows &&
+              step.num_entries >= 0 && step.num_blocks >= 0, "a size of a step is out of range");
+  if (!step.num_rows) return;
+  require(step.token_ids && step.positions && step.first_rows && step.tables && step.first_blocks, "a step lacks an array");
+  require(step.first_rows[0] == 0 && step.first_rows[step.num_slices] == step.num_rows,
+          "the slices of a step are not its rows");
   for (int64_t t = 0; t < step.num_rows; ++t)
     require(step.token_ids[t] >= 0 && step.token_ids[t] < d_.vocab_size, "a token is not in the vocabulary");
   for (int64_t i = 0; i < step.num_entries; ++i)
@@ -62,9 +70,11 @@ template <class T> void Model<T>::check(const Step& step) const {
   for (int64_t s = 0; s < step.num_slices; ++s) {
     const int64_t first = step.first_rows[s], last = step.first_rows[s + 1];
     require(first < last && last <= step.num_rows, "a slice has no rows");
+    const int64_t start = step.positions[first];
+    require(start >= 0 && start < kMostPositions - (last - first), "a position is out of range");
     for (int64_t t = first; t < last; ++t)
-      require(step.positions[t] == step.positions[first] + (t - first), "the positions of a slice do not follow each other");
-    require(step.positions[first] >= 0 && step.first_blocks[s] >= 0 &&
+      require(step.positions[t] == start + (t - first), "the positions of a slice do not follow each other");
+    require(step.first_blocks[s] >= 0 &&
                 step.positions[last - 1] / kBlock < step.num_entries - step.first_blocks[s],
             "a block table is too short for its slice");
   }
@@ -282,6 +292,8 @@ template <class T> void Model<T>::combine(int64_t num_rows, T* x) {
 // fp32 logits of rows of the last layer's output (left out when `logits` is null), and each row's largest, of equals the
 // first.
 template <class T> void Model<T>::head(const void* x_in, int64_t num_rows, float* logits, int64_t* best) {
+  ledger_.require_complete();
+  require(num_rows >= 0 && num_rows <= kMostRows && (!num_rows || (x_in && best)), "a number of rows is out of range");
   const T* x = static_cast<const T*>(x_in);
   const Matrix& matrix = head_.data ? head_ : embedding_;
   const int64_t hidden = d_.hidden_size, V = d_.vocab_size, panels = matrix.panels();

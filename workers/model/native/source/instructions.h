@@ -17,7 +17,15 @@
 
 namespace baton {
 
-#if defined(__AVX512F__)
+// BATON_EMULATE_AVX512, and BATON_EMULATE_AVX512BF16 beside it: tests compile the path of AVX-512 for any processor.
+#if defined(__AVX512F__) || defined(BATON_EMULATE_AVX512)
+#define BATON_WIDE 1
+#endif
+#if defined(__AVX512BF16__) || defined(BATON_EMULATE_AVX512BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BATON_PAIRS 1
+#endif
+
+#if defined(BATON_WIDE)
 constexpr int kRegisterBytes = 64, kNumRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kRegisterBytes = 32, kNumRegisters = 16;
@@ -29,7 +37,16 @@ typedef float FloatRegister __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t WordRegister __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
 
-#if defined(__AVX512F__)
+}  // namespace baton
+
+#if defined(BATON_EMULATE_AVX512)
+#include "emulated.h"
+#endif
+
+namespace baton {
+
+#if defined(BATON_EMULATE_AVX512)
+#elif defined(__AVX512F__)
 
 inline FloatRegister fused(FloatRegister a, FloatRegister b, FloatRegister c) {
   return (FloatRegister)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -81,25 +98,65 @@ inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(
 
 #endif
 
-#if defined(__AVX512BF16__)
+// Where the processor multiplies pairs of bfloat16: acc plus the product of the odd members, then that of the even ones, each
+// by a fused multiply-add, as the manuals of VDPBF16PS and of BFMLALT and BFMLALB say. Sets without it do the same one by one,
+// so that all give the same bits.
+#if defined(BATON_PAIRS)
 constexpr bool kDotsPairs = true;
-constexpr const char* kPairArithmetic = "avx512bf16";
+#else
+constexpr bool kDotsPairs = false;
+#endif
+#if defined(BATON_EMULATE_AVX512BF16)
+#elif defined(__AVX512BF16__)
 inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
   return (FloatRegister)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
+#elif defined(BATON_PAIRS)
+inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegister b) {
+  const bfloat16x8_t x = vreinterpretq_bf16_u32(a), y = vreinterpretq_bf16_u32(b);
+  return vbfmlalbq_f32(vbfmlaltq_f32(acc, x, y), x, y);
+}
 #else
-constexpr bool kDotsPairs = false;
-constexpr const char* kPairArithmetic = "fma";
 inline FloatRegister dot_register(FloatRegister acc, WordRegister, WordRegister) { return acc; }
 #endif
 
+// While one lives, this thread's processor takes denormal numbers for zero, and gives zero in place of one; or, with `false`,
+// computes with them as C++ has it. VDPBF16PS knows no other way than the first, so every set computes like that.
+class FlushDenormals {
+ public:
+  explicit FlushDenormals(bool flush = true) : before_(read()) {
+    constexpr uint64_t bits = kFlushBits;
+    write(flush ? before_ | bits : before_ & ~bits);
+  }
+  ~FlushDenormals() { write(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+#if defined(__AVX2__)
+  static constexpr uint64_t kFlushBits = 0x8040;  // FTZ and DAZ of MXCSR
+  static uint64_t read() { return _mm_getcsr(); }
+  static void write(uint64_t bits) { _mm_setcsr(static_cast<uint32_t>(bits)); }
+#else
+  static constexpr uint64_t kFlushBits = 1 << 24;  // FZ of FPCR
+  static uint64_t read() {
+    uint64_t bits;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+    return bits;
+  }
+  static void write(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+#endif
+  const uint64_t before_;
+};
+
 // The name of this set in workers.model.native.build.
-#if defined(__AVX512BF16__)
+#if defined(BATON_WIDE) && defined(BATON_PAIRS)
 constexpr const char* kInstructionSet = "avx512bf16";
-#elif defined(__AVX512F__)
+#elif defined(BATON_WIDE)
 constexpr const char* kInstructionSet = "avx512";
 #elif defined(__AVX2__)
 constexpr const char* kInstructionSet = "avx2";
+#elif defined(BATON_PAIRS)
+constexpr const char* kInstructionSet = "neonbf16";
 #else
 constexpr const char* kInstructionSet = "neon";
 #endif
@@ -115,7 +172,7 @@ inline void pause_briefly() {
 
 // Turns a square of as many rows as a register has lanes: lane j of row i becomes lane i of row j.
 inline void transpose_square(WordRegister (&r)[kRegisterBytes / 4]) {
-#if defined(__AVX512F__)
+#if defined(BATON_WIDE)
   WordRegister t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {

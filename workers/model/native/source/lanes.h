@@ -1,8 +1,7 @@
 // Sixteen lanes of 32 bits: a row of floats, or a row of pairs of bfloat16. Knows no matrices.
 //
 // Every function here computes each lane by itself, in one fixed way that is the same on every instruction set, so no
-// result depends on what stands beside it or on the processor. The one exception is `dot` of bfloat16 where the processor
-// multiplies pairs by itself (`kDotsPairs`): it rounds otherwise, and `kArithmetic` says so.
+// result depends on what stands beside it or on the processor.
 
 #pragma once
 
@@ -53,9 +52,6 @@ template <class T> constexpr bool kTakesPairs = kDotsPairs && sizeof(T) == 2;
 
 // What the rows of a product are kept as: values of T, in the form that the multiplication takes.
 template <class T> using Operand = std::conditional_t<kTakesPairs<T>, T, float>;
-
-// The rounding that products of this type have: hosts whose names agree compute the same bits.
-template <class T> constexpr const char* kArithmetic = kTakesPairs<T> ? kPairArithmetic : "fma";
 
 template <class V> struct IsLanes : std::false_type {};
 template <class N> struct IsLanes<Lanes<N>> : std::true_type {};
@@ -157,7 +153,9 @@ BATON_INLINE Ints operator-(int32_t a, Ints b) { return all_ints(a) - b; }
 BATON_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
   return as<Floats>((as<Ints>(yes) & mask) | (as<Ints>(no) & ~mask));
 }
-BATON_INLINE Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+BATON_INLINE Floats larger(Floats a, Floats b) {
+  return each<Floats>([&](int p) { return a.part[p] > b.part[p] ? a.part[p] : b.part[p]; });
+}
 BATON_INLINE bool any(Ints mask) {
   IntRegister found = mask.part[0];
 #pragma GCC unroll 4

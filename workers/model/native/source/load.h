@@ -25,6 +25,8 @@ template <class T> Layer<T> Model<T>::make_layer(bool is_mixture) {
 
 template <class T>
 void Model<T>::take(Part part, int64_t index, int64_t expert, int64_t first, int64_t count, const void* source) {
+  require(source || !count, "the rows of a weight are nowhere");
+  ledger_.take(part, index, expert, first, count);
   const int64_t hidden = d_.hidden_size, queries = d_.num_heads * d_.head_dim, keys = d_.num_kv_heads * d_.head_dim;
   const auto vector = [&](const auto* to) {
     std::memcpy(const_cast<void*>(static_cast<const void*>(to + first)), source, count * sizeof(*to));

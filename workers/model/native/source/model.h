@@ -42,6 +42,12 @@ enum class Part : int64_t {
   kEmbedding, kHead, kNorm, kInputNorm, kQuery, kKey, kValue, kOutput, kMlpNorm, kRouter, kRouterBias, kGate, kUp, kDown
 };
 
+}  // namespace baton
+
+#include "checks.h"
+
+namespace baton {
+
 // Memory for weights in huge pages where the kernel has them; freed with its owner.
 class Arena {
  public:
@@ -89,6 +95,7 @@ class AnyModel {
   virtual void take(Part part, int64_t layer, int64_t expert, int64_t first, int64_t count, const void* source) = 0;
   virtual void forward(const Step& step, void* pool, void* x, int64_t every, void (*on_layer)(int64_t)) = 0;
   virtual void head(const void* x, int64_t num_rows, float* logits, int64_t* best) = 0;
+  virtual Pool& threads() = 0;
 };
 
 struct Expert {
@@ -117,6 +124,7 @@ template <class T> class Model : public AnyModel {
   void take(Part part, int64_t index, int64_t expert, int64_t first, int64_t count, const void* source) override;
   void forward(const Step& step, void* pool, void* x, int64_t every, void (*on_layer)(int64_t)) override;
   void head(const void* x, int64_t num_rows, float* logits, int64_t* best) override;
+  Pool& threads() override { return threads_; }
 
  private:
   int64_t group() const { return d_.num_heads / d_.num_kv_heads; }
@@ -143,6 +151,7 @@ template <class T> class Model : public AnyModel {
   }
 
   Dimensions d_;
+  Ledger ledger_{d_};
   Pool threads_;
   Arena arena_;
   std::vector<float> frequencies_;

@@ -63,6 +63,7 @@ class Pool {
   }
 
   void help(int thread) {
+    const FlushDenormals flush;
     for (uint32_t seen = 0;;) {
       for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) pause_briefly();
       round_.wait(seen, std::memory_order_acquire);

@@ -1,7 +1,7 @@
 // Products of a few or many rows with a packed matrix: y = x W^T. Reads each weight from memory once.
 //
 // W [outputs, inputs] is kept in panels of 64 outputs; a panel holds, for each lane-wide group of inputs, 64 lanes side by
-// side. An output adds its inputs in their order, one after the other, whatever the number of rows: that is what makes
+// side. An output adds its inputs pair after pair, each one by itself, whatever the number of rows: that is what makes
 // a row's bits independent of its company and of the number of threads.
 
 #pragma once
@@ -112,7 +112,7 @@ BATON_INLINE void multiply_pairs(const Operand<T>* const (&x)[M], int64_t g, con
 }
 
 // sums[m] += rows[m] . panel over `groups` groups of inputs, for V vectors of the panel's outputs from vector `first` on. For
-// each group, kFetch cache lines of `ahead` are fetched. Each sum adds its inputs one by one, in their order.
+// each group, kFetch cache lines of `ahead` are fetched. Each sum adds its inputs one by one, pair after pair, in their order.
 template <class T, int M, int V, int kFetch>
 BATON_INLINE void multiply_vectors(const Operand<T>* const* rows, const uint32_t* panel, int64_t groups,
                                    Floats (*sums)[kVectors], int first, const uint32_t* ahead) {
@@ -129,8 +129,8 @@ BATON_INLINE void multiply_vectors(const Operand<T>* const* rows, const uint32_t
     if constexpr (kTakesPairs<T>) {
       multiply_pairs<T>(x, g, from, y);
     } else {
+      if constexpr (kDepth<T> == 2) multiply_members<T>(x, g * 2 + 1, from, 1, y);  // odd before even, as pairs are
       multiply_members<T>(x, g * kDepth<T>, from, 0, y);
-      if constexpr (kDepth<T> == 2) multiply_members<T>(x, g * 2 + 1, from, 1, y);
     }
   }
   repeat<M>([&](auto m) BATON_BODY {

@@ -1,0 +1,91 @@
+"""Builds the kernels' driver (driver.cpp) for a processor, real or emulated, and runs it; installs nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.model.native.build import supported
+from workers.native_build import cpu_description
+
+_HERE = Path(__file__).parent
+_SOURCE = _HERE.parents[1] / "workers" / "model" / "native" / "source"
+_FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{_SOURCE}", f"-I{_HERE}")
+_SANITIZE = (
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    # What ASan sees anyway, and what makes the compiler slow.
+    "-fno-sanitize=null,alignment,vptr,object-size",
+    "--param",
+    "asan-instrumentation-with-call-threshold=0",
+)
+_TIMEOUT_S = 600.0
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_CROSS_COMPILER = "aarch64-linux-gnu-g++"
+_QEMU = ("qemu-aarch64-static", "qemu-aarch64")  # as the processor "max", which has all that qemu knows
+
+
+class Missing(Exception):
+    """What a build or a run needs is not on this machine; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A driver: what it is compiled for and by, and what runs it where that is not this machine."""
+
+    name: str
+    flags: tuple[str, ...]
+    compilers: tuple[str, ...] = ("g++",)
+    runners: tuple[str, ...] = ()
+
+    def compile(self, folder: Path) -> Path:
+        """Raises Missing."""
+        compiler = _found(self.compilers)
+        driver = folder / f"driver-{self.name}"
+        subprocess.run(
+            [compiler, *_FLAGS, *self.flags, str(_HERE / "driver.cpp"), "-o", str(driver)],
+            check=True,
+            timeout=_TIMEOUT_S,
+        )
+        return driver
+
+    def run(self, driver: Path, *arguments: str) -> list[str]:
+        """The lines that it prints. Raises Missing, and AssertionError when it fails."""
+        command = [*([_found(self.runners)] if self.runners else []), str(driver), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0 and lines and lines[-1] == "passed", done.stdout + done.stderr[-4000:]
+        return lines[:-1]
+
+
+def native() -> list[Build]:
+    """One for each instruction set of this processor, best first. Raises Missing when it has none."""
+    sets = supported(cpu_description())
+    if not sets:
+        raise Missing("AVX2 with FMA or NEON")
+    return [Build(each.name, each.flags) for each in sets]
+
+
+def sanitized() -> Build:
+    """The plainest set of this processor, with AddressSanitizer and UBSan."""
+    plain = native()[-1]
+    return Build(f"{plain.name}-sanitized", (*plain.flags, *_SANITIZE))
+
+
+EMULATED = {
+    "avx512": Build("avx512-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512")),
+    "avx512bf16": Build("avx512bf16-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512", "-DBATON_EMULATE_AVX512BF16")),
+    "neon": Build("neon-emulated", ("-march=armv8.2-a", "-static"), (_CROSS_COMPILER,), _QEMU),
+    "neonbf16": Build("neonbf16-emulated", ("-march=armv8.2-a+bf16", "-static"), (_CROSS_COMPILER,), _QEMU),
+}
+"""Sets that this processor need not have: AVX-512 by emulated.h on AVX2, NEON by qemu-user."""
+
+
+def _found(programs: tuple[str, ...]) -> str:
+    for program in programs:
+        if found := shutil.which(program):
+            return found
+    raise Missing(" or ".join(programs))

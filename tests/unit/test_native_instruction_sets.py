@@ -1,0 +1,81 @@
+"""The kernels on instruction sets that this machine has, and under emulation on those it has not: all give the same bits.
+
+What needs a cross compiler and qemu-user is left out where they are missing; `python -m tests.kernels` runs all by hand.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.builds import EMULATED, Build, Missing, native, sanitized
+from workers.model.native.build import supported
+from workers.native_build import cpu_description
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not supported(cpu_description()), reason="needs g++, and AVX2 with FMA or NEON"
+)
+needs_avx2 = pytest.mark.skipif("avx2" not in cpu_description(), reason="the emulation of AVX-512 is compiled for AVX2")
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Compiled beside each other: each takes some twenty seconds."""
+    folder = tmp_path_factory.mktemp("drivers")
+    builds = [sanitized(), *native()[:-1], *(EMULATED.values() if "avx2" in cpu_description() else ())]
+
+    def compiled(build: Build) -> Path | None:
+        try:
+            return build.compile(folder)
+        except Missing:
+            return None
+
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(compiled, builds)
+    return {build.name: driver for build, driver in zip(builds, found, strict=True) if driver is not None}
+
+
+@pytest.fixture(scope="module")
+def expected(drivers: dict[str, Path]) -> Sequence[str]:
+    """From the plainest set of this processor, with sanitizers watching."""
+    build = sanitized()
+    return build.run(drivers[build.name])
+
+
+@pytest.mark.timeout(900)
+def test_batch_chunks_and_threads_change_no_bit_and_no_byte_is_read_beyond_an_end(expected: Sequence[str]) -> None:
+    assert len(expected) == 9
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_calls_that_make_no_sense_are_refused_and_touch_nothing(drivers: dict[str, Path], seed: int) -> None:
+    build = sanitized()
+    build.run(drivers[build.name], "hostile", str(seed))
+
+
+@pytest.mark.timeout(900)
+def test_every_instruction_set_of_this_processor_computes_the_same_bits(
+    drivers: dict[str, Path], expected: Sequence[str]
+) -> None:
+    for build in native()[:-1]:
+        assert build.run(drivers[build.name]) == expected
+
+
+@needs_avx2
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", EMULATED)
+def test_an_emulated_instruction_set_computes_the_same_bits(
+    name: str, drivers: dict[str, Path], expected: Sequence[str]
+) -> None:
+    build = EMULATED[name]
+    if build.name not in drivers:
+        pytest.skip(f"needs {' or '.join((*build.compilers, *build.runners))}")
+    try:
+        assert build.run(drivers[build.name]) == expected
+    except Missing as error:
+        pytest.skip(f"needs {error}")
