@@ -105,11 +105,11 @@ class WorkerConfig:
     """A sequence gets the same bits whatever runs beside it. False, on cuda only, allows kernels that depend on the batch."""
     num_threads: int = 1
     native: bool = True
-    """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
+    """Compute with the C++ kernels, built ahead or else compiled at first use; where neither can be had, or when false, with PyTorch's."""
     instruction_set: str = "auto"
     """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, neon or neonbf16."""
     cache_folder: str = ""
-    """Where compiled kernels are kept; ~/.cache/baton when empty."""
+    """Where kernels compiled at first use are kept; ~/.cache/baton when empty."""
     max_model_len: int = 0
     """Longest prompt + output; 0: the model's max_position_embeddings."""
     kv_memory_bytes: int = 0

@@ -34,7 +34,7 @@ from workers.sampling.edits import LogitEdits, edits_of
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),
     Welcome(17, [[0, 1], [1, 0]], 88, 5, 4096, "00ff"),
-    Ready("weights", 12, shares_memory=False, offers_direct=True),
+    Ready("weights", 12, shares_memory=False, offers_direct=True, kernels="torch"),
     GetBlocks([3, 4], 2, 7),
     PutBlocks([3], 2, 8, b"heads"),
     Blocks(8, b"heads"),

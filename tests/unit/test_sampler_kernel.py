@@ -18,7 +18,6 @@ from workers.errors import InvariantViolated
 from workers.model.native.build import build, default_cache_folder, supported
 from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Library
-from workers.native_build import cpu_description
 from workers.request import SamplingParams
 from workers.runner import SampleSpec
 from workers.sampling.logprobs import token_logprobs
@@ -26,7 +25,7 @@ from workers.sampling.noise import gumbel_noise, noise_key
 from workers.sampling.sampler import logprobs_of, sample
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(cpu_description()),
+    shutil.which("g++") is None or not supported(),
     reason="the kernels need a C++ compiler, and AVX2 with FMA or NEON",
 )
 VARIANTS: list[dict[str, Any]] = [

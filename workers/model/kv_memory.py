@@ -50,8 +50,18 @@ class KvPool:
 
     @property
     def address(self) -> int:
-        """Where the first block begins in this process."""
-        return self._blocks.data_ptr()
+        """Where the first of this pool's heads lies in block 0, in this process."""
+        return self._blocks.data_ptr() + self._first_block * self._blocks.stride(0) * self._blocks.element_size()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the memory from block 0 on."""
+        return self.layout.num_blocks - self._first_block
+
+    @property
+    def memory_heads(self) -> int:
+        """Heads that lie in a block, of which this pool's are some."""
+        return self._total
 
     def slots(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
         """Where layer 0 keeps the K and V of each token, [T, 2*K]: an argument of `write`."""

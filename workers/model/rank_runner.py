@@ -22,10 +22,11 @@ from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
 from workers.model.layers import compute_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
+from workers.model.native.rank import NativeRank
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
-from workers.model.torch_runner import TorchRunner, torch_kernels
+from workers.model.torch_runner import TorchRunner, find_library, kernel_name, weights_dtype
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
@@ -45,6 +46,8 @@ class Rank(Protocol):
 
     layout: Layout
     experts: RankExperts
+    kernels: str
+    """What it computes with, as the fingerprint names it: all ranks of a group the same."""
     device: str
     """What its process groups serve: cpu or cuda:N."""
     is_staged: bool
@@ -109,26 +112,29 @@ class RankRunner(TorchRunner):
 
     def __init__(
         self,
-        model: Ernie,
+        model: Ernie | NativeRank,
         memory: KvMemory,
         info: ModelInfo,
         config: WorkerConfig,
         layout: Layout,
         placement: Placement,
+        kernels: str,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
-        self._ernie = model
+        served_dtype: torch.dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype(served_dtype) if isinstance(model, Ernie) else served_dtype
+        self._part = model
         self.layout = layout
         self.experts = RankExperts(
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
-            num_nodes=config.parallel.num_nodes, dtype=compute_dtype(getattr(torch, config.dtype)),
-            device=torch.device("cpu"),
+            num_nodes=config.parallel.num_nodes, dtype=dtype, device=torch.device("cpu"),
         )  # fmt: skip
+        self.kernels = kernels
         self._halves = False
 
     @property
     def _own_heads(self) -> Share:
-        return self.layout.share(self._ernie.config.num_kv_heads)
+        return self.layout.share(self._part.config.num_kv_heads)
 
     def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
         """As Rank's; the rank computes in that memory itself."""
@@ -170,7 +176,7 @@ class RankRunner(TorchRunner):
         self._use_threads()
         first, second = split(batch)
         with torch.inference_mode():
-            return self._ernie.compute_halves(first, second, self._pool)
+            return self._part.compute_halves(first, second, self._pool)
 
 
 def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placement, num_blocks: int = 0) -> RankRunner:
@@ -185,16 +191,24 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
-    wide = compute_dtype(dtype)
-    needed_bytes = share_bytes(dimensions, layout, placement, dtype, wide)
-    require_bytes(folder, needed_bytes, wide, available_bytes(), served_dtype=dtype)
+    library, warnings = find_library(config, dimensions, layout)
+    kernels = kernel_name(library, dtype)
+    held_dtype = weights_dtype(library, dtype)
+    needed_bytes = share_bytes(
+        dimensions, layout, placement, dtype, copies_tied_head=library is None, packed_dtype=held_dtype
+    )
+    require_bytes(folder, needed_bytes, held_dtype, available_bytes(), served_dtype=dtype)
     part = Part(layout, links, placement, config.parallel.exact_combine)
+    model: Ernie | NativeRank
     with torch.inference_mode():
-        model = Ernie(dimensions, checkpoint, wide, max_model_len, part)
-        warnings = require_invariance(model, dtype)
+        if library is None:
+            model = Ernie(dimensions, checkpoint, held_dtype, max_model_len, part)
+            warnings = (*warnings, *require_invariance(model, dtype))
+        else:
+            model = NativeRank(dimensions, checkpoint, dtype, library, config.num_threads, part)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
-    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, torch_kernels(dtype))
-    runner = RankRunner(model, memory, info, config, layout, placement)
+    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, kernels)
+    runner = RankRunner(model, memory, info, config, layout, placement, kernels)
     runner.warnings = warnings
     return runner
 
@@ -252,13 +266,15 @@ def share_bytes(
     layout: Layout,
     placement: Placement,
     dtype: torch.dtype,
+    *,
+    copies_tied_head: bool = True,
     packed_dtype: torch.dtype | None = None,
 ) -> int:
-    """Memory that a rank's weights take; `packed_dtype` is what all but the table of embeddings is held in, if not `dtype`."""
+    """Memory that a rank's weights take. `copies_tied_head`, `packed_dtype`: as in workers.model.model_runner.require_memory."""
     D, t = config.hidden_size, layout.tensor
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * D // t
     table = config.vocab_size * D // t
-    values = table + D  # the head, which is packed apart even where it is tied, and its norm
+    values = (table if copies_tied_head or not config.tie_word_embeddings else 0) + D
     fp32_values = 0
     for index in range(config.num_layers):
         values += heads + 2 * D

@@ -20,9 +20,11 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool, allocate, available_bytes
 from workers.model.layers import compute_dtype
 from workers.model.model_runner import ModelRunner, describe_model, dtype_name, require_memory, served_len
-from workers.model.native.build import BuildFailed, build, default_cache_folder, source_hash
+from workers.model.native.build import BuildFailed, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
+from workers.model.native.loading import load
+from workers.model.parallel import SINGLE, Layout
 from workers.model.self_test import require_invariance
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook
@@ -39,6 +41,8 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         self._pool = KvPool(memory)
         self._num_threads = num_threads
         self._thread = 0
+        if isinstance(model, NativeErnie):
+            self.row_kernel = model.row_kernel
 
     @staticmethod
     def load(config: WorkerConfig) -> TorchRunner:
@@ -57,8 +61,6 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         info = describe_model(config, checkpoint, memory.layout, dimensions.vocab_size, max_model_len, kernels)
         runner = TorchRunner(model, memory, info, config.num_threads)
         runner.warnings = warnings
-        if isinstance(model, NativeErnie):
-            runner.row_kernel = model.row_kernel
         return runner
 
     def hidden_states(self, batch: Batch, on_layer: LayerHook | None = None) -> Tensor:
@@ -77,40 +79,51 @@ def _load_model(
     config: WorkerConfig, dimensions: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int
 ) -> tuple[Ernie | NativeErnie, str, tuple[str, ...]]:
     """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
-    warnings: tuple[str, ...] = ()
-    if config.native:
-        try:
-            library = _load_library(config, dimensions)
-        except BuildFailed as error:
-            warnings = (f"computing with PyTorch's kernels, which is slower: {error}",)
-            logger.warning(warnings[0])
-        else:
-            require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=False)
-            native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads)
-            kernels = f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
-            logger.info("computing with the C++ kernels for %s", library.instruction_set)
-            return native, kernels, ()
-    wide = compute_dtype(dtype)
-    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=True, packed_dtype=wide)
-    model = Ernie(dimensions, checkpoint, wide, max_model_len)
-    return model, torch_kernels(dtype), (*warnings, *require_invariance(model, dtype))
-
-
-def torch_kernels(dtype: torch.dtype) -> str:
-    """The name of PyTorch's kernels for the fingerprint. Says in the log where they do not compute in `dtype`."""
-    wide = compute_dtype(dtype)
-    if wide is dtype:
-        return "torch"
-    logger.info(
-        "computing the %s model in %s, which is faster on this machine and takes twice the memory for weights",
-        dtype_name(dtype),
-        dtype_name(wide),
+    library, warnings = find_library(config, dimensions)
+    kernels = kernel_name(library, dtype)
+    held_dtype = weights_dtype(library, dtype)
+    require_memory(
+        checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=library is None, packed_dtype=held_dtype
     )
-    return f"torch in {dtype_name(wide)}"
+    if library is not None:
+        return NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads), kernels, warnings
+    model = Ernie(dimensions, checkpoint, held_dtype, max_model_len)
+    return model, kernels, (*warnings, *require_invariance(model, dtype))
 
 
-def _load_library(config: WorkerConfig, dimensions: ErnieConfig) -> Library:
-    """Raises BuildFailed where the C++ kernels cannot run this model on this machine."""
-    require_supported(dimensions)
-    folder = Path(config.cache_folder) if config.cache_folder else default_cache_folder()
-    return Library(build(folder, config.instruction_set))
+def find_library(
+    config: WorkerConfig, dimensions: ErnieConfig, layout: Layout = SINGLE
+) -> tuple[Library | None, tuple[str, ...]]:
+    """The C++ kernels, or None where they are not wanted or cannot run this model here; and warnings that say why."""
+    if not config.native:
+        return None, ()
+    try:
+        require_supported(dimensions, layout)
+        library, warnings = load(Path(config.cache_folder) if config.cache_folder else None, config.instruction_set)
+    except BuildFailed as error:
+        warning = f"computing with PyTorch's kernels, which is slower: {error}"
+        logger.warning(warning)
+        return None, (warning,)
+    logger.info("computing with the C++ kernels for %s", library.instruction_set)
+    return library, warnings
+
+
+def weights_dtype(library: Library | None, dtype: torch.dtype) -> torch.dtype:
+    """What weights of a model that is served in `dtype` are held and computed in."""
+    return compute_dtype(dtype) if library is None else dtype
+
+
+def kernel_name(library: Library | None, dtype: torch.dtype) -> str:
+    """Kernels with the same name compute the same bits: a fact of the fingerprint. Says in the log where PyTorch's do not
+    compute in `dtype`."""
+    if library is None:
+        wide = compute_dtype(dtype)
+        if wide is dtype:
+            return "torch"
+        logger.info(
+            "computing the %s model in %s, which is faster on this machine and takes twice the memory for weights",
+            dtype_name(dtype),
+            dtype_name(wide),
+        )
+        return f"torch in {dtype_name(wide)}"
+    return f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"

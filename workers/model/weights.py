@@ -89,17 +89,23 @@ class Checkpoint:
         """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
         self._check(name, shape)
 
-    def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """The same, some rows at a time: (first row, rows), valid until the next are asked for."""
+    def pieces(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The same, some rows at a time: (first row, rows), valid until the next are asked for.
+
+        `part`: of `part[1]` rows from row `part[0]` on alone, which is then row 0.
+        """
         stored_dtype = self._check(name, shape)
+        start, count = part or (0, shape[0])
         row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
         step = max(1, _PIECE_BYTES // row_bytes)
-        for first in range(0, shape[0], step):
-            num_bytes = min(step, shape[0] - first) * row_bytes
+        for first in range(0, count, step):
+            num_bytes = min(step, count - first) * row_bytes
             if self._staging.numel() < num_bytes:
                 self._staging = torch.empty(num_bytes, dtype=torch.uint8)
             staged = self._staging[:num_bytes]
-            self._read(name, first * row_bytes, staged)
+            self._read(name, (start + first) * row_bytes, staged)
             yield first, staged.view(stored_dtype).view(-1, *shape[1:]).to(dtype)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:

@@ -8,6 +8,10 @@
 #include "forward.h"
 #include "load.h"
 
+#ifndef BATON_LABEL
+#define BATON_LABEL ""
+#endif
+
 namespace {
 
 template <class Body> const char* guarded(Body&& body) {
@@ -24,7 +28,17 @@ template <class Body> const char* guarded(Body&& body) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
+
+// What this was built from: workers.native_build looks for it in the file.
+const char* baton_label() { return BATON_LABEL; }
+
+// Bytes of Dimensions and of Step, for Python to compare with its own.
+void baton_struct_bytes(int64_t* sizes) {
+  sizes[0] = sizeof(baton::Dimensions);
+  sizes[1] = sizeof(baton::Step);
+}
 
 // The instruction set that this library was compiled for.
 const char* baton_instruction_set() { return baton::kInstructionSet; }
@@ -57,8 +71,47 @@ const char* baton_forward(baton::AnyModel* model, const baton::Step* step, void*
   return guarded([&] { model->forward(*step, pool, x, every, on_layer); });
 }
 
-const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, float* logits, int64_t* best) {
-  return guarded([&] { model->head(x, num_rows, logits, best); });
+// What follows computes a step's parts for one rank of a group; what each does is said in model.h.
+const char* baton_begin(baton::AnyModel* model, const baton::Step* step, void* x) {
+  return guarded([&] { model->begin(*step, x); });
+}
+
+const char* baton_attend(baton::AnyModel* model, const baton::Step* step, int64_t layer, void* pool, void* x, void* to) {
+  return guarded([&] { model->attend(*step, layer, pool, x, to); });
+}
+
+const char* baton_feed_forward(baton::AnyModel* model, int64_t layer, int64_t num_rows, void* x, void* to) {
+  return guarded([&] { model->feed_forward(layer, num_rows, x, to); });
+}
+
+const char* baton_route(baton::AnyModel* model, int64_t layer, int64_t num_rows, const void* x, void* normed,
+                        float* weights, int64_t* chosen) {
+  return guarded([&] { model->route(layer, num_rows, x, normed, weights, chosen); });
+}
+
+const char* baton_run_slots(baton::AnyModel* model, int64_t layer, const baton::SlotWork* work, const void* rows, void* to) {
+  return guarded([&] { model->run_slots(layer, *work, rows, to); });
+}
+
+const char* baton_run_shared(baton::AnyModel* model, int64_t layer, int64_t num_rows, const void* rows, void* to) {
+  return guarded([&] { model->run_shared(layer, num_rows, rows, to); });
+}
+
+const char* baton_combine(baton::AnyModel* model, int64_t num_rows, const void* outputs, const int64_t* places,
+                          const float* weights, const void* shared, void* to) {
+  return guarded([&] { model->combine(num_rows, outputs, places, weights, shared, to); });
+}
+
+const char* baton_give(baton::AnyModel* model, int64_t layer, int64_t slot, void* to) {
+  return guarded([&] { model->give(layer, slot, to); });
+}
+
+const char* baton_rearrange(baton::AnyModel* model, int64_t layer, const int64_t* slots, const void* const* given) {
+  return guarded([&] { model->rearrange(layer, slots, given); });
+}
+
+const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, float* logits, int64_t* best, float* peaks) {
+  return guarded([&] { model->head(x, num_rows, logits, best, peaks); });
 }
 
 // Draws from `num_rows` rows of `size` logits, one after the other where there is no model.
@@ -75,3 +128,4 @@ const char* baton_draw(baton::AnyModel* model, float* logits, int64_t num_rows, 
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

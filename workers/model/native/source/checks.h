@@ -32,9 +32,11 @@ inline void check(const Dimensions& d, int64_t depth) {
     require(value % depth == 0, what);
   };
   within(d.vocab_size, 1, kMostWidth, "vocab_size is out of range");
+  within(d.num_tokens, 1, d.vocab_size, "num_tokens is out of range");
+  within(d.first_token, 0, d.vocab_size - d.num_tokens, "first_token is out of range");
   within(d.hidden_size, 32, kMostWidth, "hidden_size is out of range");
   require(d.hidden_size % 32 == 0, "hidden_size is no multiple of 32");
-  within(d.num_layers, 1, kMostLayers, "num_layers is out of range");
+  within(d.num_layers, 0, kMostLayers, "num_layers is out of range");
   within(d.head_dim, 32, 1 << 12, "head_dim is out of range");
   require(d.head_dim % 32 == 0, "head_dim is no multiple of 32");
   within(d.num_kv_heads, 1, 1 << 12, "num_kv_heads is out of range");
@@ -49,8 +51,9 @@ inline void check(const Dimensions& d, int64_t depth) {
   for (int64_t i = 0; i < d.num_layers; ++i) (d.is_mixture[i] ? has_mixture : has_dense) = true;
   if (has_dense) width(d.dense_width, "dense_width is out of range");
   if (!has_mixture) return;
-  within(d.num_experts, 1, (1 << 16) / d.num_layers, "num_experts is out of range");
+  within(d.num_experts, 1, (1 << 16) / std::max<int64_t>(1, d.num_layers), "num_experts is out of range");
   within(d.num_choices, 1, d.num_experts, "num_choices is out of range");
+  within(d.num_slots, 1, d.num_experts, "num_slots is out of range");
   width(d.expert_width, "expert_width is out of range");
   if (d.shared_width) width(d.shared_width, "shared_width is out of range");
 }
@@ -58,8 +61,8 @@ inline void check(const Dimensions& d, int64_t depth) {
 // How many rows of each weight have not come yet. A model computes nothing before all have.
 class Ledger {
  public:
-  explicit Ledger(const Dimensions& d) : head_rows_(d.vocab_size) {
-    expect(Part::kEmbedding, 0, 0, d.vocab_size);
+  explicit Ledger(const Dimensions& d) : head_rows_(d.num_tokens) {
+    expect(Part::kEmbedding, 0, 0, d.num_tokens);
     expect(Part::kNorm, 0, 0, d.hidden_size);
     for (int64_t i = 0; i < d.num_layers; ++i) {
       expect(Part::kInputNorm, i, 0, d.hidden_size);
@@ -74,8 +77,8 @@ class Ledger {
       }
       expect(Part::kRouter, i, 0, d.num_experts);
       expect(Part::kRouterBias, i, 0, d.num_experts);
-      for (int64_t e = 0; e < d.num_experts; ++e) expect_expert(i, e, d.expert_width, d.hidden_size);
-      if (d.shared_width) expect_expert(i, d.num_experts, d.shared_width, d.hidden_size);
+      for (int64_t s = 0; s < d.num_slots; ++s) expect_expert(i, s, d.expert_width, d.hidden_size);
+      if (d.shared_width) expect_expert(i, d.num_slots, d.shared_width, d.hidden_size);
     }
   }
 
