@@ -70,9 +70,10 @@ class KvPool:
         return places * self.layout.block_size + offsets_T[:, None]
 
     def write(self, layer: int, slots: Tensor, kv_T2KC: Tensor) -> None:
-        """Stores keys and values of T tokens, heads flattened: [T, 2*K, C]."""
+        """Stores keys and values of T tokens, heads flattened: [T, 2*K, C], rounded to the pool's dtype."""
         first = layer * 2 * self._total * self.layout.block_size
-        self._positions.index_copy_(0, (slots + first).flatten(), kv_T2KC.flatten(0, 1))
+        rows = kv_T2KC.flatten(0, 1).to(self._positions.dtype)
+        self._positions.index_copy_(0, (slots + first).flatten(), rows)
 
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and the values of some blocks, each fp32 [len(blocks), K, B, C]."""

@@ -167,23 +167,45 @@ def describe_model(
 
 
 def require_memory(
-    checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch.dtype, free_bytes: int, *, copies_tied_head: bool
+    checkpoint: Checkpoint,
+    dimensions: ErnieConfig,
+    dtype: torch.dtype,
+    free_bytes: int,
+    *,
+    copies_tied_head: bool,
+    packed_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`.
 
-    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed.
+    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed. `packed_dtype`: what all
+    but the table is held in, where that is not `dtype`.
     """
     is_tied = dimensions.tie_word_embeddings
     num_values = checkpoint.num_parameters(unused=("lm_head.weight",) if is_tied else ())
-    if is_tied and copies_tied_head:
-        num_values += dimensions.vocab_size * dimensions.hidden_size
-    require_bytes(checkpoint.folder, num_values * dtype.itemsize, dtype, free_bytes)
+    num_table = dimensions.vocab_size * dimensions.hidden_size
+    num_packed = num_values - (0 if is_tied and copies_tied_head else num_table)
+    packed_dtype = packed_dtype or dtype
+    needed_bytes = num_table * dtype.itemsize + num_packed * packed_dtype.itemsize
+    require_bytes(checkpoint.folder, needed_bytes, packed_dtype, free_bytes, served_dtype=dtype)
 
 
-def require_bytes(folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int) -> None:
-    """Raises InvalidConfig when weights of `needed_bytes` do not fit."""
-    if needed_bytes > free_bytes:
-        raise InvalidConfig(
-            f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
-            f"but {free_bytes / 2**20:.1f} MiB are free"
+def require_bytes(
+    folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int, served_dtype: torch.dtype | None = None
+) -> None:
+    """Raises InvalidConfig when weights of `needed_bytes` in `dtype` do not fit; `served_dtype` is what was asked for."""
+    if needed_bytes <= free_bytes:
+        return
+    refusal = (
+        f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {dtype_name(dtype)}, "
+        f"but {free_bytes / 2**20:.1f} MiB are free"
+    )
+    if served_dtype is not None and served_dtype is not dtype:
+        refusal += (
+            f"; PyTorch computes {dtype_name(served_dtype)} models so on this machine; the C++ kernels (worker.native, and a "
+            "compiler) take half of it"
         )
+    raise InvalidConfig(refusal)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

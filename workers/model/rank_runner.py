@@ -20,12 +20,13 @@ from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
+from workers.model.layers import compute_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.native.rank import NativeRank
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
-from workers.model.torch_runner import TorchRunner, find_library, kernel_name
+from workers.model.torch_runner import TorchRunner, find_library, kernel_name, weights_dtype
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
@@ -120,11 +121,13 @@ class RankRunner(TorchRunner):
         kernels: str,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
+        served_dtype: torch.dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype(served_dtype) if isinstance(model, Ernie) else served_dtype
         self._part = model
         self.layout = layout
         self.experts = RankExperts(
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
-            num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
+            num_nodes=config.parallel.num_nodes, dtype=dtype, device=torch.device("cpu"),
         )  # fmt: skip
         self.kernels = kernels
         self._halves = False
@@ -190,13 +193,16 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     checkpoint = Checkpoint(folder)
     library, warnings = find_library(config, dimensions, layout)
     kernels = kernel_name(library, dtype)
-    needed_bytes = share_bytes(dimensions, layout, placement, dtype, copies_tied_head=library is None)
-    require_bytes(folder, needed_bytes, dtype, available_bytes())
+    held_dtype = weights_dtype(library, dtype)
+    needed_bytes = share_bytes(
+        dimensions, layout, placement, dtype, copies_tied_head=library is None, packed_dtype=held_dtype
+    )
+    require_bytes(folder, needed_bytes, held_dtype, available_bytes(), served_dtype=dtype)
     part = Part(layout, links, placement, config.parallel.exact_combine)
     model: Ernie | NativeRank
     with torch.inference_mode():
         if library is None:
-            model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
+            model = Ernie(dimensions, checkpoint, held_dtype, max_model_len, part)
             warnings = (*warnings, *require_invariance(model, dtype))
         else:
             model = NativeRank(dimensions, checkpoint, dtype, library, config.num_threads, part)
@@ -256,13 +262,20 @@ def initial_placement(config: WorkerConfig, dimensions: ErnieConfig) -> Placemen
 
 
 def share_bytes(
-    config: ErnieConfig, layout: Layout, placement: Placement, dtype: torch.dtype, *, copies_tied_head: bool = True
+    config: ErnieConfig,
+    layout: Layout,
+    placement: Placement,
+    dtype: torch.dtype,
+    *,
+    copies_tied_head: bool = True,
+    packed_dtype: torch.dtype | None = None,
 ) -> int:
-    """Memory that a rank's weights take. `copies_tied_head`: as in workers.model.model_runner.require_memory."""
+    """Memory that a rank's weights take. `copies_tied_head`, `packed_dtype`: as in workers.model.model_runner.require_memory."""
     D, t = config.hidden_size, layout.tensor
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * D // t
-    num_tables = 2 if copies_tied_head or not config.tie_word_embeddings else 1
-    values = num_tables * config.vocab_size * D // t + D
+    table = config.vocab_size * D // t
+    values = (table if copies_tied_head or not config.tie_word_embeddings else 0) + D
+    fp32_values = 0
     for index in range(config.num_layers):
         values += heads + 2 * D
         moe = config.moe
@@ -271,8 +284,8 @@ def share_bytes(
             continue
         held = placement.slots_per_rank if layout.size > 1 else moe.num_experts
         values += 3 * moe.intermediate_size * D * (held + moe.num_shared_experts)
-        values += (D + 1) * moe.num_experts * 4 // dtype.itemsize
-    return values * dtype.itemsize
+        fp32_values += (D + 1) * moe.num_experts
+    return table * dtype.itemsize + values * (packed_dtype or dtype).itemsize + 4 * fp32_values
 
 
 def split(batch: Batch) -> tuple[Batch, Batch]:

@@ -18,7 +18,8 @@ from workers.kv_transfer.memory import KvMemory
 from workers.model.ernie import Ernie
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import KvPool, allocate, available_bytes
-from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
+from workers.model.layers import compute_dtype
+from workers.model.model_runner import ModelRunner, describe_model, dtype_name, require_memory, served_len
 from workers.model.native.build import BuildFailed, default_cache_folder, source_hash
 from workers.model.native.ernie import NativeErnie, require_supported
 from workers.model.native.library import Library
@@ -94,12 +95,15 @@ def _load_model(
     """The model on the best kernels this machine can run, their name for the fingerprint, and warnings."""
     library, warnings = find_library(config, dimensions)
     kernels = kernel_name(library, dtype)
-    require_memory(checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=library is None)
+    held_dtype = weights_dtype(library, dtype)
+    require_memory(
+        checkpoint, dimensions, dtype, available_bytes(), copies_tied_head=library is None, packed_dtype=held_dtype
+    )
     if library is not None:
         packed = packed_file(config, checkpoint, library)
         native = NativeErnie(dimensions, checkpoint, dtype, library, config.num_threads, packed=packed)
         return native, kernels, warnings
-    model = Ernie(dimensions, checkpoint, dtype, max_model_len)
+    model = Ernie(dimensions, checkpoint, held_dtype, max_model_len)
     return model, kernels, (*warnings, *require_invariance(model, dtype))
 
 
@@ -120,10 +124,24 @@ def find_library(
     return library, warnings
 
 
+def weights_dtype(library: Library | None, dtype: torch.dtype) -> torch.dtype:
+    """What weights of a model that is served in `dtype` are held and computed in."""
+    return compute_dtype(dtype) if library is None else dtype
+
+
 def kernel_name(library: Library | None, dtype: torch.dtype) -> str:
-    """Kernels with the same name compute the same bits: a fact of the fingerprint."""
+    """Kernels with the same name compute the same bits: a fact of the fingerprint. Says in the log where PyTorch's do not
+    compute in `dtype`."""
     if library is None:
-        return "torch"
+        wide = compute_dtype(dtype)
+        if wide is dtype:
+            return "torch"
+        logger.info(
+            "computing the %s model in %s, which is faster on this machine and takes twice the memory for weights",
+            dtype_name(dtype),
+            dtype_name(wide),
+        )
+        return f"torch in {dtype_name(wide)}"
     return f"native {library.arithmetic(dtype is torch.bfloat16)} {source_hash()}"
 
 
