@@ -9,10 +9,6 @@ namespace baton {
 
 constexpr int64_t kRowsPerTask = 8;
 
-template <class V> void grow(std::vector<V>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-}
-
 template <class T>
 void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every, void (*on_layer)(int64_t)) {
   T* x = static_cast<T*>(x_out);
@@ -45,12 +41,12 @@ template <class T> void Model<T>::begin(const Step& step, void* x) {
 // Queries, and keys and values in the pool.
 template <class T> void Model<T>::project(const Step& step, int64_t index, T* pool, const T* x) {
   const Layer<T>& layer = layers_.at(index);
-  const int64_t num_rows = step.num_rows, hidden = d_.hidden_size;
+  const int64_t num_rows = step.num_rows;
   grow(qkv_, num_rows * qkv_width());
   normalize_rows(x, layer.input_norm, num_rows);
   threads_.run(layer.qkv.panels(), [&](int64_t p, int) {
     multiply<T>(layer.qkv.panel(p), layer.qkv.groups, num_rows,
-                [&](int64_t row) { return normed_.data() + row * hidden; },
+                [&](int64_t row) { return normed_[row]; },
                 [&](int64_t row, const Floats* sums) {
                   T* to = qkv_.data() + row * qkv_width() + p * kPanel;
                   for (int v = 0; v < kVectors; ++v)
@@ -130,11 +126,11 @@ template <class T> void Model<T>::turn(const Step& step) {
 }
 
 template <class T> void Model<T>::normalize_rows(const T* x, const T* weight, int64_t num_rows) {
-  grow(normed_, num_rows * d_.hidden_size);
+  normed_.reserve(num_rows, d_.hidden_size);
   threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     for (int64_t t = task * kRowsPerTask; t < std::min(num_rows, (task + 1) * kRowsPerTask); ++t)
       normalize(x + t * d_.hidden_size, weight, d_.hidden_size, static_cast<float>(d_.eps),
-                normed_.data() + t * d_.hidden_size);
+                normed_[t]);
   });
 }
 
@@ -162,7 +158,7 @@ template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t 
 
 template <class T> void Model<T>::meet_keys(const Step& step, const T* pool, int64_t layer) {
   const int64_t C = d_.head_dim, K = d_.num_kv_heads, G = group();
-  grow(context_, step.num_rows * d_.num_heads * C);
+  context_.reserve(step.num_rows, d_.num_heads * C);
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   struct Tile {
     int64_t slice, first, last;
@@ -192,16 +188,16 @@ template <class T> void Model<T>::meet_keys(const Step& step, const T* pool, int
       });
     }
     for (int64_t row = 0; row < num_rows; ++row)
-      state.finish(row, context_.data() + ((tile.first + row / G) * d_.num_heads + head * G + row % G) * C);
+      state.finish(row, context_[tile.first + row / G] + (head * G + row % G) * C);
   });
 }
 
 // to = x + from W^T, or from W^T where x is null
 template <class T>
-void Model<T>::add_product(const Matrix& matrix, const std::vector<Operand<T>>& from, int64_t num_rows, const T* x, T* to) {
+void Model<T>::add_product(const Matrix& matrix, const Rows<Operand<T>>& from, int64_t num_rows, const T* x, T* to) {
   threads_.run(matrix.panels(), [&](int64_t p, int) {
     multiply<T>(matrix.panel(p), matrix.groups, num_rows,
-                [&](int64_t row) { return from.data() + row * matrix.inputs; },
+                [&](int64_t row) { return from[row]; },
                 [&](int64_t row, const Floats* sums) {
                   for (int v = 0; v < kVectors; ++v) {
                     const int64_t at = row * matrix.outputs + p * kPanel + v * kLanes;
@@ -222,7 +218,7 @@ template <class T> void write_gated(Operand<T>* to, const Floats* sums, int64_t 
 // Gates the up-projections of rows 0, 1, ... of the assignments, as far as `spans` have them, in activated_.
 template <class T>
 template <class Row>
-void Model<T>::activate(const Layer<T>& layer, const std::vector<Span>& spans, int64_t pitch, Row&& row) {
+void Model<T>::activate(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row) {
   struct Work {
     const Span* span;
     int64_t panel;
@@ -236,7 +232,7 @@ void Model<T>::activate(const Layer<T>& layer, const std::vector<Span>& spans, i
     multiply<T>(expert.gate_up.panel(panel), expert.gate_up.groups, span->count,
                 [&, first = span->first](int64_t i) { return row(first + i); },
                 [&, first = span->first, panel = panel](int64_t i, const Floats* sums) {
-                  write_gated<T>(activated_.data() + (first + i) * pitch + panel * 32, sums, expert.width - panel * 32);
+                  write_gated<T>(activated_[first + i] + panel * 32, sums, expert.width - panel * 32);
                 });
   });
 }
@@ -248,8 +244,8 @@ template <class T> void Model<T>::feed_forward(int64_t index, int64_t num_rows, 
   require(!layer.bias, "the layer has experts");
   check_rows(num_rows, {x_in});
   normalize_rows(x, layer.mlp_norm, num_rows);
-  grow(activated_, num_rows * mlp.width);
-  activate(layer, {{0, 0, num_rows}}, mlp.width, [&](int64_t i) { return normed_.data() + i * d_.hidden_size; });
+  activated_.reserve(num_rows, mlp.width);
+  activate(layer, {{0, 0, num_rows}}, [&](int64_t i) { return normed_[i]; });
   add_product(mlp.down, activated_, num_rows, to ? nullptr : x, to ? static_cast<T*>(to) : x);
 }
 
@@ -260,33 +256,29 @@ template <class T> const Layer<T>& Model<T>::mixture(int64_t index) const {
 }
 
 // Rows in the form that products take.
-template <class T> const Operand<T>* Model<T>::operands(const T* rows, int64_t num_rows) {
-  if constexpr (std::is_same_v<T, Operand<T>>) {
-    return rows;
-  } else {
-    const int64_t hidden = d_.hidden_size;
-    grow(normed_, num_rows * hidden);
-    threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
-      const int64_t first = task * kRowsPerTask, last = std::min(num_rows, first + kRowsPerTask);
-      for (int64_t i = first * hidden; i < last * hidden; i += kLanes) write(normed_.data() + i, read(rows + i));
-    });
-    return normed_.data();
-  }
+template <class T> const Rows<Operand<T>>& Model<T>::operands(const T* rows, int64_t num_rows) {
+  const int64_t hidden = d_.hidden_size;
+  normed_.reserve(num_rows, hidden);
+  threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
+    for (int64_t t = task * kRowsPerTask; t < std::min(num_rows, (task + 1) * kRowsPerTask); ++t)
+      for (int64_t i = 0; i < hidden; i += kLanes) write(normed_[t] + i, read(rows + t * hidden + i));
+  });
+  return normed_;
 }
 
 // Chosen experts of the rows in normed_ and their weights, in fp32 throughout.
 template <class T>
 void Model<T>::choose(const Layer<T>& layer, int64_t num_rows, float* weights, int64_t* chosen) {
   const int64_t E = d_.num_experts, k = d_.num_choices, hidden = d_.hidden_size;
-  grow(wide_, num_rows * hidden);
+  wide_.reserve(num_rows, hidden);
   grow(scores_, num_rows * E);
   threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     const int64_t first = task * kRowsPerTask, count = std::min(num_rows - first, kRowsPerTask);
-    for (int64_t i = first * hidden; i < (first + count) * hidden; i += kLanes)
-      write(wide_.data() + i, read(normed_.data() + i));
+    for (int64_t t = first; t < first + count; ++t)
+      for (int64_t i = 0; i < hidden; i += kLanes) write(wide_[t] + i, read(normed_[t] + i));
     for (int64_t p = 0; p < layer.router.panels(); ++p)
       multiply<float>(layer.router.panel(p), layer.router.groups, count,
-                      [&](int64_t row) { return wide_.data() + (first + row) * hidden; },
+                      [&](int64_t row) { return wide_[first + row]; },
                       [&](int64_t row, const Floats* sums) {
                         std::memcpy(scores_.data() + (first + row) * E + p * kPanel, sums,
                                     std::min<int64_t>(kPanel, E - p * kPanel) * sizeof(float));
@@ -304,8 +296,7 @@ void Model<T>::route(int64_t index, int64_t num_rows, const void* x, void* norme
   check_rows(num_rows, {x, normed, weights, chosen});
   normalize_rows(static_cast<const T*>(x), layer.mlp_norm, num_rows);
   threads_.run(num_rows, [&](int64_t t, int) {
-    for (int64_t i = t * hidden; i < (t + 1) * hidden; i += kLanes)
-      write(static_cast<T*>(normed) + i, read(normed_.data() + i));
+    for (int64_t i = 0; i < hidden; i += kLanes) write(static_cast<T*>(normed) + t * hidden + i, read(normed_[t] + i));
   });
   choose(layer, num_rows, weights, chosen);
 }
@@ -314,17 +305,17 @@ void Model<T>::route(int64_t index, int64_t num_rows, const void* x, void* norme
 template <class T>
 template <class Row, class To>
 void Model<T>::run_experts(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row, To&& to) {
-  const int64_t pitch = std::max(d_.expert_width, d_.shared_width), hidden = d_.hidden_size;
+  const int64_t hidden = d_.hidden_size;
   if (spans.empty()) return;
-  grow(activated_, (spans.back().first + spans.back().count) * pitch);
-  activate(layer, spans, pitch, row);
+  activated_.reserve(spans.back().first + spans.back().count, std::max(d_.expert_width, d_.shared_width));
+  activate(layer, spans, row);
   const int64_t panels = (hidden + kPanel - 1) / kPanel;
   threads_.run(spans.size() * panels, [&](int64_t task, int) {
     const Span& span = spans[task / panels];
     const int64_t panel = task % panels;
     const Matrix& down = layer.experts[span.expert].down;
     multiply<T>(down.panel(panel), down.groups, span.count,
-                [&](int64_t i) { return activated_.data() + (span.first + i) * pitch; },
+                [&](int64_t i) { return activated_[span.first + i]; },
                 [&](int64_t i, const Floats* sums) {
                   T* at = to(span.first + i) + panel * kPanel;
                   for (int v = 0; v < kVectors; ++v)
@@ -348,8 +339,8 @@ void Model<T>::run_slots(int64_t index, const SlotWork& work, const void* rows, 
   for (int64_t i = 0; i < first; ++i)
     require(work.source[i] >= 0 && work.source[i] < work.num_rows && work.target[i] >= 0 && work.target[i] < first,
             "an assignment has no row or no place");
-  const Operand<T>* from = operands(static_cast<const T*>(rows), work.num_rows);
-  run_experts(layer, spans, [&](int64_t i) { return from + work.source[i] * hidden; },
+  const Rows<Operand<T>>& from = operands(static_cast<const T*>(rows), work.num_rows);
+  run_experts(layer, spans, [&](int64_t i) { return from[work.source[i]]; },
               [&](int64_t i) { return static_cast<T*>(to) + work.target[i] * hidden; });
 }
 
@@ -358,8 +349,8 @@ template <class T> void Model<T>::run_shared(int64_t index, int64_t num_rows, co
   require(d_.shared_width, "the model has no shared experts");
   check_rows(num_rows, {rows, to});
   if (!num_rows) return;
-  const Operand<T>* from = operands(static_cast<const T*>(rows), num_rows);
-  run_experts(layer, {{d_.num_slots, 0, num_rows}}, [&](int64_t i) { return from + i * d_.hidden_size; },
+  const Rows<Operand<T>>& from = operands(static_cast<const T*>(rows), num_rows);
+  run_experts(layer, {{d_.num_slots, 0, num_rows}}, [&](int64_t i) { return from[i]; },
               [&](int64_t i) { return static_cast<T*>(to) + i * d_.hidden_size; });
 }
 
@@ -379,7 +370,7 @@ template <class T> void Model<T>::mix(const Layer<T>& layer, int64_t num_rows, T
   if (d_.shared_width) spans.push_back({E, num_assigned, num_rows});
   grow(expert_out_, (num_assigned + num_rows) * hidden);
   run_experts(layer, spans,
-              [&](int64_t i) { return normed_.data() + (i < num_assigned ? assigned_.token[i] : i - num_assigned) * hidden; },
+              [&](int64_t i) { return normed_[i < num_assigned ? assigned_.token[i] : i - num_assigned]; },
               [&](int64_t i) { return expert_out_.data() + i * hidden; });
   combine_rows(num_rows, expert_out_.data(), assigned_.place.data(), weights_.data(),
                d_.shared_width ? expert_out_.data() + num_assigned * hidden : nullptr, x, x);
@@ -420,13 +411,13 @@ void Model<T>::head(const void* x_in, int64_t num_rows, float* logits, int64_t* 
   check_rows(num_rows, {x_in, best, largest_logits});
   const T* x = static_cast<const T*>(x_in);
   const Matrix& matrix = head_.data ? head_ : embedding_;
-  const int64_t hidden = d_.hidden_size, V = d_.num_tokens, panels = matrix.panels();
+  const int64_t V = d_.num_tokens, panels = matrix.panels();
   std::vector<float> peaks(panels * num_rows);
   std::vector<int64_t> places(panels * num_rows);
   normalize_rows(x, norm_, num_rows);
   threads_.run(panels, [&](int64_t p, int) {
     multiply<T>(matrix.panel(p), matrix.groups, num_rows,
-                [&](int64_t row) { return normed_.data() + row * hidden; },
+                [&](int64_t row) { return normed_[row]; },
                 [&](int64_t row, const Floats* sums) {
                   Floats values[kVectors];
                   const Ints lane = lane_numbers();

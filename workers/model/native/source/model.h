@@ -101,6 +101,28 @@ class Arena {
   std::vector<Map> maps_;
 };
 
+template <class V> void grow(std::vector<V>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+}
+
+// Rows that products read. Each has some columns to spare, since rows that are 4 KiB apart would share a few lines of the first
+// cache.
+template <class V> class Rows {
+ public:
+  // Room for at least so many; what the rows held is lost.
+  void reserve(int64_t num_rows, int64_t width) {
+    pitch_ = width + kSpare;
+    grow(values_, num_rows * pitch_);
+  }
+  V* operator[](int64_t row) { return values_.data() + row * pitch_; }
+  const V* operator[](int64_t row) const { return values_.data() + row * pitch_; }
+
+ private:
+  static constexpr int64_t kSpare = 128;
+  std::vector<V> values_;
+  int64_t pitch_ = 0;
+};
+
 class AnyModel {
  public:
   virtual ~AnyModel() = default;
@@ -192,14 +214,14 @@ template <class T> class Model : public AnyModel {
   void project(const Step& step, int64_t index, T* pool, const T* x);
   void place_keys(const Step& step, T* pool, int64_t layer);
   void meet_keys(const Step& step, const T* pool, int64_t layer);
-  void add_product(const Matrix& matrix, const std::vector<Operand<T>>& from, int64_t num_rows, const T* x, T* to);
+  void add_product(const Matrix& matrix, const Rows<Operand<T>>& from, int64_t num_rows, const T* x, T* to);
   void choose(const Layer<T>& layer, int64_t num_rows, float* weights, int64_t* chosen);
-  template <class Row> void activate(const Layer<T>& layer, const std::vector<Span>& spans, int64_t pitch, Row&& row);
+  template <class Row> void activate(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row);
   template <class Row, class To> void run_experts(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row, To&& to);
   void mix(const Layer<T>& layer, int64_t num_rows, T* x);
   void combine_rows(int64_t num_rows, const T* outputs, const int64_t* places, const float* weights, const T* shared,
                     const T* x, T* to);
-  const Operand<T>* operands(const T* rows, int64_t num_rows);
+  const Rows<Operand<T>>& operands(const T* rows, int64_t num_rows);
   int64_t block_words(const Step& step) const {
     return d_.num_layers * 2 * step.pool_heads * kBlock * d_.head_dim / kDepth<T>;
   }
@@ -218,9 +240,11 @@ template <class T> class Model : public AnyModel {
   std::vector<std::unique_ptr<HeadAttention<T>>> attention_;
 
   // What the parts of a step hand on to each other; grown to the largest step seen.
-  std::vector<Operand<T>> normed_, queries_, context_, activated_;
+  Rows<Operand<T>> normed_, context_, activated_;
+  Rows<float> wide_;
+  std::vector<Operand<T>> queries_;
   std::vector<T> qkv_, expert_out_;
-  std::vector<float> wide_, scores_, weights_;
+  std::vector<float> scores_, weights_;
   std::vector<int64_t> chosen_;
   Assignments assigned_;
 };
