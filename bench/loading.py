@@ -22,7 +22,7 @@ from model_shapes import SHAPES
 from random_checkpoints import random_checkpoint
 
 from workers.model.ernie_config import ErnieConfig
-from workers.model.native.build import build, default_cache_folder
+from workers.model.native.build import build
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
 from workers.model.native.packed import PackedFile
@@ -31,7 +31,7 @@ from workers.model.weights import Checkpoint
 
 def load(folder: Path, num_threads: int, packed_folder: Path) -> dict[str, float]:
     """Loads in this process; keeps packed weights in the folder when there are none."""
-    library = Library(build(default_cache_folder()))
+    library = Library(build(None))
     packed = PackedFile(packed_folder, 1 << 40, (str(folder),), num_threads, worth_bytes=0)
     torch.set_num_threads(num_threads)
     started, started_cpu, memory = time.perf_counter(), time.process_time(), _status("VmRSS")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_model_native import needs_compiler
-from workers.model.native.build import SETS, supported
-from workers.native_build import cpu_description
+from workers.model.native.build import KERNELS, supported
 
 SOURCE = Path(__file__).parents[2] / "workers" / "model" / "native" / "source"
 
@@ -18,7 +17,7 @@ SOURCE = Path(__file__).parents[2] / "workers" / "model" / "native" / "source"
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled program pool_stress.cpp."""
     program = tmp_path_factory.mktemp("pool") / "stress"
-    flags = (supported(cpu_description()) or SETS)[0].flags
+    flags = (supported() or KERNELS.sets)[0].flags
     command = ["g++", "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", *flags, f"-I{SOURCE}"]
     built = subprocess.run(
         [*command, str(Path(__file__).with_name("pool_stress.cpp")), "-o", str(program)],

@@ -15,7 +15,7 @@ from tests.unit.model_configs import load, logits, moe_without_shared_experts, p
 from tests.unit.test_model_native import needs_compiler
 from workers.config import WorkerConfig
 from workers.model.ernie_config import ErnieConfig
-from workers.model.native.build import build, default_cache_folder
+from workers.model.native.build import build
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
 from workers.model.native.packed import PackedFile
@@ -113,7 +113,7 @@ def test_the_next_start_takes_the_kept_weights_and_any_number_of_threads_packs_t
     folders = [moe_without_shared_experts(tmp_path / name).folder for name in "ab"]
     other = folders[1] / "model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(other).items()}, other)
-    library = Library(build(default_cache_folder()))
+    library = Library(build(None))
     packed = file_in(tmp_path / "cache")
 
     def weights(folder: Path, num_threads: int, packed: PackedFile | None) -> list[bytes]:
@@ -131,7 +131,7 @@ def test_the_next_start_takes_the_kept_weights_and_any_number_of_threads_packs_t
 @needs_compiler
 def test_a_checkpoint_that_was_written_anew_is_packed_anew(tmp_path: Path) -> None:
     folder = moe_without_shared_experts(tmp_path / "model").folder
-    library = Library(build(default_cache_folder()))
+    library = Library(build(None))
     config = WorkerConfig(model=str(folder), cache_folder=str(tmp_path), packed_weights_bytes=1 << 30)
     before = packed_file(config, Checkpoint(folder), library)
     assert before is not None and before == packed_file(config, Checkpoint(folder), library)
