@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from model_shapes import SMALL
 from random_checkpoints import random_checkpoint
 
 TOKEN = "bench"
-PROMPT = 128
 PARTS = ("steps", "memory", "balance", "killed", "hung", "projection")
 
 
@@ -77,6 +76,9 @@ class Ranks:
 class Load:
     """`batch` sequences spread over the pools of a runner, driven without an engine."""
 
+    prompt = 128
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
     def __init__(self, runner: Any, batch: int) -> None:
         from workers.request import SamplingParams
         from workers.runner import BLOCK_SIZE, Batch, SampleSpec, SequenceSlice
@@ -87,22 +89,22 @@ class Load:
         per = -(-1024 // BLOCK_SIZE) // 4
         self._tables = [[(i % pools) * blocks + (i // pools) * per + at for at in range(per)] for i in range(batch)]
         self._spec = SampleSpec(SamplingParams(temperature=0), 0, 0, (), ())
-        self._length = PROMPT
+        self._length = self.prompt
 
     def prefill(self) -> float:
         """Seconds for one prompt a pool in one step."""
         pieces = tuple(
-            self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(PROMPT)], 0, self._tables[i])
+            self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(self.prompt)], 0, self._tables[i])
             for i in range(min(self._batch, 4))
         )
-        started = time.monotonic()
+        started = self.clock()
         self._runner.execute(self._make(prefill=pieces))
-        return time.monotonic() - started
+        return self.clock() - started
 
     def fill(self) -> None:
         for first in range(0, self._batch, 4):
             pieces = tuple(
-                self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(PROMPT)], 0, self._tables[i])
+                self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(self.prompt)], 0, self._tables[i])
                 for i in range(first, min(first + 4, self._batch))
             )
             self._runner.execute(self._make(prefill=pieces))
@@ -113,9 +115,9 @@ class Load:
             for i in range(self._batch)
         )
         self._length += 1
-        started = time.monotonic()
+        started = self.clock()
         self._runner.execute(self._make(decode=pieces))
-        return time.monotonic() - started
+        return self.clock() - started
 
 
 def measure(runner: Any, batch: int, steps: int) -> tuple[float, float]:
@@ -294,9 +296,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompt", type=int, default=Load.prompt, help="tokens of a prompt")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count what rank 0's thread computes, without its waits: for a busy machine",
+    )
     parser.add_argument("--torch", action="store_true", help="with PyTorch's kernels instead of those in C++")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
+    Load.prompt = arguments.prompt
+    if arguments.cpu_time:
+        Load.clock = staticmethod(time.thread_time)
     import torch
 
     torch.set_num_threads(1)
