@@ -135,7 +135,7 @@ inline void sampling(Random& random) {
 }
 
 inline void run(uint64_t seed) {
-  constexpr int64_t kRounds = 400;
+  constexpr int64_t kRounds = 100;
   for (const tiny::Shape& shape : {tiny::kShapes[0], tiny::kShapes[1]})
     for (bool is_bf16 : {false, true}) {
       Random random(seed++);
