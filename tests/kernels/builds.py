@@ -13,10 +13,11 @@ _HERE = Path(__file__).parent
 _SOURCE = _HERE.parents[1] / "workers" / "model" / "native" / "source"
 _FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{_SOURCE}", f"-I{_HERE}")
 _SANITIZE = (
+    "-O0",  # the compiler takes minutes to optimize what sanitizers add
     "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
-    # What ASan sees anyway, and what makes the compiler slow.
+    # What ASan sees anyway.
     "-fno-sanitize=null,alignment,vptr,object-size",
     "--param",
     "asan-instrumentation-with-call-threshold=0",

@@ -60,25 +60,29 @@ void run(const tiny::Shape& shape, bool is_bf16) {
     tiny::fail("the number of rows changes a logit");
 }
 
-// What sampling uses: candidates of a draw and the threshold of a nucleus.
+// Tokens and logprobs drawn from random rows, with every filter.
 void draw() {
+  constexpr int64_t kSize = 1003;
   tiny::Random random(7);
-  std::vector<float> logits(1003), sums(logits.size());
-  for (float& logit : logits) logit = 8 * random.centered();
-  std::vector<int64_t> tokens(256);
+  std::vector<float> logits(kSize);
   uint64_t hash = 0;
-  for (uint64_t key = 0; key < 20; ++key) {
-    const int64_t found = baton_candidates(logits.data(), static_cast<int64_t>(logits.size()), baton::mixed(key), sums.data(),
-                                           tokens.data(), static_cast<int64_t>(tokens.size()));
-    hash = tiny::hashed(sums.data(), static_cast<int64_t>(sums.size()) * 4, hash ^ static_cast<uint64_t>(found));
-    for (int64_t i = 0; i < found; ++i) hash = tiny::hashed(&tokens[i], 8, hash);
+  for (int round = 0; round < 40; ++round) {
+    for (float& logit : logits) logit = 8 * random.centered();
+    baton::DrawSpec spec = tiny::plain_draw();
+    spec.key_low = static_cast<uint32_t>(random.bits());
+    spec.key_high = static_cast<uint32_t>(random.bits());
+    spec.temperature = round % 4 ? 0.25f * (round % 8) : 1.0f;
+    if (round % 3 == 1) spec.top_p = 0.9;
+    if (round % 5 == 2) spec.top_k = 40;
+    if (round % 2) spec.num_top = 5;
+    baton::Drawn drawn = {};
+    tiny::require(baton_draw(nullptr, logits.data(), 1, kSize, &spec, &drawn));
+    hash = tiny::hashed(&drawn.token, sizeof drawn.token, hash);
+    if (spec.num_top < 0) continue;
+    hash = tiny::hashed(&drawn.logprob, sizeof drawn.logprob, tiny::hashed(&drawn.rank, sizeof drawn.rank, hash));
+    hash = tiny::hashed(drawn.top_ids, drawn.num_top * 4, tiny::hashed(drawn.top_logprobs, drawn.num_top * 4, hash));
   }
-  float total = 0, threshold = 0;
-  for (float& logit : logits) total += logit = (logit + 8) * (logit + 8);
-  for (float& logit : logits) logit /= total;
-  const int64_t is_found = baton_nucleus(logits.data(), static_cast<int64_t>(logits.size()), 0.9f, &threshold);
-  std::printf("draw sums=%016llx nucleus=%lld:%a\n", static_cast<unsigned long long>(hash), static_cast<long long>(is_found),
-              threshold);
+  std::printf("draw %016llx\n", static_cast<unsigned long long>(hash));
 }
 
 }  // namespace

@@ -125,19 +125,28 @@ inline void incomplete(const tiny::Shape& shape, bool is_bf16) {
   }
 }
 
+// Logits that are no numbers, and token ids of any size.
 inline void sampling(Random& random) {
-  const int64_t size = random.below(40);
-  std::vector<float> logits(size), sums(size);
+  const int64_t size = 1 + random.below(40);
+  std::vector<float> logits(size);
   for (float& logit : logits) logit = random.below(9) ? random.centered() : random.below(2) ? NAN : INFINITY;
-  std::vector<int64_t> tokens(random.below(3));
-  baton_candidates(logits.data(), size, random.bits(), sums.data(), tokens.data(), static_cast<int64_t>(tokens.size()));
-  float threshold = 0, wanted = random.below(3) ? random.centered() * 2 : NAN;
-  baton_nucleus(logits.data(), size, wanted, &threshold);
-  baton_drop_below(logits.data(), size, wanted, sums.data());
+  std::vector<int32_t> ids(random.below(3));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(4) ? random.below(size) : random.bits());
+  baton::DrawSpec spec = tiny::plain_draw();
+  spec.temperature = random.below(3) ? 1.0f : random.centered();
+  spec.top_k = number(random);
+  spec.top_p = random.below(3) ? random.centered() * 2 : NAN;
+  spec.num_top = static_cast<int32_t>(random.below(baton::kMaxTop + 2)) - 1;
+  spec.banned_ids = ids.data();
+  spec.num_banned = static_cast<int64_t>(ids.size());
+  if (random.below(4) == 0) spec.token = number(random);
+  baton::Drawn drawn = {};
+  baton_draw(nullptr, logits.data(), 1, size, &spec, &drawn);
+  if (drawn.token >= size) tiny::fail("a token outside the vocabulary was drawn");
 }
 
 inline void run(uint64_t seed) {
-  constexpr int64_t kRounds = 400;
+  constexpr int64_t kRounds = 100;
   for (const tiny::Shape& shape : {tiny::kShapes[0], tiny::kShapes[1]})
     for (bool is_bf16 : {false, true}) {
       Random random(seed++);

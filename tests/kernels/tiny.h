@@ -16,7 +16,12 @@ namespace tiny {
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t bits() { return baton::mixed(state_ += 0x9E3779B97F4A7C15ull); }
+  uint64_t bits() {
+    uint64_t z = state_ += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+  }
   int64_t below(int64_t bound) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(bound)); }
   float centered() { return static_cast<float>(static_cast<int64_t>(bits() >> 40) - (1 << 23)) / (1 << 23); }  // -1 to 1
 
@@ -38,6 +43,17 @@ inline uint64_t hashed(const void* at, int64_t num_bytes, uint64_t hash = 0xcbf2
   const auto* bytes = static_cast<const unsigned char*>(at);
   for (int64_t i = 0; i < num_bytes; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3ull;
   return hash;
+}
+
+// A draw without filters at temperature 1.
+inline baton::DrawSpec plain_draw() {
+  baton::DrawSpec spec = {};
+  spec.token = -1;
+  spec.temperature = spec.repetition = 1;
+  spec.min_p_offset = -INFINITY;
+  spec.top_p = 1;
+  spec.num_top = -1;
+  return spec;
 }
 
 struct Shape {
