@@ -34,7 +34,8 @@ model: $(TEST)
 protos: $(TEST)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/workers/pb/worker.proto
 
-$(SERVE): pyproject.toml
+# Installing compiles the C++ (hatch_build.py), with zig from PyPI where there is no compiler.
+$(SERVE): pyproject.toml hatch_build.py $(wildcard workers/model/native/source/* workers/kv_transfer/native/source/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==2.13.0"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[demo]"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from json_worker import serve
+from workloads import MAX_LEN, SHORT_POOL_TOKENS
 
+from workers import native_build
 from workers.config import WorkerConfig
 from workers.engine import Engine
 from workers.loaded import Checkpoint
@@ -19,27 +27,49 @@ from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo
 from workers.worker import make_engine
 
-MAX_MODEL_LEN = 4096
-POOL_TOKENS = 32 * 768
-"""KV room: 32 sequences of 768 tokens."""
+NOISE_STEP = 8209
+"""Elements by which the noise of two neighbouring blocks is shifted."""
 
 
 class TimedRunner:
-    """Another runner, and the seconds spent in it."""
+    """Another runner, and the seconds spent in it.
+
+    While it `is_skipping` it computes nothing: a slice's blocks get noise and its last token is drawn.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.spent_s = 0.0
+        self.is_skipping = False
+        layout = runner.kv_memory.layout
+        dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
+        num_elements = 2 * layout.block_bytes // layout.itemsize
+        noise = torch.randn(num_elements, generator=torch.Generator().manual_seed(0)).to(dtype)
+        self._noise = noise.view(torch.uint8).numpy()
+        self._filled: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
+        if self.is_skipping:
+            slices = (*batch.prefill, *batch.decode)
+            for block in {block for piece in slices for block in piece.block_table} - self._filled:
+                self._fill(block)
+            return [Sampled(s.sequence_id, None if s.sample is None else s.token_ids[-1]) for s in slices]
         started = time.perf_counter()
         try:
             return self._runner.execute(batch, on_layer)
         finally:
             self.spent_s += time.perf_counter() - started
+
+    def _fill(self, block: int) -> None:
+        layout = self._runner.kv_memory.layout
+        first = block * NOISE_STEP * layout.itemsize % layout.block_bytes
+        place = block * layout.block_bytes
+        noise = self._noise[first : first + layout.block_bytes]
+        self._runner.kv_memory.bytes[place : place + layout.block_bytes] = noise
+        self._filled.add(block)
 
 
 class TimedModel:
@@ -61,25 +91,50 @@ class TimedModel:
         return self._checkpoint.make_detokenizer(request)
 
 
-class BatonEngine:
-    """Implements json_worker.MeasuredEngine; no prefix cache, so that no prompt is cheaper for having been seen."""
+class KernelNames(logging.Handler):
+    """Keeps what a load says of the kernels that it chose."""
 
-    def __init__(self, path: str, dtype: str, num_threads: int) -> None:
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("computing"):
+            self.said.append(record.getMessage())
+
+
+class BatonEngine:
+    """Implements json_worker.MeasuredEngine; no prefix cache, so that no prompt is cheaper for having been seen.
+
+    `settings` are further fields of WorkerConfig.
+    """
+
+    def __init__(self, path: str, dtype: str, num_threads: int, pool_tokens: int, settings: dict[str, Any]) -> None:
         config = WorkerConfig(
             model=path,
             dtype=dtype,
             num_threads=num_threads,
-            max_model_len=MAX_MODEL_LEN,
-            kv_memory_bytes=POOL_TOKENS * _kv_bytes_per_token(path, dtype),
+            max_model_len=min(MAX_LEN, pool_tokens),
+            kv_memory_bytes=pool_tokens * _kv_bytes_per_token(path, dtype),
             prefix_cache=False,
+            **settings,
         )
+        self._names = KernelNames()
+        product = logging.getLogger("workers")
+        product.setLevel(logging.INFO)
+        product.addHandler(self._names)
         self._model = TimedModel(Checkpoint.load(config))
+        product.removeHandler(self._names)
         self._engine: Engine = make_engine(config, self._model)
         self._next_id = 0
 
     @property
     def vocab_size(self) -> int:
         return self._model.info.vocab_size
+
+    @property
+    def runner(self) -> Any:
+        return self._model.runner
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         self._add(prompt, num_tokens)
@@ -94,22 +149,35 @@ class BatonEngine:
         self.greedy(prompt, 1)
         return time.perf_counter() - started
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
+    def describe(self) -> str:
+        said = self._names.said or ["it did not say with which kernels"]
+        return "; ".join((*said, *library_origins(Path("/proc/self/maps").read_text())))
+
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
         """Also `overhead`: the share of step time outside the runner (scheduling, blocks, detokenizing, outputs)."""
+        with self.decoding(prompts, num_steps, is_filled) as step:
+            self._model.runner.spent_s = 0.0
+            step_s = []
+            for _ in range(num_steps):
+                started = time.perf_counter()
+                step()
+                step_s.append(time.perf_counter() - started)
+        return {"step_s": step_s, "overhead": 1 - self._model.runner.spent_s / sum(step_s)}
+
+    @contextmanager
+    def decoding(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> Iterator[Callable[[], object]]:
+        """What makes one step in which every prompt gets a token; it may be called `num_steps` times."""
+        self._model.runner.is_skipping = is_filled
         # prompts are computed one after another, so the first ones have drawn tokens before the last one starts
-        waiting = {self._add(prompt, num_steps + 2 * len(prompts) + 64) for prompt in prompts}
+        num_tokens = num_steps + 2 * len(prompts) + sum(map(len, prompts)) // 512 + 64
+        waiting = {self._add(prompt, num_tokens) for prompt in prompts}
         ids = tuple(waiting)
         while waiting:
             waiting -= {sequence_id for sequence_id, _ in self._engine.step().outputs}
-        self._model.runner.spent_s = 0.0
-        step_s = []
-        for _ in range(num_steps):
-            started = time.perf_counter()
-            self._engine.step()
-            step_s.append(time.perf_counter() - started)
+        self._model.runner.is_skipping = False
+        yield self._engine.step
         for sequence_id in ids:
             self._engine.cancel(sequence_id)
-        return {"step_s": step_s, "overhead": 1 - self._model.runner.spent_s / sum(step_s)}
 
     def _add(self, prompt: list[int], num_tokens: int) -> int:
         self._next_id += 1
@@ -123,6 +191,26 @@ def _kv_bytes_per_token(path: str, dtype: str) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * (4 if dtype == "float32" else 2)
 
 
+def library_origins(maps: str) -> list[str]:
+    """Whether each library of C++ kernels in a process's memory map lies in the package or was compiled on this machine."""
+    paths = {line.split()[-1] for line in maps.splitlines() if line.endswith(".so")}
+    folder = str(Path(native_build.__file__).parent) + "/"
+    return [
+        f"{path.rsplit('/', 1)[1].split('-')[0]} {'built ahead' if path.startswith(folder) else 'compiled at first use'}"
+        for path in sorted(paths)
+        if "kernels" in path.rsplit("/", 1)[1]
+    ]
+
+
+def known_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that say something. Raises SystemExit for one that this checkout's WorkerConfig does not have."""
+    given = {name: value for name, value in values.items() if value}
+    unknown = set(given) - {field.name for field in fields(WorkerConfig)}
+    if unknown:
+        raise SystemExit(f"this checkout has no worker setting {', '.join(sorted(unknown))}")
+    return given
+
+
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -131,5 +219,15 @@ def _commit() -> str:
         return "an unknown commit"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pool-tokens", type=int, default=SHORT_POOL_TOKENS)
+    parser.add_argument("--instruction-set", default="", help="worker.instruction_set")
+    parser.add_argument("--cache-folder", default="", help="worker.cache_folder")
+    options = parser.parse_args()
+    settings = known_settings({"instruction_set": options.instruction_set, "cache_folder": options.cache_folder})
+    serve(_commit(), lambda *place: BatonEngine(*place, options.pool_tokens, settings))
+
+
 if __name__ == "__main__":
-    serve(_commit(), BatonEngine)
+    main()

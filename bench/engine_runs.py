@@ -1,4 +1,4 @@
-"""Runs all engines over one model, taking turns: tokens first, then load, then rounds of every workload.
+"""Measures all engines over one model with one number of threads, taking turns: load, then rounds of every workload.
 
 The engines of a model are all loaded at once and each is measured while the others wait, so that a slow minute of the
 machine falls on all of them.
@@ -11,22 +11,20 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gguf_files import gguf_file
+from busy_core import busy_core
+from engine_tokens import Say
+from gguf_files import model_path
 from model_shapes import Shape
-from roofline import Machine, decode_limit, prefill_limit
-from targets import BATCHES, PREFILLS
+from roofline import Machine, prefill_flops
+from targets import OVERHEAD_AT
 from worker_process import HERE, Program, WorkerFailed, WorkerProcess
-
-DECODE_PROMPT = 128
-TOKENS_PROMPT, TOKENS_COUNT, TOKENS_SEED = 40, 16, 11
-
-Say = Callable[[str], None]
+from workloads import BESIDE_A_BUSY_CORE, LONG, LONG_STEPS, PREFILLS, SHORT, Workload
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,12 @@ class Plan:
     num_threads: int
     repeats: int
     decode_steps: int
+    is_long: bool
+    """Also long contexts, once."""
+    is_beside_busy: bool
+    """Also some workloads beside a process that keeps one core busy, once."""
+    longest_s: float
+    """A workload of whose prompts an engine would compute for longer is left out."""
     say: Say
 
 
@@ -51,6 +55,10 @@ class Collected:
     def add(self, engine: str, measure: str, value: float) -> None:
         self.values[engine][measure].append(value)
 
+    def median(self, engine: str, measure: str) -> float | None:
+        values = self.values[engine].get(measure, [])
+        return statistics.median(values) if values else None
+
     def medians(self) -> dict[str, dict[str, float]]:
         return {
             engine: {measure: statistics.median(values) for measure, values in measures.items()}
@@ -64,63 +72,16 @@ def measure_machine(num_threads: int) -> Machine:
     return Machine(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-def model_path(program: Program, folder: Path, dtype: str) -> str:
-    """What the engine loads: the checkpoint, or for llama.cpp its conversion. Raises WorkerFailed."""
-    if program.engine != "llama":
-        return str(folder)
-    return str(gguf_file(folder, "bf16" if dtype == "bfloat16" else "f32", program.python))
-
-
-def greedy_tokens(plan: Plan, folder: Path, failures: list[str]) -> dict[str, list[int]]:
-    """What each engine answers to the same prompt in fp32 and in bf16, by "engine dtype"; one process at a time."""
-    tokens: dict[str, list[int]] = {}
-    for program in plan.programs:
-        if program.engine == "continuous":  # `greedy` is the other transformers engine's
-            continue
-        for dtype in ("float32", "bfloat16"):
-            plan.say(f"tokens of {program.engine} in {dtype}")
-            try:
-                path = model_path(program, folder, dtype)
-                with WorkerProcess(program, folder.parent) as worker:
-                    worker.ask("load", path=path, dtype=dtype, num_threads=plan.num_threads)
-                    reply = worker.ask("greedy", num_prompt=TOKENS_PROMPT, num_tokens=TOKENS_COUNT, seed=TOKENS_SEED)
-                tokens[f"{program.engine} {dtype}"] = reply["tokens"]
-            except WorkerFailed as error:
-                failures.append(f"{program.engine} {dtype} tokens: {error}")
-    return tokens
-
-
-def compare_tokens(tokens: Mapping[str, Sequence[int]]) -> tuple[list[str], bool]:
-    """Sentences on how far each engine agrees with the reference, and whether Baton's fp32 agrees wholly.
-
-    The reference is transformers' fp32; without it, there is nothing to compare and nothing is wrong.
-    """
-    reference = tokens.get("transformers float32")
-    if reference is None:
-        return ["greedy tokens were not compared: transformers is missing"], True
-    sentences, is_right = [], True
-    for name, own in tokens.items():
-        if name == "transformers float32":
-            continue
-        same = next((i for i, (a, b) in enumerate(zip(own, reference, strict=False)) if a != b), len(reference))
-        sentences.append(f"greedy tokens of {name}: the first {same} of {len(reference)} equal transformers float32")
-        if name == "baton float32":
-            is_right = same == len(reference)
-    return sentences, is_right
-
-
-def limits(shape: Shape, machine: Machine, decode_steps: int) -> dict[str, float]:
-    """The roofline of each workload, tokens per second."""
-    context = DECODE_PROMPT + decode_steps / 2
-    found = {f"prefill {n}": prefill_limit(machine, shape, n) for n in PREFILLS}
-    return found | {f"decode {b}": decode_limit(machine, shape, b, context) for b in BATCHES}
+def expected_s(shape: Shape, workload: Workload, known: Workload, tokens_per_s: float) -> float:
+    """Seconds for the prompts of a workload, going by the speed at which another one was computed."""
+    flops_per_s = prefill_flops(shape, known.context) / (known.context / tokens_per_s)
+    return workload.batch * prefill_flops(shape, workload.context) / flops_per_s
 
 
 def measure_model(shape: Shape, folder: Path, plan: Plan) -> tuple[dict[str, Any], list[Machine]]:
     """All figures of one model but its limits, as engine_report and --json show them; and the machine's, each round."""
     collected = Collected()
-    tokens = greedy_tokens(plan, folder, collected.failures)
-    sentences, is_right = compare_tokens(tokens)
+    descriptions: dict[str, str] = {}
     with ExitStack() as stack:
         workers: dict[str, WorkerProcess] = {}
         for program in plan.programs:
@@ -128,26 +89,35 @@ def measure_model(shape: Shape, folder: Path, plan: Plan) -> tuple[dict[str, Any
             try:
                 worker = stack.enter_context(WorkerProcess(program, folder.parent))
                 _load(worker, program, shape, folder, plan, collected)
+                descriptions[program.engine] = worker.ask("describe")["text"]
                 workers[program.engine] = worker
             except WorkerFailed as error:
                 collected.failures.append(f"{program.engine} load: {error}")
         for turn in range(plan.repeats):
             collected.machines.append(measure_machine(plan.num_threads))
-            _round(workers, turn, plan, collected)
+            for workload in SHORT:
+                able = {e: w for e, w in workers.items() if _is_able(e, shape, workload, plan, collected)}
+                _take_turns(able, workload, workload.name, turn, plan, collected)
         for engine, worker in workers.items():
             try:
                 collected.add(engine, "peak_bytes", worker.ask("memory")["peak_bytes"])
             except WorkerFailed as error:
                 collected.failures.append(f"{engine} memory: {error}")
+        if plan.is_beside_busy:
+            with busy_core():
+                for workload in BESIDE_A_BUSY_CORE:
+                    _take_turns(workers, workload, workload.busy_name, 0, plan, collected)
+        if plan.is_long:
+            for workload in LONG:
+                able = {e: w for e, w in workers.items() if _is_able(e, shape, workload, plan, collected)}
+                _take_turns(able, workload, workload.name, 0, plan, collected)
     results = {
-        "total_params": shape.total_params,
-        "active_params": shape.active_params,
-        "weight_bytes": shape.weight_bytes,
+        "num_threads": plan.num_threads,
         "figures": collected.medians(),
         "rounds": collected.values,
-        "tokens": sentences,
-        "is_right": is_right,
+        "descriptions": descriptions,
         "failures": collected.failures,
+        "machines": [asdict(machine) for machine in collected.machines],
     }
     return results, collected.machines
 
@@ -157,7 +127,7 @@ def _load(
 ) -> None:
     """Loads, and runs a little of everything once so that nothing is measured for the first time."""
     path = model_path(program, folder, "bfloat16")
-    loaded = worker.ask("load", path=path, dtype="bfloat16", num_threads=plan.num_threads)
+    loaded = worker.ask("load", path=str(path), dtype="bfloat16", num_threads=plan.num_threads)
     collected.add(program.engine, "load_s", loaded["load_s"])
     collected.add(program.engine, "load growth", loaded["peak_growth_bytes"] / shape.weight_bytes)
     collected.add(program.engine, "private growth", loaded["private_growth_bytes"] / shape.weight_bytes)
@@ -165,28 +135,46 @@ def _load(
     worker.ask("decode", batch=2, num_prompt=16, num_steps=2, seed=0)
 
 
-def _round(workers: Mapping[str, WorkerProcess], turn: int, plan: Plan, collected: Collected) -> None:
-    """Every workload on every engine once; the prompts differ from round to round and not from engine to engine."""
-    for num_tokens in PREFILLS:
-        for engine, worker in workers.items():
-            if engine == "continuous":  # its prompts run as the other transformers engine's do
-                continue
-            _take(engine, f"prefill {num_tokens}", worker, turn, plan, collected, num_prompt=num_tokens)
-    for batch in BATCHES:
-        for engine, worker in workers.items():
-            fields = {"batch": batch, "num_prompt": DECODE_PROMPT, "num_steps": plan.decode_steps}
-            _take(engine, f"decode {batch}", worker, turn, plan, collected, **fields)
+def _is_able(engine: str, shape: Shape, workload: Workload, plan: Plan, collected: Collected) -> bool:
+    """Whether an engine is asked a workload; if not, the reason is among the failures, once."""
+    is_filled = workload.kind == "decode" and engine != "continuous"
+    if is_filled or workload in PREFILLS or (workload.kind == "prefill" and engine == "continuous"):
+        return True
+    if engine == "continuous" and workload in LONG:
+        reason = "left out, its cache cannot be filled from outside"
+    else:
+        known = PREFILLS[0] if engine == "continuous" else PREFILLS[-1]
+        tokens_per_s = collected.median("transformers" if engine == "continuous" else engine, known.name)
+        seconds = expected_s(shape, workload, known, tokens_per_s) if tokens_per_s else 0.0
+        if seconds <= plan.longest_s:
+            return True
+        reason = f"left out, its prompts would take {seconds:.0f} s at the speed of {known.name} (--longest-s)"
+    text = f"{engine} {workload.name}: {reason}"
+    if not any(failure.startswith(f"{engine} {workload.name}: left out") for failure in collected.failures):
+        collected.failures.append(text)
+    return False
 
 
-def _take(
-    engine: str, measure: str, worker: WorkerProcess, turn: int, plan: Plan, collected: Collected, **fields: int
+def _take_turns(
+    workers: Mapping[str, WorkerProcess], workload: Workload, measure: str, turn: int, plan: Plan, collected: Collected
 ) -> None:
-    try:
-        reply = worker.ask(measure.split()[0], seed=turn + 1, **fields)
-    except WorkerFailed as error:
-        collected.failures.append(f"{engine} {measure}, round {turn + 1}: {error}")
-        return
-    plan.say(f"round {turn + 1}: {measure} {engine} {reply['tokens_per_s']:.1f} tokens/s")
-    collected.add(engine, measure, reply["tokens_per_s"])
-    if "overhead" in reply and measure == f"decode {BATCHES[-1]}":
-        collected.add(engine, "overhead", reply["overhead"])
+    """One workload on every engine once; the prompts differ from round to round and not from engine to engine.
+
+    Keys and values of a decode step's prompts are put into the cache where an engine allows that.
+    """
+    for engine, worker in workers.items():
+        if workload.kind == "prefill" and engine == "continuous":  # its prompts run as the other transformers engine's
+            continue
+        fields: dict[str, Any] = {"num_prompt": workload.context, "seed": turn + 1}
+        if workload.kind == "decode":
+            num_steps = LONG_STEPS if workload in LONG else plan.decode_steps
+            fields |= {"batch": workload.batch, "num_steps": num_steps, "is_filled": engine != "continuous"}
+        try:
+            reply = worker.ask(workload.kind, **fields)
+        except WorkerFailed as error:
+            collected.failures.append(f"{engine} {measure}, round {turn + 1}: {error}")
+            continue
+        plan.say(f"round {turn + 1}: {measure} {engine} {reply['tokens_per_s']:.1f} tokens/s")
+        collected.add(engine, measure, reply["tokens_per_s"])
+        if "overhead" in reply and measure == OVERHEAD_AT:
+            collected.add(engine, "overhead", reply["overhead"])

@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from model_shapes import SMALL
 from random_checkpoints import random_checkpoint
 
 TOKEN = "bench"
-PROMPT = 128
 PARTS = ("steps", "memory", "balance", "killed", "hung", "projection")
 
 
@@ -35,13 +35,13 @@ def serve(config: Any, rank: int, address: tuple[str, int]) -> None:
 class Ranks:
     """A group on this machine whose rank 0 is this process; lost ranks are started anew."""
 
-    def __init__(self, folder: Path, **parallel: Any) -> None:
+    def __init__(self, folder: Path, native: bool, **parallel: Any) -> None:
         from workers.config import ParallelConfig, WorkerConfig
         from workers.group.runner import GroupRunner
 
         settings = ParallelConfig(**{"heartbeat_timeout_s": 20.0, **parallel})
         self.config = WorkerConfig(
-            model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=False,
+            model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=native,
             parallel=settings,
         )  # fmt: skip
         self.processes: dict[int, Any] = {}
@@ -76,6 +76,9 @@ class Ranks:
 class Load:
     """`batch` sequences spread over the pools of a runner, driven without an engine."""
 
+    prompt = 128
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
     def __init__(self, runner: Any, batch: int) -> None:
         from workers.request import SamplingParams
         from workers.runner import BLOCK_SIZE, Batch, SampleSpec, SequenceSlice
@@ -86,22 +89,22 @@ class Load:
         per = -(-1024 // BLOCK_SIZE) // 4
         self._tables = [[(i % pools) * blocks + (i // pools) * per + at for at in range(per)] for i in range(batch)]
         self._spec = SampleSpec(SamplingParams(temperature=0), 0, 0, (), ())
-        self._length = PROMPT
+        self._length = self.prompt
 
     def prefill(self) -> float:
         """Seconds for one prompt a pool in one step."""
         pieces = tuple(
-            self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(PROMPT)], 0, self._tables[i])
+            self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(self.prompt)], 0, self._tables[i])
             for i in range(min(self._batch, 4))
         )
-        started = time.monotonic()
+        started = self.clock()
         self._runner.execute(self._make(prefill=pieces))
-        return time.monotonic() - started
+        return self.clock() - started
 
     def fill(self) -> None:
         for first in range(0, self._batch, 4):
             pieces = tuple(
-                self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(PROMPT)], 0, self._tables[i])
+                self._slice(i, [(7 * i + at * 13) % 16000 + 5 for at in range(self.prompt)], 0, self._tables[i])
                 for i in range(first, min(first + 4, self._batch))
             )
             self._runner.execute(self._make(prefill=pieces))
@@ -112,9 +115,9 @@ class Load:
             for i in range(self._batch)
         )
         self._length += 1
-        started = time.monotonic()
+        started = self.clock()
         self._runner.execute(self._make(decode=pieces))
-        return time.monotonic() - started
+        return self.clock() - started
 
 
 def measure(runner: Any, batch: int, steps: int) -> tuple[float, float]:
@@ -129,8 +132,8 @@ def sent(runner: Any) -> int:
     return sum(done.sent_bytes for done in runner.last_done.values())
 
 
-def measure_group(folder: Path, batch: int, steps: int, **parallel: Any) -> dict[str, Any]:
-    ranks = Ranks(folder, **parallel)
+def measure_group(folder: Path, native: bool, batch: int, steps: int, **parallel: Any) -> dict[str, Any]:
+    ranks = Ranks(folder, native, **parallel)
     try:
         decode_s, prefill_s = measure(ranks.runner, batch, steps)
         load = Load(ranks.runner, batch)
@@ -151,11 +154,11 @@ def measure_group(folder: Path, batch: int, steps: int, **parallel: Any) -> dict
         ranks.stop()
 
 
-def measure_recovery(folder: Path, kill: int, heartbeat_s: float) -> dict[str, Any]:
+def measure_recovery(folder: Path, native: bool, kill: int, heartbeat_s: float) -> dict[str, Any]:
     """From the signal to the loss being known, to healthy ranks idle again, to serving, beside a rank's start."""
     from workers.errors import PoolsLost
 
-    ranks = Ranks(folder, expert_parallel=4, heartbeat_timeout_s=heartbeat_s)
+    ranks = Ranks(folder, native, expert_parallel=4, heartbeat_timeout_s=heartbeat_s)
     try:
         load = Load(ranks.runner, 8)
         load.fill()
@@ -198,11 +201,11 @@ def measure_recovery(folder: Path, kill: int, heartbeat_s: float) -> dict[str, A
         ranks.stop()
 
 
-def measure_balance(folder: Path) -> dict[str, Any]:
+def measure_balance(folder: Path, native: bool) -> dict[str, Any]:
     """Max over mean of the ranks' load before and after a rebalancing, on a skewed load measured by the ranks."""
     from workers.model.expert_placement import imbalance
 
-    ranks = Ranks(folder, expert_parallel=4, redundant_experts=8)
+    ranks = Ranks(folder, native, expert_parallel=4, redundant_experts=8)
     try:
         runner, shape = ranks.runner, SMALL
         load = Load(runner, 16)
@@ -228,20 +231,20 @@ def measure_balance(folder: Path) -> dict[str, Any]:
         ranks.stop()
 
 
-def measure_memory(folder: Path) -> dict[str, Any]:
+def measure_memory(folder: Path, native: bool) -> dict[str, Any]:
     """Peak growth of RSS while a rank's share loads, over the share's bytes, each in a process of its own."""
     found = {}
     for size in (1, 2, 4):
         context = mp.get_context("spawn")
         queue = context.SimpleQueue()
-        process = context.Process(target=_load_share, args=(str(folder), size, queue))
+        process = context.Process(target=_load_share, args=(str(folder), native, size, queue))
         process.start()
         found[size] = queue.get()
         process.join()
     return found
 
 
-def _load_share(folder: str, size: int, queue: Any) -> None:
+def _load_share(folder: str, native: bool, size: int, queue: Any) -> None:
     import torch
 
     from workers.config import ParallelConfig, WorkerConfig
@@ -252,7 +255,7 @@ def _load_share(folder: str, size: int, queue: Any) -> None:
     from workers.model.rank_runner import initial_placement, load_rank, share_bytes
 
     config = WorkerConfig(
-        model=folder, dtype="bfloat16", max_model_len=64, kv_memory_bytes=1 << 20, native=False,
+        model=folder, dtype="bfloat16", max_model_len=64, kv_memory_bytes=1 << 20, native=native,
         parallel=ParallelConfig(expert_parallel=size),
     )  # fmt: skip
     dimensions = ErnieConfig.load(Path(folder))
@@ -261,7 +264,8 @@ def _load_share(folder: str, size: int, queue: Any) -> None:
     before = _status("VmRSS")
     placement = initial_placement(config, dimensions)
     runner = load_rank(config, size - 1, Links(), placement)
-    share = share_bytes(dimensions, Layout.of(config.parallel, dimensions, size - 1), placement, torch.bfloat16)
+    layout = Layout.of(config.parallel, dimensions, size - 1)
+    share = share_bytes(dimensions, layout, placement, torch.bfloat16, copies_tied_head=not native)
     del runner
     queue.put((_status("VmHWM") - before, share))
 
@@ -292,26 +296,35 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompt", type=int, default=Load.prompt, help="tokens of a prompt")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count what rank 0's thread computes, without its waits: for a busy machine",
+    )
+    parser.add_argument("--torch", action="store_true", help="with PyTorch's kernels instead of those in C++")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
+    Load.prompt = arguments.prompt
+    if arguments.cpu_time:
+        Load.clock = staticmethod(time.thread_time)
     import torch
 
     torch.set_num_threads(1)
-    folder = random_checkpoint(SMALL, arguments.cache)
+    folder, native = random_checkpoint(SMALL, arguments.cache), not arguments.torch
     found: dict[str, Any] = {}
     for part in arguments.parts:
         match part:
             case "steps":
-                found[part] = measure_steps(folder, arguments.batch, arguments.steps)
-                print_steps(found[part])
+                found[part] = print_steps(measure_steps(folder, native, arguments.batch, arguments.steps))
             case "memory":
-                found[part] = measure_memory(folder)
+                found[part] = measure_memory(folder, native)
             case "balance":
-                found[part] = measure_balance(folder)
+                found[part] = measure_balance(folder, native)
             case "killed":
-                found[part] = measure_recovery(folder, signal.SIGKILL, 20.0)
+                found[part] = measure_recovery(folder, native, signal.SIGKILL, 20.0)
             case "hung":
-                found[part] = measure_recovery(folder, signal.SIGSTOP, 4.0)
+                found[part] = measure_recovery(folder, native, signal.SIGSTOP, 4.0)
             case "projection":
                 print_projection()
         if part in found and part != "steps":
@@ -320,31 +333,36 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def measure_steps(folder: Path, batch: int, steps: int) -> list[dict[str, Any]]:
+def measure_steps(folder: Path, native: bool, batch: int, steps: int) -> Iterator[dict[str, Any]]:
     layouts: tuple[dict[str, Any], ...] = (
         {"expert_parallel": 2}, {"expert_parallel": 4}, {"expert_parallel": 4, "exact_combine": False},
         {"expert_parallel": 2, "min_overlap_tokens": 1}, {"expert_parallel": 2, "tensor_parallel": 2},
     )  # fmt: skip
-    rows = [measure_single(folder, batch, steps)]
-    return rows + [measure_group(folder, batch, steps, **layout) for layout in layouts]
+    yield measure_single(folder, native, batch, steps)
+    for layout in layouts:
+        yield measure_group(folder, native, batch, steps, **layout)
 
 
-def print_steps(rows: list[dict[str, Any]]) -> None:
+def print_steps(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each as soon as it is measured; returns them all."""
+    found = []
     print("| layout | decode step ms | prefill step ms | bytes a token and layer | formula |")
     print("|---|--:|--:|--:|--:|")
     for row in rows:
+        found.append(row)
         layout = ", ".join(f"{name} {value}" for name, value in row["layout"].items()) or "one rank"
         formula = "-" if row["formula"] is None else f"{row['formula']:.0f}"
         moved = row["bytes_token_layer"]
         print(f"| {layout} | {row['decode_ms']:.1f} | {row['prefill_ms']:.1f} | {moved:.0f} | {formula} |", flush=True)
+    return found
 
 
-def measure_single(folder: Path, batch: int, steps: int) -> dict[str, Any]:
+def measure_single(folder: Path, native: bool, batch: int, steps: int) -> dict[str, Any]:
     from workers.config import WorkerConfig
     from workers.model.torch_runner import TorchRunner
 
     runner = TorchRunner.load(
-        WorkerConfig(model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=False)
+        WorkerConfig(model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=native)
     )
     decode_s, prefill_s = measure(runner, batch, steps)
     return {

@@ -1,11 +1,11 @@
-"""Turns a checkpoint into a GGUF file with llama.cpp's own converter, which its source distribution carries."""
+"""What each engine loads: the checkpoint, or a GGUF file made of it by llama.cpp's own converter, which its source carries."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-from worker_process import HERE, WorkerFailed
+from worker_process import HERE, Program, WorkerFailed
 
 INSTALL = (
     "python3 -m venv llama && "
@@ -14,6 +14,13 @@ INSTALL = (
     "tar xzf llama/src/llama_cpp_python-0.3.36.tar.gz -C llama/src, then --llama-python llama/bin/python"
 )
 _CONVERTER = "src/llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py"
+
+
+def model_path(program: Program, folder: Path, dtype: str) -> Path:
+    """The checkpoint's folder, or for llama.cpp a file. Raises WorkerFailed with the reason."""
+    if program.engine != "llama":
+        return folder
+    return gguf_file(folder, "bf16" if dtype == "bfloat16" else "f32", program.python)
 
 
 def gguf_file(folder: Path, kind: str, python: str) -> Path:

@@ -171,7 +171,7 @@ def config_of(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     parallel = ParallelConfig(expert_parallel=2, tensor_parallel=args.tensor_parallel)
     return WorkerConfig(
-        model=args.model, native=False, max_model_len=512, kv_memory_bytes=8_000_000, num_threads=1, parallel=parallel
+        model=args.model, max_model_len=512, kv_memory_bytes=8_000_000, num_threads=1, parallel=parallel
     )
 
 

@@ -31,8 +31,15 @@ class MeasuredEngine(Protocol):
         """Seconds from the prompt to its first token."""
         ...
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
-        """{"step_s": seconds of each of about `num_steps` steps in which every prompt gets one token, ...}"""
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
+        """{"step_s": seconds of each of about `num_steps` steps in which every prompt gets one token, ...}
+
+        With `is_filled` the prompts' keys and values are any: they are put into the cache, not computed.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What computes: kernels, instruction set."""
         ...
 
 
@@ -95,12 +102,17 @@ class _Session:
     def on_prefill(self, num_prompt: int, seed: int) -> dict[str, Any]:
         return {"tokens_per_s": num_prompt / self._engine.prefill(self._prompt(num_prompt, seed))}
 
-    def on_decode(self, batch: int, num_prompt: int, num_steps: int, seed: int) -> dict[str, Any]:
+    def on_decode(
+        self, batch: int, num_prompt: int, num_steps: int, seed: int, is_filled: bool = False
+    ) -> dict[str, Any]:
         """The median step gives the speed: a neighbour that takes a core for a moment does not count."""
         prompts = [self._prompt(num_prompt, seed * 1000 + place) for place in range(batch)]
-        result = self._engine.decode(prompts, num_steps)
+        result = self._engine.decode(prompts, num_steps, is_filled)
         steps = sorted(result.pop("step_s"))
         return {"tokens_per_s": batch / steps[len(steps) // 2], **result}
+
+    def on_describe(self) -> dict[str, Any]:
+        return {"text": self._engine.describe()}
 
     def on_memory(self) -> dict[str, Any]:
         return {"peak_bytes": memory_bytes("VmHWM")}

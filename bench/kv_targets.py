@@ -1,6 +1,6 @@
 """What Baton's KV transports have to reach beside memcpy and their peers, and whether measured figures reach it. Pure.
 
-Figures are {engine: {size name: seconds}}; see SIZES. Baton's engines are "baton shm", "baton tcp", "baton grpc", "baton gloo".
+Figures are {engine: {size name: seconds}}; see SIZES. Baton's engines are "baton shm", "baton nixl", "baton tcp", "baton grpc", "baton gloo".
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SHAPES = {"64 B": "tiny", "21B block": "block"}
 
 MIN_SHM_OVER_MEMCPY = 0.9
 MIN_SHM_OVER_NIXL = 1.5
+MIN_NIXL_OVER_RAW = 0.9
 MIN_TCP_OVER_PEERS = 1.0
 MIN_GLOO_OVER_RAW = 0.9
 MAX_BLOCK_S = 1e-3
@@ -49,6 +50,8 @@ def verdicts(figures: Figures) -> Iterator[Verdict]:
     yield Verdict("shm over memcpy, 256 MiB", over(figures, "baton shm", "256 MiB", "memcpy"), MIN_SHM_OVER_MEMCPY)
     for size in ("16 MiB", "256 MiB"):
         yield Verdict(f"shm over NIXL, {size}", over(figures, "baton shm", size, "nixl"), MIN_SHM_OVER_NIXL)
+    for size in ("16 MiB", "256 MiB"):
+        yield Verdict(f"nixl over raw NIXL, {size}", over(figures, "baton nixl", size, "nixl"), MIN_NIXL_OVER_RAW)
     for size in ("1 MiB", "16 MiB", "256 MiB"):
         value = over(figures, "baton tcp", size, "nixl tcp", "mooncake")
         yield Verdict(f"tcp over the faster of NIXL and Mooncake on TCP, {size}", value, MIN_TCP_OVER_PEERS)

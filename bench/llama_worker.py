@@ -7,6 +7,7 @@ layout. Tokens are drawn with numpy's argmax: less work than its sampler chain, 
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from json_worker import serve
+from llama_state import UnknownState, lengthen
 
 ROOM = 256
 """Positions of a sequence beyond its prompt."""
 MAX_BATCH_TOKENS = 2048
 WARMING_TOKENS = 512
 """As many as llama.cpp computes at once by default."""
+FILLED_FROM = 16
+"""Tokens whose keys and values are repeated to fill a context."""
 
 Row = tuple[int, int, int, bool]
 """Token, its position, its sequence, whether its logits are wanted."""
@@ -56,9 +60,10 @@ class LlamaEngine:
             self._prefill(context, prompt, 0)
             return time.perf_counter() - started
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
         with self._context(len(prompts), len(prompts[0]) + num_steps) as context:
-            tokens = [self._prefill(context, prompt, place)[0] for place, prompt in enumerate(prompts)]
+            start = self._fill if is_filled else self._prefill
+            tokens = [start(context, prompt, place)[0] for place, prompt in enumerate(prompts)]
             step_s = []
             for step in range(num_steps):
                 started = time.perf_counter()
@@ -91,6 +96,27 @@ class LlamaEngine:
             tokens = self._run(context, rows[first : first + MAX_BATCH_TOKENS])
         return tokens
 
+    def _fill(self, context: Any, prompt: list[int], sequence: int) -> list[int]:
+        """Gives a sequence as many positions as its prompt has tokens, repeating the first ones; a token to go on with.
+
+        Where llama.cpp does not take a state made so, the prompt is computed.
+        """
+        self._prefill(context, prompt[:FILLED_FROM], sequence)
+        size = llama_cpp.llama_state_seq_get_size(context, sequence)
+        state = (ctypes.c_uint8 * size)()
+        llama_cpp.llama_state_seq_get_data(context, state, size, sequence)
+        try:
+            filled = lengthen(bytes(state), len(prompt))
+        except UnknownState as error:
+            print(f"prompts are computed: {error}", file=sys.stderr)
+        else:
+            buffer = (ctypes.c_uint8 * len(filled)).from_buffer_copy(filled)
+            if llama_cpp.llama_state_seq_set_data(context, buffer, len(filled), sequence) == len(filled):
+                return [prompt[-1]]
+            print("prompts are computed: llama.cpp does not take a lengthened state", file=sys.stderr)
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), sequence, -1, -1)
+        return self._prefill(context, prompt, sequence)
+
     def _run(self, context: Any, rows: list[Row]) -> list[int]:
         """One llama_decode; the most likely token of each row that wants logits."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
@@ -106,6 +132,15 @@ class LlamaEngine:
             return [self._argmax(context, i) for i, row in enumerate(rows) if row[3]]
         finally:
             llama_cpp.llama_batch_free(batch)
+
+    def describe(self) -> str:
+        """The features that llama.cpp was built with and found."""
+        text: bytes = llama_cpp.llama_print_system_info()
+        return " ".join(
+            feature.replace(" = 1", "").strip().removeprefix("CPU : ")
+            for feature in text.decode().split("|")
+            if feature.strip().endswith("= 1")
+        )
 
     def _argmax(self, context: Any, row: int) -> int:
         logits = ctypes.cast(llama_cpp.llama_get_logits_ith(context, row), ctypes.POINTER(ctypes.c_float))

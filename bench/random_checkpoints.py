@@ -13,23 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_LEN = 4096
-"""Positions of every checkpoint."""
+"""Positions of a checkpoint, unless more are asked for."""
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 Draw = Callable[..., Tensor]
 """draw(std, *shape) gives bf16 noise; fp32 with exact=True."""
 
 
-def random_checkpoint(shape: Shape, cache: Path, seed: int = 0) -> Path:
-    """The folder of a checkpoint of this shape and seed; written only when the cache does not hold it."""
-    folder = cache / f"{shape.name}-{shape.total_params}-seed{seed}"
+def random_checkpoint(shape: Shape, cache: Path, seed: int = 0, max_len: int = MAX_LEN) -> Path:
+    """The folder of a checkpoint of this shape, seed and number of positions; written only when the cache does not hold it."""
+    folder = cache / f"{shape.name}-{shape.total_params}-len{max_len}-seed{seed}"
     if folder.exists():
         return folder
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_weights(shape, partial, seed)
-    (partial / "config.json").write_text(json.dumps(shape.config_json(MAX_LEN), indent=1))
+    (partial / "config.json").write_text(json.dumps(shape.config_json(max_len), indent=1))
     (partial / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     )

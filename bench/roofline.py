@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from model_shapes import BF16_BYTES, FP32_BYTES, Shape
+from workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,16 @@ class Machine:
 
     read_bytes_per_s: float
     flops_per_s: float
-    """bf16 matrix products."""
+    """Matrix products of bf16 or fp32, whichever is faster."""
+    product: str = ""
+    """Which one that was."""
 
 
 def best(measured: Iterable[Machine]) -> Machine:
     """A limit is what was reached once, so the highest of several measurements counts. Raises ValueError for none."""
     machines = list(measured)
-    return Machine(max(m.read_bytes_per_s for m in machines), max(m.flops_per_s for m in machines))
+    fastest = max(machines, key=lambda machine: machine.flops_per_s)
+    return Machine(max(m.read_bytes_per_s for m in machines), fastest.flops_per_s, fastest.product)
 
 
 def experts_hit(shape: Shape, batch: int) -> float:
@@ -67,3 +71,10 @@ def prefill_limit(machine: Machine, shape: Shape, num_tokens: int) -> float:
     weight_bytes = decode_bytes(shape, num_tokens, 0)
     seconds = max(prefill_flops(shape, num_tokens) / machine.flops_per_s, weight_bytes / machine.read_bytes_per_s)
     return num_tokens / seconds
+
+
+def limit(machine: Machine, shape: Shape, workload: Workload, num_steps: int) -> float:
+    """The limit of a workload; the context of a decode step is that of the middle one of `num_steps`."""
+    if workload.kind == "prefill":
+        return prefill_limit(machine, shape, workload.context)
+    return decode_limit(machine, shape, workload.batch, workload.context + num_steps / 2)

@@ -13,13 +13,13 @@ from json_worker import serve
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
+    DynamicCache,
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from workloads import SHORT_POOL_TOKENS
 
-POOL_TOKENS = 32 * 768
-"""KV room of `generate_batch`, as Baton's; left alone it takes most of the memory."""
 MAX_BATCH_TOKENS = 512
 
 
@@ -55,13 +55,30 @@ class TransformersEngine:
         self._generate([prompt], 1)
         return time.perf_counter() - started
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
         clock = StepClock()
-        self._generate(prompts, num_steps + 1, clock)
+        cache = self._filled_cache(len(prompts), len(prompts[0]) - 1) if is_filled else None
+        self._generate(prompts, num_steps + 1, clock, cache=cache)
         return {"step_s": _differences(clock.times_s)}
 
-    def _generate(self, prompts: list[list[int]], num_tokens: int, *clocks: StepClock) -> torch.Tensor:
+    def describe(self) -> str:
+        return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+
+    def _filled_cache(self, batch: int, num_tokens: int) -> DynamicCache:
+        """Noise for all but the last token of each prompt, as `generate` takes what it has computed before."""
+        config = self._model.config
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            size = (batch, config.num_key_value_heads, num_tokens, config.head_dim)
+            keys, values = (torch.randn(size).to(self._model.dtype) for _ in range(2))
+            cache.update(keys, values, layer)
+        return cache
+
+    def _generate(
+        self, prompts: list[list[int]], num_tokens: int, *clocks: StepClock, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
         ids = torch.tensor(prompts)
+        filled = {} if cache is None else {"past_key_values": cache}
         with torch.inference_mode():
             found: torch.Tensor = self._model.generate(
                 ids,
@@ -69,6 +86,7 @@ class TransformersEngine:
                 do_sample=False,
                 max_new_tokens=num_tokens,
                 stopping_criteria=StoppingCriteriaList(clocks),
+                **filled,
             )
         return found
 
@@ -76,12 +94,15 @@ class TransformersEngine:
 class ContinuousEngine(TransformersEngine):
     """The same model through the paged, continuously batching path."""
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> dict[str, Any]:
+    def decode(self, prompts: list[list[int]], num_steps: int, is_filled: bool) -> dict[str, Any]:
+        if is_filled:
+            raise RuntimeError("generate_batch takes no cache from outside")
         # prompts are computed in turn: those that start first must not end before the last one has made its steps
         num_prefill_steps = sum(map(len, prompts)) // MAX_BATCH_TOKENS + 2
         num_tokens = num_steps + 1 + 2 * num_prefill_steps
         config = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, eos_token_id=-1, pad_token_id=0)
-        num_blocks = POOL_TOKENS // ContinuousBatchingConfig().page_size
+        # left alone its cache takes most of the memory
+        num_blocks = SHORT_POOL_TOKENS // ContinuousBatchingConfig().page_size
         limits = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=MAX_BATCH_TOKENS)
         results = self._model.generate_batch(prompts, config, limits, record_timestamps=True)
         times = [result.timestamps for result in results.values()]

@@ -32,9 +32,15 @@ class PoolsConfig:
     mixed: int = 0
     routers: int = 1
     """The first router listens on router.port, each further one on the next port."""
+    cpu_sets: tuple[str, ...] = ()
+    """One worker.cpus for each worker, in the order prefill, decode, mixed, so that they do not share processors; empty: worker.cpus holds for all."""
 
     def __post_init__(self) -> None:
         check_roles(self.prefill, self.decode, self.mixed)
+        if self.cpu_sets and len(self.cpu_sets) != len(self.workers):
+            raise InvalidConfig(
+                f"pools.cpu_sets must have an entry for each of the {len(self.workers)} workers; it has {len(self.cpu_sets)}"
+            )
         if self.prefill + self.decode + self.mixed > MAX_WORKERS:
             raise InvalidConfig(f"pools hold at most {MAX_WORKERS} workers together")
         if not 1 <= self.routers <= 64:
@@ -130,6 +136,13 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.start_timeout_s <= 0 or self.stop_timeout_s < 0:
             raise InvalidConfig("start_timeout_s must be positive and stop_timeout_s must not be negative")
+
+    def worker_named(self, worker_id: str) -> WorkerConfig:
+        """The settings of one worker: those of all, on the processors that pools.cpu_sets gives it."""
+        names = [name for name, _ in self.pools.workers]
+        if not self.pools.cpu_sets or worker_id not in names:
+            return self.worker
+        return replace(self.worker, cpus=self.pools.cpu_sets[names.index(worker_id)])
 
     def router_at(self, at: int) -> RouterConfig:
         """The settings of router number `at`: like the first, on a port of its own."""

@@ -21,6 +21,7 @@ from cluster.preflight import (
     check_memory,
     check_model,
     check_port,
+    check_processors,
     check_store,
 )
 from cluster.progress import Progress
@@ -58,6 +59,7 @@ async def preflight(config: ClusterConfig) -> None:
     check_model(config.worker.model)
     check_layout(config.worker)
     check_gpus(config)
+    check_processors(config)
     if config.router.model != config.worker.model:
         check_model(config.router.model)
     for at in range(config.pools.routers):

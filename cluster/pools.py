@@ -89,7 +89,9 @@ class Pools:
         leader = (
             ray.remote(WorkerActor)
             .options(**options[0])
-            .remote(worker_id, config.worker, role, config.store, config.ray.namespace, factory, secret)
+            .remote(
+                worker_id, config.worker_named(worker_id), role, config.store, config.ray.namespace, factory, secret
+            )
         )
         followers = [
             ray.remote(RankActor)

@@ -14,6 +14,7 @@ from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import check
+from workers.processors import Processors
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
@@ -48,6 +49,13 @@ def check_layout(config: WorkerConfig) -> None:
     """Raises InvalidConfig when the model cannot be spread over ranks as worker.parallel asks."""
     if config.parallel.size > 1:
         check(config.parallel, ErnieConfig.load(Path(config.model)))
+
+
+def check_processors(config: ClusterConfig) -> None:
+    """Raises InvalidConfig when a worker that starts on this host could not have its processors."""
+    if not config.ray.address:
+        for name, _ in config.pools.workers:
+            Processors.of(config.worker_named(name).cpus)
 
 
 def check_gpus(config: ClusterConfig) -> None:

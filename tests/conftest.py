@@ -1,4 +1,5 @@
-"""What all tests share: a Redis where one is asked for; kernels in Triton's interpreter on machines without a GPU."""
+"""What all tests share: a Redis where one is asked for; kernels in Triton's interpreter on machines without a GPU; no time
+limit for an example of hypothesis, which a busy machine would break."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from redis_server import RedisServer
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported

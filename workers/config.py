@@ -104,12 +104,16 @@ class WorkerConfig:
     deterministic: bool = True
     """A sequence gets the same bits whatever runs beside it. False, on cuda only, allows kernels that depend on the batch."""
     num_threads: int = 1
+    cpus: str = ""
+    """Processors of the computing threads, such as "0-3,8" or "numa:0"; their NUMA nodes hold weights and KV. Empty: any."""
     native: bool = True
-    """Compute with the C++ kernels, compiled at first use; without a compiler, or when false, with PyTorch's."""
+    """Compute with the C++ kernels, built ahead or else compiled at first use; where neither can be had, or when false, with PyTorch's."""
     instruction_set: str = "auto"
     """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, neon or neonbf16."""
     cache_folder: str = ""
-    """Where compiled kernels are kept; ~/.cache/baton when empty."""
+    """Where kernels compiled at first use and packed weights are kept; ~/.cache/baton when empty."""
+    packed_weights_bytes: int = 0
+    """What packed weights may take in cache_folder, those not used for longest going first, so that a restart copies them instead of packing; 0: none are kept. For the C++ kernels, and no group of ranks."""
     max_model_len: int = 0
     """Longest prompt + output; 0: the model's max_position_embeddings."""
     kv_memory_bytes: int = 0
@@ -160,6 +164,12 @@ class WorkerConfig:
                 "must be true on cpu, which has no other mode",
             ),
             (self.num_threads >= 1, "num_threads", "must be at least 1"),
+            (
+                not self.cpus or (self.parallel.size == 1 and self.device == "cpu"),
+                "cpus",
+                "must be empty for a group of ranks, and on cuda",
+            ),
+            (self.packed_weights_bytes >= 0, "packed_weights_bytes", "must be 0 (none are kept) or positive"),
             (
                 self.instruction_set in ("auto", *INSTRUCTION_SETS),
                 "instruction_set",

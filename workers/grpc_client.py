@@ -14,26 +14,11 @@ import grpc.aio
 from workers import wire
 from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged, WorkerLost
+from workers.grpc_options import ROUTER_CHANNEL
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerStatus
 from workers.wire_seal import Sealer, verified
-
-MAX_MESSAGE_BYTES = 64 << 20
-"""A full dump of a prefix cache has 8 bytes a block; a prompt at most 5 bytes a token."""
-
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-    ("grpc.enable_http_proxy", 0),
-)
-"""A subchannel pool of its own lets a new connection skip the back-off of the one that just broke.
-
-No HTTP/2 keepalive: workers speak about once a second, so silence is noticed without pings (RouterConfig.worker_stale_s).
-"""
-
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
@@ -52,7 +37,7 @@ class GrpcWorkerLink:
         self._expected = 0
         """Number of a message that had been sent at `_since_s` and that the worker had not heard of yet."""
         self._since_s = time.monotonic()
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
 
@@ -132,7 +117,7 @@ class GrpcWorkerClient:
         return await self._call(target, "Describe", pb.DescribeRequest())
 
     async def _call(self, target: str, method: str, request: Any) -> WorkerStatus:
-        async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             try:
                 return wire.status_from_pb(await getattr(stub, method)(request, timeout=self._timeout_s))

@@ -10,6 +10,12 @@ from enum import StrEnum
 from workers.errors import InvalidRequest, Refusal, Refused
 
 MAX_TOP_LOGPROBS = 20
+MAX_ENTRIES = 1024
+"""Of stop, stop_token_ids, bad_words and logit_bias each; OpenAI takes 4 stop strings and 300 biases."""
+MAX_STOP_CHARACTERS = 8192
+"""Of all stop strings together: they are prepared before the first token, on the thread of the engine."""
+MAX_BAD_WORD_TOKENS = 8192
+"""Of all bad words together."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 LOGPROB_FLOOR = -9999.0
 """Logprobs are clamped here: JSON has no -inf."""
@@ -58,6 +64,29 @@ class SamplingParams:
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be between -2 and 2"),
             (0 < self.repetition_penalty <= 100, "repetition_penalty", "must be above 0 and at most 100"),
             (self.seed is None or INT64_MIN <= self.seed <= INT64_MAX, "seed", "must fit in a signed 64-bit integer"),
+            (len(self.stop) <= MAX_ENTRIES, "stop", f"takes at most {MAX_ENTRIES} strings"),
+            (
+                sum(map(len, self.stop)) <= MAX_STOP_CHARACTERS,
+                "stop",
+                f"takes at most {MAX_STOP_CHARACTERS} characters in all its strings together",
+            ),
+            (len(self.stop_token_ids) <= MAX_ENTRIES, "stop_token_ids", f"takes at most {MAX_ENTRIES} tokens"),
+            (  # a word that is given as text stands here twice: as it begins a text and as it follows a blank
+                len(self.bad_words) <= 2 * MAX_ENTRIES,
+                "bad_words",
+                f"takes at most {2 * MAX_ENTRIES} sequences of tokens",
+            ),
+            (
+                sum(map(len, self.bad_words)) <= MAX_BAD_WORD_TOKENS,
+                "bad_words",
+                f"takes at most {MAX_BAD_WORD_TOKENS} tokens in all its words together",
+            ),
+            (len(self.logit_bias) <= MAX_ENTRIES, "logit_bias", f"takes at most {MAX_ENTRIES} tokens"),
+            (
+                len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
+                "logit_bias",
+                "must not name a token twice",
+            ),
             (all(self.stop), "stop", "must not contain an empty string"),
             (
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,

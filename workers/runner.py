@@ -11,6 +11,7 @@ import numpy as np
 
 from workers.kv_transfer.memory import KvMemory
 from workers.request import SamplingParams, TokenLogprob
+from workers.sampling.edits import LogitEdits
 
 BLOCK_SIZE = 64
 """Tokens per KV block; equals the prefill tile so that a block's bits do not depend on chunking."""
@@ -23,7 +24,8 @@ class SampleSpec:
     `position` is the index of the token to draw among the output tokens; with the seed and `choice_index` it
     addresses the noise. The histories feed penalties, min_tokens and bad_words. With `forced_token_id` the token is
     given (a replay): it is returned as drawn, and logprobs are not needed.
-    `suppressed_token_ids` may not be drawn now (EOS and stop ids before min_tokens).
+    `suppressed_token_ids` may not be drawn now (EOS and stop ids before min_tokens). `edits` say what all these do to
+    the logits, where the sequence keeps account of it; without, whoever draws works it out from the histories.
     """
 
     params: SamplingParams
@@ -33,6 +35,7 @@ class SampleSpec:
     output_token_ids: Sequence[int]
     suppressed_token_ids: tuple[int, ...] = ()
     forced_token_id: int | None = None
+    edits: LogitEdits | None = None
 
 
 @dataclass(frozen=True, slots=True)

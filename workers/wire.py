@@ -6,6 +6,8 @@ is unknown.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from workers.client import Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
@@ -92,12 +94,19 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
     )
 
 
+@lru_cache(maxsize=64)
 def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
+    """A worker has one layout, and every handoff says it: not to be changed."""
     return pb.KvLayout(**fields_of(layout))
 
 
 def layout_from_pb(message: pb.KvLayout) -> KvLayout:
-    return from_fields(KvLayout, message)
+    return _layout_of(message.SerializeToString(deterministic=True))
+
+
+@lru_cache(maxsize=64)
+def _layout_of(message: bytes) -> KvLayout:
+    return from_fields(KvLayout, pb.KvLayout.FromString(message))
 
 
 def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:

@@ -50,8 +50,9 @@ def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
         frequency_penalty=message.frequency_penalty,
         repetition_penalty=message.repetition_penalty,
         seed=message.seed,
-        logit_bias=tuple((pair.token_id, pair.bias) for pair in message.logit_bias),
-        bad_words=tuple(tuple(words.token_ids) for words in message.bad_words),
+        # Most requests have neither: no generators for them.
+        logit_bias=tuple((p.token_id, p.bias) for p in message.logit_bias) if message.logit_bias else (),
+        bad_words=tuple(tuple(words.token_ids) for words in message.bad_words) if message.bad_words else (),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,

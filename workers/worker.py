@@ -14,7 +14,7 @@ from workers.data_path import DataPath, make_data_path
 from workers.engine import Engine
 from workers.engine_thread import EngineThread
 from workers.errors import InvalidConfig
-from workers.handoff.peers import SERVER_OPTIONS
+from workers.grpc_options import SERVER
 from workers.identity import Identity
 from workers.kv_tiers.opening import open_tiers
 from workers.kv_transfer.memory import KvMemory
@@ -114,7 +114,7 @@ class Worker:
             lambda event: server.transfers.prompts.layers_filled(event),
         )
         memory = model.runner.kv_memory
-        self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self._grpc = grpc.aio.server(options=SERVER)
         transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
         server = WorkerServer(
             self._config,

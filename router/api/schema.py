@@ -5,15 +5,18 @@ Fields that change nothing about the tokens (user, metadata, store, ...) and unk
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from workers.errors import InvalidRequest
+from workers.request import MAX_ENTRIES
 
 Number = StrictInt | StrictFloat
+_SHORT = Field(max_length=MAX_ENTRIES)
+"""A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
 
 
 class _Body(BaseModel):
@@ -43,10 +46,10 @@ class GenerationBody(_Body):
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     seed: StrictInt | None = None
-    logit_bias: dict[str, Number] | None = None
-    bad_words: list[StrictStr | list[StrictInt]] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    logit_bias: Annotated[dict[str, Number], _SHORT] | None = None
+    bad_words: Annotated[list[StrictStr | list[StrictInt]], _SHORT] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], _SHORT] | None = None
+    stop_token_ids: Annotated[list[StrictInt], _SHORT] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None

@@ -20,6 +20,8 @@ from workers.tokenizer import Tokenizer
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
+_MAX_BAD_WORD_CHARACTERS = 32 << 10
+"""They are tokenized, each in two forms, before the request can be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,10 @@ def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 def _bad_words(words: list[str | list[int]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """A word is forbidden as it begins a text and as it follows a blank: those are different tokens."""
+    if sum(len(word) for word in words) > _MAX_BAD_WORD_CHARACTERS:
+        raise InvalidRequest(
+            f"bad_words takes at most {_MAX_BAD_WORD_CHARACTERS} characters or tokens in all", "bad_words"
+        )
     sequences: list[tuple[int, ...]] = []
     for word in words:
         if isinstance(word, str):

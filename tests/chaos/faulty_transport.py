@@ -25,7 +25,7 @@ from workers.kv_transfer.transport import (
 )
 from workers.status import WorkerAddress
 
-PULL = frozenset({"loopback", "shm"})
+PULL = frozenset({"loopback", "shm", "nixl"})
 """Transports whose receiver reads the sender's pool: all of their faults are the receiver's."""
 SENDER_KINDS = frozenset({Kind.DATA_DROP, Kind.DATA_DUPLICATE, Kind.DATA_CORRUPT, Kind.DATA_CUT, Kind.DATA_DELAY})
 """Where the sender pushes, these are the sender's."""

@@ -54,7 +54,10 @@ class HandoffWatch:
 
     def up(self, raw: bytes) -> tuple[Step, ...]:
         """The steps that this message of the sender marks."""
-        message = pb.HandoffUp.FromString(raw)
+        envelope = pb.HandoffUp.FromString(raw)
+        return tuple(step for message in (envelope, *envelope.then) for step in self._up(message))
+
+    def _up(self, message: pb.HandoffUp) -> tuple[Step, ...]:
         match message.WhichOneof("message"):
             case "accepted":
                 return (Step.ACCEPTED,)

@@ -23,7 +23,7 @@ from cluster.local import ENVIRONMENT
 pytestmark = pytest.mark.timeout(400)
 
 GROUP = "decode-9"
-SETTINGS = ("--set", "worker.native=false", "--set", "worker.kv_memory_bytes=40000000")
+SETTINGS = ("--set", "worker.kv_memory_bytes=40000000")
 PARALLEL = (
     "--set",
     "worker.parallel.expert_parallel=2",
@@ -101,7 +101,7 @@ def make_jobs(seed: int) -> list[Job]:
         {"max_tokens": 90, "seed": index, "temperature": 0.9 if index % 4 else 0.0, "top_p": 1.0}
         for index in range(len(prompts))
     ]
-    return golden_jobs(list(zip(prompts, settings, strict=True)), native=False, kv_memory_bytes=100_000_000)
+    return golden_jobs(list(zip(prompts, settings, strict=True)), kv_memory_bytes=100_000_000)
 
 
 def ranks(cluster: ClusterProcess, worker_id: str = GROUP) -> dict[int, int]:

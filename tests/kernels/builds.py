@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.model.native.build import supported
-from workers.native_build import cpu_description
 
 _HERE = Path(__file__).parent
 _SOURCE = _HERE.parents[1] / "workers" / "model" / "native" / "source"
@@ -64,7 +63,7 @@ class Build:
 
 def native() -> list[Build]:
     """One for each instruction set of this processor, best first. Raises Missing when it has none."""
-    sets = supported(cpu_description())
+    sets = supported()
     if not sets:
         raise Missing("AVX2 with FMA or NEON")
     return [Build(each.name, each.flags) for each in sets]

@@ -102,8 +102,9 @@ inline void head(Random& random, const Tiny& model) {
   const std::vector<char> x(real * model.row_bytes());
   std::vector<float> logits(real * model.shape.vocab_size);
   std::vector<int64_t> best(real);
+  std::vector<float> peaks(real);
   if (num_rows > real && num_rows <= baton::kMostRows) return;  // rows that are not there: who calls vouches for that
-  const char* refused = baton_head(model.model, x.data(), num_rows, logits.data(), best.data());
+  const char* refused = baton_head(model.model, x.data(), num_rows, logits.data(), best.data(), peaks.data());
   if ((num_rows < 0 || num_rows > baton::kMostRows) != (refused != nullptr)) tiny::fail("a number of rows");
 }
 
@@ -119,7 +120,8 @@ inline void incomplete(const tiny::Shape& shape, bool is_bf16) {
     // A head of its own is the one weight that a model may do without.
     if (shape.has_head && kept_back == 2) continue;
     require_refused(baton_forward(model.model, &step, model.pool.data(), x.data(), 0, nullptr), "a step without a weight");
-    require_refused(baton_head(model.model, x.data(), 1, logits.data(), &best), "logits without a weight");
+    float peak = 0;
+    require_refused(baton_head(model.model, x.data(), 1, logits.data(), &best, &peak), "logits without a weight");
   }
 }
 

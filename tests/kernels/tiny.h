@@ -64,6 +64,8 @@ struct Piece {
 // The arrays of a step, each of just its size, so that a sanitizer sees who reads beyond them.
 struct Rows {
   std::vector<int64_t> tokens, positions, first_rows = {0}, tables, first_blocks;
+  int64_t num_heads = 0, num_pairs = 0;      // of the pool, and of a head's channels
+  mutable std::vector<float> cosines, sines;  // which the kernels fill
 
   baton::Step step() const {
     baton::Step made = {};
@@ -76,6 +78,11 @@ struct Rows {
     made.first_rows = first_rows.data();
     made.tables = tables.data();
     made.first_blocks = first_blocks.data();
+    made.pool_heads = num_heads;
+    cosines.resize(made.num_rows * num_pairs);
+    sines.resize(made.num_rows * num_pairs);
+    made.cos = cosines.data();
+    made.sin = sines.data();
     return made;
   }
 };
@@ -87,14 +94,14 @@ class Tiny {
     float turn = 1;
     for (int64_t i = 0; i < shape.head_dim / 2; ++i, turn *= 0.875f) frequencies_.push_back(turn);
     for (int64_t i = 0; i < shape.num_layers; ++i) is_mixture_.push_back(i >= shape.first_mixture);
-    dimensions.vocab_size = shape.vocab_size;
+    dimensions.vocab_size = dimensions.num_tokens = shape.vocab_size;
     dimensions.hidden_size = shape.hidden_size;
     dimensions.num_layers = shape.num_layers;
     dimensions.num_heads = shape.num_heads;
     dimensions.num_kv_heads = shape.num_kv_heads;
     dimensions.head_dim = shape.head_dim;
     dimensions.dense_width = shape.dense_width;
-    dimensions.num_experts = shape.num_experts;
+    dimensions.num_experts = dimensions.num_slots = shape.num_experts;
     dimensions.num_choices = shape.num_choices;
     dimensions.expert_width = shape.expert_width;
     dimensions.shared_width = shape.shared_width;
@@ -132,6 +139,8 @@ class Tiny {
 
   Rows make_rows(const std::vector<Piece>& pieces) const {
     Rows rows;
+    rows.num_heads = shape.num_kv_heads;
+    rows.num_pairs = shape.head_dim / 2;
     for (const Piece& piece : pieces) {
       for (int64_t t = piece.start; t < piece.start + piece.count; ++t) {
         rows.tokens.push_back(token(piece.sequence, t));
@@ -149,7 +158,8 @@ class Tiny {
     const int64_t num_rows = static_cast<int64_t>(x.size()) / row_bytes();
     std::vector<float> found(num_rows * shape.vocab_size);
     best->resize(num_rows);
-    require(baton_head(model, x.data(), num_rows, found.data(), best->data()));
+    std::vector<float> peaks(num_rows);
+    require(baton_head(model, x.data(), num_rows, found.data(), best->data(), peaks.data()));
     return found;
   }
 

@@ -25,6 +25,7 @@ def loader_of(config: WorkerConfig, rank: int) -> RankLoader:
 
     if config.device == "cpu":
         return rank_loader(config)
+    import tests.unit.interpreted_products  # noqa: F401
     from tests.unit.symmetric_emulation import emulated
     from workers.model.cuda.rank_runner import CudaRanks
 

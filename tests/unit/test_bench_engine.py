@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))  # scripts, no package: they import one another by name
 
+from baton_worker import TimedRunner, known_settings, library_origins  # noqa: E402
+from busy_core import busy_core  # noqa: E402
+from engine import limits, programs  # noqa: E402
+from engine_loads import forget, keep_only_kernels, read_once, weight_files  # noqa: E402
 from engine_report import number, report, table  # noqa: E402
-from engine_runs import compare_tokens  # noqa: E402
+from engine_runs import expected_s  # noqa: E402
+from engine_tokens import compare_tokens  # noqa: E402
 from json_worker import random_prompt  # noqa: E402
+from llama_state import UnknownState, lengthen  # noqa: E402
+from machine_worker import products  # noqa: E402
 from model_shapes import BIG, DENSE, SHAPES, SMALL, Shape  # noqa: E402
+from profile_samples import PYTHON, SERIAL, WAITING, Sample, shares, stepping_and_helping  # noqa: E402
 from random_checkpoints import MAX_LEN, random_checkpoint, token_pieces  # noqa: E402
 from roofline import (  # noqa: E402
     Machine,
@@ -24,14 +35,20 @@ from roofline import (  # noqa: E402
     decode_flops,
     decode_limit,
     experts_hit,
+    limit,
     prefill_flops,
     prefill_limit,
 )
 from targets import Verdict, ratio, verdicts  # noqa: E402
 from worker_process import Program, WorkerFailed, WorkerProcess  # noqa: E402
+from workloads import LONG, LONG_POOL_TOKENS, PREFILLS, SHORT, Workload  # noqa: E402
 
+import workers  # noqa: E402
+from workers.kv_transfer.memory import KvLayout, KvMemory  # noqa: E402
 from workers.model.ernie_config import ErnieConfig  # noqa: E402
 from workers.model.weights import Checkpoint  # noqa: E402
+from workers.request import SamplingParams  # noqa: E402
+from workers.runner import Batch, FakeRunner, SampleSpec, SequenceSlice  # noqa: E402
 from workers.tokenizer import Tokenizer  # noqa: E402
 
 TINY_MOE = Shape("tiny", 300, 32, 3, 4, 2, 8, 64, 4, 2, 16, 2)
@@ -101,7 +118,37 @@ def test_the_limit_is_memory_at_batch_one_and_arithmetic_at_large_batches() -> N
 
 
 def test_the_best_measurement_is_the_limit() -> None:
-    assert best([Machine(1.0, 9.0), Machine(2.0, 3.0)]) == Machine(2.0, 9.0)
+    assert best([Machine(1.0, 9.0, "bf16"), Machine(2.0, 3.0, "fp32")]) == Machine(2.0, 9.0, "bf16")
+
+
+def test_every_host_has_a_product_to_be_measured_by() -> None:
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        found = dict(products(torch.randn(8, 64).to(dtype), torch.randn(32, 64).to(dtype)))
+        assert f"{name} F.linear" in found
+        for run in found.values():
+            run()
+
+
+def test_a_long_context_is_read_again_by_every_step() -> None:
+    machine = Machine(read_bytes_per_s=50e9, flops_per_s=400e9)
+    step_s = 8 / limit(machine, DENSE, Workload("decode", 8, 8192), 8)
+    assert step_s == pytest.approx((DENSE.total_params * 2 + 8 * 8196 * DENSE.kv_bytes_per_token) / 50e9)
+    assert limit(machine, DENSE, Workload("prefill", 1, 16384), 8) == prefill_limit(machine, DENSE, 16384)
+
+
+def test_every_workload_has_a_limit_and_a_name_of_its_own() -> None:
+    found = limits(SMALL, Machine(50e9, 400e9), 32)
+    assert set(found) == {workload.name for workload in (*SHORT, *LONG)}
+    assert len(found) == len(SHORT) + len(LONG)
+    assert all(workload.batch * workload.context < LONG_POOL_TOKENS for workload in LONG)
+
+
+def test_a_long_prompt_is_expected_to_take_as_long_as_its_arithmetic_at_the_speed_of_a_short_one() -> None:
+    long, short = Workload("prefill", 1, 16384), PREFILLS[1]
+    assert expected_s(SMALL, short, short, 100.0) == pytest.approx(20.48)
+    assert expected_s(SMALL, long, short, 100.0) == pytest.approx(
+        20.48 * prefill_flops(SMALL, 16384) / prefill_flops(SMALL, 2048)
+    )
 
 
 def test_ratios_are_over_the_fastest_peer_that_was_measured() -> None:
@@ -118,13 +165,39 @@ def test_a_target_is_met_missed_or_not_measured() -> None:
     assert Verdict("speed", None, 3.0).is_met is None
 
 
-def test_every_model_has_its_own_targets() -> None:
-    figures = {"baton": {"decode 1": 80.0}, "llama": {"decode 1": 100.0}}
+def test_targets_are_those_of_the_model_and_of_the_workload() -> None:
+    figures = {
+        "baton": {"decode 1": 70.0, "decode 8": 70.0, "prefill 512": 70.0},
+        "llama": {"decode 1": 70.0, "decode 8": 70.0, "prefill 512": 50.0},
+        "transformers": {"decode 8": 20.0},
+        "continuous": {"decode 8": 28.0},
+    }
     found = {name: {v.name: v for v in verdicts(name, figures, {"decode 1": 100.0})} for name in SHAPES}
-    assert found["small"]["decode 1 over llama.cpp"].is_met is True
-    assert found["big"]["decode 1 over llama.cpp"].is_met is False
-    assert found["dense"]["decode 1 over roofline"].value == 0.8
-    assert "decode 1 over roofline" not in found["big"]
+    assert found["small"]["decode 1 over roofline"].is_met is True
+    assert found["dense"]["decode 1 over roofline"].is_met is False
+    assert found["dense"]["decode 1 over llama.cpp"].is_met is True
+    assert found["dense"]["decode 8 over llama.cpp"].is_met is False
+    assert found["dense"]["decode 8 over transformers"].is_met is True
+    assert found["dense"]["prefill 512 over llama.cpp"].is_met is True
+    assert found["dense"]["prefill 2048 over llama.cpp"].is_met is None
+
+
+def test_long_contexts_busy_cores_and_loads_have_targets_where_they_were_measured() -> None:
+    names = {v.name for v in verdicts("dense", {"baton": {"decode 1": 1.0}}, {})}
+    assert not any("8192" in name or "busy" in name or "cold" in name for name in names)
+    figures = {
+        "baton": {
+            "decode 1": 100.0, "decode 1, one core busy": 40.0, "decode 1 at 8192": 50.0,
+            "cold read, s": 2.0, "cold load, s": 2.4, "second load, s": 0.2,
+        },
+        "llama": {"decode 1 at 8192": 40.0, "second load, s": 0.1},
+    }  # fmt: skip
+    found = {v.name: v for v in verdicts("dense", figures, {"decode 1 at 8192": 60.0})}
+    assert found["decode 1, one core busy, over quiet"].is_met is False
+    assert found["decode 1 at 8192 over llama.cpp"].is_met is True
+    assert found["decode 1 at 8192 over roofline"].is_met is True
+    assert found["cold load over reading the files"].is_met is True
+    assert found["second load over llama.cpp's"].value == 2.0
 
 
 def test_tokens_are_right_when_baton_agrees_with_transformers_in_fp32() -> None:
@@ -161,22 +234,171 @@ def test_numbers_and_tables_line_up() -> None:
     assert lines == ["| a   | longer |", "|-----|-------:|", "| row |      1 |", "| x   |      - |"]
 
 
-def test_a_report_without_peers_says_so() -> None:
-    model = {
-        "total_params": 1,
-        "active_params": 1,
-        "figures": {"baton": {"decode 1": 10.0}},
-        "limits": {"decode 1": 20.0},
-        "tokens": [],
+def run_of(num_threads: int, figures: dict[str, dict[str, float]]) -> dict[str, object]:
+    return {
+        "num_threads": num_threads,
+        "figures": figures,
+        "limits": {"decode 1": 20.0, "decode 1 at 8192": 4.0},
+        "descriptions": {"baton": "computing with the C++ kernels for avx2"},
         "failures": ["llama load: out of memory"],
     }
+
+
+def results_of(*runs: dict[str, object]) -> dict[str, object]:
+    model = {"total_params": 1, "active_params": 1, "loads": {}, "runs": runs, "tokens": [], "failures": []}
+    reached = {"read_bytes_per_s": 5e10, "flops_per_s": 4e11, "product": "fp32 F.linear"}
     machine = {
-        "date": "2026-01-01", "cpu": "a CPU", "num_cores": 2, "num_threads": 2, "read_bytes_per_s": 5e10,
-        "flops_per_s": 4e11, "foreign_share": 0.25, "seconds": 600,
+        "date": "2026-01-01", "cpu": "a CPU", "num_cores": 2, "reached": {str(run["num_threads"]): reached for run in runs},
+        "foreign_share": 0.25, "seconds": 600,
     }  # fmt: skip
     results = {"machine": machine, "repeats": 3, "engines": {"llama": "not installed"}, "models": {"big": model}}
-    text = report(json.loads(json.dumps(results)))
+    found: dict[str, object] = json.loads(json.dumps(results))
+    return found
+
+
+def test_a_report_without_peers_says_so() -> None:
+    text = report(results_of(run_of(2, {"baton": {"decode 1": 10.0}})))
     assert "llama.cpp: not installed" in text
     assert "| decode 1     |  10.0 |     20.0 |             0.50 |" in text
-    assert "not measured" in text
-    assert "failed: llama load: out of memory" in text
+    assert "not measured: llama load: out of memory" in text
+    assert "400 GFLOP/s (fp32 F.linear)" in text
+    assert "Baton: computing with the C++ kernels for avx2" in text
+    assert "8192" not in text
+    assert "busy" not in text
+
+
+def test_a_report_shows_what_a_second_thread_brings_and_what_a_busy_core_takes() -> None:
+    first = run_of(1, {"baton": {"decode 1": 10.0}})
+    second = run_of(2, {"baton": {"decode 1": 18.0, "decode 1, one core busy": 9.0, "decode 1 at 8192": 3.0}})
+    lines = report(results_of(first, second)).splitlines()
+    assert any(line.startswith("| times the speed with 1 thread | Baton, 2 threads |") for line in lines)
+    assert any(line.startswith("| decode 1 ") and line.endswith(" 1.80 |") for line in lines)
+    assert any(line.startswith("| decode 1 ") and line.endswith(" 0.50 |") for line in lines)
+    assert any(line.startswith("| decode 1 at 8192 |   3.0 |      4.0 |") for line in lines)
+
+
+def llama_state(num_cells: int, *, rows: bytes, is_transposed: int = 0) -> bytes:
+    """One layer whose keys and values have rows of 2 bytes, in the second of two streams."""
+    cells = b"".join(struct.pack("<iIi", position, 1, 7) for position in range(num_cells))
+    matrix = struct.pack("<iQ", 1, 2) + rows
+    return struct.pack("<IiIII", 9, 7, 2, 0, num_cells) + cells + struct.pack("<II", is_transposed, 1) + matrix * 2
+
+
+def test_a_state_of_llama_is_lengthened_by_repeating_its_rows() -> None:
+    assert lengthen(llama_state(2, rows=b"aabb"), 5) == llama_state(5, rows=b"aabbaabbaa")
+
+
+def test_a_state_of_another_layout_is_refused() -> None:
+    state = llama_state(2, rows=b"aabb")
+    with pytest.raises(UnknownState, match="transposed"):
+        lengthen(llama_state(2, rows=b"aabb", is_transposed=1), 5)
+    with pytest.raises(UnknownState, match="left over"):
+        lengthen(state + b"x", 5)
+    with pytest.raises(UnknownState, match="ends after"):
+        lengthen(state[:-1], 5)
+    with pytest.raises(UnknownState, match="positions"):
+        lengthen(state.replace(struct.pack("<iIi", 1, 1, 7), struct.pack("<iIi", 1, 2, 7)), 5)
+
+
+def test_a_setting_that_the_worker_does_not_have_is_refused() -> None:
+    assert known_settings({"instruction_set": "avx2", "served_model_name": ""}) == {"instruction_set": "avx2"}
+    with pytest.raises(SystemExit, match="no_such_setting"):
+        known_settings({"no_such_setting": "x"})
+
+
+def test_a_prompt_that_is_not_computed_gets_noise_of_its_own_and_goes_on_with_its_last_token() -> None:
+    memory = KvMemory(KvLayout(3, 2, 1, 64, 32, "bfloat16", 2))
+    runner = TimedRunner(FakeRunner(memory))
+    spec = SampleSpec(SamplingParams(), 0, 0, (), ())
+    runner.is_skipping = True
+    slices = (SequenceSlice(1, (5, 6), 0, (0,)), SequenceSlice(2, (7, 8), 0, (2,), spec))
+    assert [drawn.token_id for drawn in runner.execute(Batch(prefill=slices))] == [None, 8]
+    first, untouched, last = memory.bytes.reshape(3, -1)
+    assert not untouched.any()
+    assert (first.view("int16") != last.view("int16")).mean() > 0.95
+    values = torch.from_numpy(first.copy()).view(torch.bfloat16).float()
+    assert values.std() == pytest.approx(1.0, abs=0.05)
+    assert runner.spent_s == 0
+
+
+def test_only_batons_worker_gets_its_options() -> None:
+    baton, *peers = programs(["llama"], "python", "--pool-tokens=5000", "--instruction-set=avx2")
+    assert baton.arguments == ("--pool-tokens=5000", "--instruction-set=avx2")
+    assert [(peer.engine, peer.arguments) for peer in peers] == [("llama", ())]
+
+
+def test_kernels_in_the_package_were_built_ahead_and_others_at_first_use() -> None:
+    package = Path(workers.__file__).parent
+    maps = f"7f00-7f01 r-xp 00000000 08:01 1 {package}/kernels-avx2.so\n7f00-7f01 r-xp 0 08:01 1 /home/x/libc.so\n"
+    assert library_origins(maps) == ["kernels built ahead"]
+    assert library_origins("7f00-7f01 r-xp 0 08:01 1 /cache/kernels-avx2-0123.so") == ["kernels compiled at first use"]
+
+
+def test_a_core_is_busy_only_as_long_as_wanted() -> None:
+    before = children()
+    with busy_core():
+        (process,) = children() - before
+        assert os.sched_getaffinity(process) == {max(os.sched_getaffinity(0))}
+    assert children() == before
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_files_can_be_dropped_from_the_page_cache_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 5000)
+    (tmp_path / "config.json").write_text("{}")
+    files = weight_files(tmp_path)
+    assert files == [tmp_path / "a.safetensors"]
+    assert weight_files(files[0]) == files
+    forget(files)
+    assert read_once(files) > 0
+    assert files[0].read_bytes() == b"x" * 5000
+
+
+def test_a_cold_load_finds_compiled_kernels_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("kernels-avx2-12.so", "kernels-avx2-12.lock", "weights/34.packed"):
+        (tmp_path / name).touch()
+    keep_only_kernels(tmp_path)
+    keep_only_kernels(tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "kernels-avx2-12.lock",
+        "kernels-avx2-12.so",
+    ]
+
+
+TASK = "baton::Pool::run<baton::Model<baton::Bf16>::{}(long)::{{lambda(long, int)#1}}>(long)::{{lambda(void*)#1}}::_FUN(void*)"
+PERF = f"""7
+    1a multiply_tile<baton::Bf16, 1>
+    2b {TASK.format("forward")}
+    3c baton_forward
+
+7
+    1a void baton::Model<baton::Bf16>::forward(baton::Step const&, void*)
+    3c baton_forward
+
+7
+    4d _PyEval_EvalFrameDefault
+
+8
+    1a multiply_tile<baton::Bf16, 1>
+    2b {TASK.format("add_product")}
+
+8
+    5e std::thread::_State_impl<baton::Pool::Pool(int)::{{lambda()#1}}>::_M_run()
+
+9
+    4d another_library
+"""
+
+
+def test_samples_are_sorted_by_the_task_that_a_thread_had() -> None:
+    samples = list(Sample.parse(PERF))
+    kinds = ["queries, keys, values", SERIAL, PYTHON, "output and down projections", WAITING, PYTHON]
+    assert [sample.kind for sample in samples] == kinds
+    stepping, helping = stepping_and_helping(samples, 7)
+    assert shares(stepping) == {kind: pytest.approx(1 / 3) for kind in kinds[:3]}
+    assert shares(helping) == {kind: 0.5 for kind in kinds[3:5]}
+    assert shares([]) == {}

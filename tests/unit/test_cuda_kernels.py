@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tests.unit.interpreted_products  # noqa: F401
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.attention import attend
 from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
@@ -187,10 +188,8 @@ def test_products_are_the_reference_and_rows_have_the_same_bits_in_every_batch(i
     x, weight = torch.randn(70, 100, device=DEVICE), torch.randn(40, 100, device=DEVICE)
     y = matmul(x, weight, tile)
     torch.testing.assert_close(y, x @ weight.T, atol=1e-4, rtol=1e-4)
-    for rows in (slice(0, 1), slice(0, 50), slice(64, 70)):
+    for rows in (slice(0, 1), slice(0, 50), slice(64, 70), slice(13, 50)):  # the last: at other places of their tiles
         assert torch.equal(matmul(x[rows].contiguous(), weight, tile), y[rows])
-    # numpy, which the interpreter multiplies with, lets a row's place in its tile into the last bit
-    torch.testing.assert_close(matmul(x[13:50].contiguous(), weight, tile), y[13:50], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [[0, 17, 0, 3, 1], [5, 0, 0, 0, 0], [0, 0, 0, 0, 33], [1, 1, 1, 1, 1]])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from builders import hand_over, make_engine, make_request, run_to_end, tokens_of
 
+import tests.unit.interpreted_products  # noqa: F401
 from tests.unit.model_configs import (
     GREEDY,
     Oracle,
@@ -72,13 +73,13 @@ def greedy(runner: Any, prompt: list[int], count: int, chunk: int, table: list[i
 
 
 @pytest.mark.parametrize("maker", [tiny_dense, tiny_moe])
-def test_64_greedy_tokens_after_a_chunked_prompt_are_those_of_the_cpu(
+def test_greedy_tokens_after_a_chunked_prompt_and_over_the_edge_of_a_block_are_those_of_the_cpu(
     maker: Callable[[Path], Oracle], tmp_path: Path
 ) -> None:
     maker(tmp_path)
-    prompt = random_tokens(68, vocab_size=64)
-    expected = greedy(load(tmp_path, max_model_len=MAX_LEN), prompt, 64, 40, [3, 1, 2])
-    assert greedy(load_cuda(tmp_path, deterministic=False), prompt, 64, 40, [3, 1, 2]) == expected
+    prompt = random_tokens(125, vocab_size=64)
+    expected = greedy(load(tmp_path, max_model_len=MAX_LEN), prompt, 8, 80, [3, 1, 2])
+    assert greedy(load_cuda(tmp_path, deterministic=False), prompt, 8, 80, [3, 1, 2]) == expected
 
 
 @pytest.fixture(scope="module")

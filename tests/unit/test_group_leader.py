@@ -14,7 +14,19 @@ from workers.config import ParallelConfig
 from workers.errors import RankLost
 from workers.group.channel import Channel
 from workers.group.leader import Callbacks, GroupLeader, Truth
-from workers.group.messages import Blocks, Failed, Form, Formed, GetBlocks, Hello, Message, PutBlocks, Ready, Welcome
+from workers.group.messages import (
+    Blocks,
+    Declined,
+    Failed,
+    Form,
+    Formed,
+    GetBlocks,
+    Hello,
+    Message,
+    PutBlocks,
+    Ready,
+    Welcome,
+)
 
 BOUND_S = 60.0
 TOKEN = "a leader of tests"
@@ -53,7 +65,7 @@ class Pair:
 
 
 @contextmanager
-def pair(step_timeout_s: float = BOUND_S) -> Iterator[Pair]:
+def pair(step_timeout_s: float = BOUND_S, forms: bool = True) -> Iterator[Pair]:
     lost: dict[int, str] = {}
     has_lost = threading.Event()
 
@@ -71,7 +83,8 @@ def pair(step_timeout_s: float = BOUND_S) -> Iterator[Pair]:
         rank.send(Hello(1, 2, TOKEN, 1, "here", ""))
         made = Pair(leader, rank, lost, has_lost)
         made.hear(Welcome)
-        made.form()
+        if forms:
+            made.form()
         yield made
     finally:
         leader.stop()
@@ -114,3 +127,22 @@ def test_a_rank_that_does_not_answer_is_lost() -> None:
         with pytest.raises(RankLost):
             while True:
                 group.rank.receive()
+
+
+@pytest.mark.parametrize("is_leader_first", [True, False])
+def test_a_rank_with_other_kernels_is_declined_whoever_loads_first(is_leader_first: bool) -> None:
+    with pair(forms=False) as group:
+        theirs, ours = Ready("a", kernels="torch"), ("b", False, "native fma")
+        if is_leader_first:
+            group.leader.own_ready(*ours)
+            group.rank.send(theirs)
+        else:
+            group.rank.send(theirs)
+            while 1 not in group.leader._ready:
+                group.leader.wait_serving(0.01)
+            group.leader.own_ready(*ours)
+        declined = group.hear(Declined)
+        assert isinstance(declined, Declined)
+        assert declined.message.startswith("it computes with torch, and the leader with native fma: all ranks need")
+        assert group.has_lost.wait(BOUND_S) and group.lost == {1: declined.message}
+        assert not group.leader.is_serving

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,11 +29,12 @@ from workers.group.messages import (
 from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results, split_by_pool
 from workers.request import SamplingParams, TokenLogprob
 from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
+from workers.sampling.edits import LogitEdits, edits_of
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),
     Welcome(17, [[0, 1], [1, 0]], 88, 5, 4096, "00ff"),
-    Ready("weights", 12, shares_memory=False, offers_direct=True),
+    Ready("weights", 12, shares_memory=False, offers_direct=True, kernels="torch"),
     GetBlocks([3, 4], 2, 7),
     PutBlocks([3], 2, 8, b"heads"),
     Blocks(8, b"heads"),
@@ -111,12 +114,15 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
         assert (after.sample is None) == (before.sample is None)
         if before.sample is None or after.sample is None:
             continue
-        assert after.sample.params == before.sample.params
+        unread = {"logit_bias": (), "bad_words": (), "stop": (), "stop_token_ids": ()}
+        assert after.sample.params == replace(before.sample.params, **unread)
         assert after.sample.forced_token_id == before.sample.forced_token_id
-        assert after.sample.suppressed_token_ids == before.sample.suppressed_token_ids
-        if before.sample.params.repetition_penalty != 1 or before.sample.params.bad_words:
-            assert list(after.sample.prompt_token_ids) == list(before.sample.prompt_token_ids)
-            assert list(after.sample.output_token_ids) == list(before.sample.output_token_ids)
+        wanted = edits_of(before.sample) if before.sample.forced_token_id is None else None
+        assert (after.sample.edits is None) == (wanted is None)
+        if wanted is not None and after.sample.edits is not None:
+            for field in fields(LogitEdits):
+                sent, found_array = getattr(wanted, field.name), getattr(after.sample.edits, field.name)
+                assert found_array.dtype == sent.dtype and found_array.tolist() == sent.tolist()
 
 
 @settings(deadline=None)

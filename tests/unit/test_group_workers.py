@@ -29,15 +29,14 @@ BOUND_S = 60.0
 PROMPT = [300 + (7 * at) % 900 for at in range(150)]
 ALONE = WorkerConfig(
     model=str(SHIPPED),
-    native=False,
     max_model_len=512,
     kv_memory_bytes=20_000_000,
     local_prefill_tokens=0,
     transfer_timeout_s=20.0,
 )
-EP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, heartbeat_timeout_s=2.0))
+EP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, heartbeat_timeout_s=20.0))
 """Attention is data-parallel: two pools."""
-TP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, tensor_parallel=2, heartbeat_timeout_s=2.0))
+TP2 = replace(ALONE, parallel=ParallelConfig(expert_parallel=2, tensor_parallel=2, heartbeat_timeout_s=20.0))
 """One pool, each rank with half of its heads."""
 
 
@@ -112,20 +111,21 @@ ONE_MEMORY, OWN_MEMORIES = ("shm", "grpc"), ("grpc",)
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "transports"),
+    ("prefill", "decode", "transports", "native"),
     [
-        (EP2, TP2, ONE_MEMORY),
-        (EP2, TP2, OWN_MEMORIES),
-        (TP2, ALONE, OWN_MEMORIES),
-        (ALONE, EP2, ONE_MEMORY),
+        (EP2, TP2, ONE_MEMORY, True),
+        (EP2, TP2, OWN_MEMORIES, True),
+        (TP2, ALONE, OWN_MEMORIES, True),
+        (ALONE, EP2, ONE_MEMORY, True),
+        (ALONE, TP2, ONE_MEMORY, False),
     ],
-    ids=["dp2-to-tp2", "dp2-to-tp2-own-memories", "tp2-to-one-own-memories", "one-to-ep2"],
+    ids=["dp2-to-tp2", "dp2-to-tp2-own-memories", "tp2-to-one-own-memories", "one-to-ep2", "one-to-tp2-pytorch"],
 )
 async def test_kv_goes_from_one_layout_to_another_bit_by_bit(
-    prefill: WorkerConfig, decode: WorkerConfig, transports: tuple[str, ...], processes: RankPool
+    prefill: WorkerConfig, decode: WorkerConfig, transports: tuple[str, ...], native: bool, processes: RankPool
 ) -> None:
     """Without shm every rank keeps its KV to itself, as on another host, and blocks are cut and joined by head."""
-    prefill, decode = replace(prefill, transports=transports), replace(decode, transports=transports)
+    prefill, decode = (replace(config, transports=transports, native=native) for config in (prefill, decode))
     async with (
         running("prefill-0", Role.PREFILL, prefill, processes) as (giver, source, _),
         running("decode-0", Role.DECODE, decode, processes) as (taker, address, _),

@@ -93,11 +93,11 @@ class Receiver:
     async def hear_one(self) -> None:
         message = await self.call.read()
         assert message is not grpc.aio.EOF, f"the sender ended the stream after {self.heard}"
-        parsed = up_from_pb(message)
-        if isinstance(parsed, KvPieces):
-            self.pieces |= {piece.piece for piece in parsed.pieces}
-        if not isinstance(parsed, KvPieces) or parsed.pieces:
-            self.heard.append(parsed)
+        for parsed in map(up_from_pb, (message, *message.then)):
+            if isinstance(parsed, KvPieces):
+                self.pieces |= {piece.piece for piece in parsed.pieces}
+            if not isinstance(parsed, KvPieces) or parsed.pieces:
+                self.heard.append(parsed)
 
     async def hear_end(self) -> None:
         async with asyncio.timeout(30):

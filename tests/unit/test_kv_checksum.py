@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import xxhash
 
+from workers.instruction_sets import InstructionSet, supported
 from workers.kv_transfer.checksum import MIN_NATIVE_BYTES, View, checksums, copy_and_checksum, native_copy
 from workers.kv_transfer.native import library as loading
-from workers.kv_transfer.native.library import Library, library
-from workers.native_build import BuildFailed, build_library
+from workers.kv_transfer.native.library import CHECKSUM, Library, library
+from workers.native_build import BuildFailed, compile_library
 
 GUARD = 0xA5
 
@@ -110,17 +111,14 @@ def test_without_a_compiler_xxhash_does_the_same(noise: View, monkeypatch: pytes
 
 
 def test_a_machine_without_a_compiler_says_so(tmp_path: Path) -> None:
-    main = Path(loading.__file__).parent / "source" / "checksum.cpp"
     with pytest.raises(BuildFailed, match="no C"):
-        build_library(main, "checksum", tmp_path, (), compilers=("no-such-compiler",))
+        compile_library(CHECKSUM, CHECKSUM.sets[0], tmp_path, compilers=("no-such-compiler",))
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [("-mno-avx512f", "-mavx2"), ("-mno-avx", "-mno-avx2")])
-def test_lesser_processors_compute_the_same(noise: View, tmp_path: Path, flags: tuple[str, ...]) -> None:
-    main = Path(loading.__file__).parent / "source" / "checksum.cpp"
-    path = build_library(main, "checksum", tmp_path, ("-std=c++20", "-O2", "-fPIC", "-shared", *flags))
-    other = Library(path)
+@pytest.mark.parametrize("each", supported(CHECKSUM.sets), ids=lambda each: each.name)
+def test_every_set_of_this_processor_computes_the_same(noise: View, tmp_path: Path, each: InstructionSet) -> None:
+    other = Library(compile_library(CHECKSUM, each, tmp_path))
     for size in (241, 1024, 1025, 70001):
         for is_streaming in (False, True):
             check_copy(other, noise[9 : 9 + size], 0, is_streaming)

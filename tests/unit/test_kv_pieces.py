@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.copier import same_shape
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory
+from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, same_shape
 from workers.kv_transfer.pieces import Cut
 
 

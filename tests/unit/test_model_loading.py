@@ -25,8 +25,10 @@ from tests.unit.model_configs import (
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.ernie_config import ErnieConfig
+from workers.model.layers import can_pack, compute_dtype
 from workers.model.torch_runner import TorchRunner, require_memory
 from workers.model.weights import Checkpoint
+from workers.runner import Batch
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,26 @@ def test_a_model_larger_than_the_free_memory_is_refused_with_figures(checkpoint:
         require_memory(*arguments, free_bytes=100_000, copies_tied_head=True)
     with pytest.raises(InvalidConfig, match=r"needs 1.9 MiB in float32, but 0.1 MiB are free"):
         require_memory(*arguments, free_bytes=100_000, copies_tied_head=False)
+
+
+def test_a_model_that_is_computed_wider_than_it_is_served_is_refused_with_what_it_takes(checkpoint: Path) -> None:
+    arguments = Checkpoint(checkpoint), ErnieConfig.load(checkpoint), torch.bfloat16
+    with pytest.raises(InvalidConfig, match=r"needs 1.0 MiB in bfloat16, but 0.1 MiB are free$"):
+        require_memory(*arguments, free_bytes=100_000, copies_tied_head=True)
+    with pytest.raises(InvalidConfig, match=r"needs 2.0 MiB in float32, but 0.1 MiB are free; .* C\+\+ kernels"):
+        require_memory(*arguments, free_bytes=100_000, copies_tied_head=True, packed_dtype=torch.float32)
+
+
+def test_bfloat16_is_computed_in_float32_where_it_has_no_instructions_and_keys_and_values_stay_narrow(
+    checkpoint: Path,
+) -> None:
+    runner = load(checkpoint, "bfloat16", native=False)
+    wide = compute_dtype(torch.bfloat16)
+    assert wide is (torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32)
+    assert {linear.dtype for linear in runner.model.linears} <= {wide, torch.float32}  # a router's are always float32
+    assert runner.model.linears[0].dtype is wide and runner.kv_memory.layout.dtype == "bfloat16"
+    assert runner.hidden_states(Batch(prefill=(prefill([5, 6, 7]),))).dtype is wide
+    assert compute_dtype(torch.float32) is torch.float32
 
 
 def test_a_tied_head_is_counted_once_where_it_is_kept_once_and_a_stored_copy_never(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from tests.unit.model_configs import (
     random_tokens,
     small_dense,
 )
-from workers.model.native.build import BuildFailed, build, supported
+from workers.model.native.build import KERNELS, supported
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
-from workers.native_build import cpu_description
+from workers.model.native.loading import check
+from workers.native_build import BuildFailed, compile_library
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(cpu_description()),
+    shutil.which("g++") is None or not supported(),
     reason="the kernels need a C++ compiler, and AVX2 with FMA or NEON",
 )
 
@@ -37,18 +39,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_compiler
 def test_the_kernels_are_compiled_once_by_whoever_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compile_best = partial(compile_library, KERNELS, supported()[0])
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(build, [tmp_path / "cache"] * 2)
-    assert first == second == build(tmp_path / "cache")
+        first, second = threads.map(compile_best, [tmp_path / "cache"] * 2)
+    assert first == second == compile_best(tmp_path / "cache")
     assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == [".lock", ".so"]
     assert sum("compiled the kernels" in record.message for record in caplog.records) == 1
-    assert Library(first).instruction_set
+    check(Library(first), supported()[0].name)
 
 
 @needs_compiler
 def test_without_a_compiler_the_reason_is_given(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="no C\\+\\+ compiler"):
-        build(tmp_path, compilers=("no-such-compiler",))
+        compile_library(KERNELS, supported()[0], tmp_path, compilers=("no-such-compiler",))
 
 
 @needs_compiler
@@ -57,13 +60,6 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"nothing")
     with pytest.raises(BuildFailed, match="cannot be loaded"):
         Library(broken)
-
-
-def test_a_worker_that_cannot_compile_computes_with_pytorch_and_says_so(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("where a folder should be")
-    runner = load(folder, cache_folder=str(tmp_path / "file"))
-    assert not isinstance(runner.model, NativeErnie)
-    assert runner.warnings[0].startswith("computing with PyTorch's kernels, which is slower: ")
 
 
 def test_a_model_that_the_kernels_cannot_compute_is_served_by_pytorch_with_the_reason(tmp_path: Path) -> None:

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.builds import EMULATED, Build, Missing, native, sanitized
+from workers.instruction_sets import AVX2
 from workers.model.native.build import supported
-from workers.native_build import cpu_description
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(cpu_description()), reason="needs g++, and AVX2 with FMA or NEON"
+    shutil.which("g++") is None or not supported(), reason="needs g++, and AVX2 with FMA or NEON"
 )
-needs_avx2 = pytest.mark.skipif("avx2" not in cpu_description(), reason="the emulation of AVX-512 is compiled for AVX2")
+needs_avx2 = pytest.mark.skipif(AVX2 not in supported(), reason="the emulation of AVX-512 is compiled for AVX2")
 
 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Compiled beside each other: each takes some twenty seconds."""
     folder = tmp_path_factory.mktemp("drivers")
-    builds = [sanitized(), *native(), *(EMULATED.values() if "avx2" in cpu_description() else ())]
+    builds = [sanitized(), *native(), *(EMULATED.values() if AVX2 in supported() else ())]
 
     def compiled(build: Build) -> Path | None:
         try:

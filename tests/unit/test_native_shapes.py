@@ -27,10 +27,9 @@ from workers.errors import InvariantViolated
 from workers.model.native.build import build, default_cache_folder, supported
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Dimensions, Library
-from workers.native_build import cpu_description
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(cpu_description()), reason="needs g++, and AVX2 with FMA or NEON"
+    shutil.which("g++") is None or not supported(), reason="needs g++, and AVX2 with FMA or NEON"
 )
 
 

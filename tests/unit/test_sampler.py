@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.request import LOGPROB_FLOOR, SamplingParams
 from workers.runner import SampleSpec
-from workers.sampling.filters import _full_threshold, _threshold, drop_unlikely
+from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.sampler import Drawn, _adjusted, _draw, sample
 
@@ -190,12 +190,6 @@ def test_the_rank_of_a_token_is_its_place_among_the_alternatives() -> None:
 def test_an_impossible_token_has_the_lowest_logprob_that_json_can_carry() -> None:
     logits = torch.tensor([[0.0, -torch.inf]])
     assert logprobs(logits, logprobs=2).top[1] == (1, LOGPROB_FLOOR)
-
-
-def test_a_nucleus_sorted_whole_is_the_nucleus_found_step_by_step() -> None:
-    probabilities = torch.softmax(torch.randn(6, 3000, generator=torch.Generator().manual_seed(1)) * 3, dim=-1)
-    p = torch.tensor([[0.05], [0.3], [0.8], [0.95], [0.9999], [0.5]])
-    assert torch.equal(_full_threshold(probabilities, p), _threshold(probabilities, p))
 
 
 def test_drawing_on_a_device_never_waits_for_a_result() -> None:

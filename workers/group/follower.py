@@ -200,7 +200,8 @@ class Follower:
         assert self._member is not None
         runner = self._member.runner
         fingerprint, experts = runner.model_info.fingerprint, runner.experts
-        channel.send(Ready(fingerprint, experts.expert_bytes, self._shares_memory, runner.offers_direct))
+        ready = Ready(fingerprint, experts.expert_bytes, self._shares_memory, runner.offers_direct, runner.kernels)
+        channel.send(ready)
         self._on_loaded()
 
     def _move_blocks(self, message: GetBlocks | PutBlocks) -> Blocks:

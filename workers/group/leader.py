@@ -93,7 +93,9 @@ class GroupLeader:
         """The memory that ranks on this host join."""
         self._number = 0
         self._fault = ""
-        self._fingerprint = ""
+        self._own: Ready | None = None
+        self._ready: dict[int, Ready] = {}
+        """What each rank that is connected said last."""
         self._listener: socket.socket | None = None
         self._is_stopped = threading.Event()
 
@@ -124,11 +126,16 @@ class GroupLeader:
 
     # ---- what rank 0 reports of itself ----
 
-    def own_ready(self, fingerprint: str, offers_direct: bool = False) -> None:
+    def own_ready(self, fingerprint: str, offers_direct: bool = False, kernels: str = "") -> None:
+        """Ranks that have loaded something else meanwhile are declined now."""
         with self._changed:
-            self._fingerprint = fingerprint
+            self._own = Ready(fingerprint, kernels=kernels)
             (self._direct.add if offers_direct else self._direct.discard)(OWN_RANK)
-        self._handle(f.BecameReady(OWN_RANK))
+            for rank, ready in list(self._ready.items()):
+                if reason := _unlike(self._own, ready):
+                    self._decline(rank, reason)
+                    self._handle(f.Gone(rank, reason))
+            self._handle(f.BecameReady(OWN_RANK))
 
     def own_formed(self, epoch: int) -> None:
         self._handle(f.HasFormed(OWN_RANK, epoch))
@@ -262,6 +269,7 @@ class GroupLeader:
             return
         rank = hello.rank
         with self._changed:
+            self._ready.pop(rank, None)
             before = self._channels.pop(rank, None)
             self._handle(f.Joined(rank))
             self._channels[rank] = channel
@@ -278,8 +286,15 @@ class GroupLeader:
                 if self._channels.get(rank) is not channel:
                     return  # another process has taken this rank's place
                 del self._channels[rank]
+                self._ready.pop(rank, None)
                 if not self._is_stopped.is_set():
                     self._handle(f.Gone(rank, str(error)))
+
+    def _decline(self, rank: int, reason: str) -> None:
+        """Ends a connection whose rank cannot serve here."""
+        log.warning("rank %d was declined: %s", rank, reason)
+        self._send(self._channels[rank], Declined(reason))
+        self._channels[rank].close()
 
     def _welcome(self) -> Welcome:
         pool = self.pool or SharedHandle(0, -1, 0, b"")
@@ -298,9 +313,11 @@ class GroupLeader:
     def _hear(self, rank: int, message: Message) -> None:
         match message:
             case Ready():
-                if self._fingerprint and message.fingerprint != self._fingerprint:
-                    raise RankLost("it has loaded another checkpoint, or with other settings")
                 with self._changed:
+                    if self._own is not None and (reason := _unlike(self._own, message)):
+                        self._decline(rank, reason)
+                        raise RankLost(reason)
+                    self._ready[rank] = message
                     (self._remote.discard if message.shares_memory else self._remote.add)(rank)
                     (self._direct.add if message.offers_direct else self._direct.discard)(rank)
                 self._handle(f.BecameReady(rank))
@@ -372,3 +389,15 @@ class GroupLeader:
             channel.send(message)
         except RankLost:
             log.debug("a message to a lost rank was dropped")
+
+
+def _unlike(own: Ready, other: Ready) -> str:
+    """Why a rank cannot be in one group with the leader; empty if it can."""
+    if other.fingerprint == own.fingerprint:
+        return ""
+    if other.kernels != own.kernels:
+        return (
+            f"it computes with {other.kernels}, and the leader with {own.kernels}: all ranks need the same kernels; give every "
+            "host a compiler, or set worker.native to false for all"
+        )
+    return "it has loaded another checkpoint, or with other settings"

@@ -108,7 +108,7 @@ class GroupRunner:
         group = GroupRunner(config, runner, links, host, placement, memory)
         group._leader, group._store = leader, store
         found.append(group)
-        leader.own_ready(runner.model_info.fingerprint, runner.offers_direct)
+        group._say_ready()
         return group
 
     # ---- Runner ----
@@ -275,7 +275,11 @@ class GroupRunner:
     def _recover(self) -> None:
         with self._step_part:
             self._member.leave()
-        self.leader.own_ready(self.model_info.fingerprint, self._member.runner.offers_direct)
+        self._say_ready()
+
+    def _say_ready(self) -> None:
+        runner = self._member.runner
+        self.leader.own_ready(runner.model_info.fingerprint, runner.offers_direct, runner.kernels)
 
     # ---- steps ----
 

@@ -68,7 +68,9 @@ class PromptExporter:
     def filled(self, event: BlocksFilled) -> None:
         export = self._running.get(event.sequence_id)
         if export is not None:
-            export.feed(Filled(event.blocks, 0, event.num_filled, export.cut.layout.num_layers))
+            # Those before have been told of; a prompt of many chunks would else walk all of them with each.
+            first, export.num_filled = export.num_filled, max(export.num_filled, event.num_filled)
+            export.feed(Filled(event.blocks, first, event.num_filled, export.cut.layout.num_layers))
 
     def layers_filled(self, event: LayersFilled) -> None:
         export = self._running.get(event.sequence_id)
@@ -112,6 +114,8 @@ class _PromptExport:
         self.subject = subject
         self.cut = cut
         self.feed = feed
+        self.num_filled = 0
+        """Entries of the block table that are known to be complete."""
         self.span: Span = NO_SPAN
 
     def start(self) -> None:

@@ -23,6 +23,9 @@ class Letterbox(Generic[E]):
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def post(self, event: E) -> None:
         self._events.append(event)
         _wake(self._reader)
@@ -33,6 +36,14 @@ class Letterbox(Generic[E]):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
         self.post(event)
+
+    def next_now(self) -> E | None:
+        """The next event, if one waits."""
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        _wake(self._room)
+        return event
 
     async def next(self, deadline_s: float | None) -> E | None:
         """The next event; None when `deadline_s` (of time.monotonic; None: never) came first."""
@@ -48,11 +59,7 @@ class Letterbox(Generic[E]):
                 self._reader = None
                 if timer is not None:
                     timer.cancel()
-        if not self._events:
-            return None
-        event = self._events.popleft()
-        _wake(self._room)
-        return event
+        return self.next_now()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -6,58 +6,63 @@ from collections import OrderedDict
 
 import grpc
 
+from workers.errors import TransferFailed
+from workers.grpc_options import HANDOFF_CHANNEL
 from workers.pb import worker_pb2_grpc
 
-MAX_MESSAGE_BYTES = 64 << 20
 MAX_CHANNELS = 256
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-)
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-    # A router or worker whose host vanished sends no reset; its requests must not run on for nobody.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
+
+class Peer:
+    """A channel to one target and how many transfers use it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.channel = grpc.aio.insecure_channel(target, options=HANDOFF_CHANNEL)
+        self.stub: worker_pb2_grpc.WorkerStub = worker_pb2_grpc.WorkerStub(self.channel)  # type: ignore[no-untyped-call]
+        self.num_users = 0
 
 
 class Peers:
-    """Least recently used channels are closed beyond MAX_CHANNELS. Used from one event loop."""
+    """Beyond `max_channels` the one that is not in use and was taken longest ago is closed. Used from one event loop."""
 
-    def __init__(self) -> None:
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+    def __init__(self, max_channels: int = MAX_CHANNELS) -> None:
+        self._max_channels = max_channels
+        self._peers: OrderedDict[str, Peer] = OrderedDict()
 
-    async def stub(self, target: str) -> worker_pb2_grpc.WorkerStub:
-        """A stub for host:port; connecting happens with the first call."""
-        channel = self._channels.get(target)
-        if channel is None:
-            channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-            self._channels[target] = channel
-            if len(self._channels) > MAX_CHANNELS:
-                _, oldest = self._channels.popitem(last=False)
-                await oldest.close()
-        self._channels.move_to_end(target)
-        return worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+    async def take(self, target: str) -> Peer:
+        """A channel to host:port, in use until it is given back; connecting happens with the first call.
+
+        Raises TransferFailed when all channels are in use.
+        """
+        peer = self._peers.get(target)
+        if peer is None:
+            idle = None
+            if len(self._peers) >= self._max_channels:
+                idle = next((other for other in self._peers.values() if not other.num_users), None)
+                if idle is None:
+                    raise TransferFailed(f"{self._max_channels} senders are connected and in use")
+                del self._peers[idle.target]
+            peer = self._peers[target] = Peer(target)
+            peer.num_users += 1
+            if idle is not None:
+                await idle.channel.close()
+            return peer
+        peer.num_users += 1
+        self._peers.move_to_end(target)
+        return peer
+
+    def give(self, peer: Peer) -> None:
+        """One transfer uses it less."""
+        peer.num_users -= 1
 
     async def forget(self, target: str) -> None:
         """Closes the channel to a peer that broke, so that its successor is dialled afresh."""
-        channel = self._channels.pop(target, None)
-        if channel is not None:
-            await channel.close()
+        peer = self._peers.pop(target, None)
+        if peer is not None:
+            await peer.channel.close()
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        for peer in self._peers.values():
+            await peer.channel.close()
+        self._peers.clear()

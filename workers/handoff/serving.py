@@ -15,8 +15,7 @@ from workers.handoff.source import SourceDriver
 from workers.handoff.tasks import log_failure
 from workers.handoff.wire import down_from_pb, up_to_pb
 from workers.identity import Identity
-from workers.kv_transfer.copier import same_shape
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.memory import KvMemory, same_shape
 from workers.kv_transfer.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff, Prompt
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, SourceSession
@@ -98,7 +97,13 @@ class Serving:
             self._config.transfer_window_bytes,
         )
         driver = SourceDriver(
-            session, self._memory, self._transports, opening.target, transfer_id, self._identity.generation
+            session,
+            self._memory,
+            self._transports,
+            opening.target,
+            transfer_id,
+            self._identity.generation,
+            opening.takes_batches,
         )
         export = exporter.open(opening, cut, driver.post)
         task = asyncio.create_task(driver.run(incoming, export), name=f"source-{transfer_id}")

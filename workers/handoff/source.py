@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from workers.errors import TransferFailed
 from workers.handoff.export import Export, Paced
 from workers.handoff.letterbox import Letterbox
-from workers.handoff.wire import down_from_pb, up_to_pb
+from workers.handoff.wire import down_from_pb, then_to_pb, up_to_pb
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import HandoffUp
@@ -28,7 +28,7 @@ from workers.kv_transfer.source import (
     StartExport,
 )
 from workers.kv_transfer.transfer import Due, TransferState
-from workers.kv_transfer.transport import OutgoingPiece, Transport
+from workers.kv_transfer.transport import OutgoingPiece, PulledTransport, Transport
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.wire_seal import Sealer
@@ -36,6 +36,8 @@ from workers.wire_seal import Sealer
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 1024
+MAX_BATCH = 8
+"""Messages that one write carries beside its first."""
 
 
 def data_id(transfer_id: str, epoch: int) -> str:
@@ -57,6 +59,7 @@ class SourceDriver:
         target: WorkerAddress,
         transfer_id: str,
         generation: int,
+        takes_batches: bool = False,
     ) -> None:
         self._session = session
         self._memory = memory
@@ -65,7 +68,8 @@ class SourceDriver:
         self._transfer_id = transfer_id
         self._generation = generation
         self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS)
-        self._out: Letterbox[pb.HandoffUp | None] = Letterbox(MAX_EVENTS)
+        self._takes_batches = takes_batches
+        self._out: Letterbox[HandoffUp | None] = Letterbox(MAX_EVENTS)
         """Bounded by the window, one heartbeat a second and the lease."""
         self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0
@@ -86,11 +90,10 @@ class SourceDriver:
                 while pending:
                     match pending.popleft():
                         case Send(message):
-                            self._out.post(self._envelope(message))
+                            self._out.post(message)
                         case SendPieces() as command:
-                            described = self._start_sending(command)
-                            if described is not None:  # before whatever waits to be said after these pieces
-                                pending += self._session.handle(described, time.monotonic())
+                            for known in self._start_sending(command):  # before whatever waits to be said after it
+                                pending += self._session.handle(known, time.monotonic())
                         case StartExport():
                             export.start()
                         case Release(reason):
@@ -117,9 +120,27 @@ class SourceDriver:
         sealer = Sealer()
         try:
             while (message := await self._out.next(None)) is not None:
-                yield sealer.seal(message)
+                envelope = up_to_pb(self._transfer_id, self._generation, message)
+                is_last = False
+                if self._takes_batches:
+                    # A write costs more than what is in it: the last pieces and the end of the prompt go together.
+                    then, is_last = self._waiting()
+                    then_to_pb(envelope, then)
+                yield sealer.seal(envelope)
+                if is_last:
+                    return
         finally:
             self.post(Broken("the receiver closed the stream"))
+
+    def _waiting(self) -> tuple[list[HandoffUp], bool]:
+        """What is to be said at once, and whether nothing will follow it."""
+        waiting: list[HandoffUp] = []
+        while self._out and len(waiting) < MAX_BATCH:
+            message = self._out.next_now()
+            if message is None:
+                return waiting, True
+            waiting.append(message)
+        return waiting, False
 
     async def _read(self, incoming: AsyncIterator[pb.HandoffDown]) -> None:
         try:
@@ -133,24 +154,30 @@ class SourceDriver:
         except Exception as error:
             await self._events.put(Broken(str(error), is_ours=True))
 
-    def _start_sending(self, command: SendPieces) -> Described | None:
-        """Has the pieces sent; the announcement of few bytes at once, that of more comes as an event."""
-        outgoing = [self._outgoing_piece(number, block) for number, block in command.pieces]
-        num_bytes = sum(piece.view.nbytes for piece in outgoing)
+    def _start_sending(self, command: SendPieces) -> list[SourceEvent]:
+        """Has the pieces sent; returns what is known at once, where that costs less than another task: that few bytes are
+        described, and that nothing is sent where the receiver fetches. The rest comes as events."""
+        cut, transport = self._session.cut, self._transports[command.transport]
+        num_bytes = sum(cut.piece_bytes(number) for number, _ in command.pieces)
         self.sent_bytes += num_bytes
-        described = None
+        known: list[SourceEvent] = []
         if num_bytes <= INLINE_BYTES:
             started = time.monotonic()
             with contextlib.suppress(Exception):  # tried again, and told, where a failure has an answer
-                described = Described(command.epoch, describe_pieces(self._memory, self._session.cut, command.pieces))
+                known.append(Described(command.epoch, describe_pieces(self._memory, cut, command.pieces)))
             self.checksum_s += time.monotonic() - started
-        task = asyncio.create_task(self._send_pieces(command, outgoing, described is not None))
-        self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
-        return described
+        is_described = bool(known)
+        if is_described and isinstance(transport, PulledTransport):
+            known.append(Sent(command.epoch))
+        else:
+            task = asyncio.create_task(self._send_pieces(command, is_described))
+            self._sends.add(task)
+            task.add_done_callback(self._sends.discard)
+        return known
 
-    async def _send_pieces(self, command: SendPieces, outgoing: list[OutgoingPiece], is_described: bool) -> None:
+    async def _send_pieces(self, command: SendPieces, is_described: bool) -> None:
         """Announces the pieces, if they are not, as soon as their checksums are known, and meanwhile sends them."""
+        outgoing = [self._outgoing_piece(number, block) for number, block in command.pieces]
         sending = asyncio.create_task(
             self._transports[command.transport].send(self._target, data_id(self._transfer_id, command.epoch), outgoing)
         )
@@ -179,6 +206,3 @@ class SourceDriver:
         slot = self._session.cut.slot(number)
         view = self._memory.block(block, slot.first_layer, slot.num_layers)
         return OutgoingPiece(number, block, slot.first_layer, slot.num_layers, view)
-
-    def _envelope(self, message: HandoffUp) -> pb.HandoffUp:
-        return up_to_pb(self._transfer_id, self._generation, message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from workers.kv_transfer.target import (
     TargetSession,
 )
 from workers.kv_transfer.transfer import Due
-from workers.kv_transfer.transport import Inbox, IncomingPiece, Transport, View
+from workers.kv_transfer.transport import ImmediateInbox, Inbox, IncomingPiece, Transport, View
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
@@ -120,17 +121,21 @@ class TargetDriver:
         sealer = Sealer()
         try:
             self._opened_s = time.monotonic()
-            pending = self._session.open(self._opened_s)
+            pending = deque(self._session.open(self._opened_s))
             while not self.outcome.done():
-                for command in pending:
-                    match command:
+                while pending:
+                    match pending.popleft():
                         case Send(message):
                             envelope = down_to_pb(self._transfer_id, self._generation, message)
                             await self._send(call, sealer.seal(envelope))
-                        case Connect():
+                        case Connect() as command:
                             self._switch = asyncio.create_task(self._connect(command, self._switch))
-                        case Collect():
-                            self._collect(command)
+                        case Collect() as command:
+                            collected = self._collect_now(command)
+                            if collected is None:
+                                self._collect(command)
+                            else:
+                                pending += self._session.handle(collected, time.monotonic())
                         case Close():
                             closing = asyncio.create_task(self._close())
                             closing.add_done_callback(lambda _: self._events.post(Closed()))
@@ -144,7 +149,7 @@ class TargetDriver:
                 if self.outcome.done():
                     break
                 event = await self._events.next(self._session.next_deadline_s())
-                pending = self._session.handle(event if event is not None else Due(), time.monotonic())
+                pending += self._session.handle(event if event is not None else Due(), time.monotonic())
             await self._hang_up(call, reader)
         finally:
             # Cancelling a pending read cancels the whole call, which could overtake the last message.
@@ -189,16 +194,17 @@ class TargetDriver:
         source_generation = self._session.opening.source_generation
         try:
             async for envelope in verified(call):
-                message = up_from_pb(envelope)
-                # A refusal may name the generation that the sender is in by now.
                 ours = (envelope.transfer_id, envelope.generation) == (self._transfer_id, source_generation)
-                if not ours and not isinstance(message, HandoffRefused):
-                    raise TransferFailed("a message of another transfer or generation came in on this stream")
-                if not self._first_s and isinstance(message, KvPieces) and message.pieces:
-                    self._first_s = time.monotonic()
-                if isinstance(message, Done):
-                    self._done_s = time.monotonic()
-                await self._events.put(message)
+                for part in (envelope, *envelope.then):
+                    message = up_from_pb(part)
+                    # A refusal may name the generation that the sender is in by now.
+                    if not ours and not isinstance(message, HandoffRefused):
+                        raise TransferFailed("a message of another transfer or generation came in on this stream")
+                    if not self._first_s and isinstance(message, KvPieces) and message.pieces:
+                        self._first_s = time.monotonic()
+                    if isinstance(message, Done):
+                        self._done_s = time.monotonic()
+                    await self._events.put(message)
             await self._events.put(Broken("the sender ended the stream"))
         except asyncio.CancelledError:
             raise
@@ -231,6 +237,26 @@ class TargetDriver:
         slot = self._session.cut.slot(piece)
         return self._memory.block(self._blocks[slot.block], slot.first_layer, slot.num_layers)
 
+    def _collect_now(self, command: Collect) -> Collected | None:
+        """What came of it, where the bytes are few and can be fetched and verified in less than a change of task takes."""
+        inbox = self._inbox
+        if not isinstance(inbox, ImmediateInbox) or self._collects:
+            return None
+        started_s = time.monotonic()
+        try:
+            found = inbox.collect_now(_wanted(command))
+            if found is None:
+                return None
+            arrived = set(found[0])
+            good = tuple(
+                p.piece for p in command.pieces if p.piece in arrived and inbox.checksum(p.piece) == p.checksum
+            )
+        except Exception:
+            log.exception("pieces could not be collected over %s", self._session.transport)
+            arrived, good = set(), ()
+        self._busy_s += time.monotonic() - started_s
+        return self._result(command, len(arrived), good)
+
     def _collect(self, command: Collect) -> None:
         if not self._collects:
             self._busy_since_s = time.monotonic()
@@ -244,21 +270,25 @@ class TargetDriver:
             self._busy_s += time.monotonic() - self._busy_since_s
 
     async def _collect_pieces(self, command: Collect) -> None:
-        name = self._session.transport
         pieces = {p.piece: p for p in command.pieces}
-        wanted = [IncomingPiece(p.piece, p.source_block, p.first_layer, p.num_layers) for p in command.pieces]
         arrived: tuple[int, ...] = ()
         good: tuple[int, ...] = ()
         try:
             if self._inbox is not None:
-                arrived, _ = await self._inbox.collect(wanted)
+                arrived, _ = await self._inbox.collect(_wanted(command))
             good = await self._verified([pieces[number] for number in arrived])
         except Exception:
-            log.exception("pieces could not be collected over %s", name)
-        bad = tuple(number for number in pieces if number not in set(good))
-        num_lost = len(pieces) - len(arrived)
-        reason = f"{num_lost} pieces were lost and {len(bad) - num_lost} did not match their checksum over {name}"
-        self._events.post(Collected(good, bad, reason if bad else ""))
+            log.exception("pieces could not be collected over %s", self._session.transport)
+        self._events.post(self._result(command, len(arrived), good))
+
+    def _result(self, command: Collect, num_arrived: int, good: tuple[int, ...]) -> Collected:
+        found = set(good)
+        bad = tuple(p.piece for p in command.pieces if p.piece not in found)
+        if not bad:
+            return Collected(good)
+        num_lost = len(command.pieces) - num_arrived
+        wrong = f"{len(bad) - num_lost} did not match their checksum over {self._session.transport}"
+        return Collected(good, bad, f"{num_lost} pieces were lost and {wrong}")
 
     async def _verified(self, arrived: list[KvPiece]) -> tuple[int, ...]:
         """Those whose bytes match: by the checksum made while they were copied, else by reading our pool."""
@@ -286,3 +316,7 @@ class TargetDriver:
             await asyncio.wait({self._switch})
             self._switch = None
         await self._close_inbox()
+
+
+def _wanted(command: Collect) -> list[IncomingPiece]:
+    return [IncomingPiece(p.piece, p.source_block, p.first_layer, p.num_layers) for p in command.pieces]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.engine_thread import Command
-from workers.errors import Refusal
+from workers.errors import Refusal, TransferFailed
 from workers.handoff.export import Exporter, PromptExporter
 from workers.handoff.fetch import Fetches
-from workers.handoff.peers import Peers
+from workers.handoff.peers import Peer, Peers
 from workers.handoff.prefix_export import PrefixExporter
 from workers.handoff.prefix_pull import PrefixPuller
 from workers.handoff.serving import Serving
@@ -107,16 +107,20 @@ class Transfers:
             first_block=first_block,
             num_blocks=cut.num_blocks,
             transports=tuple(self._transports),
+            takes_batches=True,
         )
         session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
         driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
         fresh = self._prefault.fresh(blocks[first_block:])
         if fresh:
             asyncio.get_running_loop().run_in_executor(None, self._prefault.back, fresh)
-        stub = await self._peers.stub(source.target)
-        task = asyncio.create_task(driver.run(stub), name=f"target-{source.worker_id}")
+        try:
+            peer = await self._peers.take(source.target)
+        except TransferFailed as error:
+            raise HandoffFailed(str(error), Refusal.INTERNAL) from error
+        task = asyncio.create_task(driver.run(peer.stub), name=f"target-{source.worker_id}")
         self._targets[driver] = task
-        task.add_done_callback(lambda ended: self._target_ended(driver, ended))
+        task.add_done_callback(lambda ended: self._target_ended(driver, peer, ended))
         try:
             return await asyncio.shield(driver.outcome)
         except asyncio.CancelledError:
@@ -128,8 +132,9 @@ class Transfers:
                 await self._forget(source)
             raise
 
-    def _target_ended(self, driver: TargetDriver, task: asyncio.Task[None]) -> None:
+    def _target_ended(self, driver: TargetDriver, peer: Peer, task: asyncio.Task[None]) -> None:
         self._targets.pop(driver)
+        self._peers.give(peer)
         log_failure(task)
 
     async def _forget(self, source: WorkerAddress) -> None:

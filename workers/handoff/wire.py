@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from workers.errors import TransferFailed
 from workers.kv_transfer.messages import (
     CancelHandoff,
@@ -36,18 +38,17 @@ from workers.wire_request import (
 )
 
 
-def opening_to_pb(transfer_id: str, opening: OpenHandoff) -> pb.OpenHandoff:
-    message = pb.OpenHandoff(
-        transfer_id=transfer_id,
-        target=address_to_pb(opening.target),
-        host=opening.host,
-        source_generation=opening.source_generation,
-        model_fingerprint=opening.model_fingerprint,
-        layout=layout_to_pb(opening.layout),
-        first_block=opening.first_block,
-        num_blocks=opening.num_blocks,
-        transports=opening.transports,
-    )
+def _fill_opening(message: pb.OpenHandoff, transfer_id: str, opening: OpenHandoff) -> None:
+    """In place: a prompt is not copied once more."""
+    message.transfer_id = transfer_id
+    message.target.CopyFrom(address_to_pb(opening.target))
+    message.host = opening.host
+    message.source_generation = opening.source_generation
+    message.model_fingerprint = opening.model_fingerprint
+    message.layout.CopyFrom(layout_to_pb(opening.layout))
+    message.first_block, message.num_blocks = opening.first_block, opening.num_blocks
+    message.transports.extend(opening.transports)
+    message.takes_batches = opening.takes_batches
     match opening.subject:
         case Prompt(request, hint):
             message.prompt.CopyFrom(request_to_pb(request))
@@ -57,7 +58,6 @@ def opening_to_pb(transfer_id: str, opening: OpenHandoff) -> pb.OpenHandoff:
             message.running.CopyFrom(pb.RunningSubject(request_id=request_id))
         case Prefix(hashes, token_ids, parent):
             message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes, token_ids=token_ids, parent=parent))
-    return message
 
 
 def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
@@ -84,6 +84,7 @@ def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
         first_block=message.first_block,
         num_blocks=message.num_blocks,
         transports=tuple(message.transports),
+        takes_batches=message.takes_batches,
     )
 
 
@@ -92,13 +93,15 @@ def down_to_pb(transfer_id: str, generation: int, message: HandoffDown) -> pb.Ha
     envelope = pb.HandoffDown(transfer_id=transfer_id, generation=generation)
     match message:
         case OpenHandoff():
-            envelope.open.CopyFrom(opening_to_pb(transfer_id, message))
+            _fill_opening(envelope.open, transfer_id, message)
         case UseTransport(transport, epoch):
-            envelope.use.CopyFrom(pb.UseTransport(transport=transport, epoch=epoch))
+            envelope.use.transport, envelope.use.epoch = transport, epoch
+            envelope.use.SetInParent()
         case PieceAck(pieces):
-            envelope.ack.CopyFrom(pb.PieceAck(pieces=pieces))
+            envelope.ack.pieces.extend(pieces)
+            envelope.ack.SetInParent()
         case ReleaseHandoff():
-            envelope.release.CopyFrom(pb.ReleaseHandoff())
+            envelope.release.SetInParent()
         case CancelHandoff(reason):
             envelope.cancel.CopyFrom(pb.CancelHandoff(reason=reason))
     return envelope
@@ -124,6 +127,17 @@ def down_from_pb(envelope: pb.HandoffDown) -> HandoffDown:
 def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.HandoffUp:
     """`generation` is the sender's, of the moment it accepted the transfer."""
     envelope = pb.HandoffUp(transfer_id=transfer_id, generation=generation)
+    _fill_up(envelope, message)
+    return envelope
+
+
+def then_to_pb(envelope: pb.HandoffUp, messages: Iterable[HandoffUp]) -> None:
+    """Has `messages` said in the same write, after what the envelope says."""
+    for message in messages:
+        _fill_up(envelope.then.add(), message)
+
+
+def _fill_up(envelope: pb.HandoffUp, message: HandoffUp) -> None:
     match message:
         case HandoffAccepted(offers, layout, host):
             envelope.accepted.host = host
@@ -163,7 +177,6 @@ def up_to_pb(transfer_id: str, generation: int, message: HandoffUp) -> pb.Handof
             envelope.refused.CopyFrom(pb.HandoffRefused(refusal=refusal.value, message=text))
         case CancelHandoff(reason):
             envelope.cancel.CopyFrom(pb.CancelHandoff(reason=reason))
-    return envelope
 
 
 def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from workers.kv_transfer.checksum import checksums
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import KvPiece
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.transport import View
@@ -13,17 +13,6 @@ from workers.kv_transfer.transport import View
 INLINE_BYTES = 2 << 20
 """Up to this many bytes are checksummed on the event loop, in about a tenth of a millisecond; more goes to a helper thread, whose
 two changes of thread cost more than that."""
-
-
-def same_shape(a: KvLayout, b: KvLayout) -> bool:
-    """Whether blocks of one pool fit into the other; the number of blocks may differ."""
-    return (a.num_layers, a.num_kv_heads, a.block_size, a.head_dim, a.dtype) == (
-        b.num_layers,
-        b.num_kv_heads,
-        b.block_size,
-        b.head_dim,
-        b.dtype,
-    )
 
 
 def describe_pieces(memory: KvMemory, cut: Cut, pieces: Sequence[tuple[int, int]]) -> tuple[KvPiece, ...]:

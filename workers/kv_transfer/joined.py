@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import _NONCE_BYTES, _SEALS, KvLayout, KvMemory, SharedHandle
+from workers.kv_transfer.memory import _SEALS, NONCE_PAGE_BYTES, KvLayout, KvMemory, SharedHandle
 
 
 class JoinedKvMemory(KvMemory):
@@ -23,7 +23,7 @@ class JoinedKvMemory(KvMemory):
     def __init__(self, handle: SharedHandle, layout: KvLayout) -> None:
         self.layout = layout
         self._fd = -1
-        expected = _NONCE_BYTES + layout.pool_bytes
+        expected = NONCE_PAGE_BYTES + layout.pool_bytes
         if handle.num_bytes != expected:
             raise TransferFailed(f"the group's pool has {handle.num_bytes} bytes, its layout says {expected}")
         try:
@@ -40,4 +40,4 @@ class JoinedKvMemory(KvMemory):
             self.close()
             raise TransferFailed("the group's pool carries another nonce")
         self._nonce = handle.nonce
-        self.bytes = np.frombuffer(self._map, dtype=np.uint8, offset=_NONCE_BYTES)
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8, offset=NONCE_PAGE_BYTES)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from workers.errors import TransferFailed
 
-_NONCE_BYTES = 4096
+NONCE_BYTES = 16
+NONCE_PAGE_BYTES = 4096
 """One page before the blocks holds a random nonce, so that a mapper knows it got the right memory."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """A pool never changes its size, so a peer that maps it cannot be killed by SIGBUS."""
@@ -50,6 +51,18 @@ class KvLayout:
         return self.num_blocks * self.block_bytes
 
 
+def same_shape(a: KvLayout, b: KvLayout) -> bool:
+    """Whether blocks of one pool fit into the other; the number of blocks may differ."""
+    return (a.num_layers, a.num_kv_heads, a.block_size, a.head_dim, a.dtype, a.itemsize) == (
+        b.num_layers,
+        b.num_kv_heads,
+        b.block_size,
+        b.head_dim,
+        b.dtype,
+        b.itemsize,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SharedHandle:
     """Where a same-host peer finds a pool: /proc/<pid>/fd/<fd>, proven by `nonce`."""
@@ -73,14 +86,14 @@ class KvMemory:
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
         self._fd = -1
-        size = _NONCE_BYTES + layout.pool_bytes
+        size = NONCE_PAGE_BYTES + layout.pool_bytes
         self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._fd, size)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
         self._map = mmap.mmap(self._fd, size)
-        self._nonce = secrets.token_bytes(16)
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._map[: len(self._nonce)] = self._nonce
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, offset=_NONCE_BYTES)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, offset=NONCE_PAGE_BYTES)
 
     @property
     def handle(self) -> SharedHandle:
@@ -128,7 +141,7 @@ class MappedKvMemory:
     """A peer's pool mapped read-only. Raises TransferFailed when it is not there or not the right one."""
 
     def __init__(self, handle: SharedHandle, layout: KvLayout) -> None:
-        expected = _NONCE_BYTES + layout.pool_bytes
+        expected = NONCE_PAGE_BYTES + layout.pool_bytes
         if handle.num_bytes != expected:
             raise TransferFailed(f"peer's pool has {handle.num_bytes} bytes, its layout says {expected}")
         try:
@@ -146,7 +159,7 @@ class MappedKvMemory:
         if mapped[: len(handle.nonce)] != handle.nonce:
             raise TransferFailed("peer's pool carries another nonce")
         self.layout = layout
-        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8, offset=_NONCE_BYTES)
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8, offset=NONCE_PAGE_BYTES)
 
     def block(self, block_id: int, first_layer: int, num_layers: int) -> npt.NDArray[np.uint8]:
         """As KvMemory.block, read-only."""

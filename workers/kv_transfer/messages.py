@@ -65,6 +65,8 @@ class OpenHandoff:
     num_blocks: int
     transports: tuple[str, ...]
     """What the receiver can do, best first."""
+    takes_batches: bool = False
+    """Several messages may come in one write; releases before this cannot read that."""
 
 
 @dataclass(frozen=True, slots=True)

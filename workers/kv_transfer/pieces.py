@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.kv_transfer.memory import KvLayout
 
@@ -36,25 +36,30 @@ class Cut:
     first_block: int
     num_blocks: int
 
-    @property
-    def layers_per_piece(self) -> int:
-        return layers_per_piece(self.layout)
+    # Asked for several times with every piece, so they are worked out once.
+    layers_per_piece: int = field(init=False, repr=False, compare=False)
+    pieces_per_block: int = field(init=False, repr=False, compare=False)
+    num_pieces: int = field(init=False, repr=False, compare=False)
+    _parts: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
+    """(first layer, number of layers, bytes) of each piece of a block."""
 
-    @property
-    def pieces_per_block(self) -> int:
-        return -(-self.layout.num_layers // self.layers_per_piece)
-
-    @property
-    def num_pieces(self) -> int:
-        return self.num_blocks * self.pieces_per_block
+    def __post_init__(self) -> None:
+        layout, step = self.layout, layers_per_piece(self.layout)
+        firsts = range(0, layout.num_layers, step)
+        sizes = [(first, min(step, layout.num_layers - first)) for first in firsts]
+        keep = object.__setattr__
+        keep(self, "layers_per_piece", step)
+        keep(self, "pieces_per_block", len(sizes))
+        keep(self, "num_pieces", self.num_blocks * len(sizes))
+        keep(self, "_parts", tuple((first, count, count * layout.layer_bytes) for first, count in sizes))
 
     def slot(self, piece: int) -> Slot:
         """Raises IndexError for a number outside the transfer."""
         if not 0 <= piece < self.num_pieces:
             raise IndexError(f"piece {piece} is outside a transfer of {self.num_pieces}")
         block, part = divmod(piece, self.pieces_per_block)
-        first = part * self.layers_per_piece
-        return Slot(self.first_block + block, first, min(self.layers_per_piece, self.layout.num_layers - first))
+        first, num_layers, _ = self._parts[part]
+        return Slot(self.first_block + block, first, num_layers)
 
     def pieces_before(self, block: int) -> int:
         """How many pieces belong to blocks before this entry of the block table."""
@@ -67,4 +72,7 @@ class Cut:
         return num_layers // self.layers_per_piece
 
     def piece_bytes(self, piece: int) -> int:
-        return self.slot(piece).num_layers * self.layout.layer_bytes
+        """Raises IndexError for a number outside the transfer."""
+        if not 0 <= piece < self.num_pieces:
+            raise IndexError(f"piece {piece} is outside a transfer of {self.num_pieces}")
+        return self._parts[piece % self.pieces_per_block][2]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from workers.errors import Refusal
-from workers.kv_transfer.memory import KvLayout
+from workers.kv_transfer.memory import KvLayout, same_shape
 from workers.kv_transfer.messages import (
     CancelHandoff,
     Done,
@@ -227,7 +227,7 @@ class TargetSession:
     def _on_accepted(self, event: HandoffAccepted) -> list[TargetCommand]:
         if self.offers:
             return self._give_up("the sender accepted twice", Refusal.INTERNAL)
-        if replace(event.layout, num_blocks=self.opening.layout.num_blocks) != self.opening.layout:
+        if not same_shape(event.layout, self.opening.layout):
             return self._give_up("the sender has another KV layout", Refusal.INTERNAL)
         self.source_layout = event.layout
         offered = {offer.transport: offer.data for offer in event.offers}

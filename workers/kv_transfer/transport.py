@@ -59,6 +59,15 @@ class Inbox(Protocol):
         """After this nothing writes into our pool for this transfer any more; what still arrives is thrown away."""
 
 
+@runtime_checkable
+class ImmediateInbox(Protocol):
+    """An inbox that can fetch few bytes at once, which takes less than a change of thread or task."""
+
+    def collect_now(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """As `collect`, on the event loop; None, and nothing is done: there are too many bytes for that."""
+        ...
+
+
 class Channel(Protocol):
     """A connection from this receiver to one sender over one transport; shared by all transfers between the two."""
 
@@ -76,7 +85,7 @@ class Transport(Protocol):
     """One way for bytes to travel, for one worker process, as sender and as receiver. Used from one event loop."""
 
     name: str
-    """As in worker.transports and on the wire: loopback, cuda_ipc, shm, nccl, gloo, tcp, grpc."""
+    """As in worker.transports and on the wire: loopback, cuda_ipc, shm, nccl, nixl, tcp, gloo, grpc."""
 
     def offer(self, target: WorkerAddress, host: str) -> bytes | None:
         """As the sender: what that receiver needs to connect, opaque and small; None when it cannot be served this way.
@@ -96,6 +105,13 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends everything; safe to call twice."""
+
+
+@runtime_checkable
+class PulledTransport(Protocol):
+    """A transport whose receiver fetches announced pieces by itself: its `send` has nothing to do and need not be called."""
+
+    is_pulled: bool
 
 
 @runtime_checkable

@@ -202,6 +202,11 @@ class AllToAll:
         return Travel(arriving, pending, arrived_G, token_N, sent_G, chosen_G, place_A, x_TD)
 
     def arrive(self, receipt: Travel) -> Stages[Dispatched]:
+        x_MD, ends_S, arrival = yield from self.receive(receipt)
+        return Dispatched(x_MD.index_select(0, arrival.row_B[arrival.sorted_B]), ends_S, arrival)
+
+    def receive(self, receipt: Travel) -> Stages[tuple[Tensor, Tensor, Arrival]]:
+        """The rows as they arrived [M, D], and where each slot's assignments end among those sorted by slot."""
         yield receipt.pending
         x_TD = receipt.x_TD
         row_bytes, arriving = x_TD.shape[1] * x_TD.element_size(), receipt.arriving
@@ -217,14 +222,20 @@ class AllToAll:
         if not self._exact:
             weight_Mk = from_bytes(arriving[:, row_bytes + 2 * num_choices :], torch.float32)
             weight_B = weight_Mk[row_B, choice_B]
-        arrival = Arrival(receipt, row_B, choice_B, sorted_B, weight_B)
-        return Dispatched(x_MD.index_select(0, row_B[sorted_B]), ends_S, arrival)
+        return x_MD, ends_S, Arrival(receipt, row_B, choice_B, sorted_B, weight_B)
 
     def combine(
         self, outputs_AD: Tensor, weights_Tk: Tensor, receipt: Arrival, shared_TD: Tensor | None = None
     ) -> Stages[Tensor]:
-        world, travel = self._links.world, receipt.travel
         outputs_BD = torch.empty_like(outputs_AD).index_copy_(0, receipt.sorted_B, outputs_AD)
+        y_TD = yield from self.bring_home(outputs_BD, weights_Tk, receipt, shared_TD)
+        return y_TD
+
+    def bring_home(
+        self, outputs_BD: Tensor, weights_Tk: Tensor, receipt: Arrival, shared_TD: Tensor | None
+    ) -> Stages[Tensor]:
+        """As `combine`, of outputs in the order in which their assignments arrived."""
+        world, travel = self._links.world, receipt.travel
         if receipt.weight_B is None:
             ends_G = torch.tensor(travel.arrived_G).cumsum(0)
             row_ends = world.read(torch.searchsorted(receipt.row_B, ends_G.to(receipt.row_B.device)))
@@ -237,7 +248,7 @@ class AllToAll:
         for choice in range(weights_Tk.shape[1]):  # one addition a row at a time: a GPU keeps no order among more
             is_this_B = receipt.choice_B == choice
             partial_MD.index_add_(0, receipt.row_B[is_this_B], weighted_BD[is_this_B])
-        home, pending = world.all_to_all(partial_MD.to(outputs_AD.dtype), travel.arrived_G, travel.sent_G)
+        home, pending = world.all_to_all(partial_MD.to(outputs_BD.dtype), travel.arrived_G, travel.sent_G)
         yield pending
         total_TD = torch.zeros(travel.x_TD.shape, device=home.device)
         for token_N, rows_ND in zip(
@@ -246,7 +257,7 @@ class AllToAll:
             total_TD.index_add_(0, token_N, rows_ND.float())
         if shared_TD is not None:
             total_TD = total_TD + shared_TD
-        return total_TD.to(outputs_AD.dtype)
+        return total_TD.to(outputs_BD.dtype)
 
 
 def as_bytes(rows: Tensor) -> Tensor:

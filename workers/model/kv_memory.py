@@ -50,8 +50,18 @@ class KvPool:
 
     @property
     def address(self) -> int:
-        """Where the first block begins in this process."""
-        return self._blocks.data_ptr()
+        """Where the first of this pool's heads lies in block 0, in this process."""
+        return self._blocks.data_ptr() + self._first_block * self._blocks.stride(0) * self._blocks.element_size()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the memory from block 0 on."""
+        return self.layout.num_blocks - self._first_block
+
+    @property
+    def memory_heads(self) -> int:
+        """Heads that lie in a block, of which this pool's are some."""
+        return self._total
 
     def slots(self, blocks_T: Tensor, offsets_T: Tensor) -> Tensor:
         """Where layer 0 keeps the K and V of each token, [T, 2*K]: an argument of `write`."""
@@ -60,9 +70,10 @@ class KvPool:
         return places * self.layout.block_size + offsets_T[:, None]
 
     def write(self, layer: int, slots: Tensor, kv_T2KC: Tensor) -> None:
-        """Stores keys and values of T tokens, heads flattened: [T, 2*K, C]."""
+        """Stores keys and values of T tokens, heads flattened: [T, 2*K, C], rounded to the pool's dtype."""
         first = layer * 2 * self._total * self.layout.block_size
-        self._positions.index_copy_(0, (slots + first).flatten(), kv_T2KC.flatten(0, 1))
+        rows = kv_T2KC.flatten(0, 1).to(self._positions.dtype)
+        self._positions.index_copy_(0, (slots + first).flatten(), rows)
 
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and the values of some blocks, each fp32 [len(blocks), K, B, C]."""

@@ -23,10 +23,19 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model that is served in `dtype` computes in: float32 for bfloat16 that oneDNN has no instructions for.
+
+    PyTorch emulates bfloat16 products on such a machine, which takes ten times as long; float32 weights take twice the
+    memory. Keys and values are kept in `dtype` all the same.
+    """
+    return dtype if dtype is torch.float32 or can_pack(dtype) else torch.float32
+
+
 class Linear:
     """y = x W^T without bias, W [O, I] kept in the layout of oneDNN's matmul kernels.
 
-    oneDNN gives a row the same bits in every batch of at least two rows (checked by workers.model.self_test). Where
+    oneDNN gives a row the same bits in every batch of at least four rows (checked by workers.model.self_test). Where
     that fails, or cannot be had, `use_tiles` computes fixed tiles of 32 rows, padded with zeros.
     """
 
@@ -61,7 +70,7 @@ class Linear:
         return self._weight.to_dense() if self._packed else self._weight
 
     def use_tiles(self) -> None:
-        """Computes fixed 32-row tiles from now on: slower, and invariant wherever a kernel is deterministic at all."""
+        """Computes fixed 32-row tiles from now on: slower, and invariant wherever a row's place in a tile does not matter."""
         self._tiled = True
 
     def _multiply(self, x_TI: Tensor) -> Tensor:

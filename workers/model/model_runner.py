@@ -20,10 +20,10 @@ from workers.model.ernie_config import ErnieConfig
 from workers.model.weights import Checkpoint, fingerprint
 from workers.request import TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.logprobs import token_logprobs
+from workers.sampling.arithmetic import DRAW_VERSION
 from workers.sampling.placement import on_device
-from workers.sampling.sampler import Drawn, is_plain, sample
-from workers.sampling.shortcuts import Shortcuts
+from workers.sampling.row_kernel import RowKernel
+from workers.sampling.sampler import Drawn, is_plain, logprobs_of, sample
 from workers.status import ModelInfo
 
 _PROMPT_LOGPROB_ROWS = 64
@@ -50,7 +50,7 @@ class ModelRunner(ABC, Generic[M]):
         self._info = info
         self.warnings: tuple[str, ...] = ()
         """What was found at start-up, one sentence each."""
-        self.shortcuts: Shortcuts | None = None
+        self.row_kernel: RowKernel | None = None
         """Faster kernels for drawing, where the logits are on the host."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class ModelRunner(ABC, Generic[M]):
             if all(is_plain(spec) for spec in specs):
                 found = [Drawn(token_id) for token_id in self._model.greedy(x_RD)]
             else:
-                found = sample(self._model.logits(x_RD), specs, self.shortcuts)
+                found = sample(self._model.logits(x_RD), specs, self.row_kernel)
             drawn.update(zip((i for i, _ in wanted), found, strict=True))
         return drawn
 
@@ -137,7 +137,7 @@ class ModelRunner(ABC, Generic[M]):
         for first in range(0, len(following), _PROMPT_LOGPROB_ROWS):
             tokens = following[first : first + _PROMPT_LOGPROB_ROWS]
             logits_RV = self._model.logits(x_TD[first : first + len(tokens)])
-            found += token_logprobs(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens))
+            found += logprobs_of(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens), self.row_kernel)
         return tuple(found)
 
 
@@ -159,7 +159,7 @@ def describe_model(
     kv_format = (layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
     return ModelInfo(
         name=config.served_model_name or folder.resolve().name,
-        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, *facts),
+        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, DRAW_VERSION, *facts),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
@@ -167,23 +167,45 @@ def describe_model(
 
 
 def require_memory(
-    checkpoint: Checkpoint, dimensions: ErnieConfig, dtype: torch.dtype, free_bytes: int, *, copies_tied_head: bool
+    checkpoint: Checkpoint,
+    dimensions: ErnieConfig,
+    dtype: torch.dtype,
+    free_bytes: int,
+    *,
+    copies_tied_head: bool,
+    packed_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises InvalidConfig, before the load, when the packed weights exceed `free_bytes`.
 
-    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed.
+    `copies_tied_head`: embeddings that are also the head are held twice, as a table and packed. `packed_dtype`: what all
+    but the table is held in, where that is not `dtype`.
     """
     is_tied = dimensions.tie_word_embeddings
     num_values = checkpoint.num_parameters(unused=("lm_head.weight",) if is_tied else ())
-    if is_tied and copies_tied_head:
-        num_values += dimensions.vocab_size * dimensions.hidden_size
-    require_bytes(checkpoint.folder, num_values * dtype.itemsize, dtype, free_bytes)
+    num_table = dimensions.vocab_size * dimensions.hidden_size
+    num_packed = num_values - (0 if is_tied and copies_tied_head else num_table)
+    packed_dtype = packed_dtype or dtype
+    needed_bytes = num_table * dtype.itemsize + num_packed * packed_dtype.itemsize
+    require_bytes(checkpoint.folder, needed_bytes, packed_dtype, free_bytes, served_dtype=dtype)
 
 
-def require_bytes(folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int) -> None:
-    """Raises InvalidConfig when weights of `needed_bytes` do not fit."""
-    if needed_bytes > free_bytes:
-        raise InvalidConfig(
-            f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
-            f"but {free_bytes / 2**20:.1f} MiB are free"
+def require_bytes(
+    folder: Path, needed_bytes: int, dtype: torch.dtype, free_bytes: int, served_dtype: torch.dtype | None = None
+) -> None:
+    """Raises InvalidConfig when weights of `needed_bytes` in `dtype` do not fit; `served_dtype` is what was asked for."""
+    if needed_bytes <= free_bytes:
+        return
+    refusal = (
+        f"{folder} needs {needed_bytes / 2**20:.1f} MiB in {dtype_name(dtype)}, "
+        f"but {free_bytes / 2**20:.1f} MiB are free"
+    )
+    if served_dtype is not None and served_dtype is not dtype:
+        refusal += (
+            f"; PyTorch computes {dtype_name(served_dtype)} models so on this machine; the C++ kernels (worker.native, and a "
+            "compiler) take half of it"
         )
+    raise InvalidConfig(refusal)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

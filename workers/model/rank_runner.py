@@ -20,11 +20,13 @@ from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
 from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
+from workers.model.layers import compute_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
+from workers.model.native.rank import NativeRank
 from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
-from workers.model.torch_runner import TorchRunner
+from workers.model.torch_runner import TorchRunner, find_library, kernel_name, weights_dtype
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
@@ -44,6 +46,8 @@ class Rank(Protocol):
 
     layout: Layout
     experts: RankExperts
+    kernels: str
+    """What it computes with, as the fingerprint names it: all ranks of a group the same."""
     device: str
     """What its process groups serve: cpu or cuda:N."""
     is_staged: bool
@@ -108,25 +112,29 @@ class RankRunner(TorchRunner):
 
     def __init__(
         self,
-        model: Ernie,
+        model: Ernie | NativeRank,
         memory: KvMemory,
         info: ModelInfo,
         config: WorkerConfig,
         layout: Layout,
         placement: Placement,
+        kernels: str,
     ) -> None:
         super().__init__(model, memory, info, config.num_threads)
-        self._ernie = model
+        served_dtype: torch.dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype(served_dtype) if isinstance(model, Ernie) else served_dtype
+        self._part = model
         self.layout = layout
         self.experts = RankExperts(
             model.mixtures, model.links, layout, placement, model.config, checkpoint_folder(config.model),
-            num_nodes=config.parallel.num_nodes, dtype=getattr(torch, config.dtype), device=torch.device("cpu"),
+            num_nodes=config.parallel.num_nodes, dtype=dtype, device=torch.device("cpu"),
         )  # fmt: skip
+        self.kernels = kernels
         self._halves = False
 
     @property
     def _own_heads(self) -> Share:
-        return self.layout.share(self._ernie.config.num_kv_heads)
+        return self.layout.share(self._part.config.num_kv_heads)
 
     def use_memory(self, memory: KvMemory, first_block: int = 0) -> None:
         """As Rank's; the rank computes in that memory itself."""
@@ -168,7 +176,7 @@ class RankRunner(TorchRunner):
         self._use_threads()
         first, second = split(batch)
         with torch.inference_mode():
-            return self._ernie.compute_halves(first, second, self._pool)
+            return self._part.compute_halves(first, second, self._pool)
 
 
 def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placement, num_blocks: int = 0) -> RankRunner:
@@ -183,14 +191,24 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
-    require_bytes(folder, share_bytes(dimensions, layout, placement, dtype), dtype, available_bytes())
+    library, warnings = find_library(config, dimensions, layout)
+    kernels = kernel_name(library, dtype)
+    held_dtype = weights_dtype(library, dtype)
+    needed_bytes = share_bytes(
+        dimensions, layout, placement, dtype, copies_tied_head=library is None, packed_dtype=held_dtype
+    )
+    require_bytes(folder, needed_bytes, held_dtype, available_bytes(), served_dtype=dtype)
     part = Part(layout, links, placement, config.parallel.exact_combine)
+    model: Ernie | NativeRank
     with torch.inference_mode():
-        model = Ernie(dimensions, checkpoint, dtype, max_model_len, part)
-        warnings = require_invariance(model, dtype)
+        if library is None:
+            model = Ernie(dimensions, checkpoint, held_dtype, max_model_len, part)
+            warnings = (*warnings, *require_invariance(model, dtype))
+        else:
+            model = NativeRank(dimensions, checkpoint, dtype, library, config.num_threads, part)
     memory = KvMemory(rank_layout(config, dimensions, layout, max_model_len, num_blocks))
-    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, "torch")
-    runner = RankRunner(model, memory, info, config, layout, placement)
+    info = describe_part(config, checkpoint, dimensions, memory.layout.num_blocks, max_model_len, kernels)
+    runner = RankRunner(model, memory, info, config, layout, placement, kernels)
     runner.warnings = warnings
     return runner
 
@@ -243,11 +261,21 @@ def initial_placement(config: WorkerConfig, dimensions: ErnieConfig) -> Placemen
     return initial(num_layers, moe.num_experts, config.parallel.size, config.parallel.redundant_experts)
 
 
-def share_bytes(config: ErnieConfig, layout: Layout, placement: Placement, dtype: torch.dtype) -> int:
-    """Memory that a rank's weights take."""
+def share_bytes(
+    config: ErnieConfig,
+    layout: Layout,
+    placement: Placement,
+    dtype: torch.dtype,
+    *,
+    copies_tied_head: bool = True,
+    packed_dtype: torch.dtype | None = None,
+) -> int:
+    """Memory that a rank's weights take. `copies_tied_head`, `packed_dtype`: as in workers.model.model_runner.require_memory."""
     D, t = config.hidden_size, layout.tensor
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * D // t
-    values = 2 * config.vocab_size * D // t + D  # the table, and the head that is packed apart even where it is tied
+    table = config.vocab_size * D // t
+    values = (table if copies_tied_head or not config.tie_word_embeddings else 0) + D
+    fp32_values = 0
     for index in range(config.num_layers):
         values += heads + 2 * D
         moe = config.moe
@@ -256,8 +284,8 @@ def share_bytes(config: ErnieConfig, layout: Layout, placement: Placement, dtype
             continue
         held = placement.slots_per_rank if layout.size > 1 else moe.num_experts
         values += 3 * moe.intermediate_size * D * (held + moe.num_shared_experts)
-        values += (D + 1) * moe.num_experts * 4 // dtype.itemsize
-    return values * dtype.itemsize
+        fp32_values += (D + 1) * moe.num_experts
+    return table * dtype.itemsize + values * (packed_dtype or dtype).itemsize + 4 * fp32_values
 
 
 def split(batch: Batch) -> tuple[Batch, Batch]:

@@ -26,12 +26,18 @@ _LENGTHS = (1, 64, 65, 150)
 
 
 def require_invariance(model: Ernie, dtype: torch.dtype) -> tuple[str, ...]:
-    """Warnings about kernels whose bits depend on the batch; such linears compute fixed tiles from then on."""
+    """Warnings about kernels whose bits depend on the batch; such linears compute fixed tiles from then on.
+
+    `model.linears` are the products of every layer, of routers, experts and the head. `dtype` is that of keys and values.
+    """
     warnings = []
     if not linears_are_invariant(model.linears):
         for linear in model.linears:
             linear.use_tiles()
-        warnings.append("linear kernels of this machine depend on the batch; computing in fixed tiles, which is slower")
+        outcome = "computing in fixed tiles, which is slower"
+        if not linears_are_invariant(model.linears):
+            outcome = "in fixed tiles too: tokens may differ between runs"
+        warnings.append(f"linear kernels of this machine depend on the batch; {outcome}")
     if not attention_is_invariant(model.config, dtype):
         warnings.append("attention kernels of this machine depend on the batch; tokens may differ between runs")
     for warning in warnings:
@@ -40,7 +46,7 @@ def require_invariance(model: Ernie, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def linears_are_invariant(linears: Iterable[Linear]) -> bool:
-    """Whether one linear of each shape gives the first rows of a large batch the same bits in smaller ones."""
+    """Whether one linear of each shape gives the last rows of a large batch the same bits in smaller ones."""
     by_shape = {(linear.num_inputs, linear.num_outputs, linear.dtype): linear for linear in linears}
     return all(_is_invariant(linear) for linear in by_shape.values())
 

@@ -36,13 +36,17 @@ def gather_logits(links: Links, layout: Layout, logits_RV: Tensor) -> Stages[Ten
 
 def most_likely(links: Links, layout: Layout, logits_RV: Tensor) -> Stages[list[int]]:
     """The most likely token of each row, of equals the lowest, from the logits of this rank's share."""
+    best_R, token_R = logits_RV.max(-1)
+    tokens = yield from best_of_shares(links, layout, best_R, token_R, logits_RV.shape[1])
+    return tokens
+
+
+def best_of_shares(links: Links, layout: Layout, best_R: Tensor, token_R: Tensor, num_tokens: int) -> Stages[list[int]]:
+    """The same from each share's largest logits and their places in a share of `num_tokens`."""
     if layout.tensor > 1:
-        best_R, token_R = logits_RV.max(-1)
         parts_GR2 = yield from gather(links, torch.stack((best_R.double(), token_R.double()), 1))
         best_GR, token_GR = parts_GR2.unbind(2)
         first = best_GR.argmax(0)  # ranks in order of vocabulary, so of equals the lowest
-        tokens_R = token_GR.gather(0, first[None])[0].long() + first * logits_RV.shape[1]
-    else:
-        tokens_R = logits_RV.argmax(-1)
-    tokens: list[int] = tokens_R.tolist()
+        token_R = token_GR.gather(0, first[None])[0].long() + first * num_tokens
+    tokens: list[int] = token_R.tolist()
     return tokens

@@ -10,8 +10,11 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import re
+import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +43,14 @@ class Checkpoint:
         self._file_of_tensor: dict[str, Path] = {}
         self._offsets: dict[str, int] = {}
         self._taken: set[str] = set()
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._local = threading.local()
+        self._streams: dict[Path, FileIO] = {}
         self._handles: dict[Path, Any] = {path: _open(path) for path in _weight_files(folder)}
         for path, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 self._file_of_tensor[name] = path
             self._offsets |= _data_offsets(path)
+            self._streams[path] = FileIO(path)
         if any(name.startswith("ernie.") for name in self._file_of_tensor):
             raise InvalidConfig(f'{folder} holds PaddlePaddle tensor names; use the "-PT" checkpoint of this model')
 
@@ -89,18 +94,29 @@ class Checkpoint:
         """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
         self._check(name, shape)
 
-    def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """The same, some rows at a time: (first row, rows), valid until the next are asked for."""
+    def pieces(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The same, some rows at a time: (first row, rows), valid until the calling thread asks for the next.
+
+        `part`: of `part[1]` rows from row `part[0]` on alone, which is then row 0.
+        """
         stored_dtype = self._check(name, shape)
+        start, count = part or (0, shape[0])
         row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
         step = max(1, _PIECE_BYTES // row_bytes)
-        for first in range(0, shape[0], step):
-            num_bytes = min(step, shape[0] - first) * row_bytes
-            if self._staging.numel() < num_bytes:
-                self._staging = torch.empty(num_bytes, dtype=torch.uint8)
-            staged = self._staging[:num_bytes]
-            self._read(name, first * row_bytes, staged)
+        for first in range(0, count, step):
+            num_bytes = min(step, count - first) * row_bytes
+            staged = self._staging(num_bytes)
+            self._read(name, (start + first) * row_bytes, staged)
             yield first, staged.view(stored_dtype).view(-1, *shape[1:]).to(dtype)
+
+    def _staging(self, num_bytes: int) -> Tensor:
+        """Memory of the calling thread's own."""
+        staging: Tensor | None = getattr(self._local, "staging", None)
+        if staging is None or staging.numel() < num_bytes:
+            staging = self._local.staging = torch.empty(num_bytes, dtype=torch.uint8)
+        return staging[:num_bytes]
 
     def _check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
         """Element type on disk of a tensor that is as it should be, which now counts as taken. Raises InvalidConfig."""
@@ -116,16 +132,16 @@ class Checkpoint:
         return self.stored_dtype(name)
 
     def _read(self, name: str, start: int, into: Tensor) -> None:
-        """Fills a flat uint8 tensor with the bytes of a tensor from `start` on."""
+        """Fills a flat uint8 tensor with the bytes of a tensor from `start` on. Several threads may."""
         path = self._file_of_tensor[name]
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(self._offsets[name] + start)
-            view = into.numpy().data
-            while len(view):
-                num_read = stream.readinto(view)
-                if not num_read:
-                    raise InvalidConfig(f"{path} ends within tensor {name}")
-                view = view[num_read:]
+        file, at = self._streams[path].fileno(), self._offsets[name] + start
+        view = into.numpy().data
+        while len(view):
+            num_read = os.preadv(file, [view], at)
+            if not num_read:
+                raise InvalidConfig(f"{path} ends within tensor {name}")
+            view, at = view[num_read:], at + num_read
+        os.posix_fadvise(file, at, into.numel(), os.POSIX_FADV_WILLNEED)  # the disk reads on while this piece is packed
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Element type on disk; fp32 where there is none to read, which `take` then explains."""

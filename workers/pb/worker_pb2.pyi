@@ -393,7 +393,7 @@ class PrefixSubject(_message.Message):
     def __init__(self, hashes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., parent: _Optional[int] = ...) -> None: ...
 
 class OpenHandoff(_message.Message):
-    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "prompt", "running", "prefix", "first_block", "transports", "num_blocks", "host", "prefix_hint")
+    __slots__ = ("transfer_id", "target", "source_generation", "model_fingerprint", "layout", "prompt", "running", "prefix", "first_block", "transports", "num_blocks", "host", "prefix_hint", "takes_batches")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -407,6 +407,7 @@ class OpenHandoff(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HINT_FIELD_NUMBER: _ClassVar[int]
+    TAKES_BATCHES_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     target: WorkerAddress
     source_generation: int
@@ -420,7 +421,8 @@ class OpenHandoff(_message.Message):
     num_blocks: int
     host: str
     prefix_hint: PrefixHint
-    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., prompt: _Optional[_Union[Request, _Mapping]] = ..., running: _Optional[_Union[RunningSubject, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSubject, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., host: _Optional[str] = ..., prefix_hint: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
+    takes_batches: bool
+    def __init__(self, transfer_id: _Optional[str] = ..., target: _Optional[_Union[WorkerAddress, _Mapping]] = ..., source_generation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., prompt: _Optional[_Union[Request, _Mapping]] = ..., running: _Optional[_Union[RunningSubject, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSubject, _Mapping]] = ..., first_block: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., host: _Optional[str] = ..., prefix_hint: _Optional[_Union[PrefixHint, _Mapping]] = ..., takes_batches: bool = ...) -> None: ...
 
 class PieceAck(_message.Message):
     __slots__ = ("pieces",)
@@ -559,7 +561,7 @@ class HandoffRefused(_message.Message):
     def __init__(self, refusal: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandoffUp(_message.Message):
-    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "checksum")
+    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "checksum", "then")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -572,6 +574,7 @@ class HandoffUp(_message.Message):
     PREFIX_DONE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    THEN_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
     accepted: HandoffAccepted
@@ -584,7 +587,8 @@ class HandoffUp(_message.Message):
     prefix_done: PrefixDone
     number: int
     checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    then: _containers.RepeatedCompositeFieldContainer[HandoffUp]
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ..., then: _Optional[_Iterable[_Union[HandoffUp, _Mapping]]] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("role", "generation")

@@ -1,8 +1,10 @@
 """Random noise without state: a hash of what is drawn, addressable for each token id; knows no logits.
 
-The bits for token id i are output i+1 of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators") started at a key made of seed, choice index and position. Integer operations only, so a re-run on any
-device, in any batch, draws the same.
+A draw's key is made of seed, choice index and position with the mixing function of SplitMix64 (Steele, Lea and Flood 2014,
+"Fast splittable pseudorandom number generators"). The bits for token id i are triple32 (Wellons 2018, "Prospecting for hash
+functions") of i plus the key's low half, with the high half added after the first multiplication: 32-bit operations only,
+which every processor has for many lanes at once. The variates are made with workers.sampling.arithmetic, so a re-run on any
+device, any processor, in any batch, draws the same.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.sampling.arithmetic import logarithm, logarithm_from
 from workers.sampling.placement import on_device
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
+_HASH_1, _HASH_2, _HASH_3 = 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
 _CPU = torch.device("cpu")
 
 
@@ -28,36 +32,34 @@ def noise_key(seed: int, choice_index: int, position: int) -> int:
 
 
 def random_bits(keys: list[int], num_tokens: int, device: torch.device = _CPU) -> Tensor:
-    """32 random bits for each key and token id, int64 [R, V] of values 0 .. 2^32-1."""
-    return _bits_of(keys, torch.arange(num_tokens, dtype=torch.int64, device=device))
-
-
-def _bits_of(keys: list[int], token_ids: Tensor) -> Tensor:
-    """The same for some token ids only, on their device."""
-    keys_R1 = on_device([[_signed(key)] for key in keys], token_ids.device, torch.int64)
-    # int64 sums and products wrap modulo 2^64, as SplitMix64 wants
-    z = (token_ids + 1) * _signed(_GOLDEN) + keys_R1
-    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
-    return _shift_right(z ^ _shift_right(z, 31), 32)
+    """31 random bits for each key and token id, int32 [R, V] of values 0 .. 2^31-1."""
+    low_R1 = on_device([[_signed(key & 0xFFFFFFFF)] for key in keys], device, torch.int32)
+    high_R1 = on_device([[_signed(key >> 32)] for key in keys], device, torch.int32)
+    # int32 sums and products wrap modulo 2^32, as the hash wants
+    x = torch.arange(num_tokens, dtype=torch.int32, device=device) + low_R1
+    x = (x ^ _shift_right(x, 17)).mul_(_signed(_HASH_1)).add_(high_R1)
+    x = (x ^ _shift_right(x, 11)).mul_(_signed(_HASH_2))
+    x = (x ^ _shift_right(x, 15)).mul_(_signed(_HASH_3))
+    return _shift_right(x ^ _shift_right(x, 14), 1)
 
 
 def gumbel_noise(keys: list[int], num_tokens: int, device: torch.device = _CPU) -> Tensor:
     """Standard Gumbel variates, fp32 [R, V]: argmax(logits + noise) is a draw from softmax(logits) (Gumbel-max trick).
 
-    The variate is -log(E), E = -log(1-u) exponential; a small u makes a large one, and fp32 is finest near 0.
+    The variate is -ln(E), E = -ln(1-u) exponential; a small u makes a large one, and fp32 is finest near 0.
     """
-    return _gumbel(random_bits(keys, num_tokens, device))
+    u = random_bits(keys, num_tokens, device).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return logarithm(_exponential(u)).neg_()
 
 
-def gumbel_noise_of(key: int, token_ids: Tensor) -> Tensor:
-    """The same variates of one key, for some token ids only: fp32 [len(token_ids)]."""
-    return _gumbel(_bits_of([key], token_ids))[0]
-
-
-def _gumbel(bits: Tensor) -> Tensor:
-    u = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
+def _exponential(u: Tensor) -> Tensor:
+    """-ln(1 - u) for u from 2^-32 to 1 - 2^-24; where 1 - u would lose the last bits of u, u itself is used."""
+    rest = 1.0 - u
+    bits = rest.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32).sub_(1.0)
+    is_near_1 = exponent == 0
+    return logarithm_from(torch.where(is_near_1, u.neg(), f), exponent.float()).neg_()
 
 
 def _mix(z: int) -> int:
@@ -67,11 +69,10 @@ def _mix(z: int) -> int:
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit value."""
-    return value - 2**64 if value >= 2**63 else value
+    """The int32 with the bits of an unsigned 32-bit value."""
+    return value - 2**32 if value >= 2**31 else value
 
 
-def _shift_right(z: Tensor, count: int) -> Tensor:
+def _shift_right(x: Tensor, count: int) -> Tensor:
     """Logical shift; torch's own repeats the sign."""
-    shifted: Tensor = (z >> count) & (2 ** (64 - count) - 1)
-    return shifted
+    return (x >> count).bitwise_and_(2 ** (32 - count) - 1)

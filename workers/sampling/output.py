@@ -34,6 +34,7 @@ class OutputState:
         self._params = params
         self._detokenizer = detokenizer
         self._stops = StopStrings(params.stop, params.include_stop)
+        self._stop_ids = frozenset(params.stop_token_ids)
         self._eos = frozenset() if params.ignore_eos else eos_token_ids
         self._limit = min(params.max_tokens, max_len - len(request.prompt_token_ids))
         self._num_tokens = 0
@@ -44,7 +45,7 @@ class OutputState:
         may_stop = self._num_tokens > self._params.min_tokens
         if may_stop and token_id in self._eos:
             return Progress(self._rest(), FinishReason.STOP)
-        if may_stop and token_id in self._params.stop_token_ids:
+        if may_stop and token_id in self._stop_ids:
             own = self._detokenizer.push(token_id) if self._params.include_stop else ""
             return Progress(self._through(own) + self._rest(), FinishReason.STOP, token_id)
         text = self._detokenizer.push(token_id)

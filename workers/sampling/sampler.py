@@ -13,14 +13,15 @@ from torch import Tensor
 
 from workers.request import TokenLogprob
 from workers.runner import SampleSpec
-from workers.sampling.adjustments import adjust, is_adjusted
-from workers.sampling.filters import drop_unlikely, is_filtered
+from workers.sampling.adjustments import adjust
+from workers.sampling.edits import changes_logits, edits_of
+from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import token_logprobs
-from workers.sampling.noise import gumbel_noise, gumbel_noise_of, noise_key
+from workers.sampling.noise import gumbel_noise, noise_key
 from workers.sampling.placement import on_device
-from workers.sampling.shortcuts import Shortcuts
+from workers.sampling.row_kernel import RowKernel
 
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows."""
 _GROUP_ELEMENTS = 1 << 19
 _CUDA_GROUP_ELEMENTS = 1 << 23
@@ -36,29 +37,42 @@ class Drawn:
 def is_plain(spec: SampleSpec) -> bool:
     """Whether the most likely token is all that is asked for, so that no logits need be seen."""
     params = spec.params
-    return params.temperature < _GREEDY_BELOW and params.logprobs is None and not is_adjusted(spec)
+    if params.temperature >= GREEDY_BELOW or params.logprobs is not None or spec.edits is not None:
+        return False
+    return not (spec.suppressed_token_ids or changes_logits(params))
 
 
-def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts | None = None) -> list[Drawn]:
+def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], kernel: RowKernel | None = None) -> list[Drawn]:
     """One token a row from fp32 logits, which are left as they are.
 
     The order is: logit_bias, bad words, suppressed tokens, penalties, temperature, top_k, top_p, min_p, Gumbel-max
     with the noise of (seed, choice index, position, token id). Temperature 0 takes the largest logit, of equals the
-    lowest id. A seed of None counts as 0. Logprobs are those of the logits as given. `shortcuts`, for logits on the
-    host, change the time it takes and no token.
+    lowest id. A seed of None counts as 0. Logprobs are those of the logits as given. `kernel`, for logits on the
+    host, changes the time it takes and no bit of the result.
     """
-    tokens: list[int] = draw(logits_RV, specs, shortcuts).tolist()  # the one point where the host waits for a device
+    if kernel is not None:
+        return _sample_with(kernel, logits_RV, specs)
+    tokens: list[int] = draw(logits_RV, specs).tolist()  # the one point where the host waits for a device
     for row, spec in enumerate(specs):
         if spec.forced_token_id is not None:
             tokens[row] = spec.forced_token_id
     return with_logprobs(logits_RV, tokens, specs)
 
 
-def draw(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts | None = None) -> Tensor:
+def _sample_with(kernel: RowKernel, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
+    drawn = {row: Drawn(s.forced_token_id) for row, s in enumerate(specs) if s.forced_token_id is not None}
+    rows = [row for row in range(len(specs)) if row not in drawn]
+    chosen_RV = logits_RV[rows] if drawn else logits_RV
+    for row, found in zip(rows, kernel.sample(chosen_RV, [specs[row] for row in rows]), strict=True):
+        drawn[row] = sample(logits_RV[row : row + 1], [specs[row]])[0] if found is None else Drawn(*found)
+    return [drawn[row] for row in range(len(specs))]
+
+
+def draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """The tokens of `sample`, int64 [R], still on the device of the logits; those of forced rows mean nothing."""
     adjusted_RV = _adjusted(logits_RV, specs)
     random_rows = [
-        row for row, s in enumerate(specs) if s.params.temperature >= _GREEDY_BELOW and s.forced_token_id is None
+        row for row, s in enumerate(specs) if s.params.temperature >= GREEDY_BELOW and s.forced_token_id is None
     ]
     is_all_random = len(random_rows) == len(specs)
     tokens_R = adjusted_RV.new_zeros(len(specs), dtype=torch.int64) if is_all_random else adjusted_RV.argmax(-1)
@@ -66,48 +80,44 @@ def draw(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts | 
     for first in range(0, len(random_rows), size):
         rows = random_rows[first : first + size]
         index = on_device(rows, logits_RV.device)
-        drawn_R = _draw(adjusted_RV.index_select(0, index), [specs[row] for row in rows], shortcuts)
+        drawn_R = _draw(adjusted_RV.index_select(0, index), [specs[row] for row in rows])
         tokens_R.index_copy_(0, index, drawn_R)
     return tokens_R
 
 
 def _adjusted(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """The logits themselves, or a copy with the rows changed that ask for it."""
-    rows = [row for row, spec in enumerate(specs) if is_adjusted(spec) and spec.forced_token_id is None]
-    if not rows:
+    found = [(row, spec, edits_of(spec)) for row, spec in enumerate(specs) if spec.forced_token_id is None]
+    changed = [(row, spec, edits) for row, spec, edits in found if edits is not None]
+    if not changed:
         return logits_RV
     adjusted_RV = logits_RV.clone()
-    for row in rows:
-        adjust(adjusted_RV[row], specs[row])
+    for row, spec, edits in changed:
+        adjust(adjusted_RV[row], edits, spec.params)
     return adjusted_RV
 
 
-def _draw(logits_RV: Tensor, specs: Sequence[SampleSpec], shortcuts: Shortcuts | None = None) -> Tensor:
+def _draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """Tokens drawn at random, int64 [R]; may write to its logits."""
     logits_RV /= on_device([[spec.params.temperature] for spec in specs], logits_RV.device)
-    drop_unlikely(logits_RV, [spec.params for spec in specs], shortcuts)
+    drop_unlikely(logits_RV, [spec.params for spec in specs])
     keys = [noise_key(spec.params.seed or 0, spec.choice_index, spec.position) for spec in specs]
-    if shortcuts is not None:
-        return torch.tensor(
-            [_best_candidate(row_V, key, shortcuts) for row_V, key in zip(logits_RV, keys, strict=True)]
-        )
-    is_host = logits_RV.device.type == "cpu"  # elsewhere a choice by content would wait for the device
-    if not (is_host and all(is_filtered(spec.params, logits_RV.shape[1]) for spec in specs)):
-        return (logits_RV + gumbel_noise(keys, logits_RV.shape[1], logits_RV.device)).argmax(-1)
-    tokens = torch.zeros(len(specs), dtype=torch.int64)
-    for row, (row_V, key) in enumerate(zip(logits_RV, keys, strict=True)):
-        kept = (row_V > -torch.inf).nonzero().squeeze(1)  # few: only they need noise
-        if len(kept):
-            tokens[row] = kept[(row_V[kept] + gumbel_noise_of(key, kept)).argmax()]
-    return tokens
+    return (logits_RV + gumbel_noise(keys, logits_RV.shape[1], logits_RV.device)).argmax(-1)
 
 
-def _best_candidate(logits_V: Tensor, key: int, shortcuts: Shortcuts) -> int:
-    """The token with the largest sum of logit and noise, of equals the lowest: noise is computed where it can matter."""
-    candidates = shortcuts.candidates(logits_V, key)
-    if candidates is None:
-        return int((logits_V + gumbel_noise([key], len(logits_V))[0]).argmax())
-    return int(candidates[(logits_V[candidates] + gumbel_noise_of(key, candidates)).argmax()])
+def logprobs_of(
+    logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int], kernel: RowKernel | None = None
+) -> list[TokenLogprob]:
+    """As workers.sampling.logprobs.token_logprobs, with a kernel if there is one."""
+    if kernel is None:
+        return token_logprobs(logits_RV, tokens, num_top)
+    found = kernel.token_logprobs(logits_RV, tokens, num_top)
+    return [
+        token_logprobs(logits_RV[row : row + 1], tokens[row : row + 1], num_top[row : row + 1])[0]
+        if one is None
+        else one
+        for row, one in enumerate(found)
+    ]
 
 
 def with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:

@@ -10,6 +10,7 @@ from workers.errors import InvariantViolated
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import SampleSpec, SequenceSlice
+from workers.sampling.edits import EditTracker, LogitEdits, changes_logits
 from workers.status import PrefixHint
 
 
@@ -102,6 +103,8 @@ class Sequence:
     """Set while another worker copies this sequence."""
     hint: PrefixHint | None = None
     """Where the beginning of the prompt can be had."""
+    tracker: EditTracker | None = None
+    """Of what parameters and tokens do to the logits; made with the first draw."""
 
     @property
     def num_prompt(self) -> int:
@@ -126,15 +129,28 @@ class Sequence:
         """How to draw output token number `num_drawn`, or one so many further on."""
         position = self.num_drawn + num_ahead
         params = self.request.params
+        if position < len(self.known):
+            forced = self.known[position]
+            prompt, output = self.request.prompt_token_ids, self.known[:position]
+            return SampleSpec(params, self.request.choice_index, position, prompt, output, forced_token_id=forced)
+        suppressed = self.suppressed_token_ids if position < params.min_tokens else ()
         return SampleSpec(
             params=params,
             choice_index=self.request.choice_index,
             position=position,
             prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.known if position >= len(self.known) else self.known[:position],
-            suppressed_token_ids=self.suppressed_token_ids if position < params.min_tokens else (),
-            forced_token_id=self.known[position] if position < len(self.known) else None,
+            output_token_ids=self.known,
+            suppressed_token_ids=suppressed,
+            edits=self._edits(suppressed),
         )
+
+    def _edits(self, suppressed: tuple[int, ...]) -> LogitEdits | None:
+        """What changes about the logits of the token that follows `known`."""
+        if not (suppressed or changes_logits(self.request.params)):
+            return None
+        if self.tracker is None:
+            self.tracker = EditTracker(self.request.params, self.request.prompt_token_ids)
+        return self.tracker.edits(self.known, suppressed)
 
     def prefill_slice(self, num_tokens: int, num_ahead: int = 0) -> SequenceSlice:
         """The next `num_tokens` prompt tokens, behind `num_ahead` that are running; samples when they are the last."""

@@ -1,4 +1,4 @@
-"""Compiles and loads the C++ checksums (source/checksum.cpp); a call runs without the interpreter's lock. Knows no pieces."""
+"""Finds and loads the C++ checksums (source/checksum.cpp); a call runs without the interpreter's lock. Knows no pieces."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import logging
 import threading
 from pathlib import Path
 
-from workers.native_build import BuildFailed, build_library, default_cache_folder
+from workers.instruction_sets import AVX2, AVX512, PLAIN_ARM, PLAIN_X86, supported
+from workers.native_build import SHARED, BuildFailed, NativeSource, find_library
 
 log = logging.getLogger(__name__)
 
-_MAIN = Path(__file__).parent / "source" / "checksum.cpp"
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
+CHECKSUM = NativeSource(
+    Path(__file__).parent / "source" / "checksum.cpp",
+    "checksum",
+    (AVX512, AVX2, PLAIN_X86, PLAIN_ARM),
+    ("-std=c++20", "-O3", *SHARED),
+)
 
 
 class Library:
@@ -55,13 +60,16 @@ _library: Library | None = None
 
 
 def library(folder: Path | None = None) -> Library | None:
-    """The library, compiled (about a second) and loaded on the first call; None on machines where it cannot be had."""
+    """The library, built ahead or else compiled (about a second), and loaded on the first call; None where it cannot be had."""
     global _is_tried, _library
     with _lock:
         if not _is_tried:
             _is_tried = True
             try:
-                _library = Library(build_library(_MAIN, "checksum", folder or default_cache_folder(), _FLAGS))
+                best = next(iter(supported(CHECKSUM.sets)), None)
+                if best is None:
+                    raise BuildFailed("it is not made for this kind of processor")
+                _library = Library(find_library(CHECKSUM, best, folder))
             except BuildFailed as error:
                 log.warning("checksums of KV are computed by xxhash, in a second pass: %s", error)
         return _library

@@ -1,63 +1,139 @@
-"""A receiver's channels to senders that push, one for each sender and offer; knows not how they are made nor what they carry."""
+"""A receiver's channels to senders, one for each sender and offer, and which offers could not be dialled; knows not how they are made nor what they carry."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from workers.kv_transfer.transports.push import Inboxes
+from workers.errors import TransferFailed
 from workers.status import WorkerAddress
 
+MAX_CHANNELS = 256
+"""Kept at once; the one that is idle and was asked for longest ago goes first, one in use never."""
+FAILED_S = 5.0
+"""An offer that could not be dialled is not dialled again for so long: whoever asks hears it at once and takes the next transport."""
+_MAX_FAILED = 1024
 
-class PushChannel(Protocol):
+
+class KeptChannel(Protocol):
     """What keeps a channel apart from others, and tells whether it is of use."""
 
     source: WorkerAddress
     offer: bytes
-    inboxes: Inboxes
+
+    @property
+    def is_broken(self) -> bool: ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no transfer uses the channel."""
+        ...
 
     async def close(self) -> None: ...
 
 
-AnyChannel = TypeVar("AnyChannel", bound=PushChannel)
+AnyChannel = TypeVar("AnyChannel", bound=KeptChannel)
 
 
 class Channels(Generic[AnyChannel]):
-    """Used from one event loop."""
+    """Used from one event loop. A dial holds up nobody but those who want that very channel."""
 
-    def __init__(self) -> None:
-        self._kept: dict[bytes, AnyChannel] = {}
-        self._making = asyncio.Lock()
+    def __init__(self, max_channels: int = MAX_CHANNELS) -> None:
+        self._max_channels = max_channels
+        self._kept: OrderedDict[bytes, AnyChannel] = OrderedDict()
+        self._making: dict[bytes, asyncio.Task[AnyChannel]] = {}
+        self._failed: OrderedDict[bytes, tuple[float, str, str]] = OrderedDict()
+        """{key: (until when it is believed, worker id, reason)}, the oldest first."""
 
     async def get(self, source: WorkerAddress, offer: bytes, make: Callable[[], Awaitable[AnyChannel]]) -> AnyChannel:
-        """The channel of that offer, made at the first call, one at a time; raises what `make` raises."""
-        async with self._making:
-            await self._close_useless(source, offer)
-            key = source.worker_id.encode() + offer
-            if key not in self._kept:
-                self._kept[key] = await make()
-            return self._kept[key]
+        """The channel of that offer. Who asks while it is being made waits for the same one. Raises what `make` raises."""
+        key = source.worker_id.encode() + b"\0" + offer
+        kept = self._kept.get(key)
+        if kept is not None and not kept.is_broken:
+            self._kept.move_to_end(key)
+            return kept
+        making = self._making.get(key)
+        if making is None:
+            until_s, _, reason = self._failed.get(key, (0.0, "", ""))
+            if time.monotonic() < until_s:
+                raise TransferFailed(f"{reason} (not dialled again for {FAILED_S:g} s)")
+            making = self._making[key] = asyncio.create_task(self._make(key, source, offer, make))
+            making.add_done_callback(lambda ended: self._made(key, source, ended))
+        try:
+            # Whoever is cancelled leaves the dial to the others; it is bounded by itself.
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            if making.cancelled() and not _is_cancelled():
+                raise TransferFailed(f"{source.worker_id} was given up while it was being dialled") from None
+            raise
 
-    async def _close_useless(self, source: WorkerAddress, offer: bytes) -> None:
-        """Broken channels, and idle ones that this sender's new offer replaces."""
+    async def _make(
+        self, key: bytes, source: WorkerAddress, offer: bytes, make: Callable[[], Awaitable[AnyChannel]]
+    ) -> AnyChannel:
+        await self._make_room()
+        channel = await make()
+        self._kept[key] = channel
+        for other, old in tuple(self._kept.items()):  # that this sender's new offer replaces
+            if other != key and old.source.worker_id == source.worker_id and old.is_idle:
+                await self._drop(other, old)
+        return channel
+
+    def _made(self, key: bytes, source: WorkerAddress, ended: asyncio.Task[AnyChannel]) -> None:
+        if self._making.get(key) is ended:
+            del self._making[key]
+        if ended.cancelled():
+            return
+        error = ended.exception()
+        self._failed.pop(key, None)
+        if isinstance(error, TransferFailed):
+            self._failed[key] = (time.monotonic() + FAILED_S, source.worker_id, str(error))
+            if len(self._failed) > _MAX_FAILED:
+                self._failed.popitem(last=False)
+
+    async def _make_room(self) -> None:
+        """Closes broken channels, and idle ones beyond the bound."""
         for key, channel in tuple(self._kept.items()):
-            is_old = channel.source.worker_id == source.worker_id and channel.offer != offer
-            if channel.inboxes.is_broken or (is_old and channel.inboxes.is_idle):
+            if channel.is_broken:
                 await self._drop(key, channel)
+        while len(self._kept) + len(self._making) > self._max_channels:
+            idle = next(((key, channel) for key, channel in self._kept.items() if channel.is_idle), None)
+            if idle is None:
+                raise TransferFailed(f"{self._max_channels} senders are connected and in use")
+            await self._drop(*idle)
 
     async def forget(self, worker_id: str) -> None:
-        """Closes the channels to that sender."""
+        """Closes the channels to that sender, and believes that it can be dialled."""
+        prefix = worker_id.encode() + b"\0"
+        await self._stop_making([key for key in self._making if key.startswith(prefix)])
+        for key in [key for key, (_, failed, _) in self._failed.items() if failed == worker_id]:
+            del self._failed[key]
         for key, channel in tuple(self._kept.items()):
             if channel.source.worker_id == worker_id:
                 await self._drop(key, channel)
 
     async def close(self) -> None:
+        await self._stop_making(list(self._making))
         for key, channel in tuple(self._kept.items()):
             await self._drop(key, channel)
+
+    async def _stop_making(self, keys: list[bytes]) -> None:
+        tasks = [self._making.pop(key) for key in keys]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _drop(self, key: bytes, channel: AnyChannel) -> None:
         """Unless somebody else did while another channel was being closed."""
         if self._kept.get(key) is channel:
             del self._kept[key]
             await channel.close()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the running task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -56,6 +56,7 @@ class CudaIpcTransport:
     """
 
     name = "cuda_ipc"
+    is_pulled = True
 
     def __init__(
         self, memory: KvMemory, host: str, load_runtime: Callable[[], CudaRuntime] = LoadedCudaRuntime

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers.errors import InvalidConfig
+from workers.errors import InvalidConfig, TransferFailed
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.native.library import library
 from workers.kv_transfer.transport import Transport
@@ -14,6 +14,8 @@ from workers.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from workers.kv_transfer.transports.grpc_stream import GrpcTransport
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
+from workers.kv_transfer.transports.nixl import NixlTransport
+from workers.kv_transfer.transports.nixl_agent import installed
 from workers.kv_transfer.transports.shm import ShmTransport
 from workers.kv_transfer.transports.tcp import TcpTransport
 
@@ -57,6 +59,13 @@ def make_transports(
                 from workers.kv_transfer.transports.nccl import NcclTransport
 
                 made[name] = NcclTransport(memory, listen_host, timeout_s)
+            case "nixl" if installed() is None:
+                log.info("nixl is left out: it is not installed (pip install 'baton-serve[nixl]')")
+            case "nixl":
+                try:
+                    made[name] = NixlTransport(memory, timeout_s)
+                except TransferFailed as error:
+                    log.warning("nixl is left out: %s", error)
             case "cuda_ipc":
                 made[name] = CudaIpcTransport(memory, host)
             case "grpc":

@@ -10,25 +10,21 @@ import grpc
 import numpy as np
 
 from workers.errors import TransferFailed
+from workers.grpc_options import kv_stream_channel
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.transport import OutgoingPiece, View
 from workers.kv_transfer.transports.channels import Channels
 from workers.kv_transfer.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
+from workers.kv_transfer.transports.links import Links
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
 from workers.kv_transfer.transports.push import Inboxes, PushInbox
-from workers.kv_transfer.transports.tokens import TOKEN_BYTES, Peer, Tokens, peer_of
+from workers.kv_transfer.transports.tokens import TOKEN_BYTES, Tokens, peer_of
 from workers.status import WorkerAddress
 
 CHUNK_BYTES = 1 << 20
 """Bytes of a piece in one message: gRPC moves larger ones more slowly."""
-MAX_PEERS = 256
 _SERVICE, _METHOD = "baton.KvStream", "Receive"
 _CONNECT_S = 10.0
-_OPTIONS = (
-    ("grpc.max_receive_message_length", CHUNK_BYTES + HEADER_BYTES),
-    ("grpc.http2.lookahead_bytes", 8 << 20),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 _ids = itertools.count()
 
 
@@ -40,6 +36,13 @@ class _Link:
         self._timeout_s = timeout_s
         self.turn = asyncio.Lock()
         self.over = asyncio.Event()
+
+    @property
+    def is_sending(self) -> bool:
+        return self.turn.locked()
+
+    def stop(self) -> None:
+        self.over.set()
 
     async def send(self, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         key = transfer_key(transfer_id)
@@ -66,7 +69,7 @@ class GrpcChannel:
     def __init__(self, source: WorkerAddress, offer: bytes, timeout_s: float) -> None:
         self.source, self.offer = source, offer
         self.inboxes = Inboxes(self._abort, timeout_s)
-        options = (*_OPTIONS, ("baton.kv_stream", next(_ids)))
+        options = (*kv_stream_channel(CHUNK_BYTES + HEADER_BYTES), ("baton.kv_stream", next(_ids)))
         self._connection = grpc.aio.insecure_channel(source.target, options=options)
         self._reading: asyncio.Task[None] | None = None
 
@@ -85,6 +88,14 @@ class GrpcChannel:
             await self._connection.close()
             raise TransferFailed(f"{self.source.worker_id} does not answer as a sender")
         self._reading = asyncio.create_task(self._read(call))
+
+    @property
+    def is_broken(self) -> bool:
+        return self.inboxes.is_broken
+
+    @property
+    def is_idle(self) -> bool:
+        return self.inboxes.is_idle
 
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
         return self.inboxes.open(transfer_id, place)
@@ -123,10 +134,10 @@ class GrpcTransport:
 
     name = "grpc"
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, links: Links[_Link] | None = None) -> None:
         self._timeout_s = timeout_s
         self._tokens = Tokens()
-        self._links: dict[Peer, _Link] = {}
+        self._links: Links[_Link] = links or Links()
         self._channels: Channels[GrpcChannel] = Channels()
         self._is_served = False
         self._is_closed = False
@@ -145,7 +156,7 @@ class GrpcTransport:
         return encode({"token": self._tokens.give(target).hex()})
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
-        link = self._links.get(peer_of(target))
+        link = self._links.use(peer_of(target))
         if link is None:
             raise TransferFailed(f"{target.worker_id} is not connected over grpc")
         await link.send(transfer_id, pieces)
@@ -157,21 +168,21 @@ class GrpcTransport:
         if peer is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
             return None
-        if peer not in self._links and len(self._links) >= MAX_PEERS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_PEERS} receivers are connected")
+        try:
+            self._links.make_room(peer)
+        except TransferFailed as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         link = _Link(context, self._timeout_s)
-        old = self._links.pop(peer, None)
+        old = self._links.put(peer, link)
         if old is not None:
-            old.over.set()
-        self._links[peer] = link
+            old.stop()
         try:
             async with link.turn:  # the receiver may be sent to as soon as it has heard this
                 await context.write(token[::-1])
             await link.over.wait()
         finally:
-            link.over.set()
-            if self._links.get(peer) is link:
-                del self._links[peer]
+            link.stop()
+            self._links.remove(peer, link)
         return None
 
     # ---- as the receiver ----
@@ -190,13 +201,13 @@ class GrpcTransport:
 
     async def forget(self, worker_id: str) -> None:
         self._tokens.forget(worker_id)
-        for peer, link in tuple(self._links.items()):
+        for peer, link in self._links:
             if peer[0] == worker_id:
-                link.over.set()
+                link.stop()
         await self._channels.forget(worker_id)
 
     async def close(self) -> None:
         self._is_closed = True
-        for link in self._links.values():
-            link.over.set()
+        for _, link in self._links:
+            link.stop()
         await self._channels.close()

@@ -24,6 +24,7 @@ class LoopbackTransport:
     """Offered to workers of this very process only."""
 
     name = "loopback"
+    is_pulled = True
 
     def __init__(self, memory: KvMemory, worker_id: str) -> None:
         self._token = secrets.token_hex(16)

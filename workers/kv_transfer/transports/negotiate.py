@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-BEST_FIRST = ("loopback", "cuda_ipc", "shm", "nccl", "tcp", "gloo", "grpc")
+BEST_FIRST = ("loopback", "cuda_ipc", "shm", "nccl", "nixl", "tcp", "gloo", "grpc")
 """Every transport, the fastest first: memory of one process, device, host; then networks as measured (docs/benchmarks.md)."""
 SAME_HOST = frozenset({"loopback", "cuda_ipc", "shm"})
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from workers.errors import TransferFailed
 
-MAX_OFFER_BYTES = 4096
+MAX_OFFER_BYTES = 16 << 10
+"""NIXL's grow with the number of network devices, a few hundred bytes each."""
 
 Value = int | str
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from workers.errors import TransferFailed
 from workers.kv_transfer.checksum import STREAMING_BYTES, copy_and_checksum
@@ -24,6 +24,8 @@ _GROUP_BYTES = 16 << 20
 
 NUM_HELPERS = min(2, os.cpu_count() or 1)
 """Threads of one transport that share a copy, as one core does not use all of the memory's bandwidth. Sender and model want cores too."""
+
+AnyInbox = TypeVar("AnyInbox", bound="PullInbox")
 
 
 class Source(Protocol):
@@ -41,6 +43,8 @@ class ReadablePool(Protocol):
         ...
 
 
+Pairs = list[tuple[int, View, Any]]
+"""(piece number, its home in our pool, where the sender has it)."""
 Copy = Callable[[Sequence[View], Sequence[Any], bool], Sequence[int]]
 
 
@@ -68,7 +72,10 @@ class PullChannel:
         return None if self._use is None else self._use()
 
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PullInbox:
-        inbox = PullInbox(self, place, self._helpers)
+        return self.keep(PullInbox(self, place, self._helpers))
+
+    def keep(self, inbox: AnyInbox) -> AnyInbox:
+        """The channel is in use until the inbox is closed."""
         self._inboxes.add(inbox)
         return inbox
 
@@ -84,6 +91,8 @@ class PullChannel:
 class PullInbox:
     """One transfer. A copy that has begun ends before `close` returns; none begins afterwards."""
 
+    inline_bytes = INLINE_BYTES
+
     def __init__(self, channel: PullChannel, place: Callable[[int], View], helpers: ThreadPoolExecutor) -> None:
         self._channel = channel
         self._place = place
@@ -93,10 +102,28 @@ class PullInbox:
         self._checksums: dict[int, int] = {}
 
     async def collect(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        pool = self._channel.pool()
+        pairs = self._pairs(pieces)
         arrived: set[int] = set()
+        if sum(target.nbytes for _, target, _ in pairs) <= self.inline_bytes:
+            self._copy(pairs, arrived, is_large=False)
+        else:
+            await self._copy_aside(pairs, arrived)
+        return _split(pieces, arrived)
+
+    def collect_now(self, pieces: Sequence[IncomingPiece]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """As ImmediateInbox."""
+        pairs = self._pairs(pieces)
+        if sum(target.nbytes for _, target, _ in pairs) > self.inline_bytes:
+            return None
+        arrived: set[int] = set()
+        self._copy(pairs, arrived, is_large=False)
+        return _split(pieces, arrived)
+
+    def _pairs(self, pieces: Sequence[IncomingPiece]) -> Pairs:
+        """Of those that have a place at both ends."""
+        pool = self._channel.pool()
+        pairs: Pairs = []
         if pool is not None and not self._is_closed:
-            pairs: list[tuple[int, View, Source]] = []
             for piece in pieces:
                 self._checksums.pop(piece.piece, None)
                 with contextlib.suppress(TransferFailed, IndexError):
@@ -104,12 +131,7 @@ class PullInbox:
                     source = pool.block(piece.source_block, piece.first_layer, piece.num_layers)
                     if source.nbytes == target.nbytes:
                         pairs.append((piece.piece, target, source))
-            if sum(target.nbytes for _, target, _ in pairs) <= INLINE_BYTES:
-                self._copy(pairs, arrived, is_large=False)
-            else:
-                await self._copy_aside(pairs, arrived)
-        lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
-        return tuple(piece.piece for piece in pieces if piece.piece in arrived), lost
+        return pairs
 
     def checksum(self, piece: int) -> int | None:
         return self._checksums.get(piece)
@@ -124,7 +146,7 @@ class PullInbox:
         while self._running:
             await asyncio.wait(tuple(self._running))
 
-    async def _copy_aside(self, pairs: list[tuple[int, View, Source]], arrived: set[int]) -> None:
+    async def _copy_aside(self, pairs: Pairs, arrived: set[int]) -> None:
         is_large = sum(target.nbytes for _, target, _ in pairs) >= STREAMING_BYTES
         size = -(-len(pairs) // NUM_HELPERS)
         loop = asyncio.get_running_loop()
@@ -137,7 +159,7 @@ class PullInbox:
         # A cancelled waiter leaves the copies running; `close` waits for them.
         await asyncio.shield(asyncio.gather(*copies))
 
-    def _copy(self, pairs: list[tuple[int, View, Source]], arrived: set[int], is_large: bool) -> None:
+    def _copy(self, pairs: Pairs, arrived: set[int], is_large: bool) -> None:
         first = 0
         while first < len(pairs) and not self._is_closed and self._channel.pool() is not None:
             end, num_bytes = first, 0
@@ -155,3 +177,9 @@ class PullInbox:
                 self._checksums[piece] = checksum
                 arrived.add(piece)
             first = end
+
+
+def _split(pieces: Sequence[IncomingPiece], arrived: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(arrived, lost) piece numbers."""
+    lost = tuple(piece.piece for piece in pieces if piece.piece not in arrived)
+    return tuple(piece.piece for piece in pieces if piece.piece in arrived), lost

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
+from workers.kv_transfer.memory import NONCE_BYTES, KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
 from workers.kv_transfer.transports.pull import NUM_HELPERS, PullChannel
@@ -15,7 +15,6 @@ from workers.status import WorkerAddress
 
 MAX_MAPS = 64
 """Pools kept mapped; the mapping that is unused and oldest goes first."""
-_NONCE_BYTES = 16
 _FIELDS: dict[str, type[int] | type[str]] = {"pid": int, "fd": int, "num_bytes": int, "nonce": str}
 
 
@@ -23,6 +22,7 @@ class ShmTransport:
     """Offered to receivers that name the same host; those in another PID namespace fail to connect and go on to the next."""
 
     name = "shm"
+    is_pulled = True
 
     def __init__(self, memory: KvMemory, host: str) -> None:
         self._memory = memory
@@ -45,7 +45,7 @@ class ShmTransport:
                 int(fields["pid"]),
                 int(fields["fd"]),
                 int(fields["num_bytes"]),
-                decode_hex(fields["nonce"], _NONCE_BYTES),
+                decode_hex(fields["nonce"], NONCE_BYTES),
             )
             pool = MappedKvMemory(handle, layout)
             await self._make_room()

@@ -14,6 +14,7 @@ from workers.errors import TransferFailed
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.transport import OutgoingPiece, View
 from workers.kv_transfer.transports.channels import Channels
+from workers.kv_transfer.transports.links import Links
 from workers.kv_transfer.transports.offers import decode, decode_hex, encode
 from workers.kv_transfer.transports.push import Inboxes, PushInbox
 from workers.kv_transfer.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 LANES = 1
 """Connections for each pair of workers and direction."""
-MAX_PEERS = 256
 _MAX_HANDSHAKES = 64
 _HANDSHAKE_S = 5.0
 _HELLO = struct.Struct("<4s16s8sBB")
@@ -48,6 +48,14 @@ class TcpChannel:
         for lane in self.lanes:
             lane.start()
 
+    @property
+    def is_broken(self) -> bool:
+        return self.inboxes.is_broken
+
+    @property
+    def is_idle(self) -> bool:
+        return self.inboxes.is_idle
+
     def inbox(self, transfer_id: str, place: Callable[[int], View]) -> PushInbox:
         return self.inboxes.open(transfer_id, place)
 
@@ -68,7 +76,9 @@ class TcpTransport:
     name = "tcp"
     extra_fields: tuple[tuple[str, type[int]], ...] = ()
 
-    def __init__(self, listen_host: str, timeout_s: float, num_lanes: int = LANES) -> None:
+    def __init__(
+        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: Links[OutgoingLink] | None = None
+    ) -> None:
         self.listen_host = listen_host
         self.timeout_s = timeout_s
         self._num_lanes = num_lanes
@@ -78,7 +88,7 @@ class TcpTransport:
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._arriving: dict[bytes, dict[int, socket.socket]] = {}
-        self._links: dict[Peer, OutgoingLink] = {}
+        self._links: Links[OutgoingLink] = links or Links()
         self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
 
@@ -113,7 +123,7 @@ class TcpTransport:
         return OutgoingLink(lanes, self.timeout_s)
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
-        link = self._links.get(peer_of(target))
+        link = self._links.use(peer_of(target))
         if link is None or link.is_broken:
             raise TransferFailed(f"{target.worker_id} is not connected over tcp")
         await link.send(transfer_id, pieces)
@@ -145,14 +155,13 @@ class TcpTransport:
                 peer = self._tokens.owner(token)
                 if magic != _MAGIC or peer is None or num_lanes != self._num_lanes or lane >= num_lanes:
                     raise TransferFailed("a stranger connected")
-                if peer not in self._links and len(self._links) >= MAX_PEERS:
-                    raise TransferFailed(f"{MAX_PEERS} receivers are connected")
                 lanes = self._arriving.setdefault(session, {})
                 if len(self._arriving) > _MAX_HANDSHAKES:
                     for held in self._arriving.pop(next(iter(self._arriving))).values():
                         held.close()
                 lanes[lane] = accepted
                 if len(lanes) == num_lanes:
+                    self._links.make_room(peer)
                     del self._arriving[session]
                     self._replace_link(peer, self.make_link([lanes[n] for n in range(num_lanes)], session))
                 await loop.sock_sendall(accepted, self._proof)
@@ -163,15 +172,13 @@ class TcpTransport:
             accepted.close()
 
     def _replace_link(self, peer: Peer, link: OutgoingLink) -> None:
-        old = self._links.pop(peer, None)
+        old = self._links.put(peer, link)
         if old is not None:
             old.stop()
-        self._links[peer] = link
         link.watch(lambda: self._drop_link(peer, link))
 
     def _drop_link(self, peer: Peer, link: OutgoingLink) -> None:
-        if self._links.get(peer) is link:
-            del self._links[peer]
+        self._links.remove(peer, link)
         link.stop()
 
     # ---- as the receiver ----
@@ -224,7 +231,7 @@ class TcpTransport:
 
     async def forget(self, worker_id: str) -> None:
         self._tokens.forget(worker_id)
-        for peer, link in tuple(self._links.items()):
+        for peer, link in self._links:
             if peer[0] == worker_id:
                 self._drop_link(peer, link)
         await self._channels.forget(worker_id)
@@ -242,7 +249,7 @@ class TcpTransport:
         for held in (lane for lanes in self._arriving.values() for lane in lanes.values()):
             held.close()
         self._arriving.clear()
-        for peer, link in tuple(self._links.items()):
+        for peer, link in self._links:
             self._drop_link(peer, link)
             await link.join()
         await self._channels.close()

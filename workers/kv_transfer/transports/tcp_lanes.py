@@ -88,6 +88,10 @@ class OutgoingLink:
         finally:
             self._free.put_nowait(lane)
 
+    @property
+    def is_sending(self) -> bool:
+        return self._free.qsize() < len(self.lanes)
+
     def run(self, work: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
         """Starts it on a helper thread; the lanes stay open until it has ended."""
         running: asyncio.Future[None] = self._loop.run_in_executor(self.helpers, work, *arguments)

@@ -66,7 +66,7 @@ class CudaRankRunner(ModelRunner[RankErnie]):
         super().__init__(model, KvMemory(pool.layout), info)
         self._pool, self._config, self._torch_device = pool, config, device
         self.layout, self.experts = layout, experts
-        self.device = str(device)
+        self.kernels, self.device = device.type, str(device)
         self._symmetric = symmetric
         self.offers_direct = symmetric is not None and bool(model.mixtures)
         self._part = StagedPart(pool, self._memory, 0, 0)
@@ -261,9 +261,8 @@ class CudaRanks:
     def _weight_bytes(self, config: WorkerConfig) -> int:
         dimensions = ErnieConfig.load(checkpoint_folder(config.model))
         layout, dtype = Layout.of(config.parallel, dimensions), getattr(torch, config.dtype)
-        size = share_bytes(dimensions, layout, initial_placement(config, dimensions), dtype)
-        tied = dimensions.vocab_size * dimensions.hidden_size // layout.tensor * dtype.itemsize
-        return size - tied if dimensions.tie_word_embeddings else size  # here table and head are one
+        placement = initial_placement(config, dimensions)
+        return share_bytes(dimensions, layout, placement, dtype, copies_tied_head=False)
 
 
 def wants_direct(config: WorkerConfig, can: bool) -> bool:

@@ -1,63 +1,85 @@
-"""Has the model's kernels compiled for this machine; which processors they run on is decided here."""
+"""Chooses the instruction set that the model's kernels run on, and gets their library: built ahead, or compiled for this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from workers import native_build
-from workers.native_build import COMPILERS, BuildFailed, build_library, cpu_description, default_cache_folder
+from workers import instruction_sets
+from workers.errors import InvalidConfig
+from workers.instruction_sets import AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
+from workers.native_build import (
+    COMPILERS,
+    SHARED,
+    BuildFailed,
+    NativeSource,
+    default_cache_folder,
+    find_library,
+)
 
-__all__ = ("SETS", "BuildFailed", "build", "default_cache_folder", "source_hash", "supported")
+__all__ = (
+    "COMPILERS",
+    "KERNELS",
+    "BuildFailed",
+    "build",
+    "choices",
+    "default_cache_folder",
+    "source_hash",
+    "supported",
+)
 
-_MAIN = Path(__file__).parent / "source" / "baton.cpp"
-_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+KERNELS = NativeSource(
+    Path(__file__).parent / "source" / "baton.cpp",
+    "kernels",
+    (AVX512BF16, AVX512, AVX2, NEONBF16, NEON),
+    ("-std=c++20", "-O3", "-ffp-contract=off", "-pthread", "-Wno-psabi", *SHARED),
+)
 """No contraction: which products are fused with a sum is written in the source, not left to the compiler."""
-
-
-@dataclass(frozen=True, slots=True)
-class InstructionSet:
-    """What a library is compiled for: its name, the compiler's flags, and what /proc/cpuinfo must list."""
-
-    name: str
-    flags: tuple[str, ...]
-    cpu_flags: tuple[str, ...]
-
-
-_AVX2 = InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c", "-mbmi2"), ("avx2", "fma", "f16c", "bmi2"))
-_AVX512 = InstructionSet(
-    "avx512",
-    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2.flags),
-    ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2.cpu_flags),
-)
-SETS = (
-    InstructionSet("avx512bf16", ("-mavx512bf16", *_AVX512.flags), ("avx512_bf16", *_AVX512.cpu_flags)),
-    _AVX512,
-    _AVX2,
-    InstructionSet("neonbf16", ("-march=armv8.2-a+bf16",), ("asimd", "bf16")),
-    InstructionSet("neon", ("-march=armv8.2-a",), ("asimd",)),
-)
-"""Better ones first; their names are workers.config.INSTRUCTION_SETS."""
 
 
 def source_hash() -> str:
     """Names the kernels' source; equal on every host that runs the same release."""
-    return native_build.source_hash(_MAIN.parent)
+    return KERNELS.hash()
 
 
-def supported(description: str) -> tuple[InstructionSet, ...]:
-    """The sets that a processor has, better ones first; `description` as /proc/cpuinfo gives it."""
-    words = frozenset(description.split())
-    return tuple(known for known in SETS if words.issuperset(known.cpu_flags))
+def supported(description: str | None = None, machine: str | None = None) -> tuple[InstructionSet, ...]:
+    """The kernels' sets that a machine has, best first: the one at hand, or that of /proc/cpuinfo's text."""
+    return instruction_sets.supported(KERNELS.sets, description, machine)
 
 
-def build(folder: Path, instruction_set: str = "auto", compilers: tuple[str, ...] = COMPILERS) -> Path:
-    """The library's path in `folder`, compiled if it is not there yet. Raises BuildFailed."""
-    usable = supported(cpu_description())
-    if not usable:
-        raise BuildFailed("the processor has neither AVX2 with FMA nor NEON")
-    wanted = {known.name: known for known in usable} | {"auto": usable[0]}
-    if instruction_set not in wanted:
-        raise BuildFailed(f"the processor has no {instruction_set}; worker.instruction_set can be {', '.join(wanted)}")
-    chosen = wanted[instruction_set]
-    return build_library(_MAIN, f"kernels-{chosen.name}", folder, (*_FLAGS, *chosen.flags), compilers)
+def choices(
+    wanted: str = AUTO, description: str | None = None, machine: str | None = None, source: NativeSource = KERNELS
+) -> tuple[InstructionSet, ...]:
+    """The sets to try, best first: all that the machine has, or the one that is asked for.
+
+    Raises InvalidConfig when the one asked for is unknown or beyond the processor, BuildFailed when there is none at all.
+    """
+    able = instruction_sets.supported(source.sets, description, machine)
+    if wanted != AUTO:
+        every = [each.name for each in source.sets]
+        if wanted not in every:
+            raise InvalidConfig(f"worker.instruction_set must be {AUTO} or one of {', '.join(every)}; it is {wanted!r}")
+        if wanted not in [each.name for each in able]:
+            names = ", ".join(each.name for each in able) or "none of the kernels' sets"
+            raise InvalidConfig(
+                f"worker.instruction_set is {wanted!r}, and this processor has {names}; set one that it has, or {AUTO}"
+            )
+        return tuple(each for each in able if each.name == wanted)
+    if not able:
+        raise BuildFailed("the processor has neither AVX2 with FMA, F16C and BMI2 nor NEON with atomics")
+    return able
+
+
+def build(folder: Path | None, instruction_set: str = AUTO, compilers: Sequence[str] = COMPILERS) -> Path:
+    """The library's path, for the best set of those asked for that can be had.
+
+    It is the one built ahead where there is one from just this source, else one compiled into `folder` (None: ~/.cache/baton).
+    Raises BuildFailed, and InvalidConfig as `choices` does.
+    """
+    reasons: dict[str, str] = {}
+    for each in choices(instruction_set):
+        try:
+            return find_library(KERNELS, each, folder, compilers)
+        except BuildFailed as error:
+            reasons.setdefault(str(error), each.name)
+    raise BuildFailed("; ".join(f"{name}: {reason}" for reason, name in reasons.items()))

@@ -1,39 +1,108 @@
-"""The shortcuts of the C++ kernels for drawing tokens, as workers.sampling wants them; knows no model."""
+"""Has the C++ kernels draw tokens and find logprobs, as workers.sampling defines both; knows no model.
+
+Shapes: R rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from workers.errors import InvariantViolated
 from workers.model.native.library import Library
+from workers.request import TokenLogprob
+from workers.runner import SampleSpec
+from workers.sampling.edits import LogitEdits, edits_of
+from workers.sampling.filters import min_p_offset
+from workers.sampling.logprobs import floored
+from workers.sampling.noise import noise_key
+from workers.sampling.sampler import GREEDY_BELOW
 
-_MAX_CANDIDATES = 256
-"""More tokens than these within 0.001 of the winner are left to the plain way."""
+_SPEC = struct.Struct("=qQffdqddfiqqqQQQQQ")
+"""`struct DrawSpec` of source/draw.h."""
+_DRAWN = np.dtype(
+    [("token", "i8"), ("rank", "i8"), ("logprob", "f4"), ("num_top", "i4"), ("ids", "i4", 20), ("logprobs", "f4", 20)]
+)
+"""`struct Drawn` of source/draw.h."""
+_NO_NUMBER, _OUTSIDE = -1, -2
+_NO_EDITS = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
-class NativeShortcuts:
-    """Implements workers.sampling.shortcuts.Shortcuts. Used by one thread at a time."""
+class NativeRowKernel:
+    """Implements workers.sampling.row_kernel.RowKernel. Used by one thread at a time."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, model: ctypes.c_void_p | None = None) -> None:
+        """Rows are shared out among the threads of `model`, which the caller keeps; without one the caller's draws them all."""
         self._library = library
-        self._tokens = torch.empty(_MAX_CANDIDATES, dtype=torch.int64)
-        self._threshold = torch.empty(1)
-        self.sums_V = torch.empty(0)
-        """What `candidates` found last for each token: its logit and noise, within 1e-5, or -inf."""
+        self._model = model
 
-    def candidates(self, logits_V: Tensor, key: int) -> Tensor | None:
-        size = len(logits_V)
-        if len(self.sums_V) != size:
-            self.sums_V = torch.empty(size)
-        found = self._library.candidates(
-            logits_V.data_ptr(), size, key, self.sums_V.data_ptr(), self._tokens.data_ptr(), _MAX_CANDIDATES
+    def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
+        edits = [edits_of(spec) for spec in specs]  # alive as long as their addresses are used
+        drawn = self._run(logits_RV, b"".join(map(_packed, specs, edits)), len(specs))
+        tokens: list[int] = drawn["token"].tolist()
+        return [
+            None if token == _NO_NUMBER else (token, None if spec.params.logprobs is None else _logprob(drawn[row]))
+            for row, (token, spec) in enumerate(zip(tokens, specs, strict=True))
+        ]
+
+    def token_logprobs(
+        self, logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+    ) -> list[TokenLogprob | None]:
+        packed = b"".join(
+            _SPEC.pack(token, 0, 0.0, -np.inf, 1.0, 0, 0.0, 0.0, 1.0, count, *_NO_EDITS)
+            for token, count in zip(tokens, num_top, strict=True)
         )
-        return None if found < 0 else self._tokens[:found]
+        drawn = self._run(logits_RV, packed, len(tokens))
+        return [None if row["token"] == _NO_NUMBER else _logprob(row) for row in drawn]
 
-    def drop_below(self, logits_V: Tensor, keys_V: Tensor, threshold: float) -> None:
-        self._library.drop_below(keys_V.data_ptr(), len(keys_V), threshold, logits_V.data_ptr())
+    def _run(self, logits_RV: Tensor, packed: bytes, num_rows: int) -> np.typing.NDArray[np.void]:
+        """Raises InvariantViolated when a token id is outside the vocabulary."""
+        if logits_RV.shape[0] != num_rows or logits_RV.dtype is not torch.float32:
+            raise InvariantViolated(f"{num_rows} rows are drawn from {logits_RV.dtype} logits of {logits_RV.shape[0]}")
+        logits_RV = logits_RV.contiguous()
+        drawn = np.empty(num_rows, dtype=_DRAWN)
+        self._library.draw(self._model, logits_RV.data_ptr(), num_rows, logits_RV.shape[1], packed, drawn.ctypes.data)
+        if (drawn["token"] == _OUTSIDE).any():
+            raise InvariantViolated("a token id of a request is outside the vocabulary")
+        return drawn
 
-    def nucleus_threshold(self, probabilities_V: Tensor, p: float) -> float | None:
-        address = self._threshold.data_ptr()
-        is_found = self._library.nucleus(probabilities_V.data_ptr(), len(probabilities_V), p, address)
-        return float(self._threshold) if is_found else None
+
+def _packed(spec: SampleSpec, edits: LogitEdits | None) -> bytes:
+    params = spec.params
+    return _SPEC.pack(
+        -1,
+        noise_key(params.seed or 0, spec.choice_index, spec.position),
+        0.0 if params.temperature < GREEDY_BELOW else params.temperature,
+        min_p_offset(params.min_p) if params.min_p > 0 else -np.inf,
+        params.top_p,
+        params.top_k,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+        -1 if params.logprobs is None else params.logprobs,
+        *(_NO_EDITS if edits is None else _addresses(edits)),
+    )
+
+
+def _addresses(edits: LogitEdits) -> tuple[int, ...]:
+    return (
+        len(edits.bias_ids),
+        len(edits.banned_ids),
+        len(edits.seen_ids),
+        edits.bias_ids.ctypes.data,
+        edits.biases.ctypes.data,
+        edits.banned_ids.ctypes.data,
+        edits.seen_ids.ctypes.data,
+        edits.seen_counts.ctypes.data,
+    )
+
+
+def _logprob(drawn: np.void) -> TokenLogprob:
+    count = int(drawn["num_top"])
+    top = zip(drawn["ids"][:count].tolist(), map(floored, drawn["logprobs"][:count].tolist()), strict=True)
+    return TokenLogprob(int(drawn["token"]), floored(float(drawn["logprob"])), tuple(top), int(drawn["rank"]))

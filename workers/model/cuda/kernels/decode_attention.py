@@ -96,8 +96,10 @@ def decode_attention(
 ) -> Tensor:
     """Output [N, H*C] in q's dtype. `layer_pool` [blocks, 2, K, 64, C]; `rows` int32 as in StepInputs.
 
-    A sequence is cut into at most `num_splits` runs of at least `min_blocks` blocks.
+    A sequence is cut into at most `num_splits` runs of at least `min_blocks` blocks. No program is launched for runs that the
+    longest table in `rows` cannot have: where there are fewer than `num_splits`, each has `min_blocks` either way.
     """
+    num_splits = min(num_splits, triton.cdiv(rows.shape[1] - TABLE_COLUMN.value, min_blocks))
     N, H, C = q_NHC.shape
     K = layer_pool.shape[2]
     block_stride, half_stride, head_stride = layer_pool.stride()[:3]

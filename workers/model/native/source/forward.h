@@ -1,4 +1,5 @@
-// One step of the decoder: embedding, layers of attention and feed-forward or experts, logits.
+// One step of the decoder: embedding, layers of attention and feed-forward or experts, logits. `forward` is all of it; a rank of
+// a group calls its parts.
 
 #pragma once
 
@@ -8,49 +9,60 @@ namespace baton {
 
 constexpr int64_t kRowsPerTask = 8;
 
-template <class V> void grow(std::vector<V>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-}
-
 template <class T>
 void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every, void (*on_layer)(int64_t)) {
   T* x = static_cast<T*>(x_out);
   T* kv = static_cast<T*>(pool);
-  const int64_t num_rows = step.num_rows, hidden = d_.hidden_size;
-  check(step);
-  require(!num_rows || (pool && x_out), "a step has rows and nowhere to put them");
+  require(!step.num_rows || (pool && x_out), "a step has rows and nowhere to put them");
   require(every >= 0 && (!every || on_layer), "nobody waits for layers");
-  grow(normed_, num_rows * hidden);
-  grow(qkv_, num_rows * qkv_width());
-  grow(queries_, num_rows * d_.num_heads * d_.head_dim);
-  grow(context_, num_rows * d_.num_heads * d_.head_dim);
-  embed(step, x);
-  turn(step);
+  begin(step, x);
   for (int64_t i = 0; i < d_.num_layers; ++i) {
     const Layer<T>& layer = layers_[i];
-    normalize_rows(x, layer.input_norm, num_rows);
-    threads_.run(layer.qkv.panels(), [&](int64_t p, int) {
-      multiply<T>(layer.qkv.panel(p), layer.qkv.groups, num_rows,
-                  [&](int64_t row) { return normed_.data() + row * hidden; },
-                  [&](int64_t row, const Floats* sums) {
-                    T* to = qkv_.data() + row * qkv_width() + p * kPanel;
-                    for (int v = 0; v < kVectors; ++v)
-                      if (p * kPanel + v * kLanes < qkv_width()) write(to + v * kLanes, sums[v]);
-                  });
-    });
-    place_keys(step, kv, i);
+    project(step, i, kv, x);
     if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) {
       const FlushDenormals as_usual(false);
       on_layer(i + 1);
     }
-    attend(step, kv, i);
-    add_product(layer.output, context_, num_rows, x);
-    normalize_rows(x, layer.mlp_norm, num_rows);
+    meet_keys(step, kv, i);
+    add_product(layer.output, context_, step.num_rows, x, x);
     if (layer.bias)
-      run_experts(layer, num_rows, x);
+      mix(layer, step.num_rows, x);
     else
-      feed_forward(layer, num_rows, x);
+      feed_forward(i, step.num_rows, x, nullptr);
   }
+}
+
+template <class T> void Model<T>::begin(const Step& step, void* x) {
+  check(step);
+  embed(step, static_cast<T*>(x));
+  turn(step);
+}
+
+// Queries, and keys and values in the pool.
+template <class T> void Model<T>::project(const Step& step, int64_t index, T* pool, const T* x) {
+  const Layer<T>& layer = layers_.at(index);
+  const int64_t num_rows = step.num_rows;
+  grow(qkv_, num_rows * qkv_width());
+  normalize_rows(x, layer.input_norm, num_rows);
+  threads_.run(layer.qkv.panels(), [&](int64_t p, int) {
+    multiply<T>(layer.qkv.panel(p), layer.qkv.groups, num_rows,
+                [&](int64_t row) { return normed_[row]; },
+                [&](int64_t row, const Floats* sums) {
+                  T* to = qkv_.data() + row * qkv_width() + p * kPanel;
+                  for (int v = 0; v < kVectors; ++v)
+                    if (p * kPanel + v * kLanes < qkv_width()) write(to + v * kLanes, sums[v]);
+                });
+  });
+  place_keys(step, pool, index);
+}
+
+template <class T> void Model<T>::attend(const Step& step, int64_t index, void* pool, void* x_in, void* to) {
+  T *x = static_cast<T*>(x_in), *kv = static_cast<T*>(pool);
+  check(step);
+  check_rows(step.num_rows, {pool, x_in});
+  project(step, index, kv, x);
+  meet_keys(step, kv, index);
+  add_product(layers_[index].output, context_, step.num_rows, to ? nullptr : x, to ? static_cast<T*>(to) : x);
 }
 
 // Throws invalid_argument where a token, a position or a block does not exist, or a weight: nothing has been written then. The
@@ -60,9 +72,11 @@ template <class T> void Model<T>::check(const Step& step) const {
   require(step.num_rows >= 0 && step.num_rows <= kMostRows && step.num_slices >= 0 && step.num_slices <= step.num_rows &&
               step.num_entries >= 0 && step.num_blocks >= 0, "a size of a step is out of range");
   if (!step.num_rows) return;
-  require(step.token_ids && step.positions && step.first_rows && step.tables && step.first_blocks, "a step lacks an array");
+  require(step.token_ids && step.positions && step.first_rows && step.tables && step.first_blocks && step.cos && step.sin,
+          "a step lacks an array");
   require(step.first_rows[0] == 0 && step.first_rows[step.num_slices] == step.num_rows,
           "the slices of a step are not its rows");
+  require(step.pool_heads >= d_.num_kv_heads, "the pool has fewer heads than the model");
   for (int64_t t = 0; t < step.num_rows; ++t)
     require(step.token_ids[t] >= 0 && step.token_ids[t] < d_.vocab_size, "a token is not in the vocabulary");
   for (int64_t i = 0; i < step.num_entries; ++i)
@@ -80,12 +94,23 @@ template <class T> void Model<T>::check(const Step& step) const {
   }
 }
 
+// Throws invalid_argument where a part of a step cannot be computed: it has no such number of rows, or not all of its arrays.
+template <class T> void Model<T>::check_rows(int64_t num_rows, std::initializer_list<const void*> arrays) const {
+  ledger_.require_complete();
+  require(num_rows >= 0 && num_rows <= kMostRows, "a number of rows is out of range");
+  for (const void* array : arrays) require(!num_rows || array, "a step has rows and nowhere to put them");
+}
+
 template <class T> void Model<T>::embed(const Step& step, T* x) {
   const int64_t groups = embedding_.groups;
   for (int64_t t = 0; t < step.num_rows; ++t) {
-    const int64_t token = step.token_ids[t];
-    const uint32_t* from = embedding_.panel(token / kPanel) + token % kPanel;
+    const int64_t token = step.token_ids[t] - d_.first_token;
     uint32_t* to = reinterpret_cast<uint32_t*>(x + t * d_.hidden_size);
+    if (token < 0 || token >= d_.num_tokens) {
+      std::fill_n(to, groups, 0u);
+      continue;
+    }
+    const uint32_t* from = embedding_.panel(token / kPanel) + token % kPanel;
     for (int64_t g = 0; g < groups; ++g) to[g] = from[g * kPanel];
   }
 }
@@ -93,45 +118,47 @@ template <class T> void Model<T>::embed(const Step& step, T* x) {
 // Cosines and sines of every row's position (Su et al. 2021, section 3.4.2).
 template <class T> void Model<T>::turn(const Step& step) {
   const int64_t pairs = d_.head_dim / 2;
-  grow(cos_, step.num_rows * pairs);
-  grow(sin_, step.num_rows * pairs);
   threads_.run(step.num_rows, [&](int64_t t, int) {
     for (int64_t i = 0; i < pairs; ++i)
-      sine_cosine(static_cast<float>(step.positions[t]) * frequencies_[i], &sin_[t * pairs + i], &cos_[t * pairs + i]);
+      sine_cosine(static_cast<float>(step.positions[t]) * frequencies_[i], &step.sin[t * pairs + i],
+                  &step.cos[t * pairs + i]);
   });
 }
 
 template <class T> void Model<T>::normalize_rows(const T* x, const T* weight, int64_t num_rows) {
+  normed_.reserve(num_rows, d_.hidden_size);
   threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     for (int64_t t = task * kRowsPerTask; t < std::min(num_rows, (task + 1) * kRowsPerTask); ++t)
       normalize(x + t * d_.hidden_size, weight, d_.hidden_size, static_cast<float>(d_.eps),
-                normed_.data() + t * d_.hidden_size);
+                normed_[t]);
   });
 }
 
 // Rotates queries and keys, which go to the pool as values do.
 template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t layer) {
   const int64_t C = d_.head_dim, H = d_.num_heads, K = d_.num_kv_heads;
+  grow(queries_, step.num_rows * H * C);
   threads_.run((step.num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     const int64_t first = task * kRowsPerTask, last = std::min(step.num_rows, first + kRowsPerTask);
     int64_t s = std::upper_bound(step.first_rows, step.first_rows + step.num_slices, first) - step.first_rows - 1;
     for (int64_t t = first; t < last; ++t) {
       while (t >= step.first_rows[s + 1]) ++s;
       T* row = qkv_.data() + t * qkv_width();
-      const float *cos = cos_.data() + t * (C / 2), *sin = sin_.data() + t * (C / 2);
+      const float *cos = step.cos + t * (C / 2), *sin = step.sin + t * (C / 2);
       const int64_t position = step.positions[t];
       const int64_t block = step.tables[step.first_blocks[s] + position / kBlock];
       for (int64_t h = 0; h < H; ++h) rotate(row + h * C, cos, sin, C, queries_.data() + (t * H + h) * C);
       for (int64_t h = 0; h < K; ++h) {
-        rotate(row + (H + h) * C, cos, sin, C, slot(pool, block, layer, 0, h) + position % kBlock * C);
-        std::memcpy(slot(pool, block, layer, 1, h) + position % kBlock * C, row + (H + K + h) * C, C * sizeof(T));
+        rotate(row + (H + h) * C, cos, sin, C, slot(step, pool, block, layer, 0, h) + position % kBlock * C);
+        std::memcpy(slot(step, pool, block, layer, 1, h) + position % kBlock * C, row + (H + K + h) * C, C * sizeof(T));
       }
     }
   });
 }
 
-template <class T> void Model<T>::attend(const Step& step, const T* pool, int64_t layer) {
+template <class T> void Model<T>::meet_keys(const Step& step, const T* pool, int64_t layer) {
   const int64_t C = d_.head_dim, K = d_.num_kv_heads, G = group();
+  context_.reserve(step.num_rows, d_.num_heads * C);
   const float scale = 1.0f / std::sqrt(static_cast<float>(C));
   struct Tile {
     int64_t slice, first, last;
@@ -153,29 +180,31 @@ template <class T> void Model<T>::attend(const Step& step, const T* pool, int64_
       const int64_t block = step.tables[step.first_blocks[tile.slice] + b];
       const int64_t next = first + kBlock < end ? step.tables[step.first_blocks[tile.slice] + b + 1] - block : 0;
       T* base = const_cast<T*>(pool);
-      state.take_block(slot(base, block, layer, 0, head), slot(base, block, layer, 1, head),
-                       std::min<int64_t>(kBlock, end - first), next * block_words());
+      state.take_block(slot(step, base, block, layer, 0, head), slot(step, base, block, layer, 1, head),
+                       std::min<int64_t>(kBlock, end - first), next * block_words(step));
       const int64_t unseen = std::max<int64_t>(0, first - start) * G;  // rows before the block
       state.meet(unseen, num_rows - unseen, scale, query, [&](int64_t row) {
         return static_cast<int>(std::min<int64_t>(kBlock, start + row / G + 1 - first));
       });
     }
     for (int64_t row = 0; row < num_rows; ++row)
-      state.finish(row, context_.data() + ((tile.first + row / G) * d_.num_heads + head * G + row % G) * C);
+      state.finish(row, context_[tile.first + row / G] + (head * G + row % G) * C);
   });
 }
 
-// x += from W^T
+// to = x + from W^T, or from W^T where x is null
 template <class T>
-void Model<T>::add_product(const Matrix& matrix, const std::vector<Operand<T>>& from, int64_t num_rows, T* x) {
+void Model<T>::add_product(const Matrix& matrix, const Rows<Operand<T>>& from, int64_t num_rows, const T* x, T* to) {
   threads_.run(matrix.panels(), [&](int64_t p, int) {
     multiply<T>(matrix.panel(p), matrix.groups, num_rows,
-                [&](int64_t row) { return from.data() + row * matrix.inputs; },
+                [&](int64_t row) { return from[row]; },
                 [&](int64_t row, const Floats* sums) {
-                  T* to = x + row * matrix.outputs + p * kPanel;
-                  for (int v = 0; v < kVectors; ++v)
-                    if (p * kPanel + v * kLanes < matrix.outputs)
-                      write(to + v * kLanes, read(to + v * kLanes) + as_stored<T>(sums[v]));
+                  for (int v = 0; v < kVectors; ++v) {
+                    const int64_t at = row * matrix.outputs + p * kPanel + v * kLanes;
+                    if (p * kPanel + v * kLanes >= matrix.outputs) break;
+                    const Floats product = as_stored<T>(sums[v]);
+                    write(to + at, x ? read(x + at) + product : product);
+                  }
                 });
   });
 }
@@ -186,124 +215,209 @@ template <class T> void write_gated(Operand<T>* to, const Floats* sums, int64_t 
   if (left > kLanes) write_some(to + kLanes, as_stored<T>(gated(sums[1], sums[3])), static_cast<int>(left - kLanes));
 }
 
-template <class T> void Model<T>::feed_forward(const Layer<T>& layer, int64_t num_rows, T* x) {
-  const Expert& mlp = layer.experts[0];
-  grow(activated_, num_rows * mlp.width);
-  threads_.run(mlp.gate_up.panels(), [&](int64_t p, int) {
-    multiply<T>(mlp.gate_up.panel(p), mlp.gate_up.groups, num_rows,
-                [&](int64_t row) { return normed_.data() + row * d_.hidden_size; },
-                [&](int64_t row, const Floats* sums) {
-                  write_gated<T>(activated_.data() + row * mlp.width + p * 32, sums, mlp.width - p * 32);
+// Gates the up-projections of rows 0, 1, ... of the assignments, as far as `spans` have them, in activated_.
+template <class T>
+template <class Row>
+void Model<T>::activate(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row) {
+  struct Work {
+    const Span* span;
+    int64_t panel;
+  };
+  std::vector<Work> works;
+  for (const Span& span : spans)
+    for (int64_t p = 0; p < layer.experts[span.expert].gate_up.panels(); ++p) works.push_back({&span, p});
+  threads_.run(works.size(), [&](int64_t task, int) {
+    const auto [span, panel] = works[task];
+    const Expert& expert = layer.experts[span->expert];
+    multiply<T>(expert.gate_up.panel(panel), expert.gate_up.groups, span->count,
+                [&, first = span->first](int64_t i) { return row(first + i); },
+                [&, first = span->first, panel = panel](int64_t i, const Floats* sums) {
+                  write_gated<T>(activated_[first + i] + panel * 32, sums, expert.width - panel * 32);
                 });
   });
-  add_product(mlp.down, activated_, num_rows, x);
 }
 
-// Chosen experts and their weights, in fp32 throughout.
-template <class T> void Model<T>::route(const Layer<T>& layer, int64_t num_rows) {
+template <class T> void Model<T>::feed_forward(int64_t index, int64_t num_rows, void* x_in, void* to) {
+  const Layer<T>& layer = layers_.at(index);
+  const Expert& mlp = layer.experts.at(0);
+  T* x = static_cast<T*>(x_in);
+  require(!layer.bias, "the layer has experts");
+  check_rows(num_rows, {x_in});
+  normalize_rows(x, layer.mlp_norm, num_rows);
+  activated_.reserve(num_rows, mlp.width);
+  activate(layer, {{0, 0, num_rows}}, [&](int64_t i) { return normed_[i]; });
+  add_product(mlp.down, activated_, num_rows, to ? nullptr : x, to ? static_cast<T*>(to) : x);
+}
+
+template <class T> const Layer<T>& Model<T>::mixture(int64_t index) const {
+  const Layer<T>& layer = layers_.at(index);
+  require(layer.bias, "the layer has no experts");
+  return layer;
+}
+
+// Rows in the form that products take.
+template <class T> const Rows<Operand<T>>& Model<T>::operands(const T* rows, int64_t num_rows) {
+  const int64_t hidden = d_.hidden_size;
+  normed_.reserve(num_rows, hidden);
+  threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
+    for (int64_t t = task * kRowsPerTask; t < std::min(num_rows, (task + 1) * kRowsPerTask); ++t)
+      for (int64_t i = 0; i < hidden; i += kLanes) write(normed_[t] + i, read(rows + t * hidden + i));
+  });
+  return normed_;
+}
+
+// Chosen experts of the rows in normed_ and their weights, in fp32 throughout.
+template <class T>
+void Model<T>::choose(const Layer<T>& layer, int64_t num_rows, float* weights, int64_t* chosen) {
   const int64_t E = d_.num_experts, k = d_.num_choices, hidden = d_.hidden_size;
-  grow(wide_, num_rows * hidden);
+  wide_.reserve(num_rows, hidden);
   grow(scores_, num_rows * E);
-  grow(weights_, num_rows * k);
-  grow(chosen_, num_rows * k);
   threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     const int64_t first = task * kRowsPerTask, count = std::min(num_rows - first, kRowsPerTask);
-    for (int64_t i = first * hidden; i < (first + count) * hidden; i += kLanes)
-      write(wide_.data() + i, read(normed_.data() + i));
+    for (int64_t t = first; t < first + count; ++t)
+      for (int64_t i = 0; i < hidden; i += kLanes) write(wide_[t] + i, read(normed_[t] + i));
     for (int64_t p = 0; p < layer.router.panels(); ++p)
       multiply<float>(layer.router.panel(p), layer.router.groups, count,
-                      [&](int64_t row) { return wide_.data() + (first + row) * hidden; },
+                      [&](int64_t row) { return wide_[first + row]; },
                       [&](int64_t row, const Floats* sums) {
                         std::memcpy(scores_.data() + (first + row) * E + p * kPanel, sums,
                                     std::min<int64_t>(kPanel, E - p * kPanel) * sizeof(float));
                       });
     for (int64_t t = first; t < first + count; ++t)
-      choose_experts(scores_.data() + t * E, layer.bias, E, k, static_cast<float>(d_.norm_min),
-                     chosen_.data() + t * k, weights_.data() + t * k);
+      choose_experts(scores_.data() + t * E, layer.bias, E, k, static_cast<float>(d_.norm_min), chosen + t * k,
+                     weights + t * k);
   });
-  assigned_.sort(chosen_.data(), num_rows, k, E);
 }
 
-// x += sum of weight * expert(normed), plus the ungated shared experts. Outputs of all assignments, sorted by expert, then
-// those of the shared experts, token by token, stand in expert_out_.
-template <class T> void Model<T>::run_experts(const Layer<T>& layer, int64_t num_rows, T* x) {
-  route(layer, num_rows);
-  const int64_t E = d_.num_experts, num_assigned = num_rows * d_.num_choices, hidden = d_.hidden_size;
-  const int64_t pitch = std::max(d_.expert_width, d_.shared_width);
-  grow(activated_, (num_assigned + num_rows) * pitch);
-  grow(expert_out_, (num_assigned + num_rows) * hidden);
-  struct Work {
-    int64_t expert, panel, first, count;
-  };
-  const auto list = [&](auto&& num_panels) {
-    std::vector<Work> works;
-    for (int64_t e = 0; e < static_cast<int64_t>(layer.experts.size()); ++e) {
-      const int64_t first = e < E ? assigned_.first[e] : num_assigned;
-      const int64_t count = e < E ? assigned_.first[e + 1] - first : num_rows;
-      if (count)
-        for (int64_t p = 0; p < num_panels(layer.experts[e]); ++p) works.push_back({e, p, first, count});
-    }
-    return works;
-  };
-  const std::vector<Work> ups = list([](const Expert& expert) { return expert.gate_up.panels(); });
-  threads_.run(ups.size(), [&](int64_t task, int) {
-    const Work& work = ups[task];
-    const Expert& expert = layer.experts[work.expert];
-    multiply<T>(expert.gate_up.panel(work.panel), expert.gate_up.groups, work.count,
-                [&](int64_t row) {
-                  return normed_.data() + (work.expert < E ? assigned_.token[work.first + row] : row) * hidden;
-                },
-                [&](int64_t row, const Floats* sums) {
-                  write_gated<T>(activated_.data() + (work.first + row) * pitch + work.panel * 32, sums,
-                              expert.width - work.panel * 32);
-                });
+template <class T>
+void Model<T>::route(int64_t index, int64_t num_rows, const void* x, void* normed, float* weights, int64_t* chosen) {
+  const Layer<T>& layer = mixture(index);
+  const int64_t hidden = d_.hidden_size;
+  check_rows(num_rows, {x, normed, weights, chosen});
+  normalize_rows(static_cast<const T*>(x), layer.mlp_norm, num_rows);
+  threads_.run(num_rows, [&](int64_t t, int) {
+    for (int64_t i = 0; i < hidden; i += kLanes) write(static_cast<T*>(normed) + t * hidden + i, read(normed_[t] + i));
   });
-  const std::vector<Work> downs = list([](const Expert& expert) { return expert.down.panels(); });
-  threads_.run(downs.size(), [&](int64_t task, int) {
-    const Work& work = downs[task];
-    const Expert& expert = layer.experts[work.expert];
-    multiply<T>(expert.down.panel(work.panel), expert.down.groups, work.count,
-                [&](int64_t row) { return activated_.data() + (work.first + row) * pitch; },
-                [&](int64_t row, const Floats* sums) {
-                  T* to = expert_out_.data() + (work.first + row) * hidden + work.panel * kPanel;
+  choose(layer, num_rows, weights, chosen);
+}
+
+// Outputs of experts: assignment i takes row(i) to to(i), by the expert whose span it is in.
+template <class T>
+template <class Row, class To>
+void Model<T>::run_experts(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row, To&& to) {
+  const int64_t hidden = d_.hidden_size;
+  if (spans.empty()) return;
+  activated_.reserve(spans.back().first + spans.back().count, std::max(d_.expert_width, d_.shared_width));
+  activate(layer, spans, row);
+  const int64_t panels = (hidden + kPanel - 1) / kPanel;
+  threads_.run(spans.size() * panels, [&](int64_t task, int) {
+    const Span& span = spans[task / panels];
+    const int64_t panel = task % panels;
+    const Matrix& down = layer.experts[span.expert].down;
+    multiply<T>(down.panel(panel), down.groups, span.count,
+                [&](int64_t i) { return activated_[span.first + i]; },
+                [&](int64_t i, const Floats* sums) {
+                  T* at = to(span.first + i) + panel * kPanel;
                   for (int v = 0; v < kVectors; ++v)
-                    if (work.panel * kPanel + v * kLanes < hidden) write(to + v * kLanes, sums[v]);
+                    if (panel * kPanel + v * kLanes < hidden) write(at + v * kLanes, sums[v]);
                 });
   });
-  combine(num_rows, x);
 }
 
-// Adds in the order of the token's choices, the shared experts last.
-template <class T> void Model<T>::combine(int64_t num_rows, T* x) {
+template <class T>
+void Model<T>::run_slots(int64_t index, const SlotWork& work, const void* rows, void* to) {
+  const Layer<T>& layer = mixture(index);
+  const int64_t hidden = d_.hidden_size;
+  check_rows(work.num_rows, {rows, to, work.ends, work.source, work.target});
+  if (!work.num_rows) return;
+  std::vector<Span> spans;
+  int64_t first = 0;
+  for (int64_t s = 0; s < d_.num_slots; first = work.ends[s++]) {
+    require(work.ends[s] >= first, "the slots of assignments are not in order");
+    if (work.ends[s] > first) spans.push_back({s, first, work.ends[s] - first});
+  }
+  for (int64_t i = 0; i < first; ++i)
+    require(work.source[i] >= 0 && work.source[i] < work.num_rows && work.target[i] >= 0 && work.target[i] < first,
+            "an assignment has no row or no place");
+  const Rows<Operand<T>>& from = operands(static_cast<const T*>(rows), work.num_rows);
+  run_experts(layer, spans, [&](int64_t i) { return from[work.source[i]]; },
+              [&](int64_t i) { return static_cast<T*>(to) + work.target[i] * hidden; });
+}
+
+template <class T> void Model<T>::run_shared(int64_t index, int64_t num_rows, const void* rows, void* to) {
+  const Layer<T>& layer = mixture(index);
+  require(d_.shared_width, "the model has no shared experts");
+  check_rows(num_rows, {rows, to});
+  if (!num_rows) return;
+  const Rows<Operand<T>>& from = operands(static_cast<const T*>(rows), num_rows);
+  run_experts(layer, {{d_.num_slots, 0, num_rows}}, [&](int64_t i) { return from[i]; },
+              [&](int64_t i) { return static_cast<T*>(to) + i * d_.hidden_size; });
+}
+
+// x += sum of weight * expert(norm(x)), plus the ungated shared experts. Outputs of all assignments, sorted by expert, then
+// those of the shared experts, token by token, stand in expert_out_.
+template <class T> void Model<T>::mix(const Layer<T>& layer, int64_t num_rows, T* x) {
+  const int64_t E = d_.num_experts, k = d_.num_choices, num_assigned = num_rows * k, hidden = d_.hidden_size;
+  normalize_rows(x, layer.mlp_norm, num_rows);
+  grow(weights_, num_assigned);
+  grow(chosen_, num_assigned);
+  choose(layer, num_rows, weights_.data(), chosen_.data());
+  assigned_.sort(chosen_.data(), num_rows, k, E);
+  std::vector<Span> spans;
+  for (int64_t e = 0; e < E; ++e)
+    if (assigned_.first[e + 1] > assigned_.first[e])
+      spans.push_back({e, assigned_.first[e], assigned_.first[e + 1] - assigned_.first[e]});
+  if (d_.shared_width) spans.push_back({E, num_assigned, num_rows});
+  grow(expert_out_, (num_assigned + num_rows) * hidden);
+  run_experts(layer, spans,
+              [&](int64_t i) { return normed_[i < num_assigned ? assigned_.token[i] : i - num_assigned]; },
+              [&](int64_t i) { return expert_out_.data() + i * hidden; });
+  combine_rows(num_rows, expert_out_.data(), assigned_.place.data(), weights_.data(),
+               d_.shared_width ? expert_out_.data() + num_assigned * hidden : nullptr, x, x);
+}
+
+// Adds in the order of the token's choices, the shared experts last, and then to x where that is not null.
+template <class T>
+void Model<T>::combine_rows(int64_t num_rows, const T* outputs, const int64_t* places, const float* weights,
+                            const T* shared, const T* x, T* to) {
   const int64_t k = d_.num_choices, hidden = d_.hidden_size;
   threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     for (int64_t t = task * kRowsPerTask; t < std::min(num_rows, (task + 1) * kRowsPerTask); ++t)
       for (int64_t c = 0; c < hidden; c += kLanes) {
         Floats total = Floats{};
         for (int64_t choice = 0; choice < k; ++choice)
-          total = multiply_add(read(expert_out_.data() + assigned_.place[t * k + choice] * hidden + c),
-                               all(weights_[t * k + choice]), total);
-        if (d_.shared_width) total = total + read(expert_out_.data() + (num_rows * k + t) * hidden + c);
-        write(x + t * hidden + c, read(x + t * hidden + c) + as_stored<T>(total));
+          total = multiply_add(read(outputs + places[t * k + choice] * hidden + c), all(weights[t * k + choice]), total);
+        if (shared) total = total + read(shared + t * hidden + c);
+        total = as_stored<T>(total);
+        write(to + t * hidden + c, x ? read(x + t * hidden + c) + total : total);
       }
   });
 }
 
-// fp32 logits of rows of the last layer's output (left out when `logits` is null), and each row's largest, of equals the
-// first.
-template <class T> void Model<T>::head(const void* x_in, int64_t num_rows, float* logits, int64_t* best) {
-  ledger_.require_complete();
-  require(num_rows >= 0 && num_rows <= kMostRows && (!num_rows || (x_in && best)), "a number of rows is out of range");
+template <class T>
+void Model<T>::combine(int64_t num_rows, const void* outputs, const int64_t* places, const float* weights,
+                       const void* shared, void* to) {
+  check_rows(num_rows, {outputs, places, weights, to});
+  for (int64_t i = 0; i < num_rows * d_.num_choices; ++i)
+    require(places[i] >= 0 && places[i] < num_rows * d_.num_choices, "an output has no place");
+  combine_rows(num_rows, static_cast<const T*>(outputs), places, weights, static_cast<const T*>(shared), nullptr,
+               static_cast<T*>(to));
+}
+
+// fp32 logits of rows of the last layer's output (left out when `logits` is null), of own tokens, and each row's largest and
+// its place among them, of equals the first.
+template <class T>
+void Model<T>::head(const void* x_in, int64_t num_rows, float* logits, int64_t* best, float* largest_logits) {
+  check_rows(num_rows, {x_in, best, largest_logits});
   const T* x = static_cast<const T*>(x_in);
   const Matrix& matrix = head_.data ? head_ : embedding_;
-  const int64_t hidden = d_.hidden_size, V = d_.vocab_size, panels = matrix.panels();
-  grow(normed_, num_rows * hidden);
+  const int64_t V = d_.num_tokens, panels = matrix.panels();
   std::vector<float> peaks(panels * num_rows);
   std::vector<int64_t> places(panels * num_rows);
   normalize_rows(x, norm_, num_rows);
   threads_.run(panels, [&](int64_t p, int) {
     multiply<T>(matrix.panel(p), matrix.groups, num_rows,
-                [&](int64_t row) { return normed_.data() + row * hidden; },
+                [&](int64_t row) { return normed_[row]; },
                 [&](int64_t row, const Floats* sums) {
                   Floats values[kVectors];
                   const Ints lane = lane_numbers();
@@ -323,7 +437,9 @@ template <class T> void Model<T>::head(const void* x_in, int64_t num_rows, float
   });
   for (int64_t row = 0; row < num_rows; ++row) {
     const float* first = peaks.data() + row * panels;
-    best[row] = places[row * panels + (std::max_element(first, first + panels) - first)];
+    const float* peak = std::max_element(first, first + panels);
+    best[row] = places[row * panels + (peak - first)];
+    largest_logits[row] = *peak;
   }
 }
 

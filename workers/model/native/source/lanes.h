@@ -153,7 +153,9 @@ BATON_INLINE Ints operator-(int32_t a, Ints b) { return all_ints(a) - b; }
 BATON_INLINE Floats pick(Ints mask, Floats yes, Floats no) {
   return as<Floats>((as<Ints>(yes) & mask) | (as<Ints>(no) & ~mask));
 }
-BATON_INLINE Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+BATON_INLINE Floats larger(Floats a, Floats b) {
+  return each<Floats>([&](int p) { return a.part[p] > b.part[p] ? a.part[p] : b.part[p]; });
+}
 BATON_INLINE bool any(Ints mask) {
   IntRegister found = mask.part[0];
 #pragma GCC unroll 4

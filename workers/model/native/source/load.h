@@ -1,4 +1,4 @@
-// Brings a checkpoint's weights into the layout of the kernels, one tensor at a time.
+// Brings a checkpoint's weights into the layout of the kernels, one tensor at a time, and experts' back out of it.
 
 #pragma once
 
@@ -18,7 +18,7 @@ template <class T> Layer<T> Model<T>::make_layer(bool is_mixture) {
   }
   layer.router = arena_.matrix<float>(d_.num_experts, d_.hidden_size);
   layer.bias = arena_.vector<float>(d_.num_experts);
-  for (int64_t e = 0; e < d_.num_experts; ++e) layer.experts.push_back(make_expert(d_.expert_width));
+  for (int64_t s = 0; s < d_.num_slots; ++s) layer.experts.push_back(make_expert(d_.expert_width));
   if (d_.shared_width) layer.experts.push_back(make_expert(d_.shared_width));
   return layer;
 }
@@ -36,7 +36,7 @@ void Model<T>::take(Part part, int64_t index, int64_t expert, int64_t first, int
   };
   if (part == Part::kEmbedding) return matrix(embedding_, 0);
   if (part == Part::kHead) {
-    if (!head_.data) head_ = arena_.matrix<T>(d_.vocab_size, hidden);
+    if (!head_.data) head_ = arena_.matrix<T>(d_.num_tokens, hidden);
     return matrix(head_, 0);
   }
   if (part == Part::kNorm) return vector(norm_);
@@ -57,6 +57,58 @@ void Model<T>::take(Part part, int64_t index, int64_t expert, int64_t first, int
     case Part::kUp: return half(kPanel / 2);
     case Part::kDown: return matrix(layer.experts.at(expert).down, 0);
     default: throw std::invalid_argument("no such part");
+  }
+}
+
+// The inverse of `pack`: rows 0 .. count - 1 of a matrix, row-major.
+template <class T> void unpack(const Matrix& matrix, int64_t count, int64_t width, int64_t offset, T* to) {
+  const int64_t groups = matrix.groups;
+  uint32_t* words = reinterpret_cast<uint32_t*>(to);
+  for (int64_t row = 0; row < count; ++row) {
+    const uint32_t* from = matrix.panel(row / width) + offset + row % width;
+    for (int64_t g = 0; g < groups; ++g) words[row * groups + g] = from[g * kPanel];
+  }
+}
+
+template <class T> void Model<T>::give(int64_t index, int64_t slot, void* to) const {
+  if (slot < 0 || slot >= d_.num_slots) throw std::invalid_argument("no such slot");
+  const Expert& expert = mixture(index).experts[slot];
+  T* values = static_cast<T*>(to);
+  const int64_t size = d_.expert_width * d_.hidden_size;
+  unpack(expert.gate_up, d_.expert_width, kPanel / 2, 0, values);
+  unpack(expert.gate_up, d_.expert_width, kPanel / 2, kPanel / 2, values + size);
+  unpack(expert.down, d_.hidden_size, kPanel, 0, values + 2 * size);
+}
+
+// A slot's memory goes to the first that takes its weights over; others copy them. What nobody takes over is filled anew.
+template <class T> void Model<T>::rearrange(int64_t index, const int64_t* slots, const void* const* given) {
+  mixture(index);
+  Layer<T>& layer = layers_[index];
+  const int64_t size = d_.expert_width * d_.hidden_size, num_slots = d_.num_slots;
+  const std::vector<Expert> before(layer.experts.begin(), layer.experts.begin() + num_slots);
+  std::vector<bool> is_taken(num_slots, false), has_memory(num_slots, false);
+  for (int64_t s = 0; s < num_slots; ++s)
+    if (slots[s] >= num_slots) throw std::invalid_argument("no such slot");
+  for (int64_t s = 0; s < num_slots; ++s) {
+    if (slots[s] < 0 || is_taken[slots[s]]) continue;
+    layer.experts[s] = before[slots[s]];
+    is_taken[slots[s]] = has_memory[s] = true;
+  }
+  for (int64_t s = 0, free = 0; s < num_slots; ++s) {
+    if (has_memory[s]) continue;
+    while (is_taken[free]) ++free;
+    const Expert expert = layer.experts[s] = before[free];
+    is_taken[free] = true;
+    if (slots[s] >= 0) {
+      const Expert& source = before[slots[s]];
+      std::memcpy(expert.gate_up.data, source.gate_up.data, source.gate_up.num_words() * 4);
+      std::memcpy(expert.down.data, source.down.data, source.down.num_words() * 4);
+      continue;
+    }
+    const T* values = static_cast<const T*>(given[s]);
+    pack(expert.gate_up, values, 0, d_.expert_width, kPanel / 2, 0);
+    pack(expert.gate_up, values + size, 0, d_.expert_width, kPanel / 2, kPanel / 2);
+    pack(expert.down, values + 2 * size, 0, d_.hidden_size, kPanel, 0);
   }
 }
 

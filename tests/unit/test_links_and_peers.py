@@ -1,0 +1,112 @@
+"""More peers than a worker keeps connections to: which are closed to make room, and that none is while it is in use."""
+
+from __future__ import annotations
+
+import pytest
+from transport_ends import HOST, LAYOUT, whole_blocks
+
+from workers import grpc_options
+from workers.errors import TransferFailed
+from workers.handoff.export import PromptExporter
+from workers.handoff.peers import Peers
+from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_transfer.messages import OpenHandoff, Prompt
+from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.source import Filled
+from workers.kv_transfer.transport import OutgoingPiece
+from workers.kv_transfer.transports.links import Links
+from workers.kv_transfer.transports.tcp import TcpTransport
+from workers.request import Request, SamplingParams
+from workers.status import WorkerAddress
+from workers.stepping.result import BlocksFilled
+
+
+async def test_a_channel_to_a_sender_is_not_closed_while_a_transfer_uses_it() -> None:
+    peers = Peers(max_channels=2)
+    first, second = await peers.take("127.0.0.1:1"), await peers.take("127.0.0.1:2")
+    peers.give(second)
+    third = await peers.take("127.0.0.1:3")  # in the room of the second, though the first was opened before it
+    assert await peers.take("127.0.0.1:1") is first
+    with pytest.raises(TransferFailed, match="in use"):
+        await peers.take("127.0.0.1:2")
+    peers.give(third)
+    assert (await peers.take("127.0.0.1:2")) is not second
+    await peers.close()
+
+
+class Quiet:
+    """A link that is sending, or not."""
+
+    def __init__(self) -> None:
+        self.is_sending = self.is_stopped = False
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def test_the_link_that_was_quiet_for_longest_makes_room_and_one_that_sends_does_not() -> None:
+    links: Links[Quiet] = Links(max_links=3, quiet_s=0.0)
+    kept = [Quiet() for _ in range(3)]
+    for number, link in enumerate(kept):
+        assert links.put(("decode", number), link) is None
+    assert links.use(("decode", 0)) is kept[0]
+    kept[1].is_sending = True
+    links.make_room(("decode", 2))  # it has one already
+    assert not any(link.is_stopped for link in kept)
+    links.make_room(("decode", 3))
+    assert [link.is_stopped for link in kept] == [False, False, True]
+
+
+def test_links_that_were_all_used_a_moment_ago_stay() -> None:
+    links: Links[Quiet] = Links(max_links=1, quiet_s=3600.0)
+    link = Quiet()
+    links.put(("decode", 0), link)
+    with pytest.raises(TransferFailed, match="in use"):
+        links.make_room(("decode", 1))
+    assert not link.is_stopped
+
+
+async def test_one_receiver_more_than_there_is_room_for_is_served_over_tcp() -> None:
+    memory = KvMemory(LAYOUT)
+    memory.bytes[:] = 7
+    source = TcpTransport("127.0.0.1", 20.0, links=Links(max_links=2, quiet_s=0.0))
+    address = WorkerAddress("prefill-0", 1, "127.0.0.1:1")
+    targets = [TcpTransport("127.0.0.1", 20.0) for _ in range(3)]
+    (piece,) = whole_blocks([1])
+    view = memory.block(1, 0, LAYOUT.num_layers)
+    try:
+        for number, target in enumerate(targets):
+            to, home = WorkerAddress(f"decode-{number}", 1, "127.0.0.1:1"), KvMemory(LAYOUT)
+            offer = source.offer(to, HOST)
+            assert offer is not None
+            channel = await target.connect(address, LAYOUT, offer)
+            inbox = channel.inbox("t", lambda piece, home=home: home.block(2, 0, LAYOUT.num_layers))  # type: ignore[misc]
+            await source.send(to, "t", [OutgoingPiece(piece.piece, 1, 0, LAYOUT.num_layers, view)])
+            assert await inbox.collect([piece]) == ((0,), ())
+            await inbox.close()
+    finally:
+        for transport in (*targets, source):
+            await transport.close()
+
+
+def test_no_channel_between_workers_goes_through_a_proxy_of_the_environment() -> None:
+    channels = (grpc_options.ROUTER_CHANNEL, grpc_options.HANDOFF_CHANNEL, grpc_options.kv_stream_channel(1 << 20))
+    assert all(dict(options)["grpc.enable_http_proxy"] == 0 for options in channels)
+
+
+def test_a_prompt_of_many_chunks_is_told_of_each_block_once() -> None:
+    layout = KvLayout(64, 1, 1, 64, 16, "float32", 4)
+    request = Request("r", tuple(range(32 * 64)), SamplingParams(max_tokens=1))
+    target = WorkerAddress("decode-0", 1, "127.0.0.1:1")
+    opening = OpenHandoff(target, HOST, 1, "f", layout, Prompt(request), 0, 32, ("shm",))
+    exporter = PromptExporter(lambda command: None, lambda: 9)
+    told: list[Filled] = []
+    export = exporter.open(
+        opening, Cut(layout, 0, 32), lambda event: told.append(event) if isinstance(event, Filled) else None
+    )
+    export.start()
+    blocks = tuple(range(32))
+    for num_filled in range(1, 33):
+        exporter.filled(BlocksFilled(9, blocks, num_filled))
+    assert [(event.first, event.end) for event in told] == [(n, n + 1) for n in range(32)]
+    export.release("")
