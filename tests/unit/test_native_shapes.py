@@ -52,7 +52,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         shape |= dict(
             moe_num_experts=num_experts,
             moe_k=draw(st.integers(1, num_experts)),
-            moe_intermediate_size=2 * draw(st.integers(1, 40)),
+            moe_intermediate_size=4 * draw(st.integers(1, 20)),  # transformers multiplies no other widths
             moe_num_shared_experts=draw(st.integers(0, 2)),
             moe_layer_start_index=0,
             moe_layer_end_index=-1,
