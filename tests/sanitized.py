@@ -1,6 +1,6 @@
 """Runs tests in a process of their own with the C++ kernels under AddressSanitizer and UBSan, which end it at the first error.
 
-python tests/sanitized.py tests/unit/test_sampler_shortcuts.py -k nucleus   runs what pytest is told in this way
+python tests/sanitized.py tests/unit/test_kv_checksum.py -k alignment   runs what pytest is told in this way
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def make_data_path(
         host=socket.gethostname(),
         listen_host=config.host,
         timeout_s=config.transfer_timeout_s,
+        cache_folder=config.cache_folder,
     )
     for transport in made.values():
         if isinstance(transport, ServedTransport):

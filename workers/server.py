@@ -254,7 +254,10 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         """Tells every router about once a second that the worker lives."""
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            await self.transfers.tick()
+            try:
+                await self.transfers.tick()
+            except Exception:
+                log.exception("what dead peers left behind could not be let go")
             self._routers.tell_status()
 
     async def close(self) -> None:

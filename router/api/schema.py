@@ -48,7 +48,7 @@ class GenerationBody(_Body):
     seed: StrictInt | None = None
     logit_bias: Annotated[dict[str, Number], _SHORT] | None = None
     bad_words: Annotated[list[StrictStr | list[StrictInt]], _SHORT] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], _SHORT] | None = None
+    stop: Annotated[list[StrictStr], _SHORT] | StrictStr | None = None
     stop_token_ids: Annotated[list[StrictInt], _SHORT] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None

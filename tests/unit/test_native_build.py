@@ -71,7 +71,9 @@ def test_a_set_that_the_processor_lacks_is_refused_with_those_that_it_has() -> N
 
 
 def test_a_set_that_nobody_has_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(InvalidConfig, match="must be auto or one of avx512bf16, avx512, avx2, neon; it is 'sse'"):
+    with pytest.raises(
+        InvalidConfig, match="must be auto or one of avx512bf16, avx512, avx2, neonbf16, neon; it is 'sse'"
+    ):
         choices("sse")
     with pytest.raises(InvalidConfig, match="instruction_set must be auto or one of"):
         WorkerConfig(model="m", instruction_set="sse")

@@ -1,7 +1,7 @@
 """Writes a rank's part of a batch, and its results, as plain bytes: a JSON header and an array of integers. Knows no socket.
 
 What parameters and histories do to the logits travels as workers.sampling.edits found it, not as the histories, so a step of
-decode is some hundred bytes a sequence; with a penalty, eight bytes more for each token that it reads.
+decode is some hundred bytes a sequence; with a penalty, sixteen bytes more for each token that it reads.
 """
 
 from __future__ import annotations

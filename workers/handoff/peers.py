@@ -46,7 +46,11 @@ class Peers:
             peer = self._peers[target] = Peer(target)
             peer.num_users += 1
             if idle is not None:
-                await idle.channel.close()
+                try:
+                    await idle.channel.close()
+                except BaseException:
+                    self.give(peer)
+                    raise
             return peer
         peer.num_users += 1
         self._peers.move_to_end(target)

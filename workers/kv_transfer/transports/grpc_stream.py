@@ -79,10 +79,12 @@ class GrpcChannel:
         call = receive(token)
         try:
             first = await asyncio.wait_for(call.read(), _CONNECT_S)
-        except (grpc.RpcError, TimeoutError) as error:
+        except BaseException as error:  # also when the dial is given up
             call.cancel()
             await self._connection.close()
-            raise TransferFailed(f"no grpc stream from {self.source.worker_id}: {error!r}") from error
+            if isinstance(error, grpc.RpcError | TimeoutError):
+                raise TransferFailed(f"no grpc stream from {self.source.worker_id}: {error!r}") from error
+            raise
         if first is grpc.aio.EOF or first != token[::-1]:
             call.cancel()
             await self._connection.close()

@@ -187,6 +187,8 @@ class NixlTransport:
             }
         )
         self.helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-nixl")
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl-keeper")
+        """Lets go of what is unused, never behind a read that hangs: the worker's signs of life wait for `sweep`."""
         self._channels: Channels[NixlChannel] = Channels(MAX_PEERS)
         self._metadata: dict[str, bytes] = {}
         """Of each sender that NIXL knows, by the name of its agent."""
@@ -218,21 +220,28 @@ class NixlTransport:
 
         async def make() -> NixlChannel:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.helpers, self._open, peer, metadata, address, nonce)
+            given_up = threading.Event()
+            try:
+                await loop.run_in_executor(self.helpers, self._open, peer, metadata, address, nonce, given_up)
+            except asyncio.CancelledError:
+                given_up.set()  # the thread goes on: it lets go of the peer itself
+                raise
             return NixlChannel(self, source, offer, peer, RemotePool(address, layout))
 
         return await self._channels.get(source, offer, make)
 
-    def _open(self, peer: str, metadata: bytes, address: int, nonce: bytes) -> None:
-        """Makes a sender reachable. Raises TransferFailed unless its pool carries the nonce."""
+    def _open(self, peer: str, metadata: bytes, address: int, nonce: bytes, given_up: threading.Event) -> None:
+        """Makes a sender reachable. Raises TransferFailed unless its pool carries the nonce, or where nobody waits any more."""
         self._use_peer(peer, metadata)
         found = np.zeros(NONCE_BYTES, np.uint8)
         deadline_s = time.monotonic() + min(_CONNECT_S, self._timeout_s)
         try:
             source = RemoteSlice(address - NONCE_PAGE_BYTES, NONCE_BYTES)
-            self.fetch(peer, [(found, source)], lambda: time.monotonic() < deadline_s)
+            self.fetch(peer, [(found, source)], lambda: not given_up.is_set() and time.monotonic() < deadline_s)
             if found.tobytes() != nonce:
                 raise TransferFailed("the sender's pool carries another nonce")
+            if given_up.is_set():
+                raise TransferFailed("nobody waits for it any more")
         except TransferFailed:
             self._leave_peer(peer)
             raise
@@ -243,7 +252,10 @@ class NixlTransport:
             if peer in self._remove_unused():
                 raise TransferFailed("earlier reads from it still hang")
             if peer not in self._metadata:
-                if agent.add_peer(metadata) != peer:
+                name = agent.add_peer(metadata)
+                if name != peer:
+                    if name not in self._metadata:  # else it is in use under its own name
+                        agent.remove_peer(name)
                     raise TransferFailed("an offer's metadata is another agent's than it says")
                 self._metadata[peer] = metadata
             elif self._metadata[peer] != metadata:
@@ -332,8 +344,8 @@ class NixlTransport:
 
     async def sweep(self) -> None:
         """Takes back what reads have let go of."""
-        if self._agent is not None and (len(self._metadata) > len(+self._num_users) or self.slots.num_free < NUM_SLOTS):
-            await asyncio.get_running_loop().run_in_executor(self.helpers, self._tidy)
+        if self._agent is not None and (self._metadata or self.slots.num_free < NUM_SLOTS):
+            await asyncio.get_running_loop().run_in_executor(self._keeper, self._tidy)
 
     def _tidy(self) -> None:
         with self._peers_lock:
@@ -342,7 +354,7 @@ class NixlTransport:
     async def leave(self, peer: str) -> None:
         """A channel was closed: its sender's metadata goes, as soon as no read from it hangs."""
         if self._agent is not None:
-            await asyncio.get_running_loop().run_in_executor(self.helpers, self._leave_peer, peer)
+            await asyncio.get_running_loop().run_in_executor(self._keeper, self._leave_peer, peer)
 
     async def forget(self, worker_id: str) -> None:
         await self._channels.forget(worker_id)
@@ -351,8 +363,9 @@ class NixlTransport:
         await self._channels.close()
         agent, self._agent = self._agent, None
         if agent is not None:
-            await asyncio.get_running_loop().run_in_executor(self.helpers, self._end, agent)
+            await asyncio.get_running_loop().run_in_executor(self._keeper, self._end, agent)
             self.helpers.shutdown()
+            self._keeper.shutdown()
 
     def _end(self, agent: NixlAgent) -> None:
         if self.slots.reclaim(agent):

@@ -21,14 +21,14 @@ class Pool {
  public:
   // The helpers run on the processors that the calling thread may run on.
   explicit Pool(int num_threads) : seats_(num_threads) {
-    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    try {
+      for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    } catch (...) {  // the system gives no more threads: those that began must end first
+      end();
+      throw;
+    }
   }
-  ~Pool() {
-    stopping_ = true;
-    round_.value.fetch_add(1);
-    round_.value.notify_all();
-    for (std::thread& helper : helpers_) helper.join();
-  }
+  ~Pool() { end(); }
   Pool(const Pool&) = delete;
 
   int num_threads() const { return static_cast<int>(seats_.size()); }
@@ -109,6 +109,13 @@ class Pool {
 
   void work(int thread) {
     for (int64_t i; (i = take(thread)) >= 0;) call_(context_, i, thread);
+  }
+
+  void end() {
+    stopping_ = true;
+    round_.value.fetch_add(1);
+    round_.value.notify_all();
+    for (std::thread& helper : helpers_) helper.join();
   }
 
   void help(int thread) {
