@@ -1,6 +1,6 @@
 """Compiles the C++ libraries ahead of time: for every instruction set into a wheel, for this processor's into an editable installation.
 
-Without a C++ compiler, ziglang from PyPI compiles; without that, or on other systems than Linux, the wheel holds Python only and says so.
+Without a C++ compiler, pip must find ziglang, which compiles; with BATON_COMPILER=none, or on other systems than Linux, the wheel holds Python only and says so.
 BATON_COMPILER chooses: a compiler's path, `zig`, or `none`. What is named there and fails ends the build.
 """
 
@@ -56,9 +56,10 @@ class LibrariesHook(BuildHookInterface[Any]):
 
     def dependencies(self) -> list[str]:
         """What the builder must install first: a compiler, where there is none."""
-        if not _is_known_platform() or os.environ.get(_NAMED) == "none":
+        named = os.environ.get(_NAMED, "")
+        if not _is_known_platform() or named not in ("", "zig"):
             return []
-        return [ZIG] if os.environ.get(_NAMED) == "zig" or find_compiler() is None else []
+        return [ZIG] if named == "zig" or find_compiler() is None else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         named = os.environ.get(_NAMED, "")
@@ -97,12 +98,14 @@ class LibrariesHook(BuildHookInterface[Any]):
         def compile_one(source: NativeSource, instruction_set: InstructionSet) -> tuple[Path, Path] | BuildFailed:
             place = source.prebuilt(instruction_set)
             library = place if folder is None else folder / place.name
-            library.parent.mkdir(parents=True, exist_ok=True)
             flags = [compiler.spelled.get(flag, flag) for flag in source.compile_flags(instruction_set)]
             try:
+                library.parent.mkdir(parents=True, exist_ok=True)
                 run_compiler([*compiler.command, *flags, *compiler.flags, str(source.main)], library, _TIMEOUT_S)
             except BuildFailed as error:
                 return error
+            except OSError as error:  # such as a source tree that may not be written to
+                return BuildFailed(str(error))
             return library, place
 
         pairs = [

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.instruction_sets import InstructionSet, cpu_description
+from workers.instruction_sets import InstructionSet
 
 __all__ = (
     "COMPILERS",
@@ -22,7 +22,6 @@ __all__ = (
     "BuildFailed",
     "NativeSource",
     "compile_library",
-    "cpu_description",
     "default_cache_folder",
     "find_library",
     "run_compiler",
@@ -67,8 +66,9 @@ class NativeSource:
         return self.prebuilt_folder / f"{self.name}-{instruction_set.name}.so"
 
     def hash(self) -> str:
-        """Names the files of the folder; equal on every host that runs the same release."""
-        return source_hash(self.main.parent)
+        """Names the files of the folder and what the compiler is told; equal on every host that runs the same release."""
+        told = (source_hash(self.main.parent), self.flags, [(each.name, each.flags) for each in self.sets])
+        return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
 
     def label(self, instruction_set: InstructionSet) -> str:
         """What a library says it was built from, so that one of another release is known without being loaded."""
@@ -118,7 +118,10 @@ def find_library(
 
 
 def is_built_from(library: Path, label: str) -> bool:
-    return label.encode() + b"\0" in library.read_bytes()
+    try:
+        return label.encode() + b"\0" in library.read_bytes()
+    except OSError:  # one that cannot be read cannot be loaded either
+        return False
 
 
 def compile_library(
@@ -165,7 +168,7 @@ def run_compiler(command: Sequence[str], library: Path, timeout_s: float = _COMP
         raise BuildFailed(f"{command[0]} took more than {timeout_s:.0f} s") from None
     finally:
         partial.unlink(missing_ok=True)
-    logger.info("compiled the kernels in %.1f s: %s", time.monotonic() - started, library)
+    logger.info("compiled in %.1f s: %s", time.monotonic() - started, library)
 
 
 @contextmanager

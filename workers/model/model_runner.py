@@ -185,7 +185,10 @@ def require_memory(
     num_table = dimensions.vocab_size * dimensions.hidden_size
     num_packed = num_values - (0 if is_tied and copies_tied_head else num_table)
     packed_dtype = packed_dtype or dtype
-    needed_bytes = num_table * dtype.itemsize + num_packed * packed_dtype.itemsize
+    table_bytes = dtype.itemsize
+    if copies_tied_head:  # PyTorch's model keeps the table as narrow as the file has it
+        table_bytes = min(checkpoint.stored_dtype("model.embed_tokens.weight").itemsize, packed_dtype.itemsize)
+    needed_bytes = num_table * table_bytes + num_packed * packed_dtype.itemsize
     require_bytes(checkpoint.folder, needed_bytes, packed_dtype, free_bytes, served_dtype=dtype)
 
 

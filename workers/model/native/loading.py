@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from workers.errors import InvariantViolated
 from workers.instruction_sets import AUTO
 from workers.model.native.build import KERNELS, choices
 from workers.model.native.library import Dimensions, Library, Part, Step
@@ -39,7 +40,7 @@ def load(
         try:
             library = Library(find_library(source, each, folder, compilers))
             check(library, each.name)
-        except BuildFailed as error:
+        except (BuildFailed, InvariantViolated) as error:
             refused.append(f"the kernels for {each.name} are not used: {error}")
         else:
             for warning in refused:

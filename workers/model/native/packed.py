@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,8 @@ class PackedFile:
         try:
             with self.path.open("rb", buffering=0) as stream:
                 self._read(stream.fileno(), runs)
-                os.utime(stream.fileno())  # what was used last is kept longest
+                with suppress(OSError):  # in a folder of another user, or a read-only one, nothing is kept by age
+                    os.utime(stream.fileno())  # what was used last is kept longest
         except FileNotFoundError:
             return False
         except (OSError, _Unusable) as error:
@@ -134,7 +136,11 @@ class PackedFile:
         if size > free:
             logger.warning("packed weights are not kept: %s has %d MiB free", self.folder, free >> 20)
             return False
-        checksums = [xxhash.xxh3_64_intdigest(piece) for _, piece in _pieces(runs, 0)]
+        checksums: list[int] = []
+        for _, piece in _pieces(runs, 0):
+            if must_stop():
+                return False
+            checksums.append(xxhash.xxh3_64_intdigest(piece))
         header = {"facts": self.facts, "runs": [len(run) for run in runs], "checksums": checksums}
         text = json.dumps(header).encode()
         text += b" " * (-(_PREFIX.size + len(text)) % _PAGE)

@@ -1,6 +1,8 @@
 // The C interface of the kernels, for workers.model.native.library. Returns null or 0 when all is well, else a message.
 
+#include <atomic>
 #include <exception>
+#include <new>
 #include <string>
 
 #include "arithmetic.h"
@@ -132,12 +134,20 @@ const char* baton_head(baton::AnyModel* model, const void* x, int64_t num_rows, 
 const char* baton_draw(baton::AnyModel* model, float* logits, int64_t num_rows, int64_t size, const baton::DrawSpec* specs,
                        baton::Drawn* drawn) {
   return guarded([&] {
+    std::atomic<bool> lacks_memory{false};
     auto draw = [&](int64_t row, int) {
       static thread_local baton::RowDraw rows;
-      rows.run(logits + row * size, size, specs[row], &drawn[row]);
+      try {
+        rows.run(logits + row * size, size, specs[row], &drawn[row]);
+      } catch (const std::bad_alloc&) {  // a task of the pool must not throw
+        lacks_memory = true;
+      }
     };
-    if (model != nullptr) return model->threads().run(num_rows, draw);
-    for (int64_t row = 0; row < num_rows; ++row) draw(row, 0);
+    if (model != nullptr)
+      model->threads().run(num_rows, draw);
+    else
+      for (int64_t row = 0; row < num_rows; ++row) draw(row, 0);
+    if (lacks_memory) throw std::bad_alloc();
   });
 }
 

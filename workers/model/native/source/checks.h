@@ -98,6 +98,7 @@ class Ledger {
   // All rows of all weights have come by another way.
   void complete() {
     const std::lock_guard lock(mutex_);
+    for (auto& [weight, rows] : weights_) rows.is_awaited = false;
     num_awaited_ = 0;
   }
 

@@ -13,6 +13,8 @@ template <class T>
 void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every, void (*on_layer)(int64_t)) {
   T* x = static_cast<T*>(x_out);
   T* kv = static_cast<T*>(pool);
+  require(d_.num_slots == d_.num_experts && d_.num_tokens == d_.vocab_size,
+          "a rank of a group computes a step part by part");
   require(!step.num_rows || (pool && x_out), "a step has rows and nowhere to put them");
   require(every >= 0 && (!every || on_layer), "nobody waits for layers");
   begin(step, x);

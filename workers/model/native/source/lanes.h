@@ -166,9 +166,6 @@ BATON_INLINE bool any(Ints mask) {
 BATON_INLINE Floats to_floats(Ints x) {
   return each<Floats>([&](int p) { return __builtin_convertvector(x.part[p], FloatRegister); });
 }
-BATON_INLINE Floats to_floats(Words x) {
-  return each<Floats>([&](int p) { return __builtin_convertvector(x.part[p], FloatRegister); });
-}
 BATON_INLINE Ints to_ints(Floats x) {
   return each<Ints>([&](int p) { return __builtin_convertvector(x.part[p], IntRegister); });
 }

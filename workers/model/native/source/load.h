@@ -71,7 +71,7 @@ template <class T> void unpack(const Matrix& matrix, int64_t count, int64_t widt
 }
 
 template <class T> void Model<T>::give(int64_t index, int64_t slot, void* to) const {
-  if (slot < 0 || slot >= d_.num_slots) throw std::invalid_argument("no such slot");
+  require(to && slot >= 0 && slot < d_.num_slots, "no such slot, or nowhere to put it");
   const Expert& expert = mixture(index).experts[slot];
   T* values = static_cast<T*>(to);
   const int64_t size = d_.expert_width * d_.hidden_size;
@@ -87,8 +87,11 @@ template <class T> void Model<T>::rearrange(int64_t index, const int64_t* slots,
   const int64_t size = d_.expert_width * d_.hidden_size, num_slots = d_.num_slots;
   const std::vector<Expert> before(layer.experts.begin(), layer.experts.begin() + num_slots);
   std::vector<bool> is_taken(num_slots, false), has_memory(num_slots, false);
-  for (int64_t s = 0; s < num_slots; ++s)
-    if (slots[s] >= num_slots) throw std::invalid_argument("no such slot");
+  require(slots && given, "the slots are to be filled with nothing");
+  for (int64_t s = 0; s < num_slots; ++s) {
+    require(slots[s] < num_slots, "no such slot");
+    require(slots[s] >= 0 || given[s], "a slot gets no weights");
+  }
   for (int64_t s = 0; s < num_slots; ++s) {
     if (slots[s] < 0 || is_taken[slots[s]]) continue;
     layer.experts[s] = before[slots[s]];

@@ -75,7 +75,6 @@ class Arena {
   template <class T> Matrix matrix(int64_t outputs, int64_t inputs) {
     if (inputs % kDepth<T>) throw std::invalid_argument("a matrix has an odd number of inputs");
     Matrix made{outputs, inputs, inputs / kDepth<T>, nullptr};
-    // rows fetched ahead may lie beyond the end
     made.data = static_cast<uint32_t*>(allocate(made.num_words() * 4));
     return made;
   }
