@@ -17,7 +17,7 @@
 
 #pragma GCC visibility push(default)
 extern "C" {
-struct Sizes { int64_t vocab, hidden; };
+struct Sizes { int64_t vocab, first_token, num_tokens, hidden; };
 struct Stub { int64_t vocab, hidden, is_bf16; const void* head; };
 
 const char* baton_label() { return BATON_LABEL; }
@@ -40,7 +40,7 @@ static float element(const void* from, int64_t at, bool is_bf16) {
   std::memcpy(&value, &word, 4);
   return value;
 }
-const char* baton_head(Stub* stub, const void* x, int64_t rows, float* logits, int64_t* best) {
+const char* baton_head(Stub* stub, const void* x, int64_t rows, float* logits, int64_t* best, float*) {
   for (int64_t r = 0; r < rows; ++r) {
     best[r] = 0;
     for (int64_t v = 0; v < stub->vocab; ++v) {

@@ -117,7 +117,7 @@ def test_the_next_start_takes_the_kept_weights_and_any_number_of_threads_packs_t
     packed = file_in(tmp_path / "cache")
 
     def weights(folder: Path, num_threads: int, packed: PackedFile | None) -> list[bytes]:
-        model = NativeErnie(ErnieConfig.load(folder), Checkpoint(folder), dtype, library, num_threads, packed)
+        model = NativeErnie(ErnieConfig.load(folder), Checkpoint(folder), dtype, library, num_threads, packed=packed)
         if model.keeping is not None:
             model.keeping.join()
         return [bytes(run) for run in library.weights(model._model)]

@@ -101,7 +101,11 @@ def _places() -> dict[str, str]:
     """Where each thread of this process may run."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
-        lines = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        try:
+            status = (task / "status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # another test's thread, which has just ended
+            continue
+        lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         found[task.name] = lines["Cpus_allowed_list"]
     return found
 

@@ -17,6 +17,7 @@ from workers.model.collectives import Links
 from workers.model.ernie import Ernie
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement
+from workers.model.layers import compute_dtype
 from workers.model.native.rank import NativeRank
 from workers.model.parallel import Layout
 from workers.model.rank_runner import initial_placement, load_rank, share_bytes
@@ -115,9 +116,9 @@ def test_an_expert_leaves_its_slot_as_the_checkpoint_has_it_and_finds_another(fo
     settings = replace(config(folder, expert_parallel=2), dtype=dtype)
     dimensions = ErnieConfig.load(folder)
     placement = initial_placement(settings, dimensions)
-    kind: torch.dtype = getattr(torch, dtype)
+    served: torch.dtype = getattr(torch, dtype)
 
-    def stored(expert: int) -> torch.Tensor:
+    def stored(expert: int, kind: torch.dtype) -> torch.Tensor:
         checkpoint, prefix = Checkpoint(folder), f"model.layers.2.mlp.experts.{expert}"
         parts = [checkpoint.take(f"{prefix}.{name}_proj.weight", (512, 512), kind) for name in ("gate", "up", "down")]
         return torch.cat([part.flatten() for part in parts]).view(torch.uint8)
@@ -125,12 +126,13 @@ def test_an_expert_leaves_its_slot_as_the_checkpoint_has_it_and_finds_another(fo
     for native in (True, False):
         rank = load_rank(replace(settings, native=native), 1, Links(), placement)
         assert isinstance(rank.model, NativeRank if native else Ernie)
+        kind = served if native else compute_dtype(served)
         mixture, held = rank.model.mixtures[1], placement.held_by(1, 1)
-        assert all(torch.equal(mixture.expert_bytes(slot), stored(held[slot])) for slot in (0, 7))
+        assert all(torch.equal(mixture.expert_bytes(slot), stored(held[slot], kind)) for slot in (0, 7))
         # one that stays, two that change places, one that is copied twice, one that comes from elsewhere, the others stay
-        mixture.rearrange([0, 2, 1, 3, 3, 3, stored(0), 7])
+        mixture.rearrange([0, 2, 1, 3, 3, 3, stored(0, kind), 7])
         wanted = [held[at] for at in (0, 2, 1, 3, 3, 3)] + [0, held[7]]
-        assert all(torch.equal(mixture.expert_bytes(slot), stored(wanted[slot])) for slot in range(8))
+        assert all(torch.equal(mixture.expert_bytes(slot), stored(wanted[slot], kind)) for slot in range(8))
 
 
 def test_a_rank_alone_computes_what_the_whole_model_does_and_calls_its_hook(tmp_path: Path) -> None:

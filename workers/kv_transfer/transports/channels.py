@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -45,6 +45,9 @@ class Channels(Generic[AnyChannel]):
         self._max_channels = max_channels
         self._kept: OrderedDict[bytes, AnyChannel] = OrderedDict()
         self._making: dict[bytes, asyncio.Task[AnyChannel]] = {}
+        self._num_waiting: Counter[bytes] = Counter()
+        self._given_up: set[asyncio.Task[AnyChannel]] = set()
+        """Dials that nobody waits for any more, until they have ended."""
         self._failed: OrderedDict[bytes, tuple[float, str, str]] = OrderedDict()
         """{key: (until when it is believed, worker id, reason)}, the oldest first."""
 
@@ -62,13 +65,24 @@ class Channels(Generic[AnyChannel]):
                 raise TransferFailed(f"{reason} (not dialled again for {FAILED_S:g} s)")
             making = self._making[key] = asyncio.create_task(self._make(key, source, offer, make))
             making.add_done_callback(lambda ended: self._made(key, source, ended))
+        self._num_waiting[key] += 1
         try:
-            # Whoever is cancelled leaves the dial to the others; it is bounded by itself.
+            # Whoever is cancelled leaves the dial to the others; the last one ends it.
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             if making.cancelled() and not _is_cancelled():
                 raise TransferFailed(f"{source.worker_id} was given up while it was being dialled") from None
             raise
+        finally:
+            self._num_waiting[key] -= 1
+            if not self._num_waiting[key]:
+                del self._num_waiting[key]
+                if self._making.get(key) is making and not making.done():
+                    del self._making[key]
+                    self._given_up.add(making)
+                    making.add_done_callback(self._given_up.discard)
+                    making.cancel()
+                    await asyncio.wait((making,))  # nothing of it is left when the caller goes on
 
     async def _make(
         self, key: bytes, source: WorkerAddress, offer: bytes, make: Callable[[], Awaitable[AnyChannel]]
@@ -116,6 +130,8 @@ class Channels(Generic[AnyChannel]):
 
     async def close(self) -> None:
         await self._stop_making(list(self._making))
+        if self._given_up:
+            await asyncio.wait(tuple(self._given_up))
         for key, channel in tuple(self._kept.items()):
             await self._drop(key, channel)
 

@@ -35,6 +35,9 @@ class Links(Generic[AnyLink]):
         self._max_links, self._quiet_s = max_links, quiet_s
         self._links: OrderedDict[Peer, tuple[AnyLink, float]] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._links)
+
     def __iter__(self) -> Iterator[tuple[Peer, AnyLink]]:
         return iter([(peer, link) for peer, (link, _) in self._links.items()])
 
