@@ -30,6 +30,12 @@ _AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 AVX2 = InstructionSet("avx2", "x86_64", _AVX2, _AVX2_CPU)
 AVX512 = InstructionSet("avx512", "x86_64", _AVX512, _AVX512_CPU)
 AVX512BF16 = InstructionSet("avx512bf16", "x86_64", (*_AVX512, "-mavx512bf16"), _AVX512_CPU | {"avx512_bf16"})
+AMX = InstructionSet(
+    "amx",
+    "x86_64",
+    (*AVX512BF16.flags, "-mamx-tile", "-mamx-bf16"),
+    AVX512BF16.cpu_flags | {"amx_tile", "amx_bf16"},
+)
 # ARMv8.2 brings atomic instructions, which compilers then use without being asked.
 NEON = InstructionSet("neon", "aarch64", ("-march=armv8.2-a",), frozenset(("asimd", "atomics")))
 NEONBF16 = InstructionSet("neonbf16", "aarch64", ("-march=armv8.2-a+bf16",), frozenset(("asimd", "atomics", "bf16")))
