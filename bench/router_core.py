@@ -67,11 +67,13 @@ class Fleet:
             self.frame(name, WorkerFrame(GENERATION, kv_events=(KvEvent(1, hashes, reset=True),), status=status))
         self._num_arrived = 0
         self._fill(num_requests)
+        while self.core.index.backlog:
+            self.core.handle(Tick(), self.now)
 
     def _fill(self, num_requests: int) -> None:
         """Requests that are in mid-answer; with short prompts, which no cache knows."""
         for _ in range(num_requests):
-            name, worker, wire_id = self.arrive((1, 2, self._num_arrived))
+            _, worker, wire_id = self.arrive((1, 2, self._num_arrived))
             self.frame(worker, WorkerFrame(GENERATION, (Output(wire_id, 0, (7,), "a"),)))
 
     def frame(self, worker: str, frame: WorkerFrame) -> None:
