@@ -194,7 +194,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             self.transfers.prompts.filled(filled)
         for prefilled in result.prefilled:
             self.transfers.prompts.prefilled(prefilled)
-        self._routers.tell_step(report.load, result.kv_event)
+        self._routers.tell_step(report.load, result)
 
     def _find_source(self, wanted: TransferWanted) -> None:
         owner = self._requests.owner(wanted.sequence_id)
