@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from builders import fake_layout
@@ -52,7 +53,7 @@ async def writes_of_a_prompt(takes_batches: bool) -> list[list[HandoffUp]]:
     memory, cut = KvMemory(LAYOUT), Cut(LAYOUT, 0, 2)
     transport = LoopbackTransport(memory, "prefill-0")
     session = SourceSession(cut, HandoffAccepted((Offer("loopback", b"x"),), LAYOUT, "h"), 30.0, 1 << 30)
-    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, takes_batches)
+    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, time.monotonic, takes_batches)
     said: asyncio.Queue[HandoffDown] = asyncio.Queue()
 
     async def incoming() -> AsyncIterator[pb.HandoffDown]:
