@@ -1,4 +1,4 @@
-"""A request that cannot be admitted yet costs nobody anything: no cached block, no copy, no look at a prefix twice."""
+"""A request that cannot be admitted yet costs nobody anything: no cached block, no copy, no blocks before it can use them."""
 
 from __future__ import annotations
 
@@ -89,3 +89,15 @@ def test_an_admission_that_fails_copies_nothing_down_and_holds_nothing_in_lower_
             r.engine.step()
         assert r.engine.load().num_waiting == 1
         assert r.count("kv_host_stored_blocks") == stored and r.tiers._book._pins == pins
+
+
+def test_what_could_not_be_computed_in_this_step_takes_no_blocks_yet_but_a_transfer_may_begin() -> None:
+    scheduler = Scheduler(KvCacheManager(40, BLOCK_SIZE), Limits(64, 4 * BLOCK_SIZE, 100, 0))
+    first, second, remote = sequence(1, 8), sequence(2, 4), sequence(3, 4, Kind.TARGET)
+    for one in (first, second):
+        scheduler.add(one)
+        scheduler.schedule()
+    assert (first.state, second.state) == (State.PREFILLING, State.WAITING) and not second.table.blocks
+    scheduler.finish(second)
+    scheduler.add(remote)
+    assert scheduler.schedule().transfers == (remote,)

@@ -82,6 +82,8 @@ class Scheduler:
         transfers: list[Sequence] = []
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
+            if budget <= 0 and not self._may_go_elsewhere(sequence):
+                break  # blocks that it could not use in this step are better left to others
             if not self._admit(sequence, use_tiers=True):
                 break
             self.waiting.pop(0)
@@ -96,8 +98,6 @@ class Scheduler:
             self._begin(sequence, transfers)
             if sequence.state is State.PREFILLING:
                 budget -= self._take_chunk(sequence, budget, prefill)
-                if budget <= 0:
-                    break
         return transfers
 
     def give_promotion_up(self, sequence: Sequence) -> None:
@@ -235,13 +235,14 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.cached_tokens += sequence.num_computed
-        if self._goes_elsewhere(sequence):
+        if self._may_go_elsewhere(sequence):
             sequence.move(State.TRANSFERRING)
             transfers.append(sequence)
         else:
             sequence.move(State.PREFILLING)
 
-    def _goes_elsewhere(self, sequence: Sequence) -> bool:
+    def _may_go_elsewhere(self, sequence: Sequence) -> bool:
+        """Whether another worker computes what is not yet computed of its prompt, or would if no cache had a part of it."""
         return (
             sequence.kind is Kind.TARGET
             and sequence.request.params.prompt_logprobs is None
