@@ -71,7 +71,8 @@ class RankLost(BatonError):
 
 
 class DeviceStuck(BatonError):
-    """The world's fault: a device waits for a rank that is gone, and nothing but the end of this process can end that."""
+    """The world's fault: a device waits for a rank that is gone, or computes nothing any more since an operation on it has
+    failed, and nothing but the end of this process can end that."""
 
 
 class PoolsLost(BatonError):
