@@ -59,7 +59,7 @@ class WorkerLost(BatonError):
 
 
 class StreamDamaged(BatonError):
-    """The world's fault: a message of a stream was lost, repeated or changed on its way."""
+    """The world's fault: a message of a stream was lost, repeated or overtaken on its way."""
 
 
 class TransferFailed(BatonError):
