@@ -159,7 +159,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         if self._on_role_change is not None:
             self._on_role_change(identity.role, identity.generation)
         self._routers.tell_status()
-        self._requests.give_up_all(Refusal.WORKER_LOST, f"{identity.worker_id} lost a rank: {reason}")
+        self._requests.give_up_all(Refusal.WORKER_LOST, "the worker that ran this request lost a rank")
         self.transfers.serving.fail_all(reason)
         self._post(ForgetCache())
 
