@@ -58,7 +58,7 @@ class StoreConfig:
     """Where leases, desired roles and generations live."""
 
     url: str = "memory"
-    """"memory": in the controller actor of this cluster; redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
     cluster: str = "baton"
     """Keyspace in Redis; two clusters on one Redis need two names."""
     lease_ttl_s: float = 4.0

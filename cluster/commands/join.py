@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
 from cluster.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_worker(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
     from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
@@ -63,7 +62,6 @@ def run_worker(args: argparse.Namespace) -> int:
 
 
 def run_router(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
     from cluster.preflight import check_model, check_port
 
@@ -82,7 +80,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.commands.watching import tell_changes
     from cluster.joining import join_ray
-    from cluster.launch import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
     from cluster.local import LOOPBACK
     from cluster.pools import Pools
     from cluster.preflight import check_store
@@ -98,8 +96,8 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     actor = None
     try:
         if config.store.url == "memory":
-            controller = await asyncio.to_thread(pools.create_controller, True)
-            await bounded(controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
+            store_host = await asyncio.to_thread(pools.create_store_host, True)
+            await bounded(store_host.pid.remote(), config.start_timeout_s, "the actor of the store did not start")
         actor = await asyncio.to_thread(create, pools)
         with progress.step(f"starting {name}"):
             await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)

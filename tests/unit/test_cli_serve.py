@@ -103,7 +103,7 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
             ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"], capture_output=True, timeout=BOUND_S
         )
         actors = json.loads(found.stdout)["data"]["result"]["result"]
-        names = {"controller", "prefill-0", "decode-0", "router-0"}
+        names = {"store", "prefill-0", "decode-0", "router-0"}
         assert {actor["name"] for actor in actors} == names
         assert {actor["repr_name"] for actor in actors} == names, "the dashboard shows which is which"
 

@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group_table
 
 from cluster import processes
 from cluster.config import ClusterConfig, load_config
-from cluster.launch import StartFailed, remove_actors, stop_actors, wait_ready
+from cluster.lifecycle import StartFailed, remove_actors, stop_actors, wait_ready
 from cluster.local import end_local, make_folder, start_ray
 from cluster.membership import WORKERS, Registration
 from cluster.placement import NoRoom
@@ -65,7 +65,7 @@ class Pool:
         flags = {"worker.model": str(MODEL), "ray.namespace": uuid.uuid4().hex, "store.lease_ttl_s": 3.0}
         self.config: ClusterConfig = load_config(None, {**flags, "router.port": 0})
         self.pools = Pools(self.config)
-        self.controller = self.pools.create_controller()
+        self.store_host = self.pools.create_store_host()
         self.store: Store = open_store(self.config.store, self.config.ray.namespace)
         self.actors: list[Any] = []
 
@@ -95,7 +95,7 @@ async def pool(ray_here: None) -> AsyncIterator[Pool]:
     pool = Pool()
     yield pool
     await stop_actors(pool.actors, 10.0)
-    remove_actors([*pool.actors, pool.controller])
+    remove_actors([*pool.actors, pool.store_host])
 
 
 def make_fake_worker(
@@ -190,10 +190,10 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Po
     await connected({"decode-0": 1})
 
 
-async def test_a_controller_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:
+async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:
     await pool.worker("mixed-0", Role.MIXED)
     before = await pool.store.list(WORKERS)
-    await kill(pool.controller)
+    await kill(pool.store_host)
     after = await pool.until(lambda workers: "mixed-0" in workers)
     async with asyncio.timeout(BOUND_S), aclosing(pool.store.watch(WORKERS)) as snapshots:
         async for snapshot in snapshots:
@@ -244,7 +244,7 @@ def make_hanging_worker(*args: Any) -> Any:
     return HangingWorker()
 
 
-async def test_the_controllers_store_keeps_the_stores_promises(pool: Pool) -> None:
+async def test_the_actors_store_keeps_the_stores_promises(pool: Pool) -> None:
     store = pool.store
     assert isinstance(store, ActorStore)
     async with asyncio.timeout(BOUND_S), aclosing(store.watch("a/")) as snapshots:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig, load_config
-from cluster.launch import preflight
+from cluster.lifecycle import preflight
 from cluster.observe import status_table
 from cluster.placement import bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.preflight import check_layout, weight_bytes

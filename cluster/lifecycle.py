@@ -40,7 +40,7 @@ class Cluster:
 
     config: ClusterConfig
     session: RaySession
-    controller: Any = None
+    store_host: Any = None
     """Held: Ray ends an actor that nobody holds."""
     urls: tuple[str, ...] = ()
     workers: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +121,7 @@ def rearm_signals() -> None:
 
 
 async def _populate(cluster: Cluster, progress: Progress) -> None:
-    """Controller first, as every other actor needs the store; then workers and routers at the same time."""
+    """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.pools import Pools
     from cluster.roles import forget_draining, forget_role
     from cluster.store.open import open_store
@@ -129,9 +129,11 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     config = cluster.config
     pools = cluster.pools = Pools(config)
     if config.store.url == "memory":
-        with progress.step("starting the controller"):
-            cluster.controller = await asyncio.to_thread(pools.create_controller)
-            await bounded(cluster.controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
+        with progress.step("starting the store"):
+            cluster.store_host = await asyncio.to_thread(pools.create_store_host)
+            await bounded(
+                cluster.store_host.pid.remote(), config.start_timeout_s, "the actor of the store did not start"
+            )
     store = open_store(config.store, config.ray.namespace)
     for name, _ in config.pools.workers:
         await forget_role(store, name)  # a new cluster starts in its configured roles, and takes work
