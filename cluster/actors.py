@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from cluster.config import StoreConfig
 from cluster.following import follow_members
 from cluster.membership import ROUTERS, Registration, Superseded
+from cluster.ray_defaults import own_address
 from cluster.registration import Registrar, count_start
 from cluster.roles import desired_draining, desired_role
 from cluster.store.open import open_store
@@ -23,6 +24,7 @@ from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
+from workers.host_limits import raise_file_limit
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
         self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -193,7 +196,7 @@ class WorkerActor(Actor):
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
-        from cluster.ranks import REJOIN_GRACE_S, end_rank, own_address
+        from cluster.ranks import REJOIN_GRACE_S, end_rank
 
         def on_listening(address: tuple[str, int]) -> None:
             self._loop.call_soon_threadsafe(self._group_address.set_result, address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable
@@ -23,9 +22,12 @@ from cluster.preflight import (
     check_port,
     check_processors,
     check_store,
+    file_limit_warning,
 )
 from cluster.progress import Progress
-from workers.errors import BatonError, InvalidConfig
+from cluster.store.host import STORE_HOST_NAME
+from workers.errors import BatonError
+from workers.host_limits import usable_cpus
 
 T = TypeVar("T")
 
@@ -72,11 +74,14 @@ async def preflight(config: ClusterConfig) -> None:
 
 @asynccontextmanager
 async def launched(config: ClusterConfig, progress: Progress, folder: str = "") -> AsyncIterator[Cluster]:
-    """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, StartFailed.
+    """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, ActorFailed,
+    StartFailed.
 
     A Ray that is started here keeps its files in `folder` (a new temporary one when empty).
     """
     await preflight(config)
+    if warning := file_limit_warning(config):
+        progress.say(warning)
     folder = "" if config.ray.address else folder or make_folder()
     cluster: Cluster | None = None
     try:
@@ -101,7 +106,7 @@ async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> Ra
                 f"Ray at {config.ray.address} did not answer",
             )
     num_actors = len(config.pools.workers) * config.worker.parallel.size + config.pools.routers + 1
-    num_cpus = max(os.cpu_count() or 1, round(num_actors * config.ray.actor_cpus + 1))
+    num_cpus = max(usable_cpus(), round(num_actors * config.ray.actor_cpus + 1))
     with progress.step("starting Ray"):
         return await bounded(
             asyncio.to_thread(start_ray, config.ray, num_cpus, folder),
@@ -123,6 +128,7 @@ def rearm_signals() -> None:
 async def _populate(cluster: Cluster, progress: Progress) -> None:
     """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.pools import Pools
+    from cluster.ray_failures import told
     from cluster.roles import forget_draining, forget_role
     from cluster.store.open import open_store
 
@@ -131,22 +137,23 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     if config.store.url == "memory":
         with progress.step("starting the store"):
             cluster.store_host = await asyncio.to_thread(pools.create_store_host)
-            await bounded(
-                cluster.store_host.pid.remote(), config.start_timeout_s, "the actor of the store did not start"
-            )
+            await wait_ready({STORE_HOST_NAME: cluster.store_host}, config.start_timeout_s)
     store = open_store(config.store, config.ray.namespace)
     for name, _ in config.pools.workers:
         await forget_role(store, name)  # a new cluster starts in its configured roles, and takes work
         await forget_draining(store, name)
     await store.close()
     for name, role in config.pools.workers:
-        cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
+        with told(name):
+            cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
     for at in range(config.pools.routers):
-        cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
+        with told(f"router-{at}"):
+            cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
         await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
-        cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
+        with told("a router"):
+            cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
     with progress.step("connecting routers to workers"):
         for url in cluster.urls:
             await bounded(
@@ -157,7 +164,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
 
 
 async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
-    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, StartFailed."""
+    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, ActorFailed, StartFailed."""
     waiting = {asyncio.ensure_future(_ready(name, actor)): name for name, actor in actors.items()}
     try:
         async with asyncio.timeout(timeout_s):
@@ -175,21 +182,10 @@ async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
 
 
 async def _ready(name: str, actor: Any) -> None:
-    from ray.exceptions import RayActorError, RayTaskError
+    from cluster.ray_failures import told  # needs Ray, whose import would hold up the preflight
 
-    try:
+    with told(name):
         await actor.ready.remote()
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, InvalidConfig):
-            raise InvalidConfig(f"{name} cannot start: {cause}") from error
-        raise StartFailed(
-            f"{name} cannot start: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
-        ) from error
-    except RayActorError as error:
-        raise StartFailed(
-            f"the process of {name} died while it started; was it out of memory? ({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def _reachable(url: str) -> str:

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.actors import RouterActor, WorkerActor, WorkerFactory
 from cluster.config import ClusterConfig
 from cluster.placement import NoRoom, bundle_order, rank_bundles, rank_name, what_is_missing
-from cluster.ranks import RankActor, own_address
+from cluster.ranks import RankActor
+from cluster.ray_defaults import own_address
 from cluster.store.host import STORE_HOST_NAME, StoreHost
 from workers.errors import InvalidConfig
 from workers.status import Role

@@ -84,6 +84,8 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     from cluster.local import LOOPBACK
     from cluster.pools import Pools
     from cluster.preflight import check_store
+    from cluster.ray_failures import told
+    from cluster.store.host import STORE_HOST_NAME
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):
@@ -97,11 +99,13 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     try:
         if config.store.url == "memory":
             store_host = await asyncio.to_thread(pools.create_store_host, True)
-            await bounded(store_host.pid.remote(), config.start_timeout_s, "the actor of the store did not start")
-        actor = await asyncio.to_thread(create, pools)
+            await wait_ready({STORE_HOST_NAME: store_host}, config.start_timeout_s)
+        with told(name):
+            actor = await asyncio.to_thread(create, pools)
         with progress.step(f"starting {name}"):
             await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
-        print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
+        with told(name):
+            print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
         with suppress(asyncio.CancelledError):
             await tell_changes(config, progress, only=name)
         return 0

@@ -24,8 +24,11 @@ class StoreHost:
     def __repr__(self) -> str:
         return STORE_HOST_NAME
 
+    async def ready(self) -> str:
+        """Answers once the actor runs."""
+        return STORE_HOST_NAME
+
     async def pid(self) -> int:
-        """The process id; answers once the actor runs."""
         return os.getpid()
 
     async def get(self, key: str) -> Entry | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +19,7 @@ from typing import Any
 import builders
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.util.placement_group import placement_group_table
 
 from cluster import processes
@@ -24,6 +29,8 @@ from cluster.local import end_local, make_folder, start_ray
 from cluster.membership import WORKERS, Registration
 from cluster.placement import NoRoom
 from cluster.pools import Pools
+from cluster.ray_defaults import PRIVATE_NAMES
+from cluster.ray_failures import ActorFailed, explain, told
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
@@ -38,19 +45,32 @@ MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One Ray for this file; afterwards no process and no file of it is left."""
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names that Baton and Python import; whoever imports one from here fails."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for name in ("router", "workers", "cluster", "models"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('imported from the current folder')\n")
+    for name in ("torch", "queue", "numpy", "socket"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported from the current folder')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here(hostile_folder: Path) -> Iterator[str]:
+    """One Ray for this file, started from a folder that shadows every import; afterwards no process and no file of it is left."""
     # Actors run without this folder on their path: what the tests hand them travels whole.
     for module in (builders, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)
     folder = make_folder()
     config = load_config(None, {"worker.model": "fake", "ray.dashboard": False})
     try:
-        session = start_ray(config.ray, 2, folder)
+        with contextlib.chdir(hostile_folder):
+            session = start_ray(config.ray, 2, folder)
         assert session.address.startswith("127.0.0.1:") and not session.is_exposed
         members = processes.family(folder)
         assert any("gcs_server" in process.command for process in members)
-        yield
+        yield session.address
         assert session.stop() == ()
         assert processes.alive(members) == ()
         assert not os.path.exists(folder)
@@ -91,7 +111,7 @@ def registrations(snapshot: Snapshot) -> dict[str, Registration]:
 
 
 @pytest.fixture
-async def pool(ray_here: None) -> AsyncIterator[Pool]:
+async def pool(ray_here: str) -> AsyncIterator[Pool]:
     pool = Pool()
     yield pool
     await stop_actors(pool.actors, 10.0)
@@ -140,6 +160,47 @@ async def kill(actor: Any) -> int:
     pid: int = await actor.pid.remote()
     os.kill(pid, signal.SIGKILL)
     return pid
+
+
+def look_around() -> dict[str, Any]:
+    """Run in an actor: what Ray has made of its process."""
+    return {"niceness": os.nice(0), "path": sys.path, "folder": os.getcwd()}
+
+
+def test_actors_run_at_the_priority_of_baton_itself_and_are_not_killed_for_a_strangers_memory(ray_here: str) -> None:
+    found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
+    assert found["niceness"] == os.nice(0)
+    raylets = [p for p in processes.snapshot().values() if p.parent == os.getpid() and "/raylet " in p.command]
+    assert raylets
+    for raylet in raylets:
+        assert b"RAY_memory_monitor_refresh_ms=0" in Path(f"/proc/{raylet.pid}/environ").read_bytes().split(b"\0")
+
+
+def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
+    ray_here: str, hostile_folder: Path
+) -> None:
+    def leaks(path: list[str], folder: str) -> list[str]:
+        return [entry for entry in path if not entry or Path(entry).resolve() in (hostile_folder, Path(folder))]
+
+    found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
+    assert leaks(found["path"], found["folder"]) == []
+    script = (
+        "import json, os, sys, ray; from cluster.joining import join_ray; join_ray(sys.argv[1], 'guest');"
+        "look = ray.remote(lambda: {'path': sys.path, 'folder': os.getcwd()});"
+        "print(json.dumps(ray.get(look.remote(), timeout=60)))"
+    )
+    command = [sys.executable, "-P", "-c", script, ray_here]
+    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[1])}
+    joined = subprocess.run(command, cwd=hostile_folder, env=here, capture_output=True, text=True, timeout=BOUND_S)
+    assert joined.returncode == 0, joined.stderr
+    found = json.loads(joined.stdout)
+    assert leaks(found["path"], found["folder"]) == []
+    assert [entry for entry in found["path"] if (Path(entry) / "cluster" / "actors.py").is_file()], "Baton is found"
+
+
+@pytest.mark.parametrize(("module", "name"), PRIVATE_NAMES)
+def test_what_baton_uses_of_rays_private_parts_is_there(module: str, name: str) -> None:
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its_switched_role(pool: Pool) -> None:
@@ -207,6 +268,36 @@ async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(
 async def test_a_worker_that_cannot_start_says_why_in_one_sentence(pool: Pool) -> None:
     with pytest.raises(InvalidConfig, match="prefill-0 cannot start: the checkpoint lacks weights"):
         await pool.worker("prefill-0", Role.PREFILL, make_broken_worker)
+
+
+async def test_what_ray_raises_about_an_actor_is_one_sentence_without_a_traceback(pool: Pool) -> None:
+    worker = await pool.worker("decode-0", Role.DECODE)
+    with pytest.raises(ActorFailed) as unavailable, told("decode-0"):
+        await asyncio.gather(worker.group_address.remote(), kill(worker))
+    with pytest.raises(ActorFailed, match="decode-0 failed: RuntimeError: the engine is gone"), told("decode-0"):
+        await ray.remote(BrokenWorker).remote().ready.remote()
+    remove_actors([worker])
+    with pytest.raises(ActorFailed) as died, told("decode-0"):
+        while True:
+            await worker.pid.remote()
+    for caught, text in (
+        (unavailable, "the process of decode-0 died or does not answer"),
+        (died, "the process of decode-0 died"),
+    ):
+        assert text in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        assert "root causes" not in str(caught.value)
+
+
+class BrokenWorker:
+    async def ready(self) -> None:
+        raise RuntimeError("the engine\nis gone")
+
+
+def test_a_death_for_want_of_memory_says_so() -> None:
+    assert "want of memory" in explain("decode-0", ActorDiedError(), 1)
+    assert "want of memory" not in explain("decode-0", ActorDiedError(), 0)
+    by_ray = explain("decode-0", OutOfMemoryError("Task was killed due to the node running low on memory."), 0)
+    assert "RAY_memory_monitor_refresh_ms=0" in by_ray
 
 
 async def test_a_name_that_is_taken_is_refused(pool: Pool) -> None:
