@@ -17,7 +17,7 @@ from cluster.config import StoreConfig
 from cluster.following import follow_members
 from cluster.membership import ROUTERS, Registration, Superseded
 from cluster.ray_defaults import own_address
-from cluster.registration import Registrar, count_start
+from cluster.registration import Registrar, number_start
 from cluster.roles import desired_draining, desired_role
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
@@ -53,7 +53,7 @@ class WorkerLike(Protocol):
 
 
 WorkerFactory = Callable[..., WorkerLike]
-"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `plan`."""
+"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`."""
 
 
 class Actor(ABC):
@@ -176,10 +176,10 @@ class WorkerActor(Actor):
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
-        start_count = await _insist(lambda: count_start(store, self._name))
+        start = await _insist(lambda: number_start(store, self._name, time.time()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
         plan = {"plan": self._plan_group()} if self._secret else {}
-        worker = make(self._config, self._name, start_count, role, self._on_role_change, **plan)
+        worker = make(self._config, self._name, start, role, self._on_role_change, **plan)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
@@ -187,7 +187,7 @@ class WorkerActor(Actor):
             worker.set_draining(True)
         worker.watch_draining(self._on_drain_change)
         registrar = Registrar(
-            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s, is_draining
+            store, Registration(address, role), self._role, start, self._store_config.lease_ttl_s, is_draining
         )
         self._registrar = registrar
         await _insist(registrar.register)

@@ -43,10 +43,6 @@ class ActorStore:
         check_entry(key)
         return bool(await self._call("delete", key, version))
 
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        return int(await self._call("increment", key))
-
     async def list(self, prefix: str) -> Snapshot:
         snapshot: Snapshot = await self._call("list", prefix)
         return snapshot

@@ -46,9 +46,6 @@ class StoreHost:
     async def delete(self, key: str, version: int | None = None) -> bool:
         return await self._store.delete(key, version)
 
-    async def increment(self, key: str) -> int:
-        return await self._store.increment(key)
-
     async def list(self, prefix: str) -> Snapshot:
         return await self._store.list(prefix)
 

@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from workers.config import WorkerConfig
 from workers.engine_thread import DumpKv
 from workers.errors import InvalidConfig
 from workers.status import Role
-from workers.worker import Worker
+from workers.worker import STARTS_SHIFT, Worker
 
 BOUND_S = 60.0
 MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
@@ -132,11 +133,13 @@ class SwitchableWorker(Worker):
 
 
 class MortalWorker(SwitchableWorker):
-    """On its first start the engine thread breaks, as by a bug."""
+    """Leaves a file for each start in its cache_folder. After the first one the engine thread breaks, as by a bug."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._is_first = args[2] == 1
+        folder = Path(self._config.cache_folder)
+        self._is_first = not list(folder.glob("start-*"))
+        (folder / f"start-{args[2]}").touch()
 
     async def start(self) -> Any:
         address = await super().start()
@@ -218,13 +221,15 @@ async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its
         lambda workers: "decode-0" in workers and workers["decode-0"].address.generation > switched.address.generation
     )
     assert back["decode-0"].role is Role.MIXED
-    assert back["decode-0"].address.generation >> 16 == (old.address.generation >> 16) + 1
+    assert back["decode-0"].address.generation >> STARTS_SHIFT > old.address.generation >> STARTS_SHIFT
     assert (await pool.pools.find("decode-0").status.remote()).role is Role.MIXED
 
 
-async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool) -> None:
-    pool.actors.append(pool.pools.create_worker("mixed-0", Role.MIXED, make_mortal_worker))
-    back = await pool.until(lambda workers: "mixed-0" in workers and workers["mixed-0"].address.generation >= 2 << 16)
+async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool, tmp_path: Path) -> None:
+    pools = Pools(replace(pool.config, worker=replace(pool.config.worker, cache_folder=str(tmp_path))))
+    actor = pools.create_worker("mixed-0", Role.MIXED, make_mortal_worker)
+    pool.actors.append(actor)
+    back = await pool.until(lambda workers: "mixed-0" in workers and len(list(tmp_path.glob("start-*"))) == 2)
     assert back["mixed-0"].role is Role.MIXED
 
 
@@ -235,20 +240,22 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Po
     await pool.worker("decode-0", Role.DECODE)
     await wait_ready({"router-0": router}, BOUND_S)
 
-    async def connected(expected: dict[str, int]) -> None:
-        """Waits for the router to hold streams to exactly these starts of these workers."""
+    async def connected(names: set[str], but: dict[str, int] | None = None) -> dict[str, int]:
+        """Waits for the router to hold streams to exactly these workers, in other generations than `but`; returns those."""
         async with asyncio.timeout(BOUND_S):
             while True:
                 views = (await router.status.remote()).workers
-                if {v.status.worker_id: v.status.generation >> 16 for v in views if v.connected} == expected:
-                    return
+                found = {v.status.worker_id: v.status.generation for v in views if v.connected}
+                if found.keys() == names and not found.items() & (but or {}).items():
+                    return found
                 await asyncio.sleep(0.05)  # the router tells nobody of a change: it is asked
 
-    await connected({"prefill-0": 1, "decode-0": 1})
+    first = await connected({"prefill-0", "decode-0"})
     await kill(prefill)
-    await connected({"prefill-0": 2, "decode-0": 1})
+    second = await connected({"prefill-0", "decode-0"}, but={"prefill-0": first["prefill-0"]})
+    assert second["prefill-0"] > first["prefill-0"] and second["decode-0"] == first["decode-0"]
     await prefill.stop.remote()
-    await connected({"decode-0": 1})
+    await connected({"decode-0"})
 
 
 async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:
@@ -262,7 +269,29 @@ async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(
                 break
     assert registrations(snapshot) == registrations(before)
     assert after == registrations(before)
-    assert await pool.store.increment("starts/mixed-0") == 2, "the start count went on from what the worker knows"
+    known = await pool.store.get("starts/mixed-0")
+    generation = registrations(before)["mixed-0"].address.generation
+    assert known is not None and int(known.value) == generation >> STARTS_SHIFT, "the store learned it from the worker"
+
+
+async def test_a_worker_that_dies_together_with_the_store_comes_back_in_a_higher_generation(pool: Pool) -> None:
+    worker = await pool.worker("mixed-0", Role.MIXED)
+    before = registrations(await pool.store.list(WORKERS))["mixed-0"].address
+    await asyncio.gather(kill(pool.store_host), kill(worker))
+    await wait_until_back(worker)
+    after = (await pool.until(lambda workers: "mixed-0" in workers))["mixed-0"].address
+    assert after.generation > before.generation
+
+
+async def wait_until_back(actor: Any) -> None:
+    """Until Ray has started the actor's process again, and what is in it."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            try:
+                await actor.ready.remote()
+                return
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.05)
 
 
 async def test_a_worker_that_cannot_start_says_why_in_one_sentence(pool: Pool) -> None:
@@ -346,7 +375,6 @@ async def test_the_actors_store_keeps_the_stores_promises(pool: Pool) -> None:
         assert (await anext(snapshots)).entries == (), "the lease ended"
     assert await store.compare_and_set("b", 0, "1") is not None
     assert await store.compare_and_set("b", 0, "2") is None
-    assert await store.increment("count") == 1
     entry = await store.get("b")
     assert entry is not None and entry.value == "1"
     assert await store.delete("b") and await store.get("b") is None
