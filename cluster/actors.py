@@ -238,6 +238,7 @@ class RouterActor(Actor):
         self._config, self._store_config, self._namespace = config, store, namespace
         self._router: Any = None
         self._store: Store | None = None
+        self._announcing: asyncio.Task[None] | None = None
         super().__init__(router_id)
 
     async def status(self) -> Any:
@@ -246,9 +247,17 @@ class RouterActor(Actor):
         return await asyncio.to_thread(self._router.status)
 
     async def stop(self) -> None:
-        """Takes no more requests and ends the router; the process stays for Ray to end."""
-        router, store = self._router, self._store
-        await self._end(*([router.stop()] if router else []), *([store.delete(ROUTERS + self._name)] if store else []))
+        """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
+        self._stopping = True
+        if self._announcing is not None and self._store is not None:
+            self._announcing.cancel()
+            with suppress(StoreUnavailable):
+                await self._store.delete(ROUTERS + self._name)
+        # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
+        if self._router is not None:
+            with suppress(Exception):
+                await self._router.stop()
+        self._life.cancel()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
@@ -258,7 +267,7 @@ class RouterActor(Actor):
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._announce(self._store, url))
+            self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
 
     async def _announce(self, store: Store, url: str) -> None:

@@ -131,7 +131,7 @@ class ClusterConfig:
     start_timeout_s: float = 180.0
     """Each step of the start must be done within this time."""
     stop_timeout_s: float = 10.0
-    """Time for routers and workers to stop by themselves before their processes are ended."""
+    """Time for routers (beyond router.shutdown_timeout_s) and workers to stop by themselves before their processes are ended."""
 
     def __post_init__(self) -> None:
         if self.start_timeout_s <= 0 or self.stop_timeout_s < 0:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
+from cluster.folders import end_local, make_folder, remove_stale
 from cluster.joining import join_ray
-from cluster.local import RaySession, end_local, make_folder, start_ray
+from cluster.local import RaySession, start_ray
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -82,6 +83,8 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     await preflight(config)
     if warning := file_limit_warning(config):
         progress.say(warning)
+    for stale in await asyncio.to_thread(remove_stale):
+        progress.say(f"removed {stale}, which a cluster that was killed had left")
     folder = "" if config.ray.address else folder or make_folder()
     cluster: Cluster | None = None
     try:
@@ -118,7 +121,7 @@ async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> Ra
 def rearm_signals() -> None:
     """Puts Python's signal handlers back: Ray's C++ part has laid its own over them, which print a stack and abort."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_DFL, signal.SIG_IGN):
                 signal.signal(number, handler)
@@ -208,10 +211,11 @@ async def _until_ready(url: str) -> None:
 async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -> None:
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
-        timeout_s = cluster.config.stop_timeout_s
-        with progress.step("stopping routers and workers"):
-            for actors in (cluster.routers, cluster.workers):
-                await stop_actors(list(actors.values()), timeout_s)
+        config = cluster.config
+        with progress.step("finishing what runs, and stopping routers"):
+            await stop_actors([*cluster.routers.values()], config.router.shutdown_timeout_s + config.stop_timeout_s)
+        with progress.step("stopping workers"):
+            await stop_actors([*cluster.workers.values()], config.stop_timeout_s)
         if cluster.config.ray.address:
             await asyncio.to_thread(remove_actors, [*cluster.routers.values()])
             for name in cluster.workers:

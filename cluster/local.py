@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 
 from cluster import processes
 from cluster.config import RayConfig
+from cluster.folders import end_local
 from cluster.ray_defaults import job_config, loopback_only, quiet, set_environment
 from workers.errors import BatonError
 
@@ -85,24 +84,6 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
     return RaySession(
         context.address_info["address"], f"http://{url}" if url else "", context.address_info["node_ip_address"], folder
     )
-
-
-def make_folder() -> str:
-    """A new temporary folder for Ray's files. Its name is short: the path of a socket in it has at most 107 characters."""
-    usual = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="baton-", dir=usual if len(usual) <= 30 else "/tmp")
-
-
-def end_local(
-    folder: str, patience_s: float, members: tuple[processes.Process, ...] = ()
-) -> tuple[processes.Process, ...]:
-    """Ends every process of the Ray whose files are in `folder`, then removes the folder; returns what would not end."""
-    known = {(process.pid, process.started): process for process in (*members, *processes.family(folder))}
-    left = processes.end(tuple(known.values()), patience_s)
-    # A process that was just being started when the others were listed.
-    left += processes.end(processes.family(folder), patience_s)
-    shutil.rmtree(folder, ignore_errors=True)
-    return left
 
 
 def free_port(host: str, first: int) -> int:

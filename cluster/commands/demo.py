@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
     from cluster.demo import read_questions
-    from cluster.local import make_folder
+    from cluster.folders import make_folder
     from cluster.preflight import check_model
 
     config = config_from(args, router__port=0, ray__dashboard=False)

@@ -113,7 +113,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
         if actor is not None:
             await leave(actor, name, config.worker.drain_timeout_s, progress)
             with progress.step(f"removing {name}"):
-                await stop_actors([actor], config.stop_timeout_s)
+                await stop_actors([actor], config.router.shutdown_timeout_s + config.stop_timeout_s)
                 await asyncio.to_thread(remove_actors, [actor])
                 await asyncio.to_thread(pools.remove_worker, name)
         await asyncio.to_thread(session.stop)

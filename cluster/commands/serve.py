@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
-    from cluster.local import make_folder
+    from cluster.folders import make_folder
 
     config = config_from(args)
     progress = Progress()

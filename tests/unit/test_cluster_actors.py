@@ -25,8 +25,9 @@ from ray.util.placement_group import placement_group_table
 
 from cluster import processes
 from cluster.config import ClusterConfig, load_config
+from cluster.folders import end_local, make_folder
 from cluster.lifecycle import StartFailed, remove_actors, stop_actors, wait_ready
-from cluster.local import end_local, make_folder, start_ray
+from cluster.local import start_ray
 from cluster.membership import WORKERS, Registration
 from cluster.placement import NoRoom
 from cluster.pools import Pools

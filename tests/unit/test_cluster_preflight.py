@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from cluster import processes
 from cluster.config import load_config
 from cluster.demo import is_right, read_questions
+from cluster.folders import end_local, make_folder, remove_stale
 from cluster.local import free_port
 from cluster.observe import duration, size, status_table
 from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
@@ -133,6 +135,33 @@ def test_a_reused_process_id_is_somebody_else() -> None:
     assert me is not None
     stranger = processes.Process(me.pid, me.parent, me.started - 1, me.command)
     assert processes.alive((me, stranger)) == (me,)
+
+
+def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # as sockets' paths must be
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        mine = make_folder()
+        (Path(short) / "baton-of-somebody-else").mkdir()
+        code = (
+            "import subprocess, sys, time; from cluster.folders import make_folder; folder = make_folder();"
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', folder]); print(folder, flush=True); time.sleep(60)"
+        )
+        environment = {**os.environ, "TMPDIR": short}
+        owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        assert owner.stdout is not None
+        left = owner.stdout.readline().strip()
+        assert remove_stale() == () and Path(left).is_dir()
+        owner.kill()
+        owner.wait()
+        orphans = processes.family(left)
+        assert len(orphans) == 1
+        assert remove_stale() == (left,)
+        assert not Path(left).exists() and processes.alive(orphans) == () and Path(mine).is_dir()
+        end_local(mine, 0.0)
+        assert [path.name for path in Path(short).iterdir()] == ["baton-of-somebody-else"]
+        owner.stdout.close()
 
 
 def test_the_status_table_shows_each_worker_in_a_line() -> None:
