@@ -12,6 +12,7 @@ from cluster.local import port_is_free
 from cluster.store.store import StoreUnavailable
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.host_limits import available_bytes, raise_file_limit
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import check
 from workers.processors import Processors
@@ -20,6 +21,8 @@ PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
 RAY_BYTES = 700 * 2**20
 """Ray with its dashboard on one host."""
+_OTHER_FILES = 256
+"""Of a process beside its clients' connections: libraries, streams to workers, Ray's sockets."""
 _TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -87,11 +90,9 @@ def check_port(host: str, port: int, setting: str) -> None:
         raise InvalidConfig(f"port {port} on {host} is in use; stop what listens there or choose another ({setting})")
 
 
-def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> None:
+def check_memory(config: ClusterConfig, free_bytes: int | None = None) -> None:
     """Raises InvalidConfig when the workers of this host would not fit into its memory."""
-    available = available_memory() if available_bytes is None else available_bytes
-    if available is None:
-        return
+    available = available_bytes() if free_bytes is None else free_bytes
     count = len(config.pools.workers)
     worker = config.worker
     each = worker.parallel.size * (PROCESS_BYTES + worker.kv_memory_bytes)
@@ -103,6 +104,18 @@ def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> N
             "start fewer (--prefill, --decode, --mixed), use --dtype bfloat16, or a smaller worker.kv_memory_bytes"
             + (" or worker.kv_host_bytes" if worker.kv_host_bytes > 0 else "")
         )
+
+
+def file_limit_warning(config: ClusterConfig) -> str:
+    """A warning where a router may not open a file for each of its connections, else empty. Raises this process's own limit."""
+    needed = config.router.max_running + config.router.max_queue + _OTHER_FILES
+    limit = raise_file_limit()
+    if limit >= needed:
+        return ""
+    return (
+        f"a process may open {limit} files here, and a router with router.max_running + router.max_queue connections needs "
+        f"{needed}: further clients will not get a connection; raise it with `ulimit -n {needed}`, or lower router.max_queue"
+    )
 
 
 def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
@@ -153,26 +166,6 @@ def weight_bytes(config: WorkerConfig) -> int:
             experts += elements if ".experts." in name else 0
     # experts are there once, the rest once for every run of ranks that shares it
     return (experts + (total - experts) * (parallel.size // parallel.tensor_parallel)) * size
-
-
-def available_memory() -> int | None:
-    """Bytes that could be used now, by the kernel's account and the container's limit; None when unknown."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return min(found, default=None)
 
 
 def _elements(file: Path) -> dict[str, int]:

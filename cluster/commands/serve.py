@@ -9,12 +9,12 @@ import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
 from cluster.progress import Progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
-    from cluster.launch import Cluster
+    from cluster.lifecycle import Cluster
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,9 +36,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
-    from cluster.local import make_folder
+    from cluster.folders import make_folder
 
     config = config_from(args)
     progress = Progress()
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
     from cluster.commands.watching import tell_changes
-    from cluster.launch import launched
+    from cluster.lifecycle import launched
 
     async with launched(config, progress, folder) as cluster:
         print(banner(cluster), flush=True)

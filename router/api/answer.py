@@ -158,6 +158,7 @@ class Answer(Response):
                 is_open = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
             await send({"type": "http.response.body", "body": body, "more_body": more})
+            generation.wrote()
 
         writer = ChunkWriter(self._job, self._shape, progress)
         try:
@@ -165,7 +166,9 @@ class Answer(Response):
                 batch = await generation.next_batch()
                 now_s = time.monotonic()
                 chunks = [writer.chunk(*progress.accept(index, output, now_s)) for index, output in batch]
-                body = "".join(chunks).encode() if batch else sse.HEARTBEAT
+                body = "".join(chunks).encode()
+                if not body and generation.is_heartbeat_due:
+                    body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
                     await transmit(body)
             await transmit(body + writer.last_chunk().encode() + sse.DONE, more=False)

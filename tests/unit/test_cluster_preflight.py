@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import pytest
 from cluster import processes
 from cluster.config import load_config
 from cluster.demo import is_right, read_questions
+from cluster.folders import end_local, make_folder, remove_stale
 from cluster.local import free_port
 from cluster.observe import duration, size, status_table
-from cluster.preflight import available_memory, check_disk_tier, check_memory, check_model, check_port, weight_bytes
+from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 
@@ -55,12 +57,11 @@ def test_memory_is_counted_per_worker_in_the_configured_type(tmp_path: Path) -> 
     model = write_model(tmp_path / "m", elements=10**9)
     config = load_config(None, {"worker.model": str(model), "pools.decode": 3})
     assert weight_bytes(config.worker) == 4 * 10**9
-    check_memory(config, available_bytes=32 * 2**30)
+    check_memory(config, free_bytes=32 * 2**30)
     with pytest.raises(InvalidConfig, match=r"4 workers need about 17\.\d GiB of memory and 8\.0 GiB is free"):
-        check_memory(config, available_bytes=8 * 2**30)
+        check_memory(config, free_bytes=8 * 2**30)
     half = load_config(None, {"worker.model": str(model), "pools.decode": 3, "worker.dtype": "bfloat16"})
     assert weight_bytes(half.worker) == 2 * 10**9
-    assert available_memory() is None or available_memory() > 0  # type: ignore[operator]
 
 
 def test_a_disk_tier_needs_a_folder_that_can_be_written_and_room(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_the_host_tier_counts_as_memory(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     config = load_config(None, {"worker.model": str(model), "worker.kv_host_bytes": 4 * 2**30})
     with pytest.raises(InvalidConfig, match=r"or worker\.kv_host_bytes"):
-        check_memory(config, available_bytes=6 * 2**30)
+        check_memory(config, free_bytes=6 * 2**30)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
@@ -136,6 +137,33 @@ def test_a_reused_process_id_is_somebody_else() -> None:
     assert processes.alive((me, stranger)) == (me,)
 
 
+def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # as sockets' paths must be
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        mine = make_folder()
+        (Path(short) / "baton-of-somebody-else").mkdir()
+        code = (
+            "import subprocess, sys, time; from cluster.folders import make_folder; folder = make_folder();"
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', folder]); print(folder, flush=True); time.sleep(60)"
+        )
+        environment = {**os.environ, "TMPDIR": short}
+        owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        assert owner.stdout is not None
+        left = owner.stdout.readline().strip()
+        assert remove_stale() == () and Path(left).is_dir()
+        owner.kill()
+        owner.wait()
+        orphans = processes.family(left)
+        assert len(orphans) == 1
+        assert remove_stale() == (left,)
+        assert not Path(left).exists() and processes.alive(orphans) == () and Path(mine).is_dir()
+        end_local(mine, 0.0)
+        assert [path.name for path in Path(short).iterdir()] == ["baton-of-somebody-else"]
+        owner.stdout.close()
+
+
 def test_the_status_table_shows_each_worker_in_a_line() -> None:
     load = {"num_running": 3, "num_waiting": 1, "num_free_blocks": 60, "num_blocks": 64}
     status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 16) + 1, "load": load}
@@ -143,7 +171,18 @@ def test_the_status_table_shows_each_worker_in_a_line() -> None:
     text = status_table({"router_id": "router-0", "num_running": 4, "num_waiting": 0, "workers": [view]})
     head, _, headings, row = text.split("\n")
     assert head == "router-0: 4 running, 0 waiting"
-    assert row.split() == ["decode-0", "decode", "2.1", "connected", "4", "3", "1", "4/64", "12.3", "ms"]
+    assert row.split() == [
+        "decode-0",
+        "decode",
+        "1970-01-01T00:00:02Z/1",
+        "connected",
+        "4",
+        "3",
+        "1",
+        "4/64",
+        "12.3",
+        "ms",
+    ]
     assert len(headings) == len(row)
     assert "no workers" in status_table({"router_id": "r", "num_running": 0, "num_waiting": 0, "workers": []})
 
