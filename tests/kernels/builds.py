@@ -77,7 +77,7 @@ def native() -> list[Build]:
 
 def sanitized() -> Build:
     """The plainest set of this processor, with AddressSanitizer and UBSan."""
-    plain = native()[-1]
+    plain = min(native(), key=lambda build: len(build.flags))
     return Build(f"{plain.name}-sanitized", (*plain.flags, *_SANITIZE))
 
 

@@ -49,6 +49,13 @@ def test_a_processor_gets_every_set_whose_instructions_it_has_best_first(flags: 
     assert names(supported(cpuinfo(flags, flags), "x86_64")) == expected
 
 
+def test_a_set_that_is_slow_on_a_vendors_processors_comes_last_there() -> None:
+    intel = cpuinfo(SAPPHIRE_RAPIDS).replace("processor", "vendor_id\t: GenuineIntel\nprocessor")
+    assert names(supported(intel, "x86_64")) == ["amx", "avx512", "avx2", "avx512bf16"]
+    amd = cpuinfo(ZEN4).replace("processor", "vendor_id\t: AuthenticAMD\nprocessor")
+    assert names(supported(amd, "x86_64")) == ["avx512bf16", "avx512", "avx2"]
+
+
 def test_an_arm_processor_gets_neon_and_no_set_of_another_kind_of_machine() -> None:
     arm = cpuinfo("fp asimd evtstrm atomics", key="Features\t")
     assert names(supported(arm, "aarch64")) == ["neon"]
