@@ -7,6 +7,7 @@ import asyncio
 from workers.client import WorkerFrame
 from workers.request import Output
 from workers.status import KvEvent, Load, WorkerStatus
+from workers.wire_request import frame_share
 
 MAX_PENDING_KV_EVENTS = 256
 
@@ -64,7 +65,7 @@ class RouterSession:
         return self._is_closed and not self._outputs
 
     async def next_frame(self, generation: int) -> WorkerFrame:
-        """Waits until there is something to say, then takes all of it.
+        """Waits until there is something to say, then takes as much of it as goes into one frame.
 
         A status that came meanwhile counts more than the generation in which the wait began: whoever hears of a switch
         must not ask for what it ended.
@@ -73,6 +74,10 @@ class RouterSession:
         self._wake.clear()
         if self._status is not None:
             generation = self._status.generation
-        frame = WorkerFrame(generation, tuple(self._outputs), self._load, tuple(self._kv_events), self._status)
-        self._outputs, self._kv_events, self._load, self._status = [], [], None, None
+        count = frame_share(self._outputs)
+        outputs, self._outputs = tuple(self._outputs[:count]), self._outputs[count:]
+        frame = WorkerFrame(generation, outputs, self._load, tuple(self._kv_events), self._status)
+        self._kv_events, self._load, self._status = [], None, None
+        if self._outputs:
+            self._wake.set()
         return frame
