@@ -84,6 +84,7 @@ class LLM:
         requests: list[tuple[Request, Generation, Completion]] = []
         for generation, own in zip(generations, each, strict=True):
             concrete = own.with_seed(random.getrandbits(63))
+            generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
             for choice in generation.outputs:
                 request = Request(str(self._next_id), tuple(generation.prompt_token_ids), concrete, choice.index)
                 self._engine.check(request)
@@ -144,8 +145,9 @@ class LLM:
         choice.text += output.text
         choice.token_ids += output.token_ids
         choice.logprobs += output.logprobs
-        if output.prompt_logprobs is not None:
-            generation.prompt_logprobs = list(output.prompt_logprobs)
+        for part in output.prompt_logprobs:
+            assert generation.prompt_logprobs is not None
+            generation.prompt_logprobs[part.first :] = list(part)
         if output.finish_reason is None:
             return False
         if output.refusal is not None:
