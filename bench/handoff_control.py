@@ -98,7 +98,7 @@ def transfers_of(name: str, generation: int, target: str, memory: KvMemory) -> T
     config = WorkerConfig(model="fake", host=HOST)
     made = make_transports(["shm"], memory, worker_id=name, host=socket.gethostname(), listen_host=HOST, timeout_s=30.0)
     identity = Identity(name, Role.MIXED, generation, target)
-    return Transfers(config, identity, memory, "bench", made, lambda command: None, lambda: 1)
+    return Transfers(config, identity, memory, "bench", made, lambda command: None, lambda: 1, time.monotonic)
 
 
 async def serve(tokens: int) -> None:

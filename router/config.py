@@ -44,8 +44,9 @@ class RouterConfig:
     """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
     settle_s: float = 0.5
     """A request counts as extra load on its workers until a load report this much later than its submission."""
-    max_prefix_index_blocks: int = 1_000_000
-    """(block, worker) pairs of the prefix index; about 100 bytes each."""
+    max_prefix_index_blocks: int = 500_000
+    """Blocks of prompts in the prefix index, whoever holds them. Each takes at most 180 bytes and 28 bytes for the set of its holders, with
+    4 more for each 30 workers: 110 MiB with 64 workers, 170 MiB with 1,000."""
     max_prefill_candidates: int = 3
     """Prefill workers that a decode worker may try for one request."""
     sequence_cost_tokens: int = 128

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 from typing import assert_never
 
 from router.backend import RouterStatus, WorkerView
@@ -66,7 +65,7 @@ class RouterDriver:
     ) -> None:
         self._config = config
         self._router_id = router_id
-        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s)
+        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s, clock)
         self._clock = clock
         self._core = RouterCore(config, make_policy(config))
         self._streams: dict[str, RequestStream] = {}
@@ -129,13 +128,13 @@ class RouterDriver:
         core = self._core
         workers = tuple(
             WorkerView(
-                status=replace(entry.status, load=entry.load),
+                status=status,
                 connected=entry.is_up,
                 frame_age_s=max(0.0, now - entry.last_frame_s),
-                num_requests=len(core.flights.running_on(entry.worker_id)),
+                num_requests=len(entry.attempts),
             )
             for entry in core.fleet
-            if entry.status is not None
+            if (status := entry.status_now()) is not None
         )
         counters = dict(core.counters)
         counters["prefix_index_blocks"] = len(core.index)

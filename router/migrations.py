@@ -55,9 +55,9 @@ class Migrations:
     def __len__(self) -> int:
         return len(self._incoming)
 
-    def leaving(self, worker_id: str) -> int:
-        """How many sequences are being moved away from a worker."""
-        return sum(1 for flight in self._incoming.values() if flight.worker_id == worker_id)
+    def sources(self) -> list[str]:
+        """The workers that sequences are being moved away from, once for each of these."""
+        return [flight.worker_id for flight in self._incoming.values()]
 
     def begin(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> None:
         """Asks `target` to take the running attempt over from `source`."""
@@ -109,7 +109,7 @@ class Migrations:
         del self._incoming[incoming.wire_id]
         flight.incoming = None
         flight.moves_at_s = now + self._config.migration_retry_s
-        self._dispatcher.release_from(incoming.worker_id, incoming.wire_id)
+        self._dispatcher.end(incoming.worker_id, incoming.wire_id)
         if not is_known:
             self._cancel(incoming.worker_id, incoming.wire_id)
 

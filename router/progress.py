@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from router.policies.policy import Route
 from router.retry import RetryHistory
 from workers.request import FinishReason, Output, Request
 
@@ -61,12 +60,12 @@ class Flight:
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
 
-    def begin_attempt(self, route: Route) -> None:
-        """Names the next attempt on the wire and remembers where it runs."""
+    def begin_attempt(self, worker_id: str, prefill_worker_id: str) -> None:
+        """Names the next attempt on the wire and remembers where it runs, and who is to compute the prompt."""
         self.num_attempts += 1
         self.wire_id = f"{self.request.request_id}#{self.num_attempts}"
-        self.worker_id = route.decode
-        self.prefill_worker_id = route.prefill[0] if route.prefill else route.decode
+        self.worker_id = worker_id
+        self.prefill_worker_id = prefill_worker_id
 
     def begin_migration(self, worker_id: str, now: float) -> Incoming:
         """Names a second attempt, which takes the running one over."""

@@ -122,7 +122,9 @@ class ReleasePrefix:
 
 @dataclass(frozen=True, slots=True)
 class DumpKv:
-    pass
+    """All prefix-cache hashes for one asker, whom `StepResult.dump_askers` names."""
+
+    asker: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +295,8 @@ class EngineThread:
                 engine.outgoing.hold_prefix(command.export_id, command.keys)
             case ReleasePrefix():
                 engine.outgoing.release_prefix(command.export_id)
-            case DumpKv():
-                engine.dump_cache()
+            case DumpKv(asker):
+                engine.dump_cache(asker)
             case ForgetCache():
                 engine.forget_cache()
             case Wake() | _Stop():

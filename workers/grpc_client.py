@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -24,19 +24,34 @@ UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
 
 
+class Heard:
+    """Whether a worker still hears. One that goes on speaking and has not heard the last message was never sent it; with
+    messages after it the worker sees the gap itself."""
+
+    def __init__(self) -> None:
+        self.expected = 0
+        """Number of a message that had been sent at `_since_s` and that the worker had not heard of then."""
+        self._since_s = 0.0
+
+    def check(self, heard: int, sent: int, now: float) -> bool:
+        """A frame says that message `heard` was the last one heard, and `sent` was sent last. False: `expected` is lost."""
+        if not heard or heard >= self.expected:
+            self.expected, self._since_s = sent, now
+        return now - self._since_s <= UNHEARD_S
+
+
 class GrpcWorkerLink:
     """A WorkerLink on a channel of its own."""
 
-    def __init__(self, target: str, router_id: str, max_pending_messages: int) -> None:
+    def __init__(self, target: str, router_id: str, max_pending_messages: int, clock: Callable[[], float]) -> None:
         """Must be made inside a running event loop."""
         self._target = target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
         self._sealer = Sealer()
-        self._expected = 0
-        """Number of a message that had been sent at `_since_s` and that the worker had not heard of yet."""
-        self._since_s = time.monotonic()
+        self._clock = clock
+        self._heard = Heard()
         self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
@@ -44,7 +59,8 @@ class GrpcWorkerLink:
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
             async for message in verified(self._call):
-                self._check_heard(message.heard)
+                if not self._heard.check(message.heard, self._sealer.number, self._clock()):
+                    raise WorkerLost(f"{self._target} has not heard message {self._heard.expected}")
                 yield wire.frame_from_pb(message)
         except StreamDamaged as error:
             raise WorkerLost(f"{self._target}: {error}") from error
@@ -83,27 +99,22 @@ class GrpcWorkerLink:
                 message = wire.router_message_to_pb(await self._outgoing.get())
                 await self._call.write(self._sealer.seal(message))
 
-    def _check_heard(self, heard: int) -> None:
-        """A worker that goes on speaking and has not heard the last message was never sent it. Raises WorkerLost.
-
-        With messages after it the worker sees the gap itself.
-        """
-        now = time.monotonic()
-        if not heard or heard >= self._expected:
-            self._expected, self._since_s = self._sealer.number, now
-        elif now - self._since_s > UNHEARD_S:
-            raise WorkerLost(f"{self._target} has not heard message {self._expected}")
-
 
 class GrpcWorkerClient:
     """A WorkerClient. `timeout_s` bounds the unary calls."""
 
-    def __init__(self, max_pending_messages: int = 4096, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        max_pending_messages: int = 4096,
+        timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._max_pending_messages = max_pending_messages
         self._timeout_s = timeout_s
 
     def attach(self, target: str, router_id: str) -> GrpcWorkerLink:
-        return GrpcWorkerLink(target, router_id, self._max_pending_messages)
+        return GrpcWorkerLink(target, router_id, self._max_pending_messages, self._clock)
 
     async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
         request = pb.SetRoleRequest(role=role.value, generation=generation)

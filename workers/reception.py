@@ -30,9 +30,10 @@ class Owner:
 class Reception:
     """The requests of one worker by the engine's sequence ids. `post` hands a command to the engine thread."""
 
-    def __init__(self, identity: Identity, post: Callable[[Command], None]) -> None:
+    def __init__(self, identity: Identity, post: Callable[[Command], None], clock: Callable[[], float]) -> None:
         self._identity = identity
         self._post = post
+        self._clock = clock
         self._ids = itertools.count(1)
         self._owners: dict[int, Owner] = {}
         self._traces = RequestTraces()
@@ -50,7 +51,7 @@ class Reception:
         return self._owners.get(sequence_id)
 
     def deadline_s(self, sequence_id: int) -> float:
-        """When its first token is due, by time.monotonic; infinity when nobody said."""
+        """When its first token is due, by the clock; infinity when nobody said."""
         return self._traces.deadline_s(sequence_id)
 
     def find(self, request_id: str) -> int | None:
@@ -69,7 +70,7 @@ class Reception:
         sequence_id = self.new_sequence_id()
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != self._identity.worker_id)
         self._owners[sequence_id] = Owner(session, request, candidates, submit.migration)
-        self._traces.submitted(sequence_id, submit)
+        self._traces.submitted(sequence_id, submit, self._clock())
         session.sequences[request.request_id] = sequence_id
         if submit.migration is not None:
             self._post(AddMigrant(sequence_id, request))
@@ -114,7 +115,7 @@ class Reception:
         owner = self._owners.get(sequence_id)
         if owner is None:
             return False
-        self._traces.said(sequence_id, output)
+        self._traces.said(sequence_id, output, self._clock())
         owner.session.add_output(output)
         if output.finish_reason is not None:
             del self._owners[sequence_id]

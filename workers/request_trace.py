@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from math import inf
 
@@ -21,13 +20,12 @@ class _Trace:
 
 
 class RequestTraces:
-    """The requests of one worker, by sequence id. Times are of time.monotonic."""
+    """The requests of one worker, by sequence id. `now` and all times are of time.monotonic, which spans go by."""
 
     def __init__(self) -> None:
         self._traces: dict[int, _Trace] = {}
 
-    def submitted(self, sequence_id: int, submit: Submit) -> None:
-        now = time.monotonic()
+    def submitted(self, sequence_id: int, submit: Submit, now: float) -> None:
         bounds = [now + left_s for left_s in (submit.remaining_s, submit.first_token_s) if left_s > 0]
         self._traces[sequence_id] = _Trace(submit.request.traceparent, now, min(bounds, default=inf))
 
@@ -36,7 +34,7 @@ class RequestTraces:
         trace = self._traces.get(sequence_id)
         return inf if trace is None else trace.deadline_s
 
-    def said(self, sequence_id: int, output: Output) -> None:
+    def said(self, sequence_id: int, output: Output, now: float) -> None:
         """The first output tells where the time went; the last one ends the story."""
         trace = self._traces.get(sequence_id)
         if trace is None:
@@ -47,7 +45,7 @@ class RequestTraces:
             start_span("queue", trace.traceparent, trace.submitted_s).end(at_s=admitted_s)
             if report.transport == "local":
                 attributes = {"worker": report.decode_worker, "attempts": report.attempts, "recovery": report.recovery}
-                start_span("prefill", trace.traceparent, time.monotonic() - report.prefill_s, attributes).end()
+                start_span("prefill", trace.traceparent, now - report.prefill_s, attributes).end()
             trace.decode = start_span("decode", trace.traceparent, attributes={"worker": report.decode_worker})
         trace.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from workers.client import WorkerFrame
 from workers.request import Output
@@ -27,8 +28,10 @@ class RouterSession:
         self.is_overrun = False
         """More outputs wait than the bound allows."""
         self._is_closed = False
-        self.needs_dump = False
-        """So many events wait that a full dump is shorter."""
+        self._awaits_dump = True
+        """The dump that has been asked for will contain what changes meanwhile."""
+        self._num_kv_events = 0
+        """Events are numbered for each router, since a dump is for one of them."""
 
     def add_output(self, output: Output) -> None:
         self._outputs.append(output)
@@ -41,13 +44,23 @@ class RouterSession:
         self._load = load
         self._wake.set()
 
-    def add_kv_event(self, event: KvEvent) -> None:
-        if event.reset:
-            self._kv_events.clear()
-            self.needs_dump = False
-        self._kv_events.append(event)
-        if len(self._kv_events) > MAX_PENDING_KV_EVENTS:
-            self.needs_dump = True
+    def add_dump(self, dump: KvEvent) -> None:
+        """The full set of cached blocks; what went before it says nothing more."""
+        self._awaits_dump = False
+        self._kv_events = []
+        self.add_kv_event(dump)
+
+    def add_kv_event(self, event: KvEvent) -> bool:
+        """True: so many events wait that they are dropped, and a dump is to be asked for, once."""
+        if self._awaits_dump and not event.reset:
+            return False
+        if len(self._kv_events) >= MAX_PENDING_KV_EVENTS:
+            self._kv_events = []
+            self._awaits_dump = True
+            return True
+        self._num_kv_events += 1
+        self._kv_events.append(replace(event, sequence=self._num_kv_events))
+        return False
 
     def add_status(self, status: WorkerStatus) -> None:
         self._status = status

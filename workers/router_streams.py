@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
@@ -15,7 +16,8 @@ from workers.identity import Identity
 from workers.pb import worker_pb2 as pb
 from workers.reception import Reception
 from workers.router_session import RouterSession
-from workers.status import KvEvent, Load, WorkerStatus
+from workers.status import Load, WorkerStatus
+from workers.stepping.result import StepResult
 from workers.wire import frame_to_pb, router_message_from_pb
 from workers.wire_seal import Sealer, Unsealer, verified
 
@@ -38,7 +40,8 @@ class RouterStreams:
         self._status = status
         self._post = post
         self._max_pending_outputs = max_pending_outputs
-        self._routers: set[RouterSession] = set()
+        self._routers: dict[int, RouterSession] = {}
+        self._numbers = itertools.count(1)
 
     async def serve(
         self, incoming: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
@@ -56,10 +59,11 @@ class RouterStreams:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
             return
         session = RouterSession(hello.router_id, self._max_pending_outputs)
-        self._routers.add(session)
-        self._post(DumpKv())
+        number = next(self._numbers)
+        self._routers[number] = session
+        self._post(DumpKv(number))
         session.add_status(self._status())
-        reader = asyncio.create_task(self._read(session, messages))
+        reader = asyncio.create_task(self._read(number, session, messages))
         try:
             while not session.has_ended:
                 frame = await session.next_frame(self._identity.generation)
@@ -70,10 +74,10 @@ class RouterStreams:
                 yield sealer.seal(message)
         finally:
             reader.cancel()
-            self._routers.discard(session)
+            del self._routers[number]
             self._requests.leave(session)
 
-    async def _read(self, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
+    async def _read(self, number: int, session: RouterSession, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:
             async for message in messages:
                 try:
@@ -87,7 +91,7 @@ class RouterStreams:
                     case Cancel(request_id):
                         self._requests.cancel(session, request_id)
                     case DumpRequest():
-                        self._post(DumpKv())
+                        self._post(DumpKv(number))
                     case Hello():
                         log.warning("%s said hello twice", session.router_id)
         except StreamDamaged as error:
@@ -95,21 +99,21 @@ class RouterStreams:
         finally:
             session.close()
 
-    def tell_step(self, load: Load, event: KvEvent | None) -> None:
+    def tell_step(self, load: Load, result: StepResult) -> None:
         """After each step of the engine; outputs go to their own routers' sessions."""
-        for router in self._routers:
+        for number, router in self._routers.items():
             router.add_load(load)
-            if event is not None:
-                router.add_kv_event(event)
-            if router.needs_dump:
-                self._post(DumpKv())
+            if result.kv_dump is not None and number in result.dump_askers:
+                router.add_dump(result.kv_dump)
+            if result.kv_event is not None and router.add_kv_event(result.kv_event):
+                self._post(DumpKv(number))
 
     def tell_status(self) -> None:
         status = self._status()
-        for router in self._routers:
+        for router in self._routers.values():
             router.add_status(status)
 
     def close(self) -> None:
         """Each stream ends with its last frame."""
-        for router in self._routers:
+        for router in self._routers.values():
             router.close()

@@ -57,6 +57,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         memory: KvMemory,
         transports: Mapping[str, Transport],
         post: Callable[[Command], None],
+        clock: Callable[[], float],
         on_role_change: Callable[[Role, int], None] | None = None,
         face: Face | None = None,
     ) -> None:
@@ -70,14 +71,16 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self.on_drain_change: Callable[[bool], None] | None = None
         self._changed = asyncio.Event()
         """Set at every report of the engine, for those who wait for the worker to be idle."""
-        self._requests = Reception(identity, post)
+        self._requests = Reception(identity, post, clock)
         max_pending_outputs = config.max_pending_frames * config.max_num_seqs
         self._routers = RouterStreams(identity, self._requests, self.status, post, max_pending_outputs)
         self._load = Load(num_blocks=memory.layout.num_blocks, num_free_blocks=memory.layout.num_blocks)
         self._counters: tuple[tuple[str, float], ...] = ()
         self._num_held_blocks = 0
         new_sequence_id = self._requests.new_sequence_id
-        self.transfers = Transfers(config, identity, memory, model.fingerprint, transports, post, new_sequence_id)
+        self.transfers = Transfers(
+            config, identity, memory, model.fingerprint, transports, post, new_sequence_id, clock
+        )
         self._running = RunningExporter(post, self._requests.find, config.max_pause_s, self.transfers.counters)
         self.transfers.export(Running, self._running)
 
@@ -156,7 +159,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         if self._on_role_change is not None:
             self._on_role_change(identity.role, identity.generation)
         self._routers.tell_status()
-        self._requests.give_up_all(Refusal.WORKER_LOST, f"{identity.worker_id} lost a rank: {reason}")
+        self._requests.give_up_all(Refusal.WORKER_LOST, "the worker that ran this request lost a rank")
         self.transfers.serving.fail_all(reason)
         self._post(ForgetCache())
 
@@ -191,7 +194,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             self.transfers.prompts.filled(filled)
         for prefilled in result.prefilled:
             self.transfers.prompts.prefilled(prefilled)
-        self._routers.tell_step(report.load, result.kv_event)
+        self._routers.tell_step(report.load, result)
 
     def _find_source(self, wanted: TransferWanted) -> None:
         owner = self._requests.owner(wanted.sequence_id)

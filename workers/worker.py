@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -88,12 +89,14 @@ class Worker:
         on_role_change: Callable[[Role, int], None] | None = None,
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
         data_path: DataPath = make_data_path,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
         self._on_role_change = on_role_change
         self._load = load
         self._make_data_path = data_path
+        self._clock = clock
         self._server: WorkerServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self._thread: EngineThread | None = None
@@ -123,6 +126,7 @@ class Worker:
             memory,
             transports,
             thread.post,
+            self._clock,
             self._on_role_change,
             self._face(),
         )

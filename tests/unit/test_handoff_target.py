@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -34,7 +35,7 @@ def driver() -> TargetDriver:
     )
     session = TargetSession(cut, opening, ttl_s=5)
     source = WorkerAddress("prefill-0", 1, "127.0.0.1:1")
-    return TargetDriver(session, KvMemory(fake_layout()), {}, source, (3, 4), "t")
+    return TargetDriver(session, KvMemory(fake_layout()), {}, source, (3, 4), "t", time.monotonic)
 
 
 async def test_a_channel_that_another_transfer_has_closed_fails_the_transfer_and_does_not_leave_it_hanging() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -47,12 +46,18 @@ class Fetches:
     """
 
     def __init__(
-        self, worker_id: str, receive: Receive, post: Callable[[Command], None], counters: Counter[str]
+        self,
+        worker_id: str,
+        receive: Receive,
+        post: Callable[[Command], None],
+        counters: Counter[str],
+        clock: Callable[[], float],
     ) -> None:
         self._worker_id = worker_id
         self._receive = receive
         self._post = post
         self._counters = counters
+        self._clock = clock
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self.measured = Measured()
 
@@ -69,7 +74,7 @@ class Fetches:
     ) -> None:
         """Has the prompt computed by one of the candidates; the engine hears Landed or TransferLost.
 
-        `deadline_s` (of time.monotonic) is when the first token is due: it decides how to go on after a fault.
+        `deadline_s` (of the clock) is when the first token is due: it decides how to go on after a fault.
         """
         num_tokens = len(request.prompt_token_ids) - wanted.first_block * BLOCK_SIZE
         plan = Plan(self.measured, deadline_s, num_tokens, tuple(c.worker_id for c in candidates))
@@ -130,7 +135,7 @@ class Fetches:
         report = HandoffReport(me, me, "local", attempts=0)
         for source in candidates:
             report = replace(report, attempts=report.attempts + 1)
-            plan.ask(source.worker_id, time.monotonic())
+            plan.ask(source.worker_id, self._clock())
             attributes = {"source": source.worker_id, "target": me, "attempt": report.attempts}
             span = start_span("handoff", request.traceparent, attributes=attributes)
             subject = Prompt(replace(request, traceparent=span.traceparent), wanted.hint)
@@ -139,7 +144,7 @@ class Fetches:
                 handoff = await self._receive(source, subject, wanted.first_block, wanted.blocks, plan)
             except HandoffFailed as error:
                 fault = str(error)
-                choice = plan.after_fault(time.monotonic())
+                choice = plan.after_fault(self._clock())
                 report = self._lost(report, error, choice)
                 span.set(recovery=choice.way.value, expected_s=choice.expected_s, fits=choice.fits)
                 log.warning("%s could not fetch a prompt from %s: %s: %s", me, source.worker_id, error, choice.way)

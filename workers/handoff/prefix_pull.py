@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -29,11 +28,19 @@ Receive = Callable[[WorkerAddress, Subject, int, tuple[int, ...]], Awaitable[Han
 class PrefixPuller:
     """Answers every PullWanted with exactly one Pulled, when nothing writes into the blocks any more. One event loop uses it."""
 
-    def __init__(self, receive: Receive, layout: KvLayout, post: Callable[[Command], None], timeout_s: float) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        layout: KvLayout,
+        post: Callable[[Command], None],
+        timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._receive = receive
         self._layout = layout
         self._post = post
         self._timeout_s = timeout_s
+        self._clock = clock
         self._rates = PullRates()
         self._tasks: dict[int, asyncio.Task[int]] = {}
         self.counters: Counter[str] = Counter()
@@ -45,7 +52,7 @@ class PrefixPuller:
     def pull(self, wanted: PullWanted) -> None:
         num_blocks = len(wanted.keys)
         num_tokens, num_bytes = num_blocks * self._layout.block_size, num_blocks * self._layout.block_bytes
-        rate = self._rates.rate(wanted.peer.worker_id, time.monotonic())
+        rate = self._rates.rate(wanted.peer.worker_id, self._clock())
         if not is_worth_pulling(num_tokens, num_bytes, wanted.prefill_tokens_per_s, rate):
             self.counters["prefix_pulls_not_worth_it"] += 1
             self._post(Pulled(wanted.sequence_id, 0))
@@ -82,7 +89,7 @@ class PrefixPuller:
         if wanted.prefill_tokens_per_s > 0:
             patience_s = min(patience_s, max(MIN_PATIENCE_S, num_tokens / wanted.prefill_tokens_per_s))
         self.counters["prefix_pulls"] += 1
-        started = time.monotonic()
+        started = self._clock()
         num_blocks = num_bytes = 0
         try:
             async with asyncio.timeout(patience_s):
@@ -93,10 +100,10 @@ class PrefixPuller:
         except (TransferFailed, TimeoutError) as error:
             self.counters["prefix_pulls_failed"] += 1
             log.warning("%s did not send a prefix: %s", wanted.peer.worker_id, error or "it took too long")
-            self._rates.note(wanted.peer.worker_id, 0, time.monotonic() - started, time.monotonic())
+            self._rates.note(wanted.peer.worker_id, 0, self._clock() - started, self._clock())
             return 0
         if num_blocks:
-            self._rates.note(wanted.peer.worker_id, num_bytes, time.monotonic() - started, time.monotonic())
+            self._rates.note(wanted.peer.worker_id, num_bytes, self._clock() - started, self._clock())
         else:
             self.counters["prefix_pulls_empty"] += 1
         self.counters["prefix_pulled_blocks"] += num_blocks

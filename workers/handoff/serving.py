@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, StreamDamaged, TransferFailed
@@ -38,6 +38,7 @@ class Serving:
         transports: Mapping[str, Transport],
         exporters: Mapping[type, Exporter],
         counters: Counter[str],
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._identity = identity
@@ -46,6 +47,7 @@ class Serving:
         self._transports = transports
         self._exporters = exporters
         self._counters = counters
+        self._clock = clock
         self._host = socket.gethostname()
         self._sources: dict[SourceDriver, asyncio.Task[None]] = {}
 
@@ -103,6 +105,7 @@ class Serving:
             opening.target,
             transfer_id,
             self._identity.generation,
+            self._clock,
             opening.takes_batches,
         )
         export = exporter.open(opening, cut, driver.post)

@@ -49,12 +49,14 @@ class Transfers:
         transports: Mapping[str, Transport],
         post: Callable[[Command], None],
         new_sequence_id: Callable[[], int],
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._identity = identity
         self._memory = memory
         self._prefault = Prefault(memory)
         self._fingerprint = fingerprint
+        self._clock = clock
         self._transports = transports
         self._peers = Peers()
         self._host = socket.gethostname()
@@ -63,9 +65,9 @@ class Transfers:
         self.prompts = PromptExporter(post, new_sequence_id)
         self.prefixes = PrefixExporter(post, new_sequence_id)
         self._exporters: dict[type, Exporter] = {Prompt: self.prompts, Prefix: self.prefixes}
-        self.serving = Serving(config, identity, memory, fingerprint, transports, self._exporters, self.counters)
-        self.fetches = Fetches(identity.worker_id, self.receive, post, self.counters)
-        self.puller = PrefixPuller(self.receive, memory.layout, post, config.transfer_timeout_s)
+        self.serving = Serving(config, identity, memory, fingerprint, transports, self._exporters, self.counters, clock)
+        self.fetches = Fetches(identity.worker_id, self.receive, post, self.counters, clock)
+        self.puller = PrefixPuller(self.receive, memory.layout, post, config.transfer_timeout_s, clock)
         self.puller.counters = self.prefixes.counters = self.counters
 
     @property
@@ -110,7 +112,7 @@ class Transfers:
             takes_batches=True,
         )
         session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
-        driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
+        driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex, self._clock)
         fresh = self._prefault.fresh(blocks[first_block:])
         if fresh:
             asyncio.get_running_loop().run_in_executor(None, self._prefault.back, fresh)

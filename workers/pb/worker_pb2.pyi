@@ -225,20 +225,18 @@ class DumpRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "dump", "number", "checksum")
+    __slots__ = ("hello", "submit", "cancel", "dump", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DUMP_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     dump: DumpRequest
     number: int
-    checksum: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s")
@@ -339,14 +337,13 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "checksum", "heard")
+    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     HEARD_FIELD_NUMBER: _ClassVar[int]
     generation: int
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
@@ -354,9 +351,8 @@ class WorkerFrame(_message.Message):
     kv_events: _containers.RepeatedCompositeFieldContainer[KvEvent]
     status: WorkerStatus
     number: int
-    checksum: int
     heard: int
-    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_blocks", "num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "itemsize")
@@ -449,7 +445,7 @@ class CancelHandoff(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class HandoffDown(_message.Message):
-    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release", "cancel", "number", "checksum")
+    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release", "cancel", "number")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -458,7 +454,6 @@ class HandoffDown(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
     open: OpenHandoff
@@ -467,8 +462,7 @@ class HandoffDown(_message.Message):
     release: ReleaseHandoff
     cancel: CancelHandoff
     number: int
-    checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("transport", "data")
@@ -561,7 +555,7 @@ class HandoffRefused(_message.Message):
     def __init__(self, refusal: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandoffUp(_message.Message):
-    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "checksum", "then")
+    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "then")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -573,7 +567,6 @@ class HandoffUp(_message.Message):
     MOVED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_DONE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     THEN_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
@@ -586,9 +579,8 @@ class HandoffUp(_message.Message):
     moved: SequenceMoved
     prefix_done: PrefixDone
     number: int
-    checksum: int
     then: _containers.RepeatedCompositeFieldContainer[HandoffUp]
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ..., then: _Optional[_Iterable[_Union[HandoffUp, _Mapping]]] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., then: _Optional[_Iterable[_Union[HandoffUp, _Mapping]]] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("role", "generation")

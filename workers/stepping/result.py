@@ -121,3 +121,7 @@ class StepResult:
     pulls: list[PullWanted] = field(default_factory=list)
     held: list[PrefixHeld] = field(default_factory=list)
     kv_event: KvEvent | None = None
+    """What changed in the prefix cache since the event before."""
+    kv_dump: KvEvent | None = None
+    """All that is in the prefix cache, for `dump_askers`. To be read before `kv_event`, which may repeat some of it."""
+    dump_askers: list[int] = field(default_factory=list)

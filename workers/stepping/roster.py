@@ -69,8 +69,10 @@ class Roster:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")
-        if not all(0 <= token < self._vocab_size for token in request.prompt_token_ids):
+        if not self.knows(request.prompt_token_ids):
             raise InvalidRequest(f"the prompt has token ids outside 0..{self._vocab_size - 1}", "prompt")
+        if not self.knows(request.replay_token_ids):
+            raise InvalidRequest(f"the tokens to be replayed have ids outside 0..{self._vocab_size - 1}", "prompt")
         if num_prompt >= self._max_model_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens and the context holds {self._max_model_len} with the output",
@@ -83,6 +85,10 @@ class Roster:
                 f"the pool has {kv.max_sequence_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
                 "max_tokens",
             )
+
+    def knows(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether all of them are in the vocabulary; another one fails the step that computes it."""
+        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._vocab_size)
 
     def longest(self, request: Request) -> int:
         """Tokens that prompt and output can have together."""
