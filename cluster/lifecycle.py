@@ -23,6 +23,7 @@ from cluster.preflight import (
     check_port,
     check_processors,
     check_store,
+    check_tokenizer,
     file_limit_warning,
 )
 from cluster.progress import Progress
@@ -64,7 +65,7 @@ async def preflight(config: ClusterConfig) -> None:
     check_gpus(config)
     check_processors(config)
     if config.router.model != config.worker.model:
-        check_model(config.router.model)
+        check_tokenizer(config.router.model)
     for at in range(config.pools.routers):
         router = config.router_at(at)
         check_port(router.host, router.port, "--port")

@@ -63,10 +63,10 @@ def run_worker(args: argparse.Namespace) -> int:
 
 def run_router(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
-    from cluster.preflight import check_model, check_port
+    from cluster.preflight import check_port, check_tokenizer
 
     config = config_from(args)
-    check_model(config.router.model)
+    check_tokenizer(config.router.model)
     check_port(config.router.host, config.router.port, "--port")
     progress = Progress()
 

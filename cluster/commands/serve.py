@@ -57,16 +57,27 @@ async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
     return 0
 
 
+def example_request(url: str, is_chat: bool, needs_key: bool) -> str:
+    """A curl command that works as it stands where $BATON_API_KEY holds a key: the key itself would end up in logs."""
+    path, body = "completions", json.dumps({"prompt": "Hello", "max_tokens": 32})
+    if is_chat:
+        path = "chat/completions"
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if needs_key else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def has_chat_template(model: str) -> bool:
+    from workers.tokenizer import Tokenizer
+
+    return Tokenizer.load(model).has_chat_template
+
+
 def banner(cluster: Cluster) -> str:
     """Where to go from here."""
     config = cluster.config
     url = cluster.url
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-    keys = config.router.api.api_keys
-    headers = ["-H", "Content-Type: application/json"]
-    if keys:
-        headers += ["-H", f"Authorization: Bearer {keys[0]}"]
-    curl = shlex.join(["curl", f"{url}/v1/chat/completions", *headers, "-d", body])
+    curl = example_request(url, has_chat_template(config.router.model), bool(config.router.api.api_keys))
     pools = ", ".join(f"{name}" for name in cluster.workers)
     lines = [
         "",

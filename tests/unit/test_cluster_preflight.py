@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster import processes
+from cluster.commands.serve import example_request
 from cluster.config import load_config
 from cluster.demo import is_right, read_questions
 from cluster.folders import end_local, make_folder, remove_stale
@@ -23,10 +27,16 @@ from cluster.preflight import check_disk_tier, check_memory, check_model, check_
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 
+SHIPPED = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 80726\n"
 
-def write_model(folder: Path, model_type: str = "ernie4_5_moe", elements: int = 1000) -> Path:
+
+def write_model(folder: Path, elements: int = 1000) -> Path:
+    """The shipped checkpoint with one tensor of so many bfloat16 values, whose bytes take no room on the disk."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for file in SHIPPED.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
     header = json.dumps(
         {
             "__metadata__": {"format": "pt"},
@@ -34,23 +44,97 @@ def write_model(folder: Path, model_type: str = "ernie4_5_moe", elements: int = 
         }
     ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(folder / "model.safetensors", 8 + len(header) + 2 * elements)
     return folder
 
 
-def test_a_model_folder_is_looked_into(tmp_path: Path) -> None:
-    check_model(str(write_model(tmp_path / "good")))
-    (tmp_path / "empty").mkdir()
-    bare = write_model(tmp_path / "bare")
-    (bare / "model.safetensors").unlink()
+def edited(folder: Path, name: str, **changes: object) -> None:
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), r"config\.json is missing"),
+    "a list as config": (lambda m: (m / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+    "another model": (lambda m: edited(m, "config.json", model_type="llama"), r"config\.json has model_type 'llama'"),
+    "a list as rope": (lambda m: edited(m, "config.json", rope_scaling=[1]), r"config\.json is not as a checkpoint's"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
+    "weights not fetched": (
+        lambda m: (m / "model.safetensors").write_text(POINTER),
+        r"model\.safetensors .*git lfs pull",
+    ),
+    "weights cut": (lambda m: os.truncate(m / "model.safetensors", 900), r"model\.safetensors .*download complete"),
+    "empty weights": (lambda m: os.truncate(m / "model.safetensors", 0), r"model\.safetensors .*download complete"),
+    "a shard missing": (
+        lambda m: (
+            (m / "model.safetensors").rename(m / "a.safetensors"),
+            (m / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}'
+            ),
+        ),
+        r"b\.safetensors is missing",
+    ),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), r"neither tokenizer\.json nor tokenizer\.model"),
+    "tokenizer not fetched": (
+        lambda m: (m / "tokenizer.json").write_text(POINTER),
+        r"tokenizer\.json is not a tokenizer",
+    ),
+    "template not UTF-8": (
+        lambda m: (m / "chat_template.jinja").write_bytes(b"{# caf\xe9 #}"),
+        r"chat_template\.jinja is not UTF-8",
+    ),
+    "template not Jinja": (
+        lambda m: (m / "chat_template.jinja").write_text("{% if %}"),
+        r"chat template does not parse",
+    ),
+    "templates without names": (
+        lambda m: ((m / "chat_template.jinja").unlink(), edited(m, "tokenizer_config.json", chat_template=["x"])),
+        r"tokenizer_config\.json has a chat_template list",
+    ),
+    "a list as sampling defaults": (
+        lambda m: (m / "generation_config.json").write_text("[]"),
+        r"generation_config\.json",
+    ),
+    "sampling out of range": (
+        lambda m: edited(m, "generation_config.json", top_p=7),
+        r"generation_config\.json: top_p",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_checkpoint_is_refused_with_the_name_of_its_file(tmp_path: Path, fault: str) -> None:
+    model = write_model(tmp_path / "m")
+    check_model(str(model))
+    spoil, message = BROKEN[fault]
+    spoil(model)
+    with pytest.raises(InvalidConfig, match=message) as caught:
+        check_model(str(model))
+    assert "\n" not in str(caught.value) and str(model) in str(caught.value)
+
+
+def test_a_sentencepiece_tokenizer_needs_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else object())
+    with pytest.raises(InvalidConfig, match=r"tokenizer\.model, which needs .* \(missing: sentencepiece\)"):
+        check_model(str(model))
+
+
+def test_a_model_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "nowhere", "there is no such folder"),
-        (tmp_path / "good" / "config.json", "that is a file"),
-        (tmp_path / "empty", "has no config.json"),
-        (bare, "has no .safetensors file"),
-        (write_model(tmp_path / "llama", "llama"), "of type 'llama'; Baton serves ERNIE"),
+        (SHIPPED / "config.json", "that is a file"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             check_model(str(path))
+
+
+def test_what_is_shown_to_an_operator_names_no_key() -> None:
+    with_key = example_request("http://127.0.0.1:1", is_chat=True, needs_key=True)
+    assert "$BATON_API_KEY" in with_key and "/chat/completions" in with_key
+    without = example_request("http://127.0.0.1:1", is_chat=False, needs_key=False)
+    assert "Authorization" not in without and "/v1/completions" in without
 
 
 def test_memory_is_counted_per_worker_in_the_configured_type(tmp_path: Path) -> None:
@@ -84,13 +168,6 @@ def test_the_host_tier_counts_as_memory(tmp_path: Path) -> None:
     config = load_config(None, {"worker.model": str(model), "worker.kv_host_bytes": 4 * 2**30})
     with pytest.raises(InvalidConfig, match=r"or worker\.kv_host_bytes"):
         check_memory(config, free_bytes=6 * 2**30)
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m")
-    (model / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(InvalidConfig, match="is no safetensors file"):
-        weight_bytes(load_config(None, {"worker.model": str(model)}).worker)
 
 
 def test_a_port_in_use_is_refused_and_passed_over() -> None:
