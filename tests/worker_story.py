@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from builders import fake_layout, make_request
 
-from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 from workers.config import WorkerConfig
 from workers.identity import Identity
 from workers.kv_transfer.messages import OpenHandoff, Subject
@@ -100,6 +100,9 @@ class WorkerStory:
 
     def cancel(self, session: int, name: str) -> None:
         self.tell(events.RouterSaid(session, Cancel(name)))
+
+    def adopt(self, session: int, name: str, attempt: str, position: int) -> None:
+        self.tell(events.RouterSaid(session, Adopt(name, attempt, position)))
 
     def ask_for_dump(self, session: int) -> None:
         self.tell(events.RouterSaid(session, DumpRequest()))

@@ -272,7 +272,7 @@ def test_a_router_that_is_too_far_behind_for_events_gets_one_dump() -> None:
 
 
 def test_a_router_that_does_not_read_is_cut_off_at_the_bound_though_its_write_never_returns() -> None:
-    story = WorkerStory(max_pending_frames=2, max_num_seqs=4)
+    story = WorkerStory(max_pending_frames=2, max_num_seqs=4, orphan_grace_s=0.0)
     story.attach(1)
     story.attach(2)
     slow, fast = story.submit(1, "slow"), story.submit(2, "fast")

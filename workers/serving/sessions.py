@@ -56,6 +56,8 @@ class Session:
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
+    num_frames: int = 0
+    """Frames taken so far."""
     wants_frame: bool = False
     is_load_due: bool = False
     is_closing: bool = False
@@ -85,6 +87,7 @@ class Session:
         changes = self._take_cache_events(events)
         frame = WorkerFrame(generation, tuple(self.outputs), load if is_new else None, changes, status)
         self.outputs, self.said_load = [], load
+        self.num_frames += 1
         self.wants_frame = self.is_load_due = self.is_status_due = False
         return frame
 
@@ -136,6 +139,11 @@ class Sessions:
 
     def get(self, number: int) -> Session | None:
         return self._sessions.get(number)
+
+    def num_frames(self, number: int | None) -> int:
+        """Frames that a session has been given so far."""
+        session = None if number is None else self._sessions.get(number)
+        return 0 if session is None else session.num_frames
 
     def attach(self, number: int, router_id: str) -> None:
         session = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
