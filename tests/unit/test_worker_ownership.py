@@ -15,7 +15,7 @@ from workers.kv_transfer.messages import Running
 from workers.request import FinishReason, Output, TokenLogprob
 from workers.serving import events
 from workers.status import Role
-from workers.stepping.commands import CancelSequence, Depart
+from workers.stepping.commands import Add, CancelSequence, Depart
 
 GRACE_S = 30.0
 
@@ -70,17 +70,29 @@ def test_an_orphan_is_cancelled_by_whoever_knows_its_name() -> None:
     assert story.taken(CancelSequence) == [CancelSequence(number)]
 
 
-def test_a_request_that_is_run_again_here_replaces_what_was_left_behind() -> None:
-    story, number = running()
+def test_a_request_that_its_router_runs_again_here_goes_on_instead() -> None:
+    story, number = running(3)
+    story.lose(1)
+    story.say(number, "r#1", 3, 13)
+    story.attach(2)
+    again = make_request(range(5, 105), 50, request_id="r#2", replay=(10, 11))
+    story.posted.clear()
+    story.submit(2, again, name="r")
+    story.say(number, "r#1", 4, 14, ends=FinishReason.STOP)
+    assert story.posted == [] and story.tokens(2, "r#2") == [12, 13, 14]
+
+
+@pytest.mark.parametrize("kept", [0, 8])
+def test_what_is_run_again_and_cannot_go_on_replaces_what_was_left_behind(kept: int) -> None:
+    story, number = running(3, max_kept_tokens=kept)
     story.lose(1)
     story.attach(2)
-    again = story.submit(2, make_request(range(5, 105), 50, request_id="r#2", replay=(10, 11)), name="r")
+    prompt = range(5, 105) if kept == 0 else range(6, 106)  # nothing is kept, or the name is all that is the same
+    story.submit(2, make_request(prompt, 50, request_id="r#2", replay=(10, 11)), name="r")
     assert story.taken(CancelSequence) == [CancelSequence(number)]
-    story.lose(2)
-    story.attach(3)
-    story.adopt(3, "r", "r#3", 2)
+    again = story.taken(Add)[-1].sequence_id
     story.say(again, "r#2", 2, 12)
-    assert story.tokens(3, "r#3") == [12]
+    assert story.tokens(2, "r#2") == [12]
 
 
 def test_an_attempt_that_is_refused_leaves_the_orphan_alone() -> None:

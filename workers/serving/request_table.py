@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from workers.client import Migration
-from workers.errors import Refusal, Refused
 from workers.request import FinishReason, Output, Request
 from workers.status import WorkerAddress
 
@@ -158,14 +157,14 @@ class RequestTable:
         num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
         return list(self._orphans.values())[:num_too_many]
 
-    def adopt(self, name: str, position: int, owner: int, attempt: str, frame: int) -> list[Output]:
+    def adopt(self, name: str, position: int, owner: int, attempt: str, frame: int) -> list[Output] | None:
         """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, from
-        output position `position` on, in frame `frame`. Raises Refused(NOT_KEPT).
+        output position `position` on, in frame `frame`. None, and nothing changes: it is not here, or not kept from there.
         """
         served = self._by_name.get(name)
-        if served is None:
-            raise Refused(Refusal.NOT_KEPT, f"no request {name} is kept here")
-        outputs = _since(served, position)
+        outputs = None if served is None else _since(served, position)
+        if served is None or outputs is None:
+            return None
         self._disown(served)
         served.owner, served.attempt = owner, attempt
         if served.finish is None:
@@ -216,22 +215,18 @@ class RequestTable:
         return found
 
 
-def _since(served: ServedRequest, position: int) -> list[Output]:
-    """Its outputs from a position on. Raises Refused(NOT_KEPT) where they are not kept, or none begins there."""
+def _since(served: ServedRequest, position: int) -> list[Output] | None:
+    """Its outputs from a position on. None: they are not kept, or none begins there."""
     outputs = [output for output in served.kept if output.position >= position]
     if outputs and outputs[0].position == position:
         return outputs
     if position != served.end:
-        where = f"{served.name} is kept from position {served.first_kept} to {served.end}"
-        raise Refused(Refusal.NOT_KEPT, f"{where}, and no output begins at {position}")
+        return None
     if served.finish is None:
         return []
     # The client has every token and all of its text: only how it ended is missing.
-    return [
-        Output(
-            served.attempt, position, finish_reason=served.finish.finish_reason, stop_reason=served.finish.stop_reason
-        )
-    ]
+    finish = served.finish
+    return [Output(served.attempt, position, finish_reason=finish.finish_reason, stop_reason=finish.stop_reason)]
 
 
 def _num_entries(output: Output) -> int:

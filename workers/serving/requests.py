@@ -68,9 +68,11 @@ class Requests:
         except (InvalidRequest, Refused) as error:
             self._sessions.say(session, refusal_output(request, error))
             return []
-        earlier = self._table.orphan_named(name)
-        # Whoever runs it again has given up what was left behind here.
-        commands = [] if earlier is None else self._give_up(earlier)
+        earlier, commands = self._table.orphan_named(name), []
+        if earlier is not None:  # its router runs it again here: it goes on instead, where that is the same
+            if _continues(submit, earlier) and self._take_up(session, name, attempt, len(request.replay_token_ids)):
+                return []
+            commands = self._give_up(earlier)
         sequence_id, me = self._new_number(), self._standing.identity.worker_id
         candidates = tuple(c for c in submit.prefill_workers if c.worker_id != me)
         served = ServedRequest(
@@ -100,22 +102,26 @@ class Requests:
 
     def adopt(self, session: int, adopt: Adopt) -> None:
         """A router takes a request up where its client is, whoever had it before."""
-        name, attempt = adopt.name, adopt.request_id
-        former = self._table.owner_of(name)
-        try:
-            if self._table.of(session, attempt) is not None:
-                raise Refused(Refusal.INVALID, f"request {attempt} is running already")
-            frame = self._sessions.num_frames(session) + 1
-            outputs = self._table.adopt(name, adopt.position, session, attempt, frame)
-        except Refused as refused:
+        attempt, former = adopt.request_id, self._table.owner_of(adopt.name)
+        if self._table.of(session, attempt) is not None:
+            self._sessions.say(session, end_output(attempt, Refusal.INVALID, f"request {attempt} is running already"))
+        elif not self._take_up(session, adopt.name, attempt, adopt.position):
             self._counters["adoptions_refused"] += 1
-            self._sessions.say(session, end_output(attempt, refused.refusal, str(refused)))
-            return
-        self._counters["requests_adopted"] += 1
-        if former is not None:
+            text = f"output {adopt.position} of request {adopt.name} is not kept here"
+            self._sessions.say(session, end_output(attempt, Refusal.NOT_KEPT, text))
+        elif former is not None:
             self._sessions.say(former[0], end_output(former[1], Refusal.TAKEN_UP, "another router has taken it up"))
+
+    def _take_up(self, session: int, name: str, attempt: str, position: int) -> bool:
+        """False: it is not here, or not from there."""
+        frame = self._sessions.num_frames(session) + 1
+        outputs = self._table.adopt(name, position, session, attempt, frame)
+        if outputs is None:
+            return False
+        self._counters["requests_adopted"] += 1
         for output in outputs:
             self._sessions.say(session, output)
+        return True
 
     def written(self, session: int) -> None:
         """All frames that a session was given have been written."""
@@ -176,3 +182,12 @@ class Requests:
             return []
         self._observer.cancelled(served.sequence_id)
         return [Post(CancelSequence(served.sequence_id))]
+
+
+def _continues(submit: Submit, earlier: ServedRequest) -> bool:
+    """Whether an attempt is of the request that an earlier one was, and of nothing but the name."""
+    ours, theirs = submit.request, earlier.request
+    same = (ours.prompt_token_ids, ours.params, ours.choice_index) == (
+        theirs.prompt_token_ids, theirs.params, theirs.choice_index,
+    )  # fmt: skip
+    return same and submit.migration is None
