@@ -23,7 +23,7 @@ from workers.wire_seal import Sealer, verified
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
 
-FLUSH_S = 1.0
+FLUSH_S = 3.0
 """How long the last messages to a worker may take."""
 
 

@@ -146,16 +146,6 @@ async def test_cancel_frees_both_workers_at_any_moment() -> None:
         await other.close()
 
 
-async def test_a_router_that_goes_away_frees_its_requests() -> None:
-    async with pair() as (router, source, _):
-        await router.submit(make_request(range(5, 905), 3000), source)
-        await router.until(lambda: bool(router.outputs))
-        second = await Attached(router.address).start()
-        await router.close()
-        await second.idle()
-        await second.close()
-
-
 async def test_a_role_switch_lets_running_requests_finish_and_refuses_new_ones() -> None:
     async with pair() as (router, source, _):
         request = make_request(range(5, 205), 400)
