@@ -231,7 +231,8 @@ def _since(served: ServedRequest, position: int) -> list[Output] | None:
 
 def _num_entries(output: Output) -> int:
     """What it takes to keep it: tokens, and alternatives of logprobs."""
-    entries = max(1, len(output.token_ids))
-    for logprob in (*output.logprobs, *(output.prompt_logprobs or ())):
-        entries += 1 if logprob is None else len(logprob.top)
+    entries = len(output.token_ids) or 1
+    if output.logprobs or output.prompt_logprobs:
+        for logprob in (*output.logprobs, *(output.prompt_logprobs or ())):
+            entries += 1 if logprob is None else len(logprob.top)
     return entries
