@@ -17,6 +17,8 @@ from workers.kv_transfer import copier
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason
+from workers.serving.core import WorkerCore
+from workers.serving.events import Tick
 from workers.status import Role, WorkerAddress
 from workers.wire import router_message_to_pb, status_from_pb
 from workers.worker import Worker
@@ -170,6 +172,24 @@ async def test_a_worker_that_stops_says_so_to_its_router() -> None:
     last = (await router.finish("r"))[-1]
     assert last.finish_reason is FinishReason.ERROR and last.refusal is Refusal.SHUTTING_DOWN
     await router.close()
+
+
+async def test_a_tick_that_fails_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, failures = WorkerCore.handle, []
+
+    def fail_once(self, event, now):  # type: ignore[no-untyped-def]
+        if isinstance(event, Tick) and len(failures) < 2:
+            failures.append(event)
+            raise RuntimeError("a tick that fails")
+        return handle(self, event, now)
+
+    async with running("mixed-0", Role.MIXED) as (_, address):
+        router = await Attached(address).start()
+        monkeypatch.setattr(WorkerCore, "handle", fail_once)
+        await router.idle()
+        await router.idle()
+        assert len(failures) == 2
+        await router.close()
 
 
 async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits() -> None:
