@@ -34,6 +34,7 @@ class WorkerStory:
         self.now = 100.0
         self.posted: list[EngineCommand] = []
         self.frames: dict[int, list[WorkerFrame]] = {}
+        self.attached: set[int] = set()
         self.stuck: set[int] = set()
         self.ended: set[int] = set()
         self.cut: set[int] = set()
@@ -47,7 +48,14 @@ class WorkerStory:
 
     def tell(self, event: events.Event) -> list[events.Command]:
         """All commands that the event brings, also by way of routers that take another frame."""
+        match event:
+            case events.RouterAttached(session):
+                self.attached.add(session)
+            case events.RouterLost(session):
+                self.attached.discard(session)
         told = list(self.core.handle(event, self.now))
+        for command in told:  # of a session that has ended nothing is asked
+            assert getattr(command, "session", None) in {None, *self.attached}
         for command in list(told):
             match command:
                 case events.Post(engine_command):

@@ -341,7 +341,8 @@ class Everything:
         story, core = self.story, self.story.core
         table = core._requests._table
         self.sessions -= story.cut | story.ended
-        assert set(story.frames) - self.sessions <= set(range(self.num_sessions + 1))
+        assert story.attached == self.sessions
+        assert all(len(session.outputs) <= 2 * 4 for session in core._sessions._sessions.values())
         # Each request has at most one owner, a session that is attached, and what is kept is bounded.
         owned = [served for served in table]
         assert len({served.name for served in owned}) == len(owned)

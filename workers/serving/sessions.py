@@ -243,5 +243,5 @@ class Sessions:
             elif len(session.outputs) > self._max_outputs:
                 session.is_cut = True
                 self._counters["routers_cut"] += 1
-                commands.append(CutStream(number, "the router does not keep up"))
+                commands.append(CutStream(number, f"{session.router_id} does not keep up"))
         return commands
