@@ -28,7 +28,7 @@ from router.flights import Flights
 from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
-from router.view import WorkerEntry
+from router.view import WorkerEntry, starts_of
 from workers.client import DumpRequest
 from workers.status import WorkerAddress
 
@@ -85,7 +85,7 @@ class RouterCore:
         if fault is not None:
             self._lose(entry, fault, now, FIRST_RECONNECT_S)
             return
-        was_up = entry.is_up
+        was_up, before = entry.is_up, entry.generation
         self.fleet.hear(entry, frame, now)
         if frame.status is not None:
             self.fleet.check_model(entry, is_idle=not self.flights)
@@ -94,6 +94,7 @@ class RouterCore:
             return
         if not was_up:
             self.index.attach(entry.row)
+            self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
         if self.index.backlog:
             self.index.take_in()
         if any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):

@@ -59,6 +59,7 @@ class Dispatcher:
             remaining_s,
             first_token_s,
             prefix=hint,
+            name=flight.request.request_id,
         )
         return Send(decode.worker_id, decode.connection, submit)
 
@@ -72,7 +73,8 @@ class Dispatcher:
         target.charge(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
         remaining_s, _ = self._time_left(flight, now)
         request = flight.attempt_request(incoming.wire_id)
-        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running)
+        name = flight.request.request_id
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
         return Send(target.worker_id, target.connection, submit)
 
     def num_blocks(self, flight: Flight) -> int:

@@ -222,11 +222,19 @@ class RouterDriver:
             self._handle(RequestCancelled(request_id))
 
     def _detach(self, connection: int) -> None:
-        self._links.pop(connection, None)
+        link = self._links.pop(connection, None)
         reader = self._readers.pop(connection, None)
         if reader is not None:
-            self._closing.add(reader)
-            reader.cancel()
+            closing = asyncio.create_task(self._hang_up(link, reader))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _hang_up(self, link: WorkerLink | None, reader: asyncio.Task[None]) -> None:
+        """Lets the last messages go first: what is not cancelled runs on at the worker for a while."""
+        if link is not None:
+            await link.flush()
+        reader.cancel()
+        await asyncio.wait({reader})
 
     async def _read(self, command: Attach) -> None:
         """Carries one worker's frames in until its stream ends."""

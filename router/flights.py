@@ -41,6 +41,8 @@ class Flights:
         self._attempts: dict[str, Flight] = {}
         self._queue = AdmissionQueue(config.max_queue)
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
+        self._left: dict[str, dict[str, str]] = {}
+        """By worker whose stream is lost: the attempts that may still run there, with their requests."""
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
         self._blocked: Flight | None = None
@@ -198,8 +200,23 @@ class Flights:
     def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
         """A worker's stream is gone, and with it what was `running` there."""
         self.migrations.lose_worker(worker_id, now)
+        if running:
+            self._left[worker_id] = {flight.wire_id: flight.request.request_id for flight in running}
         for flight in running:
             self._set_back(flight, Refusal.WORKER_LOST, message, now)
+
+    def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
+        """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
+        ended is ended there. One that still waits is dispatched, and if it comes there the worker knows it by its name."""
+        left = self._left.pop(entry.worker_id, {})
+        if not is_same_process or entry.connection is None:
+            return
+        for wire_id, request_id in left.items():
+            flight = self._flights.get(request_id)
+            if flight is not None and flight.wire_id and flight.incoming is None:
+                self.migrations.take_back(flight, entry, now)
+            elif flight is None or flight.incoming is not None:
+                self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -212,6 +229,9 @@ class Flights:
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
+        self._left = {
+            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
+        }
         for flight in self._too_old(now):
             self._cancel_attempt(flight)
             self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)

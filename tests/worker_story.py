@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from builders import fake_layout, make_request
 
-from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 from workers.config import WorkerConfig
 from workers.identity import Identity
 from workers.kv_transfer.messages import OpenHandoff, Subject
@@ -34,6 +34,7 @@ class WorkerStory:
         self.now = 100.0
         self.posted: list[EngineCommand] = []
         self.frames: dict[int, list[WorkerFrame]] = {}
+        self.attached: set[int] = set()
         self.stuck: set[int] = set()
         self.ended: set[int] = set()
         self.cut: set[int] = set()
@@ -47,7 +48,14 @@ class WorkerStory:
 
     def tell(self, event: events.Event) -> list[events.Command]:
         """All commands that the event brings, also by way of routers that take another frame."""
+        match event:
+            case events.RouterAttached(session):
+                self.attached.add(session)
+            case events.RouterLost(session):
+                self.attached.discard(session)
         told = list(self.core.handle(event, self.now))
+        for command in told:  # of a session that has ended nothing is asked
+            assert getattr(command, "session", None) in {None, *self.attached}
         for command in list(told):
             match command:
                 case events.Post(engine_command):
@@ -100,6 +108,9 @@ class WorkerStory:
 
     def cancel(self, session: int, name: str) -> None:
         self.tell(events.RouterSaid(session, Cancel(name)))
+
+    def adopt(self, session: int, name: str, attempt: str, position: int) -> None:
+        self.tell(events.RouterSaid(session, Adopt(name, attempt, position)))
 
     def ask_for_dump(self, session: int) -> None:
         self.tell(events.RouterSaid(session, DumpRequest()))

@@ -148,6 +148,12 @@ class WorkerConfig:
     """KV bytes of one handoff that may be announced and not yet acknowledged."""
     max_pending_frames: int = 1024
     """Outputs of this many steps may wait for a slow router before it is disconnected."""
+    orphan_grace_s: float = 30.0
+    """A request whose router is lost goes on for so long, and what has ended is kept, for whichever router takes it up; 0: it is cancelled at once."""
+    max_orphans: int = 256
+    """Requests without a router at once; beyond that the oldest are given up."""
+    max_kept_tokens: int = 8192
+    """Output tokens of each request that are kept for a router that takes it up; an alternative among logprobs counts as one more."""
     host: str = "127.0.0.1"
     port: int = 0
     """gRPC port; 0: any free one."""
@@ -204,6 +210,9 @@ class WorkerConfig:
                 "must leave dispatch at auto or all_to_all on cpu",
             ),
             (self.max_pause_s > 0, "max_pause_s", "must be positive"),
+            (self.orphan_grace_s >= 0, "orphan_grace_s", "must be 0 (none) or positive"),
+            (self.max_orphans >= 0, "max_orphans", "must not be negative"),
+            (self.max_kept_tokens >= 0, "max_kept_tokens", "must not be negative"),
             (self.drain_timeout_s >= 0, "drain_timeout_s", "must not be negative"),
             (self.transfer_timeout_s > 0, "transfer_timeout_s", "must be positive"),
             (self.transfer_window_bytes >= 1 << 20, "transfer_window_bytes", "must be at least 1 MiB"),

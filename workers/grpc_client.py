@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from workers import wire
-from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged, WorkerLost
 from workers.grpc_options import ROUTER_CHANNEL
 from workers.pb import worker_pb2 as pb
@@ -22,6 +22,9 @@ from workers.wire_seal import Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
+
+FLUSH_S = 3.0
+"""How long the last messages to a worker may take."""
 
 
 class Heard:
@@ -77,7 +80,7 @@ class GrpcWorkerLink:
         if was_open:
             raise WorkerLost(f"{self._target} closed the stream")
 
-    def send(self, message: Submit | Cancel | DumpRequest) -> bool:
+    def send(self, message: Submit | Cancel | Adopt | DumpRequest) -> bool:
         if not self._is_open:
             return False
         try:
@@ -85,6 +88,13 @@ class GrpcWorkerLink:
         except asyncio.QueueFull:
             return False
         return True
+
+    async def flush(self) -> None:
+        if self._writer.done() or self._call.done():
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S):
+                await self._outgoing.join()
 
     async def close(self) -> None:
         self._is_open = False
@@ -98,6 +108,7 @@ class GrpcWorkerLink:
             while True:
                 message = wire.router_message_to_pb(await self._outgoing.get())
                 await self._call.write(self._sealer.seal(message))
+                self._outgoing.task_done()
 
 
 class GrpcWorkerClient:

@@ -230,9 +230,14 @@ class Output:
     handoff: HandoffReport | None = None
 
 
-def error_output(request: Request, refusal: Refusal, message: str) -> Output:
+def end_output(request_id: str, refusal: Refusal, message: str) -> Output:
     """The output that ends a request which was refused or given up."""
-    return Output(request.request_id, 0, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+    return Output(request_id, 0, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+
+
+def error_output(request: Request, refusal: Refusal, message: str) -> Output:
+    """As end_output."""
+    return end_output(request.request_id, refusal, message)
 
 
 def refusal_output(request: Request, error: InvalidRequest | Refused) -> Output:

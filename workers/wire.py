@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from workers.client import Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
@@ -132,7 +132,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix, name):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
@@ -140,6 +140,7 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
                 remaining_s=remaining_s,
                 first_token_s=first_token_s,
                 prefix=hint_to_pb(prefix) if prefix is not None else None,
+                name=name,
             )
             if migration is not None:
                 submit.migration.CopyFrom(
@@ -148,6 +149,8 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
             return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
+        case Adopt(name, request_id, position):
+            return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
         case Hello(router_id):
@@ -166,9 +169,11 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             request = request_from_pb(submit.request)
             prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
             times = (submit.remaining_s, submit.first_token_s)
-            return Submit(request, submit.generation, addresses, *times, migration, prefix)
+            return Submit(request, submit.generation, addresses, *times, migration, prefix, submit.name)
         case "cancel":
             return Cancel(message.cancel.request_id)
+        case "adopt":
+            return Adopt(message.adopt.name, message.adopt.request_id, message.adopt.position)
         case "dump":
             return DumpRequest()
         case "hello":

@@ -35,6 +35,8 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.STALE_GENERATION: Row(503, "service_unavailable_error", True),
     Refusal.DRAINING: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.NOT_MOVABLE: Row(503, "service_unavailable_error", True),
+    Refusal.NOT_KEPT: Row(503, "service_unavailable_error", True),
+    Refusal.TAKEN_UP: Row(409, "conflict_error", False),
     Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.INTERNAL: Row(500, "server_error", False),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fake_worker import MODEL, golden_text, golden_token, golden_tokens
 from hypothesis import given, settings
@@ -25,7 +25,7 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
-from workers.client import Cancel, Migration, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, Migration, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Load, Role, WorkerAddress, WorkerStatus
@@ -47,6 +47,10 @@ class SimWorker:
     running: dict[str, tuple[Request, int]] = field(default_factory=dict)
     arriving: dict[str, tuple[Request, Migration]] = field(default_factory=dict)
     """Sequences that run elsewhere and shall run here."""
+    kept: dict[str, tuple[Request, int]] = field(default_factory=dict)
+    """By their own names the requests that went on behind a broken stream, and how far."""
+    refused: list[Output] = field(default_factory=list)
+    """To be said with the next step."""
     last: FrameArrived | None = None
     """The last frame sent, to be repeated."""
 
@@ -65,7 +69,7 @@ class SimWorker:
         return self.last
 
     def step(self, num_tokens: int) -> tuple[Output, ...]:
-        outputs = []
+        outputs, self.refused = self.refused, []
         for wire_id, (request, position) in list(self.running.items()):
             end = min(position + num_tokens, request.params.max_tokens)
             tokens = tuple(golden_token(request, index) for index in range(position, end))
@@ -126,6 +130,13 @@ class World:
                             worker.arriving[request.request_id] = (request, message.migration)
                         else:
                             worker.running[request.request_id] = (request, len(request.replay_token_ids))
+                    elif worker.connection == connection and isinstance(message, Adopt):
+                        request, end = worker.kept.pop(message.name, (None, -1))
+                        if request is not None and message.position <= end:
+                            worker.running[message.request_id] = (request, message.position)
+                        else:
+                            error = Output(message.request_id, 0, (), finish_reason=FinishReason.ERROR)
+                            worker.refused.append(replace(error, refusal=Refusal.NOT_KEPT))
                     elif worker.connection == connection and isinstance(message, Cancel):
                         worker.running.pop(message.request_id, None)
                         worker.arriving.pop(message.request_id, None)
@@ -137,6 +148,7 @@ class World:
     def clear(self, name: str) -> None:
         self.workers[name].running.clear()
         self.workers[name].arriving.clear()
+        self.workers[name].refused.clear()
 
     def land(self, worker: SimWorker, is_told: bool) -> None:
         """A sequence arrives as it stands at its source, or is refused; `is_told`: the source hears that it has landed."""
@@ -190,6 +202,7 @@ class World:
                 self.tell(Tick())
             case "restart":
                 worker.starts, worker.connection = worker.starts + 1, None
+                worker.kept.clear()
                 self.clear(worker.name)
                 addresses = [WorkerAddress(name, other.generation, name) for name, other in self.workers.items()]
                 self.tell(WorkersChanged(tuple(addresses)))
@@ -211,6 +224,9 @@ class World:
                 self.tell(worker.frame((output,), with_status=False))
             case "break":
                 connection, worker.connection = worker.connection, None
+                for wire_id, (request, position) in worker.running.items():
+                    further = min(position + number % 3, request.params.max_tokens)
+                    worker.kept[wire_id.split("#")[0]] = request, further
                 self.clear(worker.name)
                 self.tell(WorkerDetached(worker.name, connection, "broken"))
             case "land" if worker.arriving:

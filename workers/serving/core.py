@@ -11,26 +11,23 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from math import inf
 from typing import assert_never
 
-from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit
+from workers.client import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
 from workers.config import WorkerConfig
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.errors import Refusal, Refused
 from workers.identity import Identity
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.recovery import Way
-from workers.request import Output, error_output, refusal_output
-from workers.scheduler.sequence import Kind
 from workers.serving import events
 from workers.serving.exports import Exports
 from workers.serving.fetches import Fetches
 from workers.serving.observer import Observer, Unobserved
-from workers.serving.requests import RequestTable, ServedRequest
+from workers.serving.requests import Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Load, WorkerStatus
-from workers.stepping.commands import Add, AddMigrant, CancelSequence, ForgetCache
+from workers.stepping.commands import ForgetCache
 from workers.stepping.result import Report, TransferWanted
 
 log = logging.getLogger(__name__)
@@ -58,18 +55,18 @@ class WorkerCore:
         self._describe = describe
         self._observer = observer or Unobserved()
         self._engine_counters: tuple[tuple[str, float], ...] = ()
-        self._numbers = itertools.count(1)
         self._out: list[events.Command] = []
-        self._requests = RequestTable()
         idle = Load(num_blocks=layout.num_blocks, num_free_blocks=layout.num_blocks)
         max_outputs = config.max_pending_frames * config.max_num_seqs
         self._sessions = Sessions(identity, idle, self.status, max_outputs, self.counters)
+        new_number = itertools.count(1).__next__
+        self._requests = Requests(config, self._standing, self._sessions, new_number, self.counters, self._observer)
         self._fetches = Fetches(identity.worker_id, layout, config.transfer_timeout_s, self.counters, self._observer)
         self._exports = Exports(
             layout,
             config.max_pause_s,
-            self._find,
-            self._numbers.__next__,
+            self._requests.find,
+            new_number,
             self.counters,
             self._observer,
         )
@@ -81,6 +78,7 @@ class WorkerCore:
             case events.StepReported(report):
                 self._on_report(report, now)
             case events.FrameWanted(session):
+                self._requests.written(session)
                 self._sessions.frame_wanted(session)
             case events.RouterSaid(session, message):
                 self._on_message(session, message, now)
@@ -91,8 +89,7 @@ class WorkerCore:
                 self._sessions.close(session)
             case events.RouterLost(session):
                 self._sessions.lose(session)
-                for served in self._requests.owned_by(session):
-                    self._give_up(served)
+                out += self._requests.lose_router(session, now)
             case events.LayersReported(layers):
                 out += self._exports.layers_filled(layers)
             case events.HandoffAsked():
@@ -121,6 +118,7 @@ class WorkerCore:
             case events.Tick():
                 self._sessions.check_time(now)
                 out += self._exports.check_time(now)
+                out += self._requests.check_time(now)
             case _:
                 assert_never(event)
         out += self._sessions.flush()
@@ -130,7 +128,7 @@ class WorkerCore:
     @property
     def next_due_s(self) -> float:
         """When the next Tick is due."""
-        return min(self._sessions.next_due_s, self._exports.next_due_s)
+        return min(self._sessions.next_due_s, self._exports.next_due_s, self._requests.next_due_s)
 
     @property
     def is_idle(self) -> bool:
@@ -141,67 +139,22 @@ class WorkerCore:
         """The worker as it is now."""
         return self._describe(self._sessions.load, self._engine_counters)
 
-    # ---- requests ----
-
     def _on_message(self, session: int, message: RouterMessage, now: float) -> None:
+        if self._sessions.get(session) is None:
+            return
         match message:
             case Submit():
-                self._on_submit(session, message, now)
+                self._out += self._requests.submit(session, message, now)
             case Cancel(request_id):
-                served = self._requests.of(session, request_id)
-                if served is not None:
-                    self._give_up(served)
+                self._out += self._requests.cancel(session, request_id)
+            case Adopt():
+                self._requests.adopt(session, message)
             case DumpRequest():
                 self._out += self._sessions.ask_for_dump(session)
             case Hello(router_id):
                 log.warning("%s said hello twice", router_id)
             case _:
                 assert_never(message)
-
-    def _on_submit(self, number: int, submit: Submit, now: float) -> None:
-        """Queues a request; one that is not accepted is answered at once."""
-        request, me = submit.request, self._standing.identity
-        if self._sessions.get(number) is None:
-            return
-        try:
-            self._standing.check_request(submit)
-            if self._requests.of(number, request.request_id) is not None:
-                raise InvalidRequest(f"request {request.request_id} is running already")
-        except (InvalidRequest, Refused) as error:
-            self._sessions.say(number, refusal_output(request, error))
-            return
-        sequence_id = next(self._numbers)
-        candidates = tuple(c for c in submit.prefill_workers if c.worker_id != me.worker_id)
-        due_s = min((now + left_s for left_s in (submit.remaining_s, submit.first_token_s) if left_s > 0), default=inf)
-        self._requests.add(ServedRequest(sequence_id, request, candidates, submit.migration, due_s, number))
-        self._observer.submitted(sequence_id, request.traceparent, now)
-        if submit.migration is not None:
-            self._out.append(events.Post(AddMigrant(sequence_id, request)))
-        else:
-            kind = Kind.TARGET if candidates else Kind.LOCAL
-            self._out.append(events.Post(Add(sequence_id, request, kind, submit.prefix)))
-
-    def _deliver(self, served: ServedRequest, output: Output, now: float) -> None:
-        self._observer.said(served.sequence_id, output, now)
-        self._sessions.say(served.owner, output)
-        if output.finish_reason is not None:
-            self._requests.remove(served)
-
-    def _give_up(self, served: ServedRequest) -> None:
-        """Nobody wants it any more."""
-        self._requests.remove(served)
-        self._observer.cancelled(served.sequence_id)
-        self._out.append(events.Post(CancelSequence(served.sequence_id)))
-
-    def _end_all(self, refusal: Refusal, message: str, now: float) -> None:
-        """Ends every request, so that routers run it elsewhere."""
-        for served in self._requests:
-            self._deliver(served, error_output(served.request, refusal, message), now)
-            self._out.append(events.Post(CancelSequence(served.sequence_id)))
-
-    def _find(self, name: str) -> int | None:
-        served = self._requests.named(name)
-        return None if served is None else served.sequence_id
 
     # ---- what a step brought ----
 
@@ -212,7 +165,7 @@ class WorkerCore:
         for sequence_id, output in result.outputs:
             served = self._requests.get(sequence_id)
             if served is not None:
-                self._deliver(served, output, now)
+                out += self._requests.deliver(served, output, now)
             elif output.finish_reason is not None:
                 out += self._exports.failed(sequence_id, output.message)
         for wanted in result.transfers:
@@ -260,13 +213,15 @@ class WorkerCore:
             return
         self._out += changed
         self._sessions.tell_status()
-        self._end_all(Refusal.WORKER_LOST, "the worker that ran this request lost a rank", now)
+        self._out += self._requests.end_all(Refusal.WORKER_LOST, "the worker that ran this request lost a rank", now)
         self._out += [events.FailHandoffs(reason), events.Post(ForgetCache())]
 
     def _close(self, now: float) -> None:
         """Refuses what comes, ends what runs so that routers run it elsewhere, and each stream with its last frame."""
         self._standing.close()
-        self._end_all(Refusal.SHUTTING_DOWN, f"{self._standing.identity.worker_id} is stopping", now)
+        self._out += self._requests.end_all(
+            Refusal.SHUTTING_DOWN, f"{self._standing.identity.worker_id} is stopping", now
+        )
         self._out += self._fetches.abandon_all()
         self._out.append(events.FailHandoffs("the worker is stopping"))
         self._sessions.close_all()

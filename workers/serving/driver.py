@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 1.0
 IDLE_CHECK_S = 0.2
+RETRY_S = 0.5
+"""Between a tick that failed and the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,9 @@ class WorkerDriver:
             self._handle(events.Tick())
         except Exception:
             log.exception("a tick could not be handled")
+            if self._timer is not None:  # what is due now may fail again
+                self._timer.cancel()
+                self._timer = asyncio.get_running_loop().call_later(RETRY_S, self._tick)
 
     # ---- the engine thread ----
 

@@ -59,6 +59,8 @@ class Session:
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
+    num_framed: int = 0
+    """Outputs that went into frames."""
     wants_frame: bool = False
     is_load_due: bool = False
     is_closing: bool = False
@@ -82,14 +84,15 @@ class Session:
         return self.cache_place is not None and self.cache_place != events.num_told
 
     def take_frame(self, generation: int, load: Load, events: CacheEvents, status: WorkerStatus | None) -> WorkerFrame:
-        """What waits, as much as goes into one frame, with `status` where that is due. A router that is too far behind for cache events waits for
-        a dump from here on."""
+        """What waits, as much as goes into one frame, with `status` where that is due. A router that is too far behind for cache
+        events waits for a dump from here on."""
         is_new = status is not None or load is not self.said_load
         changes = self._take_cache_events(events)
         count = frame_share(self.outputs)
         outputs, self.outputs = tuple(self.outputs[:count]), self.outputs[count:]
         frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status)
         self.said_load = load
+        self.num_framed += count
         self.wants_frame = self.is_load_due = self.is_status_due = False
         return frame
 
@@ -141,6 +144,16 @@ class Sessions:
 
     def get(self, number: int) -> Session | None:
         return self._sessions.get(number)
+
+    def num_said(self, number: int | None) -> int:
+        """Outputs that a session was told so far, those that wait for a frame included."""
+        session = None if number is None else self._sessions.get(number)
+        return 0 if session is None else session.num_framed + len(session.outputs)
+
+    def num_framed(self, number: int) -> int:
+        """Outputs of a session that went into the frames which it has been given."""
+        session = self._sessions.get(number)
+        return 0 if session is None else session.num_framed
 
     def attach(self, number: int, router_id: str) -> None:
         session = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
@@ -240,7 +253,7 @@ class Sessions:
             elif len(session.outputs) > self._max_outputs:
                 session.is_cut = True
                 self._counters["routers_cut"] += 1
-                commands.append(CutStream(number, "the router does not keep up"))
+                commands.append(CutStream(number, f"{session.router_id} does not keep up"))
         return commands
 
 

@@ -75,8 +75,8 @@ class Streams:
                 yield sealer.seal(message)
         finally:
             reader.cancel()
-            del self._streams[number]
-            self._handle(RouterLost(number))
+            if self._streams.pop(number, None) is not None:
+                self._handle(RouterLost(number))
 
     async def _read(self, number: int, stream: _Stream, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:
@@ -107,8 +107,9 @@ class Streams:
 
     def cut(self, number: int, reason: str) -> None:
         """As CutStream."""
-        stream = self._streams.get(number)
+        stream = self._streams.pop(number, None)
         if stream is not None:
+            asyncio.get_running_loop().call_soon(self._handle, RouterLost(number))
             log.warning("the stream of %s is cut: %s", stream.router_id, reason)
             stream.task.cancel()  # a write that waits for the router would never come back to us
             aborting = asyncio.create_task(self._abort(stream, reason), name=f"cut-{stream.router_id}")
