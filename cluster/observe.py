@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from workers.status import starts_of, switches_of
+
 _HEADINGS = ("WORKER", "ROLE", "GENERATION", "STATE", "REQUESTS", "RUNNING", "WAITING", "BLOCKS USED", "FRAME AGE")
 
 _RANK_HEADINGS = ("RANK", "HOST:PID", "STATE", "EPOCH", "KV MEMORY", "EXPERT IMBALANCE")
@@ -95,4 +97,4 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
 
 def generation_text(generation: int) -> str:
     """Starts and switches, as they are packed: see docs/architecture.md, Generations."""
-    return f"{generation >> 16}.{generation & 0xFFFF}"
+    return f"{starts_of(generation)}.{switches_of(generation)}"

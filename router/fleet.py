@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from router.charges import Charges
 from router.events import Attach
-from router.view import WorkerEntry, starts_of
+from router.view import WorkerEntry
 from workers.errors import InvalidRequest
-from workers.status import ModelInfo, Role, WorkerAddress
+from workers.status import ModelInfo, Role, WorkerAddress, starts_of
 
 FIRST_RECONNECT_S, MAX_RECONNECT_S = 0.1, 2.0
 

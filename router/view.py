@@ -6,14 +6,7 @@ from dataclasses import dataclass, field
 
 from router.charges import Charges
 from workers.client import WorkerFrame
-from workers.status import Load, Role, WorkerAddress, WorkerStatus
-
-_STARTS_SHIFT = 16
-
-
-def starts_of(generation: int) -> int:
-    """How often the worker's process was started; a role switch leaves it as it is (docs/architecture.md)."""
-    return generation >> _STARTS_SHIFT
+from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
 
 
 @dataclass(slots=True)

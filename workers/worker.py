@@ -24,12 +24,9 @@ from workers.runner import Runner
 from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
 from workers.server import Face, WorkerServer
-from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
 
 log = logging.getLogger(__name__)
-
-STARTS_SHIFT = 16
-"""A generation is (starts << 16) + role switches."""
 
 STOP_GRACE_S = 3.0
 """How long a stopping worker waits for its routers to take their last frame."""
@@ -90,7 +87,7 @@ class Worker:
         data_path: DataPath = make_data_path,
     ) -> None:
         self._config = config
-        self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
+        self._identity = Identity(worker_id, role, first_generation(start_count))
         self._on_role_change = on_role_change
         self._load = load
         self._make_data_path = data_path

@@ -157,13 +157,13 @@ async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its
         lambda workers: "decode-0" in workers and workers["decode-0"].address.generation > switched.address.generation
     )
     assert back["decode-0"].role is Role.MIXED
-    assert back["decode-0"].address.generation >> 16 == (old.address.generation >> 16) + 1
+    assert back["decode-0"].address.generation >> 32 == (old.address.generation >> 32) + 1
     assert (await pool.pools.find("decode-0").status.remote()).role is Role.MIXED
 
 
 async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool) -> None:
     pool.actors.append(pool.pools.create_worker("mixed-0", Role.MIXED, make_mortal_worker))
-    back = await pool.until(lambda workers: "mixed-0" in workers and workers["mixed-0"].address.generation >= 2 << 16)
+    back = await pool.until(lambda workers: "mixed-0" in workers and workers["mixed-0"].address.generation >= 2 << 32)
     assert back["mixed-0"].role is Role.MIXED
 
 
@@ -179,7 +179,7 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Po
         async with asyncio.timeout(BOUND_S):
             while True:
                 views = (await router.status.remote()).workers
-                if {v.status.worker_id: v.status.generation >> 16 for v in views if v.connected} == expected:
+                if {v.status.worker_id: v.status.generation >> 32 for v in views if v.connected} == expected:
                     return
                 await asyncio.sleep(0.05)  # the router tells nobody of a change: it is asked
 
