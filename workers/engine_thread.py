@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from workers.engine import Engine
 from workers.errors import InvalidRequest, Refused
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
 from workers.scheduler.sequence import Kind

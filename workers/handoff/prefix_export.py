@@ -8,7 +8,7 @@ from collections.abc import Callable
 from workers.engine_thread import Command, HoldPrefix, ReleasePrefix
 from workers.errors import Refusal, Refused
 from workers.handoff.export import Export, Feed
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey, token_bytes
 from workers.kv_transfer.messages import OpenHandoff, Prefix, PrefixDone
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Filled
@@ -84,7 +84,7 @@ def keys_of(subject: Prefix) -> tuple[BlockKey, ...]:
     parents = (subject.parent, *hashes[:-1])
     starts = range(0, len(tokens), BLOCK_SIZE)
     return tuple(
-        BlockKey(block_hash, parent, tokens[start : start + BLOCK_SIZE])
+        BlockKey(block_hash, parent, token_bytes(tokens[start : start + BLOCK_SIZE]))
         for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
     )
 
