@@ -90,11 +90,11 @@ class LLM:
         asked = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
         if asked and isinstance(asked[0], int):
             asked = [asked]
-        vocab_size, tokenizer = self._checkpoint.info.vocab_size, self._checkpoint.tokenizer
+        info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
         read = [
             prompt
             for one in asked
-            for prompt in read_prompts(list(one) if isinstance(one, tuple) else one, tokenizer, vocab_size, True)
+            for prompt in read_prompts(list(one) if isinstance(one, tuple) else one, tokenizer, info, True)
         ]
         return self._generate(read, params, n, progress, _DEFAULT_TOKENS, "prompt")
 
@@ -121,7 +121,16 @@ class LLM:
             if not all(isinstance(message, Mapping) for message in listed):
                 raise InvalidRequest("messages must be mappings with role and content", "messages")
             plain = [dict(message) for message in listed]
-            read.append(read_chat(plain, self._checkpoint.tokenizer, add_generation_prompt, False, template_settings))
+            read.append(
+                read_chat(
+                    plain,
+                    self._checkpoint.tokenizer,
+                    self._checkpoint.info,
+                    add_generation_prompt,
+                    False,
+                    template_settings,
+                )
+            )
         return self._generate(read, params, n, progress, self._checkpoint.info.max_model_len, "messages")
 
     def _generate(

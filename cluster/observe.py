@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from workers.status import starts_of, switches_of
+
 _HEADINGS = ("WORKER", "ROLE", "GENERATION", "STATE", "REQUESTS", "RUNNING", "WAITING", "BLOCKS USED", "FRAME AGE")
 
 _RANK_HEADINGS = ("RANK", "HOST:PID", "STATE", "EPOCH", "KV MEMORY", "EXPERT IMBALANCE")
@@ -96,5 +98,5 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
 
 def generation_text(generation: int) -> str:
     """When the worker was started (UTC), and how often it has switched since: see docs/architecture.md, Generations."""
-    started = datetime.fromtimestamp(generation >> 16, UTC)
-    return f"{started:%Y-%m-%dT%H:%M:%SZ}/{generation & 0xFFFF}"
+    started = datetime.fromtimestamp(starts_of(generation), UTC)
+    return f"{started:%Y-%m-%dT%H:%M:%SZ}/{switches_of(generation)}"

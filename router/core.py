@@ -28,9 +28,9 @@ from router.flights import Flights
 from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
-from router.view import WorkerEntry, starts_of
+from router.view import WorkerEntry
 from workers.client import DumpRequest
-from workers.status import WorkerAddress
+from workers.status import WorkerAddress, starts_of
 
 
 class RouterCore:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 
 from router.charges import Charges
 from router.events import Attach
-from router.view import WorkerEntry, starts_of
+from router.view import WorkerEntry
 from router.worker_table import WorkerTable
 from workers.client import WorkerFrame
 from workers.errors import InvalidRequest
-from workers.status import ModelInfo, Role, WorkerAddress
+from workers.status import ModelInfo, Role, WorkerAddress, starts_of
 
 FIRST_RECONNECT_S, MAX_RECONNECT_S = 0.1, 2.0
 

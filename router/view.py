@@ -8,14 +8,7 @@ from router.charges import Charge, Charges
 from router.policies.rebalance import PRESSURE_S
 from router.worker_table import WorkerTable
 from workers.client import WorkerFrame
-from workers.status import Load, Role, WorkerAddress, WorkerStatus
-
-_STARTS_SHIFT = 16
-
-
-def starts_of(generation: int) -> int:
-    """How often the worker's process was started; a role switch leaves it as it is (docs/architecture.md)."""
-    return generation >> _STARTS_SHIFT
+from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
 
 
 @dataclass(slots=True)

@@ -9,12 +9,12 @@ from router.events import Attach, Command, Deliver, Event, FrameArrived, Send, T
 from workers.client import Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
-from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
 
 MODEL = ModelInfo("fake", "fingerprint", vocab_size=1000, max_model_len=4096, block_size=4)
 
 
-GENERATION = 1 << 16
+GENERATION = first_generation(1)
 
 
 FREE = Load(num_free_blocks=1000, num_blocks=1000)
@@ -53,7 +53,7 @@ class Story:
     def report(
         self, worker: str, role: Role, generation: int = GENERATION, load: Load = FREE, model: ModelInfo = MODEL
     ) -> list[Command]:
-        status = WorkerStatus(worker, generation, role, model, load, pid=generation >> 16)
+        status = WorkerStatus(worker, generation, role, model, load, pid=starts_of(generation))
         return self.frame(worker, WorkerFrame(generation, status=status))
 
     def output(self, worker: str, name: str, position: int, *tokens: int, finish: bool = False) -> list[Command]:

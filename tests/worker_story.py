@@ -18,7 +18,7 @@ from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, Worker
 from workers.stepping.commands import EngineCommand
 from workers.stepping.result import Report, StepResult
 
-GENERATION = 1 << 16
+GENERATION = 1 << 32
 MODEL = ModelInfo("fake", "fake-1", 1000, 4096, 64)
 PEER = WorkerAddress("prefill-0", GENERATION, "127.0.0.1:1")
 LAYOUT = fake_layout()

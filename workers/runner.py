@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from workers.kv_transfer.memory import KvMemory
 from workers.prompt_scores import PromptScores
@@ -52,7 +53,7 @@ class SequenceSlice:
     sequence_id: int
     token_ids: Sequence[int]
     start: int
-    block_table: Sequence[int]
+    block_table: Sequence[int] | npt.NDArray[np.int32]
     sample: SampleSpec | None = None
     prompt_logprobs: int | None = None
     next_token_id: int | None = None

@@ -24,6 +24,26 @@ class Role(StrEnum):
         return self is not Role.PREFILL
 
 
+_SWITCH_BITS = 32
+"""Of a generation: what is above them counts the worker's starts, they count its role switches and lost ranks since. A switch a second
+fills them in 136 years."""
+
+
+def first_generation(start_count: int) -> int:
+    """That of a process which is its worker's `start_count`-th."""
+    return start_count << _SWITCH_BITS
+
+
+def starts_of(generation: int) -> int:
+    """How often the worker's process was started; role switches and lost ranks leave it as it is."""
+    return generation >> _SWITCH_BITS
+
+
+def switches_of(generation: int) -> int:
+    """Role switches and lost ranks since that start."""
+    return generation & ((1 << _SWITCH_BITS) - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
     """Who and where: `target` is host:port of the worker's gRPC server; `generation` fences stale parties."""

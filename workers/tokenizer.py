@@ -51,12 +51,16 @@ class Tokenizer:
             self._bytes[token_id] = to_bytes(token)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._longest_token = _longest_token(json.loads(backend.to_str()), vocabulary)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a checkpoint folder. Raises InvalidConfig with one sentence when it has no usable tokenizer."""
         folder = Path(path)
         backend = _load_backend(folder)
+        # Training scripts leave these in the file; transformers sets both anew for every call, and so nobody notices.
+        backend.no_truncation()
+        backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
         templates = _chat_templates(folder, config)
@@ -78,8 +82,13 @@ class Tokenizer:
         _chat_templates(folder, _read_json(folder / "tokenizer_config.json"))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Lets other threads run meanwhile: only the library's calls for several texts release the interpreter's lock."""
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `encode` surely does not stay below, found without a look at the text; 0 where nothing is sure."""
+        return -(-len(text) // self._longest_token) if self._longest_token else 0
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of the tokens; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
@@ -215,6 +224,54 @@ def _byte_rule(decoder: Mapping[str, Any]) -> tuple[Callable[[str], bytes], int]
         return token.encode()
 
     return to_bytes, num_stripped
+
+
+def _longest_token(definition: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int:
+    """The most characters of a text that one token can stand for; 0 where that has no bound that could be proved.
+
+    It has one where every character gets into the tokens: no step drops or shortens any, and what the vocabulary does not
+    know is spelled in bytes. A token of bytes stands for at most as many characters.
+    """
+    model, added = definition["model"], definition["added_tokens"]
+    normalizers = _steps(definition["normalizer"], "normalizers")
+    splitters = _steps(definition["pre_tokenizer"], "pretokenizers")
+    is_byte_level = any(step["type"] == "ByteLevel" for step in splitters)
+    letters = _byte_level_alphabet() if is_byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
+    keeps_all = (
+        model["type"] == "BPE"
+        and (is_byte_level or model.get("byte_fallback") is True)
+        and all(letter in vocabulary for letter in letters)
+        and all(_keeps_length(step) for step in normalizers)
+        and all(_keeps_all(step) for step in splitters)
+        and not any(token["lstrip"] or token["rstrip"] for token in added)
+    )
+    return max(map(len, vocabulary), default=0) if keeps_all else 0
+
+
+def _steps(step: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, Any]]:
+    if step is None:
+        return ()
+    return step[name] if step["type"] == "Sequence" else (step,)
+
+
+def _keeps_length(normalizer: Mapping[str, Any]) -> bool:
+    match normalizer:
+        case {"type": "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return len(new) >= len(old)
+        case _:
+            return False
+
+
+def _keeps_all(splitter: Mapping[str, Any]) -> bool:
+    match splitter:
+        case {"type": "Split" | "Punctuation", "behavior": str(behavior)}:
+            return behavior != "Removed"
+        case {"type": kind}:
+            return kind in ("ByteLevel", "Metaspace", "Digits")
+        case _:
+            return False
 
 
 def _byte_level_alphabet() -> dict[str, int]:

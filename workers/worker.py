@@ -26,12 +26,9 @@ from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
 from workers.serving.driver import RanksView, WorkerDriver
 from workers.serving.server import WorkerServer
-from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
 
 log = logging.getLogger(__name__)
-
-STARTS_SHIFT = 16
-"""A generation is (starts << 16) + role switches."""
 
 STOP_GRACE_S = 3.0
 """How long a stopping worker waits for its routers to take their last frame."""
@@ -93,7 +90,7 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._identity = Identity(worker_id, role, start_count << STARTS_SHIFT)
+        self._identity = Identity(worker_id, role, first_generation(start_count))
         self._on_role_change = on_role_change
         self._load = load
         self._make_data_path = data_path

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from router.api import sse
 from router.api.config import ApiConfig
 from router.api.generation import Generation, unless_disconnected
-from router.api.long_work import in_thread
+from router.api.long_work import offload
 from router.api.metrics import Metrics
 from router.api.middleware import too_large
 from router.api.problems import describe, note_refusal
@@ -84,14 +84,14 @@ Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
 
 
 async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], translate: Translate[AnyBody]) -> Job:
-    """Reads, checks and tokenizes one request; a long one in a thread."""
+    """Reads, checks and tokenizes one request; one that is not short in a thread."""
     raw = await read_body(http, services.config)
     model = services.backend.model
 
     def build() -> Job:
         return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
 
-    return await asyncio.to_thread(build) if len(raw) > services.config.offload_bytes else build()
+    return await offload(build, len(raw), services.config.offload_bytes)
 
 
 class Answer(Response):
@@ -235,7 +235,7 @@ async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
                 break
         return "".join(gathered).encode()
 
-    while body := await in_thread(gather):
+    while body := await asyncio.to_thread(gather):
         yield body
 
 

@@ -30,7 +30,7 @@ class ApiConfig:
     """Outputs of one request that wait for a slow client; then its streams are no longer read."""
     heartbeat_s: float = 15.0
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
-    offload_bytes: int = 32 << 10
+    offload_bytes: int = 4 << 10
     """Bodies larger than this are validated and tokenized in a thread, so that other streams do not stall."""
     max_prompt_scores: int = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8

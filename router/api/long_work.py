@@ -1,21 +1,26 @@
-"""Threads for what long requests and long answers cost, a few for all of them: whoever comes with more of it waits for his kind."""
+"""Where the work of a request is done, by its size: on the event loop, in a thread, or in one of the few that huge ones share."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
-NUM_THREADS = 2
-"""A long prompt takes tens of times its own size in memory while it is tokenized."""
+HUGE_BYTES = 256 << 10
+NUM_HUGE = 2
+"""Huge requests that are read at once: a prompt takes tens of times its own size while it is tokenized."""
 
-_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="long-request")
+_huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
 
 
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `work` returns or raises. It must let go of the interpreter's lock every few milliseconds, as Python code does."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, lambda: work(*args, **kwargs))
+async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
+    """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
+
+    In a thread it must let go of the interpreter's lock every few milliseconds, as Python code and tokenizers do.
+    """
+    if num_bytes <= inline_bytes:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from router.api.problems import rejected
 from workers.errors import InvalidRequest
+from workers.status import ModelInfo
 from workers.tokenizer import Tokenizer
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -22,8 +24,8 @@ class Prompt:
     text: str | None = None
 
 
-def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int, add_special_tokens: bool) -> list[Prompt]:
-    """A string, strings, token ids, or arrays of token ids. Raises InvalidRequest naming `prompt`."""
+def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool) -> list[Prompt]:
+    """A string, strings, token ids, or arrays of token ids. Raises InvalidRequest naming `prompt`, or Rejected when one is too long."""
     texts: list[str] = []
     arrays: list[list[Any]] = []
     match value:
@@ -38,11 +40,27 @@ def read_prompts(value: Any, tokenizer: Tokenizer, vocab_size: int, add_special_
         case _:
             what = "must be a string, an array of strings, an array of token ids, or an array of arrays of token ids"
             raise InvalidRequest(f"prompt {what}, and not empty", "prompt")
+    for text in texts:
+        check_length(tokenizer.least_tokens(text), info, "prompt", at_least=True)
+    for array in arrays:
+        check_length(len(array), info, "prompt")
     prompts = [Prompt(tuple(tokenizer.encode(text, add_special_tokens)), text) for text in texts]
-    prompts += [Prompt(check_token_ids(array, vocab_size, "prompt")) for array in arrays]
+    prompts += [Prompt(check_token_ids(array, info.vocab_size, "prompt")) for array in arrays]
+    for prompt in prompts:
+        check_length(len(prompt.token_ids), info, "prompt")
     if not all(prompt.token_ids for prompt in prompts):
         raise InvalidRequest("prompt must have at least one token", "prompt")
     return prompts
+
+
+def check_length(num_tokens: int, info: ModelInfo, param: str, max_tokens: int = 1, at_least: bool = False) -> None:
+    """Raises Rejected when prompt and output cannot both fit the context. `at_least`: there may be more tokens."""
+    if num_tokens + max_tokens > info.max_model_len:
+        message = (
+            f"this model's context holds {info.max_model_len} tokens; "
+            f"{'at least ' if at_least else ''}{num_tokens} in {param} and {max_tokens} to generate do not fit"
+        )
+        raise rejected(400, "context_length_exceeded", message, param)
 
 
 def check_token_ids(token_ids: Sequence[Any], vocab_size: int, param: str) -> tuple[int, ...]:
@@ -56,22 +74,35 @@ def check_token_ids(token_ids: Sequence[Any], vocab_size: int, param: str) -> tu
 def read_chat(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
+    info: ModelInfo,
     add_generation_prompt: bool,
     add_special_tokens: bool,
     template_kwargs: Mapping[str, Any],
 ) -> Prompt:
-    """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used."""
+    """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used, or Rejected when it is too long."""
+    text = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs)
+    check_length(tokenizer.least_tokens(text), info, "messages", at_least=True)
+    token_ids = tokenizer.encode(text, add_special_tokens)
+    if not token_ids:
+        raise InvalidRequest("messages give an empty prompt", "messages")
+    check_length(len(token_ids), info, "messages")
+    return Prompt(tuple(token_ids))
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any],
+) -> str:
+    """One conversation as the text of a prompt. Raises InvalidRequest naming the message that cannot be used."""
     if not messages:
         raise InvalidRequest("messages must not be empty", "messages")
     for name in template_kwargs:
         if name in _RESERVED_NAMES or not name.isidentifier():
             raise InvalidRequest(f"chat_template_kwargs must not set {name!r:.80}", "chat_template_kwargs")
     plain = [_read_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
-    text = tokenizer.render_chat(plain, None, add_generation_prompt, **template_kwargs)
-    token_ids = tokenizer.encode(text, add_special_tokens)
-    if not token_ids:
-        raise InvalidRequest("messages give an empty prompt", "messages")
-    return Prompt(tuple(token_ids))
+    return tokenizer.render_chat(plain, None, add_generation_prompt, **template_kwargs)
 
 
 def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -15,6 +15,11 @@ from workers.errors import InvalidRequest
 from workers.request import MAX_ENTRIES
 
 Number = StrictInt | StrictFloat
+_MESSAGES = Field(max_length=8192)
+"""Of a conversation: every one of them is read and rendered in Python."""
+MAX_VALUES = 512 << 10
+"""Of one body, counted by its commas before it is read: the reader lets nothing else run meanwhile."""
+_COUNT_BYTES = 1 << 20
 _SHORT = Field(max_length=MAX_ENTRIES)
 """A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
 
@@ -62,7 +67,7 @@ class GenerationBody(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], _MESSAGES]
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
     add_generation_prompt: StrictBool | None = None
@@ -81,7 +86,7 @@ class TokenizeBody(_Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], _MESSAGES] | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -90,7 +95,7 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: list[Any]
     skip_special_tokens: StrictBool | None = None
 
 
@@ -148,6 +153,9 @@ AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
     """One body, read and checked. Raises InvalidRequest naming the first field that is wrong or not supported."""
+    num_values = sum(body.count(b",", start, start + _COUNT_BYTES) for start in range(0, len(body), _COUNT_BYTES))
+    if num_values > MAX_VALUES:
+        raise InvalidRequest(f"the request body has more than {MAX_VALUES} values, or commas: send less at once")
     try:
         content = pydantic_core.from_json(body)
     except ValueError as error:

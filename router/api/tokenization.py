@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Services, read_body
-from router.api.prompts import check_token_ids, read_chat
+from router.api.long_work import offload
+from router.api.prompts import check_token_ids, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
-from router.api.sse import to_json
+from router.api.sse import json_parts
 from router.api.translate import require_model
 from workers.errors import InvalidRequest
+from workers.status import ModelInfo
+
+MAX_TOKENIZE_CHARACTERS = 1 << 20
 
 
 def tokenization_routes(services: Services) -> APIRouter:
@@ -21,32 +25,52 @@ def tokenization_routes(services: Services) -> APIRouter:
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(http: HttpRequest) -> Response:
-        raw = await read_body(http, services.config)
-        answer = await asyncio.to_thread(_tokenize, services, raw)
-        return Response(to_json(answer), media_type="application/json")
+        return await _answer(http, services, _tokenize)
 
     @routes.post("/detokenize", response_model=None)
     async def detokenize(http: HttpRequest) -> Response:
-        body = parse_body(DetokenizeBody, await read_body(http, services.config))
-        model = require_model(body.model, services.backend.model)
-        tokens = check_token_ids(body.tokens, model.vocab_size, "tokens")
-        text = services.tokenizer.decode(tokens, bool(body.skip_special_tokens))
-        return Response(to_json({"prompt": text}), media_type="application/json")
+        return await _answer(http, services, _detokenize)
 
     return routes
 
 
-def _tokenize(services: Services, raw: bytes) -> dict[str, Any]:
+async def _answer(
+    http: HttpRequest, services: Services, work: Callable[[Services, ModelInfo | None, bytes], dict[str, Any]]
+) -> Response:
+    raw, model = await read_body(http, services.config), services.backend.model
+
+    def written() -> bytes:
+        return "".join(json_parts(work(services, model, raw))).encode()
+
+    body = await offload(written, len(raw), services.config.offload_bytes)
+    return Response(body, media_type="application/json")
+
+
+def _detokenize(services: Services, info: ModelInfo | None, raw: bytes) -> dict[str, Any]:
+    body = parse_body(DetokenizeBody, raw)
+    model = require_model(body.model, info)
+    if len(body.tokens) > model.max_model_len:
+        raise InvalidRequest(f"tokens takes at most {model.max_model_len}, as the model's context does", "tokens")
+    tokens = check_token_ids(body.tokens, model.vocab_size, "tokens")
+    return {"prompt": services.tokenizer.decode(tokens, bool(body.skip_special_tokens))}
+
+
+def _tokenize(services: Services, info: ModelInfo | None, raw: bytes) -> dict[str, Any]:
     body = parse_body(TokenizeBody, raw)
-    model = require_model(body.model, services.backend.model)
+    model = require_model(body.model, info)
     tokenizer = services.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", "prompt")
     if body.messages is not None:
-        generate = body.add_generation_prompt is not False
-        special, kwargs = bool(body.add_special_tokens), body.chat_template_kwargs or {}
-        tokens = list(read_chat(body.messages, tokenizer, generate, special, kwargs).token_ids)
+        param, special = "messages", bool(body.add_special_tokens)
+        text = render_chat(
+            body.messages, tokenizer, body.add_generation_prompt is not False, body.chat_template_kwargs or {}
+        )
     else:
-        tokens = tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
+        param, special, text = "prompt", body.add_special_tokens is not False, body.prompt or ""
+    if len(text) > MAX_TOKENIZE_CHARACTERS:
+        what = f"{param} has {len(text)} characters, /tokenize takes {MAX_TOKENIZE_CHARACTERS}: send it in pieces"
+        raise InvalidRequest(what, param)
+    tokens = tokenizer.encode(text, special)
     strings = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, "token_strs": strings}

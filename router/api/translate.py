@@ -11,7 +11,7 @@ from typing import Any
 
 from router.api.config import ApiConfig
 from router.api.problems import rejected
-from router.api.prompts import Prompt, check_token_ids, read_chat, read_prompts
+from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
@@ -59,9 +59,8 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     prompt = read_chat(
-        body.messages, tokenizer, body.add_generation_prompt is not False, bool(body.add_special_tokens), kwargs
+        body.messages, tokenizer, info, body.add_generation_prompt is not False, bool(body.add_special_tokens), kwargs
     )
-    check_length(prompt.token_ids, info, "messages")
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
@@ -72,9 +71,7 @@ def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenize
     info = require_model(body.model, model)
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
         _check_bound(len(body.prompt), config.max_prompts, "prompt")
-    prompts = read_prompts(body.prompt, tokenizer, info.vocab_size, body.add_special_tokens is not False)
-    for prompt in prompts:
-        check_length(prompt.token_ids, info, "prompt")
+    prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False)
     return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
 
 
@@ -85,16 +82,6 @@ def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
     if name is not None and name != model.name:
         raise rejected(404, "model_not_found", f"the model {name!r:.200} does not exist", "model")
     return model
-
-
-def check_length(token_ids: tuple[int, ...], info: ModelInfo, param: str, max_tokens: int = 1) -> None:
-    """Raises Rejected when prompt and output cannot both fit the context."""
-    if len(token_ids) + max_tokens > info.max_model_len:
-        message = (
-            f"this model's context holds {info.max_model_len} tokens; "
-            f"{len(token_ids)} in {param} and {max_tokens} to generate do not fit"
-        )
-        raise rejected(400, "context_length_exceeded", message, param)
 
 
 def make_job(
@@ -132,7 +119,7 @@ def make_job(
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
         own = replace(params, max_tokens=max_tokens)
         own.validate(info.vocab_size)
-        check_length(prompt.token_ids, info, param, max_tokens)
+        check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
             Request(f"{job_id}-{place}-{choice}", prompt.token_ids, own, choice, priority=body.priority or 0)
             for choice in range(n)

@@ -40,7 +40,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def __init__(self, worker_id: str, role: Role = Role.MIXED, starts: int = 1) -> None:
         self.worker_id = worker_id
         self.role = role
-        self.generation = starts << 16
+        self.generation = starts << 32
         self.is_draining = False
         self.submits: list[Submit] = []
         self.cancels: list[str] = []

@@ -1,9 +1,10 @@
-"""A request that cannot be admitted yet costs nobody anything: no cached block, no copy, no blocks before it can use them."""
+"""A request that cannot be admitted yet costs nobody anything: no cached block, no copy, no second look at a prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from builders import make_request
 from tier_rig import rig
@@ -101,3 +102,55 @@ def test_what_could_not_be_computed_in_this_step_takes_no_blocks_yet_but_a_trans
     scheduler.finish(second)
     scheduler.add(remote)
     assert scheduler.schedule().transfers == (remote,)
+
+
+def test_a_prompt_that_waits_is_compared_with_the_cache_again_only_when_the_cache_has_changed(
+    crowded: tuple[Scheduler, Kv],
+) -> None:
+    scheduler, kv = crowded
+    waiting = sequence(1, 17)  # its first ten blocks are cached
+    scheduler.add(waiting)
+    before = kv.num_compared
+    scheduler.schedule()
+    assert waiting.state is State.WAITING and kv.num_compared - before == 10
+    for _ in range(5):
+        scheduler.schedule()
+    assert kv.num_compared - before == 10
+    scheduler.finish(next(s for s in scheduler.active if s.state is State.DECODING))
+    scheduler.schedule()
+    assert waiting.table.num_cached == 10
+
+
+def test_what_is_found_of_a_prompt_follows_what_comes_into_a_cache_and_what_goes() -> None:
+    kv = KvCacheManager(8, BLOCK_SIZE)
+    prompt = kv.prompt_blocks(range(4 * BLOCK_SIZE + 1))
+    assert kv.match(prompt) == ()
+    first = kv.reserve_prompt(kv.prompt_blocks(range(2 * BLOCK_SIZE)))
+    kv.publish_prompt(first, 2 * BLOCK_SIZE)
+    assert kv.match(prompt) == tuple(first.blocks)
+    longer = kv.reserve_prompt(kv.prompt_blocks(range(3 * BLOCK_SIZE)))
+    kv.publish_prompt(longer, 3 * BLOCK_SIZE)
+    found = kv.match(prompt)
+    assert found == tuple(longer.blocks)
+    kv.release(longer)
+    kv.release(first)
+    kv.reserve_prompt(kv.prompt_blocks(range(10_000, 10_000 + 6 * BLOCK_SIZE)))  # evicts the last one
+    assert kv.match(prompt) == found[:2]
+
+
+def test_a_key_keeps_its_tokens_in_four_bytes_each_and_a_row_keeps_its_blocks_in_place() -> None:
+    kv = KvCacheManager(300, BLOCK_SIZE)
+    prompt = kv.prompt_blocks(range(1000, 1000 + 3 * BLOCK_SIZE))
+    assert len(prompt.key(1).tokens) == 4 * BLOCK_SIZE
+    assert prompt.key(1).token_ids == tuple(range(1000 + BLOCK_SIZE, 1000 + 2 * BLOCK_SIZE))
+    table = kv.reserve_prompt(prompt)
+    kv.grow(table, 100 * BLOCK_SIZE)
+    row, copies = table.row, 0
+    for num_blocks in range(101, 300):
+        kv.grow(table, num_blocks * BLOCK_SIZE)
+        copies += table.row.base is not row.base
+        row = table.row
+        assert row.dtype == np.int32 and row.tolist() == table.blocks
+    assert copies <= 2
+    kv.shrink(table, 150 * BLOCK_SIZE)
+    assert table.row.tolist() == table.blocks and len(table.row) == 150

@@ -38,9 +38,9 @@ from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.status import Role
+from workers.status import Role, starts_of
 from workers.stepping.commands import DumpKv
-from workers.worker import STARTS_SHIFT, Worker
+from workers.worker import Worker
 
 BOUND_S = 60.0
 MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
@@ -222,7 +222,7 @@ async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its
         lambda workers: "decode-0" in workers and workers["decode-0"].address.generation > switched.address.generation
     )
     assert back["decode-0"].role is Role.MIXED
-    assert back["decode-0"].address.generation >> STARTS_SHIFT > old.address.generation >> STARTS_SHIFT
+    assert starts_of(back["decode-0"].address.generation) > starts_of(old.address.generation)
     assert (await pool.pools.find("decode-0").status.remote()).role is Role.MIXED
 
 
@@ -272,7 +272,7 @@ async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(
     assert after == registrations(before)
     known = await pool.store.get("starts/mixed-0")
     generation = registrations(before)["mixed-0"].address.generation
-    assert known is not None and int(known.value) == generation >> STARTS_SHIFT, "the store learned it from the worker"
+    assert known is not None and int(known.value) == starts_of(generation), "the store learned it from the worker"
 
 
 async def test_a_worker_that_dies_together_with_the_store_comes_back_in_a_higher_generation(pool: Pool) -> None:

@@ -11,7 +11,7 @@ from cluster.store.store import Entry, Snapshot
 from workers.status import Role, WorkerAddress
 
 
-def worker(worker_id: str, generation: int = 1 << 16, role: Role = Role.DECODE, port: int = 1) -> Registration:
+def worker(worker_id: str, generation: int = 1 << 32, role: Role = Role.DECODE, port: int = 1) -> Registration:
     return Registration(WorkerAddress(worker_id, generation, f"127.0.0.1:{port}"), role)
 
 
@@ -47,8 +47,8 @@ def test_members_come_and_go_with_their_leases() -> None:
 
 def test_a_new_start_takes_the_place_of_the_dead_one_at_once() -> None:
     membership = Membership(grace_s=4.0)
-    membership.handle(state(worker("a", 1 << 16)), 0.0)
-    back = worker("a", 2 << 16, port=2)
+    membership.handle(state(worker("a", 1 << 32)), 0.0)
+    back = worker("a", 2 << 32, port=2)
     assert membership.handle(state(back), 1.0) == (back.address,)
 
 
@@ -85,13 +85,13 @@ def test_a_second_loss_within_the_grace_keeps_both_groups() -> None:
 
 
 def test_the_operator_is_told_what_became_of_a_worker() -> None:
-    before = worker("a", 1 << 16, Role.DECODE)
+    before = worker("a", 1 << 32, Role.DECODE)
     assert describe("a", before, before) == ""
     assert describe("a", before, None) == "a is gone"
     assert describe("a", None, before) == "a is there: decode, generation 1970-01-01T00:00:01Z/0"
-    assert describe("a", before, worker("a", (1 << 16) + 1, Role.MIXED)) == (
+    assert describe("a", before, worker("a", (1 << 32) + 1, Role.MIXED)) == (
         "a switched from decode to mixed, generation 1970-01-01T00:00:01Z/1"
     )
     assert (
-        describe("a", before, worker("a", 2 << 16)) == "a was started again: decode, generation 1970-01-01T00:00:02Z/0"
+        describe("a", before, worker("a", 2 << 32)) == "a was started again: decode, generation 1970-01-01T00:00:02Z/0"
     )

@@ -77,7 +77,7 @@ def test_the_table_of_workers_shows_their_ranks() -> None:
     rank = {"rank": 0, "host": "a", "pid": 11, "epoch": 3, "is_alive": True, "shares_memory": True}
     lost = {**rank, "rank": 1, "host": "b", "pid": 12, "epoch": 0, "is_alive": False, "shares_memory": False}
     load = {"num_running": 0, "num_waiting": 0, "num_blocks": 8, "num_free_blocks": 8}
-    status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 16) + 1, "load": load}
+    status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 32) + 1, "load": load}
     view = {"connected": True, "num_requests": 0, "frame_age_s": 0.1}
     view["status"] = {**status, "is_rebuilding": True, "ranks": [rank, lost], "counters": {"expert_imbalance": 1.25}}
     shown = status_table(json.loads(json.dumps({"num_running": 0, "num_waiting": 0, "workers": [view]})))

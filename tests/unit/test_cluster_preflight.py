@@ -243,7 +243,7 @@ def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_liv
 
 def test_the_status_table_shows_each_worker_in_a_line() -> None:
     load = {"num_running": 3, "num_waiting": 1, "num_free_blocks": 60, "num_blocks": 64}
-    status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 16) + 1, "load": load}
+    status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 32) + 1, "load": load}
     view = {"status": status, "connected": True, "frame_age_s": 0.0123, "num_requests": 4}
     text = status_table({"router_id": "router-0", "num_running": 4, "num_waiting": 0, "workers": [view]})
     head, _, headings, row = text.split("\n")

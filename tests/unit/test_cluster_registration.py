@@ -25,7 +25,7 @@ async def start(
     """What a WorkerActor does at its start."""
     count = await number_start(store, worker_id, now_s)
     wanted = await desired_role(store, worker_id, role)
-    address = WorkerAddress(worker_id, count << 16, f"127.0.0.1:{count}")
+    address = WorkerAddress(worker_id, count << 32, f"127.0.0.1:{count}")
     return Registrar(store, Registration(address, wanted), role, count, ttl_s)
 
 
@@ -82,7 +82,7 @@ async def test_a_switch_is_written_at_once_and_outlives_the_worker() -> None:
         async for members in changes:
             if members[0].role is Role.MIXED:
                 break
-            registrar.change_role(Role.MIXED, (1 << 16) + 1)
+            registrar.change_role(Role.MIXED, (1 << 32) + 1)
     running.cancel()
     again = await start(store)
     assert again.registration.role is Role.MIXED
@@ -91,10 +91,10 @@ async def test_a_switch_is_written_at_once_and_outlives_the_worker() -> None:
 async def test_switching_back_leaves_nothing_to_remember() -> None:
     store = MemoryStore()
     registrar = await start(store)
-    registrar.change_role(Role.PREFILL, (1 << 16) + 1)
+    registrar.change_role(Role.PREFILL, (1 << 32) + 1)
     await registrar.register()
     assert len((await store.list("roles/")).entries) == 1
-    registrar.change_role(Role.DECODE, (1 << 16) + 2)
+    registrar.change_role(Role.DECODE, (1 << 32) + 2)
     await registrar.register()
     assert (await store.list("roles/")).entries == ()
 
@@ -158,7 +158,7 @@ async def test_a_store_that_forgot_everything_learns_it_again_from_the_worker() 
     before = MemoryStore()
     await before.put("starts/decode-0", "6")
     registrar = await start(before)
-    registrar.change_role(Role.MIXED, (7 << 16) + 1)
+    registrar.change_role(Role.MIXED, (7 << 32) + 1)
 
     after = MemoryStore()
     registrar._store = after

@@ -122,34 +122,34 @@ def test_blocks_that_were_lost_while_they_were_filled_are_computed_here() -> Non
 def test_routers_see_a_hash_as_long_as_any_pool_has_it() -> None:
     cache = PooledKvCache(2, 4, 4)
     tokens = tuple(range(9))
-    hashes = cache.prompt_hashes(tokens)
-    first = cache.reserve_prompt(tokens, hashes)
-    second = cache.reserve_prompt(tokens, list(hashes))
+    prompt = cache.prompt_blocks(tokens)
+    first = cache.reserve_prompt(prompt)
+    second = cache.reserve_prompt(cache.prompt_blocks(tokens))
     assert {cache.pool_of(first), cache.pool_of(second)} == {0, 1}
     for table in (first, second):
-        cache.publish_prompt(table, tokens, 9)
+        cache.publish_prompt(table, 9)
     event = cache.take_event()
-    assert event is not None and set(event.stored) == set(hashes) and not event.removed
+    assert event is not None and set(event.stored) == set(prompt.hashes) and not event.removed
     cache.forget_pool(cache.pool_of(first))
     assert cache.take_event() is None
     cache.forget_pool(cache.pool_of(second))
     event = cache.take_event()
-    assert event is not None and set(event.removed) == set(hashes) and event.sequence == 2
+    assert event is not None and set(event.removed) == set(prompt.hashes) and event.sequence == 2
     assert cache.dump().stored == ()
 
 
 def test_a_prompt_goes_where_its_beginning_is_and_elsewhere_when_that_pool_is_full() -> None:
     cache = PooledKvCache(2, 4, 4)
     tokens = tuple(range(13))
-    hashes = cache.prompt_hashes(tokens)
-    table = cache.reserve_prompt(tokens, hashes)
+    prompt = cache.prompt_blocks(tokens)
+    table = cache.reserve_prompt(prompt)
     home = cache.pool_of(table)
-    cache.publish_prompt(table, tokens, 13)
+    cache.publish_prompt(table, 13)
     cache.release(table)
-    again = cache.reserve_prompt(tokens, list(hashes))
+    again = cache.reserve_prompt(cache.prompt_blocks(tokens))
     assert cache.pool_of(again) == home and again.num_cached == 3
-    other = cache.reserve_prompt(tuple(range(50, 66)), [])
+    other = cache.reserve_prompt(cache.prompt_blocks(tuple(range(50, 66)), False))
     assert cache.pool_of(other) == 1 - home
     with pytest.raises(OutOfBlocks):
-        cache.reserve_prompt(tuple(range(80, 90)), [])
+        cache.reserve_prompt(cache.prompt_blocks(tuple(range(80, 90)), False))
     assert np.array_equal(sorted(table.blocks), [])

@@ -17,8 +17,7 @@ from running_workers import CONFIG, Attached
 from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, files_in, rig
 
 from workers.errors import InvalidConfig
-from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import block_key
+from workers.kv_cache.block_hash import PromptBlocks, block_hashes
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.record import BadRecord, Format, decode_header, encode_header, fingerprint_bytes
 from workers.runner import BLOCK_SIZE
@@ -86,7 +85,7 @@ def test_a_damaged_file_costs_time_and_never_a_token(how: str, restart: bool, tm
 
 def test_every_single_bit_of_a_file_counts() -> None:
     tokens = tuple(range(BLOCK_SIZE))
-    key = block_key(block_hashes(tokens, BLOCK_SIZE), tokens, 0, BLOCK_SIZE)
+    key = PromptBlocks.of(tokens, BLOCK_SIZE).key(0)
     header = encode_header(FORMAT, key, 5)
     assert decode_header(FORMAT, header) == (key, 5)
     for bit in range(8 * len(header)):

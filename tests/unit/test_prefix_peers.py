@@ -31,7 +31,7 @@ SHORTER = make_request(PROMPT.prompt_token_ids[: 5 * BLOCK_SIZE + 1], 1, request
 """Leaves 5 blocks of PROMPT in a pool."""
 
 
-PEER = WorkerAddress("peer", 1 << 16, "127.0.0.1:1")
+PEER = WorkerAddress("peer", 1 << 32, "127.0.0.1:1")
 
 
 @asynccontextmanager

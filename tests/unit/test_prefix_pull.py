@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from workers.engine import Engine
 from workers.errors import Refused
-from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import BlockKey, block_key
+from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.messages import Prefix
 from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
@@ -28,12 +27,12 @@ PROMPT = make_request(range(5, 5 + 8 * BLOCK_SIZE + 9), 16, request_id="r")
 GOLDEN = generate_alone(PROMPT)
 
 
-PEER = WorkerAddress("peer", 1 << 16, "127.0.0.1:1")
+PEER = WorkerAddress("peer", 1 << 32, "127.0.0.1:1")
 
 
 def keys_of_prompt() -> tuple:  # type: ignore[type-arg]
-    hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
-    return tuple(block_key(hashes, PROMPT.prompt_token_ids, i, BLOCK_SIZE) for i in range(len(hashes)))
+    prompt = PromptBlocks.of(PROMPT.prompt_token_ids, BLOCK_SIZE)
+    return tuple(prompt.key(i) for i in range(len(prompt.hashes)))
 
 
 def test_pulling_is_worth_it_when_it_beats_computing_and_unknown_rates_are_tried() -> None:
@@ -86,7 +85,7 @@ def test_a_holder_gives_only_what_is_exactly_asked_for_and_at_most_a_quarter_of_
     engine.outgoing.release_prefix(7)
     engine.outgoing.release_prefix(8)
     assert engine.num_held_blocks == 0
-    spoiled = (keys[0], replace(keys[1], token_ids=(0,) * BLOCK_SIZE), *keys[2:])
+    spoiled = (keys[0], replace(keys[1], tokens=bytes(4 * BLOCK_SIZE)), *keys[2:])
     assert len(hold(engine, 9, spoiled)) == 1
     engine.outgoing.release_prefix(9)
 

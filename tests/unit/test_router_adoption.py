@@ -61,10 +61,10 @@ def test_what_ended_meanwhile_is_ended_where_it_was_left() -> None:
 
 def test_a_worker_that_was_restarted_has_nothing_to_take_up() -> None:
     story, worker, _ = lost(5)
-    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 16)), Adopt) == []
+    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 32)), Adopt) == []
     story.lose(worker)
     story.after(3.0)
-    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 16)), Adopt) == []
+    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 32)), Adopt) == []
 
 
 def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_had() -> None:

@@ -90,7 +90,7 @@ async def test_a_lone_worker_that_comes_back_finishes_what_it_began() -> None:
         outputs = [await anext(stream)]
         await worker.die()
         await until(lambda: not driver.status().workers[0].connected)
-        worker.generation += 1 << 16
+        worker.generation += 1 << 32
         worker.steps = None
         driver.set_workers([await worker.start()])
         assert_golden(outputs + await read(stream), request())

@@ -56,7 +56,7 @@ class SimWorker:
 
     @property
     def generation(self) -> int:
-        return (self.starts << 16) + self.switches
+        return (self.starts << 32) + self.switches
 
     def frame(self, outputs: tuple[Output, ...], with_status: bool) -> FrameArrived:
         assert self.connection is not None
@@ -106,7 +106,7 @@ class World:
         self.delivered: dict[str, list[int]] = {}
         self.texts: dict[str, str] = {}
         self.ended: dict[str, str] = {}
-        self.tell(WorkersChanged(tuple(WorkerAddress(name, 1 << 16, name) for name in self.workers)))
+        self.tell(WorkersChanged(tuple(WorkerAddress(name, 1 << 32, name) for name in self.workers)))
 
     def tell(self, event: Event) -> None:
         self.now += 0.01

@@ -41,14 +41,14 @@ def test_a_restarted_worker_is_not_taken_for_the_one_before() -> None:
     story.tell(RequestArrived(request()))
     story.output("m-0", "r#1", 0, 5)
     old = story.connections["m-0"]
-    commands = story.tell(WorkersChanged((WorkerAddress("m-0", 2 << 16, "host:new"),)))
+    commands = story.tell(WorkersChanged((WorkerAddress("m-0", 2 << 32, "host:new"),)))
     assert Detach("m-0", old) in commands and Attach("m-0", old + 1, "host:new") in commands
     assert submits(commands) == []
-    story.report("m-0", Role.MIXED, generation=1 << 16)
+    story.report("m-0", Role.MIXED, generation=1 << 32)
     assert story.core.counters["workers_lost_stale_process"] == 0 and not story.core.fleet.can_decode
     story.after(1.0)
-    _, submit = the_submit(story.report("m-0", Role.MIXED, generation=2 << 16))
-    assert submit.generation == 2 << 16 and submit.request.replay_token_ids == (5,)
+    _, submit = the_submit(story.report("m-0", Role.MIXED, generation=2 << 32))
+    assert submit.generation == 2 << 32 and submit.request.replay_token_ids == (5,)
 
 
 def test_a_stream_that_leads_to_another_worker_is_closed() -> None:

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from workers.errors import InvariantViolated
 from workers.kv_cache import ledger as ledgers
+from workers.kv_cache.block_hash import BlockKey, token_bytes
 from workers.kv_cache.ledger import MAX_PENDING_CHANGES, Ledger
-from workers.kv_cache.prefix_cache import BlockKey
 from workers.kv_cache.tier_book import Delete, Keep, Spill, TierBook
 from workers.status import KvEvent, Tier
 
 
 def key(number: int) -> BlockKey:
-    return BlockKey(number, number - 1, (number,))
+    return BlockKey(number, number - 1, token_bytes([number]))
 
 
 def demote_all(book: TierBook, *numbers: int) -> list[object]:
@@ -88,7 +88,9 @@ def test_a_busy_disk_costs_the_newcomer_and_nobody_else() -> None:
 def test_a_hash_alone_is_not_believed() -> None:
     book = TierBook(2, 2, Ledger())
     demote_all(book, 1)
-    assert book.holds(BlockKey(1, 0, (99,))) is None and book.holds(BlockKey(1, 7, (1,))) is None
+    assert (
+        book.holds(BlockKey(1, 0, token_bytes([99]))) is None and book.holds(BlockKey(1, 7, token_bytes([1]))) is None
+    )
 
 
 def test_a_smaller_disk_than_before_keeps_what_was_used_last() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import tokenizers
 from fake_backend import CHECKPOINT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -256,3 +257,73 @@ def test_a_decoder_that_baton_does_not_know_is_refused() -> None:
     backend.decoder = decoders.WordPiece()
     with pytest.raises(InvalidConfig, match="WordPiece"):
         Tokenizer(backend, {}, {}, frozenset())
+
+
+def test_truncation_and_padding_that_a_training_script_left_in_the_file_are_not_obeyed(tmp_path: Path) -> None:
+    for path in CHECKPOINT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    backend.enable_truncation(8)
+    backend.enable_padding(length=64)
+    (tmp_path / "tokenizer.json").unlink()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    plain, marked = Tokenizer.load(CHECKPOINT), Tokenizer.load(tmp_path)
+    for text in ("Who are you?", "The sky is blue. " * 40):
+        assert marked.encode(text) == plain.encode(text)
+    assert 8 < len(plain.encode("The sky is blue. " * 40)) != 64
+
+
+@settings(max_examples=200)
+@given(
+    st.text(max_size=300) | st.sampled_from([" ", "a", "User", "</s>", "<|begin_of_sentence|>"]).map(lambda s: s * 50)
+)
+def test_no_text_has_fewer_tokens_than_its_length_promises(
+    byte_level: Tokenizer, byte_fallback: Tokenizer, text: str
+) -> None:
+    for tokenizer in (byte_level, byte_fallback):
+        assert len(tokenizer.encode(text)) >= tokenizer.least_tokens(text)
+        assert tokenizer.least_tokens("a" * 1000) >= 40
+
+
+@pytest.mark.parametrize(
+    "lossy",
+    [
+        lambda t: setattr(t, "normalizer", normalizers.NFKC()),
+        lambda t: setattr(
+            t, "normalizer", normalizers.Sequence([normalizers.Replace("ab", "a"), normalizers.Lowercase()])
+        ),
+        lambda t: setattr(
+            t, "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])
+        ),
+        lambda t: setattr(
+            t,
+            "pre_tokenizer",
+            pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()]),
+        ),
+        lambda t: setattr(t, "pre_tokenizer", None),
+        lambda t: t.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)]),
+    ],
+)
+def test_nothing_is_promised_of_a_tokenizer_that_may_drop_characters(lossy) -> None:  # type: ignore[no-untyped-def]
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    assert Tokenizer(backend, {}, {}, frozenset()).least_tokens("a" * 1000) > 0
+    lossy(backend)
+    assert Tokenizer(backend, {}, {}, frozenset()).least_tokens("a" * 1000) == 0
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
+    turns, is_done = 0, threading.Event()
+
+    def take_turns() -> None:
+        nonlocal turns
+        while not is_done.wait(0.001):
+            turns += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    before = turns
+    byte_level.encode("hello there my friend " * 50_000)
+    during = turns - before
+    is_done.set()
+    other.join()
+    assert during >= 5  # one at most, where the interpreter's lock is held

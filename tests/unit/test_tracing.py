@@ -83,7 +83,7 @@ async def test_queue_handoff_prefill_and_decode_are_spans_of_the_request(exporte
 
 
 async def test_each_fault_is_a_span_that_says_how_it_was_answered(exporter: InMemorySpanExporter) -> None:
-    dead = WorkerAddress("prefill-9", 1 << 16, "127.0.0.1:1")
+    dead = WorkerAddress("prefill-9", 1 << 32, "127.0.0.1:1")
     async with running("decode-0", Role.DECODE, CONFIG) as (_, address):
         from running_workers import Attached
 

@@ -79,7 +79,7 @@ async def test_a_prefix_that_decode_holds_is_not_sent_again() -> None:
 
 async def test_a_dead_prefill_worker_is_replaced_by_the_next_and_then_by_decode_itself() -> None:
     request = make_request(range(5, 205), 20)
-    dead = WorkerAddress("prefill-9", 1 << 16, "127.0.0.1:1")
+    dead = WorkerAddress("prefill-9", 1 << 32, "127.0.0.1:1")
     async with pair() as (router, source, _):
         await router.submit(request, dead, source)
         outputs = await router.finish("r")

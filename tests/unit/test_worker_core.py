@@ -8,8 +8,7 @@ from worker_story import GENERATION, LAYOUT, PEER, WorkerStory
 from workers.client import Migration
 from workers.errors import Refusal
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import block_key
+from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_transfer.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
 from workers.kv_transfer.source import Broken, Filled
 from workers.request import FinishReason, Output, error_output
@@ -48,8 +47,9 @@ from workers.stepping.result import (
 )
 
 PROMPT = make_request(range(5, 5 + 2 * BLOCK_SIZE), 50)
-HASHES = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
-KEYS = tuple(block_key(HASHES, PROMPT.prompt_token_ids, i, BLOCK_SIZE) for i in range(2))
+BLOCKS = PromptBlocks.of(PROMPT.prompt_token_ids, BLOCK_SIZE)
+HASHES = BLOCKS.hashes
+KEYS = tuple(BLOCKS.key(i) for i in range(2))
 OTHER = WorkerAddress("prefill-1", GENERATION, "127.0.0.1:2")
 
 

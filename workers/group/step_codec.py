@@ -31,10 +31,10 @@ def split_by_pool(batch: Batch, num_pools: int, num_blocks: int) -> list[Batch]:
     for into, slices in ((prefill, batch.prefill), (decode, batch.decode)):
         for piece in slices:
             needed = -(-(piece.start + len(piece.token_ids)) // BLOCK_SIZE)
-            table = piece.block_table[:needed]
-            pool = table[0] // num_blocks if table else 0
-            local = [block - pool * num_blocks for block in table]
-            if len(local) < needed or not 0 <= pool < num_pools or not all(0 <= at < num_blocks for at in local):
+            table = np.asarray(piece.block_table[:needed], np.int32)
+            pool = int(table[0]) // num_blocks if len(table) else 0
+            local = table - pool * num_blocks
+            if len(local) < needed or not 0 <= pool < num_pools or ((local < 0) | (local >= num_blocks)).any():
                 raise IndexError(f"the block table of sequence {piece.sequence_id} is too short or spans two pools")
             into[pool].append(dataclasses.replace(piece, block_table=local))
     return [Batch(tuple(first), tuple(second)) for first, second in zip(prefill, decode, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
@@ -16,15 +17,79 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: int = 0) -> li
     A hash is xxh3_64 over the parent's hash (8 bytes little endian; `salt` for the first block) and the block's tokens
     (int32 little endian each), so equal hashes mean equal prefixes. Prompts with different salts share no block.
     """
-    num_blocks = len(token_ids) // block_size
-    if num_blocks == 0:
-        return []
-    token_bytes = np.array(token_ids[: num_blocks * block_size], dtype="<i4").tobytes()
+    return _hashes(token_bytes(token_ids[: len(token_ids) // block_size * block_size]), block_size, salt)
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """int32 little endian each."""
+    return np.array(token_ids, dtype="<i4").tobytes()
+
+
+def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
     block_bytes = 4 * block_size
     digest = xxhash.xxh3_64_intdigest
     parent = salt & _MASK_64
     hashes: list[int] = []
-    for start in range(0, len(token_bytes), block_bytes):
-        parent = digest(parent.to_bytes(8, "little") + token_bytes[start : start + block_bytes])
+    for start in range(0, len(tokens), block_bytes):
+        parent = digest(parent.to_bytes(8, "little") + tokens[start : start + block_bytes])
         hashes.append(parent)
     return hashes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first.
+
+    Many are kept, one a cached block, and compared: so the tokens are bytes, as `token_bytes` writes them.
+    """
+
+    block_hash: int
+    parent: int
+    tokens: bytes
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(np.frombuffer(self.tokens, "<i4").tolist())
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a cache had of a prompt when it was last looked through, and how many blocks it had forgotten by then."""
+
+    blocks: tuple[int, ...]
+    num_forgotten: int
+
+
+@dataclass(slots=True, eq=False)
+class PromptBlocks:
+    """The full blocks of one prompt, by content, and what was found of them. With no hashes caches neither give nor take."""
+
+    num_tokens: int
+    block_size: int
+    hashes: list[int] = field(default_factory=list)
+    tokens: bytes = b""
+    """Of the full blocks."""
+    found: dict[int, Found] = field(default_factory=dict)
+    """By the first block of a cache's pool."""
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], block_size: int, use_cache: bool = True) -> PromptBlocks:
+        if not use_cache:
+            return cls(len(token_ids), block_size)
+        tokens = token_bytes(token_ids[: len(token_ids) // block_size * block_size])
+        return cls(len(token_ids), block_size, _hashes(tokens, block_size), tokens)
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks that a cache may give: at least the last token stays to be computed, since its logits are wanted."""
+        return min(len(self.hashes), (self.num_tokens - 1) // self.block_size)
+
+    def key(self, index: int) -> BlockKey:
+        """Of block number `index`."""
+        size = 4 * self.block_size
+        parent = self.hashes[index - 1] if index else 0
+        return BlockKey(self.hashes[index], parent, self.tokens[index * size : (index + 1) * size])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from workers.kv_cache.block_hash import BlockKey
 from workers.kv_cache.ledger import Ledger
-from workers.kv_cache.prefix_cache import BlockKey
 from workers.status import Tier
 
 

@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from workers.kv_cache.block_hash import block_hashes
+import numpy as np
+import numpy.typing as npt
+
+from workers.kv_cache.block_hash import BlockKey, Found, PromptBlocks
 from workers.kv_cache.block_pool import BlockPool, OutOfBlocks
 from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import LowerTiers, Promotion, Pull
-from workers.kv_cache.prefix_cache import BlockKey, PrefixCache, block_key
+from workers.kv_cache.prefix_cache import PrefixCache
 from workers.status import KvEvent
 
 NO_SPARE: Mapping[int, int] = MappingProxyType({})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class BlockTable:
     """The blocks of one sequence, in order of position, and how far they are published."""
 
-    blocks: list[int] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
+    prompt: PromptBlocks = field(default_factory=lambda: PromptBlocks(0, 1))
     num_cached: int = 0
     """Blocks at the front that came from the prefix cache."""
     num_published: int = 0
@@ -29,6 +31,27 @@ class BlockTable:
     """Blocks behind the cached ones that come from lower tiers."""
     pull: Pull | None = None
     """Blocks behind those that come from another worker."""
+    blocks: list[int] = field(default_factory=list, init=False)
+    """Changed by `extend` and `cut` alone."""
+    _room: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), init=False)
+
+    @property
+    def row(self) -> npt.NDArray[np.int32]:
+        """The blocks as every step wants them, int32 [num_blocks]: not a copy, and not to be written to."""
+        return self._room[: len(self.blocks)]
+
+    def extend(self, blocks: Sequence[int]) -> None:
+        first, end = len(self.blocks), len(self.blocks) + len(blocks)
+        if end > len(self._room):  # steps that are running keep the row they have
+            self._room = np.concatenate([self.row, np.empty(max(8, end), np.int32)])
+        self._room[first:end] = blocks
+        self.blocks += blocks
+
+    def cut(self, num_blocks: int) -> list[int]:
+        """Keeps so many; returns the others."""
+        others = self.blocks[num_blocks:]
+        del self.blocks[num_blocks:]
+        return others
 
 
 class KvCacheManager:
@@ -45,7 +68,8 @@ class KvCacheManager:
         self.block_size = block_size
         self._tiers = tiers
         self._ledger = Ledger() if tiers is None else tiers.ledger
-        self._cache = PrefixCache(block_size, self._ledger)
+        self._cache = PrefixCache(self._ledger)
+        self._first_block = first_block
         self._enabled = prefix_cache
         self._pool = BlockPool(num_blocks, self._evicted, first_block)
 
@@ -62,9 +86,21 @@ class KvCacheManager:
         """Which pool a sequence lives in; there is one here, several in workers.kv_cache.pools."""
         return 0
 
-    def num_hits(self, token_ids: Sequence[int], hashes: list[int]) -> int:
-        """Blocks of a prompt that `reserve_prompt` would find."""
-        return len(self._cache.match(hashes[: (len(token_ids) - 1) // self.block_size], token_ids))
+    def match(self, prompt: PromptBlocks) -> tuple[int, ...]:
+        """Blocks of a prompt that `reserve_prompt` would find. Looks them up anew only when one may have gone or come."""
+        found = prompt.found.get(self._first_block)
+        if found is not None and found.num_forgotten == self._cache.num_forgotten:
+            num_found = len(found.blocks)
+            if num_found == prompt.num_usable or not self._cache.has_hash(prompt.hashes[num_found]):
+                return found.blocks
+        found = Found(tuple(self._cache.match(prompt)), self._cache.num_forgotten)
+        prompt.found[self._first_block] = found
+        return found.blocks
+
+    @property
+    def num_compared(self) -> int:
+        """Keys of cached blocks that were compared with a prompt's so far."""
+        return self._cache.num_compared
 
     def forget_pool(self, pool: int) -> None:
         """The content of all blocks is gone: nothing is cached any more. Who holds blocks must compute them again."""
@@ -82,35 +118,32 @@ class KvCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def prompt_hashes(self, token_ids: Sequence[int]) -> list[int]:
-        """Chained hashes of the prompt's full blocks; none when the prefix cache is off."""
-        return block_hashes(token_ids, self.block_size) if self._enabled else []
+    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True) -> PromptBlocks:
+        """The prompt as the other methods take it; caches leave it alone when the prefix cache is off."""
+        return PromptBlocks.of(token_ids, self.block_size, use_cache and self._enabled)
 
     def reserve_prompt(
         self,
-        token_ids: Sequence[int],
-        hashes: list[int],
+        prompt: PromptBlocks,
         use_tiers: bool = False,
         spare: Mapping[int, int] = NO_SPARE,
         room: int = 0,
     ) -> BlockTable:
-        """Blocks for a whole prompt and `room` tokens behind it, its cached beginning shared; with no `hashes` it neither takes nor gives.
+        """Blocks for a whole prompt and `room` tokens behind it, its cached beginning shared.
 
-        At least the last token stays to be computed, since its logits are wanted. What lower tiers hold of the rest is
-        pinned there until `promote` and `settle`, or `release`; without `use_tiers` they are not asked. Raises OutOfBlocks,
-        and evicts nothing, unless `spare[pool]` blocks stay available to others.
+        What lower tiers hold of the rest is pinned there until `promote` and `settle`, or `release`; without `use_tiers`
+        they are not asked. Raises OutOfBlocks, and evicts nothing, unless `spare[pool]` blocks stay available to others.
         """
-        table = BlockTable(hashes=hashes)
-        usable = (len(token_ids) - 1) // self.block_size
-        hits = self._cache.match(table.hashes[:usable], token_ids)
-        num_fresh = self.blocks_for(len(token_ids) + room) - len(hits)
+        table = BlockTable(prompt)
+        hits = self.match(prompt)
+        num_fresh = self.blocks_for(prompt.num_tokens + room) - len(hits)
         num_left = self._pool.num_available - self._pool.num_unheld(hits) - num_fresh
         if num_left < spare.get(0, 0):
             raise OutOfBlocks(f"{num_fresh} blocks wanted beside {len(hits)} cached ones, which would leave {num_left}")
         self._pool.hold(hits)
-        lower = self._match_lower(table.hashes[:usable], token_ids, len(hits)) if use_tiers else []
+        lower = self._match_lower(prompt, len(hits)) if use_tiers else []
         fresh = self._pool.allocate(num_fresh)
-        table.blocks = hits + fresh
+        table.extend([*hits, *fresh])
         table.num_cached = table.num_published = len(hits)
         if lower:
             table.promotion = Promotion(tuple(lower), tuple(fresh[: len(lower)]))
@@ -121,14 +154,13 @@ class KvCacheManager:
         if self._tiers is not None and table.promotion is not None:
             self._tiers.begin(table.promotion)
 
-    def plan_pull(self, table: BlockTable, token_ids: Sequence[int], num_blocks: int) -> None:
+    def plan_pull(self, table: BlockTable, num_blocks: int) -> None:
         """Of a prompt whose first `num_blocks` blocks another worker holds: which of them are wanted from there."""
         promotion = table.promotion
         first = table.num_cached + (len(promotion.keys) if promotion is not None else 0)
-        end = min(num_blocks, len(table.hashes), (len(token_ids) - 1) // self.block_size)
+        end = min(num_blocks, table.prompt.num_usable)
         if first < end:
-            keys = [block_key(table.hashes, token_ids, index, self.block_size) for index in range(first, end)]
-            table.pull = Pull(tuple(keys), first)
+            table.pull = Pull(tuple(map(table.prompt.key, range(first, end))), first)
 
     def settle(self, table: BlockTable) -> None:
         """Publishes what has arrived from lower tiers and other workers; what has not is to be computed."""
@@ -158,20 +190,17 @@ class KvCacheManager:
         """Extends the table to hold `num_tokens` tokens."""
         missing = self.blocks_for(num_tokens) - len(table.blocks)
         if missing > 0:
-            table.blocks += self._pool.allocate(missing)
+            table.extend(self._pool.allocate(missing))
 
     def shrink(self, table: BlockTable, num_tokens: int) -> None:
         """Gives back what the table holds beyond `num_tokens` tokens."""
-        surplus = table.blocks[self.blocks_for(num_tokens) :]
-        del table.blocks[self.blocks_for(num_tokens) :]
-        self._pool.release(surplus, self._cache.contains)
+        self._pool.release(table.cut(self.blocks_for(num_tokens)), self._cache.contains)
 
-    def publish_prompt(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+    def publish_prompt(self, table: BlockTable, num_computed: int) -> None:
         """Makes the prompt's full blocks findable, as far as the prefill path has computed them."""
-        size = self.block_size
-        full = min(num_computed // size, len(table.hashes))
+        full = min(num_computed // self.block_size, len(table.prompt.hashes))
         for index in range(table.num_published, full):
-            self._cache.publish(table.blocks[index], block_key(table.hashes, token_ids, index, size))
+            self._cache.publish(table.blocks[index], table.prompt.key(index))
         table.num_published = max(table.num_published, full)
 
     def release(self, table: BlockTable) -> None:
@@ -180,8 +209,7 @@ class KvCacheManager:
             self._tiers.abandon(table.promotion)
             self._tiers.unpin(table.promotion.keys)
             table.promotion = None
-        self._pool.release(table.blocks, self._cache.contains)
-        table.blocks = []
+        self._pool.release(table.cut(0), self._cache.contains)
 
     def hold_prefix(self, keys: Sequence[BlockKey], max_blocks: int) -> list[int]:
         """The longest run of these blocks that the pool has, held until `release_blocks`."""
@@ -203,12 +231,12 @@ class KvCacheManager:
     def dump(self) -> KvEvent:
         return self._ledger.dump()
 
-    def _match_lower(self, hashes: Sequence[int], token_ids: Sequence[int], first: int) -> list[BlockKey]:
+    def _match_lower(self, prompt: PromptBlocks, first: int) -> list[BlockKey]:
         """The run of blocks from number `first` on that lower tiers hold, pinned there."""
         run: list[BlockKey] = []
         if self._tiers is not None:
-            for index in range(first, len(hashes)):
-                key = block_key(hashes, token_ids, index, self.block_size)
+            for index in range(first, prompt.num_usable):
+                key = prompt.key(index)
                 if self._tiers.holds(key) is None:
                     break
                 run.append(key)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.manager import NO_SPARE, BlockTable, KvCacheManager
-from workers.kv_cache.prefix_cache import BlockKey
 from workers.status import KvEvent
 
 
@@ -50,13 +50,16 @@ class PooledKvCache:
     def blocks_for(self, num_tokens: int) -> int:
         return self._pools[0].blocks_for(num_tokens)
 
-    def prompt_hashes(self, token_ids: Sequence[int]) -> list[int]:
-        return self._pools[0].prompt_hashes(token_ids)
+    @property
+    def num_compared(self) -> int:
+        return sum(pool.num_compared for pool in self._pools)
+
+    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True) -> PromptBlocks:
+        return self._pools[0].prompt_blocks(token_ids, use_cache)
 
     def reserve_prompt(
         self,
-        token_ids: Sequence[int],
-        hashes: list[int],
+        prompt: PromptBlocks,
         use_tiers: bool = False,
         spare: Mapping[int, int] = NO_SPARE,
         room: int = 0,
@@ -64,11 +67,11 @@ class PooledKvCache:
         """There are no tiers below several pools. In the pool that would then hold the fewest blocks: a cached beginning counts for a pool, its load against it."""
 
         def after(pool: int) -> int:
-            return self._pools[pool].num_held - self._pools[pool].num_hits(token_ids, hashes)
+            return self._pools[pool].num_held - len(self._pools[pool].match(prompt))
 
         for pool in sorted(range(len(self._pools)), key=after):
             try:
-                return self._pools[pool].reserve_prompt(token_ids, hashes, spare={0: spare.get(pool, 0)}, room=room)
+                return self._pools[pool].reserve_prompt(prompt, spare={0: spare.get(pool, 0)}, room=room)
             except OutOfBlocks:
                 continue
         raise OutOfBlocks("no pool has room for this prompt")
@@ -82,8 +85,8 @@ class PooledKvCache:
     def promote(self, table: BlockTable) -> None:
         self._pools[self.pool_of(table)].promote(table)
 
-    def plan_pull(self, table: BlockTable, token_ids: Sequence[int], num_blocks: int) -> None:
-        self._pools[self.pool_of(table)].plan_pull(table, token_ids, num_blocks)
+    def plan_pull(self, table: BlockTable, num_blocks: int) -> None:
+        self._pools[self.pool_of(table)].plan_pull(table, num_blocks)
 
     def settle(self, table: BlockTable) -> None:
         self._pools[self.pool_of(table)].settle(table)
@@ -101,8 +104,8 @@ class PooledKvCache:
         if blocks:
             self._pools[blocks[0] // self._size].release_blocks(blocks)
 
-    def publish_prompt(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        self._pools[self.pool_of(table)].publish_prompt(table, token_ids, num_computed)
+    def publish_prompt(self, table: BlockTable, num_computed: int) -> None:
+        self._pools[self.pool_of(table)].publish_prompt(table, num_computed)
 
     def release(self, table: BlockTable) -> None:
         self._pools[self.pool_of(table)].release(table)

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_cache.ledger import Ledger
 from workers.status import Tier
-
-
-@dataclass(frozen=True, slots=True)
-class BlockKey:
-    """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first."""
-
-    block_hash: int
-    parent: int
-    token_ids: tuple[int, ...]
-
-
-def block_key(hashes: Sequence[int], token_ids: Sequence[int], index: int, block_size: int) -> BlockKey:
-    """The key of a prompt's block number `index`."""
-    tokens = tuple(token_ids[index * block_size : (index + 1) * block_size])
-    return BlockKey(hashes[index], hashes[index - 1] if index else 0, tokens)
 
 
 class PrefixCache:
@@ -30,25 +13,35 @@ class PrefixCache:
     A hash alone is not believed: the entry's tokens and its parent must match too, so a collision is a miss.
     """
 
-    def __init__(self, block_size: int, ledger: Ledger) -> None:
-        self._block_size = block_size
+    def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._blocks: dict[int, int] = {}
         self._keys: dict[int, BlockKey] = {}
         """By block."""
+        self.num_forgotten = 0
+        """Blocks so far that were found here and are not any more: what `match` found before may have gone with them."""
+        self.num_compared = 0
+        """Keys that `match` has compared so far."""
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, hashes: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """Blocks for the longest cached run of the prompt's full blocks, in order."""
+    def match(self, prompt: PromptBlocks) -> list[int]:
+        """Blocks for the longest cached run of the prompt's usable blocks, in order."""
         blocks: list[int] = []
-        for index, block_hash in enumerate(hashes):
+        for index, block_hash in enumerate(prompt.hashes[: prompt.num_usable]):
             block = self._blocks.get(block_hash)
-            if block is None or self._keys[block] != block_key(hashes, token_ids, index, self._block_size):
+            if block is None:
+                break
+            self.num_compared += 1
+            if self._keys[block] != prompt.key(index):
                 break
             blocks.append(block)
         return blocks
+
+    def has_hash(self, block_hash: int) -> bool:
+        """Whether a block with this hash is here; its key may be another."""
+        return block_hash in self._blocks
 
     def find(self, key: BlockKey) -> int | None:
         """The block with exactly this key."""
@@ -71,6 +64,7 @@ class PrefixCache:
         key = self._keys.pop(block)
         del self._blocks[key.block_hash]
         self._ledger.remove(key.block_hash, Tier.POOL)
+        self.num_forgotten += 1
         return key
 
     def clear(self) -> None:

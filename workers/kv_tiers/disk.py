@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.record import BadRecord
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import InvalidConfig
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.kv_tiers.record import BadRecord, Format, checksum, decode_header, encode_header
 
 log = logging.getLogger(__name__)

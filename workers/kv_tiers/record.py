@@ -10,8 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from workers.errors import BatonError
-from workers.kv_cache.block_hash import block_hashes
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey, block_hashes
 
 MAGIC = b"BATONKVB"
 VERSION = 1
@@ -58,11 +57,11 @@ def encode_header(form: Format, key: BlockKey, payload_checksum: int) -> bytes:
         form.fingerprint,
         key.block_hash,
         key.parent,
-        len(key.token_ids),
+        key.num_tokens,
         form.block_bytes,
         payload_checksum,
     )
-    body = fixed + np.array(key.token_ids, dtype="<i4").tobytes()
+    body = fixed + key.tokens
     return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
 
@@ -79,7 +78,7 @@ def decode_header(form: Format, raw: bytes) -> tuple[BlockKey, int]:
         raise BadRecord("the header does not match its checksum")
     if fingerprint != form.fingerprint or (num_tokens, payload_bytes) != (form.block_size, form.block_bytes):
         raise BadRecord("the block belongs to another model")
-    token_ids = tuple(np.frombuffer(raw, "<i4", num_tokens, _FIXED.size).tolist())
-    if block_hashes(token_ids, form.block_size, parent) != [block_hash]:
+    key = BlockKey(block_hash, parent, raw[_FIXED.size : _FIXED.size + 4 * num_tokens])
+    if block_hashes(key.token_ids, form.block_size, parent) != [block_hash]:
         raise BadRecord("the block's hash is not that of its tokens")
-    return BlockKey(block_hash, parent, token_ids), payload_checksum
+    return key, payload_checksum

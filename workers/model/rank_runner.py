@@ -28,7 +28,7 @@ from workers.model.parallel import Layout, Share
 from workers.model.rank_experts import RankExperts
 from workers.model.self_test import require_invariance
 from workers.model.torch_runner import TorchRunner, find_library, kernel_name, weights_dtype
-from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo
 
@@ -186,12 +186,12 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
     Raises InvalidConfig when the model cannot be cut so or does not fit.
     """
     folder = checkpoint_folder(config.model)
-    dimensions = ErnieConfig.load(folder)
+    dimensions, checkpoint = ErnieConfig.load(folder), Checkpoint(folder)
+    dimensions = with_stored_head(dimensions, checkpoint)
     layout = Layout.of(config.parallel, dimensions, rank)
     max_model_len = served_len(config, dimensions)
     torch.set_num_threads(config.num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    checkpoint = Checkpoint(folder)
     library, warnings = find_library(config, dimensions, layout)
     kernels = kernel_name(library, dtype)
     held_dtype = weights_dtype(library, dtype)

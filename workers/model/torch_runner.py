@@ -28,7 +28,7 @@ from workers.model.native.loading import load
 from workers.model.native.packed import PackedFile
 from workers.model.parallel import SINGLE, Layout
 from workers.model.self_test import require_invariance
-from workers.model.weights import Checkpoint, checkpoint_folder, fingerprint
+from workers.model.weights import Checkpoint, checkpoint_folder, fingerprint, with_stored_head
 from workers.processors import Processors, too_few
 from workers.runner import Batch, LayerHook
 from workers.status import ModelInfo
@@ -59,11 +59,11 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
     @staticmethod
     def _load_on(processors: Processors, config: WorkerConfig) -> TorchRunner:
         folder = checkpoint_folder(config.model)
-        dimensions = ErnieConfig.load(folder)
+        dimensions, checkpoint = ErnieConfig.load(folder), Checkpoint(folder)
+        dimensions = with_stored_head(dimensions, checkpoint)
         max_model_len = served_len(config, dimensions)
         torch.set_num_threads(config.num_threads)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        checkpoint = Checkpoint(folder)
         with torch.inference_mode():
             model, kernels, warnings = _load_model(config, dimensions, checkpoint, dtype, max_model_len)
             memory = allocate(config, dimensions, dtype, max_model_len)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ import torch
 from torch import Tensor
 
 from workers.errors import InvalidConfig
+from workers.model.ernie_config import ErnieConfig
 from workers.model.weight_files import open_weights, read_header, weight_files
+
+_log = logging.getLogger(__name__)
 
 _READABLE_DTYPES = ("F32", "F16", "BF16")
 _PIECE_BYTES = 8 << 20
@@ -154,8 +159,41 @@ class Checkpoint:
                     f"tensor {name} in {self._file_of_tensor[name]} is not part of the model in config.json"
                 )
 
+    def differ(self, first: str, second: str) -> bool:
+        """Whether two tensors that are both here hold other values; as two of other types do. Reads them up to the first difference."""
+        shapes = [tuple(self._slice(name).get_shape()) for name in (first, second)]
+        if shapes[0] != shapes[1] or self.stored_dtype(first) is not self.stored_dtype(second):
+            return True
+        num_bytes = math.prod(shapes[0]) * self.stored_dtype(first).itemsize
+        pieces = [torch.empty(min(num_bytes, _PIECE_BYTES), dtype=torch.uint8) for _ in range(2)]
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            mine, its = (piece[: min(_PIECE_BYTES, num_bytes - start)] for piece in pieces)
+            self._read(first, start, mine)
+            self._read(second, start, its)
+            if not torch.equal(mine, its):
+                return True
+        return False
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of_tensor
+
     def _slice(self, name: str) -> Any:
         return self._handles[self._file_of_tensor[name]].get_slice(name)
+
+
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def with_stored_head(config: ErnieConfig, checkpoint: Checkpoint) -> ErnieConfig:
+    """What config.json calls for; but a head that is stored and is not the embeddings is the head, though config.json says that
+    they are one, as a merged adapter leaves it. transformers reads it so too."""
+    both = checkpoint.has(_HEAD) and checkpoint.has(_EMBEDDINGS)
+    if not config.tie_word_embeddings or not both or not checkpoint.differ(_EMBEDDINGS, _HEAD):
+        return config
+    _log.warning(
+        "%s has a head of its own, which is used, though its config.json says that it has not", checkpoint.folder
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def give_back_free_memory() -> None:

@@ -94,7 +94,7 @@ def _late_slice(sequence: Sequence, start: int) -> SequenceSlice:
         sequence_id=sequence.sequence_id,
         token_ids=(0 if is_late else sequence.known[sequence.num_drawn],),
         start=start,
-        block_table=sequence.table.blocks,
+        block_table=sequence.table.row,
         sample=sequence.sample_spec(num_ahead=1),
         is_late=is_late,
     )

@@ -89,7 +89,7 @@ class Scheduler:
             self.waiting.pop(0)
             self.active.append(sequence)
             if sequence.hint is not None and sequence.kind is not Kind.TARGET:
-                self.kv.plan_pull(sequence.table, sequence.request.prompt_token_ids, sequence.hint.num_blocks)
+                self.kv.plan_pull(sequence.table, sequence.hint.num_blocks)
             self.kv.promote(sequence.table)
             if not _is_promoted(sequence):
                 sequence.move(State.PROMOTING)
@@ -110,7 +110,7 @@ class Scheduler:
         """A prefill chunk of this sequence has been computed."""
         sequence.num_computed += num_tokens
         self.counters.prefill_tokens += num_tokens
-        self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_computed)
+        self.kv.publish_prompt(sequence.table, sequence.num_computed)
         if sequence.num_computed == sequence.num_prompt:
             sequence.move(State.HELD if sequence.kind is Kind.SOURCE else State.DECODING)
 
@@ -140,7 +140,7 @@ class Scheduler:
         if sequence.kind is Kind.MIGRANT:
             sequence.kind = Kind.LOCAL
             self.kv.shrink(sequence.table, num_computed + 1)
-        self.kv.publish_prompt(sequence.table, sequence.request.prompt_token_ids, sequence.num_prompt)
+        self.kv.publish_prompt(sequence.table, sequence.num_prompt)
 
     def admit_migrant(self, sequence: Sequence, num_tokens: int) -> None:
         """Admits a sequence past the queue, with blocks for `num_tokens`. Raises Refused(QUEUE_FULL) when there is no room."""
@@ -217,13 +217,13 @@ class Scheduler:
     def _admit(self, sequence: Sequence, use_tiers: bool = False, room: int = 0) -> bool:
         """Reserves blocks for the prompt and `room` tokens, or changes nothing. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
         request = sequence.request
-        if sequence.hashes is None:
+        if sequence.prompt_blocks is None:
             use_cache = request.params.prompt_logprobs is None
-            sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
+            sequence.prompt_blocks = self.kv.prompt_blocks(request.prompt_token_ids, use_cache)
         # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
         spare = Counter(self.kv.pool_of(s.table) for s in self.active if s.state is State.DECODING)
         try:
-            sequence.table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers, spare, room)
+            sequence.table = self.kv.reserve_prompt(sequence.prompt_blocks, use_tiers, spare, room)
         except OutOfBlocks:
             return False
         return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from workers.errors import InvariantViolated
+from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import SampleSpec, SequenceSlice
@@ -86,8 +87,8 @@ class Sequence:
     arrival: int
     suppressed_token_ids: tuple[int, ...] = ()
     """EOS and stop ids, not to be drawn before min_tokens."""
-    hashes: list[int] | None = None
-    """Of the prompt's full blocks; filled by the scheduler."""
+    prompt_blocks: PromptBlocks | None = None
+    """Filled by the scheduler."""
     state: State = State.WAITING
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
@@ -161,7 +162,7 @@ class Sequence:
             sequence_id=self.sequence_id,
             token_ids=prompt[start:end],
             start=start,
-            block_table=self.table.blocks,
+            block_table=self.table.row,
             sample=self.sample_spec() if end == len(prompt) else None,
             prompt_logprobs=self.request.params.prompt_logprobs,
             next_token_id=prompt[end] if end < len(prompt) else None,
@@ -173,6 +174,6 @@ class Sequence:
             sequence_id=self.sequence_id,
             token_ids=(self.known[self.num_drawn - 1],),
             start=self.num_computed,
-            block_table=self.table.blocks,
+            block_table=self.table.row,
             sample=self.sample_spec(),
         )

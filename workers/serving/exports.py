@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 
 from workers.errors import Refusal, Refused
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.kv_transfer.memory import KvLayout
 from workers.kv_transfer.messages import OpenHandoff, PrefillDone, Prefix, PrefixDone, Prompt, Running, SequenceMoved
 from workers.kv_transfer.pieces import Cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.errors import Refusal, Refused
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey, token_bytes
 from workers.kv_transfer.messages import Prefix
 from workers.runner import BLOCK_SIZE
 
@@ -16,7 +16,7 @@ def keys_of(subject: Prefix) -> tuple[BlockKey, ...]:
     parents = (subject.parent, *hashes[:-1])
     starts = range(0, len(tokens), BLOCK_SIZE)
     return tuple(
-        BlockKey(block_hash, parent, tokens[start : start + BLOCK_SIZE])
+        BlockKey(block_hash, parent, token_bytes(tokens[start : start + BLOCK_SIZE]))
         for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
     )
 

@@ -122,7 +122,9 @@ class RequestTable:
         while served.num_kept > self._max_kept:
             served.dropped = served.kept[0].position
             served.num_kept -= _num_entries(served.kept.popleft())
-        while served.kept and served.kept[0].position == served.dropped:  # the scores of a prompt come in several outputs
+        while (
+            served.kept and served.kept[0].position == served.dropped
+        ):  # the scores of a prompt come in several outputs
             served.num_kept -= _num_entries(served.kept.popleft())
         return served.owner is not None or served.first_kept <= served.orphaned_at
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.request import HandoffReport, Request
 from workers.runner import Sampled
 from workers.scheduler.sequence import Kind

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from workers.errors import RankLost, Refusal
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.pieces import layers_per_piece
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice

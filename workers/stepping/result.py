@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from workers.kv_cache.prefix_cache import BlockKey
+from workers.kv_cache.block_hash import BlockKey
 from workers.request import Output
 from workers.runner import Sampled
 from workers.status import KvEvent, Load, PrefixHint, WorkerAddress

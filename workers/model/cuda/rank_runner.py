@@ -34,7 +34,7 @@ from workers.model.model_runner import ModelRunner, require_bytes, served_len
 from workers.model.parallel import Layout
 from workers.model.rank_experts import RankExperts
 from workers.model.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
-from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.status import ModelInfo
 
@@ -231,12 +231,12 @@ class CudaRanks:
     ) -> CudaRankRunner:
         """As RankLoader's."""
         device, folder = self._device, checkpoint_folder(config.model)
-        dimensions = ErnieConfig.load(folder)
+        dimensions, checkpoint = ErnieConfig.load(folder), Checkpoint(folder)
+        dimensions = with_stored_head(dimensions, checkpoint)
         layout = Layout.of(config.parallel, dimensions, rank)
         max_model_len = served_len(config, dimensions)
         dtype: torch.dtype = getattr(torch, config.dtype)
         is_direct = wants_direct(config, self._symmetric is not None or (device.type == "cuda" and is_available()))
-        checkpoint = Checkpoint(folder)
         require_bytes(folder, self._weight_bytes(config), dtype, free_bytes(device))
         part = Part(layout, links, placement, config.parallel.exact_combine)
         with torch.inference_mode(), as_current(device):
@@ -259,7 +259,8 @@ class CudaRanks:
         return choose_layout(config, mine, dtype, served_len(config, dimensions), max(0, num_free_bytes))
 
     def _weight_bytes(self, config: WorkerConfig) -> int:
-        dimensions = ErnieConfig.load(checkpoint_folder(config.model))
+        folder = checkpoint_folder(config.model)
+        dimensions = with_stored_head(ErnieConfig.load(folder), Checkpoint(folder))
         layout, dtype = Layout.of(config.parallel, dimensions), getattr(torch, config.dtype)
         placement = initial_placement(config, dimensions)
         return share_bytes(dimensions, layout, placement, dtype, copies_tied_head=False)

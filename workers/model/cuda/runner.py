@@ -23,7 +23,7 @@ from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
 from workers.model.ernie_config import ErnieConfig
 from workers.model.kv_memory import choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
-from workers.model.weights import Checkpoint, checkpoint_folder
+from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.sampling.sampler import Drawn
 from workers.status import ModelInfo
@@ -70,10 +70,10 @@ class CudaRunner(ModelRunner[CudaErnie]):
     def load_on(config: WorkerConfig, device: torch.device) -> CudaRunner:
         """As `load`, on a given device; with Triton's interpreter that may be the CPU."""
         folder = checkpoint_folder(config.model)
-        dimensions = ErnieConfig.load(folder)
+        dimensions, checkpoint = ErnieConfig.load(folder), Checkpoint(folder)
+        dimensions = with_stored_head(dimensions, checkpoint)
         max_model_len = served_len(config, dimensions)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        checkpoint = Checkpoint(folder)
         require_memory(checkpoint, dimensions, dtype, free_bytes(device), copies_tied_head=False)
         with torch.inference_mode(), as_current(device):
             model = CudaErnie(dimensions, checkpoint, dtype, max_model_len, device, config.deterministic)

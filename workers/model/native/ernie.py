@@ -127,7 +127,7 @@ class NativeErnie:
             _int64(chain.from_iterable(piece.token_ids for piece in slices)),
             _int64(chain.from_iterable(range(s.start, s.start + n) for s, n in zip(slices, counts, strict=True))),
             _int64(rows),
-            _int64(chain.from_iterable(tables)),
+            np.concatenate(tables).astype(np.int64),
             _int64(accumulate(num_blocks[:-1], initial=0)),
             *np.empty((2, rows[-1] * self.config.head_dim // 2), dtype=np.float32),
         ]
@@ -276,7 +276,7 @@ def _fresh_block(piece: SequenceSlice) -> int | None:
     """The block that gets its first token from this slice and is not filled by it."""
     end = piece.start + len(piece.token_ids)
     last = end // BLOCK_SIZE
-    return piece.block_table[last] if end % BLOCK_SIZE and piece.start <= last * BLOCK_SIZE else None
+    return int(piece.block_table[last]) if end % BLOCK_SIZE and piece.start <= last * BLOCK_SIZE else None
 
 
 def _int64(values: object) -> np.typing.NDArray[np.int64]:
