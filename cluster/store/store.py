@@ -86,5 +86,5 @@ def check_store_url(url: str) -> None:
     """Raises InvalidConfig unless `url` is "memory" or names a Redis."""
     if url != "memory" and not url.startswith(("redis://", "rediss://", "unix://")):
         raise InvalidConfig(
-            f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it is {url!r}"
+            f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it begins with {url[:7]!r}"
         )
