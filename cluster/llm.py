@@ -25,7 +25,7 @@ __all__ = ["LLM", "Completion", "Generation", "SamplingParams"]
 Message = Mapping[str, Any]
 
 _MANY = 1 << 30
-_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY)
+_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY)
 """Whoever calls has the process for himself."""
 _DEFAULT_TOKENS = 16
 """Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
@@ -145,6 +145,7 @@ class LLM:
             generation = Generation(prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)])
             generations.append(generation)
             body = _as_body(own, n)
+            generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
             info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
             job = make_job(body, info, tokenizer, _BOUNDS, [prompt], param, default_tokens, body.logprobs)
             for request, choice in zip(job.requests, generation.outputs, strict=True):
@@ -183,8 +184,9 @@ class LLM:
         choice.text += output.text
         choice.token_ids += output.token_ids
         choice.logprobs += output.logprobs
-        if output.prompt_logprobs is not None:
-            generation.prompt_logprobs = list(output.prompt_logprobs)
+        for part in output.prompt_logprobs:
+            assert generation.prompt_logprobs is not None
+            generation.prompt_logprobs[part.first :] = list(part)
         if output.finish_reason is None:
             return False
         if output.refusal is not None:

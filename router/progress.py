@@ -46,7 +46,7 @@ class Flight:
     """Names of the prompt's full blocks."""
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
-    """The client has its first output."""
+    """The client has its first token, or its end."""
     num_attempts: int = 0
     wire_id: str = ""
     """The running attempt's name on the wire; empty while the request waits for a worker."""
@@ -101,7 +101,8 @@ class Flight:
         position = len(self.delivered)
         token_ids = output.token_ids[skip:]
         self.delivered.extend(token_ids)
-        is_first, self.is_started = not self.is_started, True
+        is_first = not self.is_started and bool(token_ids or output.finish_reason)
+        self.is_started |= is_first
         return Output(
             request_id=self.request.request_id,
             position=position,
@@ -113,7 +114,7 @@ class Flight:
             refusal=output.refusal,
             message=output.message,
             cached_tokens=output.cached_tokens if is_first else 0,
-            prompt_logprobs=output.prompt_logprobs if is_first else None,
+            prompt_logprobs=output.prompt_logprobs,
             handoff=output.handoff if is_first else None,
         )
 

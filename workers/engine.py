@@ -302,7 +302,8 @@ class Engine:
             if live.answer is None:
                 self.outgoing.computed(live, piece, sampled)
                 continue
-            live.answer.add_prompt_logprobs(piece.start, sampled.prompt_logprobs)
+            if sampled.prompt_logprobs is not None:
+                self._roster.scored(live, sampled.prompt_logprobs)
             if sampled.token_id is not None:
                 self._roster.drew(live, sampled)
 

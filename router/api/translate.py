@@ -121,6 +121,10 @@ def make_job(
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
     params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(secrets.randbits(63))
+    num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
+    if num_scores > config.max_prompt_scores:
+        message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
+        raise InvalidRequest(message, "prompt_logprobs" if body.prompt_logprobs is not None else "echo")
     job_id = uuid.uuid4().hex
     requests = []
     for place, prompt in enumerate(prompts):

@@ -37,9 +37,9 @@ from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
 from workers.config import WorkerConfig
-from workers.engine_thread import DumpKv
 from workers.errors import InvalidConfig
 from workers.status import Role
+from workers.stepping.commands import DumpKv
 from workers.worker import STARTS_SHIFT, Worker
 
 BOUND_S = 60.0

@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 
 from builders import fake_layout
 
-from workers.handoff.export import Feed
-from workers.handoff.source import MAX_BATCH, SourceDriver
+from workers.handoff.source import MAX_BATCH, Feed, SourceDriver
 from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import (
@@ -39,7 +38,11 @@ class Prompt:
     def __init__(self, cut: Cut, feed: Feed) -> None:
         self._cut, self._feed = cut, feed
 
+    is_paced = False
+
     def start(self) -> None: ...
+
+    def acknowledged(self, num_pieces: int) -> None: ...
 
     def compute(self) -> None:
         end = self._cut.num_blocks

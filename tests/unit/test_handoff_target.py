@@ -11,7 +11,8 @@ import pytest
 from builders import fake_layout, make_request
 
 from workers.errors import Refusal
-from workers.handoff.target import HandoffFailed, TargetDriver
+from workers.handoff.outcome import HandoffFailed
+from workers.handoff.target import TargetDriver
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import OpenHandoff, Prompt
 from workers.kv_transfer.pieces import Cut

@@ -99,7 +99,7 @@ def filled(kind: Descriptor, choice: int, choice_inside: int, depth: int = 0) ->
         elif field.type == FieldDescriptor.TYPE_STRING:
             setattr(message, field.name, NAMES.get(field.name, "x"))
         else:
-            setattr(message, field.name, b"x" if field.type == FieldDescriptor.TYPE_BYTES else 1)
+            setattr(message, field.name, b"\1\0\0\0" if field.type == FieldDescriptor.TYPE_BYTES else 1)
     return message
 
 

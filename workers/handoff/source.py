@@ -7,17 +7,18 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Protocol
 
 from workers.errors import TransferFailed
-from workers.handoff.export import Export, Paced
 from workers.handoff.letterbox import Letterbox, time_left
 from workers.handoff.wire import down_from_pb, then_to_pb, up_to_pb
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import HandoffUp
+from workers.kv_transfer.messages import Done, HandoffUp
 from workers.kv_transfer.source import (
     Broken,
     Described,
+    Filled,
     Release,
     Send,
     SendPieces,
@@ -37,6 +38,29 @@ log = logging.getLogger(__name__)
 MAX_EVENTS = 1024
 MAX_BATCH = 8
 """Messages that one write carries beside its first."""
+
+
+Feed = Callable[[Filled | Done | Broken], None]
+"""Takes what fills a transfer, on the event loop: blocks (never to change again until `release`), then Done; or Broken at any moment."""
+
+
+class Export(Protocol):
+    """What one transfer hands over."""
+
+    @property
+    def is_paced(self) -> bool:
+        """It goes by how far its receiver has come."""
+        ...
+
+    def start(self) -> None:
+        """Called once, when a transport is chosen: begin to feed."""
+
+    def acknowledged(self, num_pieces: int) -> None:
+        """Of a paced one: called after each event, so many pieces are in place and verified there."""
+
+    def release(self, reason: str) -> None:
+        """Called exactly once, whatever happened: nobody reads the blocks for this transfer any more. `reason` is empty when
+        the receiver has everything, else it says why it has not."""
 
 
 def data_id(transfer_id: str, epoch: int) -> str:
@@ -103,7 +127,7 @@ class SourceDriver:
                             export.release(reason)
                 if is_released:
                     return
-                if isinstance(export, Paced) and self._session.state is TransferState.SENDING:
+                if export.is_paced and self._session.state is TransferState.SENDING:
                     export.acknowledged(len(self._session.acknowledged))
                 event = await self._events.next(time_left(self._session.next_deadline_s(), self._clock()))
                 pending += self._session.handle(event if event is not None else Due(), self._clock())

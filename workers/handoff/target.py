@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 
 import grpc
 
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.letterbox import Letterbox, time_left
+from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.source import data_id
 from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.copier import INLINE_BYTES, verify_pieces
@@ -46,31 +46,6 @@ _STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, TimeoutError, asyncio.Inval
 """What writing to a stream that breaks at this moment may raise; gRPC's own errors are not all of one family."""
 CLOSE_S = 1.0
 """How long the last message may take to reach the sender before the stream is cut."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handoff:
-    """What landed. Times are measured here: `wait_s` from opening to the first announcement, `transfer_s` while pieces were
-    on their way or being verified, `exposed_s` from the done message to the last piece in its place."""
-
-    done: Done
-    transport: str
-    kv_bytes: int
-    transfer_s: float
-    wait_s: float = 0.0
-    exposed_s: float = 0.0
-    resends: int = 0
-    degradations: int = 0
-
-
-class HandoffFailed(TransferFailed):
-    """A transfer that did not land; `refusal` names why, the counts what was tried."""
-
-    def __init__(self, reason: str, refusal: Refusal, resends: int = 0, degradations: int = 0) -> None:
-        super().__init__(reason)
-        self.refusal = refusal
-        self.resends = resends
-        self.degradations = degradations
 
 
 class TargetDriver:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.errors import InvalidRequest, Refusal
+from workers.prompt_scores import PromptScores
 from workers.request import Request, error_output
 from workers.runner import Sampled
 from workers.sampling.output import Detokenizer, OutputState
@@ -124,6 +125,11 @@ class Roster:
             self.said.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
+
+    def scored(self, live: Live, scores: PromptScores) -> None:
+        """Says what the tokens of a prompt scored that have been computed."""
+        assert live.answer is not None
+        self.said.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
 
     def fail(self, live: Live, refusal: Refusal, message: str) -> None:
         """Ends a sequence with an error."""
