@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ from workers.errors import BatonError
 from workers.host_limits import usable_cpus
 
 T = TypeVar("T")
+
+AT_ONCE = 16
+"""Actors that are placed, and entries of the store that are written, at the same time."""
 
 
 class StartFailed(BatonError):
@@ -143,16 +147,26 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
             cluster.store_host = await asyncio.to_thread(pools.create_store_host)
             await wait_ready({STORE_HOST_NAME: cluster.store_host}, config.start_timeout_s)
     store = open_store(config.store, config.ray.namespace)
-    for name, _ in config.pools.workers:
-        await forget_role(store, name)  # a new cluster starts in its configured roles, and takes work
-        await forget_draining(store, name)
+    # A new cluster starts in its configured roles, and takes work.
+    names = [name for name, _ in config.pools.workers]
+    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
     await store.close()
-    for name, role in config.pools.workers:
+    threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
+
+    async def create(into: dict[str, Any], name: str, make: Callable[..., Any], argument: Any) -> None:
         with told(name):
-            cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
-    for at in range(config.pools.routers):
-        with told(f"router-{at}"):
-            cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
+            into[name] = await asyncio.get_running_loop().run_in_executor(threads, make, name, argument)
+
+    router_names = [f"router-{at}" for at in range(config.pools.routers)]
+    try:
+        await all_of(
+            [create(cluster.workers, name, pools.create_worker, role) for name, role in config.pools.workers]
+            + [create(cluster.routers, name, pools.create_router, at) for at, name in enumerate(router_names)]
+        )
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # whoever interrupts the start does not wait for Ray
+    cluster.workers = {name: cluster.workers[name] for name in names}
+    cluster.routers = {name: cluster.routers[name] for name in router_names}
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
         await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
@@ -165,6 +179,21 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
                 config.start_timeout_s,
                 f"the router at {url} found no workers",
             )
+
+
+async def all_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Does all of them, AT_ONCE at a time. The first failure is raised, but not before every job has ended: what the others
+    made is known then, and can be taken down.
+    """
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def one(job: Coroutine[Any, Any, None]) -> None:
+        async with free:
+            await job
+
+    for end in await asyncio.gather(*(one(job) for job in jobs), return_exceptions=True):
+        if isinstance(end, BaseException):
+            raise end
 
 
 async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cluster.settings import build
 from router.api.config import ApiConfig
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
@@ -24,7 +25,7 @@ __all__ = ["LLM", "Completion", "Generation", "SamplingParams"]
 Message = Mapping[str, Any]
 
 _MANY = 1 << 30
-_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY)
+_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY)
 """Whoever calls has the process for himself."""
 _DEFAULT_TOKENS = 16
 """Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
@@ -61,7 +62,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self._config = WorkerConfig(model=model, max_queue=1 << 30, **settings)
+        self._config = build(WorkerConfig, {"model": model, "max_queue": _MANY, **settings}, "worker")
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         self._checkpoint = Checkpoint.load(self._config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster.store.store import Entry, Snapshot, StoreUnavailable, check_entry
+from cluster.store.store import SETTLE_S, Changes, Entry, Mirror, Snapshot, StoreUnavailable, check_entry
 
 WATCH_HOLD_S = 30.0
 """The host answers a watch at the next change, or after this long to show that it lives."""
@@ -48,22 +48,24 @@ class ActorStore:
         return snapshot
 
     async def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
-        known: Snapshot | None = None
+        mirror = Mirror()
         while True:
             try:
-                changed: Snapshot | None = await self._call("next_change", prefix, known, WATCH_HOLD_S)
+                changes: Changes | None = await self._call(
+                    "next_changes", prefix, mirror.epoch, mirror.revision, WATCH_HOLD_S
+                )
             except StoreUnavailable:
                 await asyncio.sleep(0.5)
                 continue
-            if changed is not None:
-                known = changed
-                yield changed
+            if changes is not None and mirror.apply(changes):
+                yield mirror.snapshot
+                await asyncio.sleep(SETTLE_S)
 
     async def close(self) -> None:
         """The host keeps the store: others use it."""
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        timeout_s = self._timeout_s + (WATCH_HOLD_S if method == "next_change" else 0.0)
+        timeout_s = self._timeout_s + (WATCH_HOLD_S if method == "next_changes" else 0.0)
         try:
             return await asyncio.wait_for(getattr(self._host, method).remote(*arguments), timeout_s)
         except TimeoutError as error:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import aclosing
 
 from cluster.store.memory import MemoryStore
-from cluster.store.store import Entry, Snapshot
+from cluster.store.store import Changes, Entry, Snapshot
 
 STORE_HOST_NAME = "store"
 
 
 class StoreHost:
-    """An async Ray actor; its methods are those of a Store, with `next_change` in place of `watch`."""
+    """An async Ray actor; its methods are those of a Store, with `next_changes` in place of `watch`."""
 
     def __init__(self) -> None:
         self._store = MemoryStore()
@@ -49,13 +48,10 @@ class StoreHost:
     async def list(self, prefix: str) -> Snapshot:
         return await self._store.list(prefix)
 
-    async def next_change(self, prefix: str, known: Snapshot | None, hold_s: float) -> Snapshot | None:
-        """The state under the prefix as soon as it differs from `known`; None when it does not for `hold_s`."""
+    async def next_changes(self, prefix: str, epoch: str, revision: int, hold_s: float) -> Changes | None:
+        """What has changed under the prefix after `revision`, as soon as something has; None when nothing does for `hold_s`."""
         try:
-            async with asyncio.timeout(hold_s), aclosing(self._store.watch(prefix)) as snapshots:
-                async for snapshot in snapshots:
-                    if snapshot != known:
-                        return snapshot
+            async with asyncio.timeout(hold_s):
+                return await self._store.next_changes(prefix, epoch, revision)
         except TimeoutError:
-            pass
-        return None
+            return None

@@ -125,7 +125,7 @@ def test_help_and_version_need_neither_torch_nor_ray() -> None:
 
 def test_the_schema_is_printed_as_json() -> None:
     run = baton("config-schema")
-    assert run.returncode == 0 and json.loads(run.stdout)["properties"]["worker"]["type"] == "object"
+    assert run.returncode == 0 and json.loads(run.stdout)["$defs"]["WorkerConfig"]["type"] == "object"
 
 
 def test_what_a_draining_worker_still_holds_is_said_in_words() -> None:

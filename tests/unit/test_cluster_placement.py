@@ -61,7 +61,7 @@ async def test_a_layout_that_cannot_be_is_refused_before_anything_starts(setting
 
 
 def test_a_placement_that_ray_does_not_know_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="pack or spread"):
+    with pytest.raises(InvalidConfig, match="'pack' or 'spread'"):
         config("ray.rank_placement=diagonal")
 
 

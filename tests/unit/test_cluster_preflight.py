@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from cluster.commands.serve import example_request
 from cluster.config import load_config
 from cluster.demo import is_right, read_questions
 from cluster.folders import end_local, make_folder, remove_stale
+from cluster.lifecycle import AT_ONCE, all_of
 from cluster.local import free_port
 from cluster.observe import duration, size, status_table
 from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
@@ -239,6 +241,27 @@ def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_liv
         end_local(mine, 0.0)
         assert [path.name for path in Path(short).iterdir()] == ["baton-of-somebody-else"]
         owner.stdout.close()
+
+
+async def test_jobs_of_a_start_run_side_by_side_within_a_bound_and_a_failure_waits_for_the_rest() -> None:
+    running, most, ended = 0, 0, []
+    together = asyncio.Event()
+
+    async def job(number: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == AT_ONCE:
+            together.set()
+        await together.wait()  # for ever, if they ran one after another
+        running -= 1
+        if number == 3:
+            raise InvalidConfig("number 3")
+        ended.append(number)
+
+    with pytest.raises(InvalidConfig, match="number 3"):
+        await asyncio.wait_for(all_of([job(number) for number in range(3 * AT_ONCE)]), 60)
+    assert most == AT_ONCE and len(ended) == 3 * AT_ONCE - 1
 
 
 def test_the_status_table_shows_each_worker_in_a_line() -> None:

@@ -15,6 +15,7 @@ import tokenizers
 from fake_worker import FakeWorker, golden_text
 from tokenizers import decoders, models, pre_tokenizers
 
+from cluster.settings import build
 from router.config import RouterConfig
 from router.server import RouterServer, bind
 from workers.errors import InvalidConfig, Refused
@@ -153,4 +154,4 @@ async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> 
 )
 def test_a_setting_that_cannot_work_is_named(setting: str, value: object) -> None:
     with pytest.raises(InvalidConfig, match=f"router.{setting} "):
-        RouterConfig(**{"model": "m", setting: value})  # type: ignore[arg-type]
+        build(RouterConfig, {"model": "m", setting: value}, "router")
