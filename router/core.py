@@ -96,7 +96,7 @@ class RouterCore:
             self.index.attach(entry.row)
         if self.index.backlog:
             self.index.take_in()
-        if any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
+        if frame.kv_events and any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
             self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:

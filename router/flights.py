@@ -153,6 +153,10 @@ class Flights:
             return
         accepted = flight.accept(output)
         match accepted:
+            case Output():
+                self._deliver(flight, accepted, now)
+                if flight.incoming is not None:
+                    self.migrations.check(flight, now)
             case Mismatch.REPEAT:
                 self._counters["repeated_outputs"] += 1
             case Mismatch.CONFLICT:
@@ -163,9 +167,6 @@ class Flights:
                 self._counters[f"{accepted.value}_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
-            case Output():
-                self._deliver(flight, accepted, now)
-                self.migrations.check(flight, now)
 
     def _leave(self, flight: Flight, now: float) -> None:
         """The worker has handed the sequence over and says no more of it."""

@@ -93,29 +93,22 @@ class Flight:
 
     def accept(self, output: Output) -> Output | Mismatch:
         """Takes an output that follows what the client has, trimmed and named for the client; or says why not."""
-        skip = len(self.delivered) - output.position
+        position = len(self.delivered)
+        skip = position - output.position
+        token_ids = output.token_ids
         if skip:
             mismatch = _compare(self.delivered, output, skip)
             if mismatch is not None:
                 return mismatch
-        position = len(self.delivered)
-        token_ids = output.token_ids[skip:]
+            token_ids = token_ids[skip:]
         self.delivered.extend(token_ids)
         is_first, self.is_started = not self.is_started, True
-        return Output(
-            request_id=self.request.request_id,
-            position=position,
-            token_ids=token_ids,
-            text=output.text,
-            logprobs=output.logprobs[skip:] if skip else output.logprobs,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            refusal=output.refusal,
-            message=output.message,
-            cached_tokens=output.cached_tokens if is_first else 0,
-            prompt_logprobs=output.prompt_logprobs if is_first else None,
-            handoff=output.handoff if is_first else None,
-        )
+        accepted = Output(self.request.request_id, position, *output[2:])
+        if skip:
+            accepted = accepted._replace(token_ids=token_ids, logprobs=output.logprobs[skip:])
+        if not is_first and (output.cached_tokens or output.handoff or output.prompt_logprobs is not None):
+            accepted = accepted._replace(cached_tokens=0, prompt_logprobs=None, handoff=None)
+        return accepted
 
 
 def _compare(delivered: Sequence[int], output: Output, skip: int) -> Mismatch | None:

@@ -37,7 +37,16 @@ def load_to_pb(load: Load) -> pb.Load:
 
 
 def load_from_pb(message: pb.Load) -> Load:
-    return from_fields(Load, message)
+    """By hand, and in the order of the fields: it comes with every step of every worker."""
+    return Load(
+        message.num_waiting,
+        message.num_running,
+        message.num_transferring,
+        message.waiting_prefill_tokens,
+        message.num_free_blocks,
+        message.num_blocks,
+        message.step_s,
+    )
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:

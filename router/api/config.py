@@ -26,8 +26,6 @@ class ApiConfig:
     """Prompts in one completions request."""
     max_choices: int = 2048
     """Prompts times n of one request."""
-    max_pending_outputs: int = 256
-    """Outputs of one request that wait for a slow client; then its streams are no longer read."""
     heartbeat_s: float = 15.0
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: int = 32 << 10
@@ -43,7 +41,6 @@ class ApiConfig:
             (self.max_n >= 1, "max_n", "must be at least 1"),
             (self.max_prompts >= 1, "max_prompts", "must be at least 1"),
             (self.max_choices >= 1, "max_choices", "must be at least 1"),
-            (self.max_pending_outputs >= 1, "max_pending_outputs", "must be at least 1"),
             (self.heartbeat_s > 0, "heartbeat_s", "must be positive"),
             (self.offload_bytes >= 0, "offload_bytes", "must not be negative"),
         )

@@ -33,7 +33,7 @@ def health_routes(services: Services) -> APIRouter:
 
     @routes.get("/metrics", response_model=None)
     async def metrics(http: HttpRequest) -> Response:
-        content, content_type = services.metrics.render(http.headers.get("accept", ""))
+        content, content_type = await services.metrics.render(http.headers.get("accept", ""))
         return Response(content, headers={"content-type": content_type})
 
     return routes

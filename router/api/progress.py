@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from router.api.metrics import Metrics
@@ -68,7 +68,7 @@ class Progress:
         choice.num_drawn += num_new
         if self.job.hide_output:
             finish = FinishReason.LENGTH if output.finish_reason else None
-            output = replace(output, token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
+            output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
         if choice.first_s is None:
             choice.first_s = now_s
             choice.prompt_logprobs = output.prompt_logprobs

@@ -89,8 +89,7 @@ class Answer:
             report = report or HandoffReport(self._worker_id, self._worker_id, "local")
             report = replace(report, prefill_s=now - self._computed_from_s)
         wanted = sequence.request.params.prompt_logprobs is not None
-        return replace(
-            output,
+        return output._replace(
             cached_tokens=max(sequence.num_cached_tokens, self._landed_cached_tokens),
             handoff=replace(report, queue_s=self._queue_s or 0.0),
             prompt_logprobs=(None, *self._prompt_logprobs[: sequence.num_prompt - 1]) if wanted else None,
