@@ -41,7 +41,8 @@ class RouterConfig:
     """When the first token is due after a request's arrival: workers choose by it how to go on after a lost handoff. 0: only
     request_timeout_s counts."""
     worker_stale_s: float = 5.0
-    """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
+    """A worker that was silent for this long is given up; a healthy one speaks about once a second. Time in which the router itself
+    stood still does not count."""
     settle_s: float = 0.5
     """A request counts as extra load on its workers until a load report this much later than its submission."""
     max_prefix_index_blocks: int = 500_000

@@ -41,7 +41,7 @@ class RouterCore:
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
         self._is_shut_down = False
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s)
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)

@@ -14,6 +14,8 @@ from workers.errors import InvalidRequest
 from workers.status import ModelInfo, Role, WorkerAddress
 
 FIRST_RECONNECT_S, MAX_RECONNECT_S = 0.1, 2.0
+MAX_STALE_AT_ONCE = 8
+"""Workers given up for silence in one tick: to take up what ran on all of them is more than to wait a little longer."""
 
 
 class Fleet:
@@ -22,9 +24,14 @@ class Fleet:
     What time may do to workers is found without a walk over all of them: they stand in an order or a set of their own.
     """
 
-    def __init__(self, settle_s: float, stale_s: float) -> None:
+    def __init__(self, settle_s: float, stale_s: float, tick_s: float) -> None:
         self._settle_s = settle_s
         self._stale_s = stale_s
+        self._longest_step_s = max(stale_s / 10, 2 * tick_s)
+        """A tick that comes later than this after the one before it says that the router itself stood still."""
+        self._ticked_s: float | None = None
+        self._awake_s = 0.0
+        """A clock that stands still while the router does, so that it does not take its own silence for that of its workers."""
         self._entries: dict[str, WorkerEntry] = {}
         self._open: OrderedDict[str, WorkerEntry] = OrderedDict()
         """Those with a stream; the one that has been silent longest comes first."""
@@ -93,6 +100,7 @@ class Fleet:
                 self._num_connections += 1
                 entry.connection = self._num_connections
                 entry.last_frame_s = now
+                entry.heard_awake_s = self._awake_s
                 del self._closed[entry.worker_id]
                 self._open[entry.worker_id] = entry
                 attaches.append(Attach(entry.worker_id, entry.connection, entry.address.target))
@@ -101,6 +109,7 @@ class Fleet:
     def hear(self, entry: WorkerEntry, frame: WorkerFrame, now: float) -> None:
         """A frame came on the worker's current connection."""
         entry.update(frame, now)
+        entry.heard_awake_s = self._awake_s
         self._open.move_to_end(entry.worker_id)
         if frame.status is not None:
             self.note_leaving(entry)
@@ -113,12 +122,19 @@ class Fleet:
         self._closed[entry.worker_id] = entry
 
     def stale(self, now: float) -> list[WorkerEntry]:
-        """Workers whose stream is open and silent for too long: a healthy one speaks about once a second."""
+        """Workers whose stream is open and silent for too long: a healthy one speaks about once a second. Asked once a tick.
+
+        A tick that is late itself gives nobody up: frames of the meantime wait to be read.
+        """
+        step_s = now - self._ticked_s if self._ticked_s is not None else 0.0
+        self._ticked_s = now
+        self._awake_s += min(step_s, self._longest_step_s)
         stale: list[WorkerEntry] = []
-        for entry in self._open.values():
-            if now - entry.last_frame_s <= self._stale_s:
-                break
-            stale.append(entry)
+        if step_s <= self._longest_step_s:
+            for entry in self._open.values():
+                if len(stale) == MAX_STALE_AT_ONCE or self._awake_s - entry.heard_awake_s <= self._stale_s:
+                    break
+                stale.append(entry)
         return stale
 
     def left(self) -> list[WorkerEntry]:

@@ -42,6 +42,8 @@ class WorkerEntry:
     load: Load = field(default_factory=Load)
     last_frame_s: float = 0.0
     """When the last frame arrived, or the stream was opened."""
+    heard_awake_s: float = 0.0
+    """The same on the fleet's clock that stands still while the router does."""
     retry_at_s: float = 0.0
     num_failures: int = 0
     """Connections in a row that ended before a first status."""

@@ -22,6 +22,31 @@ from workers.wire_seal import Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
+LONGEST_GAP_S = 1.5
+"""So much of the time between two frames counts: if there is more, this process stood still, and reads what is old."""
+
+
+class Heard:
+    """Watches whether a worker hears what it is sent, by what its frames say. `now` is any clock in seconds."""
+
+    def __init__(self, now: float) -> None:
+        self._expected = 0
+        """Number of a message that had been sent when the worker was last known to be up to date, and that it has not heard of yet."""
+        self._last_frame_s = now
+        self._waited_s = 0.0
+
+    def check(self, heard: int, num_sent: int, now: float) -> int | None:
+        """Takes in what a frame says. Returns the number of a message that is lost.
+
+        A worker that goes on speaking and has not heard the last message was never sent it. With messages after it the worker
+        sees the gap itself.
+        """
+        self._waited_s += min(now - self._last_frame_s, LONGEST_GAP_S)
+        self._last_frame_s = now
+        if not heard or heard >= self._expected:
+            self._expected, self._waited_s = num_sent, 0.0
+            return None
+        return self._expected if self._waited_s > UNHEARD_S else None
 
 
 class GrpcWorkerLink:
@@ -34,9 +59,7 @@ class GrpcWorkerLink:
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
         self._sealer = Sealer()
-        self._expected = 0
-        """Number of a message that had been sent at `_since_s` and that the worker had not heard of yet."""
-        self._since_s = time.monotonic()
+        self._heard = Heard(time.monotonic())
         self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
@@ -44,7 +67,9 @@ class GrpcWorkerLink:
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
             async for message in verified(self._call):
-                self._check_heard(message.heard)
+                unheard = self._heard.check(message.heard, self._sealer.number, time.monotonic())
+                if unheard is not None:
+                    raise WorkerLost(f"{self._target} has not heard message {unheard}")
                 yield wire.frame_from_pb(message)
         except StreamDamaged as error:
             raise WorkerLost(f"{self._target}: {error}") from error
@@ -82,17 +107,6 @@ class GrpcWorkerLink:
             while True:
                 message = wire.router_message_to_pb(await self._outgoing.get())
                 await self._call.write(self._sealer.seal(message))
-
-    def _check_heard(self, heard: int) -> None:
-        """A worker that goes on speaking and has not heard the last message was never sent it. Raises WorkerLost.
-
-        With messages after it the worker sees the gap itself.
-        """
-        now = time.monotonic()
-        if not heard or heard >= self._expected:
-            self._expected, self._since_s = self._sealer.number, now
-        elif now - self._since_s > UNHEARD_S:
-            raise WorkerLost(f"{self._target} has not heard message {self._expected}")
 
 
 class GrpcWorkerClient:

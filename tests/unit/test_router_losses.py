@@ -26,14 +26,49 @@ def test_a_worker_that_falls_silent_is_given_up() -> None:
     story = Story(*MIXED, worker_stale_s=5.0)
     worker, _ = the_submit(story.tell(RequestArrived(request())))
     other = "m-1" if worker == "m-0" else "m-0"
-    story.now += 4.0
+    story.ticks(4.0)
     story.report(other, Role.MIXED)
     old = story.connections[worker]
-    commands = story.after(2.0)
+    commands = story.ticks(2.0)
     assert Detach(worker, old) in commands and the_submit(commands)[0] == other
     late = Output("r#1", 0, (5,))
     assert outputs(story.tell(FrameArrived(worker, old, WorkerFrame(GENERATION, (late,))))) == []
     assert story.count("stale_frames") == 1 and story.count("workers_lost_stale") == 1
+
+
+def test_a_router_that_stood_still_gives_nobody_up() -> None:
+    """The frames of the meantime lie in its sockets: SIGSTOP, a long collection of garbage, no CPU time."""
+    story = Story(*MIXED, worker_stale_s=5.0)
+    for index in range(4):
+        story.tell(RequestArrived(request(f"r{index}")))
+    story.ticks(2.0)
+    for pause_s in (5.1, 60.0):
+        story.commands.clear()
+        story.after(pause_s)
+        story.after(0.1)
+        assert story.commands == [] and story.count("workers_lost_stale") == 0
+        for worker, _ in MIXED:
+            story.report(worker, Role.MIXED)
+    story.ticks(5.5)
+    assert story.count("workers_lost_stale") == 2, "those that are silent while the router runs are"
+
+
+def test_a_router_whose_every_tick_is_late_still_gives_up_who_is_silent() -> None:
+    story = Story(*MIXED, worker_stale_s=5.0, tick_s=0.1)
+    for _ in range(60):
+        story.after(0.4)
+    assert story.count("workers_lost_stale") == 2
+
+
+def test_a_mass_silence_is_answered_a_few_workers_at_a_time() -> None:
+    story = Story(*[(f"m-{index}", Role.MIXED) for index in range(30)], worker_stale_s=5.0)
+    story.ticks(5.0)
+    lost = []
+    for _ in range(6):
+        story.after(0.1)
+        lost.append(story.count("workers_lost_stale"))
+    assert max(after - before for before, after in zip([0, *lost], lost, strict=False)) <= 8
+    assert lost[-1] == 30
 
 
 def test_a_restarted_worker_is_not_taken_for_the_one_before() -> None:
