@@ -41,7 +41,7 @@ class RouterCore:
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
         self._is_shut_down = False
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s)
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
@@ -87,8 +87,9 @@ class RouterCore:
             return
         was_up = entry.is_up
         self.fleet.hear(entry, frame, now)
-        if frame.status is not None:
-            self.fleet.check_model(entry, is_idle=not self.flights)
+        if frame.status is not None and self.fleet.check_model(entry, self.flights.num_running == 0, now):
+            self.counters["models_taken_over"] += 1
+            self.flights.change_model(now)
         if not entry.is_up:
             self.counters["frames_before_status"] += 1
             return

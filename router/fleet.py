@@ -24,8 +24,9 @@ class Fleet:
     What time may do to workers is found without a walk over all of them: they stand in an order or a set of their own.
     """
 
-    def __init__(self, settle_s: float, stale_s: float, tick_s: float) -> None:
+    def __init__(self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float) -> None:
         self._settle_s = settle_s
+        self._recovery_s = recovery_s
         self._stale_s = stale_s
         self._longest_step_s = max(stale_s / 10, 2 * tick_s)
         """A tick that comes later than this after the one before it says that the router itself stood still."""
@@ -153,22 +154,30 @@ class Fleet:
         }
         return list(self._to_leave.values())
 
-    def check_model(self, entry: WorkerEntry, is_idle: bool) -> None:
-        """Compares the model of a worker that has reported with the served one.
+    def check_model(self, entry: WorkerEntry, is_idle: bool, now: float) -> bool:
+        """Compares the model of a worker that has reported with the served one. True: its model is served instead from now on.
 
-        One model at a time: another is taken over when no worker of the old one takes requests and the router is idle.
+        One model at a time: another is taken over when the router is idle (nothing runs), and no worker of the old one takes
+        requests or may be back soon.
         """
         if entry.status is None:
-            return
-        model = entry.status.model
-        if self.model is not None and self.model.fingerprint != model.fingerprint:
+            return False
+        model, served = entry.status.model, self.model
+        is_another = served is not None and served.fingerprint != model.fingerprint
+        if is_another:
             entry.is_expected = False
             entry.show_roles()
-            if self.table.num_taking or not is_idle:
-                return
+            if self.table.num_taking or not is_idle or any(self._may_be_back(other, now) for other in self):
+                return False
         self.model = model
         entry.is_expected = True
         entry.show_roles()
+        return is_another
+
+    def _may_be_back(self, entry: WorkerEntry, now: float) -> bool:
+        """A member that served the model and has just lost its stream."""
+        is_away = entry.is_member and not entry.is_up and entry.is_expected and entry.status is not None
+        return is_away and now - entry.last_frame_s < self._recovery_s
 
     def check_role(self, worker_id: str, role: Role, force: bool) -> WorkerEntry:
         """The worker, when its switch to `role` leaves a working cluster, or with `force`. Raises InvalidRequest."""

@@ -43,7 +43,8 @@ class Flight:
     arrived_s: float
     queued_s: float
     hashes: list[int] = field(default_factory=list)
-    """Names of the prompt's full blocks."""
+    """Names of the prompt's full blocks, of so many tokens each:"""
+    block_size: int = 0
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
     """The client has its first output."""

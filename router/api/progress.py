@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from router.api.metrics import Metrics
+from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -61,7 +65,11 @@ class Progress:
         """
         choice = self.choices[index]
         if output.finish_reason is FinishReason.ERROR:
-            raise Refused(output.refusal or Refusal.INTERNAL, output.message)
+            refusal = output.refusal or Refusal.INTERNAL
+            sentence = SENTENCES.get(refusal)
+            if sentence is not None:
+                _log.warning("request %s was given up: %s: %s", choice.request.request_id, refusal, output.message)
+            raise Refused(refusal, sentence or output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
         num_new = len(output.token_ids)

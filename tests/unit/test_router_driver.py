@@ -136,6 +136,19 @@ async def test_a_router_without_workers_refuses_at_once() -> None:
         assert refused.value.refusal is Refusal.NO_WORKERS
 
 
+async def test_a_request_that_could_not_be_taken_in_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(FakeWorker("w-0")) as driver:
+
+        def break_down(request: Request, now: float) -> None:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(driver._core.flights, "arrive", break_down)
+            with pytest.raises(RuntimeError, match="a bug"):
+                driver.submit(request())
+        assert_golden(await read(driver.submit(request())), request())
+
+
 async def test_a_role_switch_is_made_and_seen() -> None:
     async with cluster(FakeWorker("w-0"), FakeWorker("w-1")) as driver:
         status = await driver.set_role("w-0", Role.PREFILL)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from router_story import FREE, GENERATION, MIXED, MODEL, PD, Story, outputs, request, submits, the_submit
 
 from router.events import Attach, Detach, FrameArrived, RequestArrived, WorkersChanged
 from workers.client import WorkerFrame
 from workers.errors import Refusal
+from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
 
@@ -199,6 +202,55 @@ def test_a_worker_that_leaves_the_cluster_ends_what_it_runs_and_gets_no_more() -
     assert Detach(worker, connection) in story.after(0.1)
     story.after(0.1)
     assert story.core.fleet.get(worker) is None
+
+
+NEW_MODEL = replace(MODEL, fingerprint="new")
+
+
+def test_another_model_is_taken_over_under_traffic_as_soon_as_nothing_of_the_old_one_runs() -> None:
+    """There is always a request that waits, so waiting for none was waiting for ever."""
+    story = Story(("m-0", Role.MIXED), recovery_timeout_s=60.0)
+    story.tell(RequestArrived(request("begun")))
+    story.output("m-0", "begun#1", 0, 5)
+    story.lose("m-0")
+    story.tell(RequestArrived(request("waits")))
+    story.tell(RequestArrived(request("too-long", prompt=tuple(range(3000)))))
+    story.after(0.5)
+    commands = story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, max_model_len=2048))
+    assert story.core.fleet.model == replace(NEW_MODEL, max_model_len=2048)
+    ended = {output.request_id: output.refusal for output in outputs(commands)}
+    assert ended == {"begun": Refusal.NO_WORKERS, "too-long": Refusal.INVALID}, "no answer goes on with another model"
+    assert the_submit(commands)[1].request.request_id == "waits#1"
+    assert the_submit(story.tell(RequestArrived(request("next"))))[0] == "m-0"
+
+
+def test_a_model_is_not_taken_over_while_the_old_one_runs_or_has_just_lost_its_stream() -> None:
+    story = Story(*MIXED, recovery_timeout_s=60.0)
+    worker, _ = the_submit(story.tell(RequestArrived(request())))
+    other = "m-1" if worker == "m-0" else "m-0"
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == MODEL
+    story.lose(worker)
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == MODEL and not story.core.fleet.can_decode, "it may be back at once"
+    story.after(0.5)
+    assert the_submit(story.report(worker, Role.MIXED))[0] == worker
+    story.output(worker, "r#2", 0, 5, finish=True)
+    story.lose(worker)
+    story.now += 61.0
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == NEW_MODEL
+
+
+def test_hashes_of_what_waits_are_those_of_the_new_models_blocks() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.lose("m-0")
+    prompt = tuple(range(64))
+    story.tell(RequestArrived(request("waits", prompt=prompt)))
+    story.after(0.5)
+    story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, block_size=16))
+    (flight,) = story.core.flights.running_on(next(iter(story.core.fleet)))
+    assert flight.hashes == block_hashes(prompt, 16)
 
 
 def test_reconnecting_backs_off() -> None:
