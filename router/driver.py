@@ -65,7 +65,7 @@ class RouterDriver:
     ) -> None:
         self._config = config
         self._router_id = router_id
-        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s)
+        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s, clock)
         self._clock = clock
         self._core = RouterCore(config, make_policy(config))
         self._streams: dict[str, RequestStream] = {}

@@ -47,7 +47,7 @@ class Flight:
     block_size: int = 0
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
-    """The client has its first output."""
+    """The client has its first token, or its end."""
     num_attempts: int = 0
     wire_id: str = ""
     """The running attempt's name on the wire; empty while the request waits for a worker."""
@@ -103,12 +103,13 @@ class Flight:
                 return mismatch
             token_ids = token_ids[skip:]
         self.delivered.extend(token_ids)
-        is_first, self.is_started = not self.is_started, True
+        is_first = not self.is_started and bool(token_ids or output.finish_reason)
+        self.is_started |= is_first
         accepted = Output(self.request.request_id, position, *output[2:])
         if skip:
             accepted = accepted._replace(token_ids=token_ids, logprobs=output.logprobs[skip:])
-        if not is_first and (output.cached_tokens or output.handoff or output.prompt_logprobs is not None):
-            accepted = accepted._replace(cached_tokens=0, prompt_logprobs=None, handoff=None)
+        if not is_first and (output.cached_tokens or output.handoff):
+            accepted = accepted._replace(cached_tokens=0, handoff=None)
         return accepted
 
 

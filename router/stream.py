@@ -73,7 +73,7 @@ def merged(outputs: Sequence[Output]) -> Output:
         stop_reason=last.stop_reason,
         refusal=last.refusal,
         message=last.message,
-        cached_tokens=first.cached_tokens,
-        prompt_logprobs=first.prompt_logprobs,
-        handoff=first.handoff,
+        cached_tokens=next((output.cached_tokens for output in outputs if output.cached_tokens), 0),
+        prompt_logprobs=tuple([part for output in outputs for part in output.prompt_logprobs]),
+        handoff=next((output.handoff for output in outputs if output.handoff is not None), None),
     )

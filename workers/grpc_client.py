@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -27,39 +27,37 @@ LONGEST_GAP_S = 1.5
 
 
 class Heard:
-    """Watches whether a worker hears what it is sent, by what its frames say. `now` is any clock in seconds."""
+    """Whether a worker still hears. One that goes on speaking and has not heard the last message was never sent it; with
+    messages after it the worker sees the gap itself."""
 
-    def __init__(self, now: float) -> None:
-        self._expected = 0
-        """Number of a message that had been sent when the worker was last known to be up to date, and that it has not heard of yet."""
-        self._last_frame_s = now
+    def __init__(self) -> None:
+        self.expected = 0
+        """Number of a message that had been sent when the worker was last up to date, and that it had not heard of then."""
+        self._last_frame_s: float | None = None
         self._waited_s = 0.0
 
-    def check(self, heard: int, num_sent: int, now: float) -> int | None:
-        """Takes in what a frame says. Returns the number of a message that is lost.
-
-        A worker that goes on speaking and has not heard the last message was never sent it. With messages after it the worker
-        sees the gap itself.
-        """
-        self._waited_s += min(now - self._last_frame_s, LONGEST_GAP_S)
+    def check(self, heard: int, sent: int, now: float) -> bool:
+        """A frame says that message `heard` was the last one heard, and `sent` was sent last. False: `expected` is lost."""
+        if self._last_frame_s is not None:
+            self._waited_s += min(now - self._last_frame_s, LONGEST_GAP_S)
         self._last_frame_s = now
-        if not heard or heard >= self._expected:
-            self._expected, self._waited_s = num_sent, 0.0
-            return None
-        return self._expected if self._waited_s > UNHEARD_S else None
+        if not heard or heard >= self.expected:
+            self.expected, self._waited_s = sent, 0.0
+        return self._waited_s <= UNHEARD_S
 
 
 class GrpcWorkerLink:
     """A WorkerLink on a channel of its own."""
 
-    def __init__(self, target: str, router_id: str, max_pending_messages: int) -> None:
+    def __init__(self, target: str, router_id: str, max_pending_messages: int, clock: Callable[[], float]) -> None:
         """Must be made inside a running event loop."""
         self._target = target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
         self._sealer = Sealer()
-        self._heard = Heard(time.monotonic())
+        self._clock = clock
+        self._heard = Heard()
         self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
@@ -67,9 +65,8 @@ class GrpcWorkerLink:
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
             async for message in verified(self._call):
-                unheard = self._heard.check(message.heard, self._sealer.number, time.monotonic())
-                if unheard is not None:
-                    raise WorkerLost(f"{self._target} has not heard message {unheard}")
+                if not self._heard.check(message.heard, self._sealer.number, self._clock()):
+                    raise WorkerLost(f"{self._target} has not heard message {self._heard.expected}")
                 yield wire.frame_from_pb(message)
         except StreamDamaged as error:
             raise WorkerLost(f"{self._target}: {error}") from error
@@ -112,12 +109,18 @@ class GrpcWorkerLink:
 class GrpcWorkerClient:
     """A WorkerClient. `timeout_s` bounds the unary calls."""
 
-    def __init__(self, max_pending_messages: int = 4096, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        max_pending_messages: int = 4096,
+        timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._max_pending_messages = max_pending_messages
         self._timeout_s = timeout_s
 
     def attach(self, target: str, router_id: str) -> GrpcWorkerLink:
-        return GrpcWorkerLink(target, router_id, self._max_pending_messages)
+        return GrpcWorkerLink(target, router_id, self._max_pending_messages, self._clock)
 
     async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
         request = pb.SetRoleRequest(role=role.value, generation=generation)

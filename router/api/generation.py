@@ -26,11 +26,11 @@ class Generation:
         """Streams that may have something."""
         self._reader: asyncio.Future[None] | None = None
         self._heartbeat_s = heartbeat_s
-        self._is_due = False
-        """A heartbeat is."""
-        self._num_batches = 0
+        self._written_s = asyncio.get_running_loop().time()
         self._timer: asyncio.TimerHandle | None = None
-        self._rearm()
+        self.is_heartbeat_due = False
+        """Nothing was written for as long as a heartbeat's interval."""
+        self._watch_silence()
 
     @classmethod
     def open(cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None) -> Generation:
@@ -46,7 +46,7 @@ class Generation:
         return cls(streams, heartbeat_s)
 
     async def next_batch(self) -> list[tuple[int, Output]]:
-        """Waits for an output, then takes all there are; empty when a heartbeat is due. Raises a stream's failure."""
+        """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
         while True:
             ready, self._ready = self._ready, []
             batch: list[tuple[int, Output]] = []
@@ -56,12 +56,15 @@ class Generation:
                     batch.append((place, output))
                     if output.finish_reason is None:
                         self._ready.append(place)
-            if batch or self._is_due:
-                self._is_due = False
-                self._num_batches += 1
+            if batch or self.is_heartbeat_due:
                 return batch
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+
+    def wrote(self) -> None:
+        """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
+        self.is_heartbeat_due = False
+        self._written_s = asyncio.get_running_loop().time()
 
     def close(self) -> None:
         """Closes every stream; once is enough."""
@@ -75,14 +78,18 @@ class Generation:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _rearm(self, seen: int = -1) -> None:
-        """One timer per interval and job, not per output: it only looks whether anything came since it last looked."""
+    def _watch_silence(self) -> None:
+        """One timer per interval and job, not per output: it only looks when something was last written."""
         if self._heartbeat_s is None:
             return
-        if seen == self._num_batches and self._reader is not None and not self._reader.done():
-            self._is_due = True
-            self._reader.set_result(None)
-        self._timer = asyncio.get_running_loop().call_later(self._heartbeat_s, self._rearm, self._num_batches)
+        loop = asyncio.get_running_loop()
+        left_s = self._written_s + self._heartbeat_s - loop.time()
+        if left_s <= 0:
+            self.is_heartbeat_due = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
+            left_s = self._heartbeat_s
+        self._timer = loop.call_later(left_s, self._watch_silence)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], is_sent: Callable[[], bool]) -> T:

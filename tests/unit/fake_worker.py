@@ -15,6 +15,7 @@ from workers.errors import Refusal
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, HandoffReport, Output, Request
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.wire_seal import Sealer
 
 MODEL = ModelInfo("fake", "fake-model", vocab_size=1000, max_model_len=4096, block_size=4)
 
@@ -85,8 +86,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         running: dict[str, asyncio.Task[None]] = {}
         reader = asyncio.create_task(self._read(request_iterator, outbox, running))
         try:
+            sealer = Sealer()
             while True:
-                yield wire.frame_to_pb(await outbox.get())
+                yield sealer.seal(wire.frame_to_pb(await outbox.get()))
         finally:
             self._outboxes.discard(outbox)
             for task in (reader, *running.values()):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from builders import fake_layout
 
-from workers.handoff.export import Feed
-from workers.handoff.source import MAX_BATCH, SourceDriver
+from workers.handoff.source import MAX_BATCH, Feed, SourceDriver
 from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import (
@@ -26,6 +26,7 @@ from workers.kv_transfer.source import Filled, SourceSession
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
+from workers.wire_seal import Sealer
 
 RECEIVER = WorkerAddress("decode-0", 1, "127.0.0.1:1")
 LAYOUT = fake_layout()
@@ -37,7 +38,11 @@ class Prompt:
     def __init__(self, cut: Cut, feed: Feed) -> None:
         self._cut, self._feed = cut, feed
 
+    is_paced = False
+
     def start(self) -> None: ...
+
+    def acknowledged(self, num_pieces: int) -> None: ...
 
     def compute(self) -> None:
         end = self._cut.num_blocks
@@ -52,12 +57,13 @@ async def writes_of_a_prompt(takes_batches: bool) -> list[list[HandoffUp]]:
     memory, cut = KvMemory(LAYOUT), Cut(LAYOUT, 0, 2)
     transport = LoopbackTransport(memory, "prefill-0")
     session = SourceSession(cut, HandoffAccepted((Offer("loopback", b"x"),), LAYOUT, "h"), 30.0, 1 << 30)
-    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, takes_batches)
+    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, time.monotonic, takes_batches)
     said: asyncio.Queue[HandoffDown] = asyncio.Queue()
 
     async def incoming() -> AsyncIterator[pb.HandoffDown]:
+        sealer = Sealer()
         while True:
-            yield down_to_pb("t", RECEIVER.generation, await said.get())
+            yield sealer.seal(down_to_pb("t", RECEIVER.generation, await said.get()))
 
     prompt = Prompt(cut, driver.post)
     running = asyncio.create_task(driver.run(incoming(), prompt))

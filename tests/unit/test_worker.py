@@ -8,18 +8,17 @@ from dataclasses import replace
 import grpc
 import pytest
 from builders import FakeModel, generate_alone, make_request
-from running_workers import CONFIG, Attached, pair, tokens
+from running_workers import CONFIG, Attached, pair, running, tokens
 
-from workers.client import Cancel
+from workers.client import Cancel, Hello, Submit
 from workers.config import WorkerConfig
 from workers.errors import Refusal
 from workers.kv_transfer import copier
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
-from workers.request import FinishReason, Output
-from workers.router_session import RouterSession
+from workers.request import FinishReason
 from workers.status import Role, WorkerAddress
-from workers.wire import status_from_pb
+from workers.wire import router_message_to_pb, status_from_pb
 from workers.worker import Worker
 
 
@@ -183,12 +182,27 @@ async def test_a_worker_that_stops_says_so_to_its_router() -> None:
     await router.close()
 
 
-async def test_what_a_stopping_worker_says_while_a_frame_is_being_written_is_still_said() -> None:
-    session = RouterSession("router", max_pending_outputs=8)
-    session.add_output(Output("r", 0, (1,)))
-    await session.next_frame(1)  # the frame is on its way out when the worker stops
-    session.add_output(Output("r", 1, (2,)))
-    session.close()
-    assert not session.has_ended
-    frame = await session.next_frame(1)
-    assert [output.token_ids for output in frame.outputs] == [(2,)] and session.has_ended
+async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits() -> None:
+    config = replace(CONFIG, max_pending_frames=4)
+    async with (
+        running("mixed-0", Role.MIXED, config) as (_, address),
+        grpc.aio.insecure_channel(address.target) as channel,
+    ):
+        call = worker_pb2_grpc.WorkerStub(channel).Attach()
+        await call.write(router_message_to_pb(Hello("stopped")))
+        for index in range(12):
+            request = make_request([index + 5] * 5, 3800, request_id=f"r{index}")
+            await call.write(router_message_to_pb(Submit(request, address.generation)))
+        other = await Attached(address).start()
+        status = await other.idle()
+        while not dict(status.counters).get("routers_cut"):
+            status = await other.idle()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async with asyncio.timeout(30):
+                async for _ in call:  # what had been written before
+                    pass
+        assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        request = make_request(range(5, 105), 20)
+        await other.submit(request)
+        assert tokens(await other.finish("r")) == generate_alone(request)
+        await other.close()
