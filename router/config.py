@@ -48,6 +48,10 @@ class RouterConfig:
     max_prefix_index_blocks: int = 500_000
     """Blocks of prompts in the prefix index, whoever holds them. Each takes at most 180 bytes and 28 bytes for the set of its holders, with
     4 more for each 30 workers: 110 MiB with 64 workers, 170 MiB with 1,000."""
+    worker_backlog: int = 4
+    """Requests that may wait at a worker for a slot or for blocks; what is beyond waits in the router's queue, and goes where room comes first."""
+    prefill_backlog_tokens: int = 32_768
+    """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: int = 3
     """Prefill workers that a decode worker may try for one request."""
     sequence_cost_tokens: int = 128
@@ -123,6 +127,8 @@ class RouterConfig:
             "max_running",
             "max_attempts",
             "max_prefix_index_blocks",
+            "worker_backlog",
+            "prefill_backlog_tokens",
             "expected_output_tokens",
             "max_buffered_tokens",
             "max_pending_messages",

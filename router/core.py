@@ -28,7 +28,7 @@ from router.flights import Flights
 from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
-from router.view import WorkerEntry
+from router.view import Backlog, WorkerEntry
 from workers.client import DumpRequest
 from workers.status import WorkerAddress
 
@@ -41,7 +41,8 @@ class RouterCore:
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
         self._is_shut_down = False
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s)
+        backlog = Backlog(config.worker_backlog, config.prefill_backlog_tokens)
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s, backlog)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
@@ -133,6 +134,7 @@ class RouterCore:
             self.index.take_in()
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
+        self.fleet.table.has_opened = True
         self.flights.check_time(now)
         if not self._is_shut_down:
             self.mover.run(now)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from router.charges import Charges
 from router.events import Attach
-from router.view import WorkerEntry, starts_of
+from router.view import Backlog, WorkerEntry, starts_of
 from router.worker_table import WorkerTable
 from workers.client import WorkerFrame
 from workers.errors import InvalidRequest
@@ -24,9 +24,10 @@ class Fleet:
     What time may do to workers is found without a walk over all of them: they stand in an order or a set of their own.
     """
 
-    def __init__(self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float) -> None:
+    def __init__(self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float, backlog: Backlog) -> None:
         self._settle_s = settle_s
         self._recovery_s = recovery_s
+        self._backlog = backlog
         self._stale_s = stale_s
         self._longest_step_s = max(stale_s / 10, 2 * tick_s)
         """A tick that comes later than this after the one before it says that the router itself stood still."""
@@ -76,7 +77,9 @@ class Fleet:
         for worker_id, address in sorted(members.items()):
             known = self._entries.get(worker_id)
             if known is None:
-                entry = WorkerEntry(address, Charges(self._settle_s), self.table, self.table.add(worker_id))
+                row = self.table.add(worker_id)
+                entry = WorkerEntry(address, Charges(self._settle_s), self.table, row, self._backlog)
+                entry.show_load()
                 self._entries[worker_id] = self._closed[worker_id] = entry
                 continue
             is_restarted = starts_of(address.generation) > starts_of(max(known.generation, known.address.generation))

@@ -148,7 +148,8 @@ class Flights:
             route = self._dispatcher.route(flight) if table.num_decoding else None
             if route is None:
                 self._blocked = flight
-                self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+                if not table.num_decoding and self._unroutable_since_s is None:
+                    self._unroutable_since_s = now
                 return
             self._blocked = None
             self._unroutable_since_s = None

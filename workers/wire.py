@@ -83,6 +83,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         is_draining=status.is_draining,
         ranks=[pb.RankStatus(**fields_of(rank)) for rank in status.ranks],
         is_rebuilding=status.is_rebuilding,
+        max_num_seqs=status.max_num_seqs,
     )
 
 
@@ -100,6 +101,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         is_draining=message.is_draining,
         ranks=tuple(from_fields(RankStatus, rank) for rank in message.ranks),
         is_rebuilding=message.is_rebuilding,
+        max_num_seqs=message.max_num_seqs,
     )
 
 
