@@ -209,7 +209,8 @@ class Flights:
     def _deliver(self, flight: Flight, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
-        if output.position == 0:
+        if not flight.has_spoken:
+            flight.has_spoken = True
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:

@@ -55,6 +55,8 @@ class Flight:
     """Where the running attempt decodes, or the last one did."""
     prefill_worker_id: str = ""
     """Who was expected to compute the prompt."""
+    has_spoken: bool = False
+    """The running attempt has brought an output, so its prompt has been computed."""
     avoid_worker_id: str = ""
     incoming: Incoming | None = None
     moves_at_s: float = 0.0
@@ -67,6 +69,7 @@ class Flight:
         self.wire_id = f"{self.request.request_id}#{self.num_attempts}"
         self.worker_id = worker_id
         self.prefill_worker_id = prefill_worker_id
+        self.has_spoken = False
 
     def begin_migration(self, worker_id: str, now: float) -> Incoming:
         """Names a second attempt, which takes the running one over."""

@@ -124,6 +124,20 @@ def test_prompts_wait_until_one_who_computes_them_has_little_to_do() -> None:
     assert [submit.request.request_id for _, submit in submits(first)] == ["r2#1"]
 
 
+def test_a_prompt_that_is_computed_again_is_owed_until_its_run_goes_on_and_not_until_its_end() -> None:
+    story = Story(("d-0", Role.DECODE), ("p-0", Role.PREFILL), prefill_backlog_tokens=100)
+    for worker, role in (("d-0", Role.DECODE), ("p-0", Role.PREFILL)):
+        tell(story, worker, role, max_num_seqs=64)
+    assert arrive(story, "r", prompt=tuple(range(120))) == ["d-0"]
+    story.output("d-0", "r#1", 0, 5)
+    story.lose("d-0")
+    story.after(0.2)
+    _, again = the_submit(tell(story, "d-0", Role.DECODE, max_num_seqs=64))
+    assert again.request.replay_token_ids == (5,)
+    assert arrive(story, "next", prompt=tuple(range(80))) == []
+    assert [submit.request.request_id for _, submit in submits(story.output("d-0", "r#2", 1, 6))] == ["next#1"]
+
+
 def test_a_mixed_worker_computes_what_no_prefill_worker_has_room_for() -> None:
     story = Story(("m-0", Role.MIXED), ("p-0", Role.PREFILL), prefill_backlog_tokens=100)
     tell(story, "m-0", max_num_seqs=64)
