@@ -30,6 +30,8 @@ from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+DOUBT_LEASES = 10
+"""A router keeps workers that vanish by the mass for so many leases."""
 RETRY_START_S = 5.0
 """A start that failed is told to whoever waits in ready(), and after this long tried again in a new process."""
 
@@ -281,10 +283,21 @@ class RouterActor(Actor):
 
     async def _follow(self, store: Store, router: Any) -> None:
         """Feeds the router with the membership: after each change in the store, and when a grace period ends."""
-        async with aclosing(follow_members(store, grace_s=self._store_config.lease_ttl_s)) as changes:
+        lease_ttl_s = self._store_config.lease_ttl_s
+        known: dict[str, Registration] = {}
+        async with aclosing(follow_members(store, lease_ttl_s, DOUBT_LEASES * lease_ttl_s)) as changes:
             async for workers in changes:
-                log.info("workers now: %s", workers)
+                before, known = known, {worker.address.worker_id: worker for worker in workers}
+                log.info("%s; there are %d workers now", changes_between(before, known), len(known))
                 router.set_workers(tuple(worker.address for worker in workers))
+
+
+def changes_between(before: dict[str, Registration], after: dict[str, Registration]) -> str:
+    """What has changed, in a line that is as long as that: `decode-1 came, decode-2 left`."""
+    came = [f"{name} came" for name in after if name not in before]
+    left = [f"{name} left" for name in before if name not in after]
+    changed = [f"{name} is new" for name, worker in after.items() if name in before and before[name] != worker]
+    return ", ".join([*came, *left, *changed]) or "nothing has changed"
 
 
 async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -42,12 +42,17 @@ class RouterConfig:
     """When the first token is due after a request's arrival: workers choose by it how to go on after a lost handoff. 0: only
     request_timeout_s counts."""
     worker_stale_s: Seconds = 5.0
-    """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
+    """A worker that was silent for this long is given up; a healthy one speaks about once a second. Time in which the router itself
+    stood still does not count."""
     settle_s: Delay = 0.5
     """A request counts as extra load on its workers until a load report this much later than its submission."""
     max_prefix_index_blocks: Count = 500_000
     """Blocks of prompts in the prefix index, whoever holds them. Each takes at most 180 bytes and 28 bytes for the set of its holders, with
     4 more for each 30 workers: 110 MiB with 64 workers, 170 MiB with 1,000."""
+    worker_backlog: Count = 4
+    """Requests that may wait at a worker for a slot or for blocks; what is beyond waits in the router's queue, and goes where room comes first."""
+    prefill_backlog_tokens: Count = 32_768
+    """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: Natural = 3
     """Prefill workers that a decode worker may try for one request."""
     sequence_cost_tokens: Natural = 128

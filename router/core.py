@@ -28,7 +28,7 @@ from router.flights import Flights
 from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
-from router.view import WorkerEntry
+from router.view import Backlog, WorkerEntry
 from workers.client import DumpRequest
 from workers.status import WorkerAddress, starts_of
 
@@ -41,7 +41,8 @@ class RouterCore:
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
         self._is_shut_down = False
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s)
+        backlog = Backlog(config.worker_backlog, config.prefill_backlog_tokens)
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s, backlog)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
@@ -87,8 +88,9 @@ class RouterCore:
             return
         was_up, before = entry.is_up, entry.generation
         self.fleet.hear(entry, frame, now)
-        if frame.status is not None:
-            self.fleet.check_model(entry, is_idle=not self.flights)
+        if frame.status is not None and self.fleet.check_model(entry, self.flights.num_running == 0, now):
+            self.counters["models_taken_over"] += 1
+            self.flights.change_model(now)
         if not entry.is_up:
             self.counters["frames_before_status"] += 1
             return
@@ -97,7 +99,7 @@ class RouterCore:
             self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
         if self.index.backlog:
             self.index.take_in()
-        if any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
+        if frame.kv_events and any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
             self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
@@ -133,6 +135,7 @@ class RouterCore:
             self.index.take_in()
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
+        self.fleet.table.has_opened = True
         self.flights.check_time(now)
         if not self._is_shut_down:
             self.mover.run(now)

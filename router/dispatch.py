@@ -13,6 +13,7 @@ from router.policies.policy import Candidates, Demand, Policy, Route
 from router.prefix_index import Prefixes, PrefixIndex
 from router.progress import Flight
 from router.view import WorkerEntry
+from router.worker_table import ANYTHING
 from workers.client import Migration, Submit
 from workers.errors import InvariantViolated
 from workers.status import PrefixHint
@@ -34,12 +35,18 @@ class Dispatcher:
         self._matched = index.match((), 0)
 
     def route(self, flight: Flight) -> Route | None:
-        """Where the request would go now; None: nowhere."""
-        table = self._fleet.table
-        prefixes = self._prefixes(flight)
-        return self._policy.route(
-            self._demand(flight), Candidates(table, table.can_decode, table.can_prefill, prefixes)
-        )
+        """Where the request would go now; None: nowhere, and the table is told what it waits for."""
+        table, demand, prefixes = self._fleet.table, self._demand(flight), self._prefixes(flight)
+        has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
+        prefills = table.can_prefill & table.takes_prompt
+        # Where nobody can prefill, those that decode compute prompts themselves.
+        computes = table.takes_prompt & table.can_prefill if table.num_prefilling else table.takes_prompt
+        decodes = has_room & (computes | (prefills.sum() > prefills))
+        route = self._policy.route(demand, Candidates(table, decodes, prefills, computes, prefixes))
+        if route is None:
+            most_cached = int(prefixes.in_pool.max(initial=0))
+            table.wanted_blocks = ANYTHING if has_room.any() else demand.num_prompt_blocks - most_cached
+        return route
 
     def submit(self, flight: Flight, route: Route, now: float) -> Send:
         """Begins the request's next attempt."""
@@ -92,8 +99,7 @@ class Dispatcher:
         """An attempt does not decode there any more."""
         entry = self._fleet.get(worker_id)
         if entry is not None:
-            entry.attempts.pop(wire_id, None)
-            entry.release(wire_id)
+            entry.end_attempt(wire_id)
 
     def note_running(self, flight: Flight) -> None:
         """The running attempt is on a worker that may have to be left by now."""

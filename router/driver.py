@@ -115,7 +115,11 @@ class RouterDriver:
         if name in self._streams:
             raise InvalidRequest(f"request id {name!r} is in use", "request_id")
         stream = self._streams[name] = RequestStream(name, self._config.max_buffered_tokens, self._leave)
-        rejection = self._handle(RequestArrived(request))
+        try:
+            rejection = self._handle(RequestArrived(request))
+        except BaseException:
+            self._streams.pop(name, None)
+            raise
         if rejection is None:
             return stream
         del self._streams[name]

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 
 from router.charges import Charges
 from router.events import Attach
-from router.view import WorkerEntry
+from router.view import Backlog, WorkerEntry
 from router.worker_table import WorkerTable
 from workers.client import WorkerFrame
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo, Role, WorkerAddress, starts_of
 
 FIRST_RECONNECT_S, MAX_RECONNECT_S = 0.1, 2.0
+MAX_STALE_AT_ONCE = 8
+"""Workers given up for silence in one tick: to take up what ran on all of them is more than to wait a little longer."""
 
 
 class Fleet:
@@ -22,9 +24,16 @@ class Fleet:
     What time may do to workers is found without a walk over all of them: they stand in an order or a set of their own.
     """
 
-    def __init__(self, settle_s: float, stale_s: float) -> None:
+    def __init__(self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float, backlog: Backlog) -> None:
         self._settle_s = settle_s
+        self._recovery_s = recovery_s
+        self._backlog = backlog
         self._stale_s = stale_s
+        self._longest_step_s = max(stale_s / 10, 2 * tick_s)
+        """A tick that comes later than this after the one before it says that the router itself stood still."""
+        self._ticked_s: float | None = None
+        self._awake_s = 0.0
+        """A clock that stands still while the router does, so that it does not take its own silence for that of its workers."""
         self._entries: dict[str, WorkerEntry] = {}
         self._open: OrderedDict[str, WorkerEntry] = OrderedDict()
         """Those with a stream; the one that has been silent longest comes first."""
@@ -68,7 +77,9 @@ class Fleet:
         for worker_id, address in sorted(members.items()):
             known = self._entries.get(worker_id)
             if known is None:
-                entry = WorkerEntry(address, Charges(self._settle_s), self.table, self.table.add(worker_id))
+                row = self.table.add(worker_id)
+                entry = WorkerEntry(address, Charges(self._settle_s), self.table, row, self._backlog)
+                entry.show_load()
                 self._entries[worker_id] = self._closed[worker_id] = entry
                 continue
             is_restarted = starts_of(address.generation) > starts_of(max(known.generation, known.address.generation))
@@ -93,6 +104,7 @@ class Fleet:
                 self._num_connections += 1
                 entry.connection = self._num_connections
                 entry.last_frame_s = now
+                entry.heard_awake_s = self._awake_s
                 del self._closed[entry.worker_id]
                 self._open[entry.worker_id] = entry
                 attaches.append(Attach(entry.worker_id, entry.connection, entry.address.target))
@@ -101,6 +113,7 @@ class Fleet:
     def hear(self, entry: WorkerEntry, frame: WorkerFrame, now: float) -> None:
         """A frame came on the worker's current connection."""
         entry.update(frame, now)
+        entry.heard_awake_s = self._awake_s
         self._open.move_to_end(entry.worker_id)
         if frame.status is not None:
             self.note_leaving(entry)
@@ -113,12 +126,19 @@ class Fleet:
         self._closed[entry.worker_id] = entry
 
     def stale(self, now: float) -> list[WorkerEntry]:
-        """Workers whose stream is open and silent for too long: a healthy one speaks about once a second."""
+        """Workers whose stream is open and silent for too long: a healthy one speaks about once a second. Asked once a tick.
+
+        A tick that is late itself gives nobody up: frames of the meantime wait to be read.
+        """
+        step_s = now - self._ticked_s if self._ticked_s is not None else 0.0
+        self._ticked_s = now
+        self._awake_s += min(step_s, self._longest_step_s)
         stale: list[WorkerEntry] = []
-        for entry in self._open.values():
-            if now - entry.last_frame_s <= self._stale_s:
-                break
-            stale.append(entry)
+        if step_s <= self._longest_step_s:
+            for entry in self._open.values():
+                if len(stale) == MAX_STALE_AT_ONCE or self._awake_s - entry.heard_awake_s <= self._stale_s:
+                    break
+                stale.append(entry)
         return stale
 
     def left(self) -> list[WorkerEntry]:
@@ -137,22 +157,30 @@ class Fleet:
         }
         return list(self._to_leave.values())
 
-    def check_model(self, entry: WorkerEntry, is_idle: bool) -> None:
-        """Compares the model of a worker that has reported with the served one.
+    def check_model(self, entry: WorkerEntry, is_idle: bool, now: float) -> bool:
+        """Compares the model of a worker that has reported with the served one. True: its model is served instead from now on.
 
-        One model at a time: another is taken over when no worker of the old one takes requests and the router is idle.
+        One model at a time: another is taken over when the router is idle (nothing runs), and no worker of the old one takes
+        requests or may be back soon.
         """
         if entry.status is None:
-            return
-        model = entry.status.model
-        if self.model is not None and self.model.fingerprint != model.fingerprint:
+            return False
+        model, served = entry.status.model, self.model
+        is_another = served is not None and served.fingerprint != model.fingerprint
+        if is_another:
             entry.is_expected = False
             entry.show_roles()
-            if self.table.num_taking or not is_idle:
-                return
+            if self.table.num_taking or not is_idle or any(self._may_be_back(other, now) for other in self):
+                return False
         self.model = model
         entry.is_expected = True
         entry.show_roles()
+        return is_another
+
+    def _may_be_back(self, entry: WorkerEntry, now: float) -> bool:
+        """A member that served the model and has just lost its stream."""
+        is_away = entry.is_member and not entry.is_up and entry.is_expected and entry.status is not None
+        return is_away and now - entry.last_frame_s < self._recovery_s
 
     def check_role(self, worker_id: str, role: Role, force: bool) -> WorkerEntry:
         """The worker, when its switch to `role` leaves a working cluster, or with `force`. Raises InvalidRequest."""

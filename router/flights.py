@@ -82,32 +82,52 @@ class Flights:
         self._counters["requests"] += 1
         self._num_arrived += 1
         flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
-        if self._fleet.model is not None:
-            flight.hashes = self._hashes_of(request.prompt_token_ids, self._fleet.model.block_size)
+        self._hash(flight)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
 
-    def _hashes_of(self, prompt: tuple[int, ...], block_size: int) -> list[int]:
+    def _hash(self, flight: Flight) -> None:
         """The choices of a client's request come one after another with the same prompt: it is hashed once."""
+        model, prompt = self._fleet.model, flight.request.prompt_token_ids
+        if model is None or flight.block_size == model.block_size:
+            return
+        block_size = flight.block_size = model.block_size
         if self._hashed[0] is not prompt or self._hashed[1] != block_size:
             self._hashed, self._hashes = (prompt, block_size), block_hashes(prompt, block_size)
-        return self._hashes
+        flight.hashes = self._hashes
+
+    def change_model(self, now: float) -> None:
+        """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""
+        for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
+            rejection = self._unfit(flight.request)
+            if flight.is_started:
+                self._fail(flight, Refusal.NO_WORKERS, "the model that this answer began with is served no more", now)
+            elif rejection is not None:
+                self._fail(flight, rejection.refusal, rejection.message, now)
 
     def _rejection_of(self, request: Request) -> Reject | None:
-        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        name = request.request_id
         if self._is_closed:
             return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
-        if model is None:
-            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
         if name in self._flights:
             return Reject(name, Refusal.INVALID, f"request id {name!r} is in use", "request_id")
+        unfit = self._unfit(request)
+        if unfit is not None:
+            return unfit
+        if self._queue.is_full:
+            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
+        return None
+
+    def _unfit(self, request: Request) -> Reject | None:
+        """Why the served model cannot take a request."""
+        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        if model is None:
+            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
         if num_tokens == 0:
             return Reject(name, Refusal.INVALID, "the prompt is empty", "prompt")
         if num_tokens >= model.max_model_len:
             what = f"the prompt has {num_tokens} tokens; prompt and output have room for {model.max_model_len}"
             return Reject(name, Refusal.INVALID, what, "prompt")
-        if self._queue.is_full:
-            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
         return None
 
     def dispatch(self, now: float) -> None:
@@ -126,10 +146,12 @@ class Flights:
                 return
             table.has_opened = False
             self.num_tried += 1
+            self._hash(flight)
             route = self._dispatcher.route(flight) if table.num_decoding else None
             if route is None:
                 self._blocked = flight
-                self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+                if not table.num_decoding and self._unroutable_since_s is None:
+                    self._unroutable_since_s = now
                 return
             self._blocked = None
             self._unroutable_since_s = None
@@ -155,6 +177,10 @@ class Flights:
             return
         accepted = flight.accept(output)
         match accepted:
+            case Output():
+                self._deliver(flight, accepted, now)
+                if flight.incoming is not None:
+                    self.migrations.check(flight, now)
             case Mismatch.REPEAT:
                 self._counters["repeated_outputs"] += 1
             case Mismatch.CONFLICT:
@@ -165,9 +191,6 @@ class Flights:
                 self._counters[f"{accepted.value}_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
-            case Output():
-                self._deliver(flight, accepted, now)
-                self.migrations.check(flight, now)
 
     def _leave(self, flight: Flight, now: float) -> None:
         """The worker has handed the sequence over and says no more of it."""
@@ -188,7 +211,8 @@ class Flights:
     def _deliver(self, flight: Flight, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
-        if output.position == 0:
+        if not flight.has_spoken:
+            flight.has_spoken = True
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:

@@ -13,7 +13,7 @@ from router.flights import Flights
 from router.policies.rebalance import RebalanceLimits, Rebalancer
 from router.progress import Flight
 from router.view import WorkerEntry
-from router.worker_table import Numbers
+from router.worker_table import NOTHING, Numbers
 
 MIN_TOKENS_LEFT = 16
 """A request that ends soon is not worth a move for the sake of balance."""
@@ -103,7 +103,11 @@ class Mover:
     def _home_for(self, flight: Flight) -> WorkerEntry | None:
         """The emptiest decode worker that has blocks for it."""
         table = self._fleet.table
-        fits = table.can_decode & (table.free_blocks >= self._dispatcher.num_blocks(flight))
+        fits = (
+            table.can_decode
+            & (table.takes_blocks > NOTHING)
+            & (table.free_blocks >= self._dispatcher.num_blocks(flight))
+        )
         if not fits.any():
             return None
         return self._fleet.at(int(np.where(fits, self._num_sequences(), _NOBODY).argmin()))

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 import uvicorn
@@ -64,16 +64,26 @@ class RouterServer:
                 loop.call_soon_threadsafe(driver.set_workers, addresses)
 
     def status(self) -> RouterStatus:
-        """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run."""
+        """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run, and what went wrong there."""
         loop, driver = self._loop, self._driver
         if loop is None or driver is None:
             raise Refused(Refusal.SHUTTING_DOWN, "the router does not run")
         answer: Future[RouterStatus] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(driver.status())
+            except Exception as error:
+                answer.set_exception(error)
+
         try:
-            loop.call_soon_threadsafe(lambda: answer.set_result(driver.status()))
-            return answer.result(STATUS_TIMEOUT_S)
-        except (RuntimeError, TimeoutError) as error:
+            loop.call_soon_threadsafe(ask)
+        except RuntimeError as error:  # its loop is closed
             raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer") from error
+        done, _ = wait((answer,), STATUS_TIMEOUT_S)
+        if not done:
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer")
+        return answer.result()
 
     async def stop(self) -> None:
         """Takes no new requests, lets those that run finish within shutdown_timeout_s, ends the rest with a final error.

@@ -6,9 +6,20 @@ from dataclasses import dataclass, field, replace
 
 from router.charges import Charge, Charges
 from router.policies.rebalance import PRESSURE_S
-from router.worker_table import WorkerTable
+from router.worker_table import ANYTHING, NOTHING, WorkerTable
 from workers.client import WorkerFrame
 from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What may wait at one worker beyond what it can run: requests that decode there, and prompt tokens to be computed there.
+
+    Enough that a worker finds its next work without asking, and no more, for what waits there cannot go elsewhere.
+    """
+
+    num_requests: int
+    prompt_tokens: int
 
 
 @dataclass(slots=True)
@@ -22,6 +33,7 @@ class WorkerEntry:
     charges: Charges
     table: WorkerTable
     row: int
+    backlog: Backlog
     attempts: dict[str, None] = field(default_factory=dict)
     """Names on the wire of what this router runs there, or moves there, oldest first."""
     is_member: bool = True
@@ -35,6 +47,8 @@ class WorkerEntry:
     load: Load = field(default_factory=Load)
     last_frame_s: float = 0.0
     """When the last frame arrived, or the stream was opened."""
+    heard_awake_s: float = 0.0
+    """The same on the fleet's clock that stands still while the router does."""
     retry_at_s: float = 0.0
     num_failures: int = 0
     """Connections in a row that ended before a first status."""
@@ -43,6 +57,8 @@ class WorkerEntry:
     pressed_until_s: float = 0.0
     """It has just preempted sequences; until then that counts as pressure."""
     _status_now: WorkerStatus | None = None
+    _took: tuple[int, bool] = (NOTHING, False)
+    """What the table says that it takes."""
     _shown: tuple[bool, bool, bool] = (False, False, False)
     """What the table's counts contain of it."""
 
@@ -135,6 +151,12 @@ class WorkerEntry:
             self.charges.release(wire_id)
             self.show_load()
 
+    def end_attempt(self, wire_id: str) -> None:
+        """It does not decode there any more, or never will."""
+        self.attempts.pop(wire_id, None)
+        self.charges.release(wire_id)
+        self.show_load()
+
     def close(self, retry_at_s: float) -> None:
         """The stream is gone."""
         self.connection = None
@@ -155,6 +177,7 @@ class WorkerEntry:
             before, self._shown = self._shown, now
             self.table.can_decode[self.row], self.table.can_prefill[self.row] = now[1], now[2]
             self.table.count(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+            self.table.has_opened = True
 
     def show_load(self) -> None:
         """Writes to the table what the worker has reported and what was sent to it since."""
@@ -163,3 +186,29 @@ class WorkerEntry:
         table.num_sequences[row] = num_reported + charges.num_sequences
         table.prefill_tokens[row] = load.waiting_prefill_tokens + charges.prefill_tokens
         table.free_blocks[row] = load.num_free_blocks - charges.num_blocks
+        self._show_room(num_reported)
+
+    def _show_room(self, num_reported: int) -> None:
+        """Writes to the table what may be sent there now: into room that is known, and a few requests more.
+
+        A report may be older than what was sent, or than outputs that have come since, so of what it counts and what this router
+        knows to be there the greater number is believed. An idle worker takes a request whatever it needs.
+        """
+        load, charges, backlog = self.load, self.charges, self.backlog
+        num_there = max(num_reported, len(self.attempts))
+        max_num_seqs = self.status.max_num_seqs if self.status is not None else 0
+        if load.num_waiting >= backlog.num_requests or 0 < max_num_seqs <= num_there - backlog.num_requests:
+            takes_blocks = NOTHING
+        elif load.num_waiting + charges.num_sequences < backlog.num_requests:
+            takes_blocks = ANYTHING
+        else:
+            takes_blocks = load.num_free_blocks - charges.num_blocks
+        takes_prompt = max(load.waiting_prefill_tokens, charges.owed_tokens) < backlog.prompt_tokens
+        table, (took_blocks, took_prompt) = self.table, self._took
+        self._took = takes_blocks, takes_prompt
+        if takes_blocks != took_blocks:
+            table.takes_blocks[self.row] = takes_blocks
+            table.has_opened = table.has_opened or (takes_blocks > took_blocks and takes_blocks >= table.wanted_blocks)
+        if takes_prompt != took_prompt:
+            table.takes_prompt[self.row] = takes_prompt
+            table.has_opened = table.has_opened or takes_prompt

@@ -10,6 +10,9 @@ Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
+NOTHING, ANYTHING = -(1 << 40), 1 << 40
+
+
 class WorkerTable:
     """One row a worker; a row that is free takes no requests. Rows are written by `router.view` as each worker's state changes."""
 
@@ -23,6 +26,12 @@ class WorkerTable:
         """What a worker has reported and what was sent to it since; so are the next two."""
         self.prefill_tokens: Numbers = np.zeros(0, np.int64)
         self.free_blocks: Numbers = np.zeros(0, np.int64)
+        self.takes_blocks: Numbers = np.zeros(0, np.int64)
+        """So many blocks may the prompt of a request need that is sent there now; NOTHING, ANYTHING: whatever it needs."""
+        self.takes_prompt: Flags = np.zeros(0, np.bool_)
+        """A prompt more may be sent there to be computed."""
+        self.wanted_blocks = ANYTHING
+        """What has to wait needs a worker that takes so many; ANYTHING: it waits for one that takes a prompt."""
         self.num_taking = self.num_decoding = self.num_prefilling = 0
         """Workers that take requests; of these, those that can decode, and that can prefill."""
         self.has_opened = False
@@ -47,6 +56,8 @@ class WorkerTable:
         self.num_sequences = np.append(self.num_sequences, 0)
         self.prefill_tokens = np.append(self.prefill_tokens, 0)
         self.free_blocks = np.append(self.free_blocks, 0)
+        self.takes_blocks = np.append(self.takes_blocks, NOTHING)
+        self.takes_prompt = np.append(self.takes_prompt, False)
         return len(self.ids) - 1
 
     def remove(self, row: int) -> None:
@@ -59,4 +70,3 @@ class WorkerTable:
         self.num_taking += takes
         self.num_decoding += decodes
         self.num_prefilling += prefills
-        self.has_opened = True

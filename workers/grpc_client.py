@@ -22,6 +22,8 @@ from workers.wire_seal import Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
+LONGEST_GAP_S = 1.5
+"""So much of the time between two frames counts: if there is more, this process stood still, and reads what is old."""
 
 FLUSH_S = 3.0
 """How long the last messages to a worker may take."""
@@ -33,14 +35,18 @@ class Heard:
 
     def __init__(self) -> None:
         self.expected = 0
-        """Number of a message that had been sent at `_since_s` and that the worker had not heard of then."""
-        self._since_s = 0.0
+        """Number of a message that had been sent when the worker was last up to date, and that it had not heard of then."""
+        self._last_frame_s: float | None = None
+        self._waited_s = 0.0
 
     def check(self, heard: int, sent: int, now: float) -> bool:
         """A frame says that message `heard` was the last one heard, and `sent` was sent last. False: `expected` is lost."""
+        if self._last_frame_s is not None:
+            self._waited_s += min(now - self._last_frame_s, LONGEST_GAP_S)
+        self._last_frame_s = now
         if not heard or heard >= self.expected:
-            self.expected, self._since_s = sent, now
-        return now - self._since_s <= UNHEARD_S
+            self.expected, self._waited_s = sent, 0.0
+        return self._waited_s <= UNHEARD_S
 
 
 class GrpcWorkerLink:

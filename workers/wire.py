@@ -37,7 +37,16 @@ def load_to_pb(load: Load) -> pb.Load:
 
 
 def load_from_pb(message: pb.Load) -> Load:
-    return from_fields(Load, message)
+    """By hand, and in the order of the fields: it comes with every step of every worker."""
+    return Load(
+        message.num_waiting,
+        message.num_running,
+        message.num_transferring,
+        message.waiting_prefill_tokens,
+        message.num_free_blocks,
+        message.num_blocks,
+        message.step_s,
+    )
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
@@ -74,6 +83,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         is_draining=status.is_draining,
         ranks=[pb.RankStatus(**fields_of(rank)) for rank in status.ranks],
         is_rebuilding=status.is_rebuilding,
+        max_num_seqs=status.max_num_seqs,
     )
 
 
@@ -91,6 +101,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         is_draining=message.is_draining,
         ranks=tuple(from_fields(RankStatus, rank) for rank in message.ranks),
         is_rebuilding=message.is_rebuilding,
+        max_num_seqs=message.max_num_seqs,
     )
 
 

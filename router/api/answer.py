@@ -125,9 +125,7 @@ class Answer(Response):
         if span.traceparent:
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
-            generation = await Generation.open(
-                services.backend, requests, services.config.max_pending_outputs, heartbeat_s
-            )
+            generation = Generation.open(services.backend, requests, heartbeat_s)
         except BaseException as error:
             span.end(repr(error))
             raise
@@ -141,7 +139,7 @@ class Answer(Response):
             span.set(completion_tokens=progress.completion_tokens)
             span.end("not finished" if progress.num_unfinished else "")
             progress.abandon()
-            await generation.aclose()
+            generation.close()
 
     async def _send_whole(
         self, generation: Generation, progress: Progress, scope: Scope, receive: Receive, send: Send
@@ -205,7 +203,7 @@ class Answer(Response):
             note_refusal(scope, problem)
             if problem.row.status >= 500:
                 _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
-            await generation.aclose()
+            generation.close()
             await transmit(sse.event(problem.body()) + sse.DONE, more=False)
 
 

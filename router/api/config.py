@@ -30,8 +30,6 @@ class ApiConfig:
     """Prompts in one completions request."""
     max_choices: Count = 2048
     """Prompts times n of one request."""
-    max_pending_outputs: Count = 256
-    """Outputs of one request that wait for a slow client; then its streams are no longer read."""
     heartbeat_s: Seconds = 15.0
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: Natural = 4 << 10

@@ -36,7 +36,7 @@ def health_routes(services: Services, draining: Draining) -> APIRouter:
 
     @routes.get("/metrics", response_model=None)
     async def metrics(http: HttpRequest) -> Response:
-        content, content_type = services.metrics.render(http.headers.get("accept", ""))
+        content, content_type = await services.metrics.render(http.headers.get("accept", ""))
         return Response(content, headers={"content-type": content_type})
 
     return routes

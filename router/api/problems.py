@@ -43,6 +43,19 @@ REFUSALS: dict[Refusal, Row] = {
 """A request that met an internal error may be the one that causes it: it is not to be sent again."""
 
 
+SENTENCES: dict[Refusal, str] = {
+    Refusal.WORKER_LOST: "the workers that ran the request were lost; send it again",
+    Refusal.WRONG_ROLE: "no worker could take the request; send it again",
+    Refusal.STALE_GENERATION: "no worker could take the request; send it again",
+    Refusal.DRAINING: "no worker could take the request; send it again later",
+    Refusal.NOT_MOVABLE: "no worker could take the request; send it again",
+    Refusal.SHUTTING_DOWN: "the service is stopping; send the request again later",
+    Refusal.INTERNAL: "an internal error ended the request",
+}
+"""What clients are told of a request that was given up after it was accepted. What workers said of it names hosts, workers and the
+inside of models: it goes to the log."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One failure, ready to be sent. `label` is the `refusal` label of baton_requests_total."""

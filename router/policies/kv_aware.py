@@ -43,7 +43,7 @@ class KvAwarePolicy:
         others = candidates.prefills.copy()
         others[decode[0]] = False
         prefill = self._first(demand, candidates, others, prefill_cost, max(1, self.max_prefill_candidates))
-        if prefill and table.can_prefill[decode[0]]:
+        if prefill and candidates.computes[decode[0]]:
             dearest = prefill_cost[prefill[0]] + self.handoff_cost_tokens
             if prefill_cost[decode[0]] <= dearest:
                 return Route(decode[0])

@@ -33,14 +33,23 @@ class Demand:
         """KV blocks that the request will hold."""
         return -(-(self.num_prompt_tokens + self.num_output_tokens) // self.block_size)
 
+    @property
+    def num_prompt_blocks(self) -> int:
+        """Those that a worker reserves before it begins."""
+        return -(-self.num_prompt_tokens // self.block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The workers that may take a request now, as rows of the table, and what they cache of its prompt."""
+    """The workers that have room for a request now, as rows of the table, and what they cache of its prompt.
+
+    Of `decodes` each has another one of `prefills`, or is itself one of `computes`: who may compute the prompt of what it decodes.
+    """
 
     table: WorkerTable
     decodes: Flags
     prefills: Flags
+    computes: Flags
     prefixes: Prefixes
 
 

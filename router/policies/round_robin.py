@@ -23,7 +23,7 @@ class RoundRobinPolicy:
         decode = int(decoders[turn % len(decoders)])
         prefillers = np.flatnonzero(candidates.prefills)
         prefillers = prefillers[prefillers != decode]
-        if candidates.table.can_prefill[decode] or not len(prefillers):
+        if candidates.computes[decode] or not len(prefillers):
             return Route(decode)
         turned = np.roll(prefillers, -(turn % len(prefillers)))
         return Route(decode, tuple(int(row) for row in turned[: self._max_prefill_candidates]))

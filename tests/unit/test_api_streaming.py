@@ -13,7 +13,6 @@ from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api
 from router.api.config import ApiConfig
 from workers.request import FinishReason, Output, Request
 
-API_CONFIG = ApiConfig(max_pending_outputs=2)
 SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}
 
 

@@ -116,7 +116,7 @@ def test_outputs_that_wait_for_a_slow_client_keep_all_parts() -> None:
     parts = [scores(start, [7] * 5, 1) for start in (1, 6)]
     outputs = [*(Output("r", 0, prompt_logprobs=(part,)) for part in parts), Output("r", 0, (3,), cached_tokens=4)]
     assert all(stream.push(output) for output in outputs)
-    assert stream._waiting == Output("r", 0, (3,), cached_tokens=4, prompt_logprobs=tuple(parts))
+    assert stream.take(lambda: None) == Output("r", 0, (3,), cached_tokens=4, prompt_logprobs=tuple(parts))
 
 
 def test_a_long_answer_is_written_in_small_parts_as_it_would_be_at_once(served: Api) -> None:

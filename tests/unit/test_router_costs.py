@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from router_story import FREE, GENERATION, MODEL, Story, request, submits, the_submit
 
+from router.api.generation import Generation
+from router.config import RouterConfig
+from router.driver import RouterDriver
 from router.events import RequestArrived, Tick
 from router.fleet import Fleet
+from router.stream import RequestStream
 from router.view import WorkerEntry
+from workers import wire, wire_request
 from workers.client import WorkerFrame
 from workers.kv_cache import block_hash
 from workers.kv_cache.block_hash import block_hashes
+from workers.pb import worker_pb2 as pb
 from workers.request import Output
 from workers.status import KvEvent, Load, Role
 
@@ -44,6 +51,36 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Fleet, "__iter__", watched)
     return visited
+
+
+async def test_a_job_of_many_choices_is_read_by_one_task_that_each_output_wakes_once() -> None:
+    """There once were a task, two queues and two turns of the loop for each choice."""
+    streams = [RequestStream(f"r{index}", 100, lambda request_id: None) for index in range(8)]
+    backend: Any = type("Backend", (), {"submit": lambda self, request: streams[int(request.request_id[1:])]})()
+    num_tasks = len(asyncio.all_tasks())
+    generation = Generation.open(backend, tuple(request(f"r{index}") for index in range(8)))
+    reading = asyncio.create_task(generation.next_batch())
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == num_tasks + 1
+    for index, stream in enumerate(streams):
+        assert stream.push(Output(f"r{index}", 0, (7,), "a"))
+    await asyncio.sleep(0)
+    assert reading.done(), "in the next turn of the loop"
+    assert [place for place, _ in reading.result()] == list(range(8))
+
+
+def test_a_frame_is_read_without_asking_what_fields_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = tuple(Output(f"r{index}#1", 3, (7,), "a") for index in range(4))
+    frame = WorkerFrame(GENERATION, outputs, Load(1, 2, 3, 4, 5, 6, 0.5))
+    written = wire.frame_to_pb(frame).SerializeToString()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("this is asked for every token of every worker")
+
+    for module in (wire, wire_request):
+        monkeypatch.setattr(module, "from_fields", refuse)
+        monkeypatch.setattr(module, "fields_of", refuse)
+    assert wire.frame_from_pb(pb.WorkerFrame.FromString(written)) == frame
 
 
 @pytest.mark.parametrize("num_workers", [2, 200])
@@ -128,9 +165,6 @@ def test_the_choices_of_one_request_are_hashed_and_matched_once(monkeypatch: pyt
 
 
 def test_a_status_asks_no_worker_for_its_requests(walks: list[str]) -> None:
-    from router.config import RouterConfig
-    from router.driver import RouterDriver
-
     for num_requests in (10, 200):
         story = fleet_of(20)
         run(story, num_requests)

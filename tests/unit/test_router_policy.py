@@ -80,7 +80,8 @@ def test_both_choose_alike(
         )
     demand = Demand(key, num_prompt, 20, 16, avoid if avoid < len(states) else -1)
     policy = KvAwarePolicy(max_prefill_candidates=num_prefill)
-    candidates = Candidates(table, table.can_decode, table.can_prefill, Prefixes(cached, in_pool))
+    roles = table.can_decode, table.can_prefill, table.can_prefill
+    candidates = Candidates(table, *roles, Prefixes(cached, in_pool))
     route = policy.route(demand, candidates)
     assert (None if route is None else (route.decode, route.prefill)) == plain_route(demand, workers, policy)
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
 from router.config import RouterConfig
+from router.driver import RouterDriver
 from router.server import RouterServer, bind
 from workers.errors import InvalidConfig, Refused
 
@@ -59,6 +60,23 @@ async def test_a_completion_walks_from_http_to_a_worker_and_back(checkpoint: Pat
     server.set_workers(())
     assert not [thread for thread in threading.enumerate() if thread.name == "router-router-0"]
     assert threading.active_count() <= num_threads + 3  # gRPC's poller and this loop's executor stay
+
+
+async def test_what_goes_wrong_in_the_routers_thread_is_told_to_who_asks(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RouterServer(RouterConfig(str(checkpoint), port=0), "router-0")
+    await server.start()
+    try:
+
+        def break_down(driver: RouterDriver) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(RouterDriver, "status", break_down)
+        with pytest.raises(KeyError, match="a bug"):
+            await asyncio.to_thread(server.status)
+    finally:
+        await server.stop()
 
 
 @asynccontextmanager

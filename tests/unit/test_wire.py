@@ -124,7 +124,8 @@ progress = {
     "prompt_logprobs": tuples(scores()),
     "handoff": st.none() | reports,
 }
-outputs = st.builds(Output, **progress) | st.builds(
+no_end = {"finish_reason": st.none(), "stop_reason": st.none(), "refusal": st.none(), "message": st.just("")}
+outputs = st.builds(Output, **progress, **no_end) | st.builds(
     Output,
     **progress,
     finish_reason=st.sampled_from(FinishReason),

@@ -65,6 +65,7 @@ class WorkerDriver:
         self._identity = identity
         self._model = model
         self._block_bytes = memory.layout.block_bytes
+        self._max_num_seqs = config.max_num_seqs
         self._ranks = ranks or RanksView()
         self._post = post
         self._clock = clock
@@ -178,6 +179,7 @@ class WorkerDriver:
             counters=engine_counters + extra + self._ranks.counters(),
             is_draining=me.is_draining,
             ranks=self._ranks.ranks(),
+            max_num_seqs=self._max_num_seqs,
             is_rebuilding=me.is_rebuilding,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 
 from workers.client import Migration
@@ -179,7 +179,7 @@ class RequestTable:
             self._owned.setdefault(owner, {})[attempt] = served
         else:
             self._unwritten.setdefault(owner, deque()).append((num_said + len(outputs), served))
-        return [replace(output, request_id=attempt) for output in outputs]
+        return [output._replace(request_id=attempt) for output in outputs]
 
     def owner_of(self, name: str) -> tuple[int, str] | None:
         """The session that hears of a request, and what it calls it."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from math import inf
 
 from workers.client import Adopt, Submit
@@ -139,7 +138,7 @@ class Requests:
         """An output, to whoever owns the request; without an owner it is kept."""
         self._observer.said(served.sequence_id, output, now)
         if output.request_id != served.attempt:  # it has been taken up since
-            output = replace(output, request_id=served.attempt)
+            output = output._replace(request_id=served.attempt)
         can_be_taken_up = self._table.keep(served, output)
         if served.owner is not None:
             self._sessions.say(served.owner, output)
