@@ -16,13 +16,15 @@ from typing import Any, Protocol, TypeVar
 from cluster.config import StoreConfig
 from cluster.following import follow_members
 from cluster.membership import ROUTERS, Registration, Superseded
-from cluster.registration import Registrar, count_start
+from cluster.ray_defaults import own_address
+from cluster.registration import Registrar, number_start
 from cluster.roles import desired_draining, desired_role
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
+from workers.host_limits import raise_file_limit
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class WorkerLike(Protocol):
 
 
 WorkerFactory = Callable[..., WorkerLike]
-"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `plan`."""
+"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`."""
 
 
 class Actor(ABC):
@@ -64,6 +66,7 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
         self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -173,10 +176,10 @@ class WorkerActor(Actor):
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
-        start_count = await _insist(lambda: count_start(store, self._name))
+        start = await _insist(lambda: number_start(store, self._name, time.time()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
         plan = {"plan": self._plan_group()} if self._secret else {}
-        worker = make(self._config, self._name, start_count, role, self._on_role_change, **plan)
+        worker = make(self._config, self._name, start, role, self._on_role_change, **plan)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
@@ -184,7 +187,7 @@ class WorkerActor(Actor):
             worker.set_draining(True)
         worker.watch_draining(self._on_drain_change)
         registrar = Registrar(
-            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s, is_draining
+            store, Registration(address, role), self._role, start, self._store_config.lease_ttl_s, is_draining
         )
         self._registrar = registrar
         await _insist(registrar.register)
@@ -193,7 +196,7 @@ class WorkerActor(Actor):
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
-        from cluster.ranks import REJOIN_GRACE_S, end_rank, own_address
+        from cluster.ranks import REJOIN_GRACE_S, end_rank
 
         def on_listening(address: tuple[str, int]) -> None:
             self._loop.call_soon_threadsafe(self._group_address.set_result, address)
@@ -235,6 +238,7 @@ class RouterActor(Actor):
         self._config, self._store_config, self._namespace = config, store, namespace
         self._router: Any = None
         self._store: Store | None = None
+        self._announcing: asyncio.Task[None] | None = None
         super().__init__(router_id)
 
     async def status(self) -> Any:
@@ -243,9 +247,17 @@ class RouterActor(Actor):
         return await asyncio.to_thread(self._router.status)
 
     async def stop(self) -> None:
-        """Takes no more requests and ends the router; the process stays for Ray to end."""
-        router, store = self._router, self._store
-        await self._end(*([router.stop()] if router else []), *([store.delete(ROUTERS + self._name)] if store else []))
+        """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
+        self._stopping = True
+        if self._announcing is not None and self._store is not None:
+            self._announcing.cancel()
+            with suppress(StoreUnavailable):
+                await self._store.delete(ROUTERS + self._name)
+        # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
+        if self._router is not None:
+            with suppress(Exception):
+                await self._router.stop()
+        self._life.cancel()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
@@ -255,7 +267,7 @@ class RouterActor(Actor):
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._announce(self._store, url))
+            self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
 
     async def _announce(self, store: Store, url: str) -> None:

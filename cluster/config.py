@@ -58,7 +58,7 @@ class StoreConfig:
     """Where leases, desired roles and generations live."""
 
     url: str = "memory"
-    """"memory": in the controller actor of this cluster; redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
     cluster: str = "baton"
     """Keyspace in Redis; two clusters on one Redis need two names."""
     lease_ttl_s: float = 4.0
@@ -131,7 +131,7 @@ class ClusterConfig:
     start_timeout_s: float = 180.0
     """Each step of the start must be done within this time."""
     stop_timeout_s: float = 10.0
-    """Time for routers and workers to stop by themselves before their processes are ended."""
+    """Time for routers (beyond router.shutdown_timeout_s) and workers to stop by themselves before their processes are ended."""
 
     def __post_init__(self) -> None:
         if self.start_timeout_s <= 0 or self.stop_timeout_s < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 _HEADINGS = ("WORKER", "ROLE", "GENERATION", "STATE", "REQUESTS", "RUNNING", "WAITING", "BLOCKS USED", "FRAME AGE")
@@ -94,5 +95,6 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
 
 
 def generation_text(generation: int) -> str:
-    """Starts and switches, as they are packed: see docs/architecture.md, Generations."""
-    return f"{generation >> 16}.{generation & 0xFFFF}"
+    """When the worker was started (UTC), and how often it has switched since: see docs/architecture.md, Generations."""
+    started = datetime.fromtimestamp(generation >> 16, UTC)
+    return f"{started:%Y-%m-%dT%H:%M:%SZ}/{generation & 0xFFFF}"

@@ -44,8 +44,9 @@ class RouterConfig:
     """A worker that was silent for this long is given up; a healthy one speaks about once a second."""
     settle_s: float = 0.5
     """A request counts as extra load on its workers until a load report this much later than its submission."""
-    max_prefix_index_blocks: int = 1_000_000
-    """(block, worker) pairs of the prefix index; about 100 bytes each."""
+    max_prefix_index_blocks: int = 500_000
+    """Blocks of prompts in the prefix index, whoever holds them. Each takes at most 180 bytes and 28 bytes for the set of its holders, with
+    4 more for each 30 workers: 110 MiB with 64 workers, 170 MiB with 1,000."""
     max_prefill_candidates: int = 3
     """Prefill workers that a decode worker may try for one request."""
     sequence_cost_tokens: int = 128
@@ -82,8 +83,12 @@ class RouterConfig:
     """How often timeouts are looked at."""
     set_role_timeout_s: float = 30.0
     """How long a worker may take to say that it has another role, or drains."""
-    shutdown_timeout_s: float = 5.0
-    """How long open HTTP connections may take to end when the router stops."""
+    shutdown_timeout_s: float = 20.0
+    """How long running requests may take to finish when the router is told to stop; what runs then ends with an error. New ones
+    are refused meanwhile. 0: all end at once."""
+    keepalive_s: float = 120.0
+    """An idle HTTP connection is closed after this long. Longer than clients and proxies keep theirs (60 to 90 s usually): a
+    request that is sent while the connection is being closed is lost."""
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def __post_init__(self) -> None:
@@ -95,6 +100,7 @@ class RouterConfig:
             (self.max_prefill_candidates >= 0, "max_prefill_candidates", "must not be negative"),
             (self.first_token_deadline_s >= 0, "first_token_deadline_s", "must not be negative"),
             (self.retry_backoff_s >= 0, "retry_backoff_s", "must not be negative"),
+            (self.shutdown_timeout_s >= 0, "shutdown_timeout_s", "must not be negative"),
             (self.settle_s >= 0, "settle_s", "must not be negative"),
             (self.sequence_cost_tokens >= 0, "sequence_cost_tokens", "must not be negative"),
             (self.max_migrations >= 0, "max_migrations", "must not be negative"),
@@ -129,7 +135,7 @@ class RouterConfig:
             "migration_timeout_s",
             "rebalance_moves_per_s",
             "set_role_timeout_s",
-            "shutdown_timeout_s",
+            "keepalive_s",
         )
         checks += [(getattr(self, name) > 0, name, "must be positive") for name in times]
         for ok, name, what in checks:

@@ -86,16 +86,18 @@ class RouterCore:
             self._lose(entry, fault, now, FIRST_RECONNECT_S)
             return
         was_up, before = entry.is_up, entry.generation
-        entry.update(frame, now)
+        self.fleet.hear(entry, frame, now)
         if frame.status is not None:
             self.fleet.check_model(entry, is_idle=not self.flights)
         if not entry.is_up:
             self.counters["frames_before_status"] += 1
             return
         if not was_up:
-            self.index.attach(entry.worker_id)
+            self.index.attach(entry.row)
             self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
-        if any([self.index.apply(entry.worker_id, kv_event) for kv_event in frame.kv_events]):
+        if self.index.backlog:
+            self.index.take_in()
+        if any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
             self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
@@ -115,18 +117,20 @@ class RouterCore:
             self.counters[f"workers_lost_{reason}"] += 1
         if entry.connection is not None:
             self._out.append(Detach(entry.worker_id, entry.connection))
-        entry.close(now + reconnect_s)
-        self.index.drop(entry.worker_id)
-        self.flights.lose_worker(entry.worker_id, f"lost worker {entry.worker_id}: {message or reason}", now)
+        running = self.flights.running_on(entry)
+        self.fleet.close(entry, now + reconnect_s)
+        self.index.drop(entry.row)
+        self.flights.lose_worker(entry.worker_id, running, f"lost worker {entry.worker_id}: {message or reason}", now)
 
     # ---- time ----
 
     def _on_tick(self, now: float) -> None:
         for entry in self.fleet.stale(now):
             self._lose(entry, "stale", now, FIRST_RECONNECT_S)
-        for entry in self.fleet:
-            if not entry.is_member and entry.connection is not None and not self.flights.running_on(entry.worker_id):
-                self._lose(entry, "left", now, 0.0)
+        for entry in self.fleet.left():
+            self._lose(entry, "left", now, 0.0)
+        if self.index.backlog:
+            self.index.take_in()
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
         self.flights.check_time(now)
@@ -139,4 +143,4 @@ class RouterCore:
         for entry in self.fleet:
             if entry.connection is not None:
                 self._out.append(Detach(entry.worker_id, entry.connection))
-                entry.close(float("inf"))
+                self.fleet.close(entry, float("inf"))

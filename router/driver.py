@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 from typing import assert_never
 
 from router.backend import RouterStatus, WorkerView
@@ -35,7 +34,7 @@ from router.stream import RequestStream
 from router.view import WorkerEntry
 from workers.client import WorkerClient, WorkerLink
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
-from workers.grpc_client import GrpcWorkerClient
+from workers.grpc_client import FINISH_S, GrpcWorkerClient
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 
@@ -129,13 +128,13 @@ class RouterDriver:
         core = self._core
         workers = tuple(
             WorkerView(
-                status=replace(entry.status, load=entry.load),
+                status=status,
                 connected=entry.is_up,
                 frame_age_s=max(0.0, now - entry.last_frame_s),
-                num_requests=len(core.flights.running_on(entry.worker_id)),
+                num_requests=len(entry.attempts),
             )
             for entry in core.fleet
-            if entry.status is not None
+            if (status := entry.status_now()) is not None
         )
         counters = dict(core.counters)
         counters["prefix_index_blocks"] = len(core.index)
@@ -233,7 +232,8 @@ class RouterDriver:
     async def _hang_up(self, link: WorkerLink | None, reader: asyncio.Task[None]) -> None:
         """Lets the last messages go first: what is not cancelled runs on at the worker for a while."""
         if link is not None:
-            await link.flush()
+            await link.finish()
+            await asyncio.wait({reader}, timeout=FINISH_S)
         reader.cancel()
         await asyncio.wait({reader})
 

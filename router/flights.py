@@ -45,6 +45,15 @@ class Flights:
         """By worker whose stream is lost: the attempts that may still run there, with their requests."""
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
+        self._blocked: Flight | None = None
+        """It goes next, and nobody took it when it was last tried."""
+        self._hashed: tuple[tuple[int, ...], int] = ((), 0)
+        self._hashes: list[int] = []
+        """Of the prompt that was hashed last, and the size of its blocks."""
+        self.num_visited = 0
+        """Requests that ticks have looked at."""
+        self.num_tried = 0
+        """How often a route was looked for."""
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -58,8 +67,9 @@ class Flights:
     def num_running(self) -> int:
         return len(self._attempts)
 
-    def running_on(self, worker_id: str) -> list[Flight]:
-        return [flight for flight in self._attempts.values() if flight.worker_id == worker_id]
+    def running_on(self, entry: WorkerEntry) -> list[Flight]:
+        """What decodes on a worker, without what is on its way there."""
+        return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
 
     # ---- arrival ----
 
@@ -73,9 +83,15 @@ class Flights:
         self._num_arrived += 1
         flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
         if self._fleet.model is not None:
-            flight.hashes = block_hashes(request.prompt_token_ids, self._fleet.model.block_size)
+            flight.hashes = self._hashes_of(request.prompt_token_ids, self._fleet.model.block_size)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
+
+    def _hashes_of(self, prompt: tuple[int, ...], block_size: int) -> list[int]:
+        """The choices of a client's request come one after another with the same prompt: it is hashed once."""
+        if self._hashed[0] is not prompt or self._hashed[1] != block_size:
+            self._hashed, self._hashes = (prompt, block_size), block_hashes(prompt, block_size)
+        return self._hashes
 
     def _rejection_of(self, request: Request) -> Reject | None:
         name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
@@ -95,16 +111,27 @@ class Flights:
         return None
 
     def dispatch(self, now: float) -> None:
-        """Sends waiting requests to workers, while there is room and a worker takes them."""
+        """Sends waiting requests to workers, while there is room and a worker takes them.
+
+        Runs after every event, so it looks for a route only when the request that goes next is another one than before, or
+        when a worker has come that may take it.
+        """
+        table = self._fleet.table
         while self._queue and len(self._attempts) < self._config.max_running:
             request_id = self._queue.first(now)
             if request_id is None:
                 return
             flight = self._flights[request_id]
-            route = self._dispatcher.route(flight)
+            if flight is self._blocked and not table.has_opened:
+                return
+            table.has_opened = False
+            self.num_tried += 1
+            route = self._dispatcher.route(flight) if table.num_decoding else None
             if route is None:
+                self._blocked = flight
                 self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
                 return
+            self._blocked = None
             self._unroutable_since_s = None
             self._queue.remove(request_id)
             self._out.append(self._dispatcher.submit(flight, route, now))
@@ -154,6 +181,7 @@ class Flights:
         self._end_attempt(flight)
         flight.go_on(incoming)
         self._attempts[flight.wire_id] = flight
+        self._dispatcher.note_running(flight)
         for output in incoming.buffered:
             self.take(output, incoming.worker_id, now)
 
@@ -169,13 +197,12 @@ class Flights:
 
     # ---- trouble ----
 
-    def lose_worker(self, worker_id: str, message: str, now: float) -> None:
-        """A worker's stream is gone, and with it what ran there."""
+    def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
+        """A worker's stream is gone, and with it what was `running` there."""
         self.migrations.lose_worker(worker_id, now)
-        flights = self.running_on(worker_id)
-        if flights:
-            self._left[worker_id] = {flight.wire_id: flight.request.request_id for flight in flights}
-        for flight in flights:
+        if running:
+            self._left[worker_id] = {flight.wire_id: flight.request.request_id for flight in running}
+        for flight in running:
             self._set_back(flight, Refusal.WORKER_LOST, message, now)
 
     def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
@@ -202,20 +229,30 @@ class Flights:
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
-        self._left = {
-            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
-        }
-        for flight in list(self._flights.values()):
-            if now - flight.arrived_s > self._config.request_timeout_s:
-                self._cancel_attempt(flight)
-                self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
+        if self._left:
+            self._left = {name: left for name, left in self._left.items() if self._fleet.get(name) is not None}
+        for flight in self._too_old(now):
+            self._cancel_attempt(flight)
+            self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
         if self._fleet.can_decode:
             self._unroutable_since_s = None
             return
         since_s = self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+        if now - since_s < self._config.recovery_timeout_s:
+            return
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
                 self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
+
+    def _too_old(self, now: float) -> list[Flight]:
+        """They are kept in the order in which they arrived, so those that live too long come first."""
+        old: list[Flight] = []
+        for flight in self._flights.values():
+            self.num_visited += 1
+            if now - flight.arrived_s <= self._config.request_timeout_s:
+                break
+            old.append(flight)
+        return old
 
     def close(self, now: float) -> None:
         """Fails everything and accepts nothing more."""
@@ -258,6 +295,7 @@ class Flights:
         if flight.wire_id:
             del self._attempts[flight.wire_id]
             self._dispatcher.release(flight)
+            self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
     def _forget(self, flight: Flight, now: float) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from router.policies.policy import Route
 from router.retry import RetryHistory
 from workers.request import FinishReason, Output, Request
 
@@ -47,7 +46,7 @@ class Flight:
     """Names of the prompt's full blocks."""
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
-    """The client has its first output."""
+    """The client has its first token, or its end."""
     num_attempts: int = 0
     wire_id: str = ""
     """The running attempt's name on the wire; empty while the request waits for a worker."""
@@ -61,12 +60,12 @@ class Flight:
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
 
-    def begin_attempt(self, route: Route) -> None:
-        """Names the next attempt on the wire and remembers where it runs."""
+    def begin_attempt(self, worker_id: str, prefill_worker_id: str) -> None:
+        """Names the next attempt on the wire and remembers where it runs, and who is to compute the prompt."""
         self.num_attempts += 1
         self.wire_id = f"{self.request.request_id}#{self.num_attempts}"
-        self.worker_id = route.decode
-        self.prefill_worker_id = route.prefill[0] if route.prefill else route.decode
+        self.worker_id = worker_id
+        self.prefill_worker_id = prefill_worker_id
 
     def begin_migration(self, worker_id: str, now: float) -> Incoming:
         """Names a second attempt, which takes the running one over."""
@@ -102,7 +101,8 @@ class Flight:
         position = len(self.delivered)
         token_ids = output.token_ids[skip:]
         self.delivered.extend(token_ids)
-        is_first, self.is_started = not self.is_started, True
+        is_first = not self.is_started and bool(token_ids or output.finish_reason)
+        self.is_started |= is_first
         return Output(
             request_id=self.request.request_id,
             position=position,
@@ -114,7 +114,7 @@ class Flight:
             refusal=output.refusal,
             message=output.message,
             cached_tokens=output.cached_tokens if is_first else 0,
-            prompt_logprobs=output.prompt_logprobs if is_first else None,
+            prompt_logprobs=output.prompt_logprobs,
             handoff=output.handoff if is_first else None,
         )
 

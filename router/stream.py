@@ -79,7 +79,7 @@ def merge(first: Output, second: Output) -> Output:
         stop_reason=second.stop_reason,
         refusal=second.refusal,
         message=second.message,
-        cached_tokens=first.cached_tokens,
-        prompt_logprobs=first.prompt_logprobs,
-        handoff=first.handoff,
+        cached_tokens=first.cached_tokens or second.cached_tokens,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        handoff=first.handoff or second.handoff,
     )

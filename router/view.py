@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from router.charges import Charges
+from router.charges import Charge, Charges
+from router.policies.rebalance import PRESSURE_S
+from router.worker_table import WorkerTable
 from workers.client import WorkerFrame
 from workers.status import Load, Role, WorkerAddress, WorkerStatus
 
@@ -18,10 +20,17 @@ def starts_of(generation: int) -> int:
 
 @dataclass(slots=True)
 class WorkerEntry:
-    """One worker. `connection` is the number of the open (or opening) stream; None: there is none, try at `retry_at_s`."""
+    """One worker. `connection` is the number of the open (or opening) stream; None: there is none, try at `retry_at_s`.
+
+    What changes here is written to its row of the table at once.
+    """
 
     address: WorkerAddress
     charges: Charges
+    table: WorkerTable
+    row: int
+    attempts: dict[str, None] = field(default_factory=dict)
+    """Names on the wire of what this router runs there, or moves there, oldest first."""
     is_member: bool = True
     connection: int | None = None
     is_up: bool = False
@@ -36,6 +45,13 @@ class WorkerEntry:
     retry_at_s: float = 0.0
     num_failures: int = 0
     """Connections in a row that ended before a first status."""
+    num_preemptions: float | None = None
+    """As the open stream reported last."""
+    pressed_until_s: float = 0.0
+    """It has just preempted sequences; until then that counts as pressure."""
+    _status_now: WorkerStatus | None = None
+    _shown: tuple[bool, bool, bool] = (False, False, False)
+    """What the table's counts contain of it."""
 
     @property
     def worker_id(self) -> str:
@@ -72,6 +88,12 @@ class WorkerEntry:
         """Where peers find the worker, in the generation that it reported last."""
         return WorkerAddress(self.address.worker_id, self.generation, self.address.target)
 
+    def status_now(self) -> WorkerStatus | None:
+        """The worker's last status with its last load."""
+        if self.status is not None and (self._status_now is None or self._status_now.load is not self.load):
+            self._status_now = replace(self.status, load=self.load)
+        return self._status_now
+
     def fault_of(self, frame: WorkerFrame) -> str | None:
         """Why a frame cannot come from the worker that this stream was opened to; None: it can."""
         starts = starts_of(frame.generation)
@@ -92,13 +114,33 @@ class WorkerEntry:
         self.generation = frame.generation
         load = frame.load
         if frame.status is not None:
-            self.status = frame.status
+            self.status, self._status_now = frame.status, None
             self.is_up = True
             self.num_failures = 0
             load = load or frame.status.load
+            self._watch_preemptions(frame.status, now)
+            self.show_roles()
         if load is not None:
             self.load = load
             self.charges.settle(now)
+            self.show_load()
+
+    def _watch_preemptions(self, status: WorkerStatus, now: float) -> None:
+        num_preemptions = next((value for name, value in status.counters if name == "preemptions"), 0.0)
+        if self.num_preemptions is not None and num_preemptions > self.num_preemptions:
+            self.pressed_until_s = now + PRESSURE_S
+        self.num_preemptions = num_preemptions
+
+    def charge(self, wire_id: str, charge: Charge) -> None:
+        """Counts what was just sent there."""
+        self.charges.add(wire_id, charge)
+        self.show_load()
+
+    def release(self, wire_id: str) -> None:
+        """The worker's own reports contain it by now, or it has ended."""
+        if self.charges:
+            self.charges.release(wire_id)
+            self.show_load()
 
     def close(self, retry_at_s: float) -> None:
         """The stream is gone."""
@@ -106,4 +148,25 @@ class WorkerEntry:
         self.is_up = False
         self.num_failures += 1
         self.retry_at_s = retry_at_s
+        self.num_preemptions = None
+        self.pressed_until_s = 0.0
+        self.attempts.clear()
         self.charges.clear()
+        self.show_roles()
+        self.show_load()
+
+    def show_roles(self) -> None:
+        """Writes to the table what the worker does now."""
+        now = self.takes_requests, self.can_decode, self.can_prefill
+        if now != self._shown:
+            before, self._shown = self._shown, now
+            self.table.can_decode[self.row], self.table.can_prefill[self.row] = now[1], now[2]
+            self.table.count(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+    def show_load(self) -> None:
+        """Writes to the table what the worker has reported and what was sent to it since."""
+        table, row, load, charges = self.table, self.row, self.load, self.charges
+        num_reported = load.num_running + load.num_waiting + load.num_transferring
+        table.num_sequences[row] = num_reported + charges.num_sequences
+        table.prefill_tokens[row] = load.waiting_prefill_tokens + charges.prefill_tokens
+        table.free_blocks[row] = load.num_free_blocks - charges.num_blocks

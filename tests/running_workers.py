@@ -16,6 +16,7 @@ from workers.pb import worker_pb2_grpc
 from workers.request import Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
 from workers.wire import frame_from_pb, router_message_to_pb
+from workers.wire_seal import Sealer
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(
@@ -38,6 +39,7 @@ class Attached:
         self._channel = grpc.aio.insecure_channel(address.target)
         self._call = worker_pb2_grpc.WorkerStub(self._channel).Attach()
         self._changed = asyncio.Condition()
+        self._sealer = Sealer()
 
     async def start(self) -> Attached:
         await self.send(Hello("test"))
@@ -46,7 +48,7 @@ class Attached:
         return self
 
     async def send(self, message: RouterMessage) -> None:
-        await self._call.write(router_message_to_pb(message))
+        await self._call.write(self._sealer.seal(router_message_to_pb(message)))
 
     async def submit(self, request: Request, *prefill: WorkerAddress, generation: int | None = None) -> None:
         await self.send(Submit(request, self.address.generation if generation is None else generation, prefill))

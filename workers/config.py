@@ -9,7 +9,7 @@ from typing import Literal
 from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon")
 """Those that the C++ kernels are written for, better ones first."""
 
 MAX_DIRECT_RANKS = 16
@@ -109,7 +109,7 @@ class WorkerConfig:
     native: bool = True
     """Compute with the C++ kernels, built ahead or else compiled at first use; where neither can be had, or when false, with PyTorch's."""
     instruction_set: str = "auto"
-    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, neon or neonbf16."""
+    """Which C++ kernels to run: auto (the best that the processor has), avx2, avx512, avx512bf16, amx, neon or neonbf16."""
     cache_folder: str = ""
     """Where kernels compiled at first use and packed weights are kept; ~/.cache/baton when empty."""
     packed_weights_bytes: int = 0

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from workers.errors import InvalidRequest, PoolsLost, Refusal, Refused
+from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_tiers.tiers import KvTiers
 from workers.launching import LaunchingRunner
 from workers.request import Request, refusal_output
-from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled
+from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.load import has_work, load_of
@@ -22,6 +22,7 @@ from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, State
 from workers.status import Load, PrefixHint
 from workers.stepping.incoming import Incoming
+from workers.stepping.isolation import isolate
 from workers.stepping.moves import Moves
 from workers.stepping.outgoing import Outgoing
 from workers.stepping.promotions import Promotions
@@ -29,6 +30,9 @@ from workers.stepping.result import StepResult
 from workers.stepping.roster import Live, Roster
 
 log = logging.getLogger(__name__)
+
+MODEL_FAILED = "the model failed to compute this request"
+"""What a client hears; the log says why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +43,16 @@ class _Running:
     lives: list[Live]
     """In the order of the results: prefill, then decode."""
     launched: Any = None
+    error: Exception | None = None
+    """Why it could not be launched."""
+
+    @property
+    def slices(self) -> tuple[SequenceSlice, ...]:
+        return (*self.batch.prefill, *self.batch.decode)
+
+    @property
+    def num_prefill(self) -> int:
+        return len(self.batch.prefill)
 
 
 class Engine:
@@ -142,14 +156,17 @@ class Engine:
         self.moves.begin(sequence_id, first_block, num_blocks)
 
     def step(self) -> StepResult:
-        """One engine step. A runner that raises fails the sequences of that batch and no others."""
+        """One engine step. When the runner raises, the step runs again in parts, and a sequence fails that fails alone.
+
+        Raises DeviceStuck when the runner can compute nothing any more: only the end of this process helps.
+        """
         started = self._clock()
         self._promotions.poll(started)
         running = self._running or self._start(self._scheduler.schedule(), None)
         self._running = None
         self.made_no_progress = running is None
         if running is not None:
-            if self._launcher is not None:
+            if self._launcher is not None and running.error is None:
                 ahead = schedule_ahead(self._scheduler, running.batch)
                 self._running = None if ahead is None else self._start(ahead, running)
             self._complete(running)
@@ -173,15 +190,19 @@ class Engine:
             self.incoming.want(sequence)
         if not step.batch.num_tokens:
             return None
-        slices = (*step.batch.prefill, *step.batch.decode)
-        running = _Running(step.batch, [lives[piece.sequence_id] for piece in slices])
+        running = _Running(step.batch, [])
+        running.lives = [lives[piece.sequence_id] for piece in running.slices]
         if self._launcher is not None:
             try:
                 hook = self.outgoing.layer_hook(step.batch)
                 running.launched = self._launcher.launch(step.batch, after.launched if after else None, hook)
+            except DeviceStuck:
+                raise
             except Exception as error:
-                self._fail_all(running.lives, error)
-                return None
+                if after is not None:  # what was to follow is chosen again when the step that runs has ended
+                    log.warning("a step of %d sequences cannot be launched ahead", len(running.lives), exc_info=error)
+                    return None
+                running.error = error
         for live in running.lives:
             live.num_running += 1
             live.admitted(now)
@@ -189,37 +210,91 @@ class Engine:
 
     def _complete(self, running: _Running) -> None:
         """Waits for a step's results and accounts for them; those of sequences that ended meanwhile are dropped."""
-        for live in running.lives:
-            live.num_running -= 1
+        self._ended(running)
         try:
             drawn = self._wait_for(running)
         except PoolsLost as lost:
-            level = logging.WARNING if lost.pools else logging.DEBUG
-            text = "a step of %d sequences has to run again, pools %s: %s"
-            log.log(level, text, len(running.lives), lost.pools, lost)
-            for pool in lost.pools:
-                for sequence in self._scheduler.lose_pool(pool):
-                    self.incoming.lose(sequence)
+            self._lose(running, lost)
+        except DeviceStuck:
+            raise
         except Exception as error:
-            self._fail_all(running.lives, error)
+            self._discard_ahead()
+            self._run_in_parts(running, error)
         else:
-            self._account(running, drawn)
+            self._account(running, dict(enumerate(drawn)))
+        self._free_ended(running)
+
+    def _ended(self, running: _Running) -> None:
+        for live in running.lives:
+            live.num_running -= 1
+
+    def _free_ended(self, running: _Running) -> None:
         for live in running.lives:
             if live.sequence.state is State.ENDING and not live.num_running:
                 self._scheduler.finish(live.sequence)
 
+    def _lose(self, running: _Running, lost: PoolsLost) -> None:
+        level = logging.WARNING if lost.pools else logging.DEBUG
+        log.log(level, "a step of %d sequences has to run again, pools %s: %s", len(running.lives), lost.pools, lost)
+        for pool in lost.pools:
+            for sequence in self._scheduler.lose_pool(pool):
+                self.incoming.lose(sequence)
+
+    def _discard_ahead(self) -> None:
+        """Waits for the step behind one that has failed, if there is one; all it computes will be computed again."""
+        ahead, self._running = self._running, None
+        if ahead is None:
+            return
+        self._ended(ahead)
+        try:
+            self._wait_for(ahead)
+        except DeviceStuck:
+            raise
+        except Exception as error:
+            log.info("the step behind a failed one failed too: %s", error)
+        self._free_ended(ahead)
+
+    def _run_in_parts(self, running: _Running, error: Exception) -> None:
+        """A step has failed: runs it in parts, so that only sequences fail that fail without the others."""
+        log.error("a step of %d sequences failed", len(running.lives), exc_info=error)
+        # A token that was drawn while the step ran is known by now.
+        again = [
+            (index, live.sequence.decode_slice() if index >= running.num_prefill else piece)
+            for index, (live, piece) in enumerate(zip(running.lives, running.slices, strict=True))
+            if live.sequence.state is not State.ENDING
+        ]
+        num_prefill = sum(index < running.num_prefill for index, _ in again)
+
+        def run(part: range) -> list[Sampled]:
+            prefill = [again[place][1] for place in part if place < num_prefill]
+            decode = [again[place][1] for place in part if place >= num_prefill]
+            return self._runner.execute(Batch(tuple(prefill), tuple(decode)))
+
+        found = isolate(len(again), error, run)
+        self._account(running, {again[place][0]: sampled for place, sampled in found.drawn.items()})
+        for place, why in found.failed.items():
+            live = running.lives[again[place][0]]
+            log.error("sequence %d fails", live.sequence.sequence_id, exc_info=why)
+            self._roster.fail(live, Refusal.INTERNAL, MODEL_FAILED)
+        if found.lost is not None:
+            self._lose(running, found.lost)
+
     def _wait_for(self, running: _Running) -> list[Sampled]:
+        if running.error is not None:
+            raise running.error
         if self._launcher is not None:
             return self._launcher.finish(running.launched)
         hook = self.outgoing.layer_hook(running.batch)
         return self._runner.execute(running.batch) if hook is None else self._runner.execute(running.batch, hook)
 
-    def _account(self, running: _Running, drawn: list[Sampled]) -> None:
-        slices, num_prefill = (*running.batch.prefill, *running.batch.decode), len(running.batch.prefill)
-        for index, (live, piece, sampled) in enumerate(zip(running.lives, slices, drawn, strict=True)):
+    def _account(self, running: _Running, drawn: dict[int, Sampled]) -> None:
+        """`drawn`: what came of each slice, by its place in the step."""
+        slices = running.slices
+        for index, sampled in drawn.items():
+            live, piece = running.lives[index], slices[index]
             if live.sequence.state is State.ENDING:
                 continue
-            if index >= num_prefill:
+            if index >= running.num_prefill:
                 self._scheduler.computed_decode(live.sequence)
                 self._roster.drew(live, sampled)
                 continue
@@ -227,15 +302,10 @@ class Engine:
             if live.answer is None:
                 self.outgoing.computed(live, piece, sampled)
                 continue
-            live.answer.add_prompt_logprobs(piece.start, sampled.prompt_logprobs)
+            if sampled.prompt_logprobs is not None:
+                self._roster.scored(live, sampled.prompt_logprobs)
             if sampled.token_id is not None:
                 self._roster.drew(live, sampled)
-
-    def _fail_all(self, lives: list[Live], error: Exception) -> None:
-        log.error("a step of %d sequences failed", len(lives), exc_info=error)
-        for live in lives:
-            if live.sequence.state is not State.ENDING:
-                self._roster.fail(live, Refusal.INTERNAL, f"the model failed: {error}")
 
     def _note_rate(self, batch: Batch) -> None:
         num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)

@@ -61,7 +61,7 @@ class WorkerLost(BatonError):
 
 
 class StreamDamaged(BatonError):
-    """The world's fault: a message of a stream was lost, repeated or changed on its way."""
+    """The world's fault: a message of a stream was lost, repeated or overtaken on its way."""
 
 
 class TransferFailed(BatonError):
@@ -73,7 +73,8 @@ class RankLost(BatonError):
 
 
 class DeviceStuck(BatonError):
-    """The world's fault: a device waits for a rank that is gone, and nothing but the end of this process can end that."""
+    """The world's fault: a device waits for a rank that is gone, or computes nothing any more since an operation on it has
+    failed, and nothing but the end of this process can end that."""
 
 
 class PoolsLost(BatonError):

@@ -23,7 +23,7 @@ from workers.wire_seal import Sealer, verified
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
 
-FLUSH_S = 3.0
+FINISH_S = 3.0
 """How long the last messages to a worker may take."""
 
 
@@ -89,12 +89,13 @@ class GrpcWorkerLink:
             return False
         return True
 
-    async def flush(self) -> None:
+    async def finish(self) -> None:
         if self._writer.done() or self._call.done():
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH_S):
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(FINISH_S):
                 await self._outgoing.join()
+                await self._call.done_writing()
 
     async def close(self) -> None:
         self._is_open = False

@@ -6,8 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from workers.errors import InvalidRequest, Refusal, Refused
+
+if TYPE_CHECKING:
+    from workers.prompt_scores import PromptScores
 
 MAX_TOP_LOGPROBS = 20
 MAX_ENTRIES = 1024
@@ -16,6 +20,8 @@ MAX_STOP_CHARACTERS = 8192
 """Of all stop strings together: they are prepared before the first token, on the thread of the engine."""
 MAX_BAD_WORD_TOKENS = 8192
 """Of all bad words together."""
+MAX_SCORES = 4096
+"""Prompt tokens whose logprobs one output says: 0.7 MiB with 20 alternatives each."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 LOGPROB_FLOOR = -9999.0
 """Logprobs are clamped here: JSON has no -inf."""
@@ -205,7 +211,7 @@ class Output:
     `text` may be empty (an unfinished UTF-8 character or a possible stop string is held back) and is a pure
     function of the tokens so far. `logprobs` has one entry a token when asked for. The last output has
     `finish_reason`; with ERROR, `refusal` and `message` say why. `stop_reason` is the stop string or
-    token id that ended it, None for EOS. `prompt_logprobs` and `handoff` come once, with the first output.
+    token id that ended it, None for EOS. `handoff` comes once, with the first token.
     """
 
     request_id: str
@@ -218,8 +224,9 @@ class Output:
     refusal: Refusal | None = None
     message: str = ""
     cached_tokens: int = 0
-    """Prompt tokens served from a prefix cache (first output)."""
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Prompt tokens served from a prefix cache (with the first token)."""
+    prompt_logprobs: tuple[PromptScores, ...] = ()
+    """Parts of at most MAX_SCORES tokens; they come in order, all of them before or with the first token."""
     handoff: HandoffReport | None = None
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from workers.kv_transfer.memory import KvMemory
+from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob
 from workers.sampling.edits import LogitEdits
 
@@ -79,7 +80,7 @@ class Sampled:
     sequence_id: int
     token_id: int | None
     logprob: TokenLogprob | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)

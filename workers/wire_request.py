@@ -5,8 +5,11 @@ As in wire.py: `x_to_pb` and `x_from_pb`. Floats of a LogitBias and of logprobs 
 
 from __future__ import annotations
 
+import numpy as np
+
 from workers.errors import InvariantViolated, Refusal
 from workers.pb import worker_pb2 as pb
+from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.wire_fields import fields_of, from_fields
 
@@ -87,10 +90,7 @@ def request_from_pb(message: pb.Request) -> Request:
     )
 
 
-def token_logprob_to_pb(entry: TokenLogprob | None) -> pb.TokenLogprob:
-    """None (the first prompt token has no logprob) travels as `absent`."""
-    if entry is None:
-        return pb.TokenLogprob(absent=True)
+def token_logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
     top = [pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top]
     return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top, rank=entry.rank)
 
@@ -101,8 +101,30 @@ def token_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(message.token_id, message.logprob, top, rank)
 
 
-def optional_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob | None:
-    return None if message.absent else token_logprob_from_pb(message)
+def scores_to_pb(scores: PromptScores) -> pb.PromptScores:
+    return pb.PromptScores(
+        first=scores.first,
+        num_top=scores.top_ids.shape[1],
+        token_ids=scores.token_ids.astype("<i4").tobytes(),
+        logprobs=scores.logprobs.astype("<f4").tobytes(),
+        ranks=scores.ranks.astype("<i4").tobytes(),
+        top_ids=scores.top_ids.astype("<i4").tobytes(),
+        top_logprobs=scores.top_logprobs.astype("<f4").tobytes(),
+    )
+
+
+def scores_from_pb(message: pb.PromptScores) -> PromptScores:
+    """Raises ValueError when the arrays do not belong together."""
+    token_ids = np.frombuffer(message.token_ids, "<i4")
+    shape = (len(token_ids), message.num_top)
+    return PromptScores(
+        message.first,
+        token_ids,
+        np.frombuffer(message.logprobs, "<f4").reshape(len(token_ids)),
+        np.frombuffer(message.ranks, "<i4").reshape(len(token_ids)),
+        np.frombuffer(message.top_ids, "<i4").reshape(shape),
+        np.frombuffer(message.top_logprobs, "<f4").reshape(shape),
+    )
 
 
 def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
@@ -131,9 +153,8 @@ def output_to_pb(output: Output) -> pb.Output:
             message.refusal = output.refusal.value
     if output.cached_tokens:
         message.cached_tokens = output.cached_tokens
-    if output.prompt_logprobs is not None:
-        message.has_prompt_logprobs = True
-        message.prompt_logprobs.extend([token_logprob_to_pb(entry) for entry in output.prompt_logprobs])
+    if output.prompt_logprobs:
+        message.prompt_logprobs.extend([scores_to_pb(part) for part in output.prompt_logprobs])
     if output.handoff is not None:
         message.handoff.CopyFrom(handoff_report_to_pb(output.handoff))
     return message
@@ -141,9 +162,6 @@ def output_to_pb(output: Output) -> pb.Output:
 
 def output_from_pb(message: pb.Output) -> Output:
     finish = message.finish_reason
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    if message.has_prompt_logprobs:
-        prompt_logprobs = tuple(optional_logprob_from_pb(entry) for entry in message.prompt_logprobs)
     return Output(
         request_id=message.request_id,
         position=message.position,
@@ -155,7 +173,7 @@ def output_from_pb(message: pb.Output) -> Output:
         refusal=refusal_from_name(message.refusal) if finish and message.refusal else None,
         message=message.message if finish else "",
         cached_tokens=message.cached_tokens,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=tuple([scores_from_pb(part) for part in message.prompt_logprobs]),
         handoff=handoff_report_from_pb(message.handoff) if message.HasField("handoff") else None,
     )
 

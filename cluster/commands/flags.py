@@ -1,4 +1,4 @@
-"""Flags that several subcommands share, and how they become settings."""
+"""Flags that several subcommands share, and how they become a ClusterConfig with absolute paths."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workers.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
 
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -84,3 +87,27 @@ def find_default_model() -> str:
         if (place / DEFAULT_MODEL).is_dir():
             return str(place / DEFAULT_MODEL)
     raise InvalidConfig(f"there is no {DEFAULT_MODEL} here; give the path of a checkpoint folder with --model")
+
+
+def config_from(args: argparse.Namespace, **defaults: Any) -> ClusterConfig:
+    """File, flags and --set together; `defaults` (dots written as __) apply to flags that were not given.
+
+    The model's path is made absolute here, because the actors that load it run in other folders. Raises InvalidConfig.
+    """
+    from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
+
+    flags = settings(args)
+    for name, value in defaults.items():
+        dotted = name.replace("__", ".")
+        if flags.get(dotted) is None:
+            flags[dotted] = value
+    in_file = read_file(args.config) if args.config else {}
+    worker = in_file.get("worker")
+    assigned = {text.partition("=")[0]: text.partition("=")[2] for text in args.assignments}
+    model = assigned.get("worker.model") or flags["worker.model"]
+    if model is None and isinstance(worker, dict) and worker.get("model"):
+        # A relative path in a file is meant from that file's folder.
+        model = args.config.parent / str(worker["model"])
+    flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
+    assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
+    return load_config(args.config, flags, assignments)

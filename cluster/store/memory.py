@@ -55,13 +55,6 @@ class MemoryStore:
         self._remove(key)
         return True
 
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        slot = self._slots.get(key)
-        count = (int(slot.entry.value) if slot else 0) + 1
-        self._write(key, str(count), None)
-        return count
-
     async def list(self, prefix: str) -> Snapshot:
         return self._snapshot(prefix)
 

@@ -27,14 +27,6 @@ redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('PUBLISH', ARGV[5], ARGV[1])
 return version
 """
-_INCREMENT = """
-local count = tonumber(redis.call('HGET', KEYS[1], 'value') or '0') + 1
-local version = redis.call('INCR', KEYS[3])
-redis.call('HSET', KEYS[1], 'value', string.format('%d', count), 'version', version)
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-redis.call('PUBLISH', ARGV[2], ARGV[1])
-return count
-"""
 _RENEW = """
 if (redis.call('HGET', KEYS[1], 'version') or '0') ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -81,9 +73,7 @@ class RedisStore:
             socket_timeout=timeout_s,
             health_check_interval=10,
         )
-        self._scripts = {
-            text: self._client.register_script(text) for text in (_WRITE, _INCREMENT, _RENEW, _DELETE, _LIST)
-        }
+        self._scripts = {text: self._client.register_script(text) for text in (_WRITE, _RENEW, _DELETE, _LIST)}
 
     async def check(self) -> None:
         """Raises StoreUnavailable unless Redis answers."""
@@ -110,10 +100,6 @@ class RedisStore:
     async def delete(self, key: str, version: int | None = None) -> bool:
         check_entry(key)
         return bool(await self._run(_DELETE, key, key, "" if version is None else str(version), self._channel))
-
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        return int(await self._run(_INCREMENT, key, key, self._channel))
 
     async def list(self, prefix: str) -> Snapshot:
         snapshot, _ = await self._list(prefix)

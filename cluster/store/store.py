@@ -1,4 +1,4 @@
-"""The store's contract: a small key-value space with leases, compare-and-set, counters and a watch; knows nothing of what is kept in it."""
+"""The store's contract: a small key-value space with leases, compare-and-set and a watch; knows nothing of what is kept in it."""
 
 from __future__ import annotations
 
@@ -58,10 +58,6 @@ class Store(Protocol):
 
     async def delete(self, key: str, version: int | None = None) -> bool:
         """Removes the entry (with `version`: only that one); False when there was nothing to remove."""
-        ...
-
-    async def increment(self, key: str) -> int:
-        """Adds one to a counter, which starts at 0 and reads back as decimal text; returns the new count."""
         ...
 
     async def list(self, prefix: str) -> Snapshot: ...

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
@@ -18,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from router.api import sse
 from router.api.config import ApiConfig
 from router.api.generation import Generation, unless_disconnected
+from router.api.long_work import in_thread
 from router.api.metrics import Metrics
 from router.api.middleware import too_large
 from router.api.problems import describe, note_refusal
@@ -31,6 +33,11 @@ from workers.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)
+
+_MAX_ENTRIES_AT_ONCE = 1000
+"""Tokens and logprobs that the event loop writes itself."""
+_BODY_CHARACTERS = 1 << 17
+"""Of a long answer, at least so many are sent at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +57,16 @@ class Shape(Protocol):
         """A chunk up to the opening bracket of its choices."""
         ...
 
-    def piece(self, choice: Choice, output: Output) -> str:
-        """The entry of `choices` that shows one output; the choice's first when it is not announced yet."""
+    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
+        """The entry of `choices` that shows one output; the choice's first, which may be long, when it is not announced yet."""
         ...
 
-    def extras(self, choice: Choice) -> str:
-        """Top-level fields of a choice's first chunk, each with a leading comma."""
+    def extras(self, choice: Choice) -> Iterable[str]:
+        """Top-level fields of a choice's first chunk, each with a leading comma; may be long."""
         ...
 
     def whole(self, progress: Progress) -> dict[str, Any]:
-        """The answer of a finished job, without usage and trace."""
+        """The answer of a finished job, without usage and trace, for `sse.json_parts`."""
         ...
 
 
@@ -145,8 +152,15 @@ class Answer(Response):
         answer = self._shape.whole(progress) | {"usage": progress.usage()}
         if self._job.trace:
             answer["baton"] = progress.trace()
-        response = Response(sse.to_json(answer).encode(), media_type="application/json")
-        await response(scope, receive, send)
+        parts = sse.json_parts(answer)
+        if not is_long(self._job, progress.choices):
+            response = Response("".join(parts).encode(), media_type="application/json")
+            await response(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        async for body in _bodies(parts):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_stream(self, generation: Generation, progress: Progress, scope: Scope, send: Send) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
@@ -158,14 +172,27 @@ class Answer(Response):
                 is_open = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
             await send({"type": "http.response.body", "body": body, "more_body": more})
+            generation.wrote()
 
         writer = ChunkWriter(self._job, self._shape, progress)
         try:
             while progress.num_unfinished:
                 batch = await generation.next_batch()
                 now_s = time.monotonic()
-                chunks = [writer.chunk(*progress.accept(index, output, now_s)) for index, output in batch]
-                body = "".join(chunks).encode() if batch else sse.HEARTBEAT
+                chunks: list[str] = []
+                for index, output in batch:
+                    choice, shown = progress.accept(index, output, now_s)
+                    is_first = not choice.is_announced
+                    chunk = writer.chunk(choice, shown)
+                    if is_first and chunk and is_long(self._job, (choice,)):
+                        before, chunks = chunks, []
+                        async for body in _bodies(chain(before, chunk)):
+                            await transmit(body)
+                    else:
+                        chunks += chunk
+                body = "".join(chunks).encode()
+                if not body and generation.is_heartbeat_due:
+                    body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
                     await transmit(body)
             await transmit(body + writer.last_chunk().encode() + sse.DONE, more=False)
@@ -182,6 +209,36 @@ class Answer(Response):
             await transmit(sse.event(problem.body()) + sse.DONE, more=False)
 
 
+def is_long(job: Job, choices: Iterable[Choice]) -> bool:
+    """Whether what is to be written of these choices, as far as they have come, takes so long that a thread should write it."""
+    per_token = (0 if job.logprobs is None else job.logprobs + 2) + job.return_token_ids
+    per_prompt_token = (0 if job.prompt_logprobs is None else job.prompt_logprobs + 2) + job.return_token_ids
+    if job.echo:
+        per_prompt_token += 1 if job.logprobs is None else job.logprobs + 2
+    num_entries = sum(
+        len(choice.prompt.token_ids) * per_prompt_token + choice.num_tokens * per_token for choice in choices
+    )
+    return num_entries > _MAX_ENTRIES_AT_ONCE
+
+
+async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
+    """The parts, several in one, written by a thread as they are asked for."""
+    rest = iter(parts)
+
+    def gather() -> bytes:
+        gathered: list[str] = []
+        num_characters = 0
+        for part in rest:
+            gathered.append(part)
+            num_characters += len(part)
+            if num_characters >= _BODY_CHARACTERS:
+                break
+        return "".join(gathered).encode()
+
+    while body := await in_thread(gather):
+        yield body
+
+
 class ChunkWriter:
     """Writes the chunks of one stream from prepared pieces: only what changes is encoded per output."""
 
@@ -191,23 +248,25 @@ class ChunkWriter:
         self._progress = progress
         self._head = "data: " + shape.head()
 
-    def chunk(self, choice: Choice, output: Output) -> str:
-        """One event; empty when the output has nothing to show yet."""
+    def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
+        """One event in parts, to be taken before the next one is asked for; none when the output has nothing to show yet."""
         job = self._job
-        extras = ""
-        if not choice.is_announced:
-            extras = self._shape.extras(choice)
-        elif not (output.text or output.finish_reason or output.logprobs or job.return_token_ids):
-            return ""
+        is_first = not choice.is_announced
+        if is_first and not (output.token_ids or output.finish_reason):
+            return ()  # of the prompt only
+        if not is_first and not (output.text or output.finish_reason or output.logprobs or job.return_token_ids):
+            return ()
         piece = self._shape.piece(choice, output)
+        about = self._shape.extras(choice) if is_first else ()
         choice.is_announced = True
+        extras = ""
         if job.continuous_usage:
             extras += f',"usage":{sse.to_json(self._progress.usage())}'
         elif job.include_usage:
             extras += ',"usage":null'
         if job.trace and not job.include_usage and not self._progress.num_unfinished:
             extras += f',"baton":{sse.to_json(self._progress.trace())}'
-        return f"{self._head}{piece}]{extras}}}\n\n"
+        return chain((self._head,), piece, ("]",), about, (f"{extras}}}\n\n",))
 
     def last_chunk(self) -> str:
         """The chunk without choices that ends a stream with include_usage; otherwise empty."""

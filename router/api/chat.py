@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece
+from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.logprobs import LogprobWriter
 from router.api.progress import Choice, Progress
 from router.api.schema import ChatBody
-from router.api.sse import to_json
+from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
 from workers.request import Output
 from workers.tokenizer import Tokenizer
@@ -44,30 +45,31 @@ class ChatShape:
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
 
-    def piece(self, choice: Choice, output: Output) -> str:
+    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
         role = "" if choice.is_announced else '"role":"assistant",'
-        logprobs = "null" if self._job.logprobs is None else to_json(self._logprobs.chat(output.logprobs))
+        logprobs = (
+            "null" if self._job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
+        )
         end = end_of_piece(self._job, output)
         delta = f'{{{role}"content":{to_json(output.text)}}}'
-        return f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}'
+        return (f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}',)
 
-    def extras(self, choice: Choice) -> str:
-        if choice.index != 0:
-            return ""
-        return "".join(f',"{name}":{to_json(value)}' for name, value in self._about_prompt(choice).items())
+    def extras(self, choice: Choice) -> Iterable[str]:
+        return more_fields(self._about_prompt(choice)) if choice.index == 0 else ()
 
     def whole(self, progress: Progress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        answer["choices"] = [self._choice(choice) for choice in progress.choices]
+        answer["choices"] = lazy_each(self._choice(choice) for choice in progress.choices)
         return answer | self._about_prompt(progress.choices[0])
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]
+        content = lazy_list(len(entries), lambda places: self._logprobs.content(entries[places.start : places.stop]))
         text = "".join(output.text for output in choice.outputs)
         written: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if self._job.logprobs is None else self._logprobs.chat(entries),
+            "logprobs": None if self._job.logprobs is None else {"content": content},
         }
         return written | end_of_choice(self._job, choice)
 

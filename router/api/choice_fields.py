@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from router.api.logprobs import write_prompt_logprobs
 from router.api.progress import Choice
-from router.api.sse import to_json
+from router.api.sse import json_parts, to_json
 from router.api.translate import Job
 from workers.request import Output
 from workers.tokenizer import Tokenizer
@@ -30,11 +31,18 @@ def end_of_choice(job: Job, choice: Choice) -> dict[str, Any]:
     return fields
 
 
+def more_fields(fields: dict[str, Any]) -> Iterator[str]:
+    """JSON of fields that follow others, in parts."""
+    for name, value in fields.items():
+        yield f",{to_json(name)}:"
+        yield from json_parts(value)
+
+
 def about_prompt(job: Job, tokenizer: Tokenizer, choice: Choice) -> dict[str, Any]:
     """Token ids and logprobs of a choice's prompt, where they were asked for."""
     fields: dict[str, Any] = {}
     if job.return_token_ids:
         fields["prompt_token_ids"] = choice.prompt.token_ids
     if job.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = write_prompt_logprobs(tokenizer, choice.prompt_logprobs, job.prompt_logprobs)
+        fields["prompt_logprobs"] = write_prompt_logprobs(tokenizer, choice, job.prompt_logprobs)
     return fields

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece
+from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.logprobs import CompletionLogprobs, LogprobWriter
 from router.api.progress import Choice, Progress
 from router.api.schema import CompletionBody
-from router.api.sse import to_json
+from router.api.sse import json_parts, lazy_each, to_json
 from router.api.translate import Job, translate_completion
 from workers.request import Output
 from workers.tokenizer import Tokenizer
@@ -46,20 +47,25 @@ class CompletionShape:
     def head(self) -> str:
         return f'{to_json(self._fixed())[:-1]},"choices":['
 
-    def piece(self, choice: Choice, output: Output) -> str:
-        echo = "" if choice.is_announced else self._echo(choice)
-        logprobs = "null" if self._job.logprobs is None else to_json(self._scores(choice, [output]))
-        end = end_of_piece(self._job, output)
+    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
         if not choice.is_announced:
-            end += "".join(f',"{name}":{to_json(value)}' for name, value in self._about_prompt(choice).items())
-        text = to_json(echo + output.text)
-        return f'{{"index":{choice.index},"text":{text},"logprobs":{logprobs},"finish_reason":{end}}}'
+            return self._first_piece(choice, output)
+        end, text = end_of_piece(self._job, output), to_json(output.text)
+        logprobs = "null" if self._job.logprobs is None else to_json(self._scores(choice, [output]))
+        return (f'{{"index":{choice.index},"text":{text},"logprobs":{logprobs},"finish_reason":{end}}}',)
 
-    def extras(self, choice: Choice) -> str:
-        return ""
+    def _first_piece(self, choice: Choice, output: Output) -> Iterator[str]:
+        yield f'{{"index":{choice.index},"text":{to_json(self._echo(choice) + output.text)},"logprobs":'
+        yield from json_parts(None if self._job.logprobs is None else self._scores(choice, [output]))
+        yield f',"finish_reason":{end_of_piece(self._job, output)}'
+        yield from more_fields(self._about_prompt(choice))
+        yield "}"
+
+    def extras(self, choice: Choice) -> Iterable[str]:
+        return ()
 
     def whole(self, progress: Progress) -> dict[str, Any]:
-        return {**self._fixed(), "choices": [self._choice(choice) for choice in progress.choices]}
+        return {**self._fixed(), "choices": lazy_each(self._choice(choice) for choice in progress.choices)}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         written: dict[str, Any] = {
@@ -75,7 +81,7 @@ class CompletionShape:
         prompt = choice.prompt
         return prompt.text if prompt.text is not None else self._tokenizer.decode(prompt.token_ids)
 
-    def _scores(self, choice: Choice, outputs: list[Output]) -> dict[str, list[Any]]:
+    def _scores(self, choice: Choice, outputs: list[Output]) -> dict[str, Any]:
         if choice.index not in self._logprobs:
             self._logprobs[choice.index] = CompletionLogprobs(self._writer, self._tokenizer, choice, self._job.echo)
         return self._logprobs[choice.index].piece([entry for output in outputs for entry in output.logprobs])

@@ -32,6 +32,9 @@ class ApiConfig:
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: int = 32 << 10
     """Bodies larger than this are validated and tokenized in a thread, so that other streams do not stall."""
+    max_prompt_scores: int = 3 << 20
+    """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
+    million; each is 8 bytes here and some 60 in the answer."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     """Used for what a client leaves open; see `load_sampling_defaults`."""
 
@@ -44,6 +47,7 @@ class ApiConfig:
             (self.max_prompts >= 1, "max_prompts", "must be at least 1"),
             (self.max_choices >= 1, "max_choices", "must be at least 1"),
             (self.max_pending_outputs >= 1, "max_pending_outputs", "must be at least 1"),
+            (self.max_prompt_scores >= 0, "max_prompt_scores", "must not be negative"),
             (self.heartbeat_s > 0, "heartbeat_s", "must be positive"),
             (self.offload_bytes >= 0, "offload_bytes", "must not be negative"),
         )

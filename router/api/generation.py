@@ -27,9 +27,11 @@ class Generation:
         self._failure: Exception | None = None
         self._pumps = [asyncio.create_task(self._pump(place, stream)) for place, stream in enumerate(streams)]
         self._heartbeat_s = heartbeat_s
-        self._num_batches = 0
+        self._written_s = asyncio.get_running_loop().time()
         self._timer: asyncio.TimerHandle | None = None
-        self._rearm()
+        self.is_heartbeat_due = False
+        """Nothing was written for as long as a heartbeat's interval."""
+        self._watch_silence()
 
     @classmethod
     async def open(
@@ -46,7 +48,7 @@ class Generation:
         return cls(streams, max_pending, heartbeat_s)
 
     async def next_batch(self) -> list[tuple[int, Output]]:
-        """Waits for an output, then takes all there are; empty when a heartbeat is due. Raises a stream's failure."""
+        """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
         if self._failure is not None:
             raise self._failure
         batch: list[tuple[int, Output]] = []
@@ -60,10 +62,14 @@ class Generation:
             if self._queue.empty():
                 break
             item = self._queue.get_nowait()
-        self._num_batches += 1
         if self._failure is not None and not batch:
             raise self._failure
         return batch
+
+    def wrote(self) -> None:
+        """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
+        self.is_heartbeat_due = False
+        self._written_s = asyncio.get_running_loop().time()
 
     async def aclose(self) -> None:
         """Stops reading and closes every stream, also when the caller is being cancelled; once is enough."""
@@ -89,13 +95,18 @@ class Generation:
         except Exception as error:
             await self._queue.put(error)
 
-    def _rearm(self, seen: int = -1) -> None:
-        """One timer per interval and job, not per output: it only looks whether anything came since it last looked."""
+    def _watch_silence(self) -> None:
+        """One timer per interval and job, not per output: it only looks when something was last written."""
         if self._heartbeat_s is None:
             return
-        if seen == self._num_batches and self._queue.empty():
-            self._queue.put_nowait(None)
-        self._timer = asyncio.get_running_loop().call_later(self._heartbeat_s, self._rearm, self._num_batches)
+        loop = asyncio.get_running_loop()
+        left_s = self._written_s + self._heartbeat_s - loop.time()
+        if left_s <= 0:
+            self.is_heartbeat_due = True
+            if self._queue.empty():
+                self._queue.put_nowait(None)  # wakes next_batch
+            left_s = self._heartbeat_s
+        self._timer = loop.call_later(left_s, self._watch_silence)
 
 
 async def _close(streams: list[OutputStream]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from router.api.progress import Choice
+from router.api.sse import Lazy, lazy_list
+from workers.prompt_scores import PromptScores
 from workers.request import LOGPROB_FLOOR, TokenLogprob
 from workers.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -21,17 +24,15 @@ class LogprobWriter:
     def text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._tokens_as_ids else self._tokenizer.token_text(token_id)
 
-    def chat(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
-        """`{"content": [...]}`: the drawn tokens, each with the top_logprobs asked for."""
-        return {
-            "content": [
-                {
-                    **self._chat_entry(entry.token_id, entry.logprob),
-                    "top_logprobs": [self._chat_entry(*pair) for pair in entry.top[: self._num_top]],
-                }
-                for entry in entries
-            ]
-        }
+    def content(self, entries: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+        """What the chat form has in `content`: the drawn tokens, each with the top_logprobs asked for."""
+        return [
+            {
+                **self._chat_entry(entry.token_id, entry.logprob),
+                "top_logprobs": [self._chat_entry(*pair) for pair in entry.top[: self._num_top]],
+            }
+            for entry in entries
+        ]
 
     def _chat_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token_id)
@@ -51,38 +52,78 @@ class CompletionLogprobs:
 
     def __init__(self, writer: LogprobWriter, tokenizer: Tokenizer, choice: Choice, echo: bool) -> None:
         self._writer = writer
+        self._tokenizer = tokenizer
         self._choice = choice
         self._offset = 0
         prompt_ids = choice.request.prompt_token_ids
         self._prompt_ids = prompt_ids if echo else ()
-        self._prompt_detokenizer = IncrementalDetokenizer(tokenizer, (), skip_special_tokens=False)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_ids[-4:], skip_special_tokens=choice.request.params.skip_special_tokens
         )
 
-    def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """tokens, token_logprobs, top_logprobs, text_offset; the first piece of an echo begins with the prompt."""
-        pairs: list[tuple[int, TokenLogprob | None, IncrementalDetokenizer]] = []
-        if self._prompt_ids:
-            scores = self._choice.prompt_logprobs or (None,) * len(self._prompt_ids)
-            pairs = [(*pair, self._prompt_detokenizer) for pair in zip(self._prompt_ids, scores, strict=True)]
-            self._prompt_ids = ()
-        pairs += [(entry.token_id, entry, self._detokenizer) for entry in entries]
-        written: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, entry, detokenizer in pairs:
-            written["tokens"].append(self._writer.text(token_id))
-            written["token_logprobs"].append(None if entry is None else _floored(entry.logprob))
-            written["top_logprobs"].append(None if entry is None else self._writer.top(entry))
-            written["text_offset"].append(self._offset)
+    def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """tokens, token_logprobs, top_logprobs, text_offset; the first piece of an echo begins with the prompt, and is Lazy."""
+        num_prompt, offsets = len(self._prompt_ids), []
+        if num_prompt:
+            detokenizer = IncrementalDetokenizer(self._tokenizer, (), skip_special_tokens=False)
+            offsets += self._count(self._prompt_ids, detokenizer)
+        offsets += self._count([entry.token_id for entry in entries], self._detokenizer)
+        prompt_ids, self._prompt_ids = self._prompt_ids, ()
+        if not num_prompt:
+            return self._columns(entries, [entry.token_id for entry in entries]) | {"text_offset": offsets}
+        scores = PromptEntries(self._choice.prompt_logprobs)
+
+        def column(name: str) -> Callable[[range], Sequence[Any]]:
+            def read(places: range) -> Sequence[Any]:
+                ends = range(max(places.start, num_prompt), places.stop)
+                prompt = [scores[place] for place in places if place < num_prompt]
+                said = [entries[place - num_prompt] for place in ends]
+                ids = [*prompt_ids[places.start : places.stop], *(entry.token_id for entry in said)]
+                column: Sequence[Any] = self._columns([*prompt, *said], ids)[name]
+                return column
+
+            return read
+
+        names, num_entries = ("tokens", "token_logprobs", "top_logprobs"), num_prompt + len(entries)
+        columns: dict[str, Any] = {name: lazy_list(num_entries, column(name)) for name in names}
+        return columns | {"text_offset": offsets}
+
+    def _columns(self, entries: Sequence[TokenLogprob | None], token_ids: Sequence[int]) -> dict[str, Any]:
+        return {
+            "tokens": [self._writer.text(token_id) for token_id in token_ids],
+            "token_logprobs": [None if entry is None else _floored(entry.logprob) for entry in entries],
+            "top_logprobs": [None if entry is None else self._writer.top(entry) for entry in entries],
+        }
+
+    def _count(self, token_ids: Iterable[int], detokenizer: IncrementalDetokenizer) -> list[int]:
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self._offset)
             self._offset += len(detokenizer.push(token_id))
-        return written
+        return offsets
 
 
-def write_prompt_logprobs(
-    tokenizer: Tokenizer, scores: Sequence[TokenLogprob | None] | None, num_top: int
-) -> list[dict[str, Any] | None] | None:
+class PromptEntries:
+    """The scores of a prompt by the numbers of its tokens; None for the first, and for those that nobody scored."""
+
+    def __init__(self, parts: Sequence[PromptScores]) -> None:
+        self._parts = parts
+        self._ends = [part.end for part in parts]
+
+    def __getitem__(self, place: int) -> TokenLogprob | None:
+        index = bisect_right(self._ends, place)
+        if index == len(self._parts) or place < self._parts[index].first:
+            return None
+        return self._parts[index][place - self._parts[index].first]
+
+
+def write_prompt_logprobs(tokenizer: Tokenizer, choice: Choice, num_top: int) -> Lazy:
     """One entry per prompt token, null for the first: token id -> logprob, rank (1: the likeliest), text."""
-    return None if scores is None else [_ranked(tokenizer, score, num_top) for score in scores]
+    scores = PromptEntries(choice.prompt_logprobs)
+    return lazy_list(
+        len(choice.prompt.token_ids),
+        lambda places: [_ranked(tokenizer, scores[place], num_top) for place in places],
+    )
 
 
 def _ranked(tokenizer: Tokenizer, score: TokenLogprob | None, num_top: int) -> dict[str, Any] | None:

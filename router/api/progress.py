@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.api.metrics import Metrics
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from workers.errors import InvariantViolated, Refusal, Refused
-from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
+from workers.prompt_scores import PromptScores
+from workers.request import FinishReason, HandoffReport, Output, Request
 
 
 @dataclass(slots=True)
@@ -30,7 +31,8 @@ class Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     handoff: HandoffReport | None = None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: list[PromptScores] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, in order, each once."""
     is_announced: bool = False
     """Its first chunk has been sent."""
 
@@ -64,14 +66,16 @@ class Progress:
             raise Refused(output.refusal or Refusal.INTERNAL, output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
+        _add_scores(choice, output.prompt_logprobs)
         num_new = len(output.token_ids)
         choice.num_drawn += num_new
         if self.job.hide_output:
             finish = FinishReason.LENGTH if output.finish_reason else None
             output = replace(output, token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
+        if not num_new and output.finish_reason is None:
+            return choice, output
         if choice.first_s is None:
             choice.first_s = now_s
-            choice.prompt_logprobs = output.prompt_logprobs
             self._count_cached(choice, output.cached_tokens)
             self._metrics.ttft.observe(now_s - self._start_s)
         elif num_new:
@@ -132,6 +136,16 @@ class Progress:
             "tpot_s": sum(span for span, count in spans if count > 0) / gaps if gaps else None,
             "total_s": max(choice.last_s for choice in self.choices) - self._start_s,
         }
+
+
+def _add_scores(choice: Choice, parts: tuple[PromptScores, ...]) -> None:
+    """Raises InvariantViolated for a gap; what a second worker says again is passed over."""
+    for part in parts:
+        num_known = choice.prompt_logprobs[-1].end if choice.prompt_logprobs else 1
+        if part.first > num_known:
+            raise InvariantViolated(f"logprobs of prompt tokens {num_known} to {part.first - 1} are missing")
+        if part.end > num_known:
+            choice.prompt_logprobs.append(part.part(num_known, part.end))
 
 
 _HANDOFF_FIELDS = (

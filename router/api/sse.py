@@ -1,8 +1,10 @@
-"""Frames JSON as server-sent events; it knows nothing of what the JSON says."""
+"""Writes JSON, also such that is too long to be written in one go, and frames it as server-sent events; knows nothing of what it says."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 DONE = b"data: [DONE]\n\n"
@@ -21,6 +23,65 @@ def to_json(value: Any) -> str:
     if text.isascii():
         return text
     return text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+BITE = 64
+"""Entries of a long list that are written at once: the encoder lets nothing else run meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A JSON value that is made as it is written: its text, in parts."""
+
+    parts: Iterable[str]
+
+
+def lazy_list(num_entries: int, entries: Callable[[range], Sequence[Any]]) -> Lazy:
+    """An array of entries that `entries(places)` makes, a bite of them at a time."""
+
+    def parts() -> Iterator[str]:
+        yield "["
+        for start in range(0, num_entries, BITE):
+            text = to_json(entries(range(start, min(start + BITE, num_entries))))[1:-1]
+            yield f",{text}" if start else text
+        yield "]"
+
+    return Lazy(parts())
+
+
+def lazy_each(values: Iterable[Any]) -> Lazy:
+    """An array of values that are long themselves."""
+
+    def parts() -> Iterator[str]:
+        before = "["
+        for value in values:
+            yield before
+            yield from json_parts(value)
+            before = ","
+        yield "]" if before == "," else "[]"
+
+    return Lazy(parts())
+
+
+def json_parts(value: Any) -> Iterator[str]:
+    """The text of `to_json` in parts, none of which takes long; the value may have Lazy ones in it.
+
+    A list is long where it has more than BITE entries; what one entry holds is written at once, unless it is Lazy.
+    """
+    match value:
+        case Lazy(parts):
+            yield from parts
+        case dict():
+            before = "{"
+            for name, inner in value.items():
+                yield f"{before}{to_json(name)}:"
+                yield from json_parts(inner)
+                before = ","
+            yield "}" if value else "{}"
+        case list() | tuple() if len(value) > BITE:
+            yield from lazy_list(len(value), lambda places: value[places.start : places.stop]).parts
+        case _:
+            yield to_json(value)
 
 
 def event(data: bytes) -> bytes:

@@ -64,7 +64,7 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
     check_length(prompt.token_ids, info, "messages")
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
+    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
 
 
 def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -75,7 +75,7 @@ def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenize
     prompts = read_prompts(body.prompt, tokenizer, info.vocab_size, body.add_special_tokens is not False)
     for prompt in prompts:
         check_length(prompt.token_ids, info, "prompt")
-    return _job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+    return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
 
 
 def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
@@ -97,7 +97,7 @@ def check_length(token_ids: tuple[int, ...], info: ModelInfo, param: str, max_to
         raise rejected(400, "context_length_exceeded", message, param)
 
 
-def _job(
+def make_job(
     body: GenerationBody,
     info: ModelInfo,
     tokenizer: Tokenizer,
@@ -107,6 +107,7 @@ def _job(
     default_max_tokens: int,
     logprobs: int | None,
 ) -> Job:
+    """The job of prompts that share what `body` asks for; `param` names them in errors. Raises InvalidRequest, Rejected."""
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     n = 1 if body.n is None else body.n
     _check_bound(n, config.max_n, "n")
@@ -120,6 +121,10 @@ def _job(
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
     params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(secrets.randbits(63))
+    num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
+    if num_scores > config.max_prompt_scores:
+        message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
+        raise InvalidRequest(message, "prompt_logprobs" if body.prompt_logprobs is not None else "echo")
     job_id = uuid.uuid4().hex
     requests = []
     for place, prompt in enumerate(prompts):

@@ -43,8 +43,8 @@ class Kind(StrEnum):
     """The message is lost; what follows it arrives."""
     DELAY = "delay"
     DUPLICATE = "duplicate"
-    CORRUPT = "corrupt"
-    """A byte of the message is another."""
+    OVERTAKE = "overtake"
+    """The next message of the stream arrives before it."""
     CUT = "cut"
     """The connection is reset."""
     HALF_OPEN = "half_open"
@@ -77,7 +77,7 @@ class Kind(StrEnum):
     """The receiver cannot connect over this transport."""
 
 
-MESSAGE_KINDS = (Kind.DROP, Kind.DELAY, Kind.DUPLICATE, Kind.CORRUPT)
+MESSAGE_KINDS = (Kind.DROP, Kind.DELAY, Kind.DUPLICATE, Kind.OVERTAKE)
 LINE_KINDS = (Kind.CUT, Kind.HALF_OPEN, Kind.SLOW)
 DATA_KINDS = tuple(kind for kind in Kind if kind.startswith("data_"))
 PREFILL_KINDS = (Kind.KILL_PREFILL, Kind.STOP_PREFILL, Kind.ZOMBIE_PREFILL, Kind.SWITCH_PREFILL)

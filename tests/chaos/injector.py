@@ -22,14 +22,6 @@ def between(bounds: tuple[float, float], chance: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * chance
 
 
-def spoil(raw: bytes, chance: float) -> bytes:
-    """The message with one bit of one byte turned."""
-    spoiled = bytearray(raw)
-    place = int(chance * len(raw) * 8)
-    spoiled[place // 8] ^= 1 << place % 8
-    return bytes(spoiled)
-
-
 class Injector:
     """`faults` by request id. `leave(request id)` makes its client hang up. `arena` is set once there is one."""
 
@@ -138,8 +130,8 @@ class Injector:
                 await asyncio.sleep(between(DELAY_S, chance))
             case Kind.DUPLICATE:
                 return [raw, raw]
-            case Kind.CORRUPT:
-                return [spoil(raw, chance)]
+            case Kind.OVERTAKE:
+                passing.is_held = True
             case Kind.CUT:
                 connection.cut()
             case Kind.HALF_OPEN:

@@ -69,6 +69,8 @@ class Passing:
     """Worker ids; empty where the stream does not say."""
     decode: str
     handoff: HandoffWatch | None
+    is_held: bool = False
+    """Set by a hand: the next message of the stream shall pass before it."""
 
 
 Watch = AttachWatch | HandoffWatch | None
@@ -163,8 +165,13 @@ class Middle:
 
     # ---- streams ----
 
-    async def _touch(self, watch: Watch, connection: Connection, raw: bytes, up: bool) -> list[bytes]:
-        """What is passed on in place of a message, which may mark several steps, a frame's also of several requests."""
+    async def _touch(
+        self, watch: Watch, connection: Connection, raw: bytes, up: bool, held: list[bytes]
+    ) -> list[bytes]:
+        """What is passed on in place of a message, which may mark several steps, a frame's also of several requests.
+
+        `held` are the messages of this direction that are to follow the next one.
+        """
         passings: list[Passing] = []
         if isinstance(watch, HandoffWatch):
             steps = watch.up(raw) if up else watch.down(raw)
@@ -176,6 +183,11 @@ class Middle:
         for passing in passings:
             touched = await self._hand.touch(passing)
             out = out if touched == [raw] else touched
+        if any(passing.is_held for passing in passings):
+            held.append(raw)
+            return []
+        out = [*out, *held]
+        held.clear()
         return out
 
     def _passing(self, step: Step, raw: bytes, connection: Connection, watch: HandoffWatch) -> Passing:
@@ -189,8 +201,9 @@ class Middle:
         connection: Connection,
     ) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            held: list[bytes] = []
             async for raw in incoming:
-                for message in await self._touch(watch, connection, raw, up=False):
+                for message in await self._touch(watch, connection, raw, False, held):
                     await call.write(message)
                 if isinstance(watch, HandoffWatch) and watch.is_released:
                     await self._hand.touch(self._passing(Step.RELEASED, b"", connection, watch))
@@ -211,8 +224,9 @@ class Middle:
             watch = AttachWatch(self.worker_id)
         writer = asyncio.create_task(self._down(incoming, call, watch, connection))
         try:
+            held: list[bytes] = []
             async for raw in call:
-                for message in await self._touch(watch, connection, raw, up=True):
+                for message in await self._touch(watch, connection, raw, True, held):
                     yield message
             code, details = await call.code(), await call.details()
             if code is not grpc.StatusCode.OK:

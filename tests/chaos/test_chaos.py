@@ -8,7 +8,7 @@ from chaos.faults import Kind
 from chaos.run import ChaosRun, Result
 from chaos.scenarios import Scenario, moves, prompts
 
-QUICK = (Kind.DROP, Kind.DUPLICATE, Kind.CORRUPT, Kind.CUT, Kind.LEAVE)
+QUICK = (Kind.DROP, Kind.DUPLICATE, Kind.OVERTAKE, Kind.CUT, Kind.LEAVE)
 """Faults that cost no waiting for a bound."""
 DATA = (Kind.DATA_DROP, Kind.DATA_DUPLICATE, Kind.DATA_CORRUPT, Kind.DATA_CUT, Kind.DATA_UNREACHABLE)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from redis_server import RedisServer
 
+from cluster.registration import number_start
 from cluster.store.memory import MemoryStore
 from cluster.store.redis_store import RedisStore
 from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Snapshot, Store, StoreUnavailable
@@ -75,16 +76,12 @@ async def test_a_delete_that_names_a_version_spares_a_newer_one(store: Store) ->
     assert entry is not None and entry.value == "new"
 
 
-async def test_no_count_is_given_twice(store: Store) -> None:
-    counts = await asyncio.gather(*(store.increment("starts/decode-0") for _ in range(20)))
-    assert sorted(counts) == list(range(1, 21))
-    entry = await store.get("starts/decode-0")
-    assert entry is not None and entry.value == "20"
-
-
-async def test_a_counter_goes_on_from_a_written_value(store: Store) -> None:
-    await store.put("starts/decode-0", "7")
-    assert await store.increment("starts/decode-0") == 8
+async def test_no_number_of_a_start_is_given_twice(store: Store) -> None:
+    numbers = await asyncio.gather(*(number_start(store, "decode-0", 1000.5) for _ in range(20)))
+    assert sorted(numbers) == list(range(1000, 1020)), "as many in one second as there may be"
+    assert await number_start(store, "decode-0", 5000.0) == 5000
+    assert await number_start(store, "decode-0", 4000.0) == 5001, "though the clock was set back"
+    assert await number_start(store, "decode-1", 4000.0) == 4000
 
 
 async def test_list_shows_what_is_under_a_prefix_in_order(store: Store) -> None:

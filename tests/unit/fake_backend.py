@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import uvicorn
 
@@ -19,6 +20,7 @@ from router.api.app import create_app
 from router.api.config import ApiConfig
 from router.backend import RouterStatus, WorkerView
 from workers.errors import InvalidRequest
+from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.status import Load, ModelInfo, Role, WorkerStatus
 from workers.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -80,15 +82,26 @@ def say(backend: FakeBackend, request: Request, token_ids: list[int]) -> list[St
         scores = () if params.logprobs is None else (score(token_id, params.logprobs),)
         reason = FinishReason.LENGTH if is_last else None
         outputs.append(Output(request.request_id, position, (token_id,), text, scores, reason))
-    prompt_logprobs = None
-    if params.prompt_logprobs is not None:
-        scored = [score(token_id, params.prompt_logprobs) for token_id in request.prompt_token_ids[1:]]
-        prompt_logprobs = (None, *scored)
     report = HandoffReport("prefill-0", "decode-0", "shm", kv_bytes=4096, transfer_s=0.25, prefill_s=0.5)
-    outputs[0] = replace(
-        outputs[0], cached_tokens=backend.cached_tokens, prompt_logprobs=prompt_logprobs, handoff=report
+    outputs[0] = replace(outputs[0], cached_tokens=backend.cached_tokens, handoff=report)
+    if params.prompt_logprobs is None:
+        return list(outputs)
+    parts = score_prompt(request.prompt_token_ids, params.prompt_logprobs)
+    return [*(Output(request.request_id, 0, prompt_logprobs=(part,)) for part in parts), *outputs]
+
+
+def score_prompt(token_ids: Sequence[int], num_top: int) -> list[PromptScores]:
+    """What `score` says of each token but the first, in parts as workers send them."""
+    scored = [score(token_id, num_top) for token_id in token_ids[1:]]
+    logprobs = np.array([entry.logprob for entry in scored], np.float32)
+    top_ids = np.array([[token for token, _ in entry.top] for entry in scored], np.int32)
+    top_logprobs = np.array([[logprob for _, logprob in entry.top] for entry in scored], np.float32)
+    ranks = np.full(len(scored), 7, np.int32)
+    shape = (len(scored), num_top)
+    whole = PromptScores(
+        1, np.array(token_ids[1:], np.int32), logprobs, ranks, top_ids.reshape(shape), top_logprobs.reshape(shape)
     )
-    return list(outputs)
+    return [whole.part(start, start + 5) for start in range(1, whole.end, 5)]
 
 
 def score(token_id: int, num_top: int) -> TokenLogprob:

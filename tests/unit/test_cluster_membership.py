@@ -88,8 +88,10 @@ def test_the_operator_is_told_what_became_of_a_worker() -> None:
     before = worker("a", 1 << 16, Role.DECODE)
     assert describe("a", before, before) == ""
     assert describe("a", before, None) == "a is gone"
-    assert describe("a", None, before) == "a is there: decode, generation 1.0"
+    assert describe("a", None, before) == "a is there: decode, generation 1970-01-01T00:00:01Z/0"
     assert describe("a", before, worker("a", (1 << 16) + 1, Role.MIXED)) == (
-        "a switched from decode to mixed, generation 1.1"
+        "a switched from decode to mixed, generation 1970-01-01T00:00:01Z/1"
     )
-    assert describe("a", before, worker("a", 2 << 16)) == "a was started again: decode, generation 2.0"
+    assert (
+        describe("a", before, worker("a", 2 << 16)) == "a was started again: decode, generation 1970-01-01T00:00:02Z/0"
+    )

@@ -59,12 +59,13 @@ class Case:
 
 def given_to(outputs: list[tuple[int, Output]], sequence_id: int, num_delivered: int = 0) -> Given:
     """Tokens, their logprobs, prompt logprobs and the end."""
-    mine = [output for owner, output in outputs if owner == sequence_id]
+    said = [output for owner, output in outputs if owner == sequence_id]
+    mine = [output for output in said if output.token_ids or output.finish_reason]
     assert [o.position for o in mine] == list(range(num_delivered, num_delivered + len(mine)))
     return (
         [token for o in mine for token in o.token_ids],
         [entry for o in mine for entry in o.logprobs],
-        mine[0].prompt_logprobs,
+        [entry for o in said for part in o.prompt_logprobs for entry in part],
         mine[-1].finish_reason,
     )
 
@@ -119,7 +120,8 @@ def run_together(
             break
     for index, (_, which, num_delivered) in enumerate(jobs):
         tokens, logprobs, prompt_logprobs, end = case.alone[which]
-        expected = (tokens[num_delivered:], logprobs[num_delivered:], prompt_logprobs, end)
+        # Whoever has a token has been told of the whole prompt before.
+        expected = (tokens[num_delivered:], logprobs[num_delivered:], [] if num_delivered else prompt_logprobs, end)
         assert given_to(outputs, index, num_delivered) == expected
     return dict(engine.counters())
 

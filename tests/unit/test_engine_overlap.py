@@ -153,8 +153,8 @@ def test_a_prompt_for_another_worker_is_not_held_up_by_a_step_behind_it() -> Non
     assert source.num_held_blocks == 0 and target.num_held_blocks == 0
 
 
-@pytest.mark.parametrize(("fault", "step"), [("breaks_at", 2), ("refuses_at", 3)])
-def test_a_step_that_fails_ends_its_sequences_once_and_no_others(fault: str, step: int) -> None:
+def failing_at(fault: str, step: int) -> tuple[list[Output], list[Output]]:
+    """What two sequences say, of which the first is alone in the step under way when the second comes and a fault happens."""
     runner = Recorded()
     engine = make_engine(runner, max_batch_tokens=40)
     healthy = make_request(range(50, 90), max_tokens=12)
@@ -163,13 +163,25 @@ def test_a_step_that_fails_ends_its_sequences_once_and_no_others(fault: str, ste
     setattr(runner, fault, step)  # step 2 is under way, 3 the next to be launched
     engine.add(2, healthy)
     outputs += run_to_end(engine)
-    ends = [(owner, o.finish_reason) for owner, o in outputs if o.finish_reason]
-    assert (1, FinishReason.ERROR) in ends and len(ends) == 2
-    if fault == "breaks_at":
-        assert tokens_of(outputs, 2) == generate_alone(healthy)
     engine.add(3, healthy)
-    assert tokens_of(run_to_end(engine), 3) == generate_alone(healthy)
+    assert tokens_of(run_to_end(engine), 3) == tokens_of(outputs, 2) == generate_alone(healthy)
     assert engine.num_held_blocks == 0
+    first, second = ([output for owner, output in outputs if owner == number] for number in (1, 2))
+    return first, second
+
+
+def test_a_step_that_fails_ends_its_sequence_once_and_no_other() -> None:
+    first, second = failing_at("breaks_at", 2)
+    assert [o.finish_reason for o in first if o.finish_reason] == [FinishReason.ERROR]
+    assert second[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_step_that_could_not_be_launched_ahead_is_run_later() -> None:
+    first, second = failing_at("refuses_at", 3)
+    assert [token for output in first for token in output.token_ids] == generate_alone(
+        make_request(range(30), max_tokens=50)
+    )
+    assert second[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_a_settled_engine_runs_no_step_and_loses_no_output() -> None:

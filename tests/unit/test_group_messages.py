@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from workers.group.messages import (
     lengths,
 )  # fmt: skip
 from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results, split_by_pool
+from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob
 from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.edits import LogitEdits, edits_of
@@ -129,7 +131,16 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
 @given(st.floats(-9999, 0), st.floats(-9999, 0))
 def test_logprobs_keep_their_bits(first: float, second: float) -> None:
     entry = TokenLogprob(3, first, ((3, first), (9, second)))
-    results = [Sampled(1, 3, entry, (entry, TokenLogprob(4, second))), Sampled(2, None)]
+    floats = np.array([first, second], np.float32)
+    scores = PromptScores(
+        5,
+        np.array([3, 4], np.int32),
+        floats,
+        np.array([1, 7], np.int32),
+        np.array([[3], [9]], np.int32),
+        floats[:, None],
+    )
+    results = [Sampled(1, 3, entry, scores), Sampled(2, None)]
     assert decode_results(encode_results(results)) == results
 
 

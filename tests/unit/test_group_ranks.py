@@ -101,7 +101,13 @@ def start(runner: Runner, work: list[Request]) -> Engine:
 def found(outputs: list[tuple[int, Output]], count: int) -> Found:
     """Tokens of each request, and the logprobs that came with them: floats, so their bits count."""
     return [
-        (tokens_of(outputs, i), [(o.logprobs, o.prompt_logprobs) for owner, o in outputs if owner == i])
+        (
+            tokens_of(outputs, i),
+            [
+                *(score for owner, o in outputs if owner == i for part in o.prompt_logprobs for score in part),
+                *(o.logprobs for owner, o in outputs if owner == i and o.token_ids),
+            ],
+        )
         for i in range(count)
     ]
 

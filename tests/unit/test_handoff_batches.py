@@ -26,6 +26,7 @@ from workers.kv_transfer.source import Filled, SourceSession
 from workers.kv_transfer.transports.loopback import LoopbackTransport
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
+from workers.wire_seal import Sealer
 
 RECEIVER = WorkerAddress("decode-0", 1, "127.0.0.1:1")
 LAYOUT = fake_layout()
@@ -60,8 +61,9 @@ async def writes_of_a_prompt(takes_batches: bool) -> list[list[HandoffUp]]:
     said: asyncio.Queue[HandoffDown] = asyncio.Queue()
 
     async def incoming() -> AsyncIterator[pb.HandoffDown]:
+        sealer = Sealer()
         while True:
-            yield down_to_pb("t", RECEIVER.generation, await said.get())
+            yield sealer.seal(down_to_pb("t", RECEIVER.generation, await said.get()))
 
     prompt = Prompt(cut, driver.post)
     running = asyncio.create_task(driver.run(incoming(), prompt))

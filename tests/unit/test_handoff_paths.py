@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 
 import grpc
 import numpy as np
@@ -42,6 +41,7 @@ from workers.kv_transfer.transports.shm import ShmTransport
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
+from workers.wire_seal import Sealer
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = Prompt(REQUEST)
@@ -62,11 +62,12 @@ class Receiver:
     def __init__(self, source: WorkerAddress, channel: grpc.aio.Channel) -> None:
         self._source = source
         self.call = worker_pb2_grpc.WorkerStub(channel).Handoff()
+        self._sealer = Sealer()
         self.pieces: set[int] = set()
         self.heard: list[HandoffUp] = []
 
-    async def say(self, message: HandoffDown) -> None:
-        await self.call.write(down_to_pb("t", ME.generation, message))
+    async def say(self, message: HandoffDown, transfer_id: str = "t") -> None:
+        await self.call.write(self._sealer.seal(down_to_pb(transfer_id, ME.generation, message)))
 
     async def open(self, subject: Subject = PROMPT, first_block: int = 0, num_blocks: int = NUM_BLOCKS) -> None:
         await self.say(
@@ -151,7 +152,7 @@ async def test_a_receiver_that_leaves_at_any_step_leaves_nothing_at_the_sender(s
             await receiver.call.done_writing()
             await receiver.hear_end()
         else:
-            await receiver.call.write(down_to_pb("another transfer", ME.generation, PieceAck()))
+            await receiver.say(PieceAck(), "another transfer")
             await receiver.hear_end()
         counters = await idle(worker)
         # A stream that is cut before it was served was never a handoff.
@@ -235,7 +236,11 @@ class Sender(worker_pb2_grpc.WorkerServicer):
         first = await anext(request_iterator)
         opening = down_from_pb(first)
         assert isinstance(opening, OpenHandoff) and isinstance(opening.subject, Prompt)
-        say = partial(up_to_pb, first.transfer_id, self.generation)
+        sealer = Sealer()
+
+        def say(message: HandoffUp) -> pb.HandoffUp:
+            return sealer.seal(up_to_pb(first.transfer_id, self.generation, message))
+
         cut = Cut(self._memory.layout, opening.first_block, opening.num_blocks)
         offer = self._shm.offer(opening.target, "here") or b""
         if self._fault == "dies at once":
@@ -258,7 +263,6 @@ class Sender(worker_pb2_grpc.WorkerServicer):
                 pieces = describe_pieces(self._memory, cut, [(n, n) for n in range(cut.num_pieces)])
                 if self._fault == "speaks of another generation":
                     self.generation += 1
-                    say = partial(up_to_pb, first.transfer_id, self.generation)
                 if self._fault == "breaks its transport":
                     yield say(TransportBroken(down.epoch, "no socket"))
                 elif self._fault == "announces what it has not":

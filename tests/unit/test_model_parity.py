@@ -88,7 +88,8 @@ def test_prompt_logprobs_are_those_of_transformers_across_chunks(served: Served)
     first = prefill(tokens[:70], prompt_logprobs=2, next_token_id=tokens[70])
     last = prefill(tokens, 70, prompt_logprobs=2, sample=SampleSpec(GREEDY, 0, 0, tokens, ()))
     results = [runner.execute(Batch(prefill=(piece,)))[0] for piece in (first, last)]
-    found = [entry for result in results for entry in result.prompt_logprobs]
+    found = [entry for result in results for entry in result.prompt_logprobs or ()]
+    assert [result.prompt_logprobs.first for result in results if result.prompt_logprobs] == [1, 71]
 
     expected = torch.log_softmax(oracle.logits(tokens), dim=-1)
     assert [entry.token_id for entry in found] == tokens[1:]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, the_submit
 
 from router.events import RequestArrived
 from workers.client import Cancel, WorkerFrame
 from workers.errors import Refusal
+from workers.prompt_scores import PromptScores
 from workers.request import HandoffReport, Output, TokenLogprob
 from workers.status import Role
 
@@ -67,14 +69,21 @@ def test_a_gap_is_filled_by_running_again() -> None:
     assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)
 
 
-def test_first_output_extras_come_once_although_a_second_worker_sends_them_again() -> None:
+SCORES = PromptScores(
+    1, *(np.zeros(1, kind) for kind in ("i4", "f4", "i4")), np.zeros((1, 0), "i4"), np.zeros((1, 0), "f4")
+)
+
+
+def test_what_is_said_with_the_first_token_comes_once_although_a_second_worker_says_it_again() -> None:
     story = Story(*MIXED)
     worker, _ = the_submit(story.tell(RequestArrived(request())))
     report = HandoffReport("m-0", "m-0", "local")
-    told = Output("r#1", 0, (5,), handoff=report, prompt_logprobs=(None,), cached_tokens=4)
-    (first,) = outputs(story.frame(worker, WorkerFrame(GENERATION, (told,))))
+    scored = Output("r#1", 0, prompt_logprobs=(SCORES,))
+    told = Output("r#1", 0, (5,), handoff=report, cached_tokens=4)
+    before, first = outputs(story.frame(worker, WorkerFrame(GENERATION, (scored, told))))
     other, _ = the_submit(story.lose(worker))
-    again = Output("r#2", 1, (6,), handoff=report, prompt_logprobs=(None,), cached_tokens=4)
+    again = Output("r#2", 1, (6,), handoff=report, cached_tokens=4)
     (second,) = outputs(story.frame(other, WorkerFrame(GENERATION, (again,))))
-    assert (first.handoff, first.prompt_logprobs, first.cached_tokens) == (report, (None,), 4)
-    assert (second.handoff, second.prompt_logprobs, second.cached_tokens) == (None, None, 0)
+    assert before.prompt_logprobs == (SCORES,) and before.handoff is None
+    assert (first.handoff, first.cached_tokens) == (report, 4)
+    assert (second.handoff, second.cached_tokens) == (None, 0)

@@ -22,7 +22,7 @@ from workers.request import SamplingParams
 from workers.runner import SampleSpec
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
-from workers.sampling.sampler import logprobs_of, sample
+from workers.sampling.sampler import sample, scores_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or not supported(),
@@ -149,7 +149,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_is_touched(kernel: 
         with pytest.raises(InvariantViolated, match="outside the vocabulary"):
             sample(numbers(1, 100), [spec(**fields)], kernel)
     with pytest.raises(InvariantViolated, match="outside the vocabulary"):
-        kernel.token_logprobs(numbers(1, 100), [100], [0])
+        kernel.score_tokens(numbers(1, 100), [100], 0, 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -159,8 +159,19 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_is_touched(kernel: 
 def test_logprobs_of_given_tokens_are_those_of_pytorch(size: int, scale: float, count: int, seed: int) -> None:
     logits_RV = numbers(6, size, seed=seed) * scale
     tokens = [(seed * 31 + row * 7) % size for row in range(6)]
-    found = logprobs_of(logits_RV, tokens, [count] * 6, the_kernel())
-    assert found == token_logprobs(logits_RV, tokens, [count] * 6)
+    expected = token_logprobs(logits_RV, tokens, [count] * 6)
+    assert list(scores_of(logits_RV, tokens, count, 3, the_kernel())) == expected
+    assert list(scores_of(logits_RV, tokens, count, 3)) == expected
+    assert scores_of(logits_RV, tokens, count, 3, the_kernel()) == scores_of(logits_RV, tokens, count, 3)
+
+
+def test_logprobs_of_a_prompt_rank_equals_by_their_ids_where_the_last_place_is_shared_too() -> None:
+    logits_RV = torch.tensor(
+        [[1.0, 3.0, 3.0, 1.0, 1.0], [5.0, 1.0, 2.0, 3.0, 4.0], [0.0] * 5, [-1e9, 0.0, 1.0, -1e9, 2.0]]
+    )
+    expected = token_logprobs(logits_RV, [0, 1, 2, 3], [3] * 4)
+    assert list(scores_of(logits_RV, [0, 1, 2, 3], 3, 1)) == expected
+    assert [token for token, _ in expected[0].top] == [1, 2, 0]
 
 
 def test_a_runner_with_native_kernels_draws_with_them() -> None:

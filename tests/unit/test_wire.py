@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ from workers.kv_transfer.messages import (
     UseTransport,
 )
 from workers.pb import worker_pb2 as pb
+from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 
@@ -84,6 +86,18 @@ requests = st.builds(
     traceparent=text,
 )
 logprobs = st.builds(TokenLogprob, token_id=u32, logprob=f32, top=tuples(st.tuples(u32, f32)), rank=st.none() | u32)
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> PromptScores:
+    num, top = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=num * (2 + top), max_size=num * (2 + top)))
+    floats = draw(st.lists(f32, min_size=num * (1 + top), max_size=num * (1 + top)))
+    i4, f4 = np.array(ids, np.int32), np.array(floats, np.float32)
+    tops = i4[2 * num :].reshape(num, top), f4[num:].reshape(num, top)
+    return PromptScores(draw(u32), i4[:num], f4[:num], i4[num : 2 * num], *tops)
+
+
 reports = st.builds(
     HandoffReport,
     prefill_worker=text,
@@ -107,7 +121,7 @@ progress = {
     "text": text,
     "logprobs": tuples(logprobs),
     "cached_tokens": u32,
-    "prompt_logprobs": st.none() | tuples(st.none() | logprobs),
+    "prompt_logprobs": tuples(scores()),
     "handoff": st.none() | reports,
 }
 outputs = st.builds(Output, **progress) | st.builds(
@@ -183,7 +197,7 @@ router_messages = (
 PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {
     "request": (requests, wire_request.request_to_pb, wire_request.request_from_pb),
     "handoff_report": (reports, wire_request.handoff_report_to_pb, wire_request.handoff_report_from_pb),
-    "logprob": (st.none() | logprobs, wire_request.token_logprob_to_pb, wire_request.optional_logprob_from_pb),
+    "logprob": (logprobs, wire_request.token_logprob_to_pb, wire_request.token_logprob_from_pb),
     "output": (outputs, wire_request.output_to_pb, wire_request.output_from_pb),
     "address": (addresses, wire.address_to_pb, wire.address_from_pb),
     "load": (loads, wire.load_to_pb, wire.load_from_pb),

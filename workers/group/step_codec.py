@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from workers.group.messages import BadMessage
+from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.edits import Ids, LogitEdits, edits_of
@@ -67,7 +68,7 @@ def encode_results(results: Iterable[Sampled]) -> bytes:
             found.sequence_id,
             found.token_id,
             _logprob(found.logprob) if found.logprob is not None else None,
-            [_logprob(entry) for entry in found.prompt_logprobs],
+            None if found.prompt_logprobs is None else _scores(found.prompt_logprobs),
         ]
         for found in results
     ]
@@ -83,7 +84,7 @@ def decode_results(data: bytes) -> list[Sampled]:
                 sequence_id,
                 token_id,
                 None if logprob is None else _read_logprob(logprob),
-                tuple(_read_logprob(entry) for entry in prompt),
+                None if prompt is None else _read_scores(prompt),
             )
             for sequence_id, token_id, logprob, prompt in entries
         ]
@@ -146,6 +147,18 @@ def _logprob(found: TokenLogprob) -> list[Any]:
 def _read_logprob(entry: Sequence[Any]) -> TokenLogprob:
     token_id, logprob, top, rank = entry
     return TokenLogprob(token_id, logprob, tuple((token, value) for token, value in top), rank)
+
+
+def _scores(scores: PromptScores) -> list[Any]:
+    arrays = (scores.token_ids, scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+    return [scores.first, *(array.tolist() for array in arrays)]
+
+
+def _read_scores(entry: Sequence[Any]) -> PromptScores:
+    first, token_ids, logprobs, ranks, top_ids, top_logprobs = entry
+    ids = np.array(token_ids, np.int32)
+    tops = np.array(top_ids, np.int32).reshape(len(ids), -1), np.array(top_logprobs, np.float32).reshape(len(ids), -1)
+    return PromptScores(first, ids, np.array(logprobs, np.float32), np.array(ranks, np.int32), *tops)
 
 
 class _Numbers:

@@ -37,6 +37,11 @@ class BlockPool:
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
+    def num_unheld(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody holds."""
+        counts = self._counts
+        return sum(not counts[block] for block in blocks)
+
     def allocate(self, count: int) -> list[int]:
         """`count` blocks, each held once. Raises OutOfBlocks and takes nothing when there are fewer."""
         if count > self.num_available:

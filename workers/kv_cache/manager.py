@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_cache.block_pool import BlockPool, OutOfBlocks
@@ -11,6 +12,8 @@ from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import LowerTiers, Promotion, Pull
 from workers.kv_cache.prefix_cache import BlockKey, PrefixCache, block_key
 from workers.status import KvEvent
+
+NO_SPARE: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -59,9 +62,6 @@ class KvCacheManager:
         """Which pool a sequence lives in; there is one here, several in workers.kv_cache.pools."""
         return 0
 
-    def available_in(self, pool: int) -> int:
-        return self._pool.num_available
-
     def num_hits(self, token_ids: Sequence[int], hashes: list[int]) -> int:
         """Blocks of a prompt that `reserve_prompt` would find."""
         return len(self._cache.match(hashes[: (len(token_ids) - 1) // self.block_size], token_ids))
@@ -86,24 +86,30 @@ class KvCacheManager:
         """Chained hashes of the prompt's full blocks; none when the prefix cache is off."""
         return block_hashes(token_ids, self.block_size) if self._enabled else []
 
-    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = False) -> BlockTable:
-        """Blocks for a whole prompt, its cached beginning shared; with no `hashes` it neither takes nor gives.
+    def reserve_prompt(
+        self,
+        token_ids: Sequence[int],
+        hashes: list[int],
+        use_tiers: bool = False,
+        spare: Mapping[int, int] = NO_SPARE,
+        room: int = 0,
+    ) -> BlockTable:
+        """Blocks for a whole prompt and `room` tokens behind it, its cached beginning shared; with no `hashes` it neither takes nor gives.
 
         At least the last token stays to be computed, since its logits are wanted. What lower tiers hold of the rest is
-        pinned there until `promote` and `settle`, or `release`; without `use_tiers` they are not asked.
+        pinned there until `promote` and `settle`, or `release`; without `use_tiers` they are not asked. Raises OutOfBlocks,
+        and evicts nothing, unless `spare[pool]` blocks stay available to others.
         """
         table = BlockTable(hashes=hashes)
         usable = (len(token_ids) - 1) // self.block_size
         hits = self._cache.match(table.hashes[:usable], token_ids)
+        num_fresh = self.blocks_for(len(token_ids) + room) - len(hits)
+        num_left = self._pool.num_available - self._pool.num_unheld(hits) - num_fresh
+        if num_left < spare.get(0, 0):
+            raise OutOfBlocks(f"{num_fresh} blocks wanted beside {len(hits)} cached ones, which would leave {num_left}")
         self._pool.hold(hits)
         lower = self._match_lower(table.hashes[:usable], token_ids, len(hits)) if use_tiers else []
-        try:
-            fresh = self._pool.allocate(self.blocks_for(len(token_ids)) - len(hits))
-        except OutOfBlocks:
-            self._pool.release(hits, self._cache.contains)
-            if self._tiers is not None:
-                self._tiers.unpin(lower)
-            raise
+        fresh = self._pool.allocate(num_fresh)
         table.blocks = hits + fresh
         table.num_cached = table.num_published = len(hits)
         if lower:

@@ -6,10 +6,10 @@ Pool p has the blocks p * N to (p+1) * N - 1. A prefix is found in the pool that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from workers.kv_cache.block_pool import OutOfBlocks
-from workers.kv_cache.manager import BlockTable, KvCacheManager
+from workers.kv_cache.manager import NO_SPARE, BlockTable, KvCacheManager
 from workers.kv_cache.prefix_cache import BlockKey
 from workers.status import KvEvent
 
@@ -47,24 +47,28 @@ class PooledKvCache:
     def pool_of(self, table: BlockTable) -> int:
         return table.blocks[0] // self._size if table.blocks else 0
 
-    def available_in(self, pool: int) -> int:
-        return self._pools[pool].num_available
-
     def blocks_for(self, num_tokens: int) -> int:
         return self._pools[0].blocks_for(num_tokens)
 
     def prompt_hashes(self, token_ids: Sequence[int]) -> list[int]:
         return self._pools[0].prompt_hashes(token_ids)
 
-    def reserve_prompt(self, token_ids: Sequence[int], hashes: list[int], use_tiers: bool = False) -> BlockTable:
+    def reserve_prompt(
+        self,
+        token_ids: Sequence[int],
+        hashes: list[int],
+        use_tiers: bool = False,
+        spare: Mapping[int, int] = NO_SPARE,
+        room: int = 0,
+    ) -> BlockTable:
         """There are no tiers below several pools. In the pool that would then hold the fewest blocks: a cached beginning counts for a pool, its load against it."""
 
-        def after(pool: KvCacheManager) -> int:
-            return pool.num_held - pool.num_hits(token_ids, hashes)
+        def after(pool: int) -> int:
+            return self._pools[pool].num_held - self._pools[pool].num_hits(token_ids, hashes)
 
-        for pool in sorted(self._pools, key=after):
+        for pool in sorted(range(len(self._pools)), key=after):
             try:
-                return pool.reserve_prompt(token_ids, hashes)
+                return self._pools[pool].reserve_prompt(token_ids, hashes, spare={0: spare.get(pool, 0)}, room=room)
             except OutOfBlocks:
                 continue
         raise OutOfBlocks("no pool has room for this prompt")

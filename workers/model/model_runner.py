@@ -18,12 +18,12 @@ from workers.errors import InvalidConfig
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.ernie_config import ErnieConfig
 from workers.model.weights import Checkpoint, fingerprint
-from workers.request import TokenLogprob
+from workers.prompt_scores import PromptScores, join
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.arithmetic import DRAW_VERSION
 from workers.sampling.placement import on_device
 from workers.sampling.row_kernel import RowKernel
-from workers.sampling.sampler import Drawn, is_plain, logprobs_of, sample
+from workers.sampling.sampler import Drawn, is_plain, sample, scores_of
 from workers.status import ModelInfo
 
 _PROMPT_LOGPROB_ROWS = 64
@@ -128,17 +128,18 @@ class ModelRunner(ABC, Generic[M]):
             drawn.update(zip((i for i, _ in wanted), found, strict=True))
         return drawn
 
-    def _prompt_logprobs(self, x_TD: Tensor, piece: SequenceSlice) -> tuple[TokenLogprob, ...]:
-        """One entry for each row that a prompt token follows."""
+    def _prompt_logprobs(self, x_TD: Tensor, piece: SequenceSlice) -> PromptScores | None:
+        """One entry for each row that a prompt token follows; None where there is none, or they are not wanted."""
         if piece.prompt_logprobs is None:
-            return ()
+            return None
         following = [*piece.token_ids[1:], *(() if piece.next_token_id is None else (piece.next_token_id,))]
-        found: list[TokenLogprob] = []
+        found: list[PromptScores] = []
         for first in range(0, len(following), _PROMPT_LOGPROB_ROWS):
             tokens = following[first : first + _PROMPT_LOGPROB_ROWS]
             logits_RV = self._model.logits(x_TD[first : first + len(tokens)])
-            found += logprobs_of(logits_RV, tokens, [piece.prompt_logprobs] * len(tokens), self.row_kernel)
-        return tuple(found)
+            at = piece.start + 1 + first
+            found.append(scores_of(logits_RV, tokens, piece.prompt_logprobs, at, self.row_kernel))
+        return join(found) if found else None
 
 
 def served_len(config: WorkerConfig, dimensions: ErnieConfig) -> int:

@@ -89,18 +89,34 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
-    __slots__ = ("token_id", "logprob", "top", "absent", "rank")
+    __slots__ = ("token_id", "logprob", "top", "rank")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     TOP_FIELD_NUMBER: _ClassVar[int]
-    ABSENT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprob: float
     top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
-    absent: bool
     rank: int
-    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ..., absent: bool = ..., rank: _Optional[int] = ...) -> None: ...
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("first", "num_top", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    num_top: int
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, first: _Optional[int] = ..., num_top: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class HandoffReport(_message.Message):
     __slots__ = ("prefill_worker", "decode_worker", "transport", "kv_bytes", "transfer_s", "prefill_s", "attempts", "wait_s", "exposed_s", "resends", "degradations", "recovery", "queue_s")
@@ -133,7 +149,7 @@ class HandoffReport(_message.Message):
     def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., attempts: _Optional[int] = ..., wait_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., resends: _Optional[int] = ..., degradations: _Optional[int] = ..., recovery: _Optional[str] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("request_id", "position", "token_ids", "text", "logprobs", "finish_reason", "stop_text", "stop_token_id", "refusal", "message", "cached_tokens", "prompt_logprobs", "has_prompt_logprobs", "handoff")
+    __slots__ = ("request_id", "position", "token_ids", "text", "logprobs", "finish_reason", "stop_text", "stop_token_id", "refusal", "message", "cached_tokens", "handoff", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -145,9 +161,8 @@ class Output(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    HAS_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     position: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -159,10 +174,9 @@ class Output(_message.Message):
     refusal: str
     message: str
     cached_tokens: int
-    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    has_prompt_logprobs: bool
     handoff: HandoffReport
-    def __init__(self, request_id: _Optional[str] = ..., position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_text: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., has_prompt_logprobs: bool = ..., handoff: _Optional[_Union[HandoffReport, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptScores]
+    def __init__(self, request_id: _Optional[str] = ..., position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_text: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., refusal: _Optional[str] = ..., message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., handoff: _Optional[_Union[HandoffReport, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
 
 class WorkerAddress(_message.Message):
     __slots__ = ("worker_id", "generation", "target")
@@ -237,22 +251,20 @@ class DumpRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "number", "checksum")
+    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DUMP_FIELD_NUMBER: _ClassVar[int]
     ADOPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     dump: DumpRequest
     adopt: Adopt
     number: int
-    checksum: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s")
@@ -353,14 +365,13 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "checksum", "heard")
+    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     HEARD_FIELD_NUMBER: _ClassVar[int]
     generation: int
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
@@ -368,9 +379,8 @@ class WorkerFrame(_message.Message):
     kv_events: _containers.RepeatedCompositeFieldContainer[KvEvent]
     status: WorkerStatus
     number: int
-    checksum: int
     heard: int
-    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_blocks", "num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "itemsize")
@@ -463,7 +473,7 @@ class CancelHandoff(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class HandoffDown(_message.Message):
-    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release", "cancel", "number", "checksum")
+    __slots__ = ("transfer_id", "generation", "open", "use", "ack", "release", "cancel", "number")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -472,7 +482,6 @@ class HandoffDown(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
     open: OpenHandoff
@@ -481,8 +490,7 @@ class HandoffDown(_message.Message):
     release: ReleaseHandoff
     cancel: CancelHandoff
     number: int
-    checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., open: _Optional[_Union[OpenHandoff, _Mapping]] = ..., use: _Optional[_Union[UseTransport, _Mapping]] = ..., ack: _Optional[_Union[PieceAck, _Mapping]] = ..., release: _Optional[_Union[ReleaseHandoff, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("transport", "data")
@@ -575,7 +583,7 @@ class HandoffRefused(_message.Message):
     def __init__(self, refusal: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandoffUp(_message.Message):
-    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "checksum", "then")
+    __slots__ = ("transfer_id", "generation", "accepted", "pieces", "done", "refused", "broken", "cancel", "moved", "prefix_done", "number", "then")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -587,7 +595,6 @@ class HandoffUp(_message.Message):
     MOVED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_DONE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     THEN_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     generation: int
@@ -600,9 +607,8 @@ class HandoffUp(_message.Message):
     moved: SequenceMoved
     prefix_done: PrefixDone
     number: int
-    checksum: int
     then: _containers.RepeatedCompositeFieldContainer[HandoffUp]
-    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ..., then: _Optional[_Iterable[_Union[HandoffUp, _Mapping]]] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., generation: _Optional[int] = ..., accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., pieces: _Optional[_Union[KvPieces, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., refused: _Optional[_Union[HandoffRefused, _Mapping]] = ..., broken: _Optional[_Union[TransportBroken, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., moved: _Optional[_Union[SequenceMoved, _Mapping]] = ..., prefix_done: _Optional[_Union[PrefixDone, _Mapping]] = ..., number: _Optional[int] = ..., then: _Optional[_Iterable[_Union[HandoffUp, _Mapping]]] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("role", "generation")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerStub(object):
-    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+    """Every message of a stream has a number, from 1 on. New fields may take any number: readers pass over those they do not know.
 
     """
 
@@ -64,7 +64,7 @@ class WorkerStub(object):
 
 
 class WorkerServicer(object):
-    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+    """Every message of a stream has a number, from 1 on. New fields may take any number: readers pass over those they do not know.
 
     """
 
@@ -137,7 +137,7 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
-    """Every message of a stream has a number, from 1 on, and a checksum: xxh3-64 of itself with the checksum left out.
+    """Every message of a stream has a number, from 1 on. New fields may take any number: readers pass over those they do not know.
 
     """
 

@@ -10,17 +10,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from workers.prompt_scores import PromptScores
 from workers.request import TokenLogprob
 from workers.runner import SampleSpec
 
 
 class RowKernel(Protocol):
-    """Rows are fp32 on the host. None stands for a row with a logit that is +inf or no number: PyTorch decides there."""
+    """Rows are fp32 on the host. None stands for a row, or for rows among which is one, with a logit that is +inf or no number:
+    PyTorch decides there."""
 
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
         """The token of each row, and its logprobs where the spec asks for them. No spec has a forced token."""
 
-    def token_logprobs(
-        self, logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
-    ) -> list[TokenLogprob | None]:
-        """As workers.sampling.logprobs.token_logprobs."""
+    def score_tokens(self, logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int) -> PromptScores | None:
+        """As workers.sampling.logprobs.score_tokens."""

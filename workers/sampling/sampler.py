@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.prompt_scores import PromptScores
 from workers.request import TokenLogprob
 from workers.runner import SampleSpec
 from workers.sampling.adjustments import adjust
 from workers.sampling.edits import changes_logits, edits_of
 from workers.sampling.filters import drop_unlikely
-from workers.sampling.logprobs import token_logprobs
+from workers.sampling.logprobs import score_tokens, token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
 from workers.sampling.placement import on_device
 from workers.sampling.row_kernel import RowKernel
@@ -105,19 +106,12 @@ def _draw(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return (logits_RV + gumbel_noise(keys, logits_RV.shape[1], logits_RV.device)).argmax(-1)
 
 
-def logprobs_of(
-    logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int], kernel: RowKernel | None = None
-) -> list[TokenLogprob]:
-    """As workers.sampling.logprobs.token_logprobs, with a kernel if there is one."""
-    if kernel is None:
-        return token_logprobs(logits_RV, tokens, num_top)
-    found = kernel.token_logprobs(logits_RV, tokens, num_top)
-    return [
-        token_logprobs(logits_RV[row : row + 1], tokens[row : row + 1], num_top[row : row + 1])[0]
-        if one is None
-        else one
-        for row, one in enumerate(found)
-    ]
+def scores_of(
+    logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int, kernel: RowKernel | None = None
+) -> PromptScores:
+    """As workers.sampling.logprobs.score_tokens, with a kernel if there is one."""
+    found = None if kernel is None else kernel.score_tokens(logits_RV, tokens, num_top, first)
+    return score_tokens(logits_RV, tokens, num_top, first) if found is None else found
 
 
 def with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:

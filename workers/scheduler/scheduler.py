@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from workers.errors import InvariantViolated, Refusal, Refused
@@ -81,6 +82,8 @@ class Scheduler:
         transfers: list[Sequence] = []
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
+            if budget <= 0 and not self._may_go_elsewhere(sequence):
+                break  # blocks that it could not use in this step are better left to others
             if not self._admit(sequence, use_tiers=True):
                 break
             self.waiting.pop(0)
@@ -95,8 +98,6 @@ class Scheduler:
             self._begin(sequence, transfers)
             if sequence.state is State.PREFILLING:
                 budget -= self._take_chunk(sequence, budget, prefill)
-                if budget <= 0:
-                    break
         return transfers
 
     def give_promotion_up(self, sequence: Sequence) -> None:
@@ -145,13 +146,8 @@ class Scheduler:
         """Admits a sequence past the queue, with blocks for `num_tokens`. Raises Refused(QUEUE_FULL) when there is no room."""
         if len(self.active) >= self.limits.max_num_seqs:
             raise Refused(Refusal.QUEUE_FULL, f"the worker runs {len(self.active)} sequences already", 1.0)
-        if not self._admit(sequence):
+        if not self._admit(sequence, room=num_tokens - sequence.num_prompt):
             raise Refused(Refusal.QUEUE_FULL, "the worker's KV pool is full", 1.0)
-        try:
-            self.kv.grow(sequence.table, num_tokens)
-        except OutOfBlocks:
-            self.kv.release(sequence.table)
-            raise Refused(Refusal.QUEUE_FULL, "the worker's KV pool is full", 1.0) from None
         self.active.append(sequence)
         sequence.move(State.TRANSFERRING)
 
@@ -218,23 +214,18 @@ class Scheduler:
             into.append(sequence.prefill_slice(length))
         return max(length, 0)
 
-    def _admit(self, sequence: Sequence, use_tiers: bool = False) -> bool:
-        """Reserves blocks. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
+    def _admit(self, sequence: Sequence, use_tiers: bool = False, room: int = 0) -> bool:
+        """Reserves blocks for the prompt and `room` tokens, or changes nothing. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
         request = sequence.request
         if sequence.hashes is None:
             use_cache = request.params.prompt_logprobs is None
             sequence.hashes = self.kv.prompt_hashes(request.prompt_token_ids) if use_cache else []
+        # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
+        spare = Counter(self.kv.pool_of(s.table) for s in self.active if s.state is State.DECODING)
         try:
-            table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers)
+            sequence.table = self.kv.reserve_prompt(request.prompt_token_ids, sequence.hashes, use_tiers, spare, room)
         except OutOfBlocks:
             return False
-        # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
-        pool = self.kv.pool_of(table)
-        spare = sum(1 for s in self.active if s.state is State.DECODING and self.kv.pool_of(s.table) == pool)
-        if self.kv.available_in(pool) < spare:
-            self.kv.release(table)
-            return False
-        sequence.table = table
         return True
 
     def _begin(self, sequence: Sequence, transfers: list[Sequence]) -> None:
@@ -244,13 +235,14 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.cached_tokens += sequence.num_computed
-        if self._goes_elsewhere(sequence):
+        if self._may_go_elsewhere(sequence):
             sequence.move(State.TRANSFERRING)
             transfers.append(sequence)
         else:
             sequence.move(State.PREFILLING)
 
-    def _goes_elsewhere(self, sequence: Sequence) -> bool:
+    def _may_go_elsewhere(self, sequence: Sequence) -> bool:
+        """Whether another worker computes what is not yet computed of its prompt, or would if no cache had a part of it."""
         return (
             sequence.kind is Kind.TARGET
             and sequence.request.params.prompt_logprobs is None

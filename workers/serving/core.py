@@ -213,9 +213,7 @@ class WorkerCore:
             return
         self._out += changed
         self._sessions.tell_status()
-        self._out += self._requests.end_all(
-            Refusal.WORKER_LOST, f"{self._standing.identity.worker_id} lost a rank: {reason}", now
-        )
+        self._out += self._requests.end_all(Refusal.WORKER_LOST, "the worker that ran this request lost a rank", now)
         self._out += [events.FailHandoffs(reason), events.Post(ForgetCache())]
 
     def _close(self, now: float) -> None:

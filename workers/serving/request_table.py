@@ -39,16 +39,13 @@ class ServedRequest:
     kept: deque[Output] = field(default_factory=deque)
     num_kept: int = 0
     """Entries of `kept`: see RequestTable."""
+    forgotten: int = -1
+    """Position of the last output that is not kept any more; it can be taken up from behind it."""
     finish: Output | None = None
     """How it ended."""
     orphaned_s: float = 0.0
     orphaned_at: int = 0
     """`end` when its session was lost."""
-
-    @property
-    def first_kept(self) -> int:
-        """Position from which on it can be taken up."""
-        return self.kept[0].position if self.kept else self.end
 
 
 class RequestTable:
@@ -67,7 +64,7 @@ class RequestTable:
         """The last attempt of each; also those that have ended and can be taken up."""
         self._owned: dict[int, dict[str, ServedRequest]] = {}
         self._unwritten: dict[int, deque[tuple[int, ServedRequest]]] = {}
-        """By session what has ended, with the frame that says so, as long as that has not been written."""
+        """By session what has ended, with the place among its outputs of the one that says so, as long as that has not been written."""
         self._orphans: dict[int, ServedRequest] = {}
         """By sequence id, the oldest first."""
 
@@ -118,11 +115,13 @@ class RequestTable:
         served.num_kept += _num_entries(output)
         served.end = output.position + len(output.token_ids)
         while served.num_kept > self._max_kept:
-            served.num_kept -= _num_entries(served.kept.popleft())
-        return served.owner is not None or served.first_kept <= served.orphaned_at
+            oldest = served.kept.popleft()
+            served.num_kept -= _num_entries(oldest)
+            served.forgotten = oldest.position
+        return served.owner is not None or served.forgotten < served.orphaned_at
 
-    def end(self, served: ServedRequest, output: Output, frame: int) -> None:
-        """Its last output, which the session's frame of that number will say. An end that is no answer is not kept."""
+    def end(self, served: ServedRequest, output: Output, place: int) -> None:
+        """Its last output, which is number `place` of its session. An end that is no answer is not kept."""
         del self._running[served.sequence_id]
         if output.finish_reason in (FinishReason.ERROR, FinishReason.MOVED):
             self._disown(served)
@@ -132,12 +131,12 @@ class RequestTable:
         if served.owner is not None:
             owner = served.owner
             self._disown(served)
-            self._unwritten.setdefault(owner, deque()).append((frame, served))
+            self._unwritten.setdefault(owner, deque()).append((place, served))
 
-    def written(self, owner: int, frame: int) -> None:
-        """All frames of a session up to this one have been written: what they ended is over."""
+    def written(self, owner: int, place: int) -> None:
+        """All outputs of a session up to this one have been written: what they ended is over."""
         ended = self._unwritten.get(owner)
-        while ended and ended[0][0] <= frame:
+        while ended and ended[0][0] <= place:
             self._forget(ended.popleft()[1])
 
     # ---- owners ----
@@ -157,9 +156,9 @@ class RequestTable:
         num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
         return list(self._orphans.values())[:num_too_many]
 
-    def adopt(self, name: str, position: int, owner: int, attempt: str, frame: int) -> list[Output] | None:
+    def adopt(self, name: str, position: int, owner: int, attempt: str, num_said: int) -> list[Output] | None:
         """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, from
-        output position `position` on, in frame `frame`. None, and nothing changes: it is not here, or not kept from there.
+        output position `position` on, behind `num_said` others. None, and nothing changes: it is not here, or not kept from there.
         """
         served = self._by_name.get(name)
         outputs = None if served is None else _since(served, position)
@@ -170,7 +169,7 @@ class RequestTable:
         if served.finish is None:
             self._owned.setdefault(owner, {})[attempt] = served
         else:
-            self._unwritten.setdefault(owner, deque()).append((frame, served))
+            self._unwritten.setdefault(owner, deque()).append((num_said + len(outputs), served))
         return [replace(output, request_id=attempt) for output in outputs]
 
     def owner_of(self, name: str) -> tuple[int, str] | None:
@@ -217,6 +216,8 @@ class RequestTable:
 
 def _since(served: ServedRequest, position: int) -> list[Output] | None:
     """Its outputs from a position on. None: they are not kept, or none begins there."""
+    if position <= served.forgotten:
+        return None
     outputs = [output for output in served.kept if output.position >= position]
     if outputs and outputs[0].position == position:
         return outputs
@@ -233,6 +234,6 @@ def _num_entries(output: Output) -> int:
     """What it takes to keep it: tokens, and alternatives of logprobs."""
     entries = len(output.token_ids) or 1
     if output.logprobs or output.prompt_logprobs:
-        for logprob in (*output.logprobs, *(output.prompt_logprobs or ())):
-            entries += 1 if logprob is None else len(logprob.top)
+        entries += sum(len(logprob.top) for logprob in output.logprobs)
+        entries += sum(len(part) + part.top_ids.size for part in output.prompt_logprobs)
     return entries

@@ -114,8 +114,7 @@ class Requests:
 
     def _take_up(self, session: int, name: str, attempt: str, position: int) -> bool:
         """False: it is not here, or not from there."""
-        frame = self._sessions.num_frames(session) + 1
-        outputs = self._table.adopt(name, position, session, attempt, frame)
+        outputs = self._table.adopt(name, position, session, attempt, self._sessions.num_said(session))
         if outputs is None:
             return False
         self._counters["requests_adopted"] += 1
@@ -125,7 +124,7 @@ class Requests:
 
     def written(self, session: int) -> None:
         """All frames that a session was given have been written."""
-        self._table.written(session, self._sessions.num_frames(session))
+        self._table.written(session, self._sessions.num_taken(session))
 
     def lose_router(self, session: int, now: float) -> list[Post]:
         """What it asked for runs on for a while, for whoever takes it up."""
@@ -145,7 +144,7 @@ class Requests:
         if served.owner is not None:
             self._sessions.say(served.owner, output)
         if output.finish_reason is not None:
-            self._table.end(served, output, self._sessions.num_frames(served.owner) + 1)
+            self._table.end(served, output, self._sessions.num_said(served.owner))
         elif not can_be_taken_up:
             return self._give_up_orphans([served])
         return []

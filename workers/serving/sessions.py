@@ -6,7 +6,7 @@ A router that is slow gets fewer, larger frames; what waits for it is bounded.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -21,6 +21,9 @@ STATUS_INTERVAL_S = 1.0
 """Every router hears so often that the worker lives."""
 LOAD_INTERVAL_S = 0.25
 """A router that no output goes to hears so often of load and cache, as far as they change."""
+
+MAX_FRAME_BYTES = 8 << 20
+"""Of what outputs say in one frame, far below what a gRPC message may have. An output has at most 1 MiB, or one token a step."""
 
 MAX_CACHE_EVENTS = 256
 """Kept for routers that have not heard of them; one that is further behind gets a dump."""
@@ -56,8 +59,9 @@ class Session:
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
-    num_frames: int = 0
-    """Frames taken so far."""
+    num_said: int = 0
+    num_taken: int = 0
+    """Outputs so far: all of them, and those that went into frames."""
     wants_frame: bool = False
     is_load_due: bool = False
     is_closing: bool = False
@@ -81,13 +85,15 @@ class Session:
         return self.cache_place is not None and self.cache_place != events.num_told
 
     def take_frame(self, generation: int, load: Load, events: CacheEvents, status: WorkerStatus | None) -> WorkerFrame:
-        """Everything that waits, with `status` where that is due. A router that is too far behind for cache events waits for
+        """What waits, as much as goes into one frame, with `status` where that is due. A router that is too far behind for cache events waits for
         a dump from here on."""
         is_new = status is not None or load is not self.said_load
         changes = self._take_cache_events(events)
-        frame = WorkerFrame(generation, tuple(self.outputs), load if is_new else None, changes, status)
-        self.outputs, self.said_load = [], load
-        self.num_frames += 1
+        count = frame_share(self.outputs)
+        outputs, self.outputs = tuple(self.outputs[:count]), self.outputs[count:]
+        frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status)
+        self.said_load = load
+        self.num_taken += count
         self.wants_frame = self.is_load_due = self.is_status_due = False
         return frame
 
@@ -140,10 +146,15 @@ class Sessions:
     def get(self, number: int) -> Session | None:
         return self._sessions.get(number)
 
-    def num_frames(self, number: int | None) -> int:
-        """Frames that a session has been given so far."""
+    def num_said(self, number: int | None) -> int:
+        """Outputs that have been said to a session so far."""
         session = None if number is None else self._sessions.get(number)
-        return 0 if session is None else session.num_frames
+        return 0 if session is None else session.num_said
+
+    def num_taken(self, number: int) -> int:
+        """Those of them that frames have carried."""
+        session = self._sessions.get(number)
+        return 0 if session is None else session.num_taken
 
     def attach(self, number: int, router_id: str) -> None:
         session = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
@@ -168,6 +179,7 @@ class Sessions:
         session = self._sessions.get(number)
         if session is not None:
             session.outputs.append(output)
+            session.num_said += 1
             self._touched[number] = session
 
     def stepped(self, load: Load, event: KvEvent | None, dump: KvEvent | None, askers: list[int], now: float) -> None:
@@ -245,3 +257,21 @@ class Sessions:
                 self._counters["routers_cut"] += 1
                 commands.append(CutStream(number, f"{session.router_id} does not keep up"))
         return commands
+
+
+def frame_share(outputs: Sequence[Output]) -> int:
+    """How many of these outputs go into one frame: at least one, if there is any."""
+    num_bytes = 0
+    for count, output in enumerate(outputs):
+        num_bytes += _about_bytes(output)
+        if num_bytes > MAX_FRAME_BYTES and count:
+            return count
+    return len(outputs)
+
+
+def _about_bytes(output: Output) -> int:
+    """What an output takes on the wire, roughly, and not less."""
+    num_bytes = 256 + len(output.message) + 5 * len(output.token_ids) + 4 * len(output.text)
+    if output.logprobs:
+        num_bytes += sum(32 + 16 * len(entry.top) for entry in output.logprobs)
+    return num_bytes + sum(part.num_bytes for part in output.prompt_logprobs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from workers.request import HandoffReport, Output, TokenLogprob
+from workers.prompt_scores import PromptScores
+from workers.request import MAX_SCORES, HandoffReport, Output
 from workers.runner import Sampled
 from workers.sampling.output import OutputState
 from workers.scheduler.sequence import Sequence
@@ -20,7 +21,8 @@ class Answer:
         self._num_texted = 0
         """Tokens that `text` has seen; a replay after a preemption does not show them again."""
         self._has_spoken = False
-        self._prompt_logprobs: list[TokenLogprob | None] = []
+        self._num_scored = 1
+        """Prompt tokens whose logprobs have been said; the first has none. A replay does not say them again."""
         self._report: HandoffReport | None = None
         self._landed_cached_tokens = 0
         self._queue_s: float | None = None
@@ -51,9 +53,17 @@ class Answer:
         self._num_texted = len(token_ids)
         self._has_spoken = True
 
-    def add_prompt_logprobs(self, start: int, logprobs: tuple[TokenLogprob, ...]) -> None:
-        """Those of the prompt tokens that follow positions `start`, `start` + 1, ..."""
-        self._prompt_logprobs[start:] = logprobs
+    def scored(self, scores: PromptScores) -> list[Output]:
+        """What is to be said when a chunk of the prompt has been computed: its logprobs, unless the client has them."""
+        request = self._sequence.request
+        if request.replay_token_ids:
+            return []
+        outputs = []
+        for start in range(max(self._num_scored, scores.first), scores.end, MAX_SCORES):
+            part = scores.part(start, start + MAX_SCORES)
+            outputs.append(Output(request.request_id, 0, prompt_logprobs=(part,)))
+            self._num_scored = part.end
+        return outputs
 
     def push(self, position: int, sampled: Sampled, is_new: bool, now: float) -> Output | None:
         """Accounts for the token at output position `position`, which is replayed unless it is new.
@@ -83,15 +93,13 @@ class Answer:
         return output
 
     def _first(self, output: Output, now: float) -> Output:
-        """Adds what is said once: cached tokens, prompt logprobs and how the prompt was computed."""
+        """Adds what is said once: cached tokens, and how the prompt was computed."""
         sequence, report = self._sequence, self._report
         if report is None or report.transport == "local":
             report = report or HandoffReport(self._worker_id, self._worker_id, "local")
             report = replace(report, prefill_s=now - self._computed_from_s)
-        wanted = sequence.request.params.prompt_logprobs is not None
         return replace(
             output,
             cached_tokens=max(sequence.num_cached_tokens, self._landed_cached_tokens),
             handoff=replace(report, queue_s=self._queue_s or 0.0),
-            prompt_logprobs=(None, *self._prompt_logprobs[: sequence.num_prompt - 1]) if wanted else None,
         )

@@ -42,7 +42,8 @@ class Incoming:
         live = self._transferring(sequence_id)
         if live is None:
             return
-        if live.has_lost_blocks:
+        assert sampled.token_id is not None
+        if live.has_lost_blocks or not self._roster.knows((sampled.token_id,)):
             self.failed(sequence_id, report)
             return
         assert live.answer is not None
@@ -93,10 +94,13 @@ class Incoming:
             return
         table = live.sequence.table
         try:
+            if not self._roster.knows(known_token_ids):
+                raise Refused(Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
             self._memory.adopt(table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)])
             land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
         except RankLost as error:
-            self._roster.fail(live, Refusal.WORKER_LOST, str(error))
+            log.warning("a sequence that has moved here cannot go on: %s", error)
+            self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
             return
         except Refused as error:
             self._roster.fail(live, error.refusal, str(error))
@@ -145,7 +149,9 @@ class Incoming:
 
     def lose(self, sequence: Sequence) -> None:
         """A pool lost what these blocks held. A transfer under way is let finish, and its prompt computed here."""
-        live = self._roster.lives[sequence.sequence_id]
+        live = self._roster.lives.get(sequence.sequence_id)
+        if live is None:  # it has ended, and only a step that still runs keeps it
+            return
         if sequence.state is State.TRANSFERRING:
             live.has_lost_blocks = True
         elif _is_pulling(sequence):

@@ -15,6 +15,7 @@ from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.pieces import layers_per_piece
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.sequence import Kind
+from workers.stepping.incoming import LOST_WITH_RANK
 from workers.stepping.result import BlocksFilled, LayersFilled, Prefilled, PrefixHeld
 from workers.stepping.roster import Live, Roster
 
@@ -65,7 +66,8 @@ class Outgoing:
         try:
             self._memory.expose(blocks[0 if is_first else piece.start // BLOCK_SIZE : num_filled])
         except RankLost as error:
-            self._roster.fail(live, Refusal.WORKER_LOST, str(error))
+            log.warning("a prompt computed for another worker cannot be shown to it: %s", error)
+            self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
             return
         said.filled.append(BlocksFilled(sequence.sequence_id, blocks, num_filled))
         if done:

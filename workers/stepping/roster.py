@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.errors import InvalidRequest, Refusal
+from workers.prompt_scores import PromptScores
 from workers.request import Request, error_output
 from workers.runner import Sampled
 from workers.sampling.output import Detokenizer, OutputState
@@ -69,8 +70,10 @@ class Roster:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")
-        if not all(0 <= token < self._vocab_size for token in request.prompt_token_ids):
+        if not self.knows(request.prompt_token_ids):
             raise InvalidRequest(f"the prompt has token ids outside 0..{self._vocab_size - 1}", "prompt")
+        if not self.knows(request.replay_token_ids):
+            raise InvalidRequest(f"the tokens to be replayed have ids outside 0..{self._vocab_size - 1}", "prompt")
         if num_prompt >= self._max_model_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens and the context holds {self._max_model_len} with the output",
@@ -83,6 +86,10 @@ class Roster:
                 f"the pool has {kv.max_sequence_blocks}: lower max_tokens or raise worker.kv_memory_bytes",
                 "max_tokens",
             )
+
+    def knows(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether all of them are in the vocabulary; another one fails the step that computes it."""
+        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._vocab_size)
 
     def longest(self, request: Request) -> int:
         """Tokens that prompt and output can have together."""
@@ -118,6 +125,11 @@ class Roster:
             self.said.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
+
+    def scored(self, live: Live, scores: PromptScores) -> None:
+        """Says what the tokens of a prompt scored that have been computed."""
+        assert live.answer is not None
+        self.said.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
 
     def fail(self, live: Live, refusal: Refusal, message: str) -> None:
         """Ends a sequence with an error."""

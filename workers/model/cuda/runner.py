@@ -7,19 +7,21 @@ tiles. Shapes: T rows of a step, D hidden.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from workers.config import WorkerConfig
-from workers.errors import InvalidConfig
+from workers.errors import DeviceStuck, InvalidConfig
+from workers.host_limits import available_bytes
 from workers.model.cuda.decode_graphs import DecodeGraphs
 from workers.model.cuda.device_pool import DevicePool, OnFilled, StagedKvMemory
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
 from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import available_bytes, choose_layout
+from workers.model.kv_memory import choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.weights import Checkpoint, checkpoint_folder
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
@@ -90,7 +92,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
         self, batch: Batch, after: LaunchedStep | None = None, on_layer: LayerHook | None = None
     ) -> LaunchedStep:
         """Gives the device a step to run behind the one before it; nothing here waits for results."""
-        with torch.inference_mode(), as_current(self._device):
+        with torch.inference_mode(), as_current(self._device), last_words():
             late = None if after is None else after.late_tokens
             copies = self._mirrored.follow(on_layer)
             try:
@@ -103,7 +105,7 @@ class CudaRunner(ModelRunner[CudaErnie]):
 
     def finish(self, launched: LaunchedStep) -> list[Sampled]:
         """Waits for the step's tokens, not for a step behind it, and reads the logprobs asked for."""
-        with torch.inference_mode(), as_current(self._device):
+        with torch.inference_mode(), as_current(self._device), last_words():
             drawn = self._wait(launched)
             return [
                 Sampled(
@@ -179,6 +181,17 @@ def free_bytes(device: torch.device) -> int:
         return available_bytes()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Raises DeviceStuck for an error of the device itself, after which it computes nothing for this process any more."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceStuck(
+            f"an operation on the GPU failed, and it computes nothing more for this process: {error}"
+        ) from error
 
 
 def as_current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from workers.errors import InvariantViolated
 from workers.model.native.library import Library
-from workers.request import TokenLogprob
+from workers.prompt_scores import PromptScores
+from workers.request import LOGPROB_FLOOR, TokenLogprob
 from workers.runner import SampleSpec
 from workers.sampling.edits import LogitEdits, edits_of
 from workers.sampling.filters import min_p_offset
@@ -50,15 +51,22 @@ class NativeRowKernel:
             for row, (token, spec) in enumerate(zip(tokens, specs, strict=True))
         ]
 
-    def token_logprobs(
-        self, logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
-    ) -> list[TokenLogprob | None]:
+    def score_tokens(self, logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int) -> PromptScores | None:
         packed = b"".join(
-            _SPEC.pack(token, 0, 0.0, -np.inf, 1.0, 0, 0.0, 0.0, 1.0, count, *_NO_EDITS)
-            for token, count in zip(tokens, num_top, strict=True)
+            _SPEC.pack(token, 0, 0.0, -np.inf, 1.0, 0, 0.0, 0.0, 1.0, num_top, *_NO_EDITS) for token in tokens
         )
         drawn = self._run(logits_RV, packed, len(tokens))
-        return [None if row["token"] == _NO_NUMBER else _logprob(row) for row in drawn]
+        if (drawn["token"] == _NO_NUMBER).any():
+            return None
+        count = min(num_top, logits_RV.shape[1])
+        return PromptScores(
+            first,
+            drawn["token"].astype(np.int32),
+            np.maximum(drawn["logprob"], LOGPROB_FLOOR),
+            drawn["rank"].astype(np.int32),
+            drawn["ids"][:, :count].copy(),
+            np.maximum(drawn["logprobs"][:, :count], LOGPROB_FLOOR),
+        )
 
     def _run(self, logits_RV: Tensor, packed: bytes, num_rows: int) -> np.typing.NDArray[np.void]:
         """Raises InvariantViolated when a token id is outside the vocabulary."""

@@ -23,8 +23,10 @@ template <class T> class HeadAttention {
   // `channels` of a head, a multiple of 32; `max_rows` rows at once.
   HeadAttention(int64_t channels, int64_t max_rows)
       : channels_(channels), groups_(channels / kDeep), panels_((channels + kPanel - 1) / kPanel),
-        keys_((groups_ + kLanes) * kPanel), values_(panels_ * kBlock / kDeep * kPanel),
-        output_(max_rows * panels_ * kPanel), maximum_(max_rows), total_(max_rows) {}
+        output_(max_rows * panels_ * kPanel), maximum_(max_rows), total_(max_rows) {
+    keys_.reserve((groups_ + kLanes) * kPanel);
+    values_.reserve(panels_ * kBlock / kDeep * kPanel);
+  }
 
   void start(int64_t num_rows) {
     std::fill_n(output_.data(), num_rows * panels_ * kPanel, 0.0f);
@@ -48,11 +50,18 @@ template <class T> class HeadAttention {
   }
 
   // Rows first .. first+count-1 of one task meet the block; query(i) points at row i, valid(i) positions are visible to it.
+  // Rows lie at equal distances.
   template <class Query, class Valid>
   void meet(int64_t first, int64_t count, float scale, Query&& query, Valid&& valid) {
     for (int64_t row = first; row < first + count;) {
-      const int64_t together = tile_rows(first + count - row);
-      with_rows(together, [&](auto M) { meet_tile<M>(row, scale, query, valid); });
+      int64_t together;
+      if constexpr (kTakesTiles<T>) {
+        together = std::min<int64_t>(kTileSide, first + count - row);
+        meet_rows<kTileSide>(static_cast<int>(together), row, scale, query, valid);
+      } else {
+        together = tile_rows(first + count - row);
+        with_rows(together, [&](auto M) { meet_rows<M>(M, row, scale, query, valid); });
+      }
       row += together;
     }
   }
@@ -75,15 +84,29 @@ template <class T> class HeadAttention {
     return even | load_halves(from + channels_) << 16;
   }
 
-  template <int M, class Query, class Valid>
-  BATON_INLINE void meet_tile(int64_t row, float scale, Query& query, Valid& valid) {
-    const Operand<T>* x[M];
+  // sums += x . panel; the rows are at equal distances.
+  template <int M>
+  static void add_products(std::integral_constant<int, M>, const Operand<T>* const* x, const uint32_t* panel, int64_t groups,
+                           Floats (*sums)[kVectors]) {
+    multiply_tile<T, M>(x, panel, groups, sums);
+  }
+  static void add_products(int M, const Operand<T>* const* x, const uint32_t* panel, int64_t groups, Floats (*sums)[kVectors]) {
+    const char* at = reinterpret_cast<const char*>(x[0]);
+    const int64_t pitch = M > 1 ? reinterpret_cast<const char*>(x[1]) - at : 0;
+    multiply_tiles({at, pitch}, 1, M, panel, groups, false, sums);
+  }
+
+  // `M` rows, a constant where no tiles are, of at most kMost.
+  template <int kMost, class Count, class Query, class Valid>
+  BATON_INLINE void meet_rows(Count M, int64_t row, float scale, Query& query, Valid& valid) {
+    const Operand<T>* x[kMost];
     for (int m = 0; m < M; ++m) x[m] = query(row + m);
-    Floats scores[M][kVectors] = {};
-    multiply_tile<T, M>(x, keys_.data(), groups_, scores);
-    alignas(64) Operand<T> weights[M][kBlock];
+    Floats scores[kMost][kVectors];
+    std::memset(scores, 0, sizeof scores[0] * M);
+    add_products(M, x, keys_.data(), groups_, scores);
+    alignas(64) Operand<T> weights[kMost][kBlock];
     alignas(64) float rescale[kLanes] = {};
-    float totals[M];
+    float totals[kMost];
     const Ints lane = lane_numbers();
     for (int m = 0; m < M; ++m) {
       const int num_valid = valid(row + m);
@@ -107,25 +130,25 @@ template <class T> class HeadAttention {
       totals[m] = sum(added);
     }
     store(rescale, exponential(load<Floats>(rescale)));
-    const Operand<T>* p[M];
+    const Operand<T>* p[kMost];
     for (int m = 0; m < M; ++m) {
       total_[row + m] = total_[row + m] * rescale[m] + totals[m];
       p[m] = weights[m];
     }
     for (int64_t c = 0; c < panels_; ++c) {
-      Floats sums[M][kVectors];
+      Floats sums[kMost][kVectors];
       float* out = output_.data() + row * panels_ * kPanel + c * kPanel;
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v)
           sums[m][v] = load<Floats>(out + m * panels_ * kPanel + v * kLanes) * rescale[m];
-      multiply_tile<T, M>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
+      add_products(M, p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < kVectors; ++v) store(out + m * panels_ * kPanel + v * kLanes, sums[m][v]);
     }
   }
 
   int64_t channels_, groups_, panels_;
-  std::vector<uint32_t> keys_, values_;
+  Buffer<uint32_t> keys_, values_;
   std::vector<float> output_, maximum_, total_;
 };
 

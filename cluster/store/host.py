@@ -1,4 +1,4 @@
-"""The controller actor: owns the store of a cluster that has no Redis; knows nothing of workers and routers.
+"""The actor that hosts the store of a cluster that has no Redis; knows nothing of workers and routers.
 
 When it dies its memory dies with it. Ray starts it again, its store has a new epoch, and every member registers again.
 """
@@ -12,20 +12,23 @@ from contextlib import aclosing
 from cluster.store.memory import MemoryStore
 from cluster.store.store import Entry, Snapshot
 
-CONTROLLER_NAME = "controller"
+STORE_HOST_NAME = "store"
 
 
-class Controller:
+class StoreHost:
     """An async Ray actor; its methods are those of a Store, with `next_change` in place of `watch`."""
 
     def __init__(self) -> None:
         self._store = MemoryStore()
 
     def __repr__(self) -> str:
-        return CONTROLLER_NAME
+        return STORE_HOST_NAME
+
+    async def ready(self) -> str:
+        """Answers once the actor runs."""
+        return STORE_HOST_NAME
 
     async def pid(self) -> int:
-        """The process id; answers once the actor runs."""
         return os.getpid()
 
     async def get(self, key: str) -> Entry | None:
@@ -42,9 +45,6 @@ class Controller:
 
     async def delete(self, key: str, version: int | None = None) -> bool:
         return await self._store.delete(key, version)
-
-    async def increment(self, key: str) -> int:
-        return await self._store.increment(key)
 
     async def list(self, prefix: str) -> Snapshot:
         return await self._store.list(prefix)
