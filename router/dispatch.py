@@ -13,7 +13,7 @@ from router.policies.policy import Candidates, Demand, Policy, Route
 from router.prefix_index import Prefixes, PrefixIndex
 from router.progress import Flight
 from router.view import WorkerEntry
-from workers.client import Adopt, Migration, Submit
+from workers.client import Migration, Submit
 from workers.errors import InvariantViolated
 from workers.status import PrefixHint
 
@@ -76,15 +76,6 @@ class Dispatcher:
         name = flight.request.request_id
         submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
         return Send(target.worker_id, target.connection, submit)
-
-    def adopt(self, flight: Flight, worker: WorkerEntry, now: float) -> Send:
-        """Begins a second attempt, with what `worker` kept of an earlier one."""
-        if worker.connection is None:
-            raise InvariantViolated(f"a request shall be taken up at {worker.worker_id}, which has no stream")
-        incoming = flight.begin_migration(worker.worker_id, now)
-        worker.attempts[incoming.wire_id] = None
-        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
-        return Send(worker.worker_id, worker.connection, adopt)
 
     def num_blocks(self, flight: Flight) -> int:
         """KV blocks that the request is taken to need in the end."""

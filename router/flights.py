@@ -229,8 +229,9 @@ class Flights:
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
-        if self._left:
-            self._left = {name: left for name, left in self._left.items() if self._fleet.get(name) is not None}
+        self._left = {
+            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
+        }
         for flight in self._too_old(now):
             self._cancel_attempt(flight)
             self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)

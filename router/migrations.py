@@ -16,7 +16,7 @@ from router.events import Command, Send
 from router.fleet import Fleet
 from router.progress import Flight, Incoming
 from router.view import WorkerEntry
-from workers.client import Cancel
+from workers.client import Adopt, Cancel
 from workers.request import FinishReason, Output
 
 DEPARTURE_S = 5.0
@@ -68,9 +68,13 @@ class Migrations:
 
     def take_back(self, flight: Flight, worker: WorkerEntry, now: float) -> None:
         """A worker whose stream was lost may still run the request, which runs elsewhere again: whichever is further goes on."""
-        self._out.append(self._dispatcher.adopt(flight, worker, now))
-        assert flight.incoming is not None
-        self._incoming[flight.incoming.wire_id] = flight
+        if worker.connection is None:
+            return
+        incoming = flight.begin_migration(worker.worker_id, now)
+        worker.attempts[incoming.wire_id] = None
+        self._incoming[incoming.wire_id] = flight
+        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
+        self._out.append(Send(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
 
     def take(self, output: Output, worker_id: str, now: float) -> bool:

@@ -32,13 +32,6 @@ def running(num_tokens: int = 3, **settings: object) -> tuple[WorkerStory, int]:
     return story, number
 
 
-def scores(first: int, end: int) -> PromptScores:
-    """Of the prompt tokens first .. end-1, with two alternatives each."""
-    ids = np.arange(first, end, dtype=np.int32)
-    top = np.stack([ids, ids + 1], axis=1)
-    return PromptScores(first, ids, -ids.astype(np.float32), ids, top, -top.astype(np.float32))
-
-
 # ---- left behind ----
 
 
@@ -134,13 +127,13 @@ def test_another_router_hears_every_token_from_where_its_client_is(position: int
 def test_text_logprobs_and_what_is_said_once_come_again_as_they_were() -> None:
     story, number = running(0)
     logprob = TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0)))
-    part = Output("r#1", 0, prompt_logprobs=(scores(1, 40),))
-    first = Output("r#1", 0, (7,), "he", (logprob,), cached_tokens=64, prompt_logprobs=(scores(41, 60),))
+    floats, ids = np.zeros((2, 1), np.float32), np.ones((2, 1), np.int32)
+    scores = PromptScores(1, ids[:, 0], floats[:, 0], ids[:, 0], ids, floats)
+    first = Output("r#1", 0, (7,), "he", (logprob,), cached_tokens=64, prompt_logprobs=(scores,))
     held_back, last = (
         Output("r#1", 1, (8,), ""),
         Output("r#1", 2, (9,), "llo", finish_reason=FinishReason.STOP, stop_reason="!"),
     )
-    story.step((number, part))
     story.step((number, first))
     story.lose(1)
     story.step((number, held_back))
@@ -148,20 +141,25 @@ def test_text_logprobs_and_what_is_said_once_come_again_as_they_were() -> None:
     story.attach(2)
     story.adopt(2, "r", "r#2", 0)
     assert [(o.position, o.text, o.logprobs, o.prompt_logprobs, o.cached_tokens, o.stop_reason) for o in story.heard(2)] == [
-        (o.position, o.text, o.logprobs, o.prompt_logprobs, o.cached_tokens, o.stop_reason) for o in (part, first, held_back, last)
+        (o.position, o.text, o.logprobs, o.prompt_logprobs, o.cached_tokens, o.stop_reason) for o in (first, held_back, last)
     ]  # fmt: skip
 
 
-def test_a_request_whose_prompt_logprobs_are_not_all_kept_is_not_taken_up_without_them() -> None:
-    story, number = running(0, max_kept_tokens=150)
-    story.step((number, Output("r#1", 0, prompt_logprobs=(scores(1, 40),))))
-    story.step((number, Output("r#1", 0, (7,), "he", prompt_logprobs=(scores(41, 60),))))
+def test_outputs_of_one_position_are_kept_together_or_not_at_all() -> None:
+    story, number = running(0, max_kept_tokens=8)
+    floats, ids = np.zeros((4, 1), np.float32), np.ones((4, 1), np.int32)
+    scores = PromptScores(1, ids[:, 0], floats[:, 0], ids[:, 0], ids, floats)
+    for output in (
+        Output("r#1", 0, prompt_logprobs=(scores,)),
+        Output("r#1", 0, (7,), "a"),
+        Output("r#1", 1, (8,), "b"),
+    ):
+        story.step((number, output))
     story.lose(1)
     story.attach(2)
-    story.adopt(2, "r", "r#2", 0)
+    story.adopt(2, "r", "r#2", 0)  # the first token is no use without the scores that went before it
     assert story.last(2).refusal is Refusal.NOT_KEPT
     story.adopt(2, "r", "r#3", 1)
-    story.say(number, "r#1", 1, 8)
     assert story.tokens(2, "r#3") == [8]
 
 
@@ -342,7 +340,7 @@ class Everything:
 
     def adopt(self, session: int, name: str, position: int) -> None:
         served = self.story.core._requests._table._by_name.get(name)
-        is_kept = served is not None and served.forgotten < position <= served.end
+        is_kept = served is not None and served.first_kept <= position <= served.end
         refused = self.story.core.counters["adoptions_refused"]
         self.story.adopt(session, name, self.begin(session, name, position), position)
         assert (self.story.core.counters["adoptions_refused"] == refused) is is_kept

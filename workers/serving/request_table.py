@@ -39,13 +39,18 @@ class ServedRequest:
     kept: deque[Output] = field(default_factory=deque)
     num_kept: int = 0
     """Entries of `kept`: see RequestTable."""
-    forgotten: int = -1
-    """Position of the last output that is not kept any more; it can be taken up from behind it."""
+    dropped: int = -1
+    """Position of the last output that is kept no more. What else was said at that position is no use without it."""
     finish: Output | None = None
     """How it ended."""
     orphaned_s: float = 0.0
     orphaned_at: int = 0
     """`end` when its session was lost."""
+
+    @property
+    def first_kept(self) -> int:
+        """Position from which on it can be taken up."""
+        return max(self.dropped + 1, self.kept[0].position if self.kept else self.end)
 
 
 class RequestTable:
@@ -64,7 +69,7 @@ class RequestTable:
         """The last attempt of each; also those that have ended and can be taken up."""
         self._owned: dict[int, dict[str, ServedRequest]] = {}
         self._unwritten: dict[int, deque[tuple[int, ServedRequest]]] = {}
-        """By session what has ended, with the place among its outputs of the one that says so, as long as that has not been written."""
+        """By session what has ended, with the frame that says so, as long as that has not been written."""
         self._orphans: dict[int, ServedRequest] = {}
         """By sequence id, the oldest first."""
 
@@ -115,13 +120,16 @@ class RequestTable:
         served.num_kept += _num_entries(output)
         served.end = output.position + len(output.token_ids)
         while served.num_kept > self._max_kept:
-            oldest = served.kept.popleft()
-            served.num_kept -= _num_entries(oldest)
-            served.forgotten = oldest.position
-        return served.owner is not None or served.forgotten < served.orphaned_at
+            served.dropped = served.kept[0].position
+            served.num_kept -= _num_entries(served.kept.popleft())
+        while (
+            served.kept and served.kept[0].position == served.dropped
+        ):  # the scores of a prompt come in several outputs
+            served.num_kept -= _num_entries(served.kept.popleft())
+        return served.owner is not None or served.first_kept <= served.orphaned_at
 
-    def end(self, served: ServedRequest, output: Output, place: int) -> None:
-        """Its last output, which is number `place` of its session. An end that is no answer is not kept."""
+    def end(self, served: ServedRequest, output: Output, num_said: int) -> None:
+        """Its last output, the last of `num_said` that its session was told. An end that is no answer is not kept."""
         del self._running[served.sequence_id]
         if output.finish_reason in (FinishReason.ERROR, FinishReason.MOVED):
             self._disown(served)
@@ -131,12 +139,12 @@ class RequestTable:
         if served.owner is not None:
             owner = served.owner
             self._disown(served)
-            self._unwritten.setdefault(owner, deque()).append((place, served))
+            self._unwritten.setdefault(owner, deque()).append((num_said, served))
 
-    def written(self, owner: int, place: int) -> None:
-        """All outputs of a session up to this one have been written: what they ended is over."""
+    def written(self, owner: int, num_outputs: int) -> None:
+        """The first so many outputs of a session have been written: what they ended is over."""
         ended = self._unwritten.get(owner)
-        while ended and ended[0][0] <= place:
+        while ended and ended[0][0] <= num_outputs:
             self._forget(ended.popleft()[1])
 
     # ---- owners ----
@@ -157,8 +165,9 @@ class RequestTable:
         return list(self._orphans.values())[:num_too_many]
 
     def adopt(self, name: str, position: int, owner: int, attempt: str, num_said: int) -> list[Output] | None:
-        """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, from
-        output position `position` on, behind `num_said` others. None, and nothing changes: it is not here, or not kept from there.
+        """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, behind
+        the `num_said` outputs that it was told before, from output position `position` on. None, and nothing changes: it is
+        not here, or not kept from there.
         """
         served = self._by_name.get(name)
         outputs = None if served is None else _since(served, position)
@@ -216,7 +225,7 @@ class RequestTable:
 
 def _since(served: ServedRequest, position: int) -> list[Output] | None:
     """Its outputs from a position on. None: they are not kept, or none begins there."""
-    if position <= served.forgotten:
+    if position <= served.dropped:
         return None
     outputs = [output for output in served.kept if output.position >= position]
     if outputs and outputs[0].position == position:
@@ -233,7 +242,5 @@ def _since(served: ServedRequest, position: int) -> list[Output] | None:
 def _num_entries(output: Output) -> int:
     """What it takes to keep it: tokens, and alternatives of logprobs."""
     entries = len(output.token_ids) or 1
-    if output.logprobs or output.prompt_logprobs:
-        entries += sum(len(logprob.top) for logprob in output.logprobs)
-        entries += sum(len(part) + part.top_ids.size for part in output.prompt_logprobs)
-    return entries
+    entries += sum(len(logprob.top) for logprob in output.logprobs)
+    return entries + sum(part.token_ids.size + part.top_ids.size for part in output.prompt_logprobs)

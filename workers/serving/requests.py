@@ -124,7 +124,7 @@ class Requests:
 
     def written(self, session: int) -> None:
         """All frames that a session was given have been written."""
-        self._table.written(session, self._sessions.num_taken(session))
+        self._table.written(session, self._sessions.num_framed(session))
 
     def lose_router(self, session: int, now: float) -> list[Post]:
         """What it asked for runs on for a while, for whoever takes it up."""

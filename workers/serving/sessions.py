@@ -59,9 +59,8 @@ class Session:
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
-    num_said: int = 0
-    num_taken: int = 0
-    """Outputs so far: all of them, and those that went into frames."""
+    num_framed: int = 0
+    """Outputs that went into frames."""
     wants_frame: bool = False
     is_load_due: bool = False
     is_closing: bool = False
@@ -85,15 +84,15 @@ class Session:
         return self.cache_place is not None and self.cache_place != events.num_told
 
     def take_frame(self, generation: int, load: Load, events: CacheEvents, status: WorkerStatus | None) -> WorkerFrame:
-        """What waits, as much as goes into one frame, with `status` where that is due. A router that is too far behind for cache events waits for
-        a dump from here on."""
+        """What waits, as much as goes into one frame, with `status` where that is due. A router that is too far behind for cache
+        events waits for a dump from here on."""
         is_new = status is not None or load is not self.said_load
         changes = self._take_cache_events(events)
         count = frame_share(self.outputs)
         outputs, self.outputs = tuple(self.outputs[:count]), self.outputs[count:]
         frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status)
         self.said_load = load
-        self.num_taken += count
+        self.num_framed += count
         self.wants_frame = self.is_load_due = self.is_status_due = False
         return frame
 
@@ -147,14 +146,14 @@ class Sessions:
         return self._sessions.get(number)
 
     def num_said(self, number: int | None) -> int:
-        """Outputs that have been said to a session so far."""
+        """Outputs that a session was told so far, those that wait for a frame included."""
         session = None if number is None else self._sessions.get(number)
-        return 0 if session is None else session.num_said
+        return 0 if session is None else session.num_framed + len(session.outputs)
 
-    def num_taken(self, number: int) -> int:
-        """Those of them that frames have carried."""
+    def num_framed(self, number: int) -> int:
+        """Outputs of a session that went into the frames which it has been given."""
         session = self._sessions.get(number)
-        return 0 if session is None else session.num_taken
+        return 0 if session is None else session.num_framed
 
     def attach(self, number: int, router_id: str) -> None:
         session = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
@@ -179,7 +178,6 @@ class Sessions:
         session = self._sessions.get(number)
         if session is not None:
             session.outputs.append(output)
-            session.num_said += 1
             self._touched[number] = session
 
     def stepped(self, load: Load, event: KvEvent | None, dump: KvEvent | None, askers: list[int], now: float) -> None:
