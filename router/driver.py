@@ -34,7 +34,7 @@ from router.stream import RequestStream
 from router.view import WorkerEntry
 from workers.client import WorkerClient, WorkerLink
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
-from workers.grpc_client import GrpcWorkerClient
+from workers.grpc_client import FINISH_S, GrpcWorkerClient
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 
@@ -236,7 +236,8 @@ class RouterDriver:
     async def _hang_up(self, link: WorkerLink | None, reader: asyncio.Task[None]) -> None:
         """Lets the last messages go first: what is not cancelled runs on at the worker for a while."""
         if link is not None:
-            await link.flush()
+            await link.finish()
+            await asyncio.wait({reader}, timeout=FINISH_S)
         reader.cancel()
         await asyncio.wait({reader})
 

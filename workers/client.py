@@ -99,8 +99,8 @@ class WorkerLink(Protocol):
         """Queues a message, without waiting. False: the queue is full or the link is gone, nothing was queued."""
         ...
 
-    async def flush(self) -> None:
-        """Returns when what was queued has been written, or cannot be soon."""
+    async def finish(self) -> None:
+        """Has what was queued written, and says no more. `frames` end when the worker has taken it in; returns before, and soon."""
         ...
 
     async def close(self) -> None: ...

@@ -25,7 +25,7 @@ UNHEARD_S = 5.0
 LONGEST_GAP_S = 1.5
 """So much of the time between two frames counts: if there is more, this process stood still, and reads what is old."""
 
-FLUSH_S = 3.0
+FINISH_S = 3.0
 """How long the last messages to a worker may take."""
 
 
@@ -95,12 +95,13 @@ class GrpcWorkerLink:
             return False
         return True
 
-    async def flush(self) -> None:
+    async def finish(self) -> None:
         if self._writer.done() or self._call.done():
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH_S):
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(FINISH_S):
                 await self._outgoing.join()
+                await self._call.done_writing()
 
     async def close(self) -> None:
         self._is_open = False
