@@ -133,7 +133,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
-        return self._roster.has_news or self._running is not None or has_work(self._scheduler)
+        return self._roster.has_news or self._running is not None or self._takes_bites or has_work(self._scheduler)
+
+    @property
+    def _takes_bites(self) -> bool:
+        """The next step would copy more of what cannot all be copied between two steps."""
+        return self.incoming.is_adopting or self._promotions.is_copying or self._kv.is_making_room
 
     def take_early(self) -> StepResult | None:
         """What is to be said without waiting for another step: refusals, first tokens that came from elsewhere, sequences that
@@ -162,9 +167,10 @@ class Engine:
         """
         started = self._clock()
         self._promotions.poll(started)
+        self.incoming.advance()
         running = self._running or self._start(self._scheduler.schedule(), None)
         self._running = None
-        self.made_no_progress = running is None
+        self.made_no_progress = running is None and not self._takes_bites
         if running is not None:
             if self._launcher is not None and running.error is None:
                 ahead = schedule_ahead(self._scheduler, running.batch)

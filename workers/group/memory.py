@@ -63,6 +63,10 @@ class GroupKvMemory(KvMemory):
         self.num_moved_bytes = 0
         """Between hosts, in both directions."""
 
+    @property
+    def copies(self) -> bool:
+        return self.own is not None or bool(self._remote_parts())
+
     def expose(self, blocks: Sequence[int]) -> None:
         if self.own is not None:
             self.own.show_blocks(self._in_first_pool(blocks))

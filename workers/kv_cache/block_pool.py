@@ -34,6 +34,10 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
@@ -59,6 +63,13 @@ class BlockPool:
         if evicted:
             self._on_evict(evicted)
         return blocks
+
+    def evict(self, count: int) -> None:
+        """So many cached blocks, or all, become free, as if `allocate` had wanted them."""
+        evicted = [self._cached.popitem(last=False)[0] for _ in range(min(count, len(self._cached)))]
+        self._free.extend(evicted)
+        if evicted:
+            self._on_evict(evicted)
 
     def drop_cached(self) -> None:
         """Cached blocks become free: their content is gone."""

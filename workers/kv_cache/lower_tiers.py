@@ -55,6 +55,10 @@ class LowerTiers(Protocol):
     @property
     def ledger(self) -> Ledger: ...
 
+    @property
+    def blocks_per_bite(self) -> int:
+        """What may be demoted between two steps, where it can wait."""
+
     def demote(self, evicted: Sequence[tuple[int, BlockKey]]) -> None:
         """These pool blocks are about to be overwritten: copies what is to be kept, before it returns."""
 
@@ -67,7 +71,7 @@ class LowerTiers(Protocol):
     def unpin(self, keys: Sequence[BlockKey]) -> None: ...
 
     def begin(self, promotion: Promotion) -> None:
-        """Brings pinned blocks back: at once where that is a copy, from a disk later."""
+        """Brings pinned blocks back, some with each look for what has come."""
 
     def promoted(self, key: BlockKey) -> None:
         """The pool holds the block again."""

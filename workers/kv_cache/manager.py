@@ -70,6 +70,8 @@ class KvCacheManager:
         self._ledger = Ledger() if tiers is None else tiers.ledger
         self._cache = PrefixCache(self._ledger)
         self._first_block = first_block
+        self.is_making_room = False
+        """Set by `reserve_prompt` when a prompt waits only for blocks to go to lower tiers, as many with each try as a step allows."""
         self._enabled = prefix_cache
         self._pool = BlockPool(num_blocks, self._evicted, first_block)
 
@@ -132,7 +134,8 @@ class KvCacheManager:
         """Blocks for a whole prompt and `room` tokens behind it, its cached beginning shared.
 
         What lower tiers hold of the rest is pinned there until `promote` and `settle`, or `release`; without `use_tiers`
-        they are not asked. Raises OutOfBlocks, and evicts nothing, unless `spare[pool]` blocks stay available to others.
+        they are not asked, and what is evicted goes down at once. Raises OutOfBlocks, and evicts nothing, unless `spare[pool]`
+        blocks stay available to others; or while many blocks have to go down first, some with each try.
         """
         table = BlockTable(prompt)
         hits = self.match(prompt)
@@ -141,6 +144,11 @@ class KvCacheManager:
         if num_left < spare.get(0, 0):
             raise OutOfBlocks(f"{num_fresh} blocks wanted beside {len(hits)} cached ones, which would leave {num_left}")
         self._pool.hold(hits)
+        if use_tiers and self._tiers is not None and self._pool.num_free + self._tiers.blocks_per_bite < num_fresh:
+            self._pool.evict(self._tiers.blocks_per_bite)
+            self._pool.release(hits, self._cache.contains)
+            self.is_making_room = True
+            raise OutOfBlocks(f"of {num_fresh} blocks {self._pool.num_free} are free, others go to lower tiers first")
         lower = self._match_lower(prompt, len(hits)) if use_tiers else []
         fresh = self._pool.allocate(num_fresh)
         table.extend([*hits, *fresh])

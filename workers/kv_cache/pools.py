@@ -24,6 +24,8 @@ class PooledKvCache:
             KvCacheManager(num_blocks, block_size, prefix_cache, first_block=pool * num_blocks)
             for pool in range(num_pools)
         ]
+        self.is_making_room = False
+        """There are no tiers below several pools."""
         self._holders: Counter[int] = Counter()
         """In how many pools a hash is."""
         self._sequence = 0

@@ -6,7 +6,7 @@ Every block is verified before it is used: its key (tokens, parent, hash) when i
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -48,6 +48,10 @@ class KvTiers:
         self._checksums = [0] * num_host_blocks
         self._waiting: dict[int, list[tuple[Promotion, int]]] = {}
         """Promotions by the hash of a block that is being read, with its position in each."""
+        self._rising: deque[tuple[Promotion, int]] = deque()
+        """Promotions, with the positions in them of blocks that are in host memory and go up next."""
+        self._num_left = self.blocks_per_bite
+        """Blocks that may still be copied up before the next `poll`."""
         self._counters: Counter[str] = Counter()
         self._disk: DiskThread | None = None
         self._ending: DiskThread | None = None
@@ -65,6 +69,10 @@ class KvTiers:
     @property
     def has_disk(self) -> bool:
         return self._disk is not None
+
+    @property
+    def blocks_per_bite(self) -> int:
+        return self._memory.blocks_per_bite
 
     def on_result(self, notify: Callable[[], None]) -> None:
         """`notify` is called, on another thread, when `poll` has something to do."""
@@ -135,20 +143,12 @@ class KvTiers:
         self._book.unpin(keys)
 
     def begin(self, promotion: Promotion) -> None:
-        """As LowerTiers.begin: what is in host memory is in place on return, for the rest see `poll`."""
-        blocks: list[int] = []
-        views: list[View] = []
-        for index, (key, block) in enumerate(zip(promotion.keys, promotion.blocks, strict=True)):
+        """As LowerTiers.begin: what is in host memory is copied with this call and each `poll`, a bite at a time, as is what the
+        disk's thread has read by then."""
+        for index, key in enumerate(promotion.keys):
             match self._book.holds(key):
                 case Tier.HOST:
-                    slot = self._book.slot_of(key)
-                    if checksum(self._host[slot]) != self._checksums[slot]:
-                        self._spoil(key, Tier.HOST, "its bytes in host memory have changed")
-                        promotion.fail(index)
-                        break
-                    blocks.append(block)
-                    views.append(self._host[slot])
-                    promotion.arrived.add(index)
+                    self._rising.append((promotion, index))
                 case Tier.DISK if self._disk is not None:
                     waiting = self._waiting.setdefault(key.block_hash, [])
                     if not waiting:
@@ -157,13 +157,47 @@ class KvTiers:
                 case _:
                     promotion.fail(index)
                     break
-        if blocks and self._copy_in(blocks, views):
-            self._counters["kv_host_hit_blocks"] += len(blocks)
-        elif blocks:
-            promotion.fail(0)
+        self._copy_up()
+
+    @property
+    def is_copying(self) -> bool:
+        """`poll` has more to copy from host memory."""
+        return bool(self._rising)
+
+    def _copy_up(self) -> None:
+        """Copies verified blocks from host memory, as many as are left of this step's bite."""
+        bite: list[tuple[Promotion, int]] = []
+        views: list[View] = []
+        while self._rising and self._num_left > 0:
+            promotion, index = self._rising.popleft()
+            if index >= promotion.end:
+                continue
+            key = promotion.keys[index]
+            if self._book.holds(key) is not Tier.HOST:  # it was refused when another prompt wanted it
+                promotion.fail(index)
+                continue
+            self._num_left -= 1
+            slot = self._book.slot_of(key)
+            if checksum(self._host[slot]) != self._checksums[slot]:
+                self._spoil(key, Tier.HOST, "its bytes in host memory have changed")
+                promotion.fail(index)
+                continue
+            bite.append((promotion, index))
+            views.append(self._host[slot])
+        if not bite:
+            return
+        has_them = self._copy_in([promotion.blocks[index] for promotion, index in bite], views)
+        for promotion, index in bite:
+            if has_them:
+                promotion.arrived.add(index)
+                self._counters["kv_host_hit_blocks"] += 1
+            else:
+                promotion.fail(index)
 
     def poll(self) -> None:
-        """Takes over what the disk's thread has done since."""
+        """Once a step: takes over what the disk's thread has done since, and copies the next bite from host memory."""
+        self._num_left = self.blocks_per_bite
+        self._copy_up()
         if self._disk is None:
             return
         for result in self._disk.take():
@@ -205,6 +239,8 @@ class KvTiers:
         self._book.promoted(key)
 
     def abandon(self, promotion: Promotion) -> None:
+        if self._rising:
+            self._rising = deque(entry for entry in self._rising if entry[0] is not promotion)
         for index, key in enumerate(promotion.keys):
             waiting = self._waiting.get(key.block_hash)
             if waiting is not None and (promotion, index) in waiting:
@@ -238,7 +274,7 @@ class KvTiers:
 
     def wait(self, timeout_s: float) -> None:
         """Returns when `poll` has something to do, or nothing is under way, or the time is over."""
-        if self._disk is not None:
+        if self._disk is not None and not self._rising:
             self._disk.wait(timeout_s)
 
     def counters(self) -> tuple[tuple[str, float], ...]:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from workers.errors import TransferFailed
 
 NONCE_BYTES = 16
+BITE_BYTES = 32 << 20
+"""KV that one kind of copy moves between two steps at most: some milliseconds."""
 NONCE_PAGE_BYTES = 4096
 """One page before the blocks holds a random nonce, so that a mapper knows it got the right memory."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -94,6 +96,16 @@ class KvMemory:
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._map[: len(self._nonce)] = self._nonce
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, offset=NONCE_PAGE_BYTES)
+
+    @property
+    def copies(self) -> bool:
+        """`adopt` moves bytes, so that many blocks at once keep the caller for long."""
+        return False
+
+    @property
+    def blocks_per_bite(self) -> int:
+        """What may be copied between two steps: others wait for the next."""
+        return max(1, BITE_BYTES // self.layout.block_bytes)
 
     @property
     def handle(self) -> SharedHandle:

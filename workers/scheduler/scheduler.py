@@ -80,6 +80,7 @@ class Scheduler:
         """Starts waiting sequences; those returned have their prompt computed elsewhere, those in `promotions` wait for lower
         tiers or a peer, the first chunks of the others go to `prefill`."""
         transfers: list[Sequence] = []
+        self.kv.is_making_room = False
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
             if budget <= 0 and not self._may_go_elsewhere(sequence):

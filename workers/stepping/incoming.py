@@ -6,19 +6,32 @@ Knows what is reserved, wanted and in place; not how bytes travel.
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from workers.errors import RankLost, Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
 from workers.request import HandoffReport, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.migration import land_migrant, reserve_migrant
-from workers.scheduler.sequence import Kind, Sequence, State
+from workers.scheduler.sequence import Kind, State
+from workers.scheduler.sequence import Sequence as Running
 from workers.stepping.result import PullWanted, TransferWanted
 from workers.stepping.roster import Live, Roster
 
 log = logging.getLogger(__name__)
 
 LOST_WITH_RANK = "the rank that held this prompt was lost"
+
+
+@dataclass(slots=True)
+class _Adoption:
+    """Blocks of a sequence that have come and that the model has not yet."""
+
+    live: Live
+    blocks: deque[int]
+    then: Callable[[bool], None]
 
 
 class Incoming:
@@ -28,10 +41,14 @@ class Incoming:
         self._roster = roster
         self._scheduler = roster.scheduler
         self._memory = memory
+        self._adoptions: dict[int, _Adoption] = {}
+        """By sequence, in the order of their coming."""
+        self._num_left = memory.blocks_per_bite
+        """Blocks that may still be adopted before the next step."""
 
     # ---- prompts that another worker computes ----
 
-    def want(self, sequence: Sequence) -> None:
+    def want(self, sequence: Running) -> None:
         """Its blocks are reserved: another worker shall fill those that no cache filled."""
         table = sequence.table
         wanted = TransferWanted(sequence.sequence_id, table.num_cached, tuple(table.blocks), sequence.hint)
@@ -43,20 +60,22 @@ class Incoming:
         if live is None:
             return
         assert sampled.token_id is not None
-        if live.has_lost_blocks or not self._roster.knows((sampled.token_id,)):
+        if not self._roster.knows((sampled.token_id,)):
             self.failed(sequence_id, report)
             return
-        assert live.answer is not None
-        live.answer.landed(report, cached_tokens)
-        sequence = live.sequence
-        try:
-            self._memory.adopt(sequence.table.blocks[sequence.table.num_cached :])
-        except RankLost as error:
-            log.warning("a prompt that has landed is computed again: %s", error)
-            self.failed(sequence_id, report)
-            return
-        self._scheduler.landed(sequence, sequence.num_prompt)
-        self._roster.drew(live, Sampled(sequence_id, sequence.known[0]) if sequence.known else sampled)
+
+        def decode(has_blocks: bool) -> None:
+            if live.has_lost_blocks or not has_blocks:
+                self.failed(sequence_id, report)
+                return
+            assert live.answer is not None
+            live.answer.landed(report, cached_tokens)
+            sequence = live.sequence
+            self._scheduler.landed(sequence, sequence.num_prompt)
+            self._roster.drew(live, Sampled(sequence_id, sequence.known[0]) if sequence.known else sampled)
+
+        table = live.sequence.table
+        self._adopt(live, [] if live.has_lost_blocks else table.blocks[table.num_cached :], decode)
 
     def failed(self, sequence_id: int, report: HandoffReport) -> None:
         """No worker could compute the prompt for us, or move the sequence here; nothing writes into the reserved blocks any more."""
@@ -93,24 +112,27 @@ class Incoming:
         if live is None:
             return
         table = live.sequence.table
-        try:
-            if not self._roster.knows(known_token_ids):
-                raise Refused(Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
-            self._memory.adopt(table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)])
-            land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
-        except RankLost as error:
-            log.warning("a sequence that has moved here cannot go on: %s", error)
-            self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
+        if not self._roster.knows(known_token_ids):
+            self._roster.fail(live, Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
             return
-        except Refused as error:
-            self._roster.fail(live, error.refusal, str(error))
-            return
-        assert live.answer is not None
-        live.answer.take_up(known_token_ids)
+
+        def go_on(has_blocks: bool) -> None:
+            if live.has_lost_blocks or not has_blocks:
+                self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
+                return
+            try:
+                land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+            except Refused as error:
+                self._roster.fail(live, error.refusal, str(error))
+                return
+            assert live.answer is not None
+            live.answer.take_up(known_token_ids)
+
+        self._adopt(live, table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)], go_on)
 
     # ---- prefixes of peers ----
 
-    def pull(self, sequence: Sequence, prefill_tokens_per_s: float) -> None:
+    def pull(self, sequence: Running, prefill_tokens_per_s: float) -> None:
         """Its blocks are reserved: asks the peer that may have the beginning of its prompt, if there is one."""
         pull, hint = sequence.table.pull, sequence.hint
         if pull is not None and hint is not None:
@@ -126,20 +148,57 @@ class Incoming:
         pull = live.sequence.table.pull if live is not None else None
         if live is None or pull is None or pull.num_arrived is not None:
             return
-        if not live.is_cancelled and num_blocks:
-            try:
-                self._memory.adopt(live.sequence.table.blocks[pull.first_block : pull.first_block + num_blocks])
-            except RankLost as error:
-                log.warning("a prefix that a peer has sent is computed again: %s", error)
-                num_blocks = 0
-        self._scheduler.pulled(live.sequence, num_blocks)
         if live.is_cancelled:
+            self._scheduler.pulled(live.sequence, num_blocks)
             self._roster.drop(live)
+            return
+        blocks = live.sequence.table.blocks[pull.first_block : pull.first_block + num_blocks]
+        self._adopt(
+            live, blocks, lambda has_blocks: self._scheduler.pulled(live.sequence, num_blocks if has_blocks else 0)
+        )
+
+    # ---- from the memory that others write into to where the model reads ----
+
+    @property
+    def is_adopting(self) -> bool:
+        """Blocks wait for the next bite."""
+        return bool(self._adoptions)
+
+    def advance(self) -> None:
+        """Once a step: lets the model have a bite of what has come, first come first served."""
+        self._num_left = self._memory.blocks_per_bite
+        self._take_bites()
+
+    def _adopt(self, live: Live, blocks: Sequence[int], then: Callable[[bool], None]) -> None:
+        """`then` hears, now or in a later step, whether the model has the blocks."""
+        self._adoptions[live.sequence.sequence_id] = _Adoption(live, deque(blocks), then)
+        self._take_bites()
+
+    def _take_bites(self) -> None:
+        while self._adoptions:
+            sequence_id, adoption = next(iter(self._adoptions.items()))
+            waiting = adoption.blocks
+            count = min(len(waiting), self._num_left) if self._memory.copies else len(waiting)
+            if waiting and not count:
+                return
+            bite = [waiting.popleft() for _ in range(count)]
+            self._num_left -= count
+            has_blocks = True
+            try:
+                self._memory.adopt(bite)
+            except RankLost as error:
+                log.warning("what came for sequence %d is of no use: %s", sequence_id, error)
+                has_blocks = False
+            if not waiting or not has_blocks:
+                del self._adoptions[sequence_id]
+                adoption.then(has_blocks)
 
     # ---- ends ----
 
     def cancel(self, live: Live) -> bool:
         """Whether others write into its blocks: then it ends when they have stopped, and they are asked to."""
+        if self._adoptions.pop(live.sequence.sequence_id, None) is not None:
+            return False  # they have stopped already
         if live.sequence.state is not State.TRANSFERRING and not _is_pulling(live.sequence):
             return False
         if not live.is_cancelled:
@@ -147,7 +206,7 @@ class Incoming:
             self._roster.said.abandoned.append(live.sequence.sequence_id)
         return True
 
-    def lose(self, sequence: Sequence) -> None:
+    def lose(self, sequence: Running) -> None:
         """A pool lost what these blocks held. A transfer under way is let finish, and its prompt computed here."""
         live = self._roster.lives.get(sequence.sequence_id)
         if live is None:  # it has ended, and only a step that still runs keeps it
@@ -157,7 +216,8 @@ class Incoming:
         elif _is_pulling(sequence):
             output = error_output(sequence.request, Refusal.WORKER_LOST, LOST_WITH_RANK)
             self._roster.said.outputs.append((sequence.sequence_id, output))
-            self.cancel(live)
+            if not self.cancel(live):
+                self._roster.drop(live)
         else:
             self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
 
@@ -172,5 +232,5 @@ class Incoming:
         return live
 
 
-def _is_pulling(sequence: Sequence) -> bool:
+def _is_pulling(sequence: Running) -> bool:
     return sequence.table.pull is not None and sequence.table.pull.num_arrived is None

@@ -67,6 +67,10 @@ class StagedKvMemory(KvMemory):
             self.device_index = self._device.index or 0
 
     @property
+    def copies(self) -> bool:
+        return True
+
+    @property
     def device_bytes(self) -> Tensor:
         """The pool on the device, uint8 [num_blocks * block_bytes]; byte i mirrors byte i of `bytes`."""
         return self._blocks[:-1].reshape(-1)
