@@ -18,7 +18,7 @@ from golden_jobs import Job, golden_jobs
 from test_exactness import Answer, check, run
 from test_joining import joined
 
-from cluster.local import ENVIRONMENT
+from cluster.ray_defaults import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)
 
