@@ -48,7 +48,7 @@ class RouterConfig:
     """A request counts as extra load on its workers until a load report this much later than its submission."""
     max_prefix_index_blocks: Count = 500_000
     """Blocks of prompts in the prefix index, whoever holds them. Each takes at most 180 bytes and 28 bytes for the set of its holders, with
-    4 more for each 30 workers: 110 MiB with 64 workers, 170 MiB with 1,000."""
+    4 more for each 30 workers: 110 MB with 64 workers, 170 MB with 1,000."""
     worker_backlog: Count = 4
     """Requests that may wait at a worker for a slot or for blocks; what is beyond waits in the router's queue, and goes where room comes first."""
     prefill_backlog_tokens: Count = 32_768

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fake_worker import MODEL, golden_text, golden_token, golden_tokens
 from hypothesis import given, settings
@@ -154,7 +154,7 @@ class World:
                             worker.running[message.request_id] = (request, message.position)
                         else:
                             error = Output(message.request_id, 0, (), finish_reason=FinishReason.ERROR)
-                            worker.refused.append(replace(error, refusal=Refusal.NOT_KEPT))
+                            worker.refused.append(error._replace(refusal=Refusal.NOT_KEPT))
                     elif worker.connection == connection and isinstance(message, Cancel):
                         worker.running.pop(message.request_id, None)
                         worker.arriving.pop(message.request_id, None)

@@ -216,7 +216,9 @@ def test_another_model_is_taken_over_under_traffic_as_soon_as_nothing_of_the_old
     story.tell(RequestArrived(request("waits")))
     story.tell(RequestArrived(request("too-long", prompt=tuple(range(3000)))))
     story.after(0.5)
-    commands = story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, max_model_len=2048))
+    commands = story.report(
+        "m-0", Role.MIXED, generation=GENERATION + (1 << 32), model=replace(NEW_MODEL, max_model_len=2048)
+    )
     assert story.core.fleet.model == replace(NEW_MODEL, max_model_len=2048)
     ended = {output.request_id: output.refusal for output in outputs(commands)}
     assert ended == {"begun": Refusal.NO_WORKERS, "too-long": Refusal.INVALID}, "no answer goes on with another model"
@@ -248,7 +250,7 @@ def test_hashes_of_what_waits_are_those_of_the_new_models_blocks() -> None:
     prompt = tuple(range(64))
     story.tell(RequestArrived(request("waits", prompt=prompt)))
     story.after(0.5)
-    story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, block_size=16))
+    story.report("m-0", Role.MIXED, generation=GENERATION + (1 << 32), model=replace(NEW_MODEL, block_size=16))
     (flight,) = story.core.flights.running_on(next(iter(story.core.fleet)))
     assert flight.hashes == block_hashes(prompt, 16)
 
