@@ -201,9 +201,9 @@ class HandoffReport:
     """From submission until the decode worker had room."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """What one engine step adds to one request.
+    """What one engine step adds to one request. Not frozen, since one is made for every token; not to be changed either.
 
     `position` is the index of token_ids[0] among the request's output tokens: a receiver refuses a gap or a repeat.
     A replay that turns out to be complete is answered with no token and a finish_reason; with finish_reason ERROR,
