@@ -27,7 +27,7 @@ from machine_facts import machine_facts
 
 from workers.config import WorkerConfig
 from workers.grpc_options import HANDOFF_CHANNEL, SERVER
-from workers.handoff.export import Export, Feed
+from workers.handoff.source import Export, Feed
 from workers.handoff.transfers import Transfers
 from workers.handoff.wire import down_from_pb, down_to_pb, then_to_pb, up_from_pb, up_to_pb
 from workers.identity import Identity
@@ -63,14 +63,11 @@ def layout_of(tokens: int) -> KvLayout:
     return KvLayout(-(-tokens // BLOCK_SIZE) + 1, 8, 2, BLOCK_SIZE, 128, "bfloat16", 2)
 
 
-class ComputedPrompts:
-    """Exports prompts that need no computation: blocks 0 .. n-1 of the pool are theirs."""
+class Computed:
+    """Exports a prompt that needs no computation: blocks 0 .. n-1 of the pool are its."""
 
-    def open(self, opening: OpenHandoff, cut: Cut, feed: Feed) -> Export:
-        return _Computed(cut, feed)
+    is_paced = False
 
-
-class _Computed:
     def __init__(self, cut: Cut, feed: Feed) -> None:
         self._cut, self._feed = cut, feed
 
@@ -79,6 +76,8 @@ class _Computed:
         end = cut.first_block + cut.num_blocks
         self._feed(Filled(tuple(range(end)), cut.first_block, end, cut.layout.num_layers))
         self._feed(PrefillDone(17, None, cut.num_pieces, 0, 0.01))
+
+    def acknowledged(self, num_pieces: int) -> None: ...
 
     def release(self, reason: str) -> None: ...
 
@@ -98,7 +97,11 @@ def transfers_of(name: str, generation: int, target: str, memory: KvMemory) -> T
     config = WorkerConfig(model="fake", host=HOST)
     made = make_transports(["shm"], memory, worker_id=name, host=socket.gethostname(), listen_host=HOST, timeout_s=30.0)
     identity = Identity(name, Role.MIXED, generation, target)
-    return Transfers(config, identity, memory, "bench", made, lambda command: None, lambda: 1)
+
+    def open_export(opening: OpenHandoff, generation: int, feed: Feed) -> Export:
+        return Computed(Cut(memory.layout, opening.first_block, opening.num_blocks), feed)
+
+    return Transfers(config, identity, memory, "bench", made, open_export, Counter(), time.monotonic)
 
 
 async def serve(tokens: int) -> None:
@@ -108,7 +111,6 @@ async def serve(tokens: int) -> None:
     server = grpc.aio.server(options=SERVER)
     target = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
     transfers = transfers_of("prefill-0", 1, target, memory)
-    transfers.export(Prompt, ComputedPrompts())
     worker_pb2_grpc.add_WorkerServicer_to_server(Service(transfers), server)  # type: ignore[no-untyped-call]
 
     async def echo(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # this checkout is measured, whatever is in
 
 from machine_facts import ForeignLoad, machine_facts  # noqa: E402
 
+from router.api.generation import Generation  # noqa: E402
 from router.config import RouterConfig  # noqa: E402
 from router.driver import RouterDriver  # noqa: E402
 from workers.config import WorkerConfig  # noqa: E402
@@ -57,7 +58,10 @@ class Stream:
     async def follow(self, outputs: Any, where: Callable[[], str]) -> None:
         """`where` says which worker the stream runs on."""
         worker = ""
-        async for output in outputs:
+        generation, is_over = Generation([outputs]), False
+        while not is_over:
+            ((_, output),) = await generation.next_batch()
+            is_over = output.finish_reason is not None
             if output.token_ids:
                 self.times_s.append(time.perf_counter())
                 before, worker = worker, where()

@@ -16,18 +16,22 @@ from typing import Any, Protocol, TypeVar
 from cluster.config import StoreConfig
 from cluster.following import follow_members
 from cluster.membership import ROUTERS, Registration, Superseded
-from cluster.registration import Registrar, count_start
+from cluster.ray_defaults import own_address
+from cluster.registration import Registrar, number_start
 from cluster.roles import desired_draining, desired_role
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
+from workers.host_limits import raise_file_limit
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+DOUBT_LEASES = 10
+"""A router keeps workers that vanish by the mass for so many leases."""
 RETRY_START_S = 5.0
 """A start that failed is told to whoever waits in ready(), and after this long tried again in a new process."""
 
@@ -51,7 +55,7 @@ class WorkerLike(Protocol):
 
 
 WorkerFactory = Callable[..., WorkerLike]
-"""Called with config, worker id, start count, role and on_role_change; for a worker of several ranks also with `plan`."""
+"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`."""
 
 
 class Actor(ABC):
@@ -64,6 +68,7 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
         self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -173,10 +178,10 @@ class WorkerActor(Actor):
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
-        start_count = await _insist(lambda: count_start(store, self._name))
+        start = await _insist(lambda: number_start(store, self._name, time.time()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
         plan = {"plan": self._plan_group()} if self._secret else {}
-        worker = make(self._config, self._name, start_count, role, self._on_role_change, **plan)
+        worker = make(self._config, self._name, start, role, self._on_role_change, **plan)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
@@ -184,7 +189,7 @@ class WorkerActor(Actor):
             worker.set_draining(True)
         worker.watch_draining(self._on_drain_change)
         registrar = Registrar(
-            store, Registration(address, role), self._role, start_count, self._store_config.lease_ttl_s, is_draining
+            store, Registration(address, role), self._role, start, self._store_config.lease_ttl_s, is_draining
         )
         self._registrar = registrar
         await _insist(registrar.register)
@@ -193,7 +198,7 @@ class WorkerActor(Actor):
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
-        from cluster.ranks import REJOIN_GRACE_S, end_rank, own_address
+        from cluster.ranks import REJOIN_GRACE_S, end_rank
 
         def on_listening(address: tuple[str, int]) -> None:
             self._loop.call_soon_threadsafe(self._group_address.set_result, address)
@@ -235,6 +240,7 @@ class RouterActor(Actor):
         self._config, self._store_config, self._namespace = config, store, namespace
         self._router: Any = None
         self._store: Store | None = None
+        self._announcing: asyncio.Task[None] | None = None
         super().__init__(router_id)
 
     async def status(self) -> Any:
@@ -243,9 +249,17 @@ class RouterActor(Actor):
         return await asyncio.to_thread(self._router.status)
 
     async def stop(self) -> None:
-        """Takes no more requests and ends the router; the process stays for Ray to end."""
-        router, store = self._router, self._store
-        await self._end(*([router.stop()] if router else []), *([store.delete(ROUTERS + self._name)] if store else []))
+        """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
+        self._stopping = True
+        if self._announcing is not None and self._store is not None:
+            self._announcing.cancel()
+            with suppress(StoreUnavailable):
+                await self._store.delete(ROUTERS + self._name)
+        # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
+        if self._router is not None:
+            with suppress(Exception):
+                await self._router.stop()
+        self._life.cancel()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
@@ -255,7 +269,7 @@ class RouterActor(Actor):
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._announce(self._store, url))
+            self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
 
     async def _announce(self, store: Store, url: str) -> None:
@@ -269,10 +283,21 @@ class RouterActor(Actor):
 
     async def _follow(self, store: Store, router: Any) -> None:
         """Feeds the router with the membership: after each change in the store, and when a grace period ends."""
-        async with aclosing(follow_members(store, grace_s=self._store_config.lease_ttl_s)) as changes:
+        lease_ttl_s = self._store_config.lease_ttl_s
+        known: dict[str, Registration] = {}
+        async with aclosing(follow_members(store, lease_ttl_s, DOUBT_LEASES * lease_ttl_s)) as changes:
             async for workers in changes:
-                log.info("workers now: %s", workers)
+                before, known = known, {worker.address.worker_id: worker for worker in workers}
+                log.info("%s; there are %d workers now", changes_between(before, known), len(known))
                 router.set_workers(tuple(worker.address for worker in workers))
+
+
+def changes_between(before: dict[str, Registration], after: dict[str, Registration]) -> str:
+    """What has changed, in a line that is as long as that: `decode-1 came, decode-2 left`."""
+    came = [f"{name} came" for name in after if name not in before]
+    left = [f"{name} left" for name in before if name not in after]
+    changed = [f"{name} is new" for name, worker in after.items() if name in before and before[name] != worker]
+    return ", ".join([*came, *left, *changed]) or "nothing has changed"
 
 
 async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:

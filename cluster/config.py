@@ -7,13 +7,15 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from cluster.config_reader import build, override
-from cluster.config_schema import json_schema
+from annotated_types import Ge, Le, Lt
+
 from cluster.roles import check_roles
+from cluster.settings import build, from_environment, json_schema, lay, override
 from cluster.store.store import check_store_url
 from router.config import RouterConfig
+from workers.bounds import Delay, Natural, Seconds, Share, Text
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.status import Role
@@ -27,10 +29,10 @@ MAX_WORKERS = 1024
 class PoolsConfig:
     """How many of each to start; worker `prefill-0` is the first of the prefill pool."""
 
-    prefill: int = 1
-    decode: int = 1
-    mixed: int = 0
-    routers: int = 1
+    prefill: Natural = 1
+    decode: Natural = 1
+    mixed: Natural = 0
+    routers: Annotated[int, Ge(1), Le(64)] = 1
     """The first router listens on router.port, each further one on the next port."""
     cpu_sets: tuple[str, ...] = ()
     """One worker.cpus for each worker, in the order prefill, decode, mixed, so that they do not share processors; empty: worker.cpus holds for all."""
@@ -43,8 +45,6 @@ class PoolsConfig:
             )
         if self.prefill + self.decode + self.mixed > MAX_WORKERS:
             raise InvalidConfig(f"pools hold at most {MAX_WORKERS} workers together")
-        if not 1 <= self.routers <= 64:
-            raise InvalidConfig(f"pools.routers must be between 1 and 64; it is {self.routers}")
 
     @property
     def workers(self) -> tuple[tuple[str, Role], ...]:
@@ -57,11 +57,11 @@ class PoolsConfig:
 class StoreConfig:
     """Where leases, desired roles and generations live."""
 
-    url: str = "memory"
-    """"memory": in the controller actor of this cluster; redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    url: str = field(default="memory", repr=False)
+    """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
     cluster: str = "baton"
     """Keyspace in Redis; two clusters on one Redis need two names."""
-    lease_ttl_s: float = 4.0
+    lease_ttl_s: Annotated[float, Ge(0.5), Le(300)] = 4.0
     """A worker that has not renewed its lease for this long is taken out; it renews three times as often."""
 
     def __post_init__(self) -> None:
@@ -70,8 +70,6 @@ class StoreConfig:
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
         ):
             raise InvalidConfig(f"store.cluster takes letters, digits, '-', '_' and '.'; it is {self.cluster!r}")
-        if not 0.5 <= self.lease_ttl_s <= 300:
-            raise InvalidConfig(f"store.lease_ttl_s must be between 0.5 and 300; it is {self.lease_ttl_s}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,42 +78,24 @@ class RayConfig:
 
     address: str = ""
     """Empty: start Ray on this host and stop it at the end; "auto" or HOST:PORT: join a running Ray."""
-    namespace: str = "baton"
+    namespace: Text = "baton"
     """Actors of one cluster find each other by name in here; two clusters in one Ray need two namespaces."""
     dashboard: bool = True
-    dashboard_port: int = 8265
+    dashboard_port: Annotated[int, Ge(1), Lt(65536)] = 8265
     """The next free port is taken when this one is in use."""
-    object_store_bytes: int = 80 * 2**20
+    object_store_bytes: Annotated[int, Ge(MIN_OBJECT_STORE_BYTES)] = 80 * 2**20
     """Shared memory for Ray's own objects; Baton puts none there. Ray needs at least 75 MiB."""
-    actor_cpus: float = 0.01
+    actor_cpus: Annotated[float, Ge(0), Le(1024)] = 0.01
     """CPU share that each actor reserves in Ray's book-keeping; small, so that a laptop holds a whole cluster."""
-    worker_gpus: float = 1.0
+    worker_gpus: Share = 1.0
     """GPUs that each worker, or each rank of one, reserves when worker.device is cuda; it sees no other. A fraction lets
     several share one."""
-    rank_placement: str = "pack"
+    rank_placement: Literal["pack", "spread"] = "pack"
     """Where the ranks of a worker go: pack: on one node where they fit; spread: on different nodes as far as there are."""
-    placement_timeout_s: float = 15.0
+    placement_timeout_s: Seconds = 15.0
     """How long a worker's ranks wait for Ray to have room for all of them."""
-    leader_timeout_s: float = 120.0
+    leader_timeout_s: Seconds = 120.0
     """How long ranks keep their weights for a leader that is being started again."""
-
-    def __post_init__(self) -> None:
-        if not self.namespace:
-            raise InvalidConfig("ray.namespace must not be empty")
-        if not 1 <= self.dashboard_port < 65536:
-            raise InvalidConfig(f"ray.dashboard_port must be a TCP port; it is {self.dashboard_port}")
-        if self.object_store_bytes < MIN_OBJECT_STORE_BYTES:
-            raise InvalidConfig(
-                f"ray.object_store_bytes must be at least {MIN_OBJECT_STORE_BYTES}; it is {self.object_store_bytes}"
-            )
-        if not 0 <= self.actor_cpus <= 1024:
-            raise InvalidConfig(f"ray.actor_cpus must be between 0 and 1024; it is {self.actor_cpus}")
-        if not 0 < self.worker_gpus <= 1:
-            raise InvalidConfig(f"ray.worker_gpus must be above 0 and at most 1; it is {self.worker_gpus}")
-        if self.rank_placement not in ("pack", "spread"):
-            raise InvalidConfig(f"ray.rank_placement must be pack or spread; it is {self.rank_placement!r}")
-        if self.placement_timeout_s <= 0 or self.leader_timeout_s <= 0:
-            raise InvalidConfig("ray.placement_timeout_s and ray.leader_timeout_s must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +108,10 @@ class ClusterConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
-    start_timeout_s: float = 180.0
+    start_timeout_s: Seconds = 180.0
     """Each step of the start must be done within this time."""
-    stop_timeout_s: float = 10.0
-    """Time for routers and workers to stop by themselves before their processes are ended."""
-
-    def __post_init__(self) -> None:
-        if self.start_timeout_s <= 0 or self.stop_timeout_s < 0:
-            raise InvalidConfig("start_timeout_s must be positive and stop_timeout_s must not be negative")
+    stop_timeout_s: Delay = 10.0
+    """Time for routers (beyond router.shutdown_timeout_s) and workers to stop by themselves before their processes are ended."""
 
     def worker_named(self, worker_id: str) -> WorkerConfig:
         """The settings of one worker: those of all, on the processors that pools.cpu_sets gives it."""
@@ -149,15 +125,21 @@ class ClusterConfig:
         return replace(self.router, port=self.router.port + at if self.router.port else 0)
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any], assignments: Iterable[str] = ()) -> ClusterConfig:
-    """The configuration from a file (YAML, JSON or TOML), the common flags over it and `a.b=c` texts over both.
+def load_config(
+    path: Path | None,
+    flags: Mapping[str, Any],
+    assignments: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> ClusterConfig:
+    """The configuration from a file (YAML, JSON or TOML); over it the environment, the common flags, `a.b=c` texts, in this order.
 
     `flags` maps dotted names to values; None stands for a flag that was not given. Raises InvalidConfig.
     """
     values = read_file(path) if path else {}
-    for name, value in flags.items():
-        if value is not None:
-            values = _lay(values, name.split("."), value)
+    for given in (from_environment(environment or {}), flags):
+        for name, value in given.items():
+            if value is not None:
+                values = lay(values, name.split("."), value)
     values = override(values, assignments)
     worker, router = values.get("worker"), values.get("router", {})
     if isinstance(worker, Mapping) and isinstance(router, Mapping) and "model" in worker:
@@ -190,10 +172,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of configuration files."""
-    written = json_schema(ClusterConfig, "Baton cluster configuration")
-    for part in ("worker", "router"):  # the model may come from a flag or be the shipped one
-        written["properties"][part].pop("required", None)
-    return written
+    return json_schema(ClusterConfig, "Baton cluster configuration")
 
 
 def _read_yaml(text: str) -> Any:
@@ -203,11 +182,3 @@ def _read_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-
-
-def _lay(values: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    name, *rest = path
-    if not rest:
-        return {**values, name: value}
-    inner = values.get(name)
-    return {**values, name: _lay(inner if isinstance(inner, Mapping) else {}, rest, value)}

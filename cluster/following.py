@@ -11,9 +11,11 @@ from cluster.membership import WORKERS, Membership, Registration, Tick
 from cluster.store.store import Store
 
 
-async def follow_members(store: Store, grace_s: float) -> AsyncGenerator[tuple[Registration, ...], None]:
+async def follow_members(
+    store: Store, grace_s: float, doubt_s: float = 0.0
+) -> AsyncGenerator[tuple[Registration, ...], None]:
     """Yields the members at once, then after each change: of the store, or by a grace period that ends. Never ends itself."""
-    membership = Membership(grace_s)
+    membership = Membership(grace_s, doubt_s)
     async with aclosing(store.watch(WORKERS)) as snapshots:
         upcoming = asyncio.ensure_future(anext(snapshots))
         try:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import socket
 from contextlib import nullcontext
 from typing import Any
 
-from cluster.local import ENVIRONMENT, LOOPBACK, RayFailed, RaySession, loopback_only, quiet
+from cluster.local import LOOPBACK, RayFailed, RaySession
+from cluster.ray_defaults import job_config, loopback_only, own_address, quiet, set_environment
 
 _ADVICE = "is it running there (`ray status`), and is --ray-address right?"
 
 
 def join_ray(address: str, namespace: str) -> RaySession:
     """Connects to the Ray at `address` (HOST:PORT, or "auto": the one of this host). Raises RayFailed."""
-    for name, value in ENVIRONMENT.items():
-        if name != "RAY_AUTH_MODE":  # the running Ray decides
-            os.environ.setdefault(name, value)
+    set_environment(joins=True)
     host, port = _probe(address)
     import ray
 
@@ -31,6 +28,7 @@ def join_ray(address: str, namespace: str) -> RaySession:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
+                job_config=job_config(),
             )
     except Exception as error:  # Ray raises many kinds here
         raise RayFailed(f"cannot join Ray at {address}: {' '.join(str(error).split())[:300]}; {_ADVICE}") from error
@@ -60,9 +58,8 @@ def _listens_on_loopback_only(host: str, port: int) -> bool:
         return True  # "auto" finds the address that the Ray itself goes by
     if host not in (LOOPBACK, "localhost"):
         return False
-    services: Any = importlib.import_module("ray._private.services")
     try:
-        socket.create_connection((services.get_node_ip_address(), port), timeout=1.0).close()
+        socket.create_connection((own_address(), port), timeout=1.0).close()
     except OSError:
         return True
     return False

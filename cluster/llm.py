@@ -1,16 +1,21 @@
-"""Offline generation: one engine in this process, no network and no Ray."""
+"""Offline generation: one engine in this process, no network and no Ray; prompts and parameters are read by the HTTP API's rules."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tqdm import tqdm
 
+from cluster.settings import build
+from router.api.config import ApiConfig
+from router.api.prompts import Prompt, read_chat, read_prompts
+from router.api.schema import CompletionBody, read_fields
+from router.api.translate import make_job
 from workers.config import WorkerConfig
-from workers.errors import BatonError, InvalidConfig, Refusal
+from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
 from workers.loaded import Checkpoint
 from workers.request import Output, Request, SamplingParams, TokenLogprob
 from workers.worker import make_engine
@@ -18,6 +23,12 @@ from workers.worker import make_engine
 __all__ = ["LLM", "Completion", "Generation", "SamplingParams"]
 
 Message = Mapping[str, Any]
+
+_MANY = 1 << 30
+_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY)
+"""Whoever calls has the process for himself."""
+_DEFAULT_TOKENS = 16
+"""Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
 
 
 @dataclass(slots=True)
@@ -46,15 +57,18 @@ class LLM:
     """Loads a "-PT" checkpoint and generates.
 
     `settings` are fields of workers.config.WorkerConfig, such as dtype, kv_memory_bytes, max_num_seqs or num_threads.
-    Raises InvalidConfig when the model cannot be loaded.
+    Raises InvalidConfig when the model cannot be loaded. Several threads may call it: one call runs after the other. A call
+    that raised or was interrupted leaves nothing behind.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self._config = WorkerConfig(model=model, max_queue=1 << 30, **settings)
+        self._config = build(WorkerConfig, {"model": model, "max_queue": _MANY, **settings}, "worker")
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         self._checkpoint = Checkpoint.load(self._config)
         self._engine = make_engine(self._config, self._checkpoint)
+        self._lock = threading.Lock()
+        """Held by the call whose sequences are in the engine."""
         self._next_id = 0
 
     @property
@@ -63,7 +77,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        prompts: str | Iterable[str] | Sequence[int] | Iterable[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         n: int = 1,
@@ -71,27 +85,19 @@ class LLM:
     ) -> list[Generation]:
         """Completes prompts (texts or token ids), `n` choices each, in the order given.
 
-        `params` is one SamplingParams for all or one a prompt. Raises InvalidRequest before anything runs.
+        `params` is one SamplingParams for all or one a prompt; their fields may be spelled as in a request body, such as
+        `stop="END"`. Raises InvalidRequest before anything runs.
         """
-        texts, token_ids = self._tokenize(prompts)
-        each = [params or SamplingParams()] * len(token_ids) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(token_ids):
-            raise BatonError(f"{len(token_ids)} prompts need one SamplingParams or as many, not {len(each)}")
-        generations = [
-            Generation(text, ids, [Completion(index) for index in range(n)])
-            for text, ids in zip(texts, token_ids, strict=True)
+        asked = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
+        if asked and isinstance(asked[0], int):
+            asked = [asked]
+        info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
+        read = [
+            prompt
+            for one in asked
+            for prompt in read_prompts(list(one) if isinstance(one, tuple) else one, tokenizer, info, True)
         ]
-        requests: list[tuple[Request, Generation, Completion]] = []
-        for generation, own in zip(generations, each, strict=True):
-            concrete = own.with_seed(random.getrandbits(63))
-            generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
-            for choice in generation.outputs:
-                request = Request(str(self._next_id), tuple(generation.prompt_token_ids), concrete, choice.index)
-                self._engine.check(request)
-                requests.append((request, generation, choice))
-                self._next_id += 1
-        self._run(requests, progress)
-        return generations
+        return self._generate(read, params, n, progress, _DEFAULT_TOKENS, "prompt")
 
     def chat(
         self,
@@ -100,43 +106,85 @@ class LLM:
         *,
         n: int = 1,
         progress: bool = True,
+        add_generation_prompt: bool = True,
         **template_settings: Any,
     ) -> list[Generation]:
-        """Answers one conversation (a list of messages) or several, through the model's chat template."""
-        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        prompts = [
-            self._checkpoint.tokenizer.apply_chat_template([dict(m) for m in messages], **template_settings)  # type: ignore[arg-type]
-            for messages in several
-        ]
-        return self.generate(prompts, params, n=n, progress=progress)
+        """Answers one conversation (a list of messages) or several, through the model's chat template.
 
-    def _tokenize(self, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-        encode = self._checkpoint.tokenizer.encode
-        if isinstance(prompts, str):
-            return [prompts], [encode(prompts)]
-        if prompts and isinstance(prompts[0], int):
-            return [None], [list(prompts)]
-        texts = [p if isinstance(p, str) else None for p in prompts]
-        return texts, [encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        Raises InvalidRequest before anything runs.
+        """
+        several = _listed(conversations, "conversations")
+        if several and isinstance(several[0], Mapping):
+            several = [several]
+        read = []
+        for messages in several:
+            listed = _listed(messages, "messages")
+            if not all(isinstance(message, Mapping) for message in listed):
+                raise InvalidRequest("messages must be mappings with role and content", "messages")
+            plain = [dict(message) for message in listed]
+            read.append(
+                read_chat(
+                    plain,
+                    self._checkpoint.tokenizer,
+                    self._checkpoint.info,
+                    add_generation_prompt,
+                    False,
+                    template_settings,
+                )
+            )
+        return self._generate(read, params, n, progress, self._checkpoint.info.max_model_len, "messages")
+
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        n: int,
+        progress: bool,
+        default_tokens: int,
+        param: str,
+    ) -> list[Generation]:
+        """Reads each prompt's parameters as an HTTP body's, then runs all of them."""
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise InvalidRequest(
+                f"{len(prompts)} prompts need one SamplingParams or as many, not {len(each)}", "params"
+            )
+        generations, requests = [], []
+        for prompt, own in zip(prompts, each, strict=True):
+            generation = Generation(prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)])
+            generations.append(generation)
+            body = _as_body(own, n)
+            generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
+            info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
+            job = make_job(body, info, tokenizer, _BOUNDS, [prompt], param, default_tokens, body.logprobs)
+            for request, choice in zip(job.requests, generation.outputs, strict=True):
+                self._engine.check(request)
+                requests.append((request, generation, choice))
+        with self._lock:
+            self._run(requests, progress)
+        return generations
 
     def _run(self, requests: list[tuple[Request, Generation, Completion]], progress: bool) -> None:
-        """Steps until all are done; an interrupt cancels what is left and leaves the engine usable."""
-        for index, (request, _, _) in enumerate(requests):
-            self._engine.add(index, request)
+        """Steps until all are done; whatever ends it early, what is left is cancelled and leaves the engine usable."""
+        owners: dict[int, tuple[Request, Generation, Completion]] = {}
         num_tokens = 0
         try:
+            for owner in requests:
+                self._next_id += 1
+                owners[self._next_id] = owner
+                self._engine.add(self._next_id, owner[0])
             with tqdm(total=len(requests), disable=not progress, unit="req", dynamic_ncols=True) as bar:
                 while self._engine.has_work:
-                    for index, output in self._engine.step().outputs:
+                    for sequence_id, output in self._engine.step().outputs:
                         num_tokens += len(output.token_ids)
-                        if self._absorb(requests[index], output):
+                        if sequence_id in owners and self._absorb(owners[sequence_id], output):
                             bar.set_postfix_str(f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
                             bar.update()
                     if self._engine.made_no_progress:
                         self._engine.rest(timeout_s=0.1)
         finally:
-            for index in range(len(requests)):
-                self._engine.cancel(index)
+            for sequence_id in owners:
+                self._engine.cancel(sequence_id)
             self._engine.take_early()  # what an interrupted step had to say belongs to nobody any more
 
     def _absorb(self, owner: tuple[Request, Generation, Completion], output: Output) -> bool:
@@ -154,3 +202,32 @@ class LLM:
             raise BatonError(f"{Refusal(output.refusal)}: {output.message}")
         choice.finish_reason, choice.stop_reason = output.finish_reason.value, output.stop_reason
         return True
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    """A list of what a caller gave as any iterable. Raises InvalidRequest."""
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{what} must be a list, not {type(value).__name__}", what)
+    return list(value)
+
+
+def _as_body(params: SamplingParams, n: int) -> CompletionBody:
+    """The request body that asks for these parameters. Raises InvalidRequest naming a field of a wrong type."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", "params")
+    content = {field.name: _as_json(getattr(params, field.name)) for field in fields(params)}
+    content["include_stop_str_in_output"] = content.pop("include_stop")
+    try:
+        pairs = params.logit_bias.items() if isinstance(params.logit_bias, Mapping) else params.logit_bias
+        content["logit_bias"] = {str(token): bias for token, bias in pairs}
+    except (TypeError, ValueError):
+        raise InvalidRequest(
+            "logit_bias must be a mapping of token ids to biases, or such pairs", "logit_bias"
+        ) from None
+    if len(content["logit_bias"]) != len(params.logit_bias):
+        raise InvalidRequest("logit_bias must not name a token twice", "logit_bias")
+    return read_fields(CompletionBody, {**content, "prompt": None, "n": n})
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, (tuple, list)) else value

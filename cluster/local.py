@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,17 +12,10 @@ from typing import Any
 
 from cluster import processes
 from cluster.config import RayConfig
+from cluster.folders import end_local
+from cluster.ray_defaults import job_config, loopback_only, quiet, set_environment
 from workers.errors import BatonError
 
-ENVIRONMENT = {
-    # Local clusters listen on the loopback address only. Stated because Ray's default differs between start methods.
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 LOOPBACK = "127.0.0.1"
 
 
@@ -63,8 +54,7 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
 
     Raises RayFailed. Afterwards, or after a failure or an interruption, `end_local(folder)` ends what was started.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     # A Ray that runs elsewhere must not be joined by accident.
     os.environ.pop("RAY_ADDRESS", None)
     import ray
@@ -84,6 +74,7 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
+                job_config=job_config(),
                 _node_ip_address=LOOPBACK,
                 _temp_dir=folder,
             )
@@ -93,24 +84,6 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
     return RaySession(
         context.address_info["address"], f"http://{url}" if url else "", context.address_info["node_ip_address"], folder
     )
-
-
-def make_folder() -> str:
-    """A new temporary folder for Ray's files. Its name is short: the path of a socket in it has at most 107 characters."""
-    usual = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="baton-", dir=usual if len(usual) <= 30 else "/tmp")
-
-
-def end_local(
-    folder: str, patience_s: float, members: tuple[processes.Process, ...] = ()
-) -> tuple[processes.Process, ...]:
-    """Ends every process of the Ray whose files are in `folder`, then removes the folder; returns what would not end."""
-    known = {(process.pid, process.started): process for process in (*members, *processes.family(folder))}
-    left = processes.end(tuple(known.values()), patience_s)
-    # A process that was just being started when the others were listed.
-    left += processes.end(processes.family(folder), patience_s)
-    shutil.rmtree(folder, ignore_errors=True)
-    return left
 
 
 def free_port(host: str, first: int) -> int:
@@ -142,14 +115,6 @@ def _disconnect() -> None:
         ray.shutdown()
 
 
-def quiet() -> None:
-    """Ray warns of what is meant here, such as a start off the main thread, and prints to stdout when an actor dies."""
-    import ray._private.worker
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # the import has set another level
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
-
-
 @contextmanager
 def _temporary_files_in(folder: str) -> Iterator[None]:
     """Ray's processes inherit the folder for their temporary files, some of which they would leave behind."""
@@ -162,20 +127,3 @@ def _temporary_files_in(folder: str) -> Iterator[None]:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = before
-
-
-@contextmanager
-def loopback_only() -> Iterator[None]:
-    """Lets Ray keep a loopback address: it swaps that for an outer one, and then listens on every interface.
-
-    A private function of Ray; should it go, `RaySession.is_exposed` tells.
-    """
-    from ray._private import services
-
-    original = getattr(services, "resolve_ip_for_localhost", None)
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        if original is not None:
-            services.resolve_ip_for_localhost = original

@@ -13,7 +13,7 @@ WORKERS = "workers/"
 """Registrations, one lease per worker: a new start of a worker overwrites the last one's at once."""
 ROUTERS = "routers/"
 STARTS = "starts/"
-"""Counters: how often a worker was started; the high part of its generation."""
+"""The number of each worker's last start, the high part of its generation; see cluster.registration.number_start."""
 DRAINS = "drains/"
 """Workers that are to take no new work, without a lease, like roles."""
 ROLES = "roles/"
@@ -67,10 +67,16 @@ class Membership:
 
     A lease that ended or was given up removes its worker. A store that comes back empty (its epoch changed) removes
     nobody for `grace_s`: live workers register again within a heartbeat, and meanwhile requests go on.
+
+    When more than half of the workers vanish within `grace_s`, it is the store that is doubted: it stood still for longer than
+    a lease. They stay for `doubt_s`. A router uses only those of them whose streams are healthy, and of these there may be all.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, doubt_s: float = 0.0) -> None:
         self._grace_s = grace_s
+        self._doubt_s = doubt_s
+        self._vanished: dict[str, tuple[Registration, float]] = {}
+        """Workers whose leases have ended within the last `grace_s`, and when."""
         self._epoch: str | None = None
         self._present: dict[str, Registration] = {}
         self._kept: dict[str, Registration] = {}
@@ -107,11 +113,30 @@ class Membership:
             if (registration := Registration.decode(entry.value)) is not None and registration.key == entry.key
         }
         if self._epoch is not None and snapshot.epoch != self._epoch:
-            self._kept = {**self._kept, **self._present}
-            self._kept_until = now + self._grace_s
+            self._keep(self._present, now + self._grace_s)
+        elif self._doubt_s:
+            self._doubt(registrations, now)
         self._epoch = snapshot.epoch
         self._present = registrations
         for worker_id in registrations:
             self._kept.pop(worker_id, None)
         if not self._kept:
             self._kept_until = None
+
+    def _keep(self, workers: dict[str, Registration], until: float) -> None:
+        self._kept = {**self._kept, **workers}
+        self._kept_until = until if self._kept_until is None else max(until, self._kept_until)
+
+    def _doubt(self, registrations: dict[str, Registration], now: float) -> None:
+        """Keeps workers that have vanished when those that are left are fewer."""
+        for worker_id, registration in self._present.items():
+            if worker_id not in registrations:
+                self._vanished[worker_id] = registration, now
+        self._vanished = {
+            worker_id: (registration, since)
+            for worker_id, (registration, since) in self._vanished.items()
+            if worker_id not in registrations and now - since < self._grace_s
+        }
+        if len(self._vanished) > len(registrations):
+            self._keep({name: registration for name, (registration, _) in self._vanished.items()}, now + self._doubt_s)
+            self._vanished = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from workers.status import starts_of, switches_of
@@ -96,5 +97,6 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
 
 
 def generation_text(generation: int) -> str:
-    """Starts and switches, as they are packed: see docs/architecture.md, Generations."""
-    return f"{starts_of(generation)}.{switches_of(generation)}"
+    """When the worker was started (UTC), and how often it has switched since: see docs/architecture.md, Generations."""
+    started = datetime.fromtimestamp(starts_of(generation), UTC)
+    return f"{started:%Y-%m-%dT%H:%M:%SZ}/{switches_of(generation)}"

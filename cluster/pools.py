@@ -1,4 +1,4 @@
-"""Creates and finds the actors of a cluster by name: workers per role with their ranks, routers, the controller."""
+"""Creates and finds the actors of a cluster by name: workers per role with their ranks, routers, the host of the store."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.actors import RouterActor, WorkerActor, WorkerFactory
 from cluster.config import ClusterConfig
-from cluster.controller import CONTROLLER_NAME, Controller
 from cluster.placement import NoRoom, bundle_order, rank_bundles, rank_name, what_is_missing
-from cluster.ranks import RankActor, own_address
+from cluster.ranks import RankActor
+from cluster.ray_defaults import own_address
+from cluster.store.host import STORE_HOST_NAME, StoreHost
 from workers.errors import InvalidConfig
 from workers.status import Role
 
@@ -29,12 +30,12 @@ class Pools:
         """Held, as Ray ends an actor that nobody holds: the followers of each worker, and their placement group."""
         self._groups: dict[str, PlacementGroup] = {}
 
-    def create_controller(self, outlive: bool = False) -> Any:
-        """The controller; the running one, if there is one already. `outlive`: it stays when this process has left Ray."""
-        options = {**self._options(CONTROLLER_NAME), "get_if_exists": True}
+    def create_store_host(self, outlive: bool = False) -> Any:
+        """The host of the store; the running one, if there is one already. `outlive`: it stays when this process has left Ray."""
+        options = {**self._options(STORE_HOST_NAME), "get_if_exists": True}
         if outlive:
             options |= {"lifetime": "detached", "scheduling_strategy": "DEFAULT"}
-        return ray.remote(Controller).options(**options).remote()
+        return ray.remote(StoreHost).options(**options).remote()
 
     def create_worker(self, worker_id: str, role: Role, factory: WorkerFactory | None = None) -> Any:
         """The worker's actor, which leads its ranks where it has several. They live in one placement group, and go with it.

@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.config import ClusterConfig, StoreConfig
 from cluster.local import port_is_free
 from cluster.store.store import StoreUnavailable
+from router.api.config import load_sampling_defaults
 from workers.config import WorkerConfig
-from workers.errors import InvalidConfig
+from workers.errors import BatonError, InvalidConfig
+from workers.host_limits import available_bytes, raise_file_limit
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import check
+from workers.model.weight_files import read_header, weight_files
 from workers.processors import Processors
+from workers.tokenizer import Tokenizer
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""
 RAY_BYTES = 700 * 2**20
 """Ray with its dashboard on one host."""
-_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_OTHER_FILES = 256
+"""Of a process beside its clients' connections: libraries, streams to workers, Ray's sockets."""
 
 
 def check_model(path: str) -> None:
-    """Raises InvalidConfig unless `path` is a folder with a checkpoint that a worker could load."""
-    folder = Path(path)
-    if not folder.is_dir():
-        hint = "that is a file" if folder.exists() else "there is no such folder"
-        raise InvalidConfig(
-            f"cannot find the model {path!r}: {hint}; give the path of a checkpoint folder with --model"
-        )
-    if not (folder / "config.json").is_file():
-        raise InvalidConfig(
-            f"the model folder {path!r} has no config.json; give a Hugging Face style checkpoint folder"
-        )
+    """Raises InvalidConfig unless `path` is a folder with a checkpoint that a worker could load.
+
+    It reads what a worker reads, with the same code, but for the weights themselves.
+    """
+    folder = _folder(path)
+    with _reading(folder / "config.json"):
+        ErnieConfig.load(folder)
+    with _reading(folder / "model.safetensors.index.json"):
+        files = weight_files(folder)
+    for file in files:
+        with _reading(file):
+            read_header(file)
+    check_tokenizer(path)
+
+
+def check_tokenizer(path: str) -> None:
+    """Raises InvalidConfig unless `path` is a folder with what a router reads: tokenizer, chat template, sampling defaults."""
+    folder = _folder(path)
+    with _reading(folder / "tokenizer.json"):
+        Tokenizer.check(folder)
+    with _reading(folder / "generation_config.json"):
+        load_sampling_defaults(folder)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what a reader stumbles over in a file that nobody thought of into InvalidConfig, which names the file."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidConfig(f"the model's config.json in {path!r} cannot be read: {error}") from error
-    if "ernie" not in str(config.get("model_type", "")).lower():
-        raise InvalidConfig(f"the model in {path!r} is of type {config.get('model_type')!r}; Baton serves ERNIE 4.5")
-    if not any(folder.glob("*.safetensors")):
-        raise InvalidConfig(f"the model folder {path!r} has no .safetensors file; is its download complete?")
+        yield
+    except BatonError:
+        raise
+    except Exception as error:
+        raise InvalidConfig(
+            f"{file} is not as a checkpoint's should be ({type(error).__name__}: {error}); is its download complete?"
+        ) from error
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    hint = "that is a file" if folder.exists() else "there is no such folder"
+    raise InvalidConfig(f"cannot find the model {path!r}: {hint}; give the path of a checkpoint folder with --model")
 
 
 def check_layout(config: WorkerConfig) -> None:
@@ -87,11 +118,9 @@ def check_port(host: str, port: int, setting: str) -> None:
         raise InvalidConfig(f"port {port} on {host} is in use; stop what listens there or choose another ({setting})")
 
 
-def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> None:
+def check_memory(config: ClusterConfig, free_bytes: int | None = None) -> None:
     """Raises InvalidConfig when the workers of this host would not fit into its memory."""
-    available = available_memory() if available_bytes is None else available_bytes
-    if available is None:
-        return
+    available = available_bytes() if free_bytes is None else free_bytes
     count = len(config.pools.workers)
     worker = config.worker
     each = worker.parallel.size * (PROCESS_BYTES + worker.kv_memory_bytes)
@@ -103,6 +132,18 @@ def check_memory(config: ClusterConfig, available_bytes: int | None = None) -> N
             "start fewer (--prefill, --decode, --mixed), use --dtype bfloat16, or a smaller worker.kv_memory_bytes"
             + (" or worker.kv_host_bytes" if worker.kv_host_bytes > 0 else "")
         )
+
+
+def file_limit_warning(config: ClusterConfig) -> str:
+    """A warning where a router may not open a file for each of its connections, else empty. Raises this process's own limit."""
+    needed = config.router.max_running + config.router.max_queue + _OTHER_FILES
+    limit = raise_file_limit()
+    if limit >= needed:
+        return ""
+    return (
+        f"a process may open {limit} files here, and a router with router.max_running + router.max_queue connections needs "
+        f"{needed}: further clients will not get a connection; raise it with `ulimit -n {needed}`, or lower router.max_queue"
+    )
 
 
 def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
@@ -147,46 +188,13 @@ def weight_bytes(config: WorkerConfig) -> int:
     size = 4 if config.dtype == "float32" else 2
     parallel = config.parallel
     total = experts = 0
-    for file in Path(config.model).glob("*.safetensors"):
-        for name, elements in _elements(file).items():
+    for file in weight_files(Path(config.model)):
+        for name, stored in read_header(file).items():
+            elements = math.prod(stored.shape)
             total += elements
             experts += elements if ".experts." in name else 0
     # experts are there once, the rest once for every run of ranks that shares it
     return (experts + (total - experts) * (parallel.size // parallel.tensor_parallel)) * size
-
-
-def available_memory() -> int | None:
-    """Bytes that could be used now, by the kernel's account and the container's limit; None when unknown."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return min(found, default=None)
-
-
-def _elements(file: Path) -> dict[str, int]:
-    """Number of values of each tensor in a safetensors file: 8 bytes of header length, a JSON header, data."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, ValueError) as error:
-        raise InvalidConfig(f"{str(file)!r} is no safetensors file: {error}; is the download complete?") from error
-    return {
-        name: (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // _TYPE_BYTES.get(tensor["dtype"], 2)
-        for name, tensor in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _gib(size: int) -> str:

@@ -50,8 +50,9 @@ class Progress:
     def _spin(self, text: str, over: Event) -> None:
         at = 0
         while not over.wait(0.1):
-            self._stream.write(f"\r\x1b[K  {_FRAMES[at % len(_FRAMES)]} {text}")
-            self._stream.flush()
+            with suppress(OSError, ValueError):  # a terminal that is gone
+                self._stream.write(f"\r\x1b[K  {_FRAMES[at % len(_FRAMES)]} {text}")
+                self._stream.flush()
             at += 1
 
     @staticmethod

@@ -94,12 +94,6 @@ class RankActor(Actor):
             await asyncio.sleep(ASK_AGAIN_S)
 
 
-def own_address() -> str:
-    """The address by which Ray's other nodes know this one."""
-    util: Any = importlib.import_module("ray.util")
-    return str(util.get_node_ip_address())
-
-
 def end_rank(rank: RankStatus) -> None:
     """Sees that a lost rank's process ends, wherever it is, so that Ray starts another. One that is gone is left alone.
 

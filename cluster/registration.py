@@ -1,4 +1,4 @@
-"""Keeps one worker registered: a lease in the store renewed by heartbeat, its desired role and its start count beside it."""
+"""Keeps one worker registered: a lease in the store renewed by heartbeat, its desired role and the number of its start beside it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from contextlib import suppress
 from cluster.membership import STARTS, Registration, Superseded
 from cluster.roles import remember_draining, remember_role
 from cluster.store.store import ABSENT, Store, StoreUnavailable
+from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
 
 log = logging.getLogger(__name__)
+
+MAX_START = 2**32 - 1
+"""A start's number is the upper half of a generation."""
 
 
 class Registrar:
@@ -25,14 +29,14 @@ class Registrar:
         store: Store,
         registration: Registration,
         configured: Role,
-        start_count: int,
+        start: int,
         ttl_s: float,
         is_draining: bool = False,
     ) -> None:
         self._store = store
         self._registration = registration
         self._configured = configured
-        self._start_count = start_count
+        self._start = start
         self._ttl_s = ttl_s
         self._is_draining = is_draining
         self._version = ABSENT
@@ -56,7 +60,7 @@ class Registrar:
         self._changed.set()
 
     async def register(self) -> None:
-        """Writes desired role and draining, start count and registration. Raises Superseded, StoreUnavailable.
+        """Writes desired role and draining, the number of the start and the registration. Raises Superseded, StoreUnavailable.
 
         The registration comes last: whoever sees it may count on the rest, even if this worker dies at once.
         """
@@ -69,7 +73,7 @@ class Registrar:
                 raise Superseded(f"{address.worker_id} has registered as generation {known.address.generation}")
             await remember_role(self._store, address.worker_id, registration.role, self._configured)
             await remember_draining(self._store, address.worker_id, is_draining)
-            await self._keep_start_count(STARTS + address.worker_id)
+            await keep_start(self._store, address.worker_id, self._start)
             written = await self._store.compare_and_set(
                 registration.key, current.version if current else ABSENT, registration.encode(), self._ttl_s
             )
@@ -101,17 +105,36 @@ class Registrar:
             if current is not None and known is not None and known.address == self._registration.address:
                 await self._store.delete(current.key, current.version)
 
-    async def _keep_start_count(self, key: str) -> None:
-        """A store that lost its memory must not give this worker's next start a lower generation."""
-        while True:
-            current = await self._store.get(key)
-            if current is not None and int(current.value) >= self._start_count:
-                return
-            version = current.version if current else ABSENT
-            if await self._store.compare_and_set(key, version, str(self._start_count)) is not None:
-                return
+
+async def number_start(store: Store, worker_id: str, now_s: float) -> int:
+    """The number of this start of the worker, which every earlier one is below; no two starts get the same one.
+
+    It is the time in seconds since 1970, `now_s`, unless the store knows of a start that is not below that. So a store that has
+    lost its memory, as one that died together with the worker, gives no number twice either: only a clock that was set back
+    as well could.
+    """
+    while True:
+        current = await store.get(STARTS + worker_id)
+        number = max(int(now_s), int(current.value) + 1 if current else 1)
+        if number > MAX_START:
+            raise InvalidConfig(
+                f"the store counts {current.value if current else now_s} starts of {worker_id}; delete {STARTS}{worker_id}"
+            )
+        if (
+            await store.compare_and_set(STARTS + worker_id, current.version if current else ABSENT, str(number))
+            is not None
+        ):
+            return number
 
 
-async def count_start(store: Store, worker_id: str) -> int:
-    """The number of this start of the worker, from 1; no two starts get the same one."""
-    return await store.increment(STARTS + worker_id)
+async def keep_start(store: Store, worker_id: str, number: int) -> None:
+    """A store that has lost its memory learns the number of a start again; a later one is left alone."""
+    while True:
+        current = await store.get(STARTS + worker_id)
+        if current is not None and int(current.value) >= number:
+            return
+        if (
+            await store.compare_and_set(STARTS + worker_id, current.version if current else ABSENT, str(number))
+            is not None
+        ):
+            return

@@ -56,8 +56,6 @@ async def forget_draining(store: Store, worker_id: str) -> None:
 
 def check_roles(num_prefill: int, num_decode: int, num_mixed: int) -> None:
     """Raises InvalidConfig unless the pools together can serve a request."""
-    if min(num_prefill, num_decode, num_mixed) < 0:
-        raise InvalidConfig("pools.prefill, pools.decode and pools.mixed must not be negative")
     if num_prefill + num_mixed == 0:
         raise InvalidConfig("no worker could prefill: set pools.prefill or pools.mixed to at least 1")
     if num_decode + num_mixed == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,14 +32,18 @@ class RouterStatus:
 
 
 class OutputStream(Protocol):
-    """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason.
+    """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason."""
 
-    `aclose` before the end cancels the request and frees everything it holds in the workers.
-    """
+    def take(self, wake: Callable[[], None]) -> Output | None:
+        """What waits, as one output. None: nothing does; `wake` is then called once, when something does.
 
-    def __aiter__(self) -> AsyncIterator[Output]: ...
+        Raises what ended the stream before its time.
+        """
+        ...
 
-    async def aclose(self) -> None: ...
+    def close(self) -> None:
+        """Before the end it cancels the request and frees everything it holds in the workers; once is enough."""
+        ...
 
 
 class Backend(Protocol):

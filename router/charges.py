@@ -16,7 +16,10 @@ class Charge:
 
 
 class Charges:
-    """The open charges of one worker, oldest first, with their sums."""
+    """The open charges of one worker, oldest first, with their sums.
+
+    Prompts are owed for longer than a report takes to contain them: until the first token has come.
+    """
 
     def __init__(self, settle_s: float) -> None:
         """A load report that arrives `settle_s` after a request was sent is taken to contain it."""
@@ -25,9 +28,12 @@ class Charges:
         self.num_sequences = 0
         self.num_blocks = 0
         self.prefill_tokens = 0
+        self._owed: dict[str, int] = {}
+        self.owed_tokens = 0
+        """Prompt tokens of requests that were sent there to be computed, and that have no token yet."""
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._open) + len(self._owed)
 
     def add(self, wire_id: str, charge: Charge) -> None:
         self.release(wire_id)
@@ -35,9 +41,16 @@ class Charges:
         self.num_sequences += charge.num_sequences
         self.num_blocks += charge.num_blocks
         self.prefill_tokens += charge.prefill_tokens
+        if charge.prefill_tokens:
+            self._owed[wire_id] = charge.prefill_tokens
+            self.owed_tokens += charge.prefill_tokens
 
     def release(self, wire_id: str) -> None:
         """The request ended, or its outputs show that the worker knows it."""
+        self._settle(wire_id)
+        self.owed_tokens -= self._owed.pop(wire_id, 0)
+
+    def _settle(self, wire_id: str) -> None:
         charge = self._open.pop(wire_id, None)
         if charge is not None:
             self.num_sequences -= charge.num_sequences
@@ -50,8 +63,8 @@ class Charges:
             wire_id, oldest = next(iter(self._open.items()))
             if now - oldest.sent_s < self._settle_s:
                 return
-            self.release(wire_id)
+            self._settle(wire_id)
 
     def clear(self) -> None:
-        while self._open:
-            self.release(next(iter(self._open)))
+        for wire_id in [*self._open, *self._owed]:
+            self.release(wire_id)

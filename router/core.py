@@ -28,9 +28,9 @@ from router.flights import Flights
 from router.mover import Mover
 from router.policies.policy import Policy
 from router.prefix_index import PrefixIndex
-from router.view import WorkerEntry
+from router.view import Backlog, WorkerEntry
 from workers.client import DumpRequest
-from workers.status import WorkerAddress
+from workers.status import WorkerAddress, starts_of
 
 
 class RouterCore:
@@ -41,7 +41,8 @@ class RouterCore:
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
         self._is_shut_down = False
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s)
+        backlog = Backlog(config.worker_backlog, config.prefill_backlog_tokens)
+        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s, backlog)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
@@ -85,16 +86,20 @@ class RouterCore:
         if fault is not None:
             self._lose(entry, fault, now, FIRST_RECONNECT_S)
             return
-        was_up = entry.is_up
-        entry.update(frame, now)
-        if frame.status is not None:
-            self.fleet.check_model(entry, is_idle=not self.flights)
+        was_up, before = entry.is_up, entry.generation
+        self.fleet.hear(entry, frame, now)
+        if frame.status is not None and self.fleet.check_model(entry, self.flights.num_running == 0, now):
+            self.counters["models_taken_over"] += 1
+            self.flights.change_model(now)
         if not entry.is_up:
             self.counters["frames_before_status"] += 1
             return
         if not was_up:
-            self.index.attach(entry.worker_id)
-        if any([self.index.apply(entry.worker_id, kv_event) for kv_event in frame.kv_events]):
+            self.index.attach(entry.row)
+            self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
+        if self.index.backlog:
+            self.index.take_in()
+        if frame.kv_events and any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
             self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
@@ -114,20 +119,23 @@ class RouterCore:
             self.counters[f"workers_lost_{reason}"] += 1
         if entry.connection is not None:
             self._out.append(Detach(entry.worker_id, entry.connection))
-        entry.close(now + reconnect_s)
-        self.index.drop(entry.worker_id)
-        self.flights.lose_worker(entry.worker_id, f"lost worker {entry.worker_id}: {message or reason}", now)
+        running = self.flights.running_on(entry)
+        self.fleet.close(entry, now + reconnect_s)
+        self.index.drop(entry.row)
+        self.flights.lose_worker(entry.worker_id, running, f"lost worker {entry.worker_id}: {message or reason}", now)
 
     # ---- time ----
 
     def _on_tick(self, now: float) -> None:
         for entry in self.fleet.stale(now):
             self._lose(entry, "stale", now, FIRST_RECONNECT_S)
-        for entry in self.fleet:
-            if not entry.is_member and entry.connection is not None and not self.flights.running_on(entry.worker_id):
-                self._lose(entry, "left", now, 0.0)
+        for entry in self.fleet.left():
+            self._lose(entry, "left", now, 0.0)
+        if self.index.backlog:
+            self.index.take_in()
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
+        self.fleet.table.has_opened = True
         self.flights.check_time(now)
         if not self._is_shut_down:
             self.mover.run(now)
@@ -138,4 +146,4 @@ class RouterCore:
         for entry in self.fleet:
             if entry.connection is not None:
                 self._out.append(Detach(entry.worker_id, entry.connection))
-                entry.close(float("inf"))
+                self.fleet.close(entry, float("inf"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import xxhash
+
 from router.charges import Charge
 from router.config import RouterConfig
 from router.events import Send
 from router.fleet import Fleet
-from router.policies.policy import Demand, Policy, Route, WorkerSnapshot
-from router.prefix_index import PrefixIndex
+from router.policies.policy import Candidates, Demand, Policy, Route
+from router.prefix_index import Prefixes, PrefixIndex
 from router.progress import Flight
 from router.view import WorkerEntry
+from router.worker_table import ANYTHING
 from workers.client import Migration, Submit
 from workers.errors import InvariantViolated
 from workers.status import PrefixHint
@@ -26,29 +30,43 @@ class Dispatcher:
         self._pull_min_blocks = config.pull_min_blocks
         self._request_timeout_s = config.request_timeout_s
         self._first_token_deadline_s = config.first_token_deadline_s
+        self._matched_hashes: list[int] | None = None
+        self._matched_key = (-1, -1)
+        self._matched = index.match((), 0)
 
     def route(self, flight: Flight) -> Route | None:
-        """Where the request would go now; None: nowhere."""
-        snapshots = [self._snapshot(entry, flight) for entry in self._fleet if entry.takes_requests]
-        return self._policy.route(self._demand(flight), snapshots)
+        """Where the request would go now; None: nowhere, and the table is told what it waits for."""
+        table, demand, prefixes = self._fleet.table, self._demand(flight), self._prefixes(flight)
+        has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
+        prefills = table.can_prefill & table.takes_prompt
+        # Where nobody can prefill, those that decode compute prompts themselves.
+        computes = table.takes_prompt & table.can_prefill if table.num_prefilling else table.takes_prompt
+        decodes = has_room & (computes | (prefills.sum() > prefills))
+        route = self._policy.route(demand, Candidates(table, decodes, prefills, computes, prefixes))
+        if route is None:
+            most_cached = int(prefixes.in_pool.max(initial=0))
+            table.wanted_blocks = ANYTHING if has_room.any() else demand.num_prompt_blocks - most_cached
+        return route
 
     def submit(self, flight: Flight, route: Route, now: float) -> Send:
         """Begins the request's next attempt."""
-        decode = self._fleet.get(route.decode)
-        if decode is None or decode.connection is None:
-            raise InvariantViolated(f"the policy chose {route.decode}, which takes no requests")
-        flight.begin_attempt(route)
-        self._charge(flight, decode, now)
-        prefillers = [self._fleet.get(worker_id) for worker_id in route.prefill]
-        addresses = tuple(entry.current_address() for entry in prefillers if entry is not None)
+        decode = self._fleet.at(route.decode)
+        prefillers = [self._fleet.at(row) for row in route.prefill]
+        if decode.connection is None:
+            raise InvariantViolated(f"the policy chose {decode.worker_id}, which takes no requests")
+        flight.begin_attempt(decode.worker_id, prefillers[0].worker_id if prefillers else decode.worker_id)
+        decode.attempts[flight.wire_id] = None
+        hint = self._prefix_hint(flight, prefillers[0] if prefillers else decode)
+        self._charge(flight, decode, prefillers[0] if prefillers else decode, now)
         remaining_s, first_token_s = self._time_left(flight, now)
         submit = Submit(
             flight.attempt_request(flight.wire_id),
             decode.generation,
-            addresses,
+            tuple(entry.current_address() for entry in prefillers),
             remaining_s,
             first_token_s,
-            prefix=self._prefix_hint(flight),
+            prefix=hint,
+            name=flight.request.request_id,
         )
         return Send(decode.worker_id, decode.connection, submit)
 
@@ -58,10 +76,12 @@ class Dispatcher:
             raise InvariantViolated(f"a request shall move to {target.worker_id}, which has no stream")
         running = Migration(source.current_address(), flight.wire_id)
         incoming = flight.begin_migration(target.worker_id, now)
-        target.charges.add(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
+        target.attempts[incoming.wire_id] = None
+        target.charge(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
         remaining_s, _ = self._time_left(flight, now)
         request = flight.attempt_request(incoming.wire_id)
-        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running)
+        name = flight.request.request_id
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
         return Send(target.worker_id, target.connection, submit)
 
     def num_blocks(self, flight: Flight) -> int:
@@ -69,28 +89,44 @@ class Dispatcher:
         return self._demand(flight).num_blocks
 
     def release(self, flight: Flight) -> None:
-        """The workers' own reports contain the request by now, or it has ended."""
-        for worker_id in (flight.worker_id, flight.prefill_worker_id):
-            self.release_from(worker_id, flight.wire_id)
+        """The workers' own reports contain the request by now."""
+        for worker_id in {flight.worker_id, flight.prefill_worker_id}:
+            entry = self._fleet.get(worker_id)
+            if entry is not None:
+                entry.release(flight.wire_id)
 
-    def release_from(self, worker_id: str, wire_id: str) -> None:
-        """As `release`, for one attempt on one worker."""
+    def end(self, worker_id: str, wire_id: str) -> None:
+        """An attempt does not decode there any more."""
         entry = self._fleet.get(worker_id)
-        if entry is not None and entry.charges:
-            entry.charges.release(wire_id)
+        if entry is not None:
+            entry.end_attempt(wire_id)
 
-    def _prefix_hint(self, flight: Flight) -> PrefixHint | None:
+    def note_running(self, flight: Flight) -> None:
+        """The running attempt is on a worker that may have to be left by now."""
+        entry = self._fleet.get(flight.worker_id)
+        if entry is not None:
+            self._fleet.note_leaving(entry)
+
+    def _prefixes(self, flight: Flight) -> Prefixes:
+        """What each worker caches of the prompt; found once for all that is asked of one request, and for its other choices."""
+        key = (self._index.version, len(self._fleet.table))
+        if self._matched_hashes is not flight.hashes or self._matched_key != key:
+            self._matched = self._index.match(flight.hashes, len(self._fleet.table))
+            self._matched_hashes, self._matched_key = flight.hashes, key
+        return self._matched
+
+    def _prefix_hint(self, flight: Flight, computes: WorkerEntry) -> PrefixHint | None:
         """Who holds more of the prompt than the worker that is to compute it, if the difference is worth the effort."""
-        if not self._pull_min_blocks:
+        if not self._pull_min_blocks or not flight.hashes:
             return None
-        own = self._index.match(flight.prefill_worker_id, flight.hashes)
-        holder, most = None, own + self._pull_min_blocks - 1
-        for entry in self._fleet:
-            if entry.takes_requests and entry.worker_id != flight.prefill_worker_id:
-                count = self._index.match_pool(entry.worker_id, flight.hashes)
-                if count > most:
-                    holder, most = entry, count
-        return PrefixHint(holder.current_address(), most) if holder is not None else None
+        table, prefixes = self._fleet.table, self._prefixes(flight)
+        held = np.where(table.can_decode | table.can_prefill, prefixes.in_pool, 0)
+        held[computes.row] = 0
+        holder = int(held.argmax())
+        num_blocks = int(held[holder])
+        if num_blocks < int(prefixes.cached[computes.row]) + self._pull_min_blocks:
+            return None
+        return PrefixHint(self._fleet.at(holder).current_address(), num_blocks)
 
     def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
@@ -105,39 +141,23 @@ class Dispatcher:
         if model is None:
             raise InvariantViolated("a request was admitted before any worker had reported")
         num_left = flight.request.params.max_tokens - len(flight.delivered)
+        avoid = self._fleet.get(flight.avoid_worker_id)
         return Demand(
-            key=str(flight.hashes[0]) if flight.hashes else flight.request.request_id,
+            key=flight.hashes[0] if flight.hashes else xxhash.xxh3_64_intdigest(flight.request.request_id.encode()),
             num_prompt_tokens=len(flight.request.prompt_token_ids),
             num_output_tokens=len(flight.delivered) + max(1, min(num_left, self._expected_output_tokens)),
             block_size=model.block_size,
+            avoid=avoid.row if avoid is not None else -1,
         )
 
-    def _snapshot(self, entry: WorkerEntry, flight: Flight) -> WorkerSnapshot:
-        load, charges = entry.load, entry.charges
-        cached = self._index.match(entry.worker_id, flight.hashes)
-        num_reported = load.num_running + load.num_waiting + load.num_transferring
-        return WorkerSnapshot(
-            worker_id=entry.worker_id,
-            can_decode=entry.can_decode,
-            can_prefill=entry.can_prefill,
-            num_sequences=num_reported + charges.num_sequences,
-            prefill_tokens=load.waiting_prefill_tokens + charges.prefill_tokens,
-            free_blocks=load.num_free_blocks - charges.num_blocks,
-            cached_blocks=cached,
-            lower_blocks=cached - self._index.match_pool(entry.worker_id, flight.hashes),
-            avoid=entry.worker_id == flight.avoid_worker_id,
-        )
-
-    def _charge(self, flight: Flight, decode: WorkerEntry, now: float) -> None:
+    def _charge(self, flight: Flight, decode: WorkerEntry, prefill: WorkerEntry, now: float) -> None:
         """Counts the request on its workers, and keeps its cached blocks longest in the index."""
-        demand = self._demand(flight)
-        prefill = self._fleet.get(flight.prefill_worker_id) or decode
-        cached = self._index.match(prefill.worker_id, flight.hashes)
-        num_tokens = max(1, demand.num_prompt_tokens - cached * demand.block_size)
+        demand, cached = self._demand(flight), self._prefixes(flight).cached
+        num_cached = int(cached[prefill.row])
+        num_tokens = max(1, demand.num_prompt_tokens - num_cached * demand.block_size)
         if prefill is decode:
-            decode.charges.add(flight.wire_id, Charge(now, 1, demand.num_blocks, num_tokens))
+            decode.charge(flight.wire_id, Charge(now, 1, demand.num_blocks, num_tokens))
         else:
-            decode.charges.add(flight.wire_id, Charge(now, 1, demand.num_blocks))
-            prefill.charges.add(flight.wire_id, Charge(now, prefill_tokens=num_tokens))
-            self._index.touch(prefill.worker_id, flight.hashes)
-        self._index.touch(decode.worker_id, flight.hashes)
+            decode.charge(flight.wire_id, Charge(now, 1, demand.num_blocks))
+            prefill.charge(flight.wire_id, Charge(now, prefill_tokens=num_tokens))
+        self._index.touch(flight.hashes[: max(num_cached, int(cached[decode.row]))])

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 from typing import assert_never
 
 from router.backend import RouterStatus, WorkerView
@@ -35,7 +34,7 @@ from router.stream import RequestStream
 from router.view import WorkerEntry
 from workers.client import WorkerClient, WorkerLink
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
-from workers.grpc_client import GrpcWorkerClient
+from workers.grpc_client import FINISH_S, GrpcWorkerClient
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 
@@ -66,7 +65,7 @@ class RouterDriver:
     ) -> None:
         self._config = config
         self._router_id = router_id
-        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s)
+        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s, clock)
         self._clock = clock
         self._core = RouterCore(config, make_policy(config))
         self._streams: dict[str, RequestStream] = {}
@@ -116,7 +115,11 @@ class RouterDriver:
         if name in self._streams:
             raise InvalidRequest(f"request id {name!r} is in use", "request_id")
         stream = self._streams[name] = RequestStream(name, self._config.max_buffered_tokens, self._leave)
-        rejection = self._handle(RequestArrived(request))
+        try:
+            rejection = self._handle(RequestArrived(request))
+        except BaseException:
+            self._streams.pop(name, None)
+            raise
         if rejection is None:
             return stream
         del self._streams[name]
@@ -129,13 +132,13 @@ class RouterDriver:
         core = self._core
         workers = tuple(
             WorkerView(
-                status=replace(entry.status, load=entry.load),
+                status=status,
                 connected=entry.is_up,
                 frame_age_s=max(0.0, now - entry.last_frame_s),
-                num_requests=len(core.flights.running_on(entry.worker_id)),
+                num_requests=len(entry.attempts),
             )
             for entry in core.fleet
-            if entry.status is not None
+            if (status := entry.status_now()) is not None
         )
         counters = dict(core.counters)
         counters["prefix_index_blocks"] = len(core.index)
@@ -223,11 +226,20 @@ class RouterDriver:
             self._handle(RequestCancelled(request_id))
 
     def _detach(self, connection: int) -> None:
-        self._links.pop(connection, None)
+        link = self._links.pop(connection, None)
         reader = self._readers.pop(connection, None)
         if reader is not None:
-            self._closing.add(reader)
-            reader.cancel()
+            closing = asyncio.create_task(self._hang_up(link, reader))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _hang_up(self, link: WorkerLink | None, reader: asyncio.Task[None]) -> None:
+        """Lets the last messages go first: what is not cancelled runs on at the worker for a while."""
+        if link is not None:
+            await link.finish()
+            await asyncio.wait({reader}, timeout=FINISH_S)
+        reader.cancel()
+        await asyncio.wait({reader})
 
     async def _read(self, command: Attach) -> None:
         """Carries one worker's frames in until its stream ends."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import Output, Request
 from workers.status import WorkerAddress
@@ -87,7 +87,7 @@ class Detach:
 class Send:
     worker_id: str
     connection: int
-    message: Submit | Cancel | DumpRequest
+    message: Submit | Cancel | Adopt | DumpRequest
 
 
 @dataclass(frozen=True, slots=True)

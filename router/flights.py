@@ -16,6 +16,7 @@ from router.fleet import Fleet
 from router.migrations import Migrations
 from router.progress import Flight, Incoming, Mismatch
 from router.retry import RetryPolicy
+from router.view import WorkerEntry
 from workers.client import Cancel
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
@@ -40,8 +41,19 @@ class Flights:
         self._attempts: dict[str, Flight] = {}
         self._queue = AdmissionQueue(config.max_queue)
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
+        self._left: dict[str, dict[str, str]] = {}
+        """By worker whose stream is lost: the attempts that may still run there, with their requests."""
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
+        self._blocked: Flight | None = None
+        """It goes next, and nobody took it when it was last tried."""
+        self._hashed: tuple[tuple[int, ...], int] = ((), 0)
+        self._hashes: list[int] = []
+        """Of the prompt that was hashed last, and the size of its blocks."""
+        self.num_visited = 0
+        """Requests that ticks have looked at."""
+        self.num_tried = 0
+        """How often a route was looked for."""
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -55,8 +67,9 @@ class Flights:
     def num_running(self) -> int:
         return len(self._attempts)
 
-    def running_on(self, worker_id: str) -> list[Flight]:
-        return [flight for flight in self._attempts.values() if flight.worker_id == worker_id]
+    def running_on(self, entry: WorkerEntry) -> list[Flight]:
+        """What decodes on a worker, without what is on its way there."""
+        return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
 
     # ---- arrival ----
 
@@ -69,39 +82,78 @@ class Flights:
         self._counters["requests"] += 1
         self._num_arrived += 1
         flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
-        if self._fleet.model is not None:
-            flight.hashes = block_hashes(request.prompt_token_ids, self._fleet.model.block_size)
+        self._hash(flight)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
 
+    def _hash(self, flight: Flight) -> None:
+        """The choices of a client's request come one after another with the same prompt: it is hashed once."""
+        model, prompt = self._fleet.model, flight.request.prompt_token_ids
+        if model is None or flight.block_size == model.block_size:
+            return
+        block_size = flight.block_size = model.block_size
+        if self._hashed[0] is not prompt or self._hashed[1] != block_size:
+            self._hashed, self._hashes = (prompt, block_size), block_hashes(prompt, block_size)
+        flight.hashes = self._hashes
+
+    def change_model(self, now: float) -> None:
+        """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""
+        for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
+            rejection = self._unfit(flight.request)
+            if flight.is_started:
+                self._fail(flight, Refusal.NO_WORKERS, "the model that this answer began with is served no more", now)
+            elif rejection is not None:
+                self._fail(flight, rejection.refusal, rejection.message, now)
+
     def _rejection_of(self, request: Request) -> Reject | None:
-        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        name = request.request_id
         if self._is_closed:
             return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
-        if model is None:
-            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
         if name in self._flights:
             return Reject(name, Refusal.INVALID, f"request id {name!r} is in use", "request_id")
+        unfit = self._unfit(request)
+        if unfit is not None:
+            return unfit
+        if self._queue.is_full:
+            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
+        return None
+
+    def _unfit(self, request: Request) -> Reject | None:
+        """Why the served model cannot take a request."""
+        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        if model is None:
+            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
         if num_tokens == 0:
             return Reject(name, Refusal.INVALID, "the prompt is empty", "prompt")
         if num_tokens >= model.max_model_len:
             what = f"the prompt has {num_tokens} tokens; prompt and output have room for {model.max_model_len}"
             return Reject(name, Refusal.INVALID, what, "prompt")
-        if self._queue.is_full:
-            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
         return None
 
     def dispatch(self, now: float) -> None:
-        """Sends waiting requests to workers, while there is room and a worker takes them."""
+        """Sends waiting requests to workers, while there is room and a worker takes them.
+
+        Runs after every event, so it looks for a route only when the request that goes next is another one than before, or
+        when a worker has come that may take it.
+        """
+        table = self._fleet.table
         while self._queue and len(self._attempts) < self._config.max_running:
             request_id = self._queue.first(now)
             if request_id is None:
                 return
             flight = self._flights[request_id]
-            route = self._dispatcher.route(flight)
-            if route is None:
-                self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+            if flight is self._blocked and not table.has_opened:
                 return
+            table.has_opened = False
+            self.num_tried += 1
+            self._hash(flight)
+            route = self._dispatcher.route(flight) if table.num_decoding else None
+            if route is None:
+                self._blocked = flight
+                if not table.num_decoding and self._unroutable_since_s is None:
+                    self._unroutable_since_s = now
+                return
+            self._blocked = None
             self._unroutable_since_s = None
             self._queue.remove(request_id)
             self._out.append(self._dispatcher.submit(flight, route, now))
@@ -125,6 +177,10 @@ class Flights:
             return
         accepted = flight.accept(output)
         match accepted:
+            case Output():
+                self._deliver(flight, accepted, now)
+                if flight.incoming is not None:
+                    self.migrations.check(flight, now)
             case Mismatch.REPEAT:
                 self._counters["repeated_outputs"] += 1
             case Mismatch.CONFLICT:
@@ -135,9 +191,6 @@ class Flights:
                 self._counters[f"{accepted.value}_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
-            case Output():
-                self._deliver(flight, accepted, now)
-                self.migrations.check(flight, now)
 
     def _leave(self, flight: Flight, now: float) -> None:
         """The worker has handed the sequence over and says no more of it."""
@@ -151,13 +204,15 @@ class Flights:
         self._end_attempt(flight)
         flight.go_on(incoming)
         self._attempts[flight.wire_id] = flight
+        self._dispatcher.note_running(flight)
         for output in incoming.buffered:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: Flight, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
-        if output.position == 0:
+        if not flight.has_spoken:
+            flight.has_spoken = True
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
@@ -166,11 +221,26 @@ class Flights:
 
     # ---- trouble ----
 
-    def lose_worker(self, worker_id: str, message: str, now: float) -> None:
-        """A worker's stream is gone, and with it what ran there."""
+    def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
+        """A worker's stream is gone, and with it what was `running` there."""
         self.migrations.lose_worker(worker_id, now)
-        for flight in self.running_on(worker_id):
+        if running:
+            self._left[worker_id] = {flight.wire_id: flight.request.request_id for flight in running}
+        for flight in running:
             self._set_back(flight, Refusal.WORKER_LOST, message, now)
+
+    def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
+        """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
+        ended is ended there. One that still waits is dispatched, and if it comes there the worker knows it by its name."""
+        left = self._left.pop(entry.worker_id, {})
+        if not is_same_process or entry.connection is None:
+            return
+        for wire_id, request_id in left.items():
+            flight = self._flights.get(request_id)
+            if flight is not None and flight.wire_id and flight.incoming is None:
+                self.migrations.take_back(flight, entry, now)
+            elif flight is None or flight.incoming is not None:
+                self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -183,17 +253,31 @@ class Flights:
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
-        for flight in list(self._flights.values()):
-            if now - flight.arrived_s > self._config.request_timeout_s:
-                self._cancel_attempt(flight)
-                self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
+        self._left = {
+            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
+        }
+        for flight in self._too_old(now):
+            self._cancel_attempt(flight)
+            self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
         if self._fleet.can_decode:
             self._unroutable_since_s = None
             return
         since_s = self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+        if now - since_s < self._config.recovery_timeout_s:
+            return
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
                 self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
+
+    def _too_old(self, now: float) -> list[Flight]:
+        """They are kept in the order in which they arrived, so those that live too long come first."""
+        old: list[Flight] = []
+        for flight in self._flights.values():
+            self.num_visited += 1
+            if now - flight.arrived_s <= self._config.request_timeout_s:
+                break
+            old.append(flight)
+        return old
 
     def close(self, now: float) -> None:
         """Fails everything and accepts nothing more."""
@@ -236,6 +320,7 @@ class Flights:
         if flight.wire_id:
             del self._attempts[flight.wire_id]
             self._dispatcher.release(flight)
+            self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
     def _forget(self, flight: Flight, now: float) -> None:

@@ -16,7 +16,7 @@ from router.events import Command, Send
 from router.fleet import Fleet
 from router.progress import Flight, Incoming
 from router.view import WorkerEntry
-from workers.client import Cancel
+from workers.client import Adopt, Cancel
 from workers.request import FinishReason, Output
 
 DEPARTURE_S = 5.0
@@ -55,9 +55,9 @@ class Migrations:
     def __len__(self) -> int:
         return len(self._incoming)
 
-    def leaving(self, worker_id: str) -> int:
-        """How many sequences are being moved away from a worker."""
-        return sum(1 for flight in self._incoming.values() if flight.worker_id == worker_id)
+    def sources(self) -> list[str]:
+        """The workers that sequences are being moved away from, once for each of these."""
+        return [flight.worker_id for flight in self._incoming.values()]
 
     def begin(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> None:
         """Asks `target` to take the running attempt over from `source`."""
@@ -65,6 +65,17 @@ class Migrations:
         assert flight.incoming is not None
         self._incoming[flight.incoming.wire_id] = flight
         self._counters["migrations_begun"] += 1
+
+    def take_back(self, flight: Flight, worker: WorkerEntry, now: float) -> None:
+        """A worker whose stream was lost may still run the request, which runs elsewhere again: whichever is further goes on."""
+        if worker.connection is None:
+            return
+        incoming = flight.begin_migration(worker.worker_id, now)
+        worker.attempts[incoming.wire_id] = None
+        self._incoming[incoming.wire_id] = flight
+        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
+        self._out.append(Send(worker.worker_id, worker.connection, adopt))
+        self._counters["adoptions_begun"] += 1
 
     def take(self, output: Output, worker_id: str, now: float) -> bool:
         """An output that does not belong to a running attempt; False: nor does it belong to a migration."""
@@ -109,7 +120,7 @@ class Migrations:
         del self._incoming[incoming.wire_id]
         flight.incoming = None
         flight.moves_at_s = now + self._config.migration_retry_s
-        self._dispatcher.release_from(incoming.worker_id, incoming.wire_id)
+        self._dispatcher.end(incoming.worker_id, incoming.wire_id)
         if not is_known:
             self._cancel(incoming.worker_id, incoming.wire_id)
 

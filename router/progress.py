@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from router.policies.policy import Route
 from router.retry import RetryHistory
 from workers.request import FinishReason, Output, Request
 
@@ -44,7 +43,8 @@ class Flight:
     arrived_s: float
     queued_s: float
     hashes: list[int] = field(default_factory=list)
-    """Names of the prompt's full blocks."""
+    """Names of the prompt's full blocks, of so many tokens each:"""
+    block_size: int = 0
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
     """The client has its first token, or its end."""
@@ -55,18 +55,21 @@ class Flight:
     """Where the running attempt decodes, or the last one did."""
     prefill_worker_id: str = ""
     """Who was expected to compute the prompt."""
+    has_spoken: bool = False
+    """The running attempt has brought an output, so its prompt has been computed."""
     avoid_worker_id: str = ""
     incoming: Incoming | None = None
     moves_at_s: float = 0.0
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
 
-    def begin_attempt(self, route: Route) -> None:
-        """Names the next attempt on the wire and remembers where it runs."""
+    def begin_attempt(self, worker_id: str, prefill_worker_id: str) -> None:
+        """Names the next attempt on the wire and remembers where it runs, and who is to compute the prompt."""
         self.num_attempts += 1
         self.wire_id = f"{self.request.request_id}#{self.num_attempts}"
-        self.worker_id = route.decode
-        self.prefill_worker_id = route.prefill[0] if route.prefill else route.decode
+        self.worker_id = worker_id
+        self.prefill_worker_id = prefill_worker_id
+        self.has_spoken = False
 
     def begin_migration(self, worker_id: str, now: float) -> Incoming:
         """Names a second attempt, which takes the running one over."""
@@ -94,30 +97,23 @@ class Flight:
 
     def accept(self, output: Output) -> Output | Mismatch:
         """Takes an output that follows what the client has, trimmed and named for the client; or says why not."""
-        skip = len(self.delivered) - output.position
+        position = len(self.delivered)
+        skip = position - output.position
+        token_ids = output.token_ids
         if skip:
             mismatch = _compare(self.delivered, output, skip)
             if mismatch is not None:
                 return mismatch
-        position = len(self.delivered)
-        token_ids = output.token_ids[skip:]
+            token_ids = token_ids[skip:]
         self.delivered.extend(token_ids)
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first
-        return Output(
-            request_id=self.request.request_id,
-            position=position,
-            token_ids=token_ids,
-            text=output.text,
-            logprobs=output.logprobs[skip:] if skip else output.logprobs,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            refusal=output.refusal,
-            message=output.message,
-            cached_tokens=output.cached_tokens if is_first else 0,
-            prompt_logprobs=output.prompt_logprobs,
-            handoff=output.handoff if is_first else None,
-        )
+        accepted = Output(self.request.request_id, position, *output[2:])
+        if skip:
+            accepted = accepted._replace(token_ids=token_ids, logprobs=output.logprobs[skip:])
+        if not is_first and (output.cached_tokens or output.handoff):
+            accepted = accepted._replace(cached_tokens=0, handoff=None)
+        return accepted
 
 
 def _compare(delivered: Sequence[int], output: Output, skip: int) -> Mismatch | None:

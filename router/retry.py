@@ -28,6 +28,8 @@ TREATMENTS: dict[Refusal, Treatment] = {
     Refusal.STALE_GENERATION: Treatment.BUSY,
     Refusal.DRAINING: Treatment.BUSY,
     Refusal.NOT_MOVABLE: Treatment.BUSY,
+    Refusal.NOT_KEPT: Treatment.BUSY,
+    Refusal.TAKEN_UP: Treatment.FINAL,
     Refusal.SHUTTING_DOWN: Treatment.BUSY,
     Refusal.INTERNAL: Treatment.ONCE,
 }

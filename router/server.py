@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 import uvicorn
@@ -15,6 +15,7 @@ import uvloop
 
 from router.api.app import create_app
 from router.api.config import load_sampling_defaults
+from router.api.draining import Draining
 from router.backend import RouterStatus
 from router.config import RouterConfig
 from router.driver import RouterDriver
@@ -24,6 +25,8 @@ from workers.status import WorkerAddress
 from workers.tokenizer import Tokenizer
 
 STATUS_TIMEOUT_S = 5.0
+LAST_WORDS_S = 5
+"""How long a client may take to read the error that ends its stream when the router stops."""
 
 
 class RouterServer:
@@ -61,19 +64,32 @@ class RouterServer:
                 loop.call_soon_threadsafe(driver.set_workers, addresses)
 
     def status(self) -> RouterStatus:
-        """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run."""
+        """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run, and what went wrong there."""
         loop, driver = self._loop, self._driver
         if loop is None or driver is None:
             raise Refused(Refusal.SHUTTING_DOWN, "the router does not run")
         answer: Future[RouterStatus] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(driver.status())
+            except Exception as error:
+                answer.set_exception(error)
+
         try:
-            loop.call_soon_threadsafe(lambda: answer.set_result(driver.status()))
-            return answer.result(STATUS_TIMEOUT_S)
-        except (RuntimeError, TimeoutError) as error:
+            loop.call_soon_threadsafe(ask)
+        except RuntimeError as error:  # its loop is closed
             raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer") from error
+        done, _ = wait((answer,), STATUS_TIMEOUT_S)
+        if not done:
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer")
+        return answer.result()
 
     async def stop(self) -> None:
-        """Ends every stream with a final error, closes every connection and waits for the thread."""
+        """Takes no new requests, lets those that run finish within shutdown_timeout_s, ends the rest with a final error.
+
+        Returns when every connection is closed and the thread has ended.
+        """
         loop, thread, asked = self._loop, self._thread, self._stop_asked
         self._loop = self._driver = self._thread = None
         if loop is not None and asked is not None:
@@ -98,13 +114,16 @@ class RouterServer:
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
         driver = RouterDriver(self._config, self._router_id)
         await driver.start()
+        draining = Draining()
         http = _HttpServer(
             uvicorn.Config(
-                create_app(driver, tokenizer, self._config.api),
+                create_app(driver, tokenizer, self._config.api, draining),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
-                timeout_graceful_shutdown=max(1, round(self._config.shutdown_timeout_s)),
+                ws="none",
+                timeout_keep_alive=self._config.keepalive_s,  # type: ignore[arg-type]  # it takes parts of seconds too
+                timeout_graceful_shutdown=LAST_WORDS_S,
             ),
             on_started=lambda: started.set_result(None),
         )
@@ -116,6 +135,9 @@ class RouterServer:
             await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.cancel()
+            draining.begin()
+            if not serving.done():
+                await draining.wait_idle(self._config.shutdown_timeout_s)
             await driver.stop()
             http.should_exit = True
             await serving

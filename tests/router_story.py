@@ -74,6 +74,10 @@ class Story:
         self.now += seconds
         return self.tell(Tick())
 
+    def ticks(self, seconds: float) -> list[Command]:
+        """Time passes as in a router that runs: with a tick every 0.1 s."""
+        return [command for _ in range(round(seconds * 10)) for command in self.after(0.1)]
+
     def count(self, name: str) -> int:
         return self.core.counters[name]
 

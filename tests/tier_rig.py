@@ -68,7 +68,7 @@ class Rig:
     def dump(self) -> KvEvent:
         """All that the worker says it has."""
         self.engine.dump_cache()
-        event = self.engine.step().kv_event
+        event = self.engine.step().kv_dump
         assert event is not None
         return event
 

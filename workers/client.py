@@ -42,6 +42,8 @@ class Submit:
     migration: Migration | None = None
     prefix: PrefixHint | None = None
     """For whoever computes the prompt: where its beginning can be had."""
+    name: str = ""
+    """The request's own, the same for each attempt (`request.request_id` names the attempt); empty: there is one attempt only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,24 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take the request called `name` up, which runs at the worker or has ended there unheard, and hear of it as `request_id`.
+
+    Its outputs come from position `position` on, the number of output tokens that the client has. When they are not kept any
+    more, or it is not there, the answer is an error with NOT_KEPT; whoever heard of it before is told TAKEN_UP.
+    """
+
+    name: str
+    request_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class DumpRequest:
     """Send the whole set of prefix-cache hashes again, as a KvEvent with `reset`."""
 
 
-RouterMessage = Hello | Submit | Cancel | DumpRequest
+RouterMessage = Hello | Submit | Cancel | Adopt | DumpRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +95,12 @@ class WorkerLink(Protocol):
         """Frames in order; raises WorkerLost, once, when the stream ends for any reason but `close`."""
         ...
 
-    def send(self, message: Submit | Cancel | DumpRequest) -> bool:
+    def send(self, message: Submit | Cancel | Adopt | DumpRequest) -> bool:
         """Queues a message, without waiting. False: the queue is full or the link is gone, nothing was queued."""
+        ...
+
+    async def finish(self) -> None:
+        """Has what was queued written, and says no more. `frames` end when the worker has taken it in; returns before, and soon."""
         ...
 
     async def close(self) -> None: ...

@@ -338,9 +338,16 @@ class Engine:
         for pool in range(self._runner.num_pools):
             self._kv.forget_pool(pool)
 
-    def dump_cache(self) -> None:
-        """Says in the next result all hashes that are in the prefix cache; what changes after that comes with a later one."""
-        self._roster.said.kv_event = self._kv.dump()
+    def dump_cache(self, asker: int = 0) -> None:
+        """Says in the next result, for `asker`, all hashes that are in the prefix cache; what changes after that comes as events.
+
+        Everybody else goes on with events: none is lost for them, and none repeated.
+        """
+        said = self._roster.said
+        if said.kv_dump is None:
+            said.kv_event = self._kv.take_event()
+            said.kv_dump = self._kv.dump()
+        said.dump_askers.append(asker)
 
     @property
     def num_held_blocks(self) -> int:

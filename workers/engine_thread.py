@@ -7,17 +7,31 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from workers.engine import Engine
 from workers.errors import InvalidRequest, Refused
-from workers.kv_cache.block_hash import BlockKey
-from workers.request import HandoffReport, Request
-from workers.runner import Sampled
-from workers.scheduler.sequence import Kind
-from workers.status import Load, PrefixHint
-from workers.stepping.result import LayersFilled, StepResult
+from workers.stepping.commands import (
+    Add,
+    AddMigrant,
+    CancelSequence,
+    Depart,
+    DumpKv,
+    EngineCommand,
+    Export,
+    ForgetCache,
+    Halt,
+    HoldPrefix,
+    Landed,
+    MovedIn,
+    Pulled,
+    ReleasePrefix,
+    Resume,
+    Stop,
+    TransferLost,
+    Wake,
+)
+from workers.stepping.result import LayersFilled, Report, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -25,152 +39,6 @@ T = TypeVar("T")
 
 STALL_CHECK_S = 0.5
 """A thread whose sequences all wait for somebody else looks again after this long at the latest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    sequence_id: int
-    request: Request
-    kind: Kind
-    hint: PrefixHint | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CancelSequence:
-    """Also releases a sequence that was computed for another worker."""
-
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    sequence_id: int
-    sampled: Sampled
-    cached_tokens: int
-    report: HandoffReport
-
-
-@dataclass(frozen=True, slots=True)
-class TransferLost:
-    sequence_id: int
-    report: HandoffReport
-
-
-@dataclass(frozen=True, slots=True)
-class AddMigrant:
-    """As Incoming.add_migrant."""
-
-    sequence_id: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class MovedIn:
-    """As Incoming.moved_in."""
-
-    sequence_id: int
-    known_token_ids: tuple[int, ...]
-    num_computed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """As Moves.begin."""
-
-    sequence_id: int
-    first_block: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Halt:
-    """As Moves.halt."""
-
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """As Moves.resume."""
-
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Depart:
-    """As Moves.depart."""
-
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    sequence_id: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class HoldPrefix:
-    export_id: int
-    keys: tuple[BlockKey, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReleasePrefix:
-    export_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class DumpKv:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Something beside the engine has made progress possible."""
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetCache:
-    """Empty the prefix cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-Command = (
-    Add
-    | CancelSequence
-    | Landed
-    | TransferLost
-    | AddMigrant
-    | MovedIn
-    | Export
-    | Halt
-    | Resume
-    | Depart
-    | Pulled
-    | HoldPrefix
-    | ReleasePrefix
-    | DumpKv
-    | ForgetCache
-    | Wake
-    | _Stop
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One step as the event loop sees it."""
-
-    result: StepResult
-    load: Load
-    counters: tuple[tuple[str, float], ...]
-    num_held_blocks: int
-    prefill_rate: float | None = None
-    """Prompt tokens a second that recent steps computed; None: none yet."""
 
 
 class EngineThread:
@@ -197,19 +65,19 @@ class EngineThread:
                 self._tell(on_layers, event)
 
             engine.outgoing.on_layers = tell
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[EngineCommand] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._engine.on_tiers_ready(lambda: self.post(Wake()))
         self._thread.start()
 
-    def post(self, command: Command) -> None:
+    def post(self, command: EngineCommand) -> None:
         self._commands.put(command)
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the thread after the step under way."""
-        self._commands.put(_Stop())
+        self._commands.put(Stop())
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             log.error("the engine thread did not end within %s s", timeout_s)
@@ -254,11 +122,11 @@ class EngineThread:
             except queue.Empty:
                 return True
             wait = False
-            if isinstance(command, _Stop):
+            if isinstance(command, Stop):
                 return False
             self._execute(command)
 
-    def _execute(self, command: Command) -> None:
+    def _execute(self, command: EngineCommand) -> None:
         engine = self._engine
         match command:
             case Add():
@@ -293,9 +161,9 @@ class EngineThread:
                 engine.outgoing.hold_prefix(command.export_id, command.keys)
             case ReleasePrefix():
                 engine.outgoing.release_prefix(command.export_id)
-            case DumpKv():
-                engine.dump_cache()
+            case DumpKv(asker):
+                engine.dump_cache(asker)
             case ForgetCache():
                 engine.forget_cache()
-            case Wake() | _Stop():
+            case Wake() | Stop():
                 pass

@@ -41,6 +41,8 @@ class Refusal(StrEnum):
     STALE_GENERATION = "stale_generation"
     DRAINING = "draining"
     NOT_MOVABLE = "not_movable"
+    NOT_KEPT = "not_kept"
+    TAKEN_UP = "taken_up"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal_error"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from workers import wire
-from workers.client import Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged, WorkerLost
 from workers.grpc_options import ROUTER_CHANNEL
 from workers.pb import worker_pb2 as pb
@@ -22,21 +22,45 @@ from workers.wire_seal import Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
+LONGEST_GAP_S = 1.5
+"""So much of the time between two frames counts: if there is more, this process stood still, and reads what is old."""
+
+FINISH_S = 3.0
+"""How long the last messages to a worker may take."""
+
+
+class Heard:
+    """Whether a worker still hears. One that goes on speaking and has not heard the last message was never sent it; with
+    messages after it the worker sees the gap itself."""
+
+    def __init__(self) -> None:
+        self.expected = 0
+        """Number of a message that had been sent when the worker was last up to date, and that it had not heard of then."""
+        self._last_frame_s: float | None = None
+        self._waited_s = 0.0
+
+    def check(self, heard: int, sent: int, now: float) -> bool:
+        """A frame says that message `heard` was the last one heard, and `sent` was sent last. False: `expected` is lost."""
+        if self._last_frame_s is not None:
+            self._waited_s += min(now - self._last_frame_s, LONGEST_GAP_S)
+        self._last_frame_s = now
+        if not heard or heard >= self.expected:
+            self.expected, self._waited_s = sent, 0.0
+        return self._waited_s <= UNHEARD_S
 
 
 class GrpcWorkerLink:
     """A WorkerLink on a channel of its own."""
 
-    def __init__(self, target: str, router_id: str, max_pending_messages: int) -> None:
+    def __init__(self, target: str, router_id: str, max_pending_messages: int, clock: Callable[[], float]) -> None:
         """Must be made inside a running event loop."""
         self._target = target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
         self._sealer = Sealer()
-        self._expected = 0
-        """Number of a message that had been sent at `_since_s` and that the worker had not heard of yet."""
-        self._since_s = time.monotonic()
+        self._clock = clock
+        self._heard = Heard()
         self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
         self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
@@ -44,7 +68,8 @@ class GrpcWorkerLink:
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
             async for message in verified(self._call):
-                self._check_heard(message.heard)
+                if not self._heard.check(message.heard, self._sealer.number, self._clock()):
+                    raise WorkerLost(f"{self._target} has not heard message {self._heard.expected}")
                 yield wire.frame_from_pb(message)
         except StreamDamaged as error:
             raise WorkerLost(f"{self._target}: {error}") from error
@@ -61,7 +86,7 @@ class GrpcWorkerLink:
         if was_open:
             raise WorkerLost(f"{self._target} closed the stream")
 
-    def send(self, message: Submit | Cancel | DumpRequest) -> bool:
+    def send(self, message: Submit | Cancel | Adopt | DumpRequest) -> bool:
         if not self._is_open:
             return False
         try:
@@ -69,6 +94,14 @@ class GrpcWorkerLink:
         except asyncio.QueueFull:
             return False
         return True
+
+    async def finish(self) -> None:
+        if self._writer.done() or self._call.done():
+            return
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(FINISH_S):
+                await self._outgoing.join()
+                await self._call.done_writing()
 
     async def close(self) -> None:
         self._is_open = False
@@ -82,28 +115,24 @@ class GrpcWorkerLink:
             while True:
                 message = wire.router_message_to_pb(await self._outgoing.get())
                 await self._call.write(self._sealer.seal(message))
-
-    def _check_heard(self, heard: int) -> None:
-        """A worker that goes on speaking and has not heard the last message was never sent it. Raises WorkerLost.
-
-        With messages after it the worker sees the gap itself.
-        """
-        now = time.monotonic()
-        if not heard or heard >= self._expected:
-            self._expected, self._since_s = self._sealer.number, now
-        elif now - self._since_s > UNHEARD_S:
-            raise WorkerLost(f"{self._target} has not heard message {self._expected}")
+                self._outgoing.task_done()
 
 
 class GrpcWorkerClient:
     """A WorkerClient. `timeout_s` bounds the unary calls."""
 
-    def __init__(self, max_pending_messages: int = 4096, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        max_pending_messages: int = 4096,
+        timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._max_pending_messages = max_pending_messages
         self._timeout_s = timeout_s
 
     def attach(self, target: str, router_id: str) -> GrpcWorkerLink:
-        return GrpcWorkerLink(target, router_id, self._max_pending_messages)
+        return GrpcWorkerLink(target, router_id, self._max_pending_messages, self._clock)
 
     async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
         request = pb.SetRoleRequest(role=role.value, generation=generation)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from workers.errors import InvalidConfig
+from workers.host_limits import usable_cpus
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,7 +111,7 @@ def read_nodes(root: Path = _NODES) -> dict[int, frozenset[int]]:
 
 def too_few(num_threads: int, processors: Processors) -> str:
     """A warning where threads would wait for each other's processors, else empty."""
-    count = len(processors.cpus or os.sched_getaffinity(0))
+    count = len(processors.cpus) or usable_cpus()
     if num_threads <= count:
         return ""
     return f"worker.num_threads is {num_threads} and the worker may use {count} processors: threads will wait for each other"

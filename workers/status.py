@@ -145,3 +145,5 @@ class WorkerStatus:
     """Of a worker that is a group; empty: it is one process."""
     is_rebuilding: bool = False
     """A rank is missing: nothing is accepted until the group is whole again."""
+    max_num_seqs: int = 0
+    """Sequences that run at once; what comes beyond waits there. 0: not said."""

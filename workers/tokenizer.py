@@ -7,6 +7,7 @@ joined. That makes incremental decoding exact and O(1) per token for byte-level 
 from __future__ import annotations
 
 import codecs
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -62,9 +63,23 @@ class Tokenizer:
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
-        return cls(
-            backend, _chat_templates(folder, config), special_tokens, _eos_token_ids(folder, backend, special_tokens)
-        )
+        templates = _chat_templates(folder, config)
+        try:
+            return cls(backend, templates, special_tokens, _eos_token_ids(folder, backend, special_tokens))
+        except InvalidConfig as error:
+            raise InvalidConfig(f"{folder}: {error}") from error
+
+    @classmethod
+    def check(cls, path: str | Path) -> None:
+        """Raises InvalidConfig as `load` would, but converts no SentencePiece model, which takes long: it looks for what that needs."""
+        folder = Path(path)
+        if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+            cls.load(folder)
+            return
+        missing = [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InvalidConfig(_needs_packages(folder, f"missing: {' and '.join(missing)}"))
+        _chat_templates(folder, _read_json(folder / "tokenizer_config.json"))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Lets other threads run meanwhile: only the library's calls for several texts release the interpreter's lock."""
@@ -308,10 +323,14 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         return tokenizers.Tokenizer.from_str(converted.backend_tokenizer.to_str())
     except Exception as error:  # a missing package, or whatever the converter makes of the file
-        raise InvalidConfig(
-            f"{folder} has only a SentencePiece tokenizer.model, which needs the packages transformers and sentencepiece "
-            f"to convert ({type(error).__name__}); install them or put a tokenizer.json beside it"
-        ) from error
+        raise InvalidConfig(_needs_packages(folder, type(error).__name__)) from error
+
+
+def _needs_packages(folder: Path, why: str) -> str:
+    return (
+        f"{folder} has only a SentencePiece tokenizer.model, which needs the packages transformers and sentencepiece "
+        f"to convert ({why}); install them or put a tokenizer.json beside it"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -333,12 +352,20 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """chat_template.jinja wins over tokenizer_config.json, where it is one template or a list of named ones."""
     if (folder / "chat_template.jinja").is_file():
-        return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+        try:
+            return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+        except ValueError as error:
+            raise InvalidConfig(f"{folder / 'chat_template.jinja'} is not UTF-8: {error}") from error
     match config.get("chat_template"):
         case str(source):
             return {"default": source}
         case list(named):
-            return {entry["name"]: entry["template"] for entry in named}
+            try:
+                return {entry["name"]: entry["template"] for entry in named}
+            except (KeyError, TypeError) as error:
+                raise InvalidConfig(
+                    f"{folder / 'tokenizer_config.json'} has a chat_template list that is not one of names and templates"
+                ) from error
         case _:
             return {}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from workers.client import Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
 from workers.kv_transfer.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
@@ -37,7 +37,16 @@ def load_to_pb(load: Load) -> pb.Load:
 
 
 def load_from_pb(message: pb.Load) -> Load:
-    return from_fields(Load, message)
+    """By hand, and in the order of the fields: it comes with every step of every worker."""
+    return Load(
+        message.num_waiting,
+        message.num_running,
+        message.num_transferring,
+        message.waiting_prefill_tokens,
+        message.num_free_blocks,
+        message.num_blocks,
+        message.step_s,
+    )
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
@@ -74,6 +83,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         is_draining=status.is_draining,
         ranks=[pb.RankStatus(**fields_of(rank)) for rank in status.ranks],
         is_rebuilding=status.is_rebuilding,
+        max_num_seqs=status.max_num_seqs,
     )
 
 
@@ -91,6 +101,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         is_draining=message.is_draining,
         ranks=tuple(from_fields(RankStatus, rank) for rank in message.ranks),
         is_rebuilding=message.is_rebuilding,
+        max_num_seqs=message.max_num_seqs,
     )
 
 
@@ -132,7 +143,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix, name):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
@@ -140,6 +151,7 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
                 remaining_s=remaining_s,
                 first_token_s=first_token_s,
                 prefix=hint_to_pb(prefix) if prefix is not None else None,
+                name=name,
             )
             if migration is not None:
                 submit.migration.CopyFrom(
@@ -148,6 +160,8 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
             return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
+        case Adopt(name, request_id, position):
+            return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
         case Hello(router_id):
@@ -166,9 +180,11 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             request = request_from_pb(submit.request)
             prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
             times = (submit.remaining_s, submit.first_token_s)
-            return Submit(request, submit.generation, addresses, *times, migration, prefix)
+            return Submit(request, submit.generation, addresses, *times, migration, prefix, submit.name)
         case "cancel":
             return Cancel(message.cancel.request_id)
+        case "adopt":
+            return Adopt(message.adopt.name, message.adopt.request_id, message.adopt.position)
         case "dump":
             return DumpRequest()
         case "hello":

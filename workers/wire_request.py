@@ -5,8 +5,6 @@ As in wire.py: `x_to_pb` and `x_from_pb`. Floats of a LogitBias and of logprobs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from workers.errors import InvariantViolated, Refusal
@@ -163,11 +161,20 @@ def output_to_pb(output: Output) -> pb.Output:
 
 
 def output_from_pb(message: pb.Output) -> Output:
+    """Runs once a token and sequence: most outputs are a token and its text."""
+    ids = message.token_ids
+    token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish = message.finish_reason
+    if not (
+        finish or message.logprobs or message.prompt_logprobs or message.position == 0 or message.HasField("handoff")
+    ):
+        return Output(
+            message.request_id, message.position, token_ids, message.text, cached_tokens=message.cached_tokens
+        )
     return Output(
         request_id=message.request_id,
         position=message.position,
-        token_ids=tuple(message.token_ids),
+        token_ids=token_ids,
         text=message.text,
         logprobs=tuple(token_logprob_from_pb(entry) for entry in message.logprobs) if message.logprobs else (),
         finish_reason=FinishReason(finish) if finish else None,
@@ -192,25 +199,3 @@ def refusal_from_name(name: str) -> Refusal:
         return Refusal(name)
     except ValueError:
         return Refusal.INTERNAL
-
-
-MAX_FRAME_BYTES = 8 << 20
-"""Of what outputs say in one frame, far below what a gRPC message may have. An output has at most 1 MiB, or one token a step."""
-
-
-def frame_share(outputs: Sequence[Output]) -> int:
-    """How many of these outputs go into one frame: at least one, if there is any."""
-    num_bytes = 0
-    for count, output in enumerate(outputs):
-        num_bytes += _about_bytes(output)
-        if num_bytes > MAX_FRAME_BYTES and count:
-            return count
-    return len(outputs)
-
-
-def _about_bytes(output: Output) -> int:
-    """What an output takes on the wire, roughly, and not less."""
-    num_bytes = 256 + len(output.message) + 5 * len(output.token_ids) + 4 * len(output.text)
-    if output.logprobs:
-        num_bytes += sum(32 + 16 * len(entry.top) for entry in output.logprobs)
-    return num_bytes + sum(part.num_bytes for part in output.prompt_logprobs)

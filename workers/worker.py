@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,7 +24,8 @@ from workers.request import Request
 from workers.runner import Runner
 from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
-from workers.server import Face, WorkerServer
+from workers.serving.driver import RanksView, WorkerDriver
+from workers.serving.server import WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
 
 log = logging.getLogger(__name__)
@@ -85,16 +87,18 @@ class Worker:
         on_role_change: Callable[[Role, int], None] | None = None,
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
         data_path: DataPath = make_data_path,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._identity = Identity(worker_id, role, first_generation(start_count))
         self._on_role_change = on_role_change
         self._load = load
         self._make_data_path = data_path
-        self._server: WorkerServer | None = None
+        self._clock = clock
+        self._driver: WorkerDriver | None = None
         self._grpc: grpc.aio.Server | None = None
         self._thread: EngineThread | None = None
-        self._ticker: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
         self._memory: KvMemory | None = None
         self._engine: Engine | None = None
 
@@ -107,37 +111,40 @@ class Worker:
         thread = EngineThread(
             engine,
             loop,
-            lambda report: server.on_report(report),
-            lambda event: server.transfers.prompts.layers_filled(event),
+            lambda report: driver.on_report(report),
+            lambda layers: driver.on_layers(layers),
         )
         memory = model.runner.kv_memory
         self._grpc = grpc.aio.server(options=SERVER)
         transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
-        server = WorkerServer(
+        driver = WorkerDriver(
             self._config,
             self._identity,
             model.info,
             memory,
             transports,
             thread.post,
+            self._clock,
             self._on_role_change,
-            self._face(),
+            self._ranks_view(),
         )
+        server = WorkerServer(driver, self._identity)
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
         self._identity.target = self._bind(self._grpc)
-        self._server, self._thread, self._memory = server, thread, memory
+        self._driver, self._thread, self._memory = driver, thread, memory
         await self._grpc.start()
         thread.start()
-        self._ticker = asyncio.create_task(server.tick_forever())
+        driver.start()
+        self._sweeper = asyncio.create_task(driver.sweep_forever())
         log.info("%s serves %s at %s", self._identity.worker_id, model.info.name, self._identity.target)
         return self._identity.address
 
     async def _load_model(self) -> LoadedModel:
         return await asyncio.to_thread(self._load, self._config)
 
-    def _face(self) -> Face:
-        """What the server says of this worker beside what it knows itself."""
-        return Face()
+    def _ranks_view(self) -> RanksView:
+        """What the status says of the worker's ranks."""
+        return RanksView()
 
     def _bind(self, server: grpc.aio.Server) -> str:
         host, port = self._config.host, self._config.port
@@ -151,50 +158,50 @@ class Worker:
 
     def status(self) -> WorkerStatus:
         """Raises RuntimeError before `start`."""
-        if self._server is None:
+        if self._driver is None:
             raise RuntimeError("the worker has not been started")
-        return self._server.status()
+        return self._driver.status()
 
     def set_role(self, role: Role) -> WorkerStatus:
-        """As WorkerServer.set_role."""
-        if self._server is None:
+        """As WorkerDriver.set_role."""
+        if self._driver is None:
             raise RuntimeError("the worker has not been started")
-        return self._server.set_role(role)
+        return self._driver.set_role(role)
 
     def set_draining(self, is_draining: bool) -> WorkerStatus:
-        """As WorkerServer.set_draining."""
-        if self._server is None:
+        """As WorkerDriver.set_draining."""
+        if self._driver is None:
             raise RuntimeError("the worker has not been started")
-        return self._server.set_draining(is_draining)
+        return self._driver.set_draining(is_draining)
 
     def watch_draining(self, on_change: Callable[[bool], None]) -> None:
         """From now on `on_change(is_draining)` is called on the event loop when the worker is told to drain, or not to."""
-        if self._server is None:
+        if self._driver is None:
             raise RuntimeError("the worker has not been started")
-        self._server.on_drain_change = on_change
+        self._driver.on_drain_change = on_change
 
     async def leave(self) -> bool:
         """Takes no new work and waits until nothing runs here, at most `drain_timeout_s`; False when something still does.
 
         Nobody is told to remember it: a worker that comes back takes work.
         """
-        if self._server is None:
+        if self._driver is None:
             return True
-        self._server.set_draining(True, remember=False)
+        self._driver.set_draining(True, remember=False)
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
-                await self._server.wait_idle()
+                await self._driver.wait_idle()
         except TimeoutError:
             return False
         return True
 
     async def stop(self) -> None:
         """Ends requests and transfers, the server and the engine thread; safe to call twice."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-            self._ticker = None
-        if self._server is not None:
-            await self._server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._driver is not None:
+            await self._driver.close()
         if self._grpc is not None:
             await self._grpc.stop(grace=STOP_GRACE_S)
             self._grpc = None

@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.commands.flags import add_cluster_flags
+from cluster.commands.flags import add_cluster_flags, config_from
 from cluster.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,10 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
     from cluster.demo import read_questions
-    from cluster.local import make_folder
+    from cluster.folders import make_folder
     from cluster.preflight import check_model
 
     config = config_from(args, router__port=0, ray__dashboard=False)
@@ -52,7 +51,7 @@ async def _demo(
     config: ClusterConfig, questions: tuple[Question, ...], as_json: bool, progress: Progress, folder: str
 ) -> int:
     from cluster.demo import ask, results_json, results_table
-    from cluster.launch import launched
+    from cluster.lifecycle import launched
 
     api_key = next(iter(config.router.api.api_keys), "")
     async with launched(config, progress, folder) as cluster:

@@ -1,4 +1,4 @@
-"""Flags that several subcommands share, and how they become settings."""
+"""Flags that several subcommands share, and how they become a ClusterConfig with absolute paths."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workers.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
 
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -23,7 +26,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="assignments",
         metavar="NAME=VALUE",
-        help="any setting, such as worker.max_num_seqs=32; may be repeated; `baton config-schema` lists them",
+        help="any setting, such as worker.max_num_seqs=32; may be repeated; `baton config-schema` lists them; the environment's BATON__WORKER__MAX_NUM_SEQS=32 says the same",
     )
     parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder; default: models/ernie-4.5-tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of weights and KV; default: float32")
@@ -84,3 +87,30 @@ def find_default_model() -> str:
         if (place / DEFAULT_MODEL).is_dir():
             return str(place / DEFAULT_MODEL)
     raise InvalidConfig(f"there is no {DEFAULT_MODEL} here; give the path of a checkpoint folder with --model")
+
+
+def config_from(
+    args: argparse.Namespace, environment: Mapping[str, str] = os.environ, **defaults: Any
+) -> ClusterConfig:
+    """File, environment, flags and --set together; `defaults` (dots written as __) apply to flags that were not given.
+
+    The model's path is made absolute here, because the actors that load it run in other folders. Raises InvalidConfig.
+    """
+    from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
+    from cluster.settings import from_environment
+
+    flags = settings(args, environment)
+    for name, value in defaults.items():
+        dotted = name.replace("__", ".")
+        if flags.get(dotted) is None:
+            flags[dotted] = value
+    in_file = read_file(args.config) if args.config else {}
+    worker = in_file.get("worker")
+    assigned = {text.partition("=")[0]: text.partition("=")[2] for text in args.assignments}
+    model = assigned.get("worker.model") or flags["worker.model"] or from_environment(environment).get("worker.model")
+    if model is None and isinstance(worker, dict) and worker.get("model"):
+        # A relative path in a file is meant from that file's folder.
+        model = args.config.parent / str(worker["model"])
+    flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
+    assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
+    return load_config(args.config, flags, assignments, environment)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
 from cluster.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_worker(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
     from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
@@ -63,12 +62,11 @@ def run_worker(args: argparse.Namespace) -> int:
 
 
 def run_router(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
-    from cluster.preflight import check_model, check_port
+    from cluster.preflight import check_port, check_tokenizer
 
     config = config_from(args)
-    check_model(config.router.model)
+    check_tokenizer(config.router.model)
     check_port(config.router.host, config.router.port, "--port")
     progress = Progress()
 
@@ -82,10 +80,12 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.commands.watching import tell_changes
     from cluster.joining import join_ray
-    from cluster.launch import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
     from cluster.local import LOOPBACK
     from cluster.pools import Pools
     from cluster.preflight import check_store
+    from cluster.ray_failures import told
+    from cluster.store.host import STORE_HOST_NAME
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):
@@ -98,12 +98,14 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     actor = None
     try:
         if config.store.url == "memory":
-            controller = await asyncio.to_thread(pools.create_controller, True)
-            await bounded(controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
-        actor = await asyncio.to_thread(create, pools)
+            store_host = await asyncio.to_thread(pools.create_store_host, True)
+            await wait_ready({STORE_HOST_NAME: store_host}, config.start_timeout_s)
+        with told(name):
+            actor = await asyncio.to_thread(create, pools)
         with progress.step(f"starting {name}"):
             await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
-        print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
+        with told(name):
+            print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
         with suppress(asyncio.CancelledError):
             await tell_changes(config, progress, only=name)
         return 0
@@ -111,7 +113,7 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
         if actor is not None:
             await leave(actor, name, config.worker.drain_timeout_s, progress)
             with progress.step(f"removing {name}"):
-                await stop_actors([actor], config.stop_timeout_s)
+                await stop_actors([actor], config.router.shutdown_timeout_s + config.stop_timeout_s)
                 await asyncio.to_thread(remove_actors, [actor])
                 await asyncio.to_thread(pools.remove_worker, name)
         await asyncio.to_thread(session.stop)

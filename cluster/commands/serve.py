@@ -9,12 +9,12 @@ import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cluster.commands.flags import add_cluster_flags, add_router_flags
+from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
 from cluster.progress import Progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
-    from cluster.launch import Cluster
+    from cluster.lifecycle import Cluster
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,9 +36,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.commands.loading import config_from
     from cluster.commands.signals import run_until_stopped
-    from cluster.local import make_folder
+    from cluster.folders import make_folder
 
     config = config_from(args)
     progress = Progress()
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
     from cluster.commands.watching import tell_changes
-    from cluster.launch import launched
+    from cluster.lifecycle import launched
 
     async with launched(config, progress, folder) as cluster:
         print(banner(cluster), flush=True)
@@ -58,16 +57,27 @@ async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
     return 0
 
 
+def example_request(url: str, is_chat: bool, needs_key: bool) -> str:
+    """A curl command that works as it stands where $BATON_API_KEY holds a key: the key itself would end up in logs."""
+    path, body = "completions", json.dumps({"prompt": "Hello", "max_tokens": 32})
+    if is_chat:
+        path = "chat/completions"
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if needs_key else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def has_chat_template(model: str) -> bool:
+    from workers.tokenizer import Tokenizer
+
+    return Tokenizer.load(model).has_chat_template
+
+
 def banner(cluster: Cluster) -> str:
     """Where to go from here."""
     config = cluster.config
     url = cluster.url
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-    keys = config.router.api.api_keys
-    headers = ["-H", "Content-Type: application/json"]
-    if keys:
-        headers += ["-H", f"Authorization: Bearer {keys[0]}"]
-    curl = shlex.join(["curl", f"{url}/v1/chat/completions", *headers, "-d", body])
+    curl = example_request(url, has_chat_template(config.router.model), bool(config.router.api.api_keys))
     pools = ", ".join(f"{name}" for name in cluster.workers)
     lines = [
         "",

@@ -1,4 +1,4 @@
-"""Runs a command until Ctrl-C or SIGTERM; a second signal ends everything at once."""
+"""Runs a command until Ctrl-C, SIGTERM or SIGHUP; a second signal ends everything at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from cluster.progress import Progress
@@ -36,8 +37,10 @@ async def _run(command: Coroutine[Any, Any, int], folder: str, progress: Progres
         progress.say("stopping; once more to stop at once")
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A closed terminal sends SIGHUP and would end this process alone; `nohup` has it ignored, and means that.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
     try:
         return await task
     except asyncio.CancelledError:
@@ -49,12 +52,13 @@ async def _run(command: Coroutine[Any, Any, int], folder: str, progress: Progres
 
 def _end_ray(folder: str, patience_s: float) -> None:
     if folder:
-        from cluster.local import end_local
+        from cluster.folders import end_local
 
         end_local(folder, patience_s)
 
 
 def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(INTERRUPTED)

@@ -10,12 +10,14 @@ from cluster.membership import Registration
 from cluster.observe import generation_text
 from cluster.progress import Progress
 from cluster.store.open import open_store
+from workers.host_limits import memory_kills
 
 
 async def tell_changes(config: ClusterConfig, progress: Progress, only: str | None = None) -> None:
     """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled."""
     store = open_store(config.store, config.ray.namespace)
     known: dict[str, Registration] | None = None
+    kills = memory_kills()
     async with aclosing(follow_members(store, config.store.lease_ttl_s)) as changes:
         async for workers in changes:
             now = {worker.address.worker_id: worker for worker in workers}
@@ -25,6 +27,11 @@ async def tell_changes(config: ClusterConfig, progress: Progress, only: str | No
                 if line and only in (None, worker_id):
                     progress.say(line)
             known = now
+            if (killed_now := memory_kills()) > kills:
+                progress.say(
+                    "the kernel has ended a process here for want of memory; lower worker.kv_memory_bytes, or start fewer workers"
+                )
+                kills = killed_now
 
 
 def describe(worker_id: str, before: Registration | None, after: Registration | None) -> str:

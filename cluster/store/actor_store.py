@@ -1,4 +1,4 @@
-"""ActorStore: a MemoryStore that lives in the controller actor, reached over Ray; used when there is no Redis."""
+"""ActorStore: a MemoryStore that lives in an actor (cluster.store.host), reached over Ray; used when there is no Redis."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster.store.store import Entry, Snapshot, StoreUnavailable, check_entry
+from cluster.store.store import SETTLE_S, Changes, Entry, Mirror, Snapshot, StoreUnavailable, check_entry
 
 WATCH_HOLD_S = 30.0
-"""The controller answers a watch at the next change, or after this long to show that it lives."""
+"""The host answers a watch at the next change, or after this long to show that it lives."""
 
 
 class ActorStore:
-    """A thin client: every method is one call of the same name on the controller (see cluster.controller)."""
+    """A thin client: every method is one call of the same name on the host."""
 
-    def __init__(self, controller: Any, timeout_s: float = 5.0) -> None:
-        self._controller = controller
+    def __init__(self, host: Any, timeout_s: float = 5.0) -> None:
+        self._host = host
         self._timeout_s = timeout_s
 
     async def get(self, key: str) -> Entry | None:
@@ -43,34 +43,32 @@ class ActorStore:
         check_entry(key)
         return bool(await self._call("delete", key, version))
 
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        return int(await self._call("increment", key))
-
     async def list(self, prefix: str) -> Snapshot:
         snapshot: Snapshot = await self._call("list", prefix)
         return snapshot
 
     async def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
-        known: Snapshot | None = None
+        mirror = Mirror()
         while True:
             try:
-                changed: Snapshot | None = await self._call("next_change", prefix, known, WATCH_HOLD_S)
+                changes: Changes | None = await self._call(
+                    "next_changes", prefix, mirror.epoch, mirror.revision, WATCH_HOLD_S
+                )
             except StoreUnavailable:
                 await asyncio.sleep(0.5)
                 continue
-            if changed is not None:
-                known = changed
-                yield changed
+            if changes is not None and mirror.apply(changes):
+                yield mirror.snapshot
+                await asyncio.sleep(SETTLE_S)
 
     async def close(self) -> None:
-        """The controller keeps the store: others use it."""
+        """The host keeps the store: others use it."""
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        timeout_s = self._timeout_s + (WATCH_HOLD_S if method == "next_change" else 0.0)
+        timeout_s = self._timeout_s + (WATCH_HOLD_S if method == "next_changes" else 0.0)
         try:
-            return await asyncio.wait_for(getattr(self._controller, method).remote(*arguments), timeout_s)
+            return await asyncio.wait_for(getattr(self._host, method).remote(*arguments), timeout_s)
         except TimeoutError as error:
-            raise StoreUnavailable(f"the controller did not answer {method} within {timeout_s:g} s") from error
+            raise StoreUnavailable(f"the store did not answer {method} within {timeout_s:g} s") from error
         except RayError as error:
-            raise StoreUnavailable(f"the controller is not there: {error}") from error
+            raise StoreUnavailable(f"the store is not there: {error}") from error

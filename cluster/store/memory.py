@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
-from cluster.store.store import ABSENT, Entry, Snapshot, check_entry
+from cluster.store.store import ABSENT, SETTLE_S, Changes, Entry, Mirror, Snapshot, check_entry
+
+MAX_CHANGES = 4096
+"""Revisions that are remembered; a watcher that is further behind gets everything."""
 
 
 @dataclass(slots=True)
@@ -17,13 +22,16 @@ class _Slot:
 
 
 class MemoryStore:
-    """Leases end by timers of the event loop; watchers sleep on an event that the next change sets."""
+    """Leases end by timers of the event loop; watchers sleep on an event that the next change sets, and hear what is different."""
 
     def __init__(self) -> None:
         self._epoch = uuid.uuid4().hex
         self._revision = 0
         self._slots: dict[str, _Slot] = {}
-        self._watchers: dict[asyncio.Event, str] = {}
+        self._changes: deque[tuple[int, str]] = deque(maxlen=MAX_CHANGES)
+        """The last revisions with the key that each one wrote or removed."""
+        self._changed = asyncio.Event()
+        """Set by the next change, which puts another in its place."""
 
     async def get(self, key: str) -> Entry | None:
         check_entry(key)
@@ -55,26 +63,34 @@ class MemoryStore:
         self._remove(key)
         return True
 
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        slot = self._slots.get(key)
-        count = (int(slot.entry.value) if slot else 0) + 1
-        self._write(key, str(count), None)
-        return count
-
     async def list(self, prefix: str) -> Snapshot:
         return self._snapshot(prefix)
 
     async def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
-        changed = asyncio.Event()
-        self._watchers[changed] = prefix
-        try:
-            while True:
-                yield self._snapshot(prefix)
-                await changed.wait()
-                changed.clear()
-        finally:
-            del self._watchers[changed]
+        mirror = Mirror()
+        while True:
+            if mirror.apply(await self.next_changes(prefix, mirror.epoch, mirror.revision)):
+                yield mirror.snapshot
+                await asyncio.sleep(SETTLE_S)
+
+    async def next_changes(self, prefix: str, epoch: str, revision: int) -> Changes:
+        """What has changed under the prefix after `revision` in the store's life `epoch`; waits until something has."""
+        while True:
+            oldest = self._changes[0][0] if self._changes else self._revision + 1
+            if epoch != self._epoch or revision < oldest - 1:
+                return Changes(self._epoch, self._revision, self._snapshot(prefix).entries, is_whole=True)
+            keys = {key for number, key in self._newer(revision) if key.startswith(prefix)}
+            if keys:
+                found = [key for key in sorted(keys) if key in self._slots]
+                entries = tuple(self._slots[key].entry for key in found)
+                return Changes(self._epoch, self._revision, entries, tuple(sorted(keys.difference(found))))
+            revision = self._revision
+            changed = self._changed
+            await changed.wait()
+
+    def _newer(self, revision: int) -> Iterator[tuple[int, str]]:
+        """The changes after a revision, latest first."""
+        return itertools.takewhile(lambda change: change[0] > revision, reversed(self._changes))
 
     async def close(self) -> None:
         for slot in self._slots.values():
@@ -94,10 +110,9 @@ class MemoryStore:
         old = self._slots.get(key)
         if old and old.expiry:
             old.expiry.cancel()
-        self._revision += 1
         expiry = self._expire_after(key, ttl_s) if ttl_s else None
-        self._slots[key] = _Slot(Entry(key, value, self._revision), expiry)
         self._announce(key)
+        self._slots[key] = _Slot(Entry(key, value, self._revision), expiry)
         return self._revision
 
     def _expire_after(self, key: str, ttl_s: float) -> asyncio.TimerHandle:
@@ -110,6 +125,7 @@ class MemoryStore:
         self._announce(key)
 
     def _announce(self, key: str) -> None:
-        for changed, prefix in self._watchers.items():
-            if key.startswith(prefix):
-                changed.set()
+        self._revision += 1
+        self._changes.append((self._revision, key))
+        self._changed.set()
+        self._changed = asyncio.Event()

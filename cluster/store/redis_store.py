@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -13,7 +12,16 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import NoScriptError, RedisError
 
-from cluster.store.store import ABSENT, Entry, Snapshot, StoreUnavailable, check_entry
+from cluster.store.store import (
+    ABSENT,
+    SETTLE_S,
+    Changes,
+    Entry,
+    Mirror,
+    Snapshot,
+    StoreUnavailable,
+    check_entry,
+)
 
 # KEYS of every script: the entry, the index of names, the revision, the epoch. An entry is a hash of value and version.
 # The index is a sorted set (all scores 0, so ordered by name); it may name entries whose lease has ended.
@@ -27,14 +35,6 @@ redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('PUBLISH', ARGV[5], ARGV[1])
 return version
 """
-_INCREMENT = """
-local count = tonumber(redis.call('HGET', KEYS[1], 'value') or '0') + 1
-local version = redis.call('INCR', KEYS[3])
-redis.call('HSET', KEYS[1], 'value', string.format('%d', count), 'version', version)
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-redis.call('PUBLISH', ARGV[2], ARGV[1])
-return count
-"""
 _RENEW = """
 if (redis.call('HGET', KEYS[1], 'version') or '0') ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -46,6 +46,17 @@ redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('PUBLISH', ARGV[3], ARGV[1])
 return 1
+"""
+# ARGV: the key of an entry without its name, then names with the versions that are known of them ("": none).
+_LOOK = """
+local found = {redis.call('GET', KEYS[4]) or ''}
+for at = 2, #ARGV, 2 do
+  local entry = redis.call('HMGET', ARGV[1] .. ARGV[at], 'version', 'value')
+  found[#found + 1] = entry[1] or ''
+  found[#found + 1] = tostring(redis.call('PTTL', ARGV[1] .. ARGV[at]))
+  found[#found + 1] = entry[1] ~= ARGV[at + 1] and entry[2] or ''
+end
+return found
 """
 # ARGV: the key of an entry without its name, first and last name, a candidate epoch.
 _LIST = """
@@ -66,6 +77,16 @@ return found
 """
 
 
+MAX_LOOK = 256
+"""Entries that a watcher looks at by name in one go; more, and it lists everything."""
+SOON_S = 0.5
+"""Leases that would end within this time are looked at together."""
+LIST_AGAIN_S = 60.0
+"""A watcher lists everything this often, whatever it was told."""
+_ROUNDING_S = 0.001
+"""PTTL rounds, and an entry is gone only after its last millisecond."""
+
+
 class RedisStore:
     """One Redis may serve several clusters: each has its keyspace `baton:{cluster}:`, in one slot of a Redis Cluster."""
 
@@ -81,9 +102,7 @@ class RedisStore:
             socket_timeout=timeout_s,
             health_check_interval=10,
         )
-        self._scripts = {
-            text: self._client.register_script(text) for text in (_WRITE, _INCREMENT, _RENEW, _DELETE, _LIST)
-        }
+        self._scripts = {text: self._client.register_script(text) for text in (_WRITE, _RENEW, _DELETE, _LOOK, _LIST)}
 
     async def check(self) -> None:
         """Raises StoreUnavailable unless Redis answers."""
@@ -111,26 +130,32 @@ class RedisStore:
         check_entry(key)
         return bool(await self._run(_DELETE, key, key, "" if version is None else str(version), self._channel))
 
-    async def increment(self, key: str) -> int:
-        check_entry(key)
-        return int(await self._run(_INCREMENT, key, key, self._channel))
-
     async def list(self, prefix: str) -> Snapshot:
         snapshot, _ = await self._list(prefix)
         return snapshot
 
     async def watch(self, prefix: str) -> AsyncGenerator[Snapshot, None]:
-        """Sleeps on pub/sub and, for leases that just end, until the first of them would: no poll, no server setting."""
-        known: Snapshot | None = None
+        """Sleeps on pub/sub, whose messages name what has changed, and looks at that alone: no poll, no server setting.
+
+        A lease that just ends tells nobody, so each is looked at when it would, together with those that would soon.
+        Everything is listed at the start, after an outage or very many changes, and every LIST_AGAIN_S.
+        """
+        mirror = Mirror()
         while True:
             try:
                 async with self._subscription() as messages:
+                    ends_s: dict[str, float] = {}
+                    names: set[str] | None = None
                     while True:
-                        snapshot, expiry_s = await self._list(prefix)
-                        if snapshot != known:
-                            known = snapshot
-                            yield snapshot
-                        await self._next_change(messages, prefix, expiry_s)
+                        if names is None:
+                            again_s = time.monotonic() + LIST_AGAIN_S
+                            changes = await self._list_again(prefix, ends_s)
+                        else:
+                            changes = await self._look(names, mirror, ends_s)
+                        if mirror.apply(changes):
+                            yield mirror.snapshot
+                            await asyncio.sleep(SETTLE_S)
+                        names = await self._next_names(messages, prefix, ends_s, again_s)
             except (RedisError, OSError, StoreUnavailable):
                 await asyncio.sleep(0.5)
 
@@ -143,25 +168,62 @@ class RedisStore:
         ttl_ms = "" if ttl_s is None else _milliseconds(ttl_s)
         return int(await self._run(_WRITE, key, key, value, ttl_ms, expected, self._channel))
 
-    async def _list(self, prefix: str) -> tuple[Snapshot, float]:
-        """The entries and the seconds until the first lease among them ends."""
+    async def _list(self, prefix: str) -> tuple[Snapshot, dict[str, float]]:
+        """The entries, and of those that are leases the seconds until they end."""
         first, last = (f"[{prefix}", f"[{prefix}\U0010ffff") if prefix else ("-", "+")
         arguments = (self._entry_key(""), first, last, uuid.uuid4().hex)
         epoch, *fields = await self._run(_LIST, "", *arguments)
         rows = [fields[at : at + 4] for at in range(0, len(fields), 4)]
-        leases_ms = [float(row[3]) for row in rows if float(row[3]) >= 0]
-        entries = tuple(Entry(name, value, int(version)) for name, value, version, _ in rows)
-        return Snapshot(epoch, entries), min(leases_ms, default=math.inf) / 1e3
+        left_s = {name: float(ttl_ms) / 1e3 for name, _, _, ttl_ms in rows if float(ttl_ms) >= 0}
+        return Snapshot(epoch, tuple(Entry(name, value, int(version)) for name, value, version, _ in rows)), left_s
 
-    async def _next_change(self, messages: Any, prefix: str, expiry_s: float) -> None:
-        """Returns at a change under the prefix, or when a lease may have ended."""
-        # One millisecond more: PTTL rounds, and an entry is gone only after its last millisecond.
-        deadline = time.monotonic() + expiry_s + 0.001
-        while (left_s := deadline - time.monotonic()) > 0:
+    async def _list_again(self, prefix: str, ends_s: dict[str, float]) -> Changes:
+        snapshot, left_s = await self._list(prefix)
+        ends_s.clear()
+        ends_s.update({name: time.monotonic() + left + _ROUNDING_S for name, left in left_s.items()})
+        return Changes(snapshot.epoch, 0, snapshot.entries, is_whole=True)
+
+    async def _look(self, names: set[str], mirror: Mirror, ends_s: dict[str, float]) -> Changes:
+        """What has become of these entries; values come only with versions that are not known."""
+        asked = [(name, str(mirror.entries[name].version) if name in mirror.entries else "") for name in sorted(names)]
+        epoch, *fields = await self._run(_LOOK, "", self._entry_key(""), *(text for pair in asked for text in pair))
+        entries, removed = [], []
+        for (name, known), at in zip(asked, range(0, len(fields), 3), strict=True):
+            version, ttl_ms, value = fields[at : at + 3]
+            ends_s.pop(name, None)
+            if not version:
+                removed.append(name)
+                continue
+            if version != known:
+                entries.append(Entry(name, value, int(version)))
+            if float(ttl_ms) >= 0:
+                ends_s[name] = time.monotonic() + float(ttl_ms) / 1e3 + _ROUNDING_S
+        if epoch != mirror.epoch:  # emptied under a connection that stayed
+            raise StoreUnavailable(f"Redis at {self._shown_url()} has lost its memory")
+        return Changes(epoch, 0, tuple(entries), tuple(removed))
+
+    async def _next_names(
+        self, messages: Any, prefix: str, ends_s: dict[str, float], again_s: float
+    ) -> set[str] | None:
+        """What to look at next: entries that were changed, or leases that may have ended. None: at everything."""
+        wake_s = min((again_s, *ends_s.values()))
+        names: set[str] = set()
+        while not names and (left_s := wake_s - time.monotonic()) > 0:
             # Wakes at least every five seconds to let the client's health check notice a dead connection.
-            message = await messages.get_message(ignore_subscribe_messages=True, timeout=min(left_s, 5.0))
-            if message is not None and str(message["data"]).startswith(prefix):
-                return
+            name = await self._heard(messages, min(left_s, 5.0))
+            names |= {name} if name and name.startswith(prefix) else set()
+        while len(names) <= MAX_LOOK and (name := await self._heard(messages, 0.0)) is not None:
+            names |= {name} if name.startswith(prefix) else set()
+        now_s = time.monotonic()
+        if min(ends_s.values(), default=now_s + 1) <= now_s:
+            names |= {name for name, end_s in ends_s.items() if end_s <= now_s + SOON_S}
+        return None if now_s >= again_s or len(names) > MAX_LOOK else names
+
+    @staticmethod
+    async def _heard(messages: Any, timeout_s: float) -> str | None:
+        """The name that the next message tells of; None when none comes in time."""
+        message = await messages.get_message(ignore_subscribe_messages=True, timeout=timeout_s)
+        return None if message is None else str(message["data"])
 
     @contextlib.asynccontextmanager
     async def _subscription(self) -> AsyncIterator[Any]:

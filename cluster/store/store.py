@@ -1,4 +1,4 @@
-"""The store's contract: a small key-value space with leases, compare-and-set, counters and a watch; knows nothing of what is kept in it."""
+"""The store's contract: a small key-value space with leases, compare-and-set and a watch; knows nothing of what is kept in it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,52 @@ class Snapshot:
     entries: tuple[Entry, ...]
 
 
+SETTLE_S = 0.1
+"""A watcher that was told of a change hears of what follows within this time at once, not one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has become different under a prefix since a watcher last heard, which was before `revision`.
+
+    `is_whole`: these are all entries, whatever the watcher knew.
+    """
+
+    epoch: str
+    revision: int
+    entries: tuple[Entry, ...]
+    removed: tuple[str, ...] = ()
+    is_whole: bool = False
+
+
+class Mirror:
+    """A watcher's copy of the entries under a prefix, kept up by Changes."""
+
+    def __init__(self) -> None:
+        self.epoch = ""
+        self.revision = 0
+        self.entries: dict[str, Entry] = {}
+
+    def apply(self, changes: Changes) -> bool:
+        """True when the copy is another one now."""
+        before = dict(self.entries) if changes.is_whole else None
+        is_new = changes.epoch != self.epoch
+        self.epoch, self.revision = changes.epoch, changes.revision
+        if before is not None:
+            self.entries = {entry.key: entry for entry in changes.entries}
+            return is_new or self.entries != before
+        for entry in changes.entries:
+            is_new |= self.entries.get(entry.key) != entry
+            self.entries[entry.key] = entry
+        for key in changes.removed:
+            is_new |= self.entries.pop(key, None) is not None
+        return is_new
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.epoch, tuple(self.entries[key] for key in sorted(self.entries)))
+
+
 class Store(Protocol):
     """What must outlive a process. Every method may raise StoreUnavailable; nothing a token waits for calls one."""
 
@@ -58,10 +104,6 @@ class Store(Protocol):
 
     async def delete(self, key: str, version: int | None = None) -> bool:
         """Removes the entry (with `version`: only that one); False when there was nothing to remove."""
-        ...
-
-    async def increment(self, key: str) -> int:
-        """Adds one to a counter, which starts at 0 and reads back as decimal text; returns the new count."""
         ...
 
     async def list(self, prefix: str) -> Snapshot: ...
@@ -90,5 +132,5 @@ def check_store_url(url: str) -> None:
     """Raises InvalidConfig unless `url` is "memory" or names a Redis."""
     if url != "memory" and not url.startswith(("redis://", "rediss://", "unix://")):
         raise InvalidConfig(
-            f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it is {url!r}"
+            f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it begins with {url[:7]!r}"
         )

@@ -125,9 +125,7 @@ class Answer(Response):
         if span.traceparent:
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
-            generation = await Generation.open(
-                services.backend, requests, services.config.max_pending_outputs, heartbeat_s
-            )
+            generation = Generation.open(services.backend, requests, heartbeat_s)
         except BaseException as error:
             span.end(repr(error))
             raise
@@ -141,7 +139,7 @@ class Answer(Response):
             span.set(completion_tokens=progress.completion_tokens)
             span.end("not finished" if progress.num_unfinished else "")
             progress.abandon()
-            await generation.aclose()
+            generation.close()
 
     async def _send_whole(
         self, generation: Generation, progress: Progress, scope: Scope, receive: Receive, send: Send
@@ -172,6 +170,7 @@ class Answer(Response):
                 is_open = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
             await send({"type": "http.response.body", "body": body, "more_body": more})
+            generation.wrote()
 
         writer = ChunkWriter(self._job, self._shape, progress)
         try:
@@ -189,7 +188,9 @@ class Answer(Response):
                             await transmit(body)
                     else:
                         chunks += chunk
-                body = "".join(chunks).encode() if batch else sse.HEARTBEAT
+                body = "".join(chunks).encode()
+                if not body and generation.is_heartbeat_due:
+                    body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
                     await transmit(body)
             await transmit(body + writer.last_chunk().encode() + sse.DONE, more=False)
@@ -202,7 +203,7 @@ class Answer(Response):
             note_refusal(scope, problem)
             if problem.row.status >= 500:
                 _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
-            await generation.aclose()
+            generation.close()
             await transmit(sse.event(problem.body()) + sse.DONE, more=False)
 
 

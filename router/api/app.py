@@ -11,9 +11,10 @@ from router.api.answer import Services
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
 from router.api.config import ApiConfig
+from router.api.draining import Draining, DrainingGate
 from router.api.health import health_routes
 from router.api.metrics import Metrics
-from router.api.middleware import Gate
+from router.api.middleware import OPEN_PATHS, Gate
 from router.api.models import model_routes
 from router.api.problems import answer_problem
 from router.api.tokenization import tokenization_routes
@@ -22,8 +23,12 @@ from workers.errors import BatonError
 from workers.tokenizer import Tokenizer
 
 
-def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig) -> FastAPI:
-    """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics."""
+def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draining: Draining | None = None) -> FastAPI:
+    """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics.
+
+    Whoever ends the app without cutting answers hands in a `draining`.
+    """
+    draining = draining or Draining()
     services = Services(backend, tokenizer, config, Metrics(backend))
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for routes in (
@@ -31,11 +36,12 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig) -> Fas
         completion_routes(services),
         model_routes(services),
         tokenization_routes(services),
-        health_routes(services),
+        health_routes(services, draining),
         admin_routes(services),
     ):
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_problem)
+    app.add_middleware(DrainingGate, draining=draining, open_paths=OPEN_PATHS)
     app.add_middleware(Gate, config=config, metrics=services.metrics)
     return app

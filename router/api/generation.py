@@ -3,105 +3,93 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from router.backend import Backend, OutputStream
-from workers.errors import InvariantViolated
 from workers.request import Output, Request
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Generation:
-    """The output streams of one job, read concurrently into one bounded queue."""
+    """The output streams of one job. What is not read waits in the streams, which bound it. Used by one task."""
 
-    def __init__(self, streams: list[OutputStream], max_pending: int, heartbeat_s: float | None) -> None:
+    def __init__(self, streams: list[OutputStream], heartbeat_s: float | None = None) -> None:
         self._streams = streams
-        self._queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(max_pending)
-        self._failure: Exception | None = None
-        self._pumps = [asyncio.create_task(self._pump(place, stream)) for place, stream in enumerate(streams)]
+        self._wakes = [partial(self._wake, place) for place in range(len(streams))]
+        self._ready = list(range(len(streams)))
+        """Streams that may have something."""
+        self._reader: asyncio.Future[None] | None = None
         self._heartbeat_s = heartbeat_s
-        self._num_batches = 0
+        self._written_s = asyncio.get_running_loop().time()
         self._timer: asyncio.TimerHandle | None = None
-        self._rearm()
+        self.is_heartbeat_due = False
+        """Nothing was written for as long as a heartbeat's interval."""
+        self._watch_silence()
 
     @classmethod
-    async def open(
-        cls, backend: Backend, requests: tuple[Request, ...], max_pending: int, heartbeat_s: float | None = None
-    ) -> Generation:
+    def open(cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None) -> Generation:
         """Submits every request; when one is refused, those before it are closed and the refusal is raised."""
         streams: list[OutputStream] = []
         try:
             for request in requests:
                 streams.append(backend.submit(request))
         except BaseException:
-            await asyncio.shield(_close(streams))
+            for stream in streams:
+                stream.close()
             raise
-        return cls(streams, max_pending, heartbeat_s)
+        return cls(streams, heartbeat_s)
 
     async def next_batch(self) -> list[tuple[int, Output]]:
-        """Waits for an output, then takes all there are; empty when a heartbeat is due. Raises a stream's failure."""
-        if self._failure is not None:
-            raise self._failure
-        batch: list[tuple[int, Output]] = []
-        item = await self._queue.get()
+        """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
         while True:
-            if isinstance(item, Exception):
-                self._failure = item
-                break
-            if item is not None:
-                batch.append(item)
-            if self._queue.empty():
-                break
-            item = self._queue.get_nowait()
-        self._num_batches += 1
-        if self._failure is not None and not batch:
-            raise self._failure
-        return batch
+            ready, self._ready = self._ready, []
+            batch: list[tuple[int, Output]] = []
+            for place in ready:
+                output = self._streams[place].take(self._wakes[place])
+                if output is not None:
+                    batch.append((place, output))
+                    if output.finish_reason is None:
+                        self._ready.append(place)
+            if batch or self.is_heartbeat_due:
+                return batch
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
 
-    async def aclose(self) -> None:
-        """Stops reading and closes every stream, also when the caller is being cancelled; once is enough."""
+    def wrote(self) -> None:
+        """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
+        self.is_heartbeat_due = False
+        self._written_s = asyncio.get_running_loop().time()
+
+    def close(self) -> None:
+        """Closes every stream; once is enough."""
         if self._timer is not None:
             self._timer.cancel()
-        await asyncio.shield(self._stop())
+        for stream in self._streams:
+            stream.close()
 
-    async def _stop(self) -> None:
-        pumps, self._pumps = self._pumps, []
-        streams, self._streams = self._streams, []
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-        await _close(streams)
+    def _wake(self, place: int) -> None:
+        self._ready.append(place)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
-    async def _pump(self, place: int, stream: OutputStream) -> None:
-        try:
-            async for output in stream:
-                await self._queue.put((place, output))
-                if output.finish_reason is not None:
-                    return
-            raise InvariantViolated(f"output stream {place} ended without a finish_reason")
-        except Exception as error:
-            await self._queue.put(error)
-
-    def _rearm(self, seen: int = -1) -> None:
-        """One timer per interval and job, not per output: it only looks whether anything came since it last looked."""
+    def _watch_silence(self) -> None:
+        """One timer per interval and job, not per output: it only looks when something was last written."""
         if self._heartbeat_s is None:
             return
-        if seen == self._num_batches and self._queue.empty():
-            self._queue.put_nowait(None)
-        self._timer = asyncio.get_running_loop().call_later(self._heartbeat_s, self._rearm, self._num_batches)
-
-
-async def _close(streams: list[OutputStream]) -> None:
-    for ended in await asyncio.gather(*(stream.aclose() for stream in streams), return_exceptions=True):
-        if isinstance(ended, Exception):
-            _log.error("an output stream did not close", exc_info=ended)
+        loop = asyncio.get_running_loop()
+        left_s = self._written_s + self._heartbeat_s - loop.time()
+        if left_s <= 0:
+            self.is_heartbeat_due = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
+            left_s = self._heartbeat_s
+        self._timer = loop.call_later(left_s, self._watch_silence)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], is_sent: Callable[[], bool]) -> T:

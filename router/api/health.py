@@ -8,11 +8,12 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Services
+from router.api.draining import Draining
 from router.api.sse import to_json
 from workers.errors import Refusal, Refused
 
 
-def health_routes(services: Services) -> APIRouter:
+def health_routes(services: Services, draining: Draining) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/health", response_model=None)
@@ -22,7 +23,9 @@ def health_routes(services: Services) -> APIRouter:
 
     @routes.get("/ready", response_model=None)
     async def ready() -> Response:
-        """Ready: a request could run now."""
+        """Ready: a request could run now, and this router is not about to end."""
+        if draining.has_begun:
+            raise Refused(Refusal.SHUTTING_DOWN, "this router is about to end")
         if not services.backend.is_ready():
             raise Refused(Refusal.NO_WORKERS, "no worker can run a request now")
         return Response(to_json({"status": "ready"}), media_type="application/json")
@@ -33,7 +36,7 @@ def health_routes(services: Services) -> APIRouter:
 
     @routes.get("/metrics", response_model=None)
     async def metrics(http: HttpRequest) -> Response:
-        content, content_type = services.metrics.render(http.headers.get("accept", ""))
+        content, content_type = await services.metrics.render(http.headers.get("accept", ""))
         return Response(content, headers={"content-type": content_type})
 
     return routes

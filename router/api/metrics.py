@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from router.backend import Backend
+from router.backend import Backend, RouterStatus
 from workers.request import HandoffReport
 
 _API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
@@ -37,12 +41,8 @@ class Metrics:
             buckets=_TTFT_BUCKETS,
             registry=registry,
         )
-        self.inter_token = Histogram(
-            "baton_inter_token_latency_seconds",
-            "Between the tokens of a choice",
-            buckets=_GAP_BUCKETS,
-            registry=registry,
-        )
+        self.inter_token = Tally("baton_inter_token_latency_seconds", "Between the tokens of a choice", _GAP_BUCKETS)
+        registry.register(self.inter_token)
         self.e2e = Histogram(
             "baton_e2e_request_latency_seconds",
             "From submission to the last token of a request",
@@ -94,7 +94,7 @@ class Metrics:
         self._recoveries = Counter(
             "baton_kv_handoff_recoveries", "Prompts by how a lost handoff was answered", ("way",), registry=registry
         )
-        registry.register(_BackendCollector(backend))
+        self._backend = backend
 
     def count_request(self, path: str, status: int, refusal: str) -> None:
         """`path` outside the known endpoints counts as "other": clients do not make up label values."""
@@ -114,24 +114,46 @@ class Metrics:
             self._handoff_bytes.labels(report.transport).inc(report.kv_bytes)
             self._handoff_seconds.labels(report.transport).observe(report.transfer_s)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """The exposition text and its content type."""
+    async def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        snapshot = _Snapshot(self.registry, self._backend.status())
+        return await asyncio.to_thread(encode, snapshot), content_type
 
 
-class _BackendCollector(Collector):
-    """Reads the router's status at scrape time; nothing is kept twice."""
+class Tally(Collector):
+    """A histogram for what happens with every token: it is written to by one thread, and without a lock."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
 
     def describe(self) -> list[Metric]:
-        """Nothing: the families depend on the workers, and registering must not ask for them."""
-        return []
+        return [HistogramMetricFamily(self._name, self._documentation)]
 
     def collect(self) -> Iterator[Metric]:
-        status = self._backend.status()
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
+
+
+class _Snapshot:
+    """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
+
+    def __init__(self, registry: CollectorRegistry, status: RouterStatus) -> None:
+        self._registry = registry
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._registry.collect()
+        status = self._status
         waiting = GaugeMetricFamily("baton_num_requests_waiting", "Requests that wait for a worker")
         waiting.add_metric((), status.num_waiting)
         yield waiting

@@ -19,7 +19,8 @@ from router.api.problems import Problem, describe, note_refusal, rejected
 
 _log = logging.getLogger(__name__)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))
+OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))
+"""Of monitors: they need no key."""
 DISCONNECTED = "client_disconnected"
 """Metric label of a request whose client went away; the status label is then 499, as proxies have it."""
 
@@ -80,7 +81,7 @@ class Gate:
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raises Rejected for a wrong key or a body that says it is too long."""
-        keys = () if path in _OPEN_PATHS else self._admin_keys if path.startswith("/admin") else self._api_keys
+        keys = () if path in OPEN_PATHS else self._admin_keys if path.startswith("/admin") else self._api_keys
         if keys and not _holds_key(headers, keys):
             raise rejected(401, "invalid_api_key", "send a valid key as `Authorization: Bearer KEY`")
         length = headers.get("content-length", "0")

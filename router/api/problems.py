@@ -35,10 +35,25 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.STALE_GENERATION: Row(503, "service_unavailable_error", True),
     Refusal.DRAINING: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.NOT_MOVABLE: Row(503, "service_unavailable_error", True),
+    Refusal.NOT_KEPT: Row(503, "service_unavailable_error", True),
+    Refusal.TAKEN_UP: Row(409, "conflict_error", False),
     Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.INTERNAL: Row(500, "server_error", False),
 }
 """A request that met an internal error may be the one that causes it: it is not to be sent again."""
+
+
+SENTENCES: dict[Refusal, str] = {
+    Refusal.WORKER_LOST: "the workers that ran the request were lost; send it again",
+    Refusal.WRONG_ROLE: "no worker could take the request; send it again",
+    Refusal.STALE_GENERATION: "no worker could take the request; send it again",
+    Refusal.DRAINING: "no worker could take the request; send it again later",
+    Refusal.NOT_MOVABLE: "no worker could take the request; send it again",
+    Refusal.SHUTTING_DOWN: "the service is stopping; send the request again later",
+    Refusal.INTERNAL: "an internal error ended the request",
+}
+"""What clients are told of a request that was given up after it was accepted. What workers said of it names hosts, workers and the
+inside of models: it goes to the log."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 from router.api.metrics import Metrics
+from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -63,7 +67,11 @@ class Progress:
         """
         choice = self.choices[index]
         if output.finish_reason is FinishReason.ERROR:
-            raise Refused(output.refusal or Refusal.INTERNAL, output.message)
+            refusal = output.refusal or Refusal.INTERNAL
+            sentence = SENTENCES.get(refusal)
+            if sentence is not None:
+                _log.warning("request %s was given up: %s: %s", choice.request.request_id, refusal, output.message)
+            raise Refused(refusal, sentence or output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
         _add_scores(choice, output.prompt_logprobs)
@@ -71,7 +79,7 @@ class Progress:
         choice.num_drawn += num_new
         if self.job.hide_output:
             finish = FinishReason.LENGTH if output.finish_reason else None
-            output = replace(output, token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
+            output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
         if not num_new and output.finish_reason is None:
             return choice, output
         if choice.first_s is None:

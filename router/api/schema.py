@@ -166,6 +166,11 @@ def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
         value = content[name]
         if value not in (None, False, [], {}, "") and value not in _HARMLESS[name]:
             raise InvalidRequest(f"{name} is not supported", name)
+    return read_fields(kind, content)
+
+
+def read_fields(kind: type[AnyBody], content: dict[str, Any]) -> AnyBody:
+    """The same from fields that were no JSON, as those of the offline LLM."""
     try:
         return kind.model_validate(content)
     except pydantic.ValidationError as error:

@@ -63,7 +63,7 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
     )
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
+    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
 
 
 def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -72,7 +72,7 @@ def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenize
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
         _check_bound(len(body.prompt), config.max_prompts, "prompt")
     prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False)
-    return _job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+    return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
 
 
 def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
@@ -84,7 +84,7 @@ def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
     return model
 
 
-def _job(
+def make_job(
     body: GenerationBody,
     info: ModelInfo,
     tokenizer: Tokenizer,
@@ -94,6 +94,7 @@ def _job(
     default_max_tokens: int,
     logprobs: int | None,
 ) -> Job:
+    """The job of prompts that share what `body` asks for; `param` names them in errors. Raises InvalidRequest, Rejected."""
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     n = 1 if body.n is None else body.n
     _check_bound(n, config.max_n, "n")

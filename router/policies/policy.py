@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import xxhash
+import numpy as np
+import numpy.typing as npt
+
+from router.prefix_index import Prefixes
+from router.worker_table import Flags, WorkerTable
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request needs. Counts in tokens. `key` is equal for requests that begin alike: it breaks ties."""
+    """What a request needs. Counts in tokens. `key` is equal for requests that begin alike: it breaks ties.
 
-    key: str
+    `avoid` is the row of a worker that has just failed this request; -1: there is none.
+    """
+
+    key: int
     num_prompt_tokens: int
     num_output_tokens: int
     block_size: int
+    avoid: int = -1
 
     @property
     def num_blocks(self) -> int:
         """KV blocks that the request will hold."""
         return -(-(self.num_prompt_tokens + self.num_output_tokens) // self.block_size)
 
+    @property
+    def num_prompt_blocks(self) -> int:
+        """Those that a worker reserves before it begins."""
+        return -(-self.num_prompt_tokens // self.block_size)
+
 
 @dataclass(frozen=True, slots=True)
-class WorkerSnapshot:
-    """A worker that takes requests now: its last reported load plus what was sent to it since.
+class Candidates:
+    """The workers that have room for a request now, as rows of the table, and what they cache of its prompt.
 
-    `cached_blocks` is how much of this request's prompt it caches; `lower_blocks` of them are in host memory or on disk, from
-    where they take longer, and take up free blocks. `avoid`: it has just failed this request.
+    Of `decodes` each has another one of `prefills`, or is itself one of `computes`: who may compute the prompt of what it decodes.
     """
 
-    worker_id: str
-    can_decode: bool
-    can_prefill: bool
-    num_sequences: int = 0
-    prefill_tokens: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
-    lower_blocks: int = 0
-    avoid: bool = False
+    table: WorkerTable
+    decodes: Flags
+    prefills: Flags
+    computes: Flags
+    prefixes: Prefixes
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes. `prefill` is in order of preference; empty: the decode worker computes the prompt."""
+    """Where a request goes, as rows. `prefill` is in order of preference; empty: the decode worker computes the prompt."""
 
-    decode: str
-    prefill: tuple[str, ...] = ()
+    decode: int
+    prefill: tuple[int, ...] = ()
 
 
 class Policy(Protocol):
-    """Chooses a route; None when no worker can decode. Workers come in a stable order."""
+    """Chooses a route; None when no candidate can decode."""
 
-    def route(self, demand: Demand, workers: Sequence[WorkerSnapshot]) -> Route | None: ...
+    def route(self, demand: Demand, candidates: Candidates) -> Route | None: ...
 
 
-def tie_break(key: str, worker_id: str) -> int:
+def tie_break(key: int, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """A fixed random order of workers for each key, so that equal requests agree and different ones spread."""
-    return xxhash.xxh3_64_intdigest(f"{key}/{worker_id}".encode())
+    mixed = (seeds ^ np.uint64(key)) * _MIX
+    mixed ^= mixed >> _SHIFT
+    mixed *= _MIX
+    return mixed ^ (mixed >> _SHIFT)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from router.policies.policy import Demand, Route, WorkerSnapshot
+from router.policies.policy import Candidates, Demand, Route
 
 
 class RoundRobinPolicy:
@@ -14,16 +14,16 @@ class RoundRobinPolicy:
         self._max_prefill_candidates = max_prefill_candidates
         self._turn = 0
 
-    def route(self, demand: Demand, workers: Sequence[WorkerSnapshot]) -> Route | None:
-        decoders = [worker for worker in workers if worker.can_decode]
-        decoders = [worker for worker in decoders if not worker.avoid] or decoders
-        if not decoders:
+    def route(self, demand: Demand, candidates: Candidates) -> Route | None:
+        decoders = np.flatnonzero(candidates.decodes)
+        decoders = decoders[decoders != demand.avoid] if len(decoders) > 1 else decoders
+        if not len(decoders):
             return None
         turn, self._turn = self._turn, self._turn + 1
-        decode = decoders[turn % len(decoders)]
-        prefillers = [worker.worker_id for worker in workers if worker.can_prefill and worker is not decode]
-        if decode.can_prefill or not prefillers:
-            return Route(decode.worker_id)
-        start = turn % len(prefillers)
-        turned = prefillers[start:] + prefillers[:start]
-        return Route(decode.worker_id, tuple(turned[: self._max_prefill_candidates]))
+        decode = int(decoders[turn % len(decoders)])
+        prefillers = np.flatnonzero(candidates.prefills)
+        prefillers = prefillers[prefillers != decode]
+        if candidates.computes[decode] or not len(prefillers):
+            return Route(decode)
+        turned = np.roll(prefillers, -(turn % len(prefillers)))
+        return Route(decode, tuple(int(row) for row in turned[: self._max_prefill_candidates]))

@@ -12,11 +12,11 @@ from enum import StrEnum
 
 import grpc
 from builders import make_request
+from stream_reader import Reader
 
 from chaos.arena import Arena, Shape
 from chaos.faults import Fault
 from chaos.injector import Injector
-from router.stream import RequestStream
 from workers.request import FinishReason, Output, Request
 
 REQUEST_TIMEOUT_S = 150.0
@@ -124,7 +124,7 @@ class ChaosRun:
         faults = {r.request_id: f for r, f in zip(requests, plan, strict=True) if f is not None}
         self._injector = Injector(faults, self._leave)
         self._arena = self._injector.arena = Arena(shape, self._injector, self._injector.struck)
-        self._streams: dict[str, RequestStream] = {}
+        self._streams: dict[str, Reader] = {}
         self._left: set[str] = set()
         self._injector.is_running = self._streams.__contains__
 
@@ -155,7 +155,7 @@ class ChaosRun:
         stream = self._streams.get(request_id)
         if stream is not None:
             self._left.add(request_id)
-            asyncio.get_running_loop().create_task(stream.aclose())
+            stream.close()
 
     async def _one(self, request: Request, fault: Fault | None, gate: asyncio.Semaphore) -> Outcome:
         async with gate:
@@ -164,12 +164,12 @@ class ChaosRun:
             trouble = ""
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                    stream = self._streams[request.request_id] = self._arena.driver.submit(request)
+                    stream = self._streams[request.request_id] = Reader(self._arena.driver.submit(request))
                     async for output in stream:
                         outputs.append(output)
             except TimeoutError:
                 trouble = "hung"
-                await stream.aclose()
+                stream.close()
             except Exception as error:
                 trouble = repr(error)
             finally:

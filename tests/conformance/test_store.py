@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from redis_server import RedisServer
 
-from cluster.store.memory import MemoryStore
+from cluster.registration import number_start
+from cluster.store.memory import MAX_CHANGES, MemoryStore
 from cluster.store.redis_store import RedisStore
-from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Snapshot, Store, StoreUnavailable
+from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Changes, Entry, Mirror, Snapshot, Store, StoreUnavailable
 
 BOUND_S = 60.0
 SHORT_S, KEPT_S = 0.2, 4.0
@@ -75,16 +76,12 @@ async def test_a_delete_that_names_a_version_spares_a_newer_one(store: Store) ->
     assert entry is not None and entry.value == "new"
 
 
-async def test_no_count_is_given_twice(store: Store) -> None:
-    counts = await asyncio.gather(*(store.increment("starts/decode-0") for _ in range(20)))
-    assert sorted(counts) == list(range(1, 21))
-    entry = await store.get("starts/decode-0")
-    assert entry is not None and entry.value == "20"
-
-
-async def test_a_counter_goes_on_from_a_written_value(store: Store) -> None:
-    await store.put("starts/decode-0", "7")
-    assert await store.increment("starts/decode-0") == 8
+async def test_no_number_of_a_start_is_given_twice(store: Store) -> None:
+    numbers = await asyncio.gather(*(number_start(store, "decode-0", 1000.5) for _ in range(20)))
+    assert sorted(numbers) == list(range(1000, 1020)), "as many in one second as there may be"
+    assert await number_start(store, "decode-0", 5000.0) == 5000
+    assert await number_start(store, "decode-0", 4000.0) == 5001, "though the clock was set back"
+    assert await number_start(store, "decode-1", 4000.0) == 4000
 
 
 async def test_list_shows_what_is_under_a_prefix_in_order(store: Store) -> None:
@@ -167,6 +164,86 @@ async def test_two_watchers_see_the_same_change(store: Store) -> None:
             await store.put("a/1", "x")
             left, right = await upcoming
     assert left == right and left.entries[0].value == "x"
+
+
+async def test_a_burst_of_changes_comes_as_few_states_and_the_last_one_is_right(store: Store) -> None:
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        await anext(snapshots)
+        num_states = 0
+        for number in range(300):  # more than a watcher looks at by name
+            await store.put(f"workers/{number:03}", "x")
+        await store.put("workers/000", "last")
+        await store.delete("workers/001")
+        async for snapshot in snapshots:
+            num_states += 1
+            values = {entry.key: entry.value for entry in snapshot.entries}
+            if len(values) == 299 and values["workers/000"] == "last":
+                break
+        assert "workers/001" not in values and num_states < 100
+
+
+async def test_leases_that_end_at_different_times_are_all_noticed(store: Store) -> None:
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        for number in range(5):
+            await store.put(f"workers/{number}", "x", ttl_s=0.1 + 0.2 * number)
+        kept = await store.put("workers/kept", "x", ttl_s=KEPT_S)
+        assert await store.renew("workers/kept", kept, ttl_s=60.0)
+        await until_only(snapshots, "workers/kept")
+
+
+@pytest.mark.parametrize("num_entries", [20, 200])
+async def test_what_a_watcher_of_redis_reads_for_a_change_does_not_grow_with_the_entries(
+    redis_server: RedisServer, num_entries: int
+) -> None:
+    store = RedisStore(redis_server.url, cluster=uuid.uuid4().hex)
+    for number in range(num_entries):
+        await store.put(f"workers/{number}", "x" * 150)
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        await anext(snapshots)
+        before = (await store._client.info("stats"))["total_net_output_bytes"]
+        await store.put("workers/0", "changed")
+        await anext(snapshots)
+        read = (await store._client.info("stats"))["total_net_output_bytes"] - before
+    assert read < 10_000, "INFO itself takes some 6 kB; 200 entries take 30"
+    await store.close()
+
+
+async def test_a_redis_that_was_emptied_while_connected_is_a_new_life(redis_server: RedisServer) -> None:
+    store = RedisStore(redis_server.url, cluster=uuid.uuid4().hex)
+    await store.put("workers/a", "x")
+    async with asyncio.timeout(BOUND_S), contextlib.aclosing(store.watch("workers/")) as snapshots:
+        before = await anext(snapshots)
+        await store._client.flushall()
+        await store.put("workers/b", "x")
+        after = await anext(snapshots)
+    assert before.epoch != after.epoch and [entry.key for entry in after.entries] == ["workers/b"]
+    await store.close()
+
+
+def test_a_mirror_shows_whether_anything_became_different() -> None:
+    a, b = Entry("a", "1", 1), Entry("b", "1", 2)
+    mirror = Mirror()
+    assert mirror.apply(Changes("life", 2, (a, b), is_whole=True)) and mirror.snapshot == Snapshot("life", (a, b))
+    assert not mirror.apply(Changes("life", 3, (b,)))
+    assert mirror.apply(Changes("life", 4, (Entry("c", "1", 4),), ("a",)))
+    assert mirror.snapshot == Snapshot("life", (b, Entry("c", "1", 4)))
+    assert not mirror.apply(Changes("life", 5, (), ("a",)))
+    assert mirror.apply(Changes("next", 0, (b, Entry("c", "1", 4)), is_whole=True)), "another life is a change"
+
+
+async def test_a_watcher_that_is_far_behind_gets_everything() -> None:
+    store = MemoryStore()
+    await store.put("a", "1")
+    first = await store.next_changes("", "", 0)
+    assert first.is_whole
+    await store.put("a", "2")
+    near = await store.next_changes("", first.epoch, first.revision)
+    assert not near.is_whole and [entry.value for entry in near.entries] == ["2"]
+    for _ in range(MAX_CHANGES + 1):
+        await store.put("b", "1")
+    far = await store.next_changes("", first.epoch, first.revision)
+    assert far.is_whole and len(far.entries) == 2
+    await store.close()
 
 
 async def test_oversized_and_nameless_entries_are_refused(store: Store) -> None:

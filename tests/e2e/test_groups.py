@@ -18,7 +18,7 @@ from golden_jobs import Job, golden_jobs
 from test_exactness import Answer, check, run
 from test_joining import joined
 
-from cluster.local import ENVIRONMENT
+from cluster.ray_defaults import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -166,7 +166,7 @@ def test_a_lost_leader_finds_its_rank_again_with_its_weights(cluster: ClusterPro
     now = ranks(cluster)
     assert now[0] != before["pids"][0]
     assert now[1] == before["pids"][1], "the rank that was left waited for the new leader"
-    assert cluster.workers()[GROUP]["generation"] >> 16 == (before["generation"] >> 16) + 1
+    assert cluster.workers()[GROUP]["generation"] >> 32 > before["generation"] >> 32
     cluster.wait_idle(3)
 
 

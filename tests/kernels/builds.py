@@ -61,6 +61,12 @@ class Build:
         return lines[:-1]
 
 
+def by_case(lines: list[str]) -> dict[str, str]:
+    """What the driver printed of each model, type and arithmetic: all builds that name the same must agree."""
+    split = (line.rpartition(" hidden=") if " hidden=" in line else line.partition(" ") for line in lines)
+    return {case: hashes for case, _, hashes in split}
+
+
 def native() -> list[Build]:
     """One for each instruction set of this processor, best first. Raises Missing when it has none."""
     sets = supported()
@@ -71,13 +77,17 @@ def native() -> list[Build]:
 
 def sanitized() -> Build:
     """The plainest set of this processor, with AddressSanitizer and UBSan."""
-    plain = native()[-1]
+    plain = min(native(), key=lambda build: len(build.flags))
     return Build(f"{plain.name}-sanitized", (*plain.flags, *_SANITIZE))
 
 
 EMULATED = {
     "avx512": Build("avx512-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512")),
     "avx512bf16": Build("avx512bf16-emulated", (*_AVX2, "-DBATON_EMULATE_AVX512", "-DBATON_EMULATE_AVX512BF16")),
+    "amx": Build(
+        "amx-emulated",
+        (*_AVX2, "-DBATON_EMULATE_AVX512", "-DBATON_EMULATE_AVX512BF16", "-DBATON_EMULATE_AMX"),
+    ),
     "neon": Build("neon-emulated", ("-march=armv8.2-a", "-static"), (_CROSS_COMPILER,), _QEMU),
     "neonbf16": Build("neonbf16-emulated", ("-march=armv8.2-a+bf16", "-static"), (_CROSS_COMPILER,), _QEMU),
 }

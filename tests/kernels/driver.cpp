@@ -89,6 +89,7 @@ void draw() {
 
 int main(int count, char** arguments) {
   std::fprintf(stderr, "%s\n", baton_instruction_set());
+  tiny::require(baton_allow());
   if (count > 2 && std::string(arguments[1]) == "hostile") {
     hostile::run(std::strtoull(arguments[2], nullptr, 10));
   } else {

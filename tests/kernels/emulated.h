@@ -1,8 +1,9 @@
-// The functions of instructions.h for AVX-512, in plain C++: the path of 64-byte registers runs where no processor has them.
+// The functions of instructions.h for AVX-512, and amx.h's tiles, in plain C++: those paths run where no processor has them.
 //
 // Semantics are those of the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, for VFMADD213PS,
-// VPMOVZXWD, VPMOVDW, VPMOVD2M, and VDPBF16PS (its "Operation"): that one flushes denormal inputs and results to zero, rounds
-// to nearest even whatever MXCSR says, and adds the product of the upper halves, then that of the lower, each by an FMA.
+// VPMOVZXWD, VPMOVDW, VPMOVD2M, VDPBF16PS and TDPBF16PS (their "Operation"): the last two flush denormal inputs and results to
+// zero and round to nearest even whatever MXCSR says. VDPBF16PS adds the product of the upper halves, then that of the lower,
+// each by an FMA; what TDPBF16PS adds stands in amx.h.
 
 #pragma once
 
@@ -70,6 +71,41 @@ inline FloatRegister dot_register(FloatRegister acc, WordRegister a, WordRegiste
   }
   return made;
 }
+#endif
+
+#if defined(BATON_EMULATE_AMX)
+namespace emulated {
+
+// AMX's eight tiles of sixteen rows of sixteen words. Tiles 0 to 5 have `tile_rows` rows in use.
+inline thread_local uint32_t tiles[8][16][16];
+inline thread_local int tile_rows = 0;
+
+inline void tile_load(int tile, const void* from, int64_t pitch) {
+  std::memset(tiles[tile], 0, sizeof tiles[tile]);
+  for (int row = 0; row < (tile < 6 ? tile_rows : 16); ++row)
+    std::memcpy(tiles[tile][row], static_cast<const char*>(from) + row * pitch, 64);
+}
+
+inline void tile_store(int tile, void* to, int64_t pitch) {
+  for (int row = 0; row < tile_rows; ++row) std::memcpy(static_cast<char*>(to) + row * pitch, tiles[tile][row], 64);
+}
+
+inline void tile_dot(int sums, int rows, int weights) {
+  for (int row = 0; row < tile_rows; ++row)
+    for (int n = 0; n < 16; ++n) {
+      float even = 0, odd = 0, sum;
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t a = tiles[rows][row][k], b = tiles[weights][k][n];
+        even = flushed(__builtin_fmaf(upper(a << 16), upper(b << 16), even));
+        odd = flushed(__builtin_fmaf(upper(a), upper(b), odd));
+      }
+      std::memcpy(&sum, &tiles[sums][row][n], 4);
+      sum = flushed(flushed(sum) + flushed(even + odd));
+      std::memcpy(&tiles[sums][row][n], &sum, 4);
+    }
+}
+
+}  // namespace emulated
 #endif
 
 }  // namespace baton

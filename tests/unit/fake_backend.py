@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,20 @@ class Hang:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._is_released = False
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = []
 
     def release(self) -> None:
         with self._lock:
             self._is_released = True
-            for loop, event in self._waiting:
-                loop.call_soon_threadsafe(event.set)
+            for loop, wake in self._waiting:
+                loop.call_soon_threadsafe(wake)
 
-    async def wait(self) -> None:
-        event = asyncio.Event()
+    def wake_when_released(self, wake: Callable[[], None]) -> bool:
+        """False: it is released already."""
         with self._lock:
-            if self._is_released:
-                return
-            self._waiting.append((asyncio.get_running_loop(), event))
-        await event.wait()
+            if not self._is_released:
+                self._waiting.append((asyncio.get_running_loop(), wake))
+            return not self._is_released
 
 
 Step = Output | Exception | Hang
@@ -83,7 +82,7 @@ def say(backend: FakeBackend, request: Request, token_ids: list[int]) -> list[St
         reason = FinishReason.LENGTH if is_last else None
         outputs.append(Output(request.request_id, position, (token_id,), text, scores, reason))
     report = HandoffReport("prefill-0", "decode-0", "shm", kv_bytes=4096, transfer_s=0.25, prefill_s=0.5)
-    outputs[0] = replace(outputs[0], cached_tokens=backend.cached_tokens, handoff=report)
+    outputs[0] = outputs[0]._replace(cached_tokens=backend.cached_tokens, handoff=report)
     if params.prompt_logprobs is None:
         return list(outputs)
     parts = score_prompt(request.prompt_token_ids, params.prompt_logprobs)
@@ -119,25 +118,30 @@ class FakeStream:
         self._backend = backend
         self._request = request
         self._steps = iter(steps)
+        self._next: Step | None = None
+        self._has_just_spoken = False
         self._is_over = False
 
-    def __aiter__(self) -> AsyncIterator[Output]:
-        return self
+    def take(self, wake: Callable[[], None]) -> Output | None:
+        if self._has_just_spoken:  # a step a turn of the loop
+            self._has_just_spoken = False
+            asyncio.get_running_loop().call_soon(wake)
+            return None
+        step = self._next or next(self._steps)
+        self._next = None
+        if isinstance(step, Hang):
+            if step.wake_when_released(wake):
+                self._next = step
+                return None
+            return self.take(wake)
+        if isinstance(step, Exception):
+            self._is_over = True
+            raise step
+        self._is_over = step.finish_reason is not None
+        self._has_just_spoken = True
+        return step
 
-    async def __anext__(self) -> Output:
-        await asyncio.sleep(0)
-        for step in self._steps:
-            if isinstance(step, Hang):
-                await step.wait()
-                continue
-            if isinstance(step, Exception):
-                self._is_over = True
-                raise step
-            self._is_over = step.finish_reason is not None
-            return step
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
+    def close(self) -> None:
         if not self._is_over:
             self._is_over = True
             self._backend.note_cancelled(self._request.request_id)

@@ -47,7 +47,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.submitted = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.steps: asyncio.Semaphore | None = None
-        self._outboxes: set[asyncio.Queue[WorkerFrame]] = set()
+        self._outboxes: set[asyncio.Queue[WorkerFrame | None]] = set()
         self._server: grpc.aio.Server | None = None
         self.target = ""
 
@@ -80,22 +80,25 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             outbox.put_nowait(frame)
 
     async def Attach(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        outbox: asyncio.Queue[WorkerFrame] = asyncio.Queue()
+        outbox: asyncio.Queue[WorkerFrame | None] = asyncio.Queue()
         outbox.put_nowait(WorkerFrame(self.generation, status=self.status()))
         self._outboxes.add(outbox)
         running: dict[str, asyncio.Task[None]] = {}
         reader = asyncio.create_task(self._read(request_iterator, outbox, running))
         try:
             sealer = Sealer()
-            while True:
-                yield sealer.seal(wire.frame_to_pb(await outbox.get()))
+            while (frame := await outbox.get()) is not None:
+                yield sealer.seal(wire.frame_to_pb(frame))
         finally:
             self._outboxes.discard(outbox)
             for task in (reader, *running.values()):
                 task.cancel()
 
     async def _read(
-        self, messages: AsyncIterator[Any], outbox: asyncio.Queue[WorkerFrame], running: dict[str, asyncio.Task[None]]
+        self,
+        messages: AsyncIterator[Any],
+        outbox: asyncio.Queue[WorkerFrame | None],
+        running: dict[str, asyncio.Task[None]],
     ) -> None:
         async for message in messages:
             parsed = wire.router_message_from_pb(message)
@@ -111,8 +114,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                         running.pop(request_id).cancel()
                 case _:
                     pass
+        outbox.put_nowait(None)  # the router says no more
 
-    async def _generate(self, submit: Submit, outbox: asyncio.Queue[WorkerFrame]) -> None:
+    async def _generate(self, submit: Submit, outbox: asyncio.Queue[WorkerFrame | None]) -> None:
         request = submit.request
         if submit.generation != self.generation or not self.role.can_decode:
             refusal = Refusal.WRONG_ROLE if submit.generation == self.generation else Refusal.STALE_GENERATION

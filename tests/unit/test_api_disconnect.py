@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,43 +114,11 @@ def test_a_client_that_goes_away_is_counted_as_such() -> None:
         assert any(gone in api.http.get("/metrics").text for _ in range(1000))
 
 
-class GeneratorStream:
-    """An output stream that is an async generator inside, as a backend may well have it."""
-
-    def __init__(self) -> None:
-        self.is_closed = False
-        self._outputs = self._run()
-
-    async def _run(self) -> AsyncIterator[Output]:
-        try:
-            yield Output("r", 0, (5,), "a")
-            await asyncio.Event().wait()
-        finally:
-            self.is_closed = True
-
-    def __aiter__(self) -> AsyncIterator[Output]:
-        return self._outputs
-
-    async def aclose(self) -> None:
-        await self._outputs.aclose()  # type: ignore[attr-defined]
-
-
-async def test_streams_made_of_generators_are_closed_while_they_are_being_read() -> None:
-    stream = GeneratorStream()
-    generation = Generation([stream], max_pending=4, heartbeat_s=None)
-    assert [output.text for _, output in await generation.next_batch()] == ["a"]
-    await generation.aclose()
-    assert stream.is_closed
-
-
-async def test_closing_goes_on_when_the_closer_is_cancelled(api: Api) -> None:
-    request = Request("r", (5,), SamplingParams(seed=1))
-    api.backend.script = stall(0)
-    generation = await Generation.open(api.backend, (request,), max_pending=4)
-    closer = asyncio.create_task(generation.aclose())
-    await asyncio.sleep(0)
-    closer.cancel()
-    await asyncio.gather(closer, return_exceptions=True)
-    while not api.backend.cancelled:
-        await asyncio.sleep(0)
-    assert api.backend.cancelled == ["r"]
+async def test_closing_a_job_closes_all_its_streams_once(api: Api) -> None:
+    requests = tuple(Request(name, (5,), SamplingParams(seed=1)) for name in ("a", "b"))
+    api.backend.script = stall(1)
+    generation = Generation.open(api.backend, requests)
+    assert [place for place, _ in await generation.next_batch()] == [0, 1]
+    generation.close()
+    generation.close()
+    assert api.backend.cancelled == ["a", "b"]

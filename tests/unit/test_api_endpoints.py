@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import openai
@@ -10,6 +9,7 @@ import pytest
 from fake_backend import MESSAGES, MODEL, Api, open_api
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.settings import build
 from router.api.config import ApiConfig
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.status import Role
@@ -212,4 +212,4 @@ def test_without_being_asked_no_trace_is_told(api: Api) -> None:
 def test_settings_that_cannot_work_are_refused_by_name() -> None:
     for name, value in (("max_n", 0), ("heartbeat_s", 0.0), ("api_keys", ("",)), ("max_body_bytes", 1)):
         with pytest.raises(InvalidConfig, match=name):
-            dataclasses.replace(ApiConfig(), **{name: value})
+            build(ApiConfig, {name: value})

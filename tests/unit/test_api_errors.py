@@ -10,7 +10,7 @@ import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Step, error_of, speak
 
 from router.api.config import ApiConfig
-from router.api.problems import REFUSALS
+from router.api.problems import REFUSALS, SENTENCES
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import FinishReason, Output, Request
 
@@ -76,7 +76,7 @@ def test_invalid_for_the_backend_is_invalid_for_the_client(api: Api) -> None:
 def test_a_whole_answer_that_fails_on_the_way_has_the_status_of_its_reason(api: Api, after: int) -> None:
     api.backend.script = give_up(Refusal.WORKER_LOST, after)
     response = api.http.post("/v1/chat/completions", json=CHAT)
-    assert response.status_code == 503 and error_of(response)["message"] == "given up"
+    assert response.status_code == 503 and error_of(response)["message"] == SENTENCES[Refusal.WORKER_LOST]
 
 
 def test_a_stream_that_fails_before_its_first_token_has_the_status_of_its_reason(api: Api) -> None:
@@ -91,7 +91,7 @@ def test_a_stream_that_fails_midway_sends_an_error_event_and_then_done(api: Api,
     sent = events(api.http.post(path, json=CHAT | COMPLETION | {"stream": True}).text)
     assert sent[-1] == {
         "error": {
-            "message": "given up",
+            "message": SENTENCES[Refusal.WORKER_LOST],
             "type": "service_unavailable_error",
             "param": None,
             "code": Refusal.WORKER_LOST.value,
@@ -100,9 +100,27 @@ def test_a_stream_that_fails_midway_sends_an_error_event_and_then_done(api: Api,
     assert all(choice["finish_reason"] is None for chunk in sent[:-1] for choice in chunk["choices"])
 
 
+@pytest.mark.parametrize("refusal", sorted(SENTENCES))
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_worker_says_of_its_inside_goes_to_the_log_and_not_to_the_client(
+    api: Api, caplog: pytest.LogCaptureFixture, refusal: Refusal, stream: bool
+) -> None:
+    inside = "lost worker decode-1: 10.0.0.5:4433: the model failed: CUDA error"
+
+    def script(backend: FakeBackend, request: Request) -> list[Step]:
+        (failure,) = give_up(refusal, 0)(backend, request)
+        return [speak(backend, request)[0], failure._replace(message=inside)]
+
+    api.backend.script = script
+    answer = api.http.post("/v1/chat/completions", json=CHAT | {"stream": stream}).text
+    assert SENTENCES[refusal] in answer
+    assert not [word for word in ("decode-1", "10.0.0.5", "CUDA") if word in answer]
+    assert any(inside in record.getMessage() for record in caplog.records)
+
+
 def test_an_openai_client_raises_when_its_stream_fails_midway(api: Api) -> None:
     api.backend.script = give_up(Refusal.WORKER_LOST, 2)
-    with pytest.raises(openai.APIError, match="given up"):
+    with pytest.raises(openai.APIError, match=SENTENCES[Refusal.WORKER_LOST]):
         list(api.client.chat.completions.create(model=MODEL.name, messages=MESSAGES, stream=True))
 
 

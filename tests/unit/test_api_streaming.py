@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
 
 from router.api.config import ApiConfig
-from workers.request import Request
+from workers.request import FinishReason, Output, Request
 
-API_CONFIG = ApiConfig(max_pending_outputs=2)
 SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}
 
 
@@ -154,3 +155,25 @@ def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
         chunks = api.client.chat.completions.create(messages=MESSAGES, stream=True, **SAMPLED)
         hang.release()
         assert texts(list(chunks), 1)[0]
+
+
+def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
+    is_enough = threading.Event()
+
+    def wordless(backend: FakeBackend, request: Request) -> Iterator[Step]:
+        """One output after another without a character, until the client has seen enough."""
+        position = 0
+        while not is_enough.is_set():
+            yield Output(request.request_id, position, (2,))
+            position += 1
+        yield Output(request.request_id, position, (2,), finish_reason=FinishReason.STOP)
+
+    with open_api(ApiConfig(heartbeat_s=0.01)) as api:
+        api.backend.script = wordless  # type: ignore[assignment]
+        body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+        with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+            assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
+            is_enough.set()
+            assert list(lines)[-1] == "data: [DONE]"

@@ -100,9 +100,19 @@ def test_debug_shows_where_an_error_came_from() -> None:
     assert run.returncode == 2 and "Traceback" in run.stderr
 
 
+def test_a_checkpoint_that_was_not_fetched_is_one_sentence(tmp_path: Path) -> None:
+    for file in MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 80726\n")
+    for command in ("serve", "demo"):
+        assert_one_sentence(baton(command, "--model", str(tmp_path)), "model.safetensors", "git lfs pull")
+
+
 def test_a_demo_without_questions_is_one_sentence(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(MODEL / name)
+    for file in MODEL.iterdir():
+        if file.name != "skills.json":
+            (tmp_path / file.name).symlink_to(file)
     assert_one_sentence(baton("demo", "--model", str(tmp_path)), "skills.json")
 
 
@@ -115,7 +125,7 @@ def test_help_and_version_need_neither_torch_nor_ray() -> None:
 
 def test_the_schema_is_printed_as_json() -> None:
     run = baton("config-schema")
-    assert run.returncode == 0 and json.loads(run.stdout)["properties"]["worker"]["type"] == "object"
+    assert run.returncode == 0 and json.loads(run.stdout)["$defs"]["WorkerConfig"]["type"] == "object"
 
 
 def test_what_a_draining_worker_still_holds_is_said_in_words() -> None:

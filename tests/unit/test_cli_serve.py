@@ -103,15 +103,15 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
             ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"], capture_output=True, timeout=BOUND_S
         )
         actors = json.loads(found.stdout)["data"]["result"]["result"]
-        names = {"controller", "prefill-0", "decode-0", "router-0"}
+        names = {"store", "prefill-0", "decode-0", "router-0"}
         assert {actor["name"] for actor in actors} == names
         assert {actor["repr_name"] for actor in actors} == names, "the dashboard shows which is which"
 
     table = baton("status", "--url", url)
-    assert re.search(r"decode-0 +decode +1\.0 +connected", table.stdout), table
+    assert re.search(r"decode-0 +decode +\S+Z/0 +connected", table.stdout), table
     switched = baton("switch-role", "prefill-0", "mixed", "--url", url)
-    assert switched.stdout == "prefill-0 is mixed now, generation 1.1\n", switched
-    serve.read_stderr_until("prefill-0 switched from prefill to mixed, generation 1.1")
+    assert re.fullmatch(r"prefill-0 is mixed now, generation \S+Z/1\n", switched.stdout), switched
+    serve.read_stderr_until("prefill-0 switched from prefill to mixed")
     status = json.loads(baton("status", "--json", "--url", url).stdout)
     assert {view["status"]["role"] for view in status["workers"]} == {"mixed", "decode"}
     refused = baton("switch-role", "nobody", "mixed", "--url", url)
@@ -136,9 +136,9 @@ def test_a_killed_worker_is_back_by_itself(serve: Serve) -> None:
     pids = {view["status"]["worker_id"]: view["status"]["pid"] for view in status["workers"]}
     os.kill(pids["decode-0"], signal.SIGKILL)
     # "was started again", or "is gone" and "is there" when the restart took longer than its lease.
-    serve.read_stderr_until("decode, generation 2.0")
+    serve.read_stderr_until(": decode, generation ")
     members = serve.members()
-    serve.interrupt()
+    os.kill(serve.pid, signal.SIGHUP)  # as a terminal does that is closed
     assert serve.wait() == 0
     assert processes.alive(members) == () and serve.members() == ()
 

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import builders
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.util.placement_group import placement_group_table
 
 from cluster import processes
 from cluster.config import ClusterConfig, load_config
-from cluster.launch import StartFailed, remove_actors, stop_actors, wait_ready
-from cluster.local import end_local, make_folder, start_ray
+from cluster.folders import end_local, make_folder
+from cluster.lifecycle import StartFailed, remove_actors, stop_actors, wait_ready
+from cluster.local import start_ray
 from cluster.membership import WORKERS, Registration
 from cluster.placement import NoRoom
 from cluster.pools import Pools
+from cluster.ray_defaults import PRIVATE_NAMES
+from cluster.ray_failures import ActorFailed, explain, told
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
 from workers.config import WorkerConfig
-from workers.engine_thread import DumpKv
 from workers.errors import InvalidConfig
-from workers.status import Role
+from workers.status import Role, starts_of
+from workers.stepping.commands import DumpKv
 from workers.worker import Worker
 
 BOUND_S = 60.0
@@ -38,19 +47,32 @@ MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One Ray for this file; afterwards no process and no file of it is left."""
+def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names that Baton and Python import; whoever imports one from here fails."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for name in ("router", "workers", "cluster", "models"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('imported from the current folder')\n")
+    for name in ("torch", "queue", "numpy", "socket"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported from the current folder')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here(hostile_folder: Path) -> Iterator[str]:
+    """One Ray for this file, started from a folder that shadows every import; afterwards no process and no file of it is left."""
     # Actors run without this folder on their path: what the tests hand them travels whole.
     for module in (builders, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)
     folder = make_folder()
     config = load_config(None, {"worker.model": "fake", "ray.dashboard": False})
     try:
-        session = start_ray(config.ray, 2, folder)
+        with contextlib.chdir(hostile_folder):
+            session = start_ray(config.ray, 2, folder)
         assert session.address.startswith("127.0.0.1:") and not session.is_exposed
         members = processes.family(folder)
         assert any("gcs_server" in process.command for process in members)
-        yield
+        yield session.address
         assert session.stop() == ()
         assert processes.alive(members) == ()
         assert not os.path.exists(folder)
@@ -65,7 +87,7 @@ class Pool:
         flags = {"worker.model": str(MODEL), "ray.namespace": uuid.uuid4().hex, "store.lease_ttl_s": 3.0}
         self.config: ClusterConfig = load_config(None, {**flags, "router.port": 0})
         self.pools = Pools(self.config)
-        self.controller = self.pools.create_controller()
+        self.store_host = self.pools.create_store_host()
         self.store: Store = open_store(self.config.store, self.config.ray.namespace)
         self.actors: list[Any] = []
 
@@ -91,11 +113,11 @@ def registrations(snapshot: Snapshot) -> dict[str, Registration]:
 
 
 @pytest.fixture
-async def pool(ray_here: None) -> AsyncIterator[Pool]:
+async def pool(ray_here: str) -> AsyncIterator[Pool]:
     pool = Pool()
     yield pool
     await stop_actors(pool.actors, 10.0)
-    remove_actors([*pool.actors, pool.controller])
+    remove_actors([*pool.actors, pool.store_host])
 
 
 def make_fake_worker(
@@ -112,11 +134,13 @@ class SwitchableWorker(Worker):
 
 
 class MortalWorker(SwitchableWorker):
-    """On its first start the engine thread breaks, as by a bug."""
+    """Leaves a file for each start in its cache_folder. After the first one the engine thread breaks, as by a bug."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._is_first = args[2] == 1
+        folder = Path(self._config.cache_folder)
+        self._is_first = not list(folder.glob("start-*"))
+        (folder / f"start-{args[2]}").touch()
 
     async def start(self) -> Any:
         address = await super().start()
@@ -142,6 +166,47 @@ async def kill(actor: Any) -> int:
     return pid
 
 
+def look_around() -> dict[str, Any]:
+    """Run in an actor: what Ray has made of its process."""
+    return {"niceness": os.nice(0), "path": sys.path, "folder": os.getcwd()}
+
+
+def test_actors_run_at_the_priority_of_baton_itself_and_are_not_killed_for_a_strangers_memory(ray_here: str) -> None:
+    found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
+    assert found["niceness"] == os.nice(0)
+    raylets = [p for p in processes.snapshot().values() if p.parent == os.getpid() and "/raylet " in p.command]
+    assert raylets
+    for raylet in raylets:
+        assert b"RAY_memory_monitor_refresh_ms=0" in Path(f"/proc/{raylet.pid}/environ").read_bytes().split(b"\0")
+
+
+def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
+    ray_here: str, hostile_folder: Path
+) -> None:
+    def leaks(path: list[str], folder: str) -> list[str]:
+        return [entry for entry in path if not entry or Path(entry).resolve() in (hostile_folder, Path(folder))]
+
+    found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
+    assert leaks(found["path"], found["folder"]) == []
+    script = (
+        "import json, os, sys, ray; from cluster.joining import join_ray; join_ray(sys.argv[1], 'guest');"
+        "look = ray.remote(lambda: {'path': sys.path, 'folder': os.getcwd()});"
+        "print(json.dumps(ray.get(look.remote(), timeout=60)))"
+    )
+    command = [sys.executable, "-P", "-c", script, ray_here]
+    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[1])}
+    joined = subprocess.run(command, cwd=hostile_folder, env=here, capture_output=True, text=True, timeout=BOUND_S)
+    assert joined.returncode == 0, joined.stderr
+    found = json.loads(joined.stdout)
+    assert leaks(found["path"], found["folder"]) == []
+    assert [entry for entry in found["path"] if (Path(entry) / "cluster" / "actors.py").is_file()], "Baton is found"
+
+
+@pytest.mark.parametrize(("module", "name"), PRIVATE_NAMES)
+def test_what_baton_uses_of_rays_private_parts_is_there(module: str, name: str) -> None:
+    assert callable(getattr(importlib.import_module(module), name))
+
+
 async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its_switched_role(pool: Pool) -> None:
     actor = await pool.worker("decode-0", Role.DECODE)
     before = (await pool.store.list(WORKERS)).entries
@@ -157,13 +222,15 @@ async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its
         lambda workers: "decode-0" in workers and workers["decode-0"].address.generation > switched.address.generation
     )
     assert back["decode-0"].role is Role.MIXED
-    assert back["decode-0"].address.generation >> 32 == (old.address.generation >> 32) + 1
+    assert starts_of(back["decode-0"].address.generation) > starts_of(old.address.generation)
     assert (await pool.pools.find("decode-0").status.remote()).role is Role.MIXED
 
 
-async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool) -> None:
-    pool.actors.append(pool.pools.create_worker("mixed-0", Role.MIXED, make_mortal_worker))
-    back = await pool.until(lambda workers: "mixed-0" in workers and workers["mixed-0"].address.generation >= 2 << 32)
+async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool, tmp_path: Path) -> None:
+    pools = Pools(replace(pool.config, worker=replace(pool.config.worker, cache_folder=str(tmp_path))))
+    actor = pools.create_worker("mixed-0", Role.MIXED, make_mortal_worker)
+    pool.actors.append(actor)
+    back = await pool.until(lambda workers: "mixed-0" in workers and len(list(tmp_path.glob("start-*"))) == 2)
     assert back["mixed-0"].role is Role.MIXED
 
 
@@ -174,26 +241,28 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Po
     await pool.worker("decode-0", Role.DECODE)
     await wait_ready({"router-0": router}, BOUND_S)
 
-    async def connected(expected: dict[str, int]) -> None:
-        """Waits for the router to hold streams to exactly these starts of these workers."""
+    async def connected(names: set[str], but: dict[str, int] | None = None) -> dict[str, int]:
+        """Waits for the router to hold streams to exactly these workers, in other generations than `but`; returns those."""
         async with asyncio.timeout(BOUND_S):
             while True:
                 views = (await router.status.remote()).workers
-                if {v.status.worker_id: v.status.generation >> 32 for v in views if v.connected} == expected:
-                    return
+                found = {v.status.worker_id: v.status.generation for v in views if v.connected}
+                if found.keys() == names and not found.items() & (but or {}).items():
+                    return found
                 await asyncio.sleep(0.05)  # the router tells nobody of a change: it is asked
 
-    await connected({"prefill-0": 1, "decode-0": 1})
+    first = await connected({"prefill-0", "decode-0"})
     await kill(prefill)
-    await connected({"prefill-0": 2, "decode-0": 1})
+    second = await connected({"prefill-0", "decode-0"}, but={"prefill-0": first["prefill-0"]})
+    assert second["prefill-0"] > first["prefill-0"] and second["decode-0"] == first["decode-0"]
     await prefill.stop.remote()
-    await connected({"decode-0": 1})
+    await connected({"decode-0"})
 
 
-async def test_a_controller_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:
+async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:
     await pool.worker("mixed-0", Role.MIXED)
     before = await pool.store.list(WORKERS)
-    await kill(pool.controller)
+    await kill(pool.store_host)
     after = await pool.until(lambda workers: "mixed-0" in workers)
     async with asyncio.timeout(BOUND_S), aclosing(pool.store.watch(WORKERS)) as snapshots:
         async for snapshot in snapshots:
@@ -201,12 +270,64 @@ async def test_a_controller_that_died_comes_back_empty_and_everybody_registers_a
                 break
     assert registrations(snapshot) == registrations(before)
     assert after == registrations(before)
-    assert await pool.store.increment("starts/mixed-0") == 2, "the start count went on from what the worker knows"
+    known = await pool.store.get("starts/mixed-0")
+    generation = registrations(before)["mixed-0"].address.generation
+    assert known is not None and int(known.value) == starts_of(generation), "the store learned it from the worker"
+
+
+async def test_a_worker_that_dies_together_with_the_store_comes_back_in_a_higher_generation(pool: Pool) -> None:
+    worker = await pool.worker("mixed-0", Role.MIXED)
+    before = registrations(await pool.store.list(WORKERS))["mixed-0"].address
+    await asyncio.gather(kill(pool.store_host), kill(worker))
+    await wait_until_back(worker)
+    after = (await pool.until(lambda workers: "mixed-0" in workers))["mixed-0"].address
+    assert after.generation > before.generation
+
+
+async def wait_until_back(actor: Any) -> None:
+    """Until Ray has started the actor's process again, and what is in it."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            try:
+                await actor.ready.remote()
+                return
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.05)
 
 
 async def test_a_worker_that_cannot_start_says_why_in_one_sentence(pool: Pool) -> None:
     with pytest.raises(InvalidConfig, match="prefill-0 cannot start: the checkpoint lacks weights"):
         await pool.worker("prefill-0", Role.PREFILL, make_broken_worker)
+
+
+async def test_what_ray_raises_about_an_actor_is_one_sentence_without_a_traceback(pool: Pool) -> None:
+    worker = await pool.worker("decode-0", Role.DECODE)
+    with pytest.raises(ActorFailed) as unavailable, told("decode-0"):
+        await asyncio.gather(worker.group_address.remote(), kill(worker))
+    with pytest.raises(ActorFailed, match="decode-0 failed: RuntimeError: the engine is gone"), told("decode-0"):
+        await ray.remote(BrokenWorker).remote().ready.remote()
+    remove_actors([worker])
+    with pytest.raises(ActorFailed) as died, told("decode-0"):
+        while True:
+            await worker.pid.remote()
+    for caught, text in (
+        (unavailable, "the process of decode-0 died or does not answer"),
+        (died, "the process of decode-0 died"),
+    ):
+        assert text in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        assert "root causes" not in str(caught.value)
+
+
+class BrokenWorker:
+    async def ready(self) -> None:
+        raise RuntimeError("the engine\nis gone")
+
+
+def test_a_death_for_want_of_memory_says_so() -> None:
+    assert "want of memory" in explain("decode-0", ActorDiedError(), 1)
+    assert "want of memory" not in explain("decode-0", ActorDiedError(), 0)
+    by_ray = explain("decode-0", OutOfMemoryError("Task was killed due to the node running low on memory."), 0)
+    assert "RAY_memory_monitor_refresh_ms=0" in by_ray
 
 
 async def test_a_name_that_is_taken_is_refused(pool: Pool) -> None:
@@ -244,7 +365,7 @@ def make_hanging_worker(*args: Any) -> Any:
     return HangingWorker()
 
 
-async def test_the_controllers_store_keeps_the_stores_promises(pool: Pool) -> None:
+async def test_the_actors_store_keeps_the_stores_promises(pool: Pool) -> None:
     store = pool.store
     assert isinstance(store, ActorStore)
     async with asyncio.timeout(BOUND_S), aclosing(store.watch("a/")) as snapshots:
@@ -255,7 +376,6 @@ async def test_the_controllers_store_keeps_the_stores_promises(pool: Pool) -> No
         assert (await anext(snapshots)).entries == (), "the lease ended"
     assert await store.compare_and_set("b", 0, "1") is not None
     assert await store.compare_and_set("b", 0, "2") is None
-    assert await store.increment("count") == 1
     entry = await store.get("b")
     assert entry is not None and entry.value == "1"
     assert await store.delete("b") and await store.get("b") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.actors import changes_between
 from cluster.commands.watching import describe
 from cluster.membership import Membership, Registration, Tick
 from cluster.store.store import Entry, Snapshot
@@ -84,12 +85,52 @@ def test_a_second_loss_within_the_grace_keeps_both_groups() -> None:
     assert membership.handle(Tick(), 6.0) == ()
 
 
+def test_a_store_that_stood_still_does_not_empty_the_cluster() -> None:
+    """Every lease ended while it did; whoever is alive registers again."""
+    membership = Membership(grace_s=4.0, doubt_s=40.0)
+    workers = [worker(f"w-{index}") for index in range(5)]
+    membership.handle(state(*workers), 0.0)
+    assert membership.handle(state(), 10.0) is None and membership.deadline == 50.0
+    assert membership.handle(state(*workers[:4]), 12.0) is None
+    assert membership.handle(Tick(), 50.0) == tuple(w.address for w in workers[:4]), "one did not come back in time"
+    assert membership.deadline is None
+
+
+def test_leases_that_end_one_after_another_count_together() -> None:
+    membership = Membership(grace_s=4.0, doubt_s=40.0)
+    workers = [worker(f"w-{index}") for index in range(5)]
+    membership.handle(state(*workers), 0.0)
+    for number in (1, 2):
+        membership.handle(state(*workers[number:]), 10.0 + number)
+    assert membership.handle(state(*workers[3:]), 13.0) == tuple(w.address for w in workers), "who had gone is back"
+
+
+def test_a_few_that_leave_are_not_missed() -> None:
+    membership = Membership(grace_s=4.0, doubt_s=40.0)
+    workers = [worker(f"w-{index}") for index in range(5)]
+    membership.handle(state(*workers), 0.0)
+    for number in range(1, 5):  # further apart than the grace
+        left = tuple(w.address for w in workers[number:])
+        assert membership.handle(state(*workers[number:]), 10.0 * number) == left
+    assert membership.deadline is None
+
+
+def test_the_log_says_what_changed_and_not_who_is_there() -> None:
+    before = {f"w-{index}": worker(f"w-{index}") for index in range(1000)}
+    after = {name: registration for name, registration in before.items() if name != "w-7"} | {"new": worker("new")}
+    after["w-8"] = worker("w-8", generation=2 << 16)
+    assert changes_between(before, after) == "new came, w-7 left, w-8 is new"
+    assert changes_between(before, before) == "nothing has changed"
+
+
 def test_the_operator_is_told_what_became_of_a_worker() -> None:
     before = worker("a", 1 << 32, Role.DECODE)
     assert describe("a", before, before) == ""
     assert describe("a", before, None) == "a is gone"
-    assert describe("a", None, before) == "a is there: decode, generation 1.0"
+    assert describe("a", None, before) == "a is there: decode, generation 1970-01-01T00:00:01Z/0"
     assert describe("a", before, worker("a", (1 << 32) + 1, Role.MIXED)) == (
-        "a switched from decode to mixed, generation 1.1"
+        "a switched from decode to mixed, generation 1970-01-01T00:00:01Z/1"
     )
-    assert describe("a", before, worker("a", 2 << 32)) == "a was started again: decode, generation 2.0"
+    assert (
+        describe("a", before, worker("a", 2 << 32)) == "a was started again: decode, generation 1970-01-01T00:00:02Z/0"
+    )

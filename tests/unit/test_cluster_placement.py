@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig, load_config
-from cluster.launch import preflight
+from cluster.lifecycle import preflight
 from cluster.observe import status_table
 from cluster.placement import bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.preflight import check_layout, weight_bytes
@@ -61,7 +61,7 @@ async def test_a_layout_that_cannot_be_is_refused_before_anything_starts(setting
 
 
 def test_a_placement_that_ray_does_not_know_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="pack or spread"):
+    with pytest.raises(InvalidConfig, match="'pack' or 'spread'"):
         config("ray.rank_placement=diagonal")
 
 
@@ -82,6 +82,6 @@ def test_the_table_of_workers_shows_their_ranks() -> None:
     view["status"] = {**status, "is_rebuilding": True, "ranks": [rank, lost], "counters": {"expert_imbalance": 1.25}}
     shown = status_table(json.loads(json.dumps({"num_running": 0, "num_waiting": 0, "workers": [view]})))
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
-    assert rows["decode-0"][2:4] == ["2.1", "rebuilding"]
+    assert rows["decode-0"][2:4] == ["1970-01-01T00:00:02Z/1", "rebuilding"]
     assert rows["decode-0/rank-0"][1:] == ["a:11", "alive", "3", "leader's", "1.25"]
     assert rows["decode-0/rank-1"][1:] == ["b:12", "lost", "-", "own"]

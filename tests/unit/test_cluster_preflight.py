@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster import processes
+from cluster.commands.serve import example_request
 from cluster.config import load_config
 from cluster.demo import is_right, read_questions
+from cluster.folders import end_local, make_folder, remove_stale
+from cluster.lifecycle import AT_ONCE, all_of
 from cluster.local import free_port
 from cluster.observe import duration, size, status_table
-from cluster.preflight import available_memory, check_disk_tier, check_memory, check_model, check_port, weight_bytes
+from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 
+SHIPPED = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 80726\n"
 
-def write_model(folder: Path, model_type: str = "ernie4_5_moe", elements: int = 1000) -> Path:
+
+def write_model(folder: Path, elements: int = 1000) -> Path:
+    """The shipped checkpoint with one tensor of so many bfloat16 values, whose bytes take no room on the disk."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for file in SHIPPED.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
     header = json.dumps(
         {
             "__metadata__": {"format": "pt"},
@@ -32,35 +46,108 @@ def write_model(folder: Path, model_type: str = "ernie4_5_moe", elements: int = 
         }
     ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(folder / "model.safetensors", 8 + len(header) + 2 * elements)
     return folder
 
 
-def test_a_model_folder_is_looked_into(tmp_path: Path) -> None:
-    check_model(str(write_model(tmp_path / "good")))
-    (tmp_path / "empty").mkdir()
-    bare = write_model(tmp_path / "bare")
-    (bare / "model.safetensors").unlink()
+def edited(folder: Path, name: str, **changes: object) -> None:
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), r"config\.json is missing"),
+    "a list as config": (lambda m: (m / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+    "another model": (lambda m: edited(m, "config.json", model_type="llama"), r"config\.json has model_type 'llama'"),
+    "a list as rope": (lambda m: edited(m, "config.json", rope_scaling=[1]), r"config\.json is not as a checkpoint's"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
+    "weights not fetched": (
+        lambda m: (m / "model.safetensors").write_text(POINTER),
+        r"model\.safetensors .*git lfs pull",
+    ),
+    "weights cut": (lambda m: os.truncate(m / "model.safetensors", 900), r"model\.safetensors .*download complete"),
+    "empty weights": (lambda m: os.truncate(m / "model.safetensors", 0), r"model\.safetensors .*download complete"),
+    "a shard missing": (
+        lambda m: (
+            (m / "model.safetensors").rename(m / "a.safetensors"),
+            (m / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}'
+            ),
+        ),
+        r"b\.safetensors is missing",
+    ),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), r"neither tokenizer\.json nor tokenizer\.model"),
+    "tokenizer not fetched": (
+        lambda m: (m / "tokenizer.json").write_text(POINTER),
+        r"tokenizer\.json is not a tokenizer",
+    ),
+    "template not UTF-8": (
+        lambda m: (m / "chat_template.jinja").write_bytes(b"{# caf\xe9 #}"),
+        r"chat_template\.jinja is not UTF-8",
+    ),
+    "template not Jinja": (
+        lambda m: (m / "chat_template.jinja").write_text("{% if %}"),
+        r"chat template does not parse",
+    ),
+    "templates without names": (
+        lambda m: ((m / "chat_template.jinja").unlink(), edited(m, "tokenizer_config.json", chat_template=["x"])),
+        r"tokenizer_config\.json has a chat_template list",
+    ),
+    "a list as sampling defaults": (
+        lambda m: (m / "generation_config.json").write_text("[]"),
+        r"generation_config\.json",
+    ),
+    "sampling out of range": (
+        lambda m: edited(m, "generation_config.json", top_p=7),
+        r"generation_config\.json: top_p",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_checkpoint_is_refused_with_the_name_of_its_file(tmp_path: Path, fault: str) -> None:
+    model = write_model(tmp_path / "m")
+    check_model(str(model))
+    spoil, message = BROKEN[fault]
+    spoil(model)
+    with pytest.raises(InvalidConfig, match=message) as caught:
+        check_model(str(model))
+    assert "\n" not in str(caught.value) and str(model) in str(caught.value)
+
+
+def test_a_sentencepiece_tokenizer_needs_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else object())
+    with pytest.raises(InvalidConfig, match=r"tokenizer\.model, which needs .* \(missing: sentencepiece\)"):
+        check_model(str(model))
+
+
+def test_a_model_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "nowhere", "there is no such folder"),
-        (tmp_path / "good" / "config.json", "that is a file"),
-        (tmp_path / "empty", "has no config.json"),
-        (bare, "has no .safetensors file"),
-        (write_model(tmp_path / "llama", "llama"), "of type 'llama'; Baton serves ERNIE"),
+        (SHIPPED / "config.json", "that is a file"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             check_model(str(path))
+
+
+def test_what_is_shown_to_an_operator_names_no_key() -> None:
+    with_key = example_request("http://127.0.0.1:1", is_chat=True, needs_key=True)
+    assert "$BATON_API_KEY" in with_key and "/chat/completions" in with_key
+    without = example_request("http://127.0.0.1:1", is_chat=False, needs_key=False)
+    assert "Authorization" not in without and "/v1/completions" in without
 
 
 def test_memory_is_counted_per_worker_in_the_configured_type(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", elements=10**9)
     config = load_config(None, {"worker.model": str(model), "pools.decode": 3})
     assert weight_bytes(config.worker) == 4 * 10**9
-    check_memory(config, available_bytes=32 * 2**30)
+    check_memory(config, free_bytes=32 * 2**30)
     with pytest.raises(InvalidConfig, match=r"4 workers need about 17\.\d GiB of memory and 8\.0 GiB is free"):
-        check_memory(config, available_bytes=8 * 2**30)
+        check_memory(config, free_bytes=8 * 2**30)
     half = load_config(None, {"worker.model": str(model), "pools.decode": 3, "worker.dtype": "bfloat16"})
     assert weight_bytes(half.worker) == 2 * 10**9
-    assert available_memory() is None or available_memory() > 0  # type: ignore[operator]
 
 
 def test_a_disk_tier_needs_a_folder_that_can_be_written_and_room(tmp_path: Path) -> None:
@@ -82,14 +169,7 @@ def test_the_host_tier_counts_as_memory(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     config = load_config(None, {"worker.model": str(model), "worker.kv_host_bytes": 4 * 2**30})
     with pytest.raises(InvalidConfig, match=r"or worker\.kv_host_bytes"):
-        check_memory(config, available_bytes=6 * 2**30)
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m")
-    (model / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(InvalidConfig, match="is no safetensors file"):
-        weight_bytes(load_config(None, {"worker.model": str(model)}).worker)
+        check_memory(config, free_bytes=6 * 2**30)
 
 
 def test_a_port_in_use_is_refused_and_passed_over() -> None:
@@ -136,6 +216,54 @@ def test_a_reused_process_id_is_somebody_else() -> None:
     assert processes.alive((me, stranger)) == (me,)
 
 
+def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # as sockets' paths must be
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        mine = make_folder()
+        (Path(short) / "baton-of-somebody-else").mkdir()
+        code = (
+            "import subprocess, sys, time; from cluster.folders import make_folder; folder = make_folder();"
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', folder]); print(folder, flush=True); time.sleep(60)"
+        )
+        environment = {**os.environ, "TMPDIR": short}
+        owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        assert owner.stdout is not None
+        left = owner.stdout.readline().strip()
+        assert remove_stale() == () and Path(left).is_dir()
+        owner.kill()
+        owner.wait()
+        orphans = processes.family(left)
+        assert len(orphans) == 1
+        assert remove_stale() == (left,)
+        assert not Path(left).exists() and processes.alive(orphans) == () and Path(mine).is_dir()
+        end_local(mine, 0.0)
+        assert [path.name for path in Path(short).iterdir()] == ["baton-of-somebody-else"]
+        owner.stdout.close()
+
+
+async def test_jobs_of_a_start_run_side_by_side_within_a_bound_and_a_failure_waits_for_the_rest() -> None:
+    running, most, ended = 0, 0, []
+    together = asyncio.Event()
+
+    async def job(number: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == AT_ONCE:
+            together.set()
+        await together.wait()  # for ever, if they ran one after another
+        running -= 1
+        if number == 3:
+            raise InvalidConfig("number 3")
+        ended.append(number)
+
+    with pytest.raises(InvalidConfig, match="number 3"):
+        await asyncio.wait_for(all_of([job(number) for number in range(3 * AT_ONCE)]), 60)
+    assert most == AT_ONCE and len(ended) == 3 * AT_ONCE - 1
+
+
 def test_the_status_table_shows_each_worker_in_a_line() -> None:
     load = {"num_running": 3, "num_waiting": 1, "num_free_blocks": 60, "num_blocks": 64}
     status = {"worker_id": "decode-0", "role": "decode", "generation": (2 << 32) + 1, "load": load}
@@ -143,7 +271,18 @@ def test_the_status_table_shows_each_worker_in_a_line() -> None:
     text = status_table({"router_id": "router-0", "num_running": 4, "num_waiting": 0, "workers": [view]})
     head, _, headings, row = text.split("\n")
     assert head == "router-0: 4 running, 0 waiting"
-    assert row.split() == ["decode-0", "decode", "2.1", "connected", "4", "3", "1", "4/64", "12.3", "ms"]
+    assert row.split() == [
+        "decode-0",
+        "decode",
+        "1970-01-01T00:00:02Z/1",
+        "connected",
+        "4",
+        "3",
+        "1",
+        "4/64",
+        "12.3",
+        "ms",
+    ]
     assert len(headings) == len(row)
     assert "no workers" in status_table({"router_id": "r", "num_running": 0, "num_waiting": 0, "workers": []})
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.following import follow_members
 from cluster.membership import Registration, Superseded
-from cluster.registration import Registrar, count_start
+from cluster.registration import MAX_START, Registrar, number_start
 from cluster.roles import check_roles, desired_draining, desired_role, forget_draining, forget_role, resolve_role
 from cluster.store.memory import MemoryStore
 from workers.errors import InvalidConfig
@@ -20,10 +20,10 @@ LONG_S = 60.0
 
 
 async def start(
-    store: MemoryStore, worker_id: str = "decode-0", role: Role = Role.DECODE, ttl_s: float = LONG_S
+    store: MemoryStore, worker_id: str = "decode-0", role: Role = Role.DECODE, ttl_s: float = LONG_S, now_s: float = 1.0
 ) -> Registrar:
     """What a WorkerActor does at its start."""
-    count = await count_start(store, worker_id)
+    count = await number_start(store, worker_id, now_s)
     wanted = await desired_role(store, worker_id, role)
     address = WorkerAddress(worker_id, count << 32, f"127.0.0.1:{count}")
     return Registrar(store, Registration(address, wanted), role, count, ttl_s)
@@ -41,6 +41,22 @@ async def test_each_start_registers_with_a_higher_generation() -> None:
     await second.register()
     assert await registered(store) == [second.registration]
     assert second.registration.address.generation > first.registration.address.generation
+
+
+async def test_a_store_that_dies_with_the_worker_does_not_make_the_next_start_look_like_the_last() -> None:
+    before = await start(MemoryStore(), now_s=1000.0)
+    await before.register()
+    empty = MemoryStore()
+    again = await start(empty, now_s=1002.5)
+    await again.register()
+    assert again.registration.address.generation > before.registration.address.generation
+
+
+async def test_a_start_that_no_generation_could_hold_is_refused() -> None:
+    store = MemoryStore()
+    await store.put("starts/decode-0", str(MAX_START))
+    with pytest.raises(InvalidConfig, match="delete starts/decode-0"):
+        await number_start(store, "decode-0", 1.0)
 
 
 async def test_an_older_start_can_neither_register_nor_keep_nor_remove_the_newer_ones_lease() -> None:
@@ -147,7 +163,7 @@ async def test_a_store_that_forgot_everything_learns_it_again_from_the_worker() 
     after = MemoryStore()
     registrar._store = after
     await registrar.register()
-    assert await count_start(after, "decode-0") == 8, "the next start is newer than this one"
+    assert await number_start(after, "decode-0", 3.0) == 8, "the next start is newer than this one, by whatever clock"
     assert await desired_role(after, "decode-0", Role.DECODE) is Role.MIXED
 
 
@@ -160,7 +176,7 @@ def test_a_remembered_role_wins_if_it_is_one(remembered: str | None, expected: R
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((0, 1, 0), "no worker could prefill"), ((1, 0, 0), "no worker could decode"), ((-1, 1, 1), "negative")],
+    [((0, 1, 0), "no worker could prefill"), ((1, 0, 0), "no worker could decode")],
 )
 def test_pools_that_cannot_serve_are_refused(counts: tuple[int, int, int], message: str) -> None:
     with pytest.raises(InvalidConfig, match=message):

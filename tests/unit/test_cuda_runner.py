@@ -142,7 +142,7 @@ def test_overlapping_steps_give_the_outputs_of_steps_that_wait(moe: Path) -> Non
             outputs += engine.step().outputs
         outputs += run_to_end(engine)
         assert engine.num_held_blocks == 0
-        return [[replace(o, handoff=None) for i, o in outputs if i == index] for index in range(len(requests))]
+        return [[o._replace(handoff=None) for i, o in outputs if i == index] for index in range(len(requests))]
 
     expected = run(overlap_steps=False)
     assert run(overlap_steps=True) == expected

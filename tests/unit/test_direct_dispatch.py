@@ -157,7 +157,7 @@ def test_the_device_exchange_is_taken_where_it_is_asked_for_and_refused_with_the
         assert not any(wants_direct(settings(**portable), can) for can in (True, False))
     with pytest.raises(InvalidConfig, match="needs a GPU and NVSHMEM"):
         wants_direct(settings(dispatch="device"), can=False)
-    for refused in ({"dispatch": "nccl"}, {"dispatch": "device", "expert_parallel": 32},
+    for refused in ({"dispatch": "device", "expert_parallel": 32},
                     {"dispatch": "device", "min_overlap_tokens": 8}):  # fmt: skip
         with pytest.raises(InvalidConfig, match=r"worker\.parallel\.dispatch must be"):
             settings(**refused)

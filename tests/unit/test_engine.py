@@ -29,6 +29,7 @@ from workers.kv_transfer.memory import KvMemory
 from workers.request import FinishReason, Request
 from workers.runner import FakeRunner
 from workers.scheduler.sequence import Kind
+from workers.stepping.result import StepResult
 
 
 def test_a_request_yields_max_tokens_and_leaves_no_block_held() -> None:
@@ -273,10 +274,34 @@ def test_what_changes_right_behind_a_dump_of_the_cache_is_told_as_well() -> None
     engine = make_engine()
     engine.add(1, make_request(range(10, 80)))
     engine.dump_cache()
-    dump = engine.step().kv_event  # the dump knows nothing of the block that this step filled
-    assert dump is not None and dump.reset and dump.stored == ()
-    change = engine.step().kv_event
-    assert change is not None and (change.sequence, len(change.stored)) == (dump.sequence + 1, 1)
+    result = engine.step()
+    dump, change = result.kv_dump, result.kv_event
+    assert dump is not None and dump.reset and dump.stored == ()  # it knows nothing of the block that this step filled
+    assert change is not None and len(change.stored) == 1
+
+
+def test_a_dump_is_for_whoever_asks_and_takes_no_event_from_the_others() -> None:
+    engine, events, told = make_engine(), [], set[int]()
+    engine.add(1, make_request(range(10, 290), 8))
+
+    def hear(result: StepResult) -> None:
+        if result.kv_event is not None:
+            events.append(result.kv_event)
+            assert not result.kv_event.reset
+            told.update(result.kv_event.stored)
+
+    hear(engine.step())
+    hear(engine.step())
+    engine.dump_cache(7)
+    engine.dump_cache(8)
+    result = engine.step()
+    hear(result)
+    assert result.dump_askers == [7, 8] and result.kv_dump is not None and len(result.kv_dump.stored) >= 2
+    while engine.has_work:
+        hear(engine.step())
+    engine.dump_cache(9)
+    everything = engine.step().kv_dump
+    assert everything is not None and set(everything.stored) == told and len(told) == 4
 
 
 def test_an_engine_that_nobody_uses_gives_its_pool_back_at_once() -> None:

@@ -61,12 +61,12 @@ def outputs_alone(request: Request) -> list[Output]:
     """What a synchronous engine with nothing else to do says, but for the times it took."""
     engine = make_engine(fake_runner(), prefix_cache=False)
     engine.add(0, request)
-    return [replace(output, handoff=None) for _, output in run_to_end(engine)]
+    return [output._replace(handoff=None) for _, output in run_to_end(engine)]
 
 
 def outputs_of(outputs: list[tuple[int, Output]], sequence_id: int) -> list[Output]:
     mine = [output for owner, output in outputs if owner == sequence_id]
-    return [replace(output, handoff=None, cached_tokens=0) for output in mine]
+    return [output._replace(handoff=None, cached_tokens=0) for output in mine]
 
 
 def test_a_decode_step_is_launched_before_the_tokens_of_the_one_before_it_are_known() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from builders import fake_layout
 
-from workers.handoff.export import Feed
-from workers.handoff.source import MAX_BATCH, SourceDriver
+from workers.handoff.source import MAX_BATCH, Feed, SourceDriver
 from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import (
@@ -38,7 +38,11 @@ class Prompt:
     def __init__(self, cut: Cut, feed: Feed) -> None:
         self._cut, self._feed = cut, feed
 
+    is_paced = False
+
     def start(self) -> None: ...
+
+    def acknowledged(self, num_pieces: int) -> None: ...
 
     def compute(self) -> None:
         end = self._cut.num_blocks
@@ -53,7 +57,7 @@ async def writes_of_a_prompt(takes_batches: bool) -> list[list[HandoffUp]]:
     memory, cut = KvMemory(LAYOUT), Cut(LAYOUT, 0, 2)
     transport = LoopbackTransport(memory, "prefill-0")
     session = SourceSession(cut, HandoffAccepted((Offer("loopback", b"x"),), LAYOUT, "h"), 30.0, 1 << 30)
-    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, takes_batches)
+    driver = SourceDriver(session, memory, {"loopback": transport}, RECEIVER, "t", 1, time.monotonic, takes_batches)
     said: asyncio.Queue[HandoffDown] = asyncio.Queue()
 
     async def incoming() -> AsyncIterator[pb.HandoffDown]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -10,7 +11,8 @@ import pytest
 from builders import fake_layout, make_request
 
 from workers.errors import Refusal
-from workers.handoff.target import HandoffFailed, TargetDriver
+from workers.handoff.outcome import HandoffFailed
+from workers.handoff.target import TargetDriver
 from workers.kv_transfer.memory import KvMemory
 from workers.kv_transfer.messages import OpenHandoff, Prompt
 from workers.kv_transfer.pieces import Cut
@@ -34,7 +36,7 @@ def driver() -> TargetDriver:
     )
     session = TargetSession(cut, opening, ttl_s=5)
     source = WorkerAddress("prefill-0", 1, "127.0.0.1:1")
-    return TargetDriver(session, KvMemory(fake_layout()), {}, source, (3, 4), "t")
+    return TargetDriver(session, KvMemory(fake_layout()), {}, source, (3, 4), "t", time.monotonic)
 
 
 async def test_a_channel_that_another_transfer_has_closed_fails_the_transfer_and_does_not_leave_it_hanging() -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from transport_ends import HOST, LAYOUT, whole_blocks
 
 from workers import grpc_options
 from workers.errors import TransferFailed
-from workers.handoff.export import PromptExporter
 from workers.handoff.peers import Peers
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.kv_transfer.messages import OpenHandoff, Prompt
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import Filled
 from workers.kv_transfer.transport import OutgoingPiece
 from workers.kv_transfer.transports.links import Links
 from workers.kv_transfer.transports.tcp import TcpTransport
 from workers.request import Request, SamplingParams
+from workers.serving.exports import Exports
+from workers.serving.observer import Unobserved
 from workers.status import WorkerAddress
 from workers.stepping.result import BlocksFilled
 
@@ -99,14 +100,10 @@ def test_a_prompt_of_many_chunks_is_told_of_each_block_once() -> None:
     request = Request("r", tuple(range(32 * 64)), SamplingParams(max_tokens=1))
     target = WorkerAddress("decode-0", 1, "127.0.0.1:1")
     opening = OpenHandoff(target, HOST, 1, "f", layout, Prompt(request), 0, 32, ("shm",))
-    exporter = PromptExporter(lambda command: None, lambda: 9)
-    told: list[Filled] = []
-    export = exporter.open(
-        opening, Cut(layout, 0, 32), lambda event: told.append(event) if isinstance(event, Filled) else None
-    )
-    export.start()
-    blocks = tuple(range(32))
+    exports = Exports(layout, 1.0, lambda name: None, lambda: 9, Counter(), Unobserved())
+    exports.open(1, opening)
+    exports.begin(1)
+    blocks, told = tuple(range(32)), []
     for num_filled in range(1, 33):
-        exporter.filled(BlocksFilled(9, blocks, num_filled))
+        told += [command.event for command in exports.filled(BlocksFilled(9, blocks, num_filled))]  # type: ignore[union-attr]
     assert [(event.first, event.end) for event in told] == [(n, n + 1) for n in range(32)]
-    export.release("")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.llm import LLM, SamplingParams
 from workers.config import ParallelConfig
-from workers.errors import BatonError, InvalidConfig, InvalidRequest
+from workers.errors import InvalidConfig, InvalidRequest
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "ernie-4.5-tiny"
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
+WHO = "<|begin_of_sentence|>User: Who are you?\nAssistant: "
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +92,115 @@ def test_progress_is_shown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None
 def test_bad_input_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="empty"):
         llm.generate(["fine", []], GREEDY, progress=False)  # type: ignore[list-item]
-    with pytest.raises(BatonError, match="2 prompts need one SamplingParams or as many"):
+    with pytest.raises(InvalidRequest, match="2 prompts need one SamplingParams or as many"):
         llm.generate(["a", "b"], [GREEDY], progress=False)
     with pytest.raises(InvalidConfig):
         LLM("no/such/folder")
+
+
+def test_parameters_may_be_spelled_as_over_http(llm: LLM) -> None:
+    def text(**params: Any) -> str:
+        (generation,) = llm.generate(
+            WHO, SamplingParams(**{"max_tokens": 24, "temperature": 0, **params}), progress=False
+        )
+        return generation.outputs[0].text
+
+    whole = text()
+    assert "small" in whole and " am" in whole
+    assert text(stop="small") == text(stop=["small"]) == whole.partition("small")[0]
+    banned = llm.tokenizer.encode(whole)[0]
+    assert text(logit_bias={banned: -100.0}) == text(logit_bias=((banned, -100.0),)) != whole
+    assert "Baton" in whole and "Baton" not in text(bad_words=["Baton"])
+    assert len(llm.tokenizer.encode(text(max_tokens=None, ignore_eos=True))) <= 16
+    assert llm.generate([], GREEDY, progress=False) == []
+    by_iterator = llm.generate((prompt for prompt in (WHO, [5, 6, 7])), GREEDY, progress=False)  # type: ignore[misc]
+    assert by_iterator[0].outputs[0].text == whole[: len(by_iterator[0].outputs[0].text)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", 5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ["5"]),
+        ("logit_bias", 5),
+        ("logit_bias", ((5, 1.0), (5, 2.0))),
+        ("logit_bias", {5: "1"}),
+        ("bad_words", "x"),
+        ("max_tokens", "16"),
+        ("max_tokens", 0),
+        ("temperature", "hot"),
+        ("ignore_eos", 1),
+        ("top_p", 2.0),
+    ],
+)
+def test_a_parameter_of_a_wrong_type_is_named_before_anything_runs(llm: LLM, field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=field) as caught:
+        llm.generate(WHO, SamplingParams(**{field: value}), progress=False)
+    assert caught.value.param == field
+    assert not llm._engine.has_work
+
+
+@pytest.mark.parametrize("prompts", [{"prompt": "hi"}, [{"prompt": "hi"}], 5, [None], [[5, "x"]], [[10**9]], ""])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        llm.generate(prompts, GREEDY, progress=False)
+    for n in (0, -1):
+        with pytest.raises(InvalidRequest, match="n must"):
+            llm.generate(WHO, GREEDY, n=n, progress=False)
+
+
+def test_a_conversation_is_read_by_the_rules_of_the_http_api(llm: LLM) -> None:
+    def ids(*messages: Any) -> list[int]:
+        return llm.chat(list(messages), SamplingParams(max_tokens=1), progress=False)[0].prompt_token_ids
+
+    user = {"role": "user", "content": "hi"}
+    assert ids({"role": "developer", "content": "RULES"}, user) == ids({"role": "system", "content": "RULES"}, user)
+    assert "RULES" in llm.tokenizer.decode(ids({"role": "developer", "content": "RULES"}, user))
+    parts = [{"type": "text", "text": "hi"}]
+    assert ids({"role": "user", "content": parts}) == ids(user)
+    for bad in ({"role": "tool", "content": "42"}, {"role": "user"}, {"role": "user", "content": [{"type": "image"}]}):
+        with pytest.raises(InvalidRequest, match="messages"):
+            ids(bad, user)
+    for bad in ("hi", [], user):
+        with pytest.raises(InvalidRequest, match="messages"):
+            llm.chat([[user], bad], GREEDY, progress=False)  # type: ignore[list-item]
+
+
+def test_threads_take_turns_and_each_gets_what_it_would_have_got_alone(llm: LLM) -> None:
+    prompts = [f"What is {number} + 5?" for number in range(10, 18)]
+    alone = [llm.generate(prompt, GREEDY, progress=False)[0].outputs[0].token_ids for prompt in prompts]
+    begin = threading.Barrier(len(prompts))
+
+    def one(prompt: str) -> list[list[int]]:
+        begin.wait(60)
+        return [llm.generate(prompt, GREEDY, progress=False)[0].outputs[0].token_ids for _ in range(2)]
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        assert list(threads.map(one, prompts, timeout=120)) == [[ids, ids] for ids in alone]
+    assert llm._engine.num_held_blocks == 0
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM) -> None:
+    expected = llm.generate(WHO, GREEDY, progress=False)[0].outputs[0].token_ids
+    done = threading.Event()
+
+    def interrupt_once_it_runs() -> None:
+        while not done.is_set():
+            if llm._engine.num_held_blocks:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    interrupter = threading.Thread(target=interrupt_once_it_runs)
+    interrupter.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([WHO] * 4, SamplingParams(max_tokens=2000, ignore_eos=True), progress=False)
+    finally:
+        done.set()
+        interrupter.join()
+    assert llm.generate(WHO, GREEDY, progress=False)[0].outputs[0].token_ids == expected
+    assert llm._engine.num_held_blocks == 0 and not llm._engine.has_work
 
 
 def test_a_model_over_several_ranks_is_refused_in_one_sentence() -> None:

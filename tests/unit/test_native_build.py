@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from kernels_stub import instruction_set, stub_source
 
+from cluster.settings import build
 from workers.config import INSTRUCTION_SETS, WorkerConfig
 from workers.errors import InvalidConfig
 from workers.instruction_sets import InstructionSet, cpu_flags
@@ -22,6 +23,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 ZEN3 = "fma sse4_2 avx f16c bmi1 avx2 bmi2"
 SKYLAKE = f"{ZEN3} avx512f avx512dq avx512bw avx512vl"
 ZEN4 = f"{SKYLAKE} avx512_bf16"
+SAPPHIRE_RAPIDS = f"{ZEN4} amx_bf16 amx_tile amx_int8"
 
 
 def cpuinfo(*processors: str, key: str = "flags\t\t") -> str:
@@ -35,6 +37,8 @@ def names(sets: tuple[InstructionSet, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (SAPPHIRE_RAPIDS, ["amx", "avx512bf16", "avx512", "avx2"]),
+        (SAPPHIRE_RAPIDS.replace("amx_tile", ""), ["avx512bf16", "avx512", "avx2"]),
         (ZEN4, ["avx512bf16", "avx512", "avx2"]),
         (SKYLAKE, ["avx512", "avx2"]),
         (ZEN3, ["avx2"]),
@@ -44,6 +48,13 @@ def names(sets: tuple[InstructionSet, ...]) -> list[str]:
 )
 def test_a_processor_gets_every_set_whose_instructions_it_has_best_first(flags: str, expected: list[str]) -> None:
     assert names(supported(cpuinfo(flags, flags), "x86_64")) == expected
+
+
+def test_a_set_that_is_slow_on_a_vendors_processors_comes_last_there() -> None:
+    intel = cpuinfo(SAPPHIRE_RAPIDS).replace("processor", "vendor_id\t: GenuineIntel\nprocessor")
+    assert names(supported(intel, "x86_64")) == ["amx", "avx512", "avx2", "avx512bf16"]
+    amd = cpuinfo(ZEN4).replace("processor", "vendor_id\t: AuthenticAMD\nprocessor")
+    assert names(supported(amd, "x86_64")) == ["avx512bf16", "avx512", "avx2"]
 
 
 def test_an_arm_processor_gets_neon_and_no_set_of_another_kind_of_machine() -> None:
@@ -72,17 +83,17 @@ def test_a_set_that_the_processor_lacks_is_refused_with_those_that_it_has() -> N
 
 def test_a_set_that_nobody_has_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(
-        InvalidConfig, match="must be auto or one of avx512bf16, avx512, avx2, neonbf16, neon; it is 'sse'"
+        InvalidConfig, match="must be auto or one of amx, avx512bf16, avx512, avx2, neonbf16, neon; it is 'sse'"
     ):
         choices("sse")
-    with pytest.raises(InvalidConfig, match="instruction_set must be auto or one of"):
-        WorkerConfig(model="m", instruction_set="sse")
+    with pytest.raises(InvalidConfig, match=r"instruction_set must be 'amx', .* or 'auto'; it is 'sse'"):
+        build(WorkerConfig, {"model": "m", "instruction_set": "sse"})
     assert names(KERNELS.sets) == list(INSTRUCTION_SETS)
 
 
 @pytest.mark.parametrize("each", [*KERNELS.sets, *CHECKSUM.sets], ids=lambda each: each.name)
 def test_whatever_the_compiler_may_use_the_processor_must_have(each: InstructionSet) -> None:
-    spelled = {"avx512bf16": "avx512_bf16"}
+    spelled = {"avx512bf16": "avx512_bf16", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
     allowed = {flag.removeprefix("-m") for flag in each.flags if not flag.startswith("-march")}
     assert {spelled.get(flag, flag) for flag in allowed} == (each.cpu_flags if each.machine == "x86_64" else set())
 

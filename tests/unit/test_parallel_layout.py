@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.settings import build
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
 from workers.model.ernie_config import ErnieConfig, MoeConfig
@@ -71,8 +72,8 @@ def test_a_layout_that_cannot_work_is_refused_with_the_reason(
 
 
 def test_settings_that_cannot_work_name_themselves() -> None:
-    with pytest.raises(InvalidConfig, match=r"worker\.parallel\.expert_parallel must be"):
-        ParallelConfig(expert_parallel=0)
+    with pytest.raises(InvalidConfig, match=r"worker\.parallel\.expert_parallel must be at least 1"):
+        build(ParallelConfig, {"expert_parallel": 0}, "worker.parallel")
     with pytest.raises(InvalidConfig, match=r"ranks_per_node .* divide the group's 4 ranks"):
         ParallelConfig(expert_parallel=4, ranks_per_node=3)
     with pytest.raises(InvalidConfig, match="rank 2 does not exist"):

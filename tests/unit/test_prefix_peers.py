@@ -16,8 +16,8 @@ from running_workers import CONFIG, Attached, idle, running, tokens
 
 from workers.client import Cancel, Submit
 from workers.config import WorkerConfig
-from workers.handoff.prefix_export import MAX_EXPORTS
 from workers.runner import BLOCK_SIZE
+from workers.serving.exports import MAX_PREFIXES
 from workers.status import PrefixHint, Role, WorkerAddress
 from workers.worker import Worker
 
@@ -135,8 +135,8 @@ async def test_a_request_may_be_cancelled_in_mid_pull() -> None:
 
 
 async def test_a_holder_serves_so_many_at_once_and_refuses_politely(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_EXPORTS > 0
-    monkeypatch.setattr("workers.handoff.prefix_export.MAX_EXPORTS", 0)
+    assert MAX_PREFIXES > 0
+    monkeypatch.setattr("workers.serving.exports.MAX_PREFIXES", 0)
     async with trio() as (router, source, prefill, warmer, holder):
         await warmer.submit(SHORTER)
         await warmer.finish("warm")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from workers.engine import Engine
 from workers.errors import Refused
-from workers.handoff.prefix_export import keys_of, subject_of
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_tiers.tiers import KvTiers
 from workers.kv_transfer.messages import Prefix
 from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
+from workers.serving.prefix_subject import keys_of, subject_of
 from workers.status import PrefixHint, WorkerAddress
 
 PROMPT = make_request(range(5, 5 + 8 * BLOCK_SIZE + 9), 16, request_id="r")

@@ -20,11 +20,11 @@ from workers.engine import Engine
 from workers.kv_transfer.memory import KvMemory
 from workers.prompt_scores import PromptScores, join
 from workers.request import MAX_SCORES, Output, Request
-from workers.router_session import RouterSession
 from workers.runner import Batch, FakeRunner, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.scheduler import Limits
+from workers.serving.sessions import MAX_FRAME_BYTES, CacheEvents, Session
+from workers.status import Load
 from workers.wire import frame_from_pb, frame_to_pb
-from workers.wire_request import MAX_FRAME_BYTES
 
 NUM_TOP = 20
 
@@ -77,20 +77,19 @@ def check_scores(request: Request, outputs: list[Output]) -> None:
     assert not any(output.prompt_logprobs for output in outputs[first_token:])
 
 
-async def test_frames_with_prompt_logprobs_stay_small_and_say_each_once() -> None:
+def test_frames_with_prompt_logprobs_stay_small_and_say_each_once() -> None:
     engine = scoring_engine(2000, 20_000)
-    session = RouterSession("router-0", 1 << 20)
+    session = Session(1, "router-0")
     requests = [make_request([5 + i] * 30_000, 2, prompt_logprobs=NUM_TOP, request_id=str(i)) for i in range(3)]
     for i, request in enumerate(requests):
         engine.add(i, request)
     while engine.has_work:
         for _, output in engine.step().outputs:
-            session.add_output(output)
-    session.close()
+            session.outputs.append(output)
     heard: dict[str, list[Output]] = {}
     num_frames = 0
-    while not session.has_ended:
-        message = frame_to_pb(await session.next_frame(1))
+    while session.outputs:
+        message = frame_to_pb(session.take_frame(1, Load(), CacheEvents(), None))
         num_frames += 1
         assert message.ByteSize() < MAX_FRAME_BYTES + (1 << 20)
         for output in frame_from_pb(message).outputs:
@@ -117,7 +116,7 @@ def test_outputs_that_wait_for_a_slow_client_keep_all_parts() -> None:
     parts = [scores(start, [7] * 5, 1) for start in (1, 6)]
     outputs = [*(Output("r", 0, prompt_logprobs=(part,)) for part in parts), Output("r", 0, (3,), cached_tokens=4)]
     assert all(stream.push(output) for output in outputs)
-    assert stream._waiting == Output("r", 0, (3,), cached_tokens=4, prompt_logprobs=tuple(parts))
+    assert stream.take(lambda: None) == Output("r", 0, (3,), cached_tokens=4, prompt_logprobs=tuple(parts))
 
 
 def test_a_long_answer_is_written_in_small_parts_as_it_would_be_at_once(served: Api) -> None:

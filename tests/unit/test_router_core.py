@@ -73,5 +73,5 @@ def test_a_missed_cache_event_asks_for_a_dump_once() -> None:
     assert messages(gap, DumpRequest) == [DumpRequest()]
     assert story.frame("m-0", WorkerFrame(GENERATION, kv_events=(KvEvent(4, (14,)),))) == []
     story.frame("m-0", WorkerFrame(GENERATION, kv_events=(KvEvent(4, (11, 13, 14), reset=True), KvEvent(5, (15,)))))
-    assert [story.core.index.match("m-0", [block]) for block in (11, 12, 13, 14, 15)] == [1, 0, 1, 1, 1]
+    assert [int(story.core.index.match([block], 1).cached[0]) for block in (11, 12, 13, 14, 15)] == [1, 0, 1, 1, 1]
     assert story.count("prefix_index_gaps") == 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 from fake_worker import FakeWorker, golden_text, golden_tokens
+from stream_reader import Reader
 
 from router.config import RouterConfig
 from router.driver import RouterDriver
@@ -42,8 +43,8 @@ async def cluster(*workers: FakeWorker, **settings: object) -> AsyncIterator[Rou
             await worker.die()
 
 
-async def read(stream: RequestStream) -> list[Output]:
-    return [output async for output in stream]
+async def read(stream: RequestStream | Reader) -> list[Output]:
+    return [output async for output in (stream if isinstance(stream, Reader) else Reader(stream))]
 
 
 def assert_golden(outputs: list[Output], wanted: Request) -> None:
@@ -67,7 +68,7 @@ async def test_a_stream_goes_on_with_the_same_tokens_when_its_worker_dies() -> N
     for worker in workers.values():
         worker.steps = asyncio.Semaphore(3)
     async with cluster(*workers.values()) as driver:
-        stream = driver.submit(request())
+        stream = Reader(driver.submit(request()))
         outputs: list[Output] = []
         while sum(len(output.token_ids) for output in outputs) < 3:
             outputs.append(await anext(stream))
@@ -86,7 +87,7 @@ async def test_a_lone_worker_that_comes_back_finishes_what_it_began() -> None:
     worker = FakeWorker("w-0")
     worker.steps = asyncio.Semaphore(2)
     async with cluster(worker) as driver:
-        stream = driver.submit(request())
+        stream = Reader(driver.submit(request()))
         outputs = [await anext(stream)]
         await worker.die()
         await until(lambda: not driver.status().workers[0].connected)
@@ -100,9 +101,9 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
     worker = FakeWorker("w-0")
     worker.steps = asyncio.Semaphore(1)
     async with cluster(worker) as driver:
-        stream = driver.submit(request())
+        stream = Reader(driver.submit(request()))
         await anext(stream)
-        await stream.aclose()
+        stream.close()
         await worker.cancelled.wait()
         assert worker.cancels == ["r#1"]
         assert driver.status().num_running == 0
@@ -112,7 +113,7 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
 async def test_a_reader_that_is_too_slow_is_cut_off() -> None:
     worker = FakeWorker("w-0")
     async with cluster(worker, max_buffered_tokens=4) as driver:
-        stream = driver.submit(request(max_tokens=64))
+        stream = Reader(driver.submit(request(max_tokens=64)))
         await worker.cancelled.wait()
         outputs = await read(stream)
         assert outputs[-1].refusal is Refusal.QUEUE_FULL
@@ -133,6 +134,19 @@ async def test_a_router_without_workers_refuses_at_once() -> None:
         with pytest.raises(Refused) as refused:
             driver.submit(request())
         assert refused.value.refusal is Refusal.NO_WORKERS
+
+
+async def test_a_request_that_could_not_be_taken_in_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(FakeWorker("w-0")) as driver:
+
+        def break_down(request: Request, now: float) -> None:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(driver._core.flights, "arrive", break_down)
+            with pytest.raises(RuntimeError, match="a bug"):
+                driver.submit(request())
+        assert_golden(await read(driver.submit(request())), request())
 
 
 async def test_a_role_switch_is_made_and_seen() -> None:
@@ -172,7 +186,7 @@ async def test_stopping_ends_streams_and_leaves_nothing_behind() -> None:
     worker.steps = asyncio.Semaphore(1)
     before = len(asyncio.all_tasks()), threading.active_count()
     async with cluster(worker) as driver:
-        stream = driver.submit(request())
+        stream = Reader(driver.submit(request()))
         await anext(stream)
         await driver.stop()
         outputs = await read(stream)
@@ -182,10 +196,39 @@ async def test_stopping_ends_streams_and_leaves_nothing_behind() -> None:
     await until(lambda: len(asyncio.all_tasks()) <= before[0])
 
 
-async def test_a_reader_whose_client_leaves_while_an_output_is_on_its_way_is_not_left_waiting() -> None:
-    stream = RequestStream("r", 8, lambda request_id: None)
-    reading = asyncio.create_task(read(stream))
-    await asyncio.sleep(0)  # the reader waits
+def test_outputs_that_wait_become_one_and_each_is_copied_once() -> None:
+    copied: list[int] = []
+
+    class Tokens(tuple[int, ...]):
+        """Tells when somebody goes through it."""
+
+        def __iter__(self) -> Iterator[int]:
+            copied.append(len(self))
+            return super().__iter__()
+
+    stream = RequestStream("r", 1000, lambda request_id: None)
+    for position in range(1000):
+        assert stream.push(Output("r", position, Tokens((position,)), f"<{position}>"))
+    assert not stream.push(Output("r", 1000, (1000,)))
+    stream.fail(Refusal.QUEUE_FULL, "too slow")
+    output = stream.take(lambda: None)
+    assert output is not None and output.position == 0 and output.token_ids == tuple(range(1000))
+    assert output.text == "".join(f"<{token}>" for token in range(1000)) and output.refusal is Refusal.QUEUE_FULL
+    assert copied == [1] * 1000
+
+
+def test_a_reader_is_woken_once_and_only_while_it_waits() -> None:
+    woken: list[int] = []
+    left: list[str] = []
+    stream = RequestStream("r", 8, left.append)
+    assert stream.take(lambda: woken.append(1)) is None
     stream.push(Output("r", 0, (1,)))
-    await stream.aclose()
-    assert [output.token_ids for output in await asyncio.wait_for(reading, 20)] == [(1,)]
+    stream.push(Output("r", 1, (2,)))
+    assert woken == [1]
+    output = stream.take(lambda: woken.append(2))
+    assert output is not None and output.token_ids == (1, 2)
+    stream.push(Output("r", 2, (3,), finish_reason=FinishReason.LENGTH))
+    assert woken == [1]
+    assert stream.take(lambda: None) is not None
+    stream.close()
+    assert left == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from router_story import FREE, GENERATION, MIXED, MODEL, PD, Story, outputs, request, submits, the_submit
 
 from router.events import Attach, Detach, FrameArrived, RequestArrived, WorkersChanged
 from workers.client import WorkerFrame
 from workers.errors import Refusal
+from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
 
@@ -26,14 +29,49 @@ def test_a_worker_that_falls_silent_is_given_up() -> None:
     story = Story(*MIXED, worker_stale_s=5.0)
     worker, _ = the_submit(story.tell(RequestArrived(request())))
     other = "m-1" if worker == "m-0" else "m-0"
-    story.now += 4.0
+    story.ticks(4.0)
     story.report(other, Role.MIXED)
     old = story.connections[worker]
-    commands = story.after(2.0)
+    commands = story.ticks(2.0)
     assert Detach(worker, old) in commands and the_submit(commands)[0] == other
     late = Output("r#1", 0, (5,))
     assert outputs(story.tell(FrameArrived(worker, old, WorkerFrame(GENERATION, (late,))))) == []
     assert story.count("stale_frames") == 1 and story.count("workers_lost_stale") == 1
+
+
+def test_a_router_that_stood_still_gives_nobody_up() -> None:
+    """The frames of the meantime lie in its sockets: SIGSTOP, a long collection of garbage, no CPU time."""
+    story = Story(*MIXED, worker_stale_s=5.0)
+    for index in range(4):
+        story.tell(RequestArrived(request(f"r{index}")))
+    story.ticks(2.0)
+    for pause_s in (5.1, 60.0):
+        story.commands.clear()
+        story.after(pause_s)
+        story.after(0.1)
+        assert story.commands == [] and story.count("workers_lost_stale") == 0
+        for worker, _ in MIXED:
+            story.report(worker, Role.MIXED)
+    story.ticks(5.5)
+    assert story.count("workers_lost_stale") == 2, "those that are silent while the router runs are"
+
+
+def test_a_router_whose_every_tick_is_late_still_gives_up_who_is_silent() -> None:
+    story = Story(*MIXED, worker_stale_s=5.0, tick_s=0.1)
+    for _ in range(60):
+        story.after(0.4)
+    assert story.count("workers_lost_stale") == 2
+
+
+def test_a_mass_silence_is_answered_a_few_workers_at_a_time() -> None:
+    story = Story(*[(f"m-{index}", Role.MIXED) for index in range(30)], worker_stale_s=5.0)
+    story.ticks(5.0)
+    lost = []
+    for _ in range(6):
+        story.after(0.1)
+        lost.append(story.count("workers_lost_stale"))
+    assert max(after - before for before, after in zip([0, *lost], lost, strict=False)) <= 8
+    assert lost[-1] == 30
 
 
 def test_a_restarted_worker_is_not_taken_for_the_one_before() -> None:
@@ -164,6 +202,55 @@ def test_a_worker_that_leaves_the_cluster_ends_what_it_runs_and_gets_no_more() -
     assert Detach(worker, connection) in story.after(0.1)
     story.after(0.1)
     assert story.core.fleet.get(worker) is None
+
+
+NEW_MODEL = replace(MODEL, fingerprint="new")
+
+
+def test_another_model_is_taken_over_under_traffic_as_soon_as_nothing_of_the_old_one_runs() -> None:
+    """There is always a request that waits, so waiting for none was waiting for ever."""
+    story = Story(("m-0", Role.MIXED), recovery_timeout_s=60.0)
+    story.tell(RequestArrived(request("begun")))
+    story.output("m-0", "begun#1", 0, 5)
+    story.lose("m-0")
+    story.tell(RequestArrived(request("waits")))
+    story.tell(RequestArrived(request("too-long", prompt=tuple(range(3000)))))
+    story.after(0.5)
+    commands = story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, max_model_len=2048))
+    assert story.core.fleet.model == replace(NEW_MODEL, max_model_len=2048)
+    ended = {output.request_id: output.refusal for output in outputs(commands)}
+    assert ended == {"begun": Refusal.NO_WORKERS, "too-long": Refusal.INVALID}, "no answer goes on with another model"
+    assert the_submit(commands)[1].request.request_id == "waits#1"
+    assert the_submit(story.tell(RequestArrived(request("next"))))[0] == "m-0"
+
+
+def test_a_model_is_not_taken_over_while_the_old_one_runs_or_has_just_lost_its_stream() -> None:
+    story = Story(*MIXED, recovery_timeout_s=60.0)
+    worker, _ = the_submit(story.tell(RequestArrived(request())))
+    other = "m-1" if worker == "m-0" else "m-0"
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == MODEL
+    story.lose(worker)
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == MODEL and not story.core.fleet.can_decode, "it may be back at once"
+    story.after(0.5)
+    assert the_submit(story.report(worker, Role.MIXED))[0] == worker
+    story.output(worker, "r#2", 0, 5, finish=True)
+    story.lose(worker)
+    story.now += 61.0
+    story.report(other, Role.MIXED, model=NEW_MODEL)
+    assert story.core.fleet.model == NEW_MODEL
+
+
+def test_hashes_of_what_waits_are_those_of_the_new_models_blocks() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.lose("m-0")
+    prompt = tuple(range(64))
+    story.tell(RequestArrived(request("waits", prompt=prompt)))
+    story.after(0.5)
+    story.report("m-0", Role.MIXED, generation=2 << 16, model=replace(NEW_MODEL, block_size=16))
+    (flight,) = story.core.flights.running_on(next(iter(story.core.fleet)))
+    assert flight.hashes == block_hashes(prompt, 16)
 
 
 def test_reconnecting_backs_off() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from router_story import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
-from router.policies.rebalance import DecodeLoad, RebalanceLimits, Rebalancer
+from router.policies.rebalance import RebalanceLimits, Rebalancer
 from workers.client import Cancel, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
@@ -244,38 +244,48 @@ def test_nothing_is_rebalanced_when_the_operator_says_so() -> None:
 LIMITS = RebalanceLimits(gap=8, pressed_gap=2, cooldown_s=5.0, moves_per_s=2.0)
 
 
-def loads(*counts: int, waiting: int = 0, preemptions: float = 0.0) -> list[DecodeLoad]:
-    """The first worker is the one under pressure."""
-    return [
-        DecodeLoad(f"d-{at}", count, 0 if at else waiting, 0.0 if at else preemptions)
-        for at, count in enumerate(counts)
-    ]
-
-
 def test_a_clear_difference_is_needed_and_less_of_it_under_pressure() -> None:
-    assert Rebalancer(LIMITS).choose(loads(7, 0), 0.0) is None
-    assert Rebalancer(LIMITS).choose(loads(8, 0), 0.0) == ("d-0", "d-1")
-    assert Rebalancer(LIMITS).choose(loads(3, 1, waiting=1), 0.0) == ("d-0", "d-1")
-    assert Rebalancer(LIMITS).choose(loads(2, 1, waiting=1), 0.0) is None
-    assert Rebalancer(LIMITS).choose(loads(9), 0.0) is None
-
-
-def test_preemptions_are_pressure_for_a_while() -> None:
-    policy = Rebalancer(LIMITS)
-    assert policy.choose(loads(5, 1, preemptions=7), 0.0) is None, "they were before our time"
-    assert policy.choose(loads(5, 1, preemptions=8), 1.0) == ("d-0", "d-1")
-    calm = Rebalancer(LIMITS)
-    calm.choose(loads(1, 1, preemptions=7), 0.0)
-    calm.choose(loads(1, 1, preemptions=8), 1.0)
-    assert calm.choose(loads(5, 1, preemptions=8), 4.5) is None
+    assert not Rebalancer(LIMITS).is_due(7, False, 0.0)
+    assert Rebalancer(LIMITS).is_due(8, False, 0.0)
+    assert Rebalancer(LIMITS).is_due(2, True, 0.0)
+    assert not Rebalancer(LIMITS).is_due(1, True, 0.0)
 
 
 def test_a_round_goes_on_until_even_then_rests_and_moves_are_rationed() -> None:
     policy = Rebalancer(LIMITS)
-    assert policy.choose(loads(8, 0), 0.0) is not None
+    assert policy.is_due(8, False, 0.0)
     policy.moved(0.0)
-    assert policy.choose(loads(7, 1), 0.4) is None
-    assert policy.choose(loads(7, 1), 0.5) == ("d-0", "d-1")
-    assert policy.choose(loads(5, 4), 2.0) is None
-    assert policy.choose(loads(20, 0), 6.9) is None, "it rests"
-    assert policy.choose(loads(20, 0), 7.0) == ("d-0", "d-1")
+    assert not policy.is_due(6, False, 0.4)
+    assert policy.is_due(6, False, 0.5)
+    assert not policy.is_due(1, False, 2.0)
+    assert not policy.is_due(20, False, 6.9), "it rests"
+    assert policy.is_due(20, False, 7.0)
+
+
+def with_preemptions(story: Story, worker: str, count: float) -> None:
+    status = WorkerStatus(worker, GENERATION, Role.DECODE, MODEL, FREE, pid=1, counters=(("preemptions", count),))
+    story.frame(worker, WorkerFrame(GENERATION, status=status))
+
+
+def test_preemptions_are_pressure_for_a_while() -> None:
+    story = Story(*DD, rebalance_gap=8, rebalance_pressed_gap=2)
+    story.lose("d-0")
+    story.after(0.2)
+    with_preemptions(story, "d-0", 7.0)
+    drain(story, "d-1")
+    for index in range(4):
+        story.tell(RequestArrived(request(f"r{index}", max_tokens=100)))
+        story.output("d-0", f"r{index}#1", 0, 5)
+    drain(story, "d-1", is_draining=False)
+    crowded = WorkerFrame(GENERATION, load=Load(num_running=4, num_free_blocks=1000, num_blocks=1000))
+    story.frame("d-0", crowded)
+    assert submits(story.tell(Tick())) == [], "they were before our time"
+    with_preemptions(story, "d-0", 8.0)
+    story.now += 3.1
+    story.frame("d-0", crowded)
+    story.frame("d-1", WorkerFrame(GENERATION))
+    assert submits(story.tell(Tick())) == [], "that was long ago"
+    with_preemptions(story, "d-0", 9.0)
+    story.frame("d-0", crowded)
+    target, submit = the_submit(story.tell(Tick()))
+    assert target == "d-1" and submit.migration is not None

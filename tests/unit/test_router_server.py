@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -13,7 +15,9 @@ import tokenizers
 from fake_worker import FakeWorker, golden_text
 from tokenizers import decoders, models, pre_tokenizers
 
+from cluster.settings import build
 from router.config import RouterConfig
+from router.driver import RouterDriver
 from router.server import RouterServer, bind
 from workers.errors import InvalidConfig, Refused
 
@@ -48,14 +52,6 @@ async def test_a_completion_walks_from_http_to_a_worker_and_back(checkpoint: Pat
             text = "".join(golden_text((6 * 31 + 17 + position * 7) % 1000) for position in range(5))
             assert request.prompt_token_ids == (1, 2, 3)
             assert answer.json()["choices"][0]["text"] == text
-
-            worker.steps = asyncio.Semaphore(2)
-            async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
-                lines = stream.aiter_lines()
-                assert (await anext(lines)).startswith("data: ")
-                await server.stop()
-                rest = [line async for line in lines if line]
-            assert "error" in "".join(rest)
     finally:
         await server.stop()
         await worker.die()
@@ -64,6 +60,103 @@ async def test_a_completion_walks_from_http_to_a_worker_and_back(checkpoint: Pat
     server.set_workers(())
     assert not [thread for thread in threading.enumerate() if thread.name == "router-router-0"]
     assert threading.active_count() <= num_threads + 3  # gRPC's poller and this loop's executor stay
+
+
+async def test_what_goes_wrong_in_the_routers_thread_is_told_to_who_asks(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RouterServer(RouterConfig(str(checkpoint), port=0), "router-0")
+    await server.start()
+    try:
+
+        def break_down(driver: RouterDriver) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(RouterDriver, "status", break_down)
+        with pytest.raises(KeyError, match="a bug"):
+            await asyncio.to_thread(server.status)
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def serving(
+    checkpoint: Path, **settings: float
+) -> AsyncIterator[tuple[RouterServer, FakeWorker, httpx.AsyncClient]]:
+    """A router that is connected to one worker, and a client of it."""
+    worker = FakeWorker("w-0")
+    address = await worker.start()
+    server = RouterServer(RouterConfig(str(checkpoint), port=0, tick_s=0.02, **settings), "router-0")  # type: ignore[arg-type]
+    try:
+        url = await server.start()
+        server.set_workers((address,))
+        while not any(view.connected for view in server.status().workers):
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            yield server, worker, client
+    finally:
+        await server.stop()
+        await worker.die()
+
+
+BODY = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 5, "seed": 1}
+
+
+async def test_a_router_that_stops_lets_answers_finish_and_sends_new_requests_elsewhere(checkpoint: Path) -> None:
+    async with serving(checkpoint) as (server, worker, client):
+        worker.steps = asyncio.Semaphore(2)
+        async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream:
+            lines = stream.aiter_lines()
+            first = await anext(lines)
+            whole = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            while len(worker.submits) < 2:
+                await asyncio.sleep(0.01)
+            stopping = asyncio.create_task(server.stop())
+            while (await client.get("/ready")).status_code == 200:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/health")).status_code == 200
+            refused = await client.post("/v1/completions", json=BODY)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+            assert int(refused.headers["retry-after"]) >= 1 and refused.headers["x-should-retry"] == "true"
+            assert not stopping.done() and len(worker.submits) == 2
+            for _ in range(10):
+                worker.steps.release()
+            text = "".join(golden_text((6 * 31 + 17 + position * 7) % 1000) for position in range(5))
+            rest = [first, *[line async for line in lines if line]]
+            pieces = [json.loads(line.removeprefix("data: ")) for line in rest if line and "[DONE]" not in line]
+            assert "".join(piece["choices"][0]["text"] for piece in pieces) == text
+            answer = await whole
+            assert answer.json()["choices"][0]["text"] == text and answer.headers["connection"] == "close"
+        await stopping
+
+
+async def test_what_does_not_finish_in_time_ends_with_an_error(checkpoint: Path) -> None:
+    async with serving(checkpoint, shutdown_timeout_s=0.05) as (server, worker, client):
+        worker.steps = asyncio.Semaphore(2)
+        async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream:
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            await server.stop()
+            rest = [line async for line in lines if line]
+        assert "shutting_down" in rest[-2] and rest[-1] == "data: [DONE]"
+
+
+async def test_a_connection_stays_open_between_requests_for_as_long_as_configured(checkpoint: Path) -> None:
+    async def is_closed_within(seconds: float, client: httpx.AsyncClient) -> bool:
+        """Whether the server closes an idle connection that has had an answer."""
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"}")
+        try:
+            async with asyncio.timeout(seconds):
+                return await reader.read() == b""
+        except TimeoutError:
+            return False
+        finally:
+            writer.close()
+
+    async with serving(checkpoint) as (_, _, client):
+        assert not await is_closed_within(6.0, client), "uvicorn's own default is 5 s"
 
 
 async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> None:
@@ -79,4 +172,4 @@ async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> 
 )
 def test_a_setting_that_cannot_work_is_named(setting: str, value: object) -> None:
     with pytest.raises(InvalidConfig, match=f"router.{setting} "):
-        RouterConfig(**{"model": "m", setting: value})  # type: ignore[arg-type]
+        build(RouterConfig, {"model": "m", setting: value}, "router")

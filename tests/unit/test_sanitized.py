@@ -30,4 +30,6 @@ def test_a_read_beyond_a_buffer_ends_the_process_and_is_named(tmp_path: Path) ->
     )
     done = run_sanitized(str(test))
     assert done.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stdout and "checksum.cpp" in done.stdout
+    # A read of 64 bytes that only ends beyond the buffer is an "unknown-crash", not a "heap-buffer-overflow".
+    assert "ERROR: AddressSanitizer" in done.stdout and "checksum.cpp" in done.stdout
+    assert "to the right of 1000-byte region" in done.stdout

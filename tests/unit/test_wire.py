@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers import wire, wire_request
-from workers.client import Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
+from workers.client import Adopt, Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal, TransferFailed
 from workers.handoff import wire as handoff_wire
 from workers.kv_cache.block_hash import block_hashes
@@ -124,7 +124,8 @@ progress = {
     "prompt_logprobs": tuples(scores()),
     "handoff": st.none() | reports,
 }
-outputs = st.builds(Output, **progress) | st.builds(
+no_end = {"finish_reason": st.none(), "stop_reason": st.none(), "refusal": st.none(), "message": st.just("")}
+outputs = st.builds(Output, **progress, **no_end) | st.builds(
     Output,
     **progress,
     finish_reason=st.sampled_from(FinishReason),
@@ -186,7 +187,9 @@ router_messages = (
         f64,
         st.none() | st.builds(Migration, addresses, text),
         st.none() | hints,
+        text,
     )
+    | st.builds(Adopt, text, text, u32)
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
     | st.builds(Hello, text)

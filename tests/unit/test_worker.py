@@ -8,18 +8,20 @@ from dataclasses import replace
 import grpc
 import pytest
 from builders import FakeModel, generate_alone, make_request
-from running_workers import CONFIG, Attached, pair, tokens
+from running_workers import CONFIG, Attached, pair, running, tokens
 
-from workers.client import Cancel
+from workers.client import Cancel, Hello, Submit
 from workers.config import WorkerConfig
 from workers.errors import Refusal
 from workers.kv_transfer import copier
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
-from workers.request import FinishReason, Output
-from workers.router_session import RouterSession
+from workers.request import FinishReason
+from workers.serving.core import WorkerCore
+from workers.serving.events import Tick
 from workers.status import Role, WorkerAddress
-from workers.wire import status_from_pb
+from workers.wire import router_message_to_pb, status_from_pb
+from workers.wire_seal import Sealer
 from workers.worker import Worker
 
 
@@ -147,16 +149,6 @@ async def test_cancel_frees_both_workers_at_any_moment() -> None:
         await other.close()
 
 
-async def test_a_router_that_goes_away_frees_its_requests() -> None:
-    async with pair() as (router, source, _):
-        await router.submit(make_request(range(5, 905), 3000), source)
-        await router.until(lambda: bool(router.outputs))
-        second = await Attached(router.address).start()
-        await router.close()
-        await second.idle()
-        await second.close()
-
-
 async def test_a_role_switch_lets_running_requests_finish_and_refuses_new_ones() -> None:
     async with pair() as (router, source, _):
         request = make_request(range(5, 205), 400)
@@ -183,12 +175,51 @@ async def test_a_worker_that_stops_says_so_to_its_router() -> None:
     await router.close()
 
 
-async def test_what_a_stopping_worker_says_while_a_frame_is_being_written_is_still_said() -> None:
-    session = RouterSession("router", max_pending_outputs=8)
-    session.add_output(Output("r", 0, (1,)))
-    await session.next_frame(1)  # the frame is on its way out when the worker stops
-    session.add_output(Output("r", 1, (2,)))
-    session.close()
-    assert not session.has_ended
-    frame = await session.next_frame(1)
-    assert [output.token_ids for output in frame.outputs] == [(2,)] and session.has_ended
+async def test_a_tick_that_fails_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, failures = WorkerCore.handle, []
+
+    def fail_once(self, event, now):  # type: ignore[no-untyped-def]
+        if isinstance(event, Tick) and len(failures) < 2:
+            failures.append(event)
+            raise RuntimeError("a tick that fails")
+        return handle(self, event, now)
+
+    async with running("mixed-0", Role.MIXED) as (_, address):
+        router = await Attached(address).start()
+        monkeypatch.setattr(WorkerCore, "handle", fail_once)
+        await router.idle()
+        await router.idle()
+        assert len(failures) == 2
+        await router.close()
+
+
+SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1 << 16), ("grpc.http2.bdp_probe", 0))
+"""A receiver that does not read holds its sender up after so many bytes."""
+
+
+async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits() -> None:
+    # Far more than comes in while a busy loop does something else, and far less than what is asked for.
+    config = replace(CONFIG, max_pending_frames=64, orphan_grace_s=0.0)
+    async with (
+        running("mixed-0", Role.MIXED, config) as (_, address),
+        grpc.aio.insecure_channel(address.target, options=SMALL_WINDOW) as channel,
+    ):
+        call = worker_pb2_grpc.WorkerStub(channel).Attach()
+        sealer = Sealer()
+        await call.write(sealer.seal(router_message_to_pb(Hello("stopped"))))
+        for index in range(12):
+            request = make_request([index + 5] * 5, 3800, request_id=f"r{index}")
+            await call.write(sealer.seal(router_message_to_pb(Submit(request, address.generation))))
+        other = await Attached(address).start()
+        async with asyncio.timeout(60):
+            while not dict((await other.idle()).counters).get("routers_cut"):
+                pass
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async with asyncio.timeout(30):
+                async for _ in call:  # what had been written before
+                    pass
+        assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        request = make_request(range(5, 105), 20)
+        await other.submit(request)
+        assert tokens(await other.finish("r")) == generate_alone(request)
+        await other.close()

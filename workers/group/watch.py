@@ -58,7 +58,7 @@ class Ranks(Protocol):
 
 
 class Suspendable(Protocol):
-    """A worker's server."""
+    """A worker's driver."""
 
     def suspend(self, reason: str) -> None: ...
 

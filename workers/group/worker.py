@@ -16,7 +16,7 @@ from workers.errors import RankLost
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan, GroupWatch
 from workers.loaded import Checkpoint
-from workers.server import Face
+from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
 from workers.tokenizer import Tokenizer
 from workers.worker import LoadedModel, Worker
@@ -53,8 +53,8 @@ class GroupWorker(Worker):
     async def start(self) -> WorkerAddress:
         """As Worker.start; waits for all ranks. Its caller bounds the wait."""
         address = await super().start()
-        assert self._watch is not None and self._server is not None
-        self._watch.start(self._server)
+        assert self._watch is not None and self._driver is not None
+        self._watch.start(self._driver)
         return address
 
     async def stop(self) -> None:
@@ -90,9 +90,9 @@ class GroupWorker(Worker):
         )
         return Checkpoint(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
 
-    def _face(self) -> Face:
+    def _ranks_view(self) -> RanksView:
         assert self._watch is not None
-        return Face(self._watch.rank_status, self._watch.counters)
+        return RanksView(self._watch.rank_status, self._watch.counters)
 
     def _role_changed(self, role: Role, generation: int) -> None:
         """On the event loop: a switch by whomever, or a new generation because a rank was lost."""

@@ -1,9 +1,8 @@
-"""Where a session's driver waits: for the next event or for the session's next deadline, whichever comes first. Knows no session."""
+"""Where a session's driver waits: for the next event or for the session's next deadline, whichever comes first. Knows no session and no clock."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -45,14 +44,14 @@ class Letterbox(Generic[E]):
         _wake(self._room)
         return event
 
-    async def next(self, deadline_s: float | None) -> E | None:
-        """The next event; None when `deadline_s` (of time.monotonic; None: never) came first."""
+    async def next(self, timeout_s: float | None = None) -> E | None:
+        """The next event; None when it has not come within `timeout_s` (None: waits for ever)."""
         if not self._events:
             loop = asyncio.get_running_loop()
             self._reader = reader = loop.create_future()
             timer = None
-            if deadline_s is not None:
-                timer = loop.call_later(max(0.0, deadline_s - time.monotonic()), _wake, reader)
+            if timeout_s is not None:
+                timer = loop.call_later(max(0.0, timeout_s), _wake, reader)
             try:
                 await reader
             finally:
@@ -60,6 +59,11 @@ class Letterbox(Generic[E]):
                 if timer is not None:
                     timer.cancel()
         return self.next_now()
+
+
+def time_left(deadline_s: float | None, now: float) -> float | None:
+    """Until a deadline, of the same clock as `now`; None: there is none."""
+    return None if deadline_s is None else deadline_s - now
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -1,4 +1,7 @@
-"""Serves what a worker hands over: checks who asks, finds what exports it, and runs each sending end until it is done with."""
+"""Serves what a worker hands over: reads who asks for what, and runs each sending end until it is done with. Decides nothing.
+
+Who may have what, and what fills a transfer, is the business of whoever opens the exports: the worker core.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,15 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, StreamDamaged, TransferFailed
-from workers.handoff.export import Exporter
-from workers.handoff.source import SourceDriver
-from workers.handoff.tasks import log_failure
+from workers.handoff.source import Export, Feed, SourceDriver
 from workers.handoff.wire import down_from_pb, up_to_pb
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvMemory, same_shape
-from workers.kv_transfer.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff, Prompt
+from workers.kv_transfer.memory import KvMemory
+from workers.kv_transfer.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.source import Broken, SourceSession
 from workers.kv_transfer.transport import Transport
@@ -25,27 +26,31 @@ from workers.wire_seal import Sealer, verified
 
 log = logging.getLogger(__name__)
 
+OpenExport = Callable[[OpenHandoff, int, Feed], Export]
+"""`open_export(opening, generation, feed)`: `generation` is the receiver's as its envelope says, `feed` takes what there is to
+say, once it has been started. Raises Refused; what it returns is released exactly once, whatever happens."""
+
 
 class Serving:
-    """The sending ends of one worker. `exporters` says who opens an export of which kind of subject. One event loop uses it."""
+    """The sending ends of one worker. One event loop uses it."""
 
     def __init__(
         self,
         config: WorkerConfig,
         identity: Identity,
         memory: KvMemory,
-        fingerprint: str,
         transports: Mapping[str, Transport],
-        exporters: Mapping[type, Exporter],
+        open_export: OpenExport,
         counters: Counter[str],
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._identity = identity
         self._memory = memory
-        self._fingerprint = fingerprint
         self._transports = transports
-        self._exporters = exporters
+        self._open_export = open_export
         self._counters = counters
+        self._clock = clock
         self._host = socket.gethostname()
         self._sources: dict[SourceDriver, asyncio.Task[None]] = {}
 
@@ -67,8 +72,7 @@ class Serving:
         try:
             if not isinstance(opening, OpenHandoff):
                 raise Refused(Refusal.INVALID, "a handoff begins with OpenHandoff")
-            self._check(opening, first.generation)
-            driver = self._open_source(opening, first.transfer_id, incoming)
+            driver = self._open_source(opening, first, incoming)
         except Refused as refused:
             self._counters["handoffs_refused"] += 1
             refusal = HandoffRefused(refused.refusal, str(refused))
@@ -82,17 +86,18 @@ class Serving:
             await outgoing.aclose()
 
     def _open_source(
-        self, opening: OpenHandoff, transfer_id: str, incoming: AsyncIterator[pb.HandoffDown]
+        self, opening: OpenHandoff, first: pb.HandoffDown, incoming: AsyncIterator[pb.HandoffDown]
     ) -> SourceDriver:
         """Raises Refused."""
-        exporter = self._exporters.get(type(opening.subject))
-        if exporter is None:
-            kind = type(opening.subject).__name__
-            raise Refused(Refusal.INVALID, f"{self._identity.worker_id} hands over nothing of kind {kind}")
-        cut = Cut(self._memory.layout, opening.first_block, opening.num_blocks)
+        export = self._open_export(opening, first.generation, lambda event: driver.post(event))
+        try:
+            offers = self._offers(opening)
+        except Refused as refused:
+            export.release(str(refused))
+            raise
         session = SourceSession(
-            cut,
-            HandoffAccepted(self._offers(opening), self._memory.layout, self._host),
+            Cut(self._memory.layout, opening.first_block, opening.num_blocks),
+            HandoffAccepted(offers, self._memory.layout, self._host),
             self._config.transfer_timeout_s,
             self._config.transfer_window_bytes,
         )
@@ -101,12 +106,12 @@ class Serving:
             self._memory,
             self._transports,
             opening.target,
-            transfer_id,
+            first.transfer_id,
             self._identity.generation,
+            self._clock,
             opening.takes_batches,
         )
-        export = exporter.open(opening, cut, driver.post)
-        task = asyncio.create_task(driver.run(incoming, export), name=f"source-{transfer_id}")
+        task = asyncio.create_task(driver.run(incoming, export), name=f"source-{first.transfer_id}")
         self._sources[driver] = task
         task.add_done_callback(lambda ended: self._source_ended(driver, ended))
         return driver
@@ -130,30 +135,10 @@ class Serving:
             driver.post(Broken(message, is_ours=True))
         return list(self._sources.values())
 
-    def _check(self, opening: OpenHandoff, generation: int) -> None:
-        """Raises Refused."""
-        me = self._identity
-        if opening.target.generation != generation:
-            raise Refused(Refusal.STALE_GENERATION, "the receiver contradicts itself about its generation")
-        if opening.source_generation != me.generation:
-            raise Refused(
-                Refusal.STALE_GENERATION,
-                f"{me.worker_id} is in generation {me.generation}, not {opening.source_generation}",
-            )
-        if me.is_rebuilding:
-            raise Refused(Refusal.SHUTTING_DOWN, f"{me.worker_id} waits for a rank")
-        if isinstance(opening.subject, Prompt) and me.is_draining:
-            raise Refused(Refusal.DRAINING, f"{me.worker_id} drains")
-        if isinstance(opening.subject, Prompt) and not me.role.can_prefill:
-            raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
-        if opening.model_fingerprint != self._fingerprint or not same_shape(opening.layout, self._memory.layout):
-            raise Refused(Refusal.INVALID, f"{me.worker_id} serves another model or KV layout")
-        if opening.first_block < 0 or opening.num_blocks < 0:
-            raise Refused(Refusal.INVALID, "blocks cannot be counted backwards")
-
     def _source_ended(self, driver: SourceDriver, task: asyncio.Task[None]) -> None:
         self._sources.pop(driver)
-        log_failure(task)
+        if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen
+            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
         self._counters["handoffs_sent" if not driver.reason else "handoffs_not_taken"] += 1
         self._counters["handoff_sent_bytes"] += driver.sent_bytes
         if driver.reason:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Protocol
 
 from workers.errors import TransferFailed
-from workers.handoff.export import Export, Paced
-from workers.handoff.letterbox import Letterbox
+from workers.handoff.letterbox import Letterbox, time_left
 from workers.handoff.wire import down_from_pb, then_to_pb, up_to_pb
 from workers.kv_transfer.copier import INLINE_BYTES, describe_pieces
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import HandoffUp
+from workers.kv_transfer.messages import Done, HandoffUp
 from workers.kv_transfer.source import (
     Broken,
     Described,
+    Filled,
     Release,
     Send,
     SendPieces,
@@ -40,6 +40,29 @@ MAX_BATCH = 8
 """Messages that one write carries beside its first."""
 
 
+Feed = Callable[[Filled | Done | Broken], None]
+"""Takes what fills a transfer, on the event loop: blocks (never to change again until `release`), then Done; or Broken at any moment."""
+
+
+class Export(Protocol):
+    """What one transfer hands over."""
+
+    @property
+    def is_paced(self) -> bool:
+        """It goes by how far its receiver has come."""
+        ...
+
+    def start(self) -> None:
+        """Called once, when a transport is chosen: begin to feed."""
+
+    def acknowledged(self, num_pieces: int) -> None:
+        """Of a paced one: called after each event, so many pieces are in place and verified there."""
+
+    def release(self, reason: str) -> None:
+        """Called exactly once, whatever happened: nobody reads the blocks for this transfer any more. `reason` is empty when
+        the receiver has everything, else it says why it has not."""
+
+
 def data_id(transfer_id: str, epoch: int) -> str:
     """What a transport knows a transfer by. Each epoch has its own, so that late bytes of an earlier one find no inbox."""
     return f"{transfer_id}.{epoch}"
@@ -59,6 +82,7 @@ class SourceDriver:
         target: WorkerAddress,
         transfer_id: str,
         generation: int,
+        clock: Callable[[], float],
         takes_batches: bool = False,
     ) -> None:
         self._session = session
@@ -67,6 +91,7 @@ class SourceDriver:
         self._target = target
         self._transfer_id = transfer_id
         self._generation = generation
+        self._clock = clock
         self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS)
         self._takes_batches = takes_batches
         self._out: Letterbox[HandoffUp | None] = Letterbox(MAX_EVENTS)
@@ -85,7 +110,7 @@ class SourceDriver:
         reader = asyncio.create_task(self._read(incoming))
         is_released = False
         try:
-            pending = deque(self._session.open(time.monotonic()))
+            pending = deque(self._session.open(self._clock()))
             while True:
                 while pending:
                     match pending.popleft():
@@ -93,7 +118,7 @@ class SourceDriver:
                             self._out.post(message)
                         case SendPieces() as command:
                             for known in self._start_sending(command):  # before whatever waits to be said after it
-                                pending += self._session.handle(known, time.monotonic())
+                                pending += self._session.handle(known, self._clock())
                         case StartExport():
                             export.start()
                         case Release(reason):
@@ -102,10 +127,10 @@ class SourceDriver:
                             export.release(reason)
                 if is_released:
                     return
-                if isinstance(export, Paced) and self._session.state is TransferState.SENDING:
+                if export.is_paced and self._session.state is TransferState.SENDING:
                     export.acknowledged(len(self._session.acknowledged))
-                event = await self._events.next(self._session.next_deadline_s())
-                pending += self._session.handle(event if event is not None else Due(), time.monotonic())
+                event = await self._events.next(time_left(self._session.next_deadline_s(), self._clock()))
+                pending += self._session.handle(event if event is not None else Due(), self._clock())
         finally:
             reader.cancel()
             self._out.post(None)
@@ -119,7 +144,7 @@ class SourceDriver:
         """What is to be written to the stream; when it is not read to its end, the stream has broken."""
         sealer = Sealer()
         try:
-            while (message := await self._out.next(None)) is not None:
+            while (message := await self._out.next()) is not None:
                 envelope = up_to_pb(self._transfer_id, self._generation, message)
                 is_last = False
                 if self._takes_batches:
@@ -162,10 +187,10 @@ class SourceDriver:
         self.sent_bytes += num_bytes
         known: list[SourceEvent] = []
         if num_bytes <= INLINE_BYTES:
-            started = time.monotonic()
+            started = self._clock()
             with contextlib.suppress(Exception):  # tried again, and told, where a failure has an answer
                 known.append(Described(command.epoch, describe_pieces(self._memory, cut, command.pieces)))
-            self.checksum_s += time.monotonic() - started
+            self.checksum_s += self._clock() - started
         is_described = bool(known)
         if is_described and isinstance(transport, PulledTransport):
             known.append(Sent(command.epoch))
@@ -197,9 +222,9 @@ class SourceDriver:
             self.post(Sent(command.epoch, reason))
 
     async def _describe(self, command: SendPieces) -> None:
-        started = time.monotonic()
+        started = self._clock()
         pieces = await asyncio.to_thread(describe_pieces, self._memory, self._session.cut, command.pieces)
-        self.checksum_s += time.monotonic() - started
+        self.checksum_s += self._clock() - started
         self.post(Described(command.epoch, pieces))
 
     def _outgoing_piece(self, number: int, block: int) -> OutgoingPiece:

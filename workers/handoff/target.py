@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import grpc
 
 from workers.errors import Refusal, TransferFailed
-from workers.handoff.letterbox import Letterbox
+from workers.handoff.letterbox import Letterbox, time_left
+from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.source import data_id
 from workers.handoff.wire import down_to_pb, up_from_pb
 from workers.kv_transfer.copier import INLINE_BYTES, verify_pieces
@@ -49,31 +48,6 @@ CLOSE_S = 1.0
 """How long the last message may take to reach the sender before the stream is cut."""
 
 
-@dataclass(frozen=True, slots=True)
-class Handoff:
-    """What landed. Times are measured here: `wait_s` from opening to the first announcement, `transfer_s` while pieces were
-    on their way or being verified, `exposed_s` from the done message to the last piece in its place."""
-
-    done: Done
-    transport: str
-    kv_bytes: int
-    transfer_s: float
-    wait_s: float = 0.0
-    exposed_s: float = 0.0
-    resends: int = 0
-    degradations: int = 0
-
-
-class HandoffFailed(TransferFailed):
-    """A transfer that did not land; `refusal` names why, the counts what was tried."""
-
-    def __init__(self, reason: str, refusal: Refusal, resends: int = 0, degradations: int = 0) -> None:
-        super().__init__(reason)
-        self.refusal = refusal
-        self.resends = resends
-        self.degradations = degradations
-
-
 class TargetDriver:
     """Runs one transfer from one sender; `blocks` is our block table. `run` in a task of its own.
 
@@ -89,6 +63,7 @@ class TargetDriver:
         source: WorkerAddress,
         blocks: tuple[int, ...],
         transfer_id: str,
+        clock: Callable[[], float],
     ) -> None:
         self._session = session
         self._memory = memory
@@ -96,6 +71,7 @@ class TargetDriver:
         self._source = source
         self._blocks = blocks
         self._transfer_id = transfer_id
+        self._clock = clock
         self._generation = session.opening.target.generation
         self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS)
         self._inbox: Inbox | None = None
@@ -120,7 +96,7 @@ class TargetDriver:
         reader = asyncio.create_task(self._read(call))
         sealer = Sealer()
         try:
-            self._opened_s = time.monotonic()
+            self._opened_s = self._clock()
             pending = deque(self._session.open(self._opened_s))
             while not self.outcome.done():
                 while pending:
@@ -135,7 +111,7 @@ class TargetDriver:
                             if collected is None:
                                 self._collect(command)
                             else:
-                                pending += self._session.handle(collected, time.monotonic())
+                                pending += self._session.handle(collected, self._clock())
                         case Close():
                             closing = asyncio.create_task(self._close())
                             closing.add_done_callback(lambda _: self._events.post(Closed()))
@@ -148,8 +124,8 @@ class TargetDriver:
                             self.outcome.set_exception(failed)
                 if self.outcome.done():
                     break
-                event = await self._events.next(self._session.next_deadline_s())
-                pending += self._session.handle(event if event is not None else Due(), time.monotonic())
+                event = await self._events.next(time_left(self._session.next_deadline_s(), self._clock()))
+                pending += self._session.handle(event if event is not None else Due(), self._clock())
             await self._hang_up(call, reader)
         finally:
             # Cancelling a pending read cancels the whole call, which could overtake the last message.
@@ -167,7 +143,7 @@ class TargetDriver:
             kv_bytes=sum(session.cut.piece_bytes(piece) for piece in session.landed),
             transfer_s=self._busy_s,
             wait_s=max(0.0, self._first_s - self._opened_s),
-            exposed_s=time.monotonic() - self._done_s if self._done_s else 0.0,
+            exposed_s=self._clock() - self._done_s if self._done_s else 0.0,
             resends=session.num_resent,
             degradations=session.num_degradations,
         )
@@ -201,9 +177,9 @@ class TargetDriver:
                     if not ours and not isinstance(message, HandoffRefused):
                         raise TransferFailed("a message of another transfer or generation came in on this stream")
                     if not self._first_s and isinstance(message, KvPieces) and message.pieces:
-                        self._first_s = time.monotonic()
+                        self._first_s = self._clock()
                     if isinstance(message, Done):
-                        self._done_s = time.monotonic()
+                        self._done_s = self._clock()
                     await self._events.put(message)
             await self._events.put(Broken("the sender ended the stream"))
         except asyncio.CancelledError:
@@ -242,7 +218,7 @@ class TargetDriver:
         inbox = self._inbox
         if not isinstance(inbox, ImmediateInbox) or self._collects:
             return None
-        started_s = time.monotonic()
+        started_s = self._clock()
         try:
             found = inbox.collect_now(_wanted(command))
             if found is None:
@@ -254,12 +230,12 @@ class TargetDriver:
         except Exception:
             log.exception("pieces could not be collected over %s", self._session.transport)
             arrived, good = set(), ()
-        self._busy_s += time.monotonic() - started_s
+        self._busy_s += self._clock() - started_s
         return self._result(command, len(arrived), good)
 
     def _collect(self, command: Collect) -> None:
         if not self._collects:
-            self._busy_since_s = time.monotonic()
+            self._busy_since_s = self._clock()
         task = asyncio.create_task(self._collect_pieces(command))
         self._collects.add(task)
         task.add_done_callback(self._collected)
@@ -267,7 +243,7 @@ class TargetDriver:
     def _collected(self, task: asyncio.Task[None]) -> None:
         self._collects.discard(task)
         if not self._collects:
-            self._busy_s += time.monotonic() - self._busy_since_s
+            self._busy_s += self._clock() - self._busy_since_s
 
     async def _collect_pieces(self, command: Collect) -> None:
         pieces = {p.piece: p for p in command.pieces}

@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
-from workers.engine_thread import Command
 from workers.errors import Refusal, TransferFailed
-from workers.handoff.export import Exporter, PromptExporter
-from workers.handoff.fetch import Fetches
+from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.peers import Peer, Peers
-from workers.handoff.prefix_export import PrefixExporter
-from workers.handoff.prefix_pull import PrefixPuller
-from workers.handoff.serving import Serving
-from workers.handoff.target import Handoff, HandoffFailed, TargetDriver
-from workers.handoff.tasks import log_failure
+from workers.handoff.serving import OpenExport, Serving
+from workers.handoff.target import TargetDriver
 from workers.identity import Identity
 from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import OpenHandoff, Prefix, Prompt, Subject
+from workers.kv_transfer.messages import OpenHandoff, Subject
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.prefault import Prefault
-from workers.kv_transfer.recovery import Plan, Way
+from workers.kv_transfer.recovery import Plan
 from workers.kv_transfer.target import TargetSession
 from workers.kv_transfer.transport import Sweeping, Transport
 from workers.status import WorkerAddress
+
+log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
 
 
 class Transfers:
-    """Owns every running handoff. Used from the event loop only; `post` reaches the engine thread.
+    """Owns every running handoff. Used from the event loop only.
 
-    `transports` are best first. What the engine says of prompts and prefixes for other workers goes to `prompts` and
-    `prefixes`, what it wants of others to `fetches` and `puller`, a stream of another worker to `serving`.
+    `transports` are best first. A stream of another worker goes to `serving`, which asks `open_export`; what this worker wants
+    of others goes to `receive`. `counters` are the worker's.
     """
 
     def __init__(
@@ -47,41 +45,26 @@ class Transfers:
         memory: KvMemory,
         fingerprint: str,
         transports: Mapping[str, Transport],
-        post: Callable[[Command], None],
-        new_sequence_id: Callable[[], int],
+        open_export: OpenExport,
+        counters: Counter[str],
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._identity = identity
         self._memory = memory
         self._prefault = Prefault(memory)
         self._fingerprint = fingerprint
+        self._clock = clock
         self._transports = transports
         self._peers = Peers()
         self._host = socket.gethostname()
         self._targets: dict[TargetDriver, asyncio.Task[None]] = {}
-        self.counters: Counter[str] = Counter({f"recovery_{way}": 0 for way in Way})
-        self.prompts = PromptExporter(post, new_sequence_id)
-        self.prefixes = PrefixExporter(post, new_sequence_id)
-        self._exporters: dict[type, Exporter] = {Prompt: self.prompts, Prefix: self.prefixes}
-        self.serving = Serving(config, identity, memory, fingerprint, transports, self._exporters, self.counters)
-        self.fetches = Fetches(identity.worker_id, self.receive, post, self.counters)
-        self.puller = PrefixPuller(self.receive, memory.layout, post, config.transfer_timeout_s)
-        self.puller.counters = self.prefixes.counters = self.counters
+        self.serving = Serving(config, identity, memory, transports, open_export, counters, clock)
 
     @property
     def num_running(self) -> int:
         """Handoffs under way at either end; 0 when idle, or something leaks."""
-        others = self.serving.num_running + self.fetches.num_running + self.puller.num_running
-        return len(self._targets) + others
-
-    def export(self, subject: type, exporter: Exporter) -> None:
-        """From now on subjects of this kind are served."""
-        self._exporters[subject] = exporter
-
-    def abandon(self, sequence_id: int) -> None:
-        """The request was cancelled: its transfers stop, then the engine hears TransferLost or Pulled and frees the blocks."""
-        self.fetches.abandon(sequence_id)
-        self.puller.abandon(sequence_id)
+        return len(self._targets) + self.serving.num_running
 
     async def receive(
         self,
@@ -110,7 +93,7 @@ class Transfers:
             takes_batches=True,
         )
         session = TargetSession(cut, opening, self._config.transfer_timeout_s, plan=plan)
-        driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex)
+        driver = TargetDriver(session, self._memory, self._transports, source, blocks, uuid.uuid4().hex, self._clock)
         fresh = self._prefault.fresh(blocks[first_block:])
         if fresh:
             asyncio.get_running_loop().run_in_executor(None, self._prefault.back, fresh)
@@ -135,7 +118,8 @@ class Transfers:
     def _target_ended(self, driver: TargetDriver, peer: Peer, task: asyncio.Task[None]) -> None:
         self._targets.pop(driver)
         self._peers.give(peer)
-        log_failure(task)
+        if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen
+            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
 
     async def _forget(self, source: WorkerAddress) -> None:
         """Its successor is to be dialled afresh."""
@@ -152,8 +136,7 @@ class Transfers:
     async def close(self) -> None:
         """Ends every transfer and the transports."""
         reason = "the worker is stopping"
-        tasks = set(self.fetches.abandon_all())
-        self.puller.close()
+        tasks: set[asyncio.Task[None]] = set()
         for driver, task in self._targets.items():
             driver.cancel(reason)
             tasks.add(task)

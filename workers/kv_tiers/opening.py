@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.host_limits import available_bytes
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.record import Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
@@ -39,6 +40,4 @@ def host_bytes(config: WorkerConfig, layout: KvLayout) -> int:
         return config.kv_host_bytes
     if config.device == "cpu" or config.parallel.size > 1 or not config.prefix_cache:
         return 0
-    from workers.model.kv_memory import available_bytes  # needs torch, as a worker on a GPU does anyway
-
     return min(_POOLS * layout.pool_bytes, available_bytes() // _MEMORY_SHARE)

@@ -6,13 +6,13 @@ Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C ch
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.host_limits import available_bytes
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import Share
@@ -131,17 +131,3 @@ def kv_layout(model: ErnieConfig, dtype: torch.dtype, num_blocks: int) -> KvLayo
         dtype=str(dtype).removeprefix("torch."),
         itemsize=dtype.itemsize,
     )
-
-
-def available_bytes() -> int:
-    """Host memory that can still be used: the kernel's estimate, or what the cgroup leaves if that is less."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free_bytes = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit_bytes = int((group / "memory.max").read_text())  # "max" raises: no limit
-        used_bytes = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free_bytes
-    return max(0, min(free_bytes, limit_bytes - used_bytes + int(stat.get("inactive_file", 0))))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from workers.config import WorkerConfig
+from workers.host_limits import available_bytes
 from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.model.collectives import Links
 from workers.model.direct_dispatch import DirectBuffers
 from workers.model.ernie import Ernie, Part, mixture_index
 from workers.model.ernie_config import ErnieConfig
 from workers.model.expert_placement import Placement, initial
-from workers.model.kv_memory import KvPool, available_bytes, choose_layout, kv_layout
+from workers.model.kv_memory import KvPool, choose_layout, kv_layout
 from workers.model.layers import compute_dtype
 from workers.model.model_runner import describe_model, require_bytes, served_len
 from workers.model.native.rank import NativeRank

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.host_limits import available_bytes
 from workers.kv_transfer.memory import KvMemory
 from workers.model.ernie import Ernie
 from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import KvPool, allocate, available_bytes
+from workers.model.kv_memory import KvPool, allocate
 from workers.model.layers import compute_dtype
 from workers.model.model_runner import ModelRunner, describe_model, dtype_name, require_memory, served_len
 from workers.model.native.build import BuildFailed, default_cache_folder, source_hash

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import logging
 import math
 import os
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig, read_json
+from workers.model.ernie_config import ErnieConfig
+from workers.model.weight_files import open_weights, read_header, weight_files
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +48,11 @@ class Checkpoint:
         self._taken: set[str] = set()
         self._local = threading.local()
         self._streams: dict[Path, FileIO] = {}
-        self._handles: dict[Path, Any] = {path: _open(path) for path in _weight_files(folder)}
+        self._handles: dict[Path, Any] = {path: open_weights(path, "pt") for path in weight_files(folder)}
         for path, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 self._file_of_tensor[name] = path
-            self._offsets |= _data_offsets(path)
+            self._offsets |= {name: stored.offset for name, stored in read_header(path).items()}
             self._streams[path] = FileIO(path)
         if any(name.startswith("ernie.") for name in self._file_of_tensor):
             raise InvalidConfig(f'{folder} holds PaddlePaddle tensor names; use the "-PT" checkpoint of this model')
@@ -204,16 +203,6 @@ def give_back_free_memory() -> None:
         trim(0)
 
 
-def _data_offsets(path: Path) -> dict[str, int]:
-    """Where the bytes of each tensor begin in a file that safetensors has accepted."""
-    with path.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
-    return {
-        name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
-    }
-
-
 def fingerprint(folder: Path, files: tuple[Path, ...], *facts: object) -> str:
     """Names the content of a checkpoint without reading all of it; equal on every host that holds the same files.
 
@@ -243,28 +232,3 @@ def checkpoint_folder(model: str) -> Path:
     if not folder.is_dir():
         raise InvalidConfig(f'worker.model {model} is not a folder; download the "-PT" checkpoint and give its path')
     return folder
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files to read, in order of name."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise InvalidConfig(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InvalidConfig(f"{index} needs a weight_map from tensor names to file names")
-    for name in shards.values():
-        if Path(name).name != name:
-            raise InvalidConfig(f"{index} names {name!r}, which is outside the checkpoint folder")
-    return [folder / name for name in sorted(set(shards.values()))]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except FileNotFoundError:
-        raise InvalidConfig(f"{path} is missing, though the index names it") from None
-    except (OSError, SafetensorError) as error:
-        raise InvalidConfig(f"{path} cannot be read as safetensors: {error}") from error

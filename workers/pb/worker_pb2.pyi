@@ -203,7 +203,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix")
+    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix", "name")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,7 @@ class Submit(_message.Message):
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     request: Request
     generation: int
     prefill_workers: _containers.RepeatedCompositeFieldContainer[WorkerAddress]
@@ -218,7 +219,8 @@ class Submit(_message.Message):
     first_token_s: float
     migration: Migration
     prefix: PrefixHint
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
+    name: str
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("source", "request_id")
@@ -234,23 +236,35 @@ class Cancel(_message.Message):
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
+class Adopt(_message.Message):
+    __slots__ = ("name", "request_id", "position")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    request_id: str
+    position: int
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
+
 class DumpRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "dump", "number")
+    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DUMP_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     dump: DumpRequest
+    adopt: Adopt
     number: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s")
@@ -323,7 +337,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., is_alive: bool = ..., shares_memory: bool = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining", "ranks", "is_rebuilding")
+    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining", "ranks", "is_rebuilding", "max_num_seqs")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -336,6 +350,7 @@ class WorkerStatus(_message.Message):
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     IS_REBUILDING_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     role: str
@@ -348,7 +363,8 @@ class WorkerStatus(_message.Message):
     is_draining: bool
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
     is_rebuilding: bool
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ...) -> None: ...
+    max_num_seqs: int
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard")

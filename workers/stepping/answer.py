@@ -98,8 +98,7 @@ class Answer:
         if report is None or report.transport == "local":
             report = report or HandoffReport(self._worker_id, self._worker_id, "local")
             report = replace(report, prefill_s=now - self._computed_from_s)
-        return replace(
-            output,
+        return output._replace(
             cached_tokens=max(sequence.num_cached_tokens, self._landed_cached_tokens),
             handoff=replace(report, queue_s=self._queue_s or 0.0),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from workers.kv_cache.block_hash import BlockKey
 from workers.request import Output
 from workers.runner import Sampled
-from workers.status import KvEvent, PrefixHint, WorkerAddress
+from workers.status import KvEvent, Load, PrefixHint, WorkerAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +121,19 @@ class StepResult:
     pulls: list[PullWanted] = field(default_factory=list)
     held: list[PrefixHeld] = field(default_factory=list)
     kv_event: KvEvent | None = None
+    """What changed in the prefix cache since the event before."""
+    kv_dump: KvEvent | None = None
+    """All that is in the prefix cache, for `dump_askers`. To be read before `kv_event`, which may repeat some of it."""
+    dump_askers: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A result with what the engine looked like right behind it; what the engine thread tells the event loop."""
+
+    result: StepResult
+    load: Load
+    counters: tuple[tuple[str, float], ...] = ()
+    num_held_blocks: int = 0
+    prefill_rate: float | None = None
+    """Prompt tokens a second that recent steps computed; None: none yet."""

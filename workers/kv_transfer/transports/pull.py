@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from workers.errors import TransferFailed
+from workers.host_limits import usable_cpus
 from workers.kv_transfer.checksum import STREAMING_BYTES, copy_and_checksum
 from workers.kv_transfer.transport import IncomingPiece, View
 
@@ -22,7 +22,7 @@ _GROUP_BYTES = 16 << 20
 """What one call into the kernel copies at most, so that a closing inbox is heard in a millisecond."""
 
 
-NUM_HELPERS = min(2, os.cpu_count() or 1)
+NUM_HELPERS = min(2, usable_cpus())
 """Threads of one transport that share a copy, as one core does not use all of the memory's bandwidth. Sender and model want cores too."""
 
 AnyInbox = TypeVar("AnyInbox", bound="PullInbox")

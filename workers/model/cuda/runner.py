@@ -14,13 +14,14 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
+from workers.host_limits import available_bytes
 from workers.model.cuda.decode_graphs import DecodeGraphs
 from workers.model.cuda.device_pool import DevicePool, OnFilled, StagedKvMemory
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
 from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import available_bytes, choose_layout
+from workers.model.kv_memory import choose_layout
 from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workers import instruction_sets
 from workers.errors import InvalidConfig
-from workers.instruction_sets import AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
+from workers.instruction_sets import AMX, AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
 from workers.native_build import (
     COMPILERS,
     SHARED,
@@ -31,7 +31,7 @@ __all__ = (
 KERNELS = NativeSource(
     Path(__file__).parent / "source" / "baton.cpp",
     "kernels",
-    (AVX512BF16, AVX512, AVX2, NEONBF16, NEON),
+    (AMX, AVX512BF16, AVX512, AVX2, NEONBF16, NEON),
     ("-std=c++20", "-O3", "-ffp-contract=off", "-pthread", "-Wno-psabi", *SHARED),
 )
 """No contraction: which products are fused with a sum is written in the source, not left to the compiler."""

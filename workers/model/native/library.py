@@ -99,6 +99,7 @@ _SIGNATURES = {
         ctypes.c_char_p,
         (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p),
     ),
+    "baton_allow": (ctypes.c_char_p, ()),
     "baton_struct_bytes": (None, (ctypes.c_void_p,)),
     "baton_instruction_set": (ctypes.c_char_p, ()),
     "baton_arithmetic": (ctypes.c_char_p, (ctypes.c_int64,)),
@@ -117,6 +118,9 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise BuildFailed(f"{path} cannot be loaded: {error}") from error
+        refusal: bytes | None = self._functions.baton_allow()
+        if refusal is not None:
+            raise BuildFailed(refusal.decode())
 
     def struct_bytes(self) -> tuple[int, int]:
         """Sizes of Dimensions and Step as the library has them."""

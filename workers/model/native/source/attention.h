@@ -23,11 +23,14 @@ template <class T> class HeadAttention {
   // `channels` of a head, a multiple of 32; `max_rows` rows at once.
   HeadAttention(int64_t channels, int64_t max_rows)
       : channels_(channels), groups_(channels / kDeep), panels_((channels + kPanel - 1) / kPanel),
-        keys_((groups_ + kLanes) * kPanel), values_(panels_ * kBlock / kDeep * kPanel),
-        output_(max_rows * panels_ * kPanel), maximum_(max_rows), total_(max_rows) {}
+        max_rows_(max_rows), maximum_(max_rows), total_(max_rows) {
+    output_.resize(panels_ * max_rows * kVectors);
+    keys_.reserve((groups_ + kLanes) * kPanel);
+    values_.reserve(panels_ * kBlock / kDeep * kPanel);
+  }
 
   void start(int64_t num_rows) {
-    std::fill_n(output_.data(), num_rows * panels_ * kPanel, 0.0f);
+    for (int64_t c = 0; c < panels_; ++c) std::fill_n(output(c, 0), num_rows * kVectors, Floats{});
     std::fill_n(maximum_.data(), num_rows, -INFINITY);
     std::fill_n(total_.data(), num_rows, 0.0f);
   }
@@ -48,22 +51,51 @@ template <class T> class HeadAttention {
   }
 
   // Rows first .. first+count-1 of one task meet the block; query(i) points at row i, valid(i) positions are visible to it.
+  // Rows lie at equal distances.
   template <class Query, class Valid>
   void meet(int64_t first, int64_t count, float scale, Query&& query, Valid&& valid) {
     for (int64_t row = first; row < first + count;) {
-      const int64_t together = tile_rows(first + count - row);
-      with_rows(together, [&](auto M) { meet_tile<M>(row, scale, query, valid); });
+      int64_t together;
+      if constexpr (kTakesTiles<T>) {
+        together = std::min<int64_t>(kTileSide, first + count - row);
+        meet_rows<kTileSide>(static_cast<int>(together), row, scale, query, valid);
+      } else {
+        together = tile_rows(first + count - row);
+        with_rows(together, [&](auto M) { meet_rows<M>(M, row, scale, query, valid); });
+      }
       row += together;
     }
   }
 
   // The finished output of a row, rounded to T.
   void finish(int64_t row, Operand<T>* to) const {
-    const float* from = output_.data() + row * panels_ * kPanel;
-    for (int64_t c = 0; c < channels_; c += kLanes) write(to + c, as_stored<T>(load<Floats>(from + c) / total_[row]));
+    for (int64_t c = 0; c < channels_; c += kLanes)
+      write(to + c, as_stored<T>(output(c / kPanel, row)[c % kPanel / kLanes] / total_[row]));
   }
 
  private:
+  // Weights of bfloat16 are powers of two, of scores in units of log2(e); those of fp32 are powers of e.
+  static constexpr bool kIsShort = sizeof(T) == 2;
+  static constexpr float kUnit = kIsShort ? 1.44269504f : 1.0f;
+  BATON_INLINE static Floats power(Floats x) { return kIsShort ? short_power_of_two(x) : exponential(x); }
+
+  // What a weight becomes when it is rounded to T; written at `to` as well.
+  BATON_INLINE static Floats write_weight(Floats weight, Operand<T>* to) {
+    if constexpr (sizeof(Operand<T>) == 2) {
+      const Words words = rounded(weight);
+      store_halves(to, words);
+      return as<Floats>(words << 16);
+    } else {
+      weight = as_stored<T>(weight);
+      write(to, weight);
+      return weight;
+    }
+  }
+
+  // A row's unfinished output for the channels of a panel.
+  Floats* output(int64_t panel, int64_t row) { return output_.data() + (panel * max_rows_ + row) * kVectors; }
+  const Floats* output(int64_t panel, int64_t row) const { return output_.data() + (panel * max_rows_ + row) * kVectors; }
+
   // The values that share lanes in row `j` of a panel, for sixteen channels; zero where a position does not exist.
   Words value_lanes(const T* from, int64_t j, int64_t num_valid) const {
     const int64_t first = j * kDeep;
@@ -75,15 +107,30 @@ template <class T> class HeadAttention {
     return even | load_halves(from + channels_) << 16;
   }
 
-  template <int M, class Query, class Valid>
-  BATON_INLINE void meet_tile(int64_t row, float scale, Query& query, Valid& valid) {
-    const Operand<T>* x[M];
+  // sums += x . panel; the rows are at equal distances.
+  template <int M>
+  static void add_products(std::integral_constant<int, M>, const Operand<T>* const* x, const uint32_t* panel, int64_t groups,
+                           Floats (*sums)[kVectors]) {
+    multiply_tile<T, M>(x, panel, groups, sums);
+  }
+  static void add_products(int M, const Operand<T>* const* x, const uint32_t* panel, int64_t groups, Floats (*sums)[kVectors]) {
+    const char* at = reinterpret_cast<const char*>(x[0]);
+    const int64_t pitch = M > 1 ? reinterpret_cast<const char*>(x[1]) - at : 0;
+    multiply_tiles({at, pitch}, 1, M, panel, groups, false, sums);
+  }
+
+  // `M` rows, a constant where no tiles are, of at most kMost.
+  template <int kMost, class Count, class Query, class Valid>
+  BATON_INLINE void meet_rows(Count M, int64_t row, float scale, Query& query, Valid& valid) {
+    scale *= kUnit;
+    const Operand<T>* x[kMost];
     for (int m = 0; m < M; ++m) x[m] = query(row + m);
-    Floats scores[M][kVectors] = {};
-    multiply_tile<T, M>(x, keys_.data(), groups_, scores);
-    alignas(64) Operand<T> weights[M][kBlock];
+    Floats scores[kMost][kVectors];
+    std::memset(scores, 0, sizeof scores[0] * M);
+    add_products(M, x, keys_.data(), groups_, scores);
+    alignas(64) Operand<T> weights[kMost][kBlock];
     alignas(64) float rescale[kLanes] = {};
-    float totals[M];
+    float totals[kMost];
     const Ints lane = lane_numbers();
     for (int m = 0; m < M; ++m) {
       const int num_valid = valid(row + m);
@@ -98,35 +145,30 @@ template <class T> class HeadAttention {
       rescale[m] = before - peak;
       Floats added = Floats{};
       for (int v = 0; v < kVectors; ++v) {
-        Floats weight = exponential(scores[m][v] - peak);
+        Floats weight = power(scores[m][v] - peak);
         if (num_valid < kBlock) weight = pick(lane < all_ints(num_valid - v * kLanes), weight, Floats{});
-        weight = as_stored<T>(weight);
-        write(weights[m] + v * kLanes, weight);
-        added = added + weight;
+        added = added + write_weight(weight, weights[m] + v * kLanes);
       }
       totals[m] = sum(added);
     }
-    store(rescale, exponential(load<Floats>(rescale)));
-    const Operand<T>* p[M];
+    store(rescale, power(load<Floats>(rescale)));
+    const Operand<T>* p[kMost];
     for (int m = 0; m < M; ++m) {
       total_[row + m] = total_[row + m] * rescale[m] + totals[m];
       p[m] = weights[m];
     }
     for (int64_t c = 0; c < panels_; ++c) {
-      Floats sums[M][kVectors];
-      float* out = output_.data() + row * panels_ * kPanel + c * kPanel;
+      auto* const sums = reinterpret_cast<Floats(*)[kVectors]>(output(c, row));
       for (int m = 0; m < M; ++m)
-        for (int v = 0; v < kVectors; ++v)
-          sums[m][v] = load<Floats>(out + m * panels_ * kPanel + v * kLanes) * rescale[m];
-      multiply_tile<T, M>(p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < kVectors; ++v) store(out + m * panels_ * kPanel + v * kLanes, sums[m][v]);
+        for (int v = 0; rescale[m] != 1 && v < kVectors; ++v) sums[m][v] = sums[m][v] * rescale[m];
+      add_products(M, p, values_.data() + c * kBlock / kDeep * kPanel, kBlock / kDeep, sums);
     }
   }
 
-  int64_t channels_, groups_, panels_;
-  std::vector<uint32_t> keys_, values_;
-  std::vector<float> output_, maximum_, total_;
+  int64_t channels_, groups_, panels_, max_rows_;
+  Buffer<uint32_t> keys_, values_;
+  std::vector<Floats> output_;
+  std::vector<float> maximum_, total_;
 };
 
 }  // namespace baton

@@ -19,6 +19,9 @@ namespace {
 template <class Body> const char* guarded(Body&& body) {
   static thread_local std::string message;
   const baton::FlushDenormals flush;
+  const struct Tiles {
+    ~Tiles() { baton::release_tiles(); }
+  } tiles;
   try {
     body();
     return nullptr;
@@ -45,8 +48,14 @@ void baton_struct_bytes(int64_t* sizes) {
 // The instruction set that this library was compiled for.
 const char* baton_instruction_set() { return baton::kInstructionSet; }
 
+// To be called once, before anything is computed: some sets need the system's leave.
+const char* baton_allow() {
+  return baton::allow_tiles() ? nullptr : "the system does not let this process use AMX's tiles";
+}
+
 // How products of a type are rounded: libraries that give the same name compute the same bits.
 const char* baton_arithmetic(int64_t is_bf16) {
+  if (is_bf16 && baton::kHasTiles) return "tiles";
   return !is_bf16 || !baton::kDotsPairs || baton::dots_like_fma() ? "fma" : "pairs";
 }
 

@@ -23,6 +23,7 @@ void Model<T>::forward(const Step& step, void* pool, void* x_out, int64_t every,
     project(step, i, kv, x);
     if (every && (i + 1) % every == 0 && i + 1 < d_.num_layers) {
       const FlushDenormals as_usual(false);
+      release_tiles();
       on_layer(i + 1);
     }
     meet_keys(step, kv, i);
@@ -138,8 +139,8 @@ template <class T> void Model<T>::normalize_rows(const T* x, const T* weight, in
 
 // Rotates queries and keys, which go to the pool as values do.
 template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t layer) {
-  const int64_t C = d_.head_dim, H = d_.num_heads, K = d_.num_kv_heads;
-  grow(queries_, step.num_rows * H * C);
+  const int64_t C = d_.head_dim, H = d_.num_heads, K = d_.num_kv_heads, G = group();
+  queries_.reserve(step.num_rows * H, C);
   threads_.run((step.num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
     const int64_t first = task * kRowsPerTask, last = std::min(step.num_rows, first + kRowsPerTask);
     int64_t s = std::upper_bound(step.first_rows, step.first_rows + step.num_slices, first) - step.first_rows - 1;
@@ -149,7 +150,8 @@ template <class T> void Model<T>::place_keys(const Step& step, T* pool, int64_t 
       const float *cos = step.cos + t * (C / 2), *sin = step.sin + t * (C / 2);
       const int64_t position = step.positions[t];
       const int64_t block = step.tables[step.first_blocks[s] + position / kBlock];
-      for (int64_t h = 0; h < H; ++h) rotate(row + h * C, cos, sin, C, queries_.data() + (t * H + h) * C);
+      for (int64_t h = 0; h < H; ++h)
+        rotate(row + h * C, cos, sin, C, queries_[(h / G * step.num_rows + t) * G + h % G]);
       for (int64_t h = 0; h < K; ++h) {
         rotate(row + (H + h) * C, cos, sin, C, slot(step, pool, block, layer, 0, h) + position % kBlock * C);
         std::memcpy(slot(step, pool, block, layer, 1, h) + position % kBlock * C, row + (H + K + h) * C, C * sizeof(T));
@@ -175,9 +177,7 @@ template <class T> void Model<T>::meet_keys(const Step& step, const T* pool, int
     const int64_t start = step.positions[tile.first], end = step.positions[tile.last - 1] + 1;
     HeadAttention<T>& state = *attention_[thread];
     state.start(num_rows);
-    const auto query = [&](int64_t row) {
-      return queries_.data() + ((tile.first + row / G) * d_.num_heads + head * G + row % G) * C;
-    };
+    const auto query = [&](int64_t row) { return queries_[(head * step.num_rows + tile.first) * G + row]; };
     for (int64_t first = 0, b = 0; first < end; first += kBlock, ++b) {
       const int64_t block = step.tables[step.first_blocks[tile.slice] + b];
       const int64_t next = first + kBlock < end ? step.tables[step.first_blocks[tile.slice] + b + 1] - block : 0;
@@ -217,10 +217,34 @@ template <class T> void write_gated(Operand<T>* to, const Floats* sums, int64_t 
   if (left > kLanes) write_some(to + kLanes, as_stored<T>(gated(sums[1], sums[3])), static_cast<int>(left - kLanes));
 }
 
-// Gates the up-projections of rows 0, 1, ... of the assignments, as far as `spans` have them, in activated_.
+// Gates the up-projections of rows 0, 1, ... of the assignments, as far as `spans` have them, in activated_. For AMX, a span's
+// rows are brought together where they lie at unequal distances.
 template <class T>
 template <class Row>
 void Model<T>::activate(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row) {
+  if constexpr (kTakesTiles<T>) {
+    const auto is_even = [&](const Span& span) {
+      const auto pitch = span.count > 1 ? row(span.first + 1) - row(span.first) : 0;
+      for (int64_t i = 2; i < span.count; ++i)
+        if (row(span.first + i) != row(span.first) + i * pitch) return false;
+      return span.count < kTileSide || pitch > 0;
+    };
+    if (!std::all_of(spans.begin(), spans.end(), is_even)) {
+      const int64_t num_rows = spans.back().first + spans.back().count, hidden = d_.hidden_size;
+      gathered_.reserve(num_rows, hidden);
+      threads_.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
+        for (int64_t i = task * kRowsPerTask; i < std::min(num_rows, (task + 1) * kRowsPerTask); ++i)
+          std::memcpy(gathered_[i], row(i), hidden * sizeof(Operand<T>));
+      });
+      return activate_rows(layer, spans, [&](int64_t i) -> const Operand<T>* { return gathered_[i]; });
+    }
+  }
+  activate_rows(layer, spans, row);
+}
+
+template <class T>
+template <class Row>
+void Model<T>::activate_rows(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row) {
   struct Work {
     const Span* span;
     int64_t panel;

@@ -17,12 +17,15 @@
 
 namespace baton {
 
-// BATON_EMULATE_AVX512, and BATON_EMULATE_AVX512BF16 beside it: tests compile the path of AVX-512 for any processor.
+// BATON_EMULATE_AVX512, and beside it BATON_EMULATE_AVX512BF16, and BATON_EMULATE_AMX: tests compile these paths for any processor.
 #if defined(__AVX512F__) || defined(BATON_EMULATE_AVX512)
 #define BATON_WIDE 1
 #endif
 #if defined(__AVX512BF16__) || defined(BATON_EMULATE_AVX512BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define BATON_PAIRS 1
+#endif
+#if defined(__AMX_BF16__) || defined(BATON_EMULATE_AMX)
+#define BATON_TILES 1
 #endif
 
 #if defined(BATON_WIDE)
@@ -149,7 +152,9 @@ class FlushDenormals {
 };
 
 // The name of this set in workers.model.native.build.
-#if defined(BATON_WIDE) && defined(BATON_PAIRS)
+#if defined(BATON_TILES)
+constexpr const char* kInstructionSet = "amx";
+#elif defined(BATON_WIDE) && defined(BATON_PAIRS)
 constexpr const char* kInstructionSet = "avx512bf16";
 #elif defined(BATON_WIDE)
 constexpr const char* kInstructionSet = "avx512";

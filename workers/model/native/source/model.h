@@ -104,21 +104,21 @@ template <class V> void grow(std::vector<V>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
 }
 
-// Rows that products read. Each has some columns to spare, since rows that are 4 KiB apart would share a few lines of the first
-// cache.
-template <class V> class Rows {
+// Rows that products read, each at the start of a cache line, at equal distances. Each has some columns to spare, since rows that
+// are 4 KiB apart would share a few lines of the first cache. Behind the last there is memory for some more, which AMX may read.
+template <class V, int64_t kSpare = 128> class Rows {
  public:
   // Room for at least so many; what the rows held is lost.
   void reserve(int64_t num_rows, int64_t width) {
-    pitch_ = width + kSpare;
-    grow(values_, num_rows * pitch_);
+    constexpr int64_t kLine = 64 / sizeof(V);
+    pitch_ = (width + kLine - 1) / kLine * kLine + kSpare;
+    values_.reserve((num_rows + kTileSide) * pitch_);
   }
   V* operator[](int64_t row) { return values_.data() + row * pitch_; }
   const V* operator[](int64_t row) const { return values_.data() + row * pitch_; }
 
  private:
-  static constexpr int64_t kSpare = 128;
-  std::vector<V> values_;
+  Buffer<V> values_;
   int64_t pitch_ = 0;
 };
 
@@ -216,6 +216,7 @@ template <class T> class Model : public AnyModel {
   void add_product(const Matrix& matrix, const Rows<Operand<T>>& from, int64_t num_rows, const T* x, T* to);
   void choose(const Layer<T>& layer, int64_t num_rows, float* weights, int64_t* chosen);
   template <class Row> void activate(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row);
+  template <class Row> void activate_rows(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row);
   template <class Row, class To> void run_experts(const Layer<T>& layer, const std::vector<Span>& spans, Row&& row, To&& to);
   void mix(const Layer<T>& layer, int64_t num_rows, T* x);
   void combine_rows(int64_t num_rows, const T* outputs, const int64_t* places, const float* weights, const T* shared,
@@ -241,7 +242,8 @@ template <class T> class Model : public AnyModel {
   // What the parts of a step hand on to each other; grown to the largest step seen.
   Rows<Operand<T>> normed_, context_, activated_;
   Rows<float> wide_;
-  std::vector<Operand<T>> queries_;
+  Rows<Operand<T>, 0> queries_;  // those of a key-value head side by side
+  Rows<Operand<T>> gathered_;
   std::vector<T> qkv_, expert_out_;
   std::vector<float> scores_, weights_;
   std::vector<int64_t> chosen_;

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "instructions.h"
+#include "amx.h"
 
 namespace baton {
 
@@ -83,6 +83,7 @@ class Pool {
         pause_briefly();
       }
     } while (std::chrono::steady_clock::now() < until);
+    release_tiles();
     value.wait(seen, std::memory_order_acquire);
   }
 

@@ -7,8 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
-#include "lanes.h"
+#include "amx.h"
 
 namespace baton {
 
@@ -25,6 +26,24 @@ constexpr int tile_vectors(int rows) {
   while (vectors > 1 && rows * vectors * kParts > kNumRegisters * 3 / 4) vectors /= 2;
   return vectors;
 }
+
+// Numbers that begin at the start of a cache line.
+template <class V> class Buffer {
+ public:
+  // Room for at least so many. Where there was less, what they were is lost.
+  void reserve(int64_t size) {
+    constexpr int64_t kLine = 64 / sizeof(V);
+    if (static_cast<int64_t>(values_.size()) < size + kLine) values_.resize(size + kLine);
+    const auto address = reinterpret_cast<uintptr_t>(values_.data());
+    first_ = values_.data() + (64 - address % 64) % 64 / sizeof(V);
+  }
+  V* data() { return first_; }
+  const V* data() const { return first_; }
+
+ private:
+  std::vector<V> values_;
+  V* first_ = nullptr;
+};
 
 struct Matrix {
   int64_t outputs = 0, inputs = 0, groups = 0;  // groups: lanes' worth of inputs
@@ -203,22 +222,43 @@ template <class T> void multiply_many(const Operand<T>** rows, int64_t count, co
   }
 }
 
+// `multiply` by AMX. Rows lie at equal distances; of more than sixteen, the last is followed by memory for six more (Rows has it).
+template <class T, class Row, class Take>
+void multiply_by_tiles(const uint32_t* panel, int64_t groups, int64_t num_rows, Row&& row, Take&& take) {
+  static_assert(kTilePanel == kPanel);
+  Floats sums[kBlockRows + kTileSide][kVectors];
+  for (int64_t first = 0; first < num_rows; first += kBlockRows) {
+    const int64_t count = std::min<int64_t>(kBlockRows, num_rows - first);
+    const int tiles = static_cast<int>((count + kTileSide - 1) / kTileSide);
+    const int side = static_cast<int>((count + tiles - 1) / tiles);
+    const char* at = reinterpret_cast<const char*>(row(first));
+    const int64_t pitch = count > 1 ? reinterpret_cast<const char*>(row(first + 1)) - at : 0;
+    std::memset(sums, 0, sizeof(Floats) * kVectors * tiles * side);
+    multiply_tiles({at, pitch}, tiles, side, panel, groups, first == 0, sums);
+    for (int64_t m = 0; m < count; ++m) take(first + m, sums[m]);
+  }
+}
+
 // One panel times all rows; `row(i)` points at row i, `take(i, sums)` gets its 64 results.
 template <class T, class Row, class Take>
 void multiply(const uint32_t* panel, int64_t groups, int64_t num_rows, Row&& row, Take&& take) {
-  const Operand<T>* rows[kBlockRows];
-  Floats sums[kBlockRows][kVectors];
-  for (int64_t first = 0; first < num_rows; first += kBlockRows) {
-    const int64_t count = std::min<int64_t>(kBlockRows, num_rows - first);
-    for (int64_t m = 0; m < count; ++m) {
-      rows[m] = row(first + m);
-      for (int v = 0; v < kVectors; ++v) sums[m][v] = Floats{};
+  if constexpr (kTakesTiles<T>) {
+    multiply_by_tiles<T>(panel, groups, num_rows, row, take);
+  } else {
+    const Operand<T>* rows[kBlockRows];
+    Floats sums[kBlockRows][kVectors];
+    for (int64_t first = 0; first < num_rows; first += kBlockRows) {
+      const int64_t count = std::min<int64_t>(kBlockRows, num_rows - first);
+      for (int64_t m = 0; m < count; ++m) {
+        rows[m] = row(first + m);
+        for (int v = 0; v < kVectors; ++v) sums[m][v] = Floats{};
+      }
+      if (num_rows <= kTileRows)
+        multiply_few<T>(rows, count, panel, groups, sums);
+      else
+        multiply_many<T>(rows, count, panel, groups, first == 0, sums);
+      for (int64_t m = 0; m < count; ++m) take(first + m, sums[m]);
     }
-    if (num_rows <= kTileRows)
-      multiply_few<T>(rows, count, panel, groups, sums);
-    else
-      multiply_many<T>(rows, count, panel, groups, first == 0, sums);
-    for (int64_t m = 0; m < count; ++m) take(first + m, sums[m]);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The controller actor: owns the store of a cluster that has no Redis; knows nothing of workers and routers.
+"""The actor that hosts the store of a cluster that has no Redis; knows nothing of workers and routers.
 
 When it dies its memory dies with it. Ray starts it again, its store has a new epoch, and every member registers again.
 """
@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import aclosing
 
 from cluster.store.memory import MemoryStore
-from cluster.store.store import Entry, Snapshot
+from cluster.store.store import Changes, Entry, Snapshot
 
-CONTROLLER_NAME = "controller"
+STORE_HOST_NAME = "store"
 
 
-class Controller:
-    """An async Ray actor; its methods are those of a Store, with `next_change` in place of `watch`."""
+class StoreHost:
+    """An async Ray actor; its methods are those of a Store, with `next_changes` in place of `watch`."""
 
     def __init__(self) -> None:
         self._store = MemoryStore()
 
     def __repr__(self) -> str:
-        return CONTROLLER_NAME
+        return STORE_HOST_NAME
+
+    async def ready(self) -> str:
+        """Answers once the actor runs."""
+        return STORE_HOST_NAME
 
     async def pid(self) -> int:
-        """The process id; answers once the actor runs."""
         return os.getpid()
 
     async def get(self, key: str) -> Entry | None:
@@ -43,19 +45,13 @@ class Controller:
     async def delete(self, key: str, version: int | None = None) -> bool:
         return await self._store.delete(key, version)
 
-    async def increment(self, key: str) -> int:
-        return await self._store.increment(key)
-
     async def list(self, prefix: str) -> Snapshot:
         return await self._store.list(prefix)
 
-    async def next_change(self, prefix: str, known: Snapshot | None, hold_s: float) -> Snapshot | None:
-        """The state under the prefix as soon as it differs from `known`; None when it does not for `hold_s`."""
+    async def next_changes(self, prefix: str, epoch: str, revision: int, hold_s: float) -> Changes | None:
+        """What has changed under the prefix after `revision`, as soon as something has; None when nothing does for `hold_s`."""
         try:
-            async with asyncio.timeout(hold_s), aclosing(self._store.watch(prefix)) as snapshots:
-                async for snapshot in snapshots:
-                    if snapshot != known:
-                        return snapshot
+            async with asyncio.timeout(hold_s):
+                return await self._store.next_changes(prefix, epoch, revision)
         except TimeoutError:
-            pass
-        return None
+            return None

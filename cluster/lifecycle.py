@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
+from cluster.folders import end_local, make_folder, remove_stale
 from cluster.joining import join_ray
-from cluster.local import RaySession, end_local, make_folder, start_ray
+from cluster.local import RaySession, start_ray
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -23,11 +24,18 @@ from cluster.preflight import (
     check_port,
     check_processors,
     check_store,
+    check_tokenizer,
+    file_limit_warning,
 )
 from cluster.progress import Progress
-from workers.errors import BatonError, InvalidConfig
+from cluster.store.host import STORE_HOST_NAME
+from workers.errors import BatonError
+from workers.host_limits import usable_cpus
 
 T = TypeVar("T")
+
+AT_ONCE = 16
+"""Actors that are placed, and entries of the store that are written, at the same time."""
 
 
 class StartFailed(BatonError):
@@ -40,7 +48,7 @@ class Cluster:
 
     config: ClusterConfig
     session: RaySession
-    controller: Any = None
+    store_host: Any = None
     """Held: Ray ends an actor that nobody holds."""
     urls: tuple[str, ...] = ()
     workers: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +69,7 @@ async def preflight(config: ClusterConfig) -> None:
     check_gpus(config)
     check_processors(config)
     if config.router.model != config.worker.model:
-        check_model(config.router.model)
+        check_tokenizer(config.router.model)
     for at in range(config.pools.routers):
         router = config.router_at(at)
         check_port(router.host, router.port, "--port")
@@ -72,11 +80,16 @@ async def preflight(config: ClusterConfig) -> None:
 
 @asynccontextmanager
 async def launched(config: ClusterConfig, progress: Progress, folder: str = "") -> AsyncIterator[Cluster]:
-    """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, StartFailed.
+    """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, ActorFailed,
+    StartFailed.
 
     A Ray that is started here keeps its files in `folder` (a new temporary one when empty).
     """
     await preflight(config)
+    if warning := file_limit_warning(config):
+        progress.say(warning)
+    for stale in await asyncio.to_thread(remove_stale):
+        progress.say(f"removed {stale}, which a cluster that was killed had left")
     folder = "" if config.ray.address else folder or make_folder()
     cluster: Cluster | None = None
     try:
@@ -101,7 +114,7 @@ async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> Ra
                 f"Ray at {config.ray.address} did not answer",
             )
     num_actors = len(config.pools.workers) * config.worker.parallel.size + config.pools.routers + 1
-    num_cpus = max(os.cpu_count() or 1, round(num_actors * config.ray.actor_cpus + 1))
+    num_cpus = max(usable_cpus(), round(num_actors * config.ray.actor_cpus + 1))
     with progress.step("starting Ray"):
         return await bounded(
             asyncio.to_thread(start_ray, config.ray, num_cpus, folder),
@@ -113,7 +126,7 @@ async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> Ra
 def rearm_signals() -> None:
     """Puts Python's signal handlers back: Ray's C++ part has laid its own over them, which print a stack and abort."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_DFL, signal.SIG_IGN):
                 signal.signal(number, handler)
@@ -121,30 +134,44 @@ def rearm_signals() -> None:
 
 
 async def _populate(cluster: Cluster, progress: Progress) -> None:
-    """Controller first, as every other actor needs the store; then workers and routers at the same time."""
+    """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.pools import Pools
+    from cluster.ray_failures import told
     from cluster.roles import forget_draining, forget_role
     from cluster.store.open import open_store
 
     config = cluster.config
     pools = cluster.pools = Pools(config)
     if config.store.url == "memory":
-        with progress.step("starting the controller"):
-            cluster.controller = await asyncio.to_thread(pools.create_controller)
-            await bounded(cluster.controller.pid.remote(), config.start_timeout_s, "the controller actor did not start")
+        with progress.step("starting the store"):
+            cluster.store_host = await asyncio.to_thread(pools.create_store_host)
+            await wait_ready({STORE_HOST_NAME: cluster.store_host}, config.start_timeout_s)
     store = open_store(config.store, config.ray.namespace)
-    for name, _ in config.pools.workers:
-        await forget_role(store, name)  # a new cluster starts in its configured roles, and takes work
-        await forget_draining(store, name)
+    # A new cluster starts in its configured roles, and takes work.
+    names = [name for name, _ in config.pools.workers]
+    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
     await store.close()
-    for name, role in config.pools.workers:
-        cluster.workers[name] = await asyncio.to_thread(pools.create_worker, name, role)
-    for at in range(config.pools.routers):
-        cluster.routers[f"router-{at}"] = await asyncio.to_thread(pools.create_router, f"router-{at}", at)
+    threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
+
+    async def create(into: dict[str, Any], name: str, make: Callable[..., Any], argument: Any) -> None:
+        with told(name):
+            into[name] = await asyncio.get_running_loop().run_in_executor(threads, make, name, argument)
+
+    router_names = [f"router-{at}" for at in range(config.pools.routers)]
+    try:
+        await all_of(
+            [create(cluster.workers, name, pools.create_worker, role) for name, role in config.pools.workers]
+            + [create(cluster.routers, name, pools.create_router, at) for at, name in enumerate(router_names)]
+        )
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # whoever interrupts the start does not wait for Ray
+    cluster.workers = {name: cluster.workers[name] for name in names}
+    cluster.routers = {name: cluster.routers[name] for name in router_names}
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
         await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
-        cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
+        with told("a router"):
+            cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
     with progress.step("connecting routers to workers"):
         for url in cluster.urls:
             await bounded(
@@ -154,8 +181,23 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
             )
 
 
+async def all_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Does all of them, AT_ONCE at a time. The first failure is raised, but not before every job has ended: what the others
+    made is known then, and can be taken down.
+    """
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def one(job: Coroutine[Any, Any, None]) -> None:
+        async with free:
+            await job
+
+    for end in await asyncio.gather(*(one(job) for job in jobs), return_exceptions=True):
+        if isinstance(end, BaseException):
+            raise end
+
+
 async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
-    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, StartFailed."""
+    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, ActorFailed, StartFailed."""
     waiting = {asyncio.ensure_future(_ready(name, actor)): name for name, actor in actors.items()}
     try:
         async with asyncio.timeout(timeout_s):
@@ -173,21 +215,10 @@ async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
 
 
 async def _ready(name: str, actor: Any) -> None:
-    from ray.exceptions import RayActorError, RayTaskError
+    from cluster.ray_failures import told  # needs Ray, whose import would hold up the preflight
 
-    try:
+    with told(name):
         await actor.ready.remote()
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, InvalidConfig):
-            raise InvalidConfig(f"{name} cannot start: {cause}") from error
-        raise StartFailed(
-            f"{name} cannot start: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
-        ) from error
-    except RayActorError as error:
-        raise StartFailed(
-            f"the process of {name} died while it started; was it out of memory? ({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def _reachable(url: str) -> str:
@@ -210,10 +241,11 @@ async def _until_ready(url: str) -> None:
 async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -> None:
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
-        timeout_s = cluster.config.stop_timeout_s
-        with progress.step("stopping routers and workers"):
-            for actors in (cluster.routers, cluster.workers):
-                await stop_actors(list(actors.values()), timeout_s)
+        config = cluster.config
+        with progress.step("finishing what runs, and stopping routers"):
+            await stop_actors([*cluster.routers.values()], config.router.shutdown_timeout_s + config.stop_timeout_s)
+        with progress.step("stopping workers"):
+            await stop_actors([*cluster.workers.values()], config.stop_timeout_s)
         if cluster.config.ray.address:
             await asyncio.to_thread(remove_actors, [*cluster.routers.values()])
             for name in cluster.workers:

@@ -1,0 +1,79 @@
+"""Stories about streams that break while their worker lives on: what the router takes up again, and what it ends there."""
+
+from __future__ import annotations
+
+from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
+
+from router.events import RequestArrived, RequestCancelled, Send
+from workers.client import Adopt, Cancel
+from workers.errors import Refusal
+from workers.status import Role
+
+
+def lost(*tokens: int) -> tuple[Story, str, str]:
+    """A request whose worker's stream broke after some tokens, and who runs it again."""
+    story = Story(*MIXED)
+    worker, submit = the_submit(story.tell(RequestArrived(request())))
+    assert (submit.name, submit.request.request_id) == ("r", "r#1")
+    if tokens:
+        story.output(worker, "r#1", 0, *tokens)
+    other, again = the_submit(story.lose(worker))
+    assert other != worker and (again.name, again.request.request_id) == ("r", "r#2")
+    story.after(1.0)
+    return story, worker, other
+
+
+def test_what_goes_on_behind_a_broken_stream_is_taken_up_when_it_is_further() -> None:
+    story, worker, other = lost(5, 6)
+    assert messages(story.report(worker, Role.MIXED), Adopt) == [Adopt("r", "r#3", 2)]
+    assert outputs(story.output(worker, "r#3", 2, 7, 8))[0].token_ids == (7, 8)
+    commands = story.output(other, "r#2", 2, 7)  # it was slower, and is not needed any more
+    assert outputs(commands) == [] and messages(commands, Cancel) == [Cancel("r#2")]
+    assert outputs(story.output(worker, "r#3", 4, 9, finish=True))[0].token_ids == (9,)
+
+
+def test_the_new_run_goes_on_when_nothing_was_kept() -> None:
+    story, worker, other = lost(5, 6)
+    story.report(worker, Role.MIXED)
+    assert submits(story.refuse(worker, "r#3", Refusal.NOT_KEPT)) == []
+    assert outputs(story.output(other, "r#2", 2, 7, finish=True))[0].token_ids == (7,)
+
+
+def test_whoever_brings_a_token_first_no_token_is_lost_or_repeated() -> None:
+    story, worker, other = lost(5)
+    story.report(worker, Role.MIXED)
+    told = outputs(story.output(other, "r#2", 1, 6))
+    told += outputs(story.output(worker, "r#3", 1, 6))
+    told += outputs(story.output(worker, "r#3", 2, 7))
+    told += outputs(story.output(other, "r#2", 2, 7))
+    told += outputs(story.output(worker, "r#3", 3, 8, finish=True))
+    assert [(o.position, o.token_ids) for o in told] == [(1, (6,)), (2, (7,)), (3, (8,))]
+
+
+def test_what_ended_meanwhile_is_ended_where_it_was_left() -> None:
+    story, worker, other = lost(5)
+    story.output(other, "r#2", 1, 6, finish=True)
+    assert messages(story.report(worker, Role.MIXED), Cancel) == [Cancel("r#1")]
+    story, worker, other = lost(5)
+    story.tell(RequestCancelled("r"))
+    assert messages(story.report(worker, Role.MIXED), Cancel) == [Cancel("r#1")]
+
+
+def test_a_worker_that_was_restarted_has_nothing_to_take_up() -> None:
+    story, worker, _ = lost(5)
+    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 32)), Adopt) == []
+    story.lose(worker)
+    story.after(3.0)
+    assert messages(story.report(worker, Role.MIXED, generation=GENERATION + (1 << 32)), Adopt) == []
+
+
+def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_had() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5)
+    assert submits(story.lose("m-0")) == []
+    story.after(1.0)
+    _, submit = the_submit(story.report("m-0", Role.MIXED))
+    assert (submit.name, submit.request.request_id, submit.request.replay_token_ids) == ("r", "r#2", (5,))
+    assert [c for c in story.commands if isinstance(c, Send) and isinstance(c.message, Adopt | Cancel)] == []
+    assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)

@@ -1,0 +1,191 @@
+"""What becomes of requests between routers and the engine: taken or refused, cancelled, delivered, left behind by a router, taken up by another.
+
+Knows no batch, no handoff and no stream; the books are RequestTable's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from math import inf
+
+from workers.client import Adopt, Submit
+from workers.config import WorkerConfig
+from workers.errors import InvalidRequest, Refusal, Refused
+from workers.request import Output, end_output, error_output, refusal_output
+from workers.scheduler.sequence import Kind
+from workers.serving.events import Post
+from workers.serving.observer import Observer
+from workers.serving.request_table import RequestTable, ServedRequest
+from workers.serving.sessions import Sessions
+from workers.serving.standing import Standing
+from workers.stepping.commands import Add, AddMigrant, CancelSequence
+
+
+class Requests:
+    """`new_number` gives a number that no sequence has. What routers are to hear is said to `sessions`."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        standing: Standing,
+        sessions: Sessions,
+        new_number: Callable[[], int],
+        counters: Counter[str],
+        observer: Observer,
+    ) -> None:
+        self._table = RequestTable(config.max_kept_tokens, config.max_orphans, config.orphan_grace_s)
+        self._standing = standing
+        self._sessions = sessions
+        self._new_number = new_number
+        self._counters = counters
+        self._observer = observer
+
+    def __len__(self) -> int:
+        """Those that run."""
+        return len(self._table)
+
+    def get(self, sequence_id: int) -> ServedRequest | None:
+        """One that runs. None: it was cancelled, or is no request of a router."""
+        return self._table.get(sequence_id)
+
+    def find(self, attempt: str) -> int | None:
+        """The engine's id of what runs under this name, whichever router it belongs to; None if it is not exactly one."""
+        served = self._table.running_as(attempt)
+        return None if served is None else served.sequence_id
+
+    # ---- routers ----
+
+    def submit(self, session: int, submit: Submit, now: float) -> list[Post]:
+        """Queues a request; one that is not accepted is answered at once."""
+        request = submit.request
+        attempt, name = request.request_id, submit.name or request.request_id
+        try:
+            self._standing.check_request(submit)
+            if self._table.of(session, attempt) is not None:
+                raise InvalidRequest(f"request {attempt} is running already")
+        except (InvalidRequest, Refused) as error:
+            self._sessions.say(session, refusal_output(request, error))
+            return []
+        earlier, commands = self._table.orphan_named(name), []
+        if earlier is not None:  # its router runs it again here: it goes on instead, where that is the same
+            if _continues(submit, earlier) and self._take_up(session, name, attempt, len(request.replay_token_ids)):
+                return []
+            commands = self._give_up(earlier)
+        sequence_id, me = self._new_number(), self._standing.identity.worker_id
+        candidates = tuple(c for c in submit.prefill_workers if c.worker_id != me)
+        served = ServedRequest(
+            sequence_id=sequence_id,
+            name=name,
+            attempt=attempt,
+            request=request,
+            candidates=candidates,
+            migration=submit.migration,
+            due_s=min(
+                (now + left_s for left_s in (submit.remaining_s, submit.first_token_s) if left_s > 0), default=inf
+            ),
+            owner=session,
+            end=len(request.replay_token_ids),
+        )
+        self._table.add(served)
+        self._observer.submitted(sequence_id, request.traceparent, now)
+        if submit.migration is not None:
+            return [*commands, Post(AddMigrant(sequence_id, request))]
+        kind = Kind.TARGET if candidates else Kind.LOCAL
+        return [*commands, Post(Add(sequence_id, request, kind, submit.prefix))]
+
+    def cancel(self, session: int, attempt: str) -> list[Post]:
+        """By its owner, or by anybody when it has none. Unknown names are ignored."""
+        served = self._table.of(session, attempt) or self._table.orphan_as(attempt)
+        return [] if served is None else self._give_up(served)
+
+    def adopt(self, session: int, adopt: Adopt) -> None:
+        """A router takes a request up where its client is, whoever had it before."""
+        attempt, former = adopt.request_id, self._table.owner_of(adopt.name)
+        if self._table.of(session, attempt) is not None:
+            self._sessions.say(session, end_output(attempt, Refusal.INVALID, f"request {attempt} is running already"))
+        elif not self._take_up(session, adopt.name, attempt, adopt.position):
+            self._counters["adoptions_refused"] += 1
+            text = f"output {adopt.position} of request {adopt.name} is not kept here"
+            self._sessions.say(session, end_output(attempt, Refusal.NOT_KEPT, text))
+        elif former is not None:
+            self._sessions.say(former[0], end_output(former[1], Refusal.TAKEN_UP, "another router has taken it up"))
+
+    def _take_up(self, session: int, name: str, attempt: str, position: int) -> bool:
+        """False: it is not here, or not from there."""
+        outputs = self._table.adopt(name, position, session, attempt, self._sessions.num_said(session))
+        if outputs is None:
+            return False
+        self._counters["requests_adopted"] += 1
+        for output in outputs:
+            self._sessions.say(session, output)
+        return True
+
+    def written(self, session: int) -> None:
+        """All frames that a session was given have been written."""
+        self._table.written(session, self._sessions.num_framed(session))
+
+    def lose_router(self, session: int, now: float) -> list[Post]:
+        """What it asked for runs on for a while, for whoever takes it up."""
+        before = self._table.num_orphans
+        too_many = self._table.orphan(session, now)
+        self._counters["requests_orphaned"] += self._table.num_orphans - before
+        return self._give_up_orphans(too_many)
+
+    # ---- the engine ----
+
+    def deliver(self, served: ServedRequest, output: Output, now: float) -> list[Post]:
+        """An output, to whoever owns the request; without an owner it is kept."""
+        self._observer.said(served.sequence_id, output, now)
+        if output.request_id != served.attempt:  # it has been taken up since
+            output = output._replace(request_id=served.attempt)
+        can_be_taken_up = self._table.keep(served, output)
+        if served.owner is not None:
+            self._sessions.say(served.owner, output)
+        if output.finish_reason is not None:
+            self._table.end(served, output, self._sessions.num_said(served.owner))
+        elif not can_be_taken_up:
+            return self._give_up_orphans([served])
+        return []
+
+    def end_all(self, refusal: Refusal, message: str, now: float) -> list[Post]:
+        """Ends every request that runs, so that routers run it elsewhere."""
+        commands: list[Post] = []
+        for served in self._table:
+            if served.owner is None:
+                commands += self._give_up(served)
+            else:
+                self.deliver(served, error_output(served.request, refusal, message), now)
+                commands.append(Post(CancelSequence(served.sequence_id)))
+        return commands
+
+    # ---- time ----
+
+    @property
+    def next_due_s(self) -> float:
+        """When an orphan's grace ends."""
+        return self._table.next_due_s
+
+    def check_time(self, now: float) -> list[Post]:
+        """Gives up what nobody has taken up in time."""
+        return self._give_up_orphans(self._table.expired(now))
+
+    def _give_up_orphans(self, orphans: list[ServedRequest]) -> list[Post]:
+        self._counters["orphans_given_up"] += len(orphans)
+        return [command for served in orphans for command in self._give_up(served)]
+
+    def _give_up(self, served: ServedRequest) -> list[Post]:
+        """Nobody wants it any more."""
+        if not self._table.drop(served):
+            return []
+        self._observer.cancelled(served.sequence_id)
+        return [Post(CancelSequence(served.sequence_id))]
+
+
+def _continues(submit: Submit, earlier: ServedRequest) -> bool:
+    """Whether an attempt is of the request that an earlier one was, and of nothing but the name."""
+    ours, theirs = submit.request, earlier.request
+    same = (ours.prompt_token_ids, ours.params, ours.choice_index) == (
+        theirs.prompt_token_ids, theirs.params, theirs.choice_index,
+    )  # fmt: skip
+    return same and submit.migration is None
