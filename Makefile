@@ -32,7 +32,7 @@ model: $(TEST)
 	$(BIN)/python models/train.py --output models/ernie-4.5-tiny
 
 protos: $(TEST)
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/workers/pb/worker.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/workers/pb/worker.proto proto/workers/pb/group.proto
 
 # Installing compiles the C++ (hatch_build.py), with zig from PyPI where there is no compiler.
 $(SERVE): pyproject.toml hatch_build.py workers/native_build.py workers/instruction_sets.py \

@@ -92,7 +92,12 @@ GOLDEN = generate_alone(PROMPT)
 
 
 def files_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.kv"))
+    return sorted(folder.rglob("*.kv"))
+
+
+def file_of(folder: Path, block_hash: int) -> Path:
+    (found,) = folder.rglob(f"{block_hash:016x}.kv")
+    return found
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
@@ -108,6 +113,6 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
             path.unlink()
             return
         case "swap":
-            others = [other for other in files_in(path.parent) if other != path]
+            others = [other for other in files_in(path.parents[1]) if other != path]
             raw = bytearray(rng.choice(others).read_bytes())
     path.write_bytes(raw)

@@ -295,12 +295,12 @@ class Engine:
 
     def _account(self, running: _Running, drawn: dict[int, Sampled]) -> None:
         """`drawn`: what came of each slice, by its place in the step."""
-        slices = running.slices
+        slices, num_prefill = running.slices, running.num_prefill
         for index, sampled in drawn.items():
             live, piece = running.lives[index], slices[index]
             if live.sequence.state is State.ENDING:
                 continue
-            if index >= running.num_prefill:
+            if index >= num_prefill:
                 self._scheduler.computed_decode(live.sequence)
                 self._roster.drew(live, sampled)
                 continue

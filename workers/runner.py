@@ -19,7 +19,11 @@ BLOCK_SIZE = 64
 """Tokens per KV block; equals the prefill tile so that a block's bits do not depend on chunking."""
 
 
-@dataclass(frozen=True, slots=True)
+# The next three are made for every token of every sequence, and a frozen dataclass takes three times as long to make. Nobody
+# changes one all the same.
+
+
+@dataclass(slots=True)
 class SampleSpec:
     """How to draw the next token of a sequence.
 
@@ -40,7 +44,7 @@ class SampleSpec:
     edits: LogitEdits | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceSlice:
     """The part of one sequence that one step computes.
 
@@ -74,7 +78,7 @@ class Batch:
         return sum(len(s.token_ids) for s in self.prefill) + len(self.decode)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
     """Result of one slice. `token_id` is None where the slice had no SampleSpec."""
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.group.messages import (
-    MAX_FRAME_BYTES,
     BadMessage,
     Beat,
     Blocks,
@@ -23,11 +22,10 @@ from workers.group.messages import (
     Ready,
     Step,
     Welcome,
-    decode,
-    encode,
-    lengths,
 )  # fmt: skip
-from workers.group.step_codec import decode_batch, decode_results, encode_batch, encode_results, split_by_pool
+from workers.group.step_codec import BatchReader, BatchWriter, decode_results, encode_results, split_by_pool
+from workers.group.wire import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
+from workers.pb import group_pb2 as pb
 from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob
 from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
@@ -50,24 +48,26 @@ MESSAGES: tuple[Message, ...] = (
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
     frame = encode(message)
-    header, tail = lengths(frame[:8])
-    assert len(frame) == 8 + header + tail
-    assert decode(frame[8 : 8 + header], frame[8 + header :]) == message
+    assert len(frame) == PREFIX_BYTES + length(frame[:PREFIX_BYTES])
+    assert decode(frame[PREFIX_BYTES:]) == message
 
 
-@pytest.mark.parametrize(
-    "header",
-    [b"", b"{}", b'["os.system", {}]', b'["Beat", {"x": 1}]', b'["Hello", {"rank": "1"}]', b'["Formed", {"epoch": true}]',
-     b'["Welcome", {"num_blocks": 1, "slots": [["a"]], "pool_pid": 1, "pool_fd": 2, "pool_bytes": 3, "pool_nonce": ""}]', b'["Formed", {}]', b"\xff"],
-)  # fmt: skip
-def test_bytes_that_are_no_message_are_refused(header: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"\xff", b"{}", b"\x0a\x05ab", b"\xfa\x01\x00"])
+def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
     with pytest.raises(BadMessage):
-        decode(header, b"")
+        decode(data)
+
+
+def test_a_message_of_a_newer_version_is_read_as_far_as_it_is_known() -> None:
+    frame = pb.Frame.FromString(encode(Form(3, "h", 4444, [[0, 1]], "decode", 65537))[PREFIX_BYTES:])
+    frame.form.MergeFromString(b"\xf8\x07\x01")
+    frame.MergeFromString(b"\xf8\x07\x01")
+    assert decode(frame.SerializeToString()) == Form(3, "h", 4444, [[0, 1]], "decode", 65537)
 
 
 def test_a_frame_above_the_bound_is_refused_before_it_is_read() -> None:
     with pytest.raises(BadMessage, match="above the bound"):
-        lengths(MAX_FRAME_BYTES.to_bytes(4, "little") + (1).to_bytes(4, "little"))
+        length((MAX_FRAME_BYTES + 1).to_bytes(PREFIX_BYTES, "little"))
 
 
 PARAMS = st.builds(
@@ -105,7 +105,11 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
     prefill: list[SequenceSlice], decode: list[SequenceSlice]
 ) -> None:
     batch = Batch(tuple(prefill), tuple(decode))
-    found = decode_batch(encode_batch(batch))
+    check(batch, BatchReader().read(1, BatchWriter().write(1, batch)))
+
+
+def check(batch: Batch, found: Batch) -> None:
+    prefill, decode = batch.prefill, batch.decode
     for before, after in zip((*prefill, *decode), (*found.prefill, *found.decode), strict=True):
         assert (after.sequence_id, after.start, after.prompt_logprobs) == (
             before.sequence_id, before.start, before.prompt_logprobs,
@@ -127,8 +131,61 @@ def test_a_batch_arrives_with_everything_that_its_computation_reads(
                 assert found_array.dtype == sent.dtype and found_array.tolist() == sent.tolist()
 
 
-@settings(deadline=None)
-@given(st.floats(-9999, 0), st.floats(-9999, 0))
+@st.composite
+def stories(draw: st.DrawFn) -> list[tuple[int, Batch]]:
+    """Steps with their epochs, in which sequences come, go, grow, are preempted and come back."""
+    tables: dict[int, list[int]] = {}
+    specs = [SampleSpec(draw(PARAMS), 0, 0, (), ()) for _ in range(3)]
+    steps = []
+    epoch = 1
+    for _ in range(draw(st.integers(1, 12))):
+        epoch += draw(st.sampled_from([0, 0, 0, 1]))
+        pieces = []
+        for name in draw(st.sets(st.integers(0, 4), max_size=4)):
+            table = tables.setdefault(name, [])
+            if draw(st.sampled_from([True, False, False, False])):
+                table.clear()  # preempted: it begins anew with other blocks
+            table += draw(st.lists(st.integers(0, 99), min_size=0 if table else 1, max_size=2))
+            start = len(table) * 64 - draw(st.integers(1, 64))
+            pieces.append(SequenceSlice(name, (5,), start, np.array(table, np.int32), draw(st.sampled_from(specs))))
+        steps.append((epoch, Batch((), tuple(pieces))))
+    return steps
+
+
+@settings(max_examples=100)
+@given(stories())
+def test_batches_of_an_epoch_arrive_whole_though_only_what_is_new_travels(steps: list[tuple[int, Batch]]) -> None:
+    writer, reader = BatchWriter(), BatchReader()
+    for epoch, batch in steps:
+        check(batch, reader.read(epoch, writer.write(epoch, batch)))
+
+
+def test_a_decode_step_of_long_sequences_is_some_hundred_bytes_and_a_new_epoch_says_all_again() -> None:
+    spec = SampleSpec(SamplingParams(temperature=0.5, seed=1), 0, 5, (), ())
+
+    def batch(num_blocks: int) -> Batch:
+        table = np.arange(num_blocks, dtype=np.int32)
+        start = num_blocks * 64 - 1
+        return Batch((), tuple(SequenceSlice(name, (5,), start, table, spec) for name in range(16)))
+
+    writer = BatchWriter()
+    first = writer.write(1, batch(2000))
+    assert len(first) > 16 * 2000 * 4
+    assert len(writer.write(1, batch(2000))) < 16 * 40
+    assert len(writer.write(1, batch(2001))) < 16 * 50
+    assert len(writer.write(2, batch(2001))) > 16 * 2000 * 4
+
+
+def test_a_batch_that_builds_on_one_that_was_not_read_is_refused() -> None:
+    spec = SampleSpec(SamplingParams(), 0, 5, (), ())
+    batch = Batch((), (SequenceSlice(1, (5,), 100, [3, 4], spec),))
+    writer = BatchWriter()
+    writer.write(1, batch)
+    with pytest.raises(BadMessage):
+        BatchReader().read(1, writer.write(1, batch))
+
+
+@given(st.floats(-9999, 0, width=32), st.floats(-9999, 0, width=32))
 def test_logprobs_keep_their_bits(first: float, second: float) -> None:
     entry = TokenLogprob(3, first, ((3, first), (9, second)))
     floats = np.array([first, second], np.float32)
@@ -144,10 +201,12 @@ def test_logprobs_keep_their_bits(first: float, second: float) -> None:
     assert decode_results(encode_results(results)) == results
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01\x00\x00\x00[", b"\x02\x00\x00\x00[]", b"\x08\x00\x00\x00[[[]],[]]"])
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"\x0a\x05ab", pb.Batch(decode=[pb.Slice(token_ids=b"abc")]).SerializeToString()]
+)
 def test_bytes_that_are_no_batch_are_refused(data: bytes) -> None:
     with pytest.raises(BadMessage):
-        decode_batch(data)
+        BatchReader().read(1, data)
 
 
 def test_a_batch_is_split_by_pool_with_block_ids_of_its_own() -> None:

@@ -11,15 +11,16 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import IMPORT_PATHS, FakeModel, make_request
 from running_workers import CONFIG, Attached
-from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, files_in, rig
+from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, file_of, files_in, rig
 
 from workers.errors import InvalidConfig
 from workers.kv_cache.block_hash import PromptBlocks, block_hashes
-from workers.kv_tiers.folder import BlockFolder
-from workers.kv_tiers.record import BadRecord, Format, decode_header, encode_header, fingerprint_bytes
+from workers.kv_tiers.folder import BlockFolder, Scanned
+from workers.kv_tiers.record import BadRecord, Format, checksum, decode_header, encode_header, fingerprint_bytes
 from workers.runner import BLOCK_SIZE
 from workers.status import Role, Tier
 from workers.worker import Worker
@@ -71,7 +72,7 @@ def test_a_damaged_file_costs_time_and_never_a_token(how: str, restart: bool, tm
             r.push_out()
             hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
             at = rng.randrange(4)
-            victim = tmp_path / f"{hashes[at]:016x}.kv"
+            victim = file_of(tmp_path, hashes[at])
             if not restart:
                 damage(victim, how, rng)
                 assert r.ask(PROMPT) == (GOLDEN, at * BLOCK_SIZE)
@@ -81,6 +82,58 @@ def test_a_damaged_file_costs_time_and_never_a_token(how: str, restart: bool, tm
             with rig(folder=tmp_path) as r:
                 assert r.ask(PROMPT) == (GOLDEN, at * BLOCK_SIZE)
                 assert r.count("kv_disk_corrupt_blocks") == (0 if how == "gone" else 1)
+
+
+def test_a_start_looks_at_names_and_sizes_and_opens_nothing(tmp_path: Path) -> None:
+    home = tmp_path / FORMAT.fingerprint.hex()
+    hashes = block_hashes(PROMPT.prompt_token_ids, BLOCK_SIZE)
+    for age, block_hash in enumerate(hashes):
+        name = f"{block_hash:016x}"
+        (home / name[:2]).mkdir(parents=True, exist_ok=True)
+        file = home / name[:2] / f"{name}.kv"
+        with file.open("wb") as stream:
+            stream.truncate(FORMAT.file_bytes)  # as large as a block, and none
+        os.utime(file, (1000 - age, 1000 - age))
+    folder = BlockFolder(tmp_path, FORMAT)
+    found = [step for step in folder.scan() if step is not None]
+    folder.close()
+    assert found == [Scanned(tuple(reversed(hashes)))]
+    with rig(folder=tmp_path) as r:
+        assert r.dump().tiers.count(Tier.DISK) == len(hashes)
+        assert r.ask(PROMPT) == (GOLDEN, 0)  # the first that is read is refused
+        assert r.count("kv_disk_corrupt_blocks") >= 1
+
+
+def test_many_blocks_are_spread_over_folders_and_found_in_steps(tmp_path: Path) -> None:
+    folder = BlockFolder(tmp_path, FORMAT)
+    payload = np.zeros(FORMAT.block_bytes, np.uint8)
+    prompt = PromptBlocks.of([i % 997 for i in range(400 * BLOCK_SIZE)], BLOCK_SIZE)
+    for index in range(400):
+        folder.write(prompt.key(index), payload, checksum(payload))
+    assert max(len(list(part.iterdir())) for part in (tmp_path / FORMAT.fingerprint.hex()).iterdir()) < 20
+    steps = list(folder.scan())
+    folder.close()
+    assert sorted(h for step in steps if step is not None for h in step.hashes) == sorted(prompt.hashes)
+    assert len(steps) > 100
+
+
+def test_a_disk_thread_that_fails_in_an_unforeseen_way_ends_the_tier_and_nobody_waits(tmp_path: Path) -> None:
+    with rig(folder=tmp_path) as r:
+        r.ask(PROMPT)
+        r.push_out()
+        assert r.tiers._disk is not None
+        folder = r.tiers._disk._folder
+
+        def fail(*args: object) -> None:
+            raise MemoryError("no more")
+
+        folder.read = fail  # type: ignore[method-assign, assignment]
+        assert r.ask(PROMPT) == (GOLDEN, 0)
+        folder.write = fail  # type: ignore[method-assign]
+        r.ask(make_request([3] * (BLOCK_SIZE * 3), 2))
+        r.push_out()
+        assert not r.tiers.has_disk and r.count("kv_disk_failures") == 1
+        assert r.ask(PROMPT)[0] == GOLDEN
 
 
 def test_every_single_bit_of_a_file_counts() -> None:
@@ -120,7 +173,7 @@ def test_a_full_disk_switches_the_tier_off_with_one_warning_and_all_goes_on(tmp_
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("the KV disk tier is off") == 1 and not files_in(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 async def test_a_worker_brings_blocks_back_from_its_disk_also_after_a_restart(tmp_path: Path) -> None:

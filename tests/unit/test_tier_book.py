@@ -95,7 +95,7 @@ def test_a_hash_alone_is_not_believed() -> None:
 
 def test_a_smaller_disk_than_before_keeps_what_was_used_last() -> None:
     book = TierBook(0, 2, Ledger())
-    assert book.restore([(1, 0), (2, 1), (3, 2)]) == [Delete(1)]
+    assert book.restore([1, 2, 3]) == [Delete(1)]
     assert places(book, 1, 2, 3) == [None, Tier.DISK, Tier.DISK]
 
 

@@ -8,7 +8,8 @@ import struct
 import threading
 
 from workers.errors import RankLost
-from workers.group.messages import BadMessage, Message, decode, encode, lengths
+from workers.group.messages import BadMessage, Message
+from workers.group.wire import PREFIX_BYTES, decode, encode, length
 
 
 class Channel:
@@ -55,9 +56,7 @@ class Channel:
     def receive(self) -> Message:
         """The next message. Raises RankLost after a silence, or at the end of the connection."""
         try:
-            header, tail = lengths(self._read(8))
-            data = self._read(header + tail)
-            return decode(data[:header], data[header:])
+            return decode(self._read(length(self._read(PREFIX_BYTES))))
         except BadMessage as error:
             self.close()
             raise RankLost(str(error)) from error

@@ -33,7 +33,7 @@ from workers.group.messages import (
     Stop,
     Welcome,
 )  # fmt: skip
-from workers.group.step_codec import decode_batch, encode_results
+from workers.group.step_codec import BatchReader, encode_results
 from workers.kv_transfer.joined import JoinedKvMemory
 from workers.kv_transfer.memory import KvMemory, SharedHandle
 from workers.model.collectives import Links
@@ -64,6 +64,7 @@ class Follower:
         self._num_blocks = 0
         self._links = Links()
         self._member: EpochMember | None = None
+        self._reader = BatchReader()
         self._stop = threading.Event()
         self._channel: Channel | None = None
 
@@ -231,7 +232,7 @@ class Follower:
     def _step(self, step: Step, channel: Channel) -> None:
         assert self._member is not None
         try:
-            results, done = self._member.compute(step, decode_batch(step.tail))
+            results, done = self._member.compute(step, self._reader.read(step.epoch, step.tail))
         except RankLost as error:
             channel.send(Failed(step.epoch, str(error), is_broken=True))
         except (BatonError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:

@@ -1,20 +1,10 @@
-"""What the leader and the ranks of a group say to each other, and its bytes: a JSON header and a tail of plain bytes. Knows no socket.
-
-No object is ever built from what the header names other than the messages of this file.
-"""
+"""What the leader and the ranks of a group say to each other; plain values, knows no bytes and no socket."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
 
 from workers.errors import BatonError
-
-MAX_FRAME_BYTES = 256 << 20
-"""Header and tail together; a step's token ids and its results are far smaller."""
 
 
 class BadMessage(BatonError):
@@ -185,47 +175,3 @@ Message = (
     Hello | Welcome | Declined | Ready | Form | Formed | Abort | Step | Done | Failed | GetBlocks | PutBlocks | Blocks | Beat
     | Stop
 )  # fmt: skip
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
-_FIELDS = {name: get_type_hints(kind) for name, kind in _KINDS.items()}
-
-
-def encode(message: Message) -> bytes:
-    """The frame of a message: length of header, length of tail (4 bytes each, little endian), header, tail."""
-    fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    tail = fields.pop("tail", b"")
-    header = json.dumps([type(message).__name__, fields], separators=(",", ":")).encode()
-    frame: bytes = len(header).to_bytes(4, "little") + len(tail).to_bytes(4, "little") + header + tail
-    return frame
-
-
-def lengths(prefix: bytes) -> tuple[int, int]:
-    """Lengths of header and tail from a frame's first 8 bytes. Raises BadMessage above the bound."""
-    header, tail = int.from_bytes(prefix[:4], "little"), int.from_bytes(prefix[4:8], "little")
-    if header + tail > MAX_FRAME_BYTES:
-        raise BadMessage(f"a frame of {header + tail} bytes is above the bound of {MAX_FRAME_BYTES}")
-    return header, tail
-
-
-def decode(header: bytes, tail: bytes) -> Message:
-    """Raises BadMessage when the bytes are no message of this file."""
-    try:
-        name, fields = json.loads(header)
-        kind, hints = _KINDS[name], _FIELDS[name]
-        if "tail" in hints:
-            fields["tail"] = tail
-        if set(fields) - set(hints) or not all(_fits(value, hints[key]) for key, value in fields.items()):
-            raise BadMessage(f"a {name} has fields that do not fit")
-        message: Message = kind(**fields)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadMessage(f"not a message: {error}") from error
-    return message
-
-
-def _fits(value: object, kind: Any) -> bool:
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(entry, get_args(kind)[0]) for entry in value)
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, option) for option in get_args(kind))
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

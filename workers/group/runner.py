@@ -21,7 +21,7 @@ from workers.group.epoch_member import EpochMember
 from workers.group.leader import OWN_RANK, Callbacks, GroupLeader, Truth
 from workers.group.memory import GroupKvMemory, RemotePart
 from workers.group.messages import Done, Form, Step
-from workers.group.step_codec import decode_results, encode_batch, split_by_pool
+from workers.group.step_codec import BatchWriter, decode_results, split_by_pool
 from workers.kv_transfer.memory import KvMemory
 from workers.model.collectives import Links, start_store
 from workers.model.ernie_config import ErnieConfig
@@ -66,6 +66,7 @@ class GroupRunner:
         self._step_part = threading.RLock()  # held while rank 0 itself joins, computes or leaves
         self._store: object = None
         self._number = 0
+        self._writers = [BatchWriter() for _ in range(self.num_pools)]
         self._lost_before: set[int] = set()
         """Pools whose loss came to light in a step that was not the engine's."""
         self._leader: GroupLeader | None = None
@@ -301,7 +302,7 @@ class GroupRunner:
             list(moved_slots), sum(len(piece.token_ids) for piece in batch.prefill), len(batch.decode),
         )  # fmt: skip
         tensor = self._parallel.tensor_parallel
-        tails = [encode_batch(part) for part in parts]
+        tails = [writer.write(epoch, part) for writer, part in zip(self._writers, parts, strict=True)]
         try:
             leader.begin({rank: replace(plan, tail=tails[rank // tensor]) for rank in range(1, self._parallel.size)})
             with self._step_part:

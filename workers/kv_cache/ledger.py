@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from workers.status import KvEvent, Tier
 
 MAX_PENDING_CHANGES = 65_536
@@ -57,7 +59,8 @@ class Ledger:
         self._told, self._overflow = {}, False
         everything = {block_hash: tier for block_hash, mask in self._tiers.items() if (tier := _BEST[mask]) is not None}
         if len(everything) > MAX_TOLD:
-            everything = dict(sorted(everything.items(), key=lambda item: item[1])[:MAX_TOLD])
+            by_tier = ((h, tier) for wanted in Tier for h, tier in everything.items() if tier is wanted)
+            everything = dict(islice(by_tier, MAX_TOLD))
         return self._event(everything, (), reset=True)
 
     def _event(self, stored: dict[int, Tier], removed: tuple[int, ...], reset: bool) -> KvEvent:

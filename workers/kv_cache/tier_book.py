@@ -56,8 +56,8 @@ class TierBook:
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
         self._host: OrderedDict[int, _Kept] = OrderedDict()
         self._num_disk_blocks = num_disk_blocks
-        self._disk: OrderedDict[int, int] = OrderedDict()
-        """Parent of each block by its hash; the tokens are in the file, and compared when it is read."""
+        self._disk: OrderedDict[int, int | None] = OrderedDict()
+        """Parent of each block by its hash, None where only its file knows; the whole key is in the file, and compared when it is read."""
         self._writing: dict[int, int] = {}
         self._pins: Counter[int] = Counter()
         self._ledger = ledger
@@ -78,7 +78,7 @@ class TierBook:
         kept = self._host.get(key.block_hash)
         if kept is not None and kept.key == key:
             return Tier.HOST
-        return Tier.DISK if self._disk.get(key.block_hash) == key.parent else None
+        return Tier.DISK if self._disk.get(key.block_hash, -1) in (key.parent, None) else None
 
     def slot_of(self, key: BlockKey) -> int:
         """Where the host tier keeps a block that it holds."""
@@ -148,11 +148,14 @@ class TierBook:
             return [Delete(key.block_hash)]
         return []
 
-    def restore(self, found: Iterable[tuple[int, int]]) -> list[Command]:
-        """Hash and parent of blocks that an earlier process left on the disk, least recently used first."""
-        for block_hash, parent in found:
-            self._disk[block_hash] = parent
-            self._ledger.add(block_hash, Tier.DISK)
+    def restore(self, hashes: Iterable[int]) -> list[Command]:
+        """Blocks that an earlier process left on the disk, least recently used first; later calls bring those used later."""
+        if not self._num_disk_blocks:
+            return []
+        for block_hash in hashes:
+            if block_hash not in self._disk and block_hash not in self._writing:
+                self._disk[block_hash] = None
+                self._ledger.add(block_hash, Tier.DISK)
         excess = max(0, len(self._disk) - self._num_disk_blocks)
         return [self._evict_from_disk(block_hash) for block_hash in list(self._disk)[:excess]]
 

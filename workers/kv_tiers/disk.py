@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_tiers.folder import BlockFolder
+from workers.kv_tiers.folder import BlockFolder, Scanned
 from workers.kv_tiers.record import BadRecord
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ class ReadBlock:
     reason: str = ""
 
 
-Result = Written | Broken | ReadBlock
+Result = Written | Broken | ReadBlock | Scanned
 
 
 class DiskThread:
-    """Reads go first; writes and deletions keep their order. At most `max_writes` writes wait, each with a block of memory.
+    """Reads go first; writes and deletions keep their order; what an earlier process left is looked through beside them. At most
+    `max_writes` writes wait, each with a block of memory.
 
     `on_result` is called on the thread after each result. One caller's thread uses everything else.
     """
@@ -71,6 +72,8 @@ class DiskThread:
         self._num_writes = 0
         self._results: deque[Result] = deque()
         self._num_read = 0
+        self._scan: Iterator[Scanned | None] | None = folder.scan()
+        """None when it has ended."""
         self._is_busy = False
         self._is_stopping = False
         self._moved = threading.Condition()
@@ -115,6 +118,11 @@ class DiskThread:
         with self._moved:
             self._moved.wait_for(lambda: self._results or not self._has_work, timeout_s)
 
+    def wait_scanned(self, timeout_s: float) -> None:
+        """Returns when all that an earlier process left is among the results, or after so long."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._scan is None, timeout_s)
+
     @property
     def is_idle(self) -> bool:
         """Nothing is under way and every result has been taken."""
@@ -130,11 +138,19 @@ class DiskThread:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._is_busy or self._reads or self._changes)
+        return bool(self._is_busy or self._reads or self._changes or self._scan is not None)
 
     def _run(self) -> None:
         try:
             self._work()
+        except Exception as error:  # whoever waits for this thread must not wait for ever
+            log.exception("the thread of the KV disk tier ends")
+            with self._moved:
+                self._is_busy, self._scan = False, None
+                self._reads.clear()
+                self._changes.clear()
+                self._results.append(Broken(repr(error)))
+                self._moved.notify_all()
         finally:
             self._folder.close()
 
@@ -143,12 +159,15 @@ class DiskThread:
             with self._moved:
                 self._is_busy = False
                 self._moved.notify_all()
-                self._moved.wait_for(lambda: self._is_stopping or self._next_queue() is not None)
+                self._moved.wait_for(
+                    lambda: self._is_stopping or self._next_queue() is not None or self._scan is not None
+                )
                 if self._is_stopping:
                     return
-                job = (self._next_queue() or self._changes).popleft()
+                jobs = self._next_queue()
+                job = None if jobs is None else jobs.popleft()
                 self._is_busy = True
-            result = self._do(job)
+            result = self._look_on() if job is None else self._do(job)
             with self._moved:
                 if isinstance(job, _Write):
                     self._num_writes -= 1
@@ -157,6 +176,18 @@ class DiskThread:
                     self._num_read += isinstance(result, ReadBlock)
             if result is not None:
                 self.on_result()
+
+    def _look_on(self) -> Scanned | None:
+        assert self._scan is not None
+        try:
+            return next(self._scan)
+        except StopIteration:
+            pass
+        except Exception:
+            log.exception("what an earlier process left in the KV disk tier is not used")
+        with self._moved:
+            self._scan = None
+        return None
 
     def _next_queue(self) -> deque[BlockKey] | deque[_Write | _Delete] | None:
         if self._reads and self._num_read < MAX_READ_RESULTS:
@@ -170,12 +201,21 @@ class DiskThread:
                     return ReadBlock(job, self._folder.read(job))
                 except (OSError, BadRecord) as error:
                     return ReadBlock(job, None, str(error))
+                except Exception as error:
+                    log.exception("block %016x cannot be read", job.block_hash)
+                    return ReadBlock(job, None, repr(error))
             case _Write(key, payload, checksum):
                 try:
                     self._folder.write(key, payload, checksum)
                 except OSError as error:
                     return Broken(error.strerror or str(error))
+                except Exception as error:
+                    log.exception("block %016x cannot be written", key.block_hash)
+                    return Broken(repr(error))
                 return Written(key.block_hash)
             case _Delete(block_hash):
-                self._folder.delete(block_hash)
+                try:
+                    self._folder.delete(block_hash)
+                except Exception:
+                    log.exception("block %016x cannot be deleted", block_hash)
         return None

@@ -7,6 +7,8 @@ import fcntl
 import logging
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,25 @@ from workers.kv_tiers.record import BadRecord, Format, checksum, decode_header, 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{16}\.(kv|tmp)")
-"""Only files with such names are ever touched: a folder named by mistake loses nothing."""
+_HOME = re.compile(r"[0-9a-f]{32}")
+_PART = re.compile(r"[0-9a-f]{2}")
+"""Only files with such names, in folders with such names, are ever touched: a folder named by mistake loses nothing."""
+_SCAN_FILES = 1024
+"""Looked at, deleted or told of in one step of a scan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """Blocks that are here, by their hashes, and how many files were refused and deleted."""
+
+    hashes: tuple[int, ...]
+    num_refused: int = 0
 
 
 class BlockFolder:
-    """Locked for as long as it is open: two workers never share one.
+    """FINGERPRINT/ab/ab....kv: for each model 256 subfolders, by the first byte of the hash.
+
+    Locked for as long as it is open: two workers never share one.
 
     Files are not synced: what a power failure leaves half written does not match its checksum.
     """
@@ -31,6 +47,7 @@ class BlockFolder:
     def __init__(self, path: Path, form: Format) -> None:
         """Raises InvalidConfig when the folder cannot be used, or another process uses it."""
         self._path = path
+        self._home = path / form.fingerprint.hex()
         self._form = form
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,30 +62,53 @@ class BlockFolder:
                 f"worker.kv_disk_folder: {path} is in use by another worker; give each its own folder or name"
             ) from error
 
-    def scan(self) -> tuple[list[tuple[int, int]], int]:
-        """Hash and parent of the blocks that are here, least recently used first, and how many files were refused and deleted.
+    def scan(self) -> Iterator[Scanned | None]:
+        """What an earlier process left, least recently used first, some blocks at a time; then deletes what other models left.
 
-        Headers are verified now, the bytes when they are read.
+        Each step of it takes little time, also over millions of files: nothing is read but names, sizes and times. None: go on.
+        The bytes, and whose they are, are verified when they are read.
         """
-        found: list[tuple[int, int, int]] = []
+        hashes: list[int] = []
+        times: list[int] = []
         num_refused = 0
-        for entry in os.scandir(self._path):
-            if not _NAME.fullmatch(entry.name):
-                continue
-            try:
-                key = self._identify(Path(entry.path))
-                found.append((entry.stat().st_mtime_ns, key.block_hash, key.parent))
-            except (BadRecord, OSError) as error:
-                num_refused += 1
-                log.warning("deleted %s: %s", entry.path, error)
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-        return [(block_hash, parent) for _, block_hash, parent in sorted(found)], num_refused
+        for folder in _subfolders(self._home):
+            for count, entry in enumerate(_files(folder)):
+                if count % _SCAN_FILES == _SCAN_FILES - 1:
+                    yield None
+                try:
+                    state = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if entry.name.endswith(".kv") and state.st_size == self._form.file_bytes:
+                    hashes.append(int(entry.name[:16], 16))
+                    times.append(state.st_mtime_ns)
+                else:
+                    num_refused += 1
+                    log.warning("deleted %s: it has not the size of a block", entry.path)
+                    _delete(entry.path)
+            yield None
+        order = np.argsort(np.array(times, np.int64), kind="stable")
+        in_order = np.array(hashes, np.uint64)[order]
+        for first in range(0, len(in_order), _SCAN_FILES):
+            yield Scanned(tuple(in_order[first : first + _SCAN_FILES].tolist()))
+        for home in _subfolders(self._path):
+            if home.name != self._home.name and _HOME.fullmatch(home.name):
+                for folder in _subfolders(home):
+                    for entry in _files(folder):
+                        _delete(entry.path)
+                        num_refused += 1
+                        if num_refused % _SCAN_FILES == 0:
+                            yield None
+                    _remove(folder)
+                _remove(home)
+        if num_refused:
+            yield Scanned((), num_refused)
 
     def write(self, key: BlockKey, payload: npt.NDArray[np.uint8], payload_checksum: int) -> None:
         """Raises OSError, and leaves no file, when the disk does not take it."""
         unfinished = self._file(key.block_hash, "tmp")
         try:
+            unfinished.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(unfinished, "wb", buffering=0, opener=_open_private) as file:
                 for part in (encode_header(self._form, key, payload_checksum), payload.data):
                     rest = memoryview(part)
@@ -113,16 +153,33 @@ class BlockFolder:
             self._lock = -1
 
     def _file(self, block_hash: int, kind: str = "kv") -> Path:
-        return self._path / f"{block_hash:016x}.{kind}"
+        name = f"{block_hash:016x}"
+        return self._home / name[:2] / f"{name}.{kind}"
 
-    def _identify(self, path: Path) -> BlockKey:
-        if path.suffix == ".tmp" or path.stat().st_size != self._form.file_bytes:
-            raise BadRecord("the file has not the size of a block")
-        with path.open("rb", buffering=0) as file:
-            key, _ = decode_header(self._form, file.read(self._form.header_bytes))
-        if path.name != f"{key.block_hash:016x}.kv":
-            raise BadRecord("the file holds another block than its name says")
-        return key
+
+def _subfolders(path: Path) -> list[Path]:
+    """Of those that may hold blocks, in no order; none where there is no such folder."""
+    try:
+        found = [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [folder for folder in found if _PART.fullmatch(folder.name) or _HOME.fullmatch(folder.name)]
+
+
+def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with contextlib.suppress(OSError):
+        yield from (entry for entry in os.scandir(folder) if _NAME.fullmatch(entry.name))
+
+
+def _delete(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _remove(folder: Path) -> None:
+    """Unless something else is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -18,7 +18,7 @@ from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import Promotion
 from workers.kv_cache.tier_book import Command, Delete, Keep, Spill, TierBook
 from workers.kv_tiers.disk import Broken, DiskThread, ReadBlock, Written
-from workers.kv_tiers.folder import BlockFolder
+from workers.kv_tiers.folder import BlockFolder, Scanned
 from workers.kv_tiers.record import checksum
 from workers.kv_transfer.memory import KvMemory
 from workers.status import Tier
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 MAX_WRITE_BYTES = 64 << 20
 """Blocks that wait to be written; beyond that a block is dropped instead."""
+
+SCAN_WAIT_S = 2.0
+"""A start waits so long for what an earlier process left on the disk; what is found later is used from then on."""
 
 View = npt.NDArray[np.uint8]
 
@@ -57,10 +60,9 @@ class KvTiers:
         self._ending: DiskThread | None = None
         """A disk that was switched off, until its last write has ended."""
         if folder is not None:
-            found, num_refused = folder.scan()
-            self._counters["kv_disk_corrupt_blocks"] += num_refused
             self._disk = DiskThread(folder, max(2, MAX_WRITE_BYTES // block_bytes))
-            self._execute(self._book.restore(found), -1, [])
+            self._disk.wait_scanned(SCAN_WAIT_S)
+            self.poll()
 
     @property
     def ledger(self) -> Ledger:
@@ -207,6 +209,9 @@ class KvTiers:
                     self._counters["kv_disk_stored_blocks"] += 1
                 case ReadBlock():
                     self._on_read(result)
+                case Scanned(hashes, num_refused):
+                    self._counters["kv_disk_corrupt_blocks"] += num_refused
+                    self._execute(self._book.restore(hashes), -1, [])
                 case Broken(reason):
                     self._switch_disk_off(reason)
                     return

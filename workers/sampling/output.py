@@ -17,7 +17,7 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
     """What one token added. `stop_reason` as in workers.request.Output."""
 

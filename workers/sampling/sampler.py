@@ -29,7 +29,7 @@ _CUDA_GROUP_ELEMENTS = 1 << 23
 """Logits drawn from at once; bounds the temporaries of the noise."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drawn:
     token_id: int
     logprob: TokenLogprob | None = None
