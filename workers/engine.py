@@ -138,7 +138,12 @@ class Engine:
     @property
     def _takes_bites(self) -> bool:
         """The next step would copy more of what cannot all be copied between two steps."""
-        return self.incoming.is_adopting or self._promotions.is_copying or self._kv.is_making_room
+        return (
+            self.incoming.is_adopting
+            or self.outgoing.is_showing
+            or self._promotions.is_copying
+            or self._kv.is_making_room
+        )
 
     def take_early(self) -> StepResult | None:
         """What is to be said without waiting for another step: refusals, first tokens that came from elsewhere, sequences that
@@ -168,6 +173,7 @@ class Engine:
         started = self._clock()
         self._promotions.poll(started)
         self.incoming.advance()
+        self.outgoing.advance()
         running = self._running or self._start(self._scheduler.schedule(), None)
         self._running = None
         self.made_no_progress = running is None and not self._takes_bites

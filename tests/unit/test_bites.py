@@ -29,7 +29,7 @@ class CountedMemory(KvMemory):
 
     def __init__(self) -> None:
         super().__init__(LAYOUT)
-        self.num_since_step = {"adopt": 0, "in": 0, "out": 0}
+        self.num_since_step = {"adopt": 0, "expose": 0, "in": 0, "out": 0}
         self.most = dict.fromkeys(self.num_since_step, 0)
         self.is_broken = False
 
@@ -45,6 +45,9 @@ class CountedMemory(KvMemory):
         if self.is_broken:
             raise RankLost("told to")
         self.count("adopt", len(blocks))
+
+    def expose(self, blocks: Sequence[int]) -> None:
+        self.count("expose", len(blocks))
 
     def copy_in(self, blocks: Sequence[int], views: Sequence[npt.NDArray[np.uint8]]) -> None:
         self.count("in", len(blocks))
@@ -166,3 +169,43 @@ def test_a_prompt_that_waits_for_blocks_to_go_down_can_be_cancelled_and_the_engi
     bench.step()
     assert not bench.engine.has_work
     assert len(run_to_end(bench.engine)) == 0
+
+
+def test_a_cached_prefix_is_shown_to_another_worker_in_bites_each_announced_as_it_is_there() -> None:
+    bench = Bench()
+    bench.engine.add(1, LONG)
+    bench.run()
+    bench.engine.add(2, LONG, Kind.SOURCE)
+    results = [bench.step() for _ in range(6)]
+    filled = [[event.num_filled for event in result.filled] for result in results if result.filled]
+    assert [entry for step in filled for entry in step] == [8, 16, 20] and len(filled) == 3
+    assert [bool(result.prefilled) for result in results].index(True) == 2
+    assert bench.memory.most["expose"] == BITE
+    bench.engine.cancel(2)
+    assert bench.engine.num_held_blocks == 0 and not bench.engine.has_work
+
+
+def test_a_prompt_that_is_cancelled_while_it_is_shown_is_shown_no_further() -> None:
+    bench = Bench()
+    bench.engine.add(1, LONG)
+    bench.run()
+    bench.engine.add(2, LONG, Kind.SOURCE)
+    bench.step()
+    bench.engine.cancel(2)
+    result = bench.step()
+    assert not (result.filled or result.prefilled) and not bench.engine.outgoing.is_showing
+
+
+def test_a_held_prefix_is_shown_in_bites_and_then_named() -> None:
+    bench = Bench()
+    bench.engine.add(1, LONG)
+    bench.run()
+    keys = bench.engine._kv.prompt_blocks(LONG.prompt_token_ids)
+    bench.memory.num_since_step = dict.fromkeys(bench.memory.num_since_step, 0)
+    for export_id in (5, 6):  # a quarter of the pool in all is held: six blocks, of which the second gets none
+        bench.engine.outgoing.hold_prefix(export_id, tuple(map(keys.key, range(19))))
+    held = {one.export_id: len(one.blocks) for result in [bench.step(), bench.step()] for one in result.held}
+    assert held == {5: 6, 6: 0} and bench.memory.most["expose"] <= BITE
+    bench.engine.outgoing.release_prefix(5)
+    bench.engine.outgoing.release_prefix(6)
+    assert bench.engine.num_held_blocks == 0

@@ -99,7 +99,7 @@ class KvMemory:
 
     @property
     def copies(self) -> bool:
-        """`adopt` moves bytes, so that many blocks at once keep the caller for long."""
+        """`adopt` and `expose` move bytes, so that many blocks at once keep the caller for long."""
         return False
 
     @property

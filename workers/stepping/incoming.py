@@ -6,9 +6,7 @@ Knows what is reserved, wanted and in place; not how bytes travel.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from workers.errors import RankLost, Refusal, Refused
 from workers.kv_transfer.memory import KvMemory
@@ -17,6 +15,7 @@ from workers.runner import Sampled
 from workers.scheduler.migration import land_migrant, reserve_migrant
 from workers.scheduler.sequence import Kind, State
 from workers.scheduler.sequence import Sequence as Running
+from workers.stepping.bites import Bites
 from workers.stepping.result import PullWanted, TransferWanted
 from workers.stepping.roster import Live, Roster
 
@@ -25,26 +24,15 @@ log = logging.getLogger(__name__)
 LOST_WITH_RANK = "the rank that held this prompt was lost"
 
 
-@dataclass(slots=True)
-class _Adoption:
-    """Blocks of a sequence that have come and that the model has not yet."""
-
-    live: Live
-    blocks: deque[int]
-    then: Callable[[bool], None]
-
-
 class Incoming:
     """Blocks that others write into stay reserved until they have stopped, whatever becomes of the sequence."""
 
     def __init__(self, roster: Roster, memory: KvMemory) -> None:
         self._roster = roster
         self._scheduler = roster.scheduler
-        self._memory = memory
-        self._adoptions: dict[int, _Adoption] = {}
-        """By sequence, in the order of their coming."""
-        self._num_left = memory.blocks_per_bite
-        """Blocks that may still be adopted before the next step."""
+        self._bites = Bites(memory, memory.adopt)
+        self._adoptions: dict[int, int] = {}
+        """Of sequences whose blocks have come and are not all the model's yet: their numbers among the bites."""
 
     # ---- prompts that another worker computes ----
 
@@ -162,42 +150,33 @@ class Incoming:
     @property
     def is_adopting(self) -> bool:
         """Blocks wait for the next bite."""
-        return bool(self._adoptions)
+        return self._bites.is_busy
 
     def advance(self) -> None:
         """Once a step: lets the model have a bite of what has come, first come first served."""
-        self._num_left = self._memory.blocks_per_bite
-        self._take_bites()
+        self._bites.advance()
 
     def _adopt(self, live: Live, blocks: Sequence[int], then: Callable[[bool], None]) -> None:
         """`then` hears, now or in a later step, whether the model has the blocks."""
-        self._adoptions[live.sequence.sequence_id] = _Adoption(live, deque(blocks), then)
-        self._take_bites()
+        sequence_id = live.sequence.sequence_id
 
-    def _take_bites(self) -> None:
-        while self._adoptions:
-            sequence_id, adoption = next(iter(self._adoptions.items()))
-            waiting = adoption.blocks
-            count = min(len(waiting), self._num_left) if self._memory.copies else len(waiting)
-            if waiting and not count:
-                return
-            bite = [waiting.popleft() for _ in range(count)]
-            self._num_left -= count
-            has_blocks = True
-            try:
-                self._memory.adopt(bite)
-            except RankLost as error:
+        def adopted(error: RankLost | None) -> None:
+            self._adoptions.pop(sequence_id, None)
+            if error is not None:
                 log.warning("what came for sequence %d is of no use: %s", sequence_id, error)
-                has_blocks = False
-            if not waiting or not has_blocks:
-                del self._adoptions[sequence_id]
-                adoption.then(has_blocks)
+            then(error is None)
+
+        number = self._bites.add(blocks, lambda: self._roster.lives.get(sequence_id) is live, adopted)
+        if self._bites.waits(number):
+            self._adoptions[sequence_id] = number
 
     # ---- ends ----
 
     def cancel(self, live: Live) -> bool:
         """Whether others write into its blocks: then it ends when they have stopped, and they are asked to."""
-        if self._adoptions.pop(live.sequence.sequence_id, None) is not None:
+        number = self._adoptions.pop(live.sequence.sequence_id, None)
+        if number is not None:
+            self._bites.drop(number)
             return False  # they have stopped already
         if live.sequence.state is not State.TRANSFERRING and not _is_pulling(live.sequence):
             return False
