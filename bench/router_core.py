@@ -42,7 +42,7 @@ from workers.wire_seal import Sealer, Unsealer
 
 BLOCK_SIZE = 64
 MODEL = ModelInfo("model", "fingerprint", 100_000, 1 << 18, BLOCK_SIZE)
-GENERATION = 1 << 16
+GENERATION = 1 << 32
 COUNTERS = tuple((f"counter_{index}", float(index)) for index in range(40))
 """As many as a worker reports."""
 ROOM = Load(num_free_blocks=1 << 20, num_blocks=1 << 20)

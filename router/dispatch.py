@@ -39,13 +39,21 @@ class Dispatcher:
         table, demand, prefixes = self._fleet.table, self._demand(flight), self._prefixes(flight)
         has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
         prefills = table.can_prefill & table.takes_prompt
-        # Where nobody can prefill, those that decode compute prompts themselves.
-        computes = table.takes_prompt & table.can_prefill if table.num_prefilling else table.takes_prompt
-        decodes = has_room & (computes | (prefills.sum() > prefills))
+        # Where nobody can prefill, those that decode compute prompts themselves. A prompt whose tokens are to be scored is
+        # computed where its answer is: no prefill worker hands scores over.
+        is_scored = flight.request.params.prompt_logprobs is not None
+        if is_scored:
+            prefills = np.zeros_like(prefills)
+        computes = (
+            table.takes_prompt & table.can_prefill if table.num_prefilling and not is_scored else table.takes_prompt
+        )
+        reachable = table.can_decode & (computes | (prefills.sum() > prefills))
+        decodes = has_room & reachable
         route = self._policy.route(demand, Candidates(table, decodes, prefills, computes, prefixes))
         if route is None:
             most_cached = int(prefixes.in_pool.max(initial=0))
-            table.wanted_blocks = ANYTHING if has_room.any() else demand.num_prompt_blocks - most_cached
+            lacks_blocks = bool((reachable & ~has_room).any())
+            table.wanted_blocks = demand.num_prompt_blocks - most_cached if lacks_blocks else ANYTHING
         return route
 
     def submit(self, flight: Flight, route: Route, now: float) -> Send:

@@ -100,7 +100,7 @@ class Flights:
         """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
             rejection = self._unfit(flight.request)
-            if flight.is_started:
+            if flight.is_started or flight.has_scores:
                 self._fail(flight, Refusal.NO_WORKERS, "the model that this answer began with is served no more", now)
             elif rejection is not None:
                 self._fail(flight, rejection.refusal, rejection.message, now)
@@ -158,6 +158,9 @@ class Flights:
             self._queue.remove(request_id)
             self._out.append(self._dispatcher.submit(flight, route, now))
             self._attempts[flight.wire_id] = flight
+            if flight.left is not None and flight.left[0] != flight.worker_id:
+                self._end_left(*flight.left)
+            flight.left = None
             self._counters["replayed_tokens"] += len(flight.delivered)
             self._counters["routed_remote_prefill" if route.prefill else "routed_local_prefill"] += 1
 
@@ -211,7 +214,7 @@ class Flights:
     def _deliver(self, flight: Flight, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
-        if not flight.has_spoken:
+        if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
@@ -223,24 +226,39 @@ class Flights:
 
     def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
         """A worker's stream is gone, and with it what was `running` there."""
-        self.migrations.lose_worker(worker_id, now)
-        if running:
-            self._left[worker_id] = {flight.wire_id: flight.request.request_id for flight in running}
+        left = {flight.wire_id: flight.request.request_id for flight in running} | self.migrations.lose_worker(
+            worker_id, now
+        )
+        if left:
+            self._left[worker_id] = left
         for flight in running:
             self._set_back(flight, Refusal.WORKER_LOST, message, now)
 
     def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
         """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
-        ended is ended there. One that still waits is dispatched, and if it comes there the worker knows it by its name."""
+        ended is ended there. One that still waits may be sent there again, where the worker knows it by its name."""
         left = self._left.pop(entry.worker_id, {})
         if not is_same_process or entry.connection is None:
             return
         for wire_id, request_id in left.items():
             flight = self._flights.get(request_id)
-            if flight is not None and flight.wire_id and flight.incoming is None:
+            if (
+                flight is not None
+                and flight.wire_id
+                and flight.incoming is None
+                and flight.worker_id != entry.worker_id
+            ):
                 self.migrations.take_back(flight, entry, now)
-            elif flight is None or flight.incoming is not None:
-                self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
+            elif flight is not None and not flight.wire_id and flight.left is None:
+                flight.left, flight.avoid_worker_id = (entry.worker_id, wire_id), ""
+            else:
+                self._end_left(entry.worker_id, wire_id)
+
+    def _end_left(self, worker_id: str, wire_id: str) -> None:
+        """Nobody wants what may still run there."""
+        entry = self._fleet.get(worker_id)
+        if entry is not None and entry.connection is not None:
+            self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -326,5 +344,7 @@ class Flights:
     def _forget(self, flight: Flight, now: float) -> None:
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
+        if flight.left is not None:
+            self._end_left(*flight.left)
         self._queue.remove(flight.request.request_id)
         del self._flights[flight.request.request_id]

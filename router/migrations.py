@@ -50,14 +50,17 @@ class Migrations:
         self._counters = counters
         self._on_switch = on_switch
         self._incoming: dict[str, Flight] = {}
+        self._adopted: set[str] = set()
+        """Those of `_incoming` that moved nothing anywhere: they were there before."""
         self._departures: dict[str, _Departure] = {}
 
     def __len__(self) -> int:
-        return len(self._incoming)
+        """Sequences that are being moved; those that are taken up again are not."""
+        return len(self._incoming) - len(self._adopted)
 
     def sources(self) -> list[str]:
         """The workers that sequences are being moved away from, once for each of these."""
-        return [flight.worker_id for flight in self._incoming.values()]
+        return [flight.worker_id for wire_id, flight in self._incoming.items() if wire_id not in self._adopted]
 
     def begin(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> None:
         """Asks `target` to take the running attempt over from `source`."""
@@ -73,6 +76,7 @@ class Migrations:
         incoming = flight.begin_migration(worker.worker_id, now)
         worker.attempts[incoming.wire_id] = None
         self._incoming[incoming.wire_id] = flight
+        self._adopted.add(incoming.wire_id)
         adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
         self._out.append(Send(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
@@ -107,8 +111,7 @@ class Migrations:
         """The second attempt is the only one from now on."""
         incoming = flight.incoming
         assert incoming is not None
-        del self._incoming[incoming.wire_id]
-        flight.incoming = None
+        self._end(flight, incoming)
         self._counters["migrations_done"] += 1
         self._on_switch(flight, incoming, now)
 
@@ -117,20 +120,30 @@ class Migrations:
         incoming = flight.incoming
         if incoming is None:
             return
-        del self._incoming[incoming.wire_id]
-        flight.incoming = None
+        self._end(flight, incoming)
         flight.moves_at_s = now + self._config.migration_retry_s
         self._dispatcher.end(incoming.worker_id, incoming.wire_id)
         if not is_known:
             self._cancel(incoming.worker_id, incoming.wire_id)
 
-    def lose_worker(self, worker_id: str, now: float) -> None:
-        """Its stream is gone: nothing arrives there any more, and what left it need not say so."""
+    def _end(self, flight: Flight, incoming: Incoming) -> None:
+        del self._incoming[incoming.wire_id]
+        self._adopted.discard(incoming.wire_id)
+        flight.incoming = None
+
+    def lose_worker(self, worker_id: str, now: float) -> dict[str, str]:
+        """Its stream is gone: nothing arrives there any more, and what left it need not say so. Returns the attempts
+        that may still run there, with their requests."""
+        left: dict[str, str] = {}
         for flight in list(self._incoming.values()):
             if flight.incoming is not None and flight.incoming.worker_id == worker_id:
                 self._counters["migrations_lost"] += 1
+                left[flight.incoming.wire_id] = flight.request.request_id
                 self.drop(flight, now)
-        self._departures = {name: left for name, left in self._departures.items() if left.worker_id != worker_id}
+        for wire_id in [name for name, departure in self._departures.items() if departure.worker_id == worker_id]:
+            del self._departures[wire_id]
+            left[wire_id] = ""  # its request goes on elsewhere, or has ended
+        return left
 
     def check_time(self, now: float) -> None:
         for flight in list(self._incoming.values()):

@@ -48,6 +48,8 @@ class Flight:
     delivered: list[int] = field(default_factory=list)
     is_started: bool = False
     """The client has its first token, or its end."""
+    has_scores: bool = False
+    """The client has scores of the prompt, which come before the first token."""
     num_attempts: int = 0
     wire_id: str = ""
     """The running attempt's name on the wire; empty while the request waits for a worker."""
@@ -57,6 +59,8 @@ class Flight:
     """Who was expected to compute the prompt."""
     has_spoken: bool = False
     """The running attempt has brought an output, so its prompt has been computed."""
+    left: tuple[str, str] | None = None
+    """A worker that is there again, and the attempt which may run there still: unless the request is sent there, it is ended."""
     avoid_worker_id: str = ""
     incoming: Incoming | None = None
     moves_at_s: float = 0.0
@@ -108,6 +112,7 @@ class Flight:
         self.delivered.extend(token_ids)
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first
+        self.has_scores |= bool(output.prompt_logprobs)
         accepted = Output(self.request.request_id, position, *output[2:])
         if skip:
             accepted = accepted._replace(token_ids=token_ids, logprobs=output.logprobs[skip:])

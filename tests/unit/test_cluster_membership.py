@@ -118,7 +118,7 @@ def test_a_few_that_leave_are_not_missed() -> None:
 def test_the_log_says_what_changed_and_not_who_is_there() -> None:
     before = {f"w-{index}": worker(f"w-{index}") for index in range(1000)}
     after = {name: registration for name, registration in before.items() if name != "w-7"} | {"new": worker("new")}
-    after["w-8"] = worker("w-8", generation=2 << 16)
+    after["w-8"] = worker("w-8", generation=2 << 32)
     assert changes_between(before, after) == "new came, w-7 left, w-8 is new"
     assert changes_between(before, before) == "nothing has changed"
 

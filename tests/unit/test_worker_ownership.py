@@ -436,3 +436,17 @@ def steps(draw: st.DrawFn) -> Iterator[None]:
 def test_whatever_happens_no_output_is_lost_or_repeated_and_no_bound_is_passed(data: st.DataObject) -> None:
     for _ in steps(data.draw):
         pass
+
+
+def test_a_run_that_was_begun_anew_while_its_stream_still_seemed_alive_ends_with_that_stream() -> None:
+    story, first = running(3)
+    story.attach(2, "router-1")
+    again = make_request(range(5, 105), 50, request_id="r#2", replay=(10, 11))
+    second = story.submit(2, again, name="r")
+    story.posted.clear()
+    story.lose(1)
+    assert story.taken(CancelSequence) == [
+        CancelSequence(first)
+    ]  # nobody could take it up: "r" is the second run's name
+    story.say(second, "r#2", 2, 12)
+    assert story.tokens(2, "r#2")[-1:] == [12]

@@ -156,13 +156,15 @@ class RequestTable:
         return self._running.pop(served.sequence_id, None) is not None
 
     def orphan(self, owner: int, now: float) -> list[ServedRequest]:
-        """A session is lost: its requests have no owner from now on. Returns those that are too many."""
+        """A session is lost: its requests have no owner from now on. Returns those that are too many, and those that were begun
+        anew meanwhile, which nobody could take up."""
         lost = [*self._owned.pop(owner, {}).values(), *(served for _, served in self._unwritten.pop(owner, ()))]
         for served in lost:
             served.owner, served.orphaned_s, served.orphaned_at = None, now, served.end
             self._orphans[served.sequence_id] = served
         num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
-        return list(self._orphans.values())[:num_too_many]
+        too_many = list(self._orphans.values())[:num_too_many]
+        return too_many + [each for each in lost if self._by_name.get(each.name) is not each and each not in too_many]
 
     def adopt(self, name: str, position: int, owner: int, attempt: str, num_said: int) -> list[Output] | None:
         """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, behind

@@ -25,6 +25,9 @@ LOAD_INTERVAL_S = 0.25
 MAX_FRAME_BYTES = 8 << 20
 """Of what outputs say in one frame, far below what a gRPC message may have. An output has at most 1 MiB, or one token a step."""
 
+MAX_SCORE_BYTES = 256 << 20
+"""Scores of prompts that may wait for one router."""
+
 MAX_CACHE_EVENTS = 256
 """Kept for routers that have not heard of them; one that is further behind gets a dump."""
 
@@ -59,6 +62,8 @@ class Session:
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
+    score_bytes: int = 0
+    """Of scores of prompts that wait: one output may have most of a megabyte of them."""
     num_framed: int = 0
     """Outputs that went into frames."""
     wants_frame: bool = False
@@ -90,6 +95,8 @@ class Session:
         changes = self._take_cache_events(events)
         count = frame_share(self.outputs)
         outputs, self.outputs = tuple(self.outputs[:count]), self.outputs[count:]
+        if self.score_bytes:
+            self.score_bytes -= sum(_about_bytes(output) for output in outputs if output.prompt_logprobs)
         frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status)
         self.said_load = load
         self.num_framed += count
@@ -178,6 +185,8 @@ class Sessions:
         session = self._sessions.get(number)
         if session is not None:
             session.outputs.append(output)
+            if output.prompt_logprobs:
+                session.score_bytes += _about_bytes(output)
             self._touched[number] = session
 
     def stepped(self, load: Load, event: KvEvent | None, dump: KvEvent | None, askers: list[int], now: float) -> None:
@@ -250,7 +259,7 @@ class Sessions:
                     commands += self.ask_for_dump(number)
             elif session.wants_frame and session.is_closing:
                 commands.append(EndStream(number))
-            elif len(session.outputs) > self._max_outputs:
+            elif len(session.outputs) > self._max_outputs or session.score_bytes > MAX_SCORE_BYTES:
                 session.is_cut = True
                 self._counters["routers_cut"] += 1
                 commands.append(CutStream(number, f"{session.router_id} does not keep up"))
