@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from builders import generate_alone, make_request
 from running_workers import CONFIG, Attached, idle, running, tokens
+from stream_reader import Reader
 
 from router.config import RouterConfig
 from router.driver import RouterDriver
@@ -61,7 +62,7 @@ async def routed(driver: RouterDriver, break_after: int) -> list[int]:
     """The tokens of a request whose worker's stream breaks in the middle."""
     stream, got = driver.submit(long_request("r")), []
     is_broken = False
-    async for output in stream:
+    async for output in Reader(stream):
         got += output.token_ids
         if len(got) >= break_after and not is_broken:
             is_broken = True
@@ -94,7 +95,7 @@ async def test_a_router_that_stops_leaves_nothing_running() -> None:
                 await asyncio.sleep(0.01)
             requests = [make_request([index + 5] * 400, 3600, request_id=f"r{index}") for index in range(8)]
             streams = [driver.submit(request) for request in requests]
-            await anext(aiter(streams[0]))
+            await anext(Reader(streams[0]))
             await driver.stop()
             counters = await idle(worker)
         assert not counters.get("requests_orphaned") and not counters.get("orphans_given_up")
