@@ -86,7 +86,7 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
     return (
         status["worker_id"],
         status["role"],
-        generation_text(status["generation"]),
+        generation_text(int(status["generation"])),
         _state(view),
         str(view["num_requests"]),
         str(load["num_running"]),

@@ -37,5 +37,5 @@ def run_switch(args: argparse.Namespace) -> int:
 
     with RouterClient(*client_target(args)) as router:
         worker = router.set_role(args.worker, args.role, args.force)
-    print(f"{worker['worker_id']} is {worker['role']} now, generation {generation_text(worker['generation'])}")
+    print(f"{worker['worker_id']} is {worker['role']} now, generation {generation_text(int(worker['generation']))}")
     return 0

@@ -73,7 +73,8 @@ class ClusterProcess:
     def workers(self) -> dict[str, dict[str, Any]]:
         """Status by worker id, of the workers that the router is connected to."""
         views = self.get("/admin/status")["workers"]
-        return {view["status"]["worker_id"]: view["status"] for view in views if view["connected"]}
+        found = [view["status"] for view in views if view["connected"]]
+        return {status["worker_id"]: status | {"generation": int(status["generation"])} for status in found}
 
     def wait_idle(self, num_workers: int) -> None:
         """Until all workers are there and hold no block and no transfer; says what is held otherwise."""

@@ -210,7 +210,7 @@ class FakeBackend:
         load = Load(num_free_blocks=7, num_blocks=9)
         return WorkerStatus(
             name,
-            65536,
+            (1_795_974_964 << 32) + 1,
             self.roles[name],
             MODEL,
             load,

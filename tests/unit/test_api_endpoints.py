@@ -77,6 +77,7 @@ def test_an_operator_sees_the_routers_whole_state(api: Api) -> None:
     assert status["router_id"] == "router-0" and status["num_waiting"] == 2 and status["counters"] == {"retries": 4}
     worker = status["workers"][0]
     assert worker["connected"] is True and worker["status"]["role"] == "prefill"
+    assert worker["status"]["generation"] == str((1_795_974_964 << 32) + 1)  # a number of JavaScript would lose its end
     assert worker["status"]["load"]["num_free_blocks"] == 7 and worker["status"]["counters"] == {"preemptions": 3}
 
 
