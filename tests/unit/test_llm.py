@@ -193,12 +193,14 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM) -> None:
 
     interrupter = threading.Thread(target=interrupt_once_it_runs)
     interrupter.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             llm.generate([WHO] * 4, SamplingParams(max_tokens=2000, ignore_eos=True), progress=False)
     finally:
         done.set()
         interrupter.join()
+        signal.signal(signal.SIGINT, before)
     assert llm.generate(WHO, GREEDY, progress=False)[0].outputs[0].token_ids == expected
     assert llm._engine.num_held_blocks == 0 and not llm._engine.has_work
 
