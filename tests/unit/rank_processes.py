@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import signal
@@ -40,6 +41,7 @@ def serve_ranks(pipe: Connection) -> None:
 
     from workers.group.follower import Follower
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
         config, rank, addresses = task
