@@ -46,13 +46,15 @@ def counter(cluster: ClusterProcess, name: str) -> float:
     return float(cluster.get("/admin/status")["counters"].get(name, 0))
 
 
+def is_busy(cluster: ClusterProcess, worker_id: str) -> bool:
+    return bool(cluster.workers()[worker_id]["load"]["num_running"] > 1)
+
+
 def when_busy(cluster: ClusterProcess, worker_id: str, act: Callable[[], None]) -> Callable[[], None]:
-    """Acts once the worker decodes; or without, when its streams have ended before that was seen."""
+    """Acts once the worker decodes."""
 
     def event() -> None:
-        deadline = time.monotonic() + BUSY_S
-        while cluster.workers()[worker_id]["load"]["num_running"] < 2 and time.monotonic() < deadline:
-            pass
+        wait_until(lambda: is_busy(cluster, worker_id), 60, f"{worker_id} to be busy")
         act()
 
     return event
@@ -131,18 +133,32 @@ def test_a_worker_that_is_killed_while_streams_move_changes_no_token(
     cluster: ClusterProcess, long_jobs: list[Job], victim: str
 ) -> None:
     """decode-1 drains to decode-0: once the target is killed in the middle of it, once the source."""
-    pid = cluster.workers()[victim]["pid"]
-    begun = counter(cluster, "migrations_begun")
 
-    def drain_and_kill() -> None:
-        cluster.post("/admin/workers/decode-1/drain", {"force": True})
-        deadline = time.monotonic() + 5.0  # the streams may have ended: then it is killed without one under way
-        while counter(cluster, "migrations_begun") == begun and time.monotonic() < deadline:
-            pass
-        os.kill(pid, signal.SIGKILL)
+    def try_once() -> bool:
+        pid = cluster.workers()[victim]["pid"]
+        begun = counter(cluster, "migrations_begun")
+        is_killed = False
 
-    answers = run(cluster, long_jobs, {NUM_STREAMS * 2: when_busy(cluster, "decode-1", drain_and_kill)})
-    check(long_jobs, answers)
-    wait_until(lambda: len(cluster.workers()) == NUM_WORKERS, 90, "the victim to be back")
-    assert cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url).returncode == 0
+        def drain_and_kill() -> None:
+            nonlocal is_killed
+            deadline = time.monotonic() + BUSY_S
+            while not is_busy(cluster, "decode-1"):
+                if time.monotonic() > deadline:  # its streams ended before that was seen
+                    return
+            cluster.post("/admin/workers/decode-1/drain", {"force": True})
+            deadline = time.monotonic() + 5.0  # the streams may have ended: then it is killed without one under way
+            while counter(cluster, "migrations_begun") == begun and time.monotonic() < deadline:
+                pass
+            os.kill(pid, signal.SIGKILL)
+            is_killed = True
+
+        answers = run(cluster, long_jobs, {NUM_STREAMS * 2: drain_and_kill})
+        check(long_jobs, answers)
+        if not is_killed:
+            return False
+        wait_until(lambda: len(cluster.workers()) == NUM_WORKERS, 90, "the victim to be back")
+        assert cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url).returncode == 0
+        return True
+
+    assert any(try_once() for _ in range(NUM_TRIES)), "decode-1 was never seen busy"
     cluster.wait_idle(NUM_WORKERS)
