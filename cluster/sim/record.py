@@ -143,7 +143,7 @@ class RunRecord:
             self.sample_interval_s *= 2
 
     def lines(self) -> Iterator[str]:
-        """As JSON lines: a header, then every entry with its kind."""
+        """As JSON lines: a header, then the entries."""
         entries: tuple[tuple[str, Iterable[Any]], ...] = (
             ("request", self.requests),
             ("sample", self.samples),
@@ -152,10 +152,10 @@ class RunRecord:
             ("fault", self.faults),
         )
         header = {name: getattr(self, name) for name in _HEADER}
-        yield json.dumps({"kind": "run", **header})
-        for kind, values in entries:
+        yield json.dumps({"entry": "run", **header})
+        for entry, values in entries:
             for value in values:
-                yield json.dumps({"kind": kind, **asdict(value)})
+                yield json.dumps({"entry": entry, **asdict(value)})
 
     @classmethod
     def of_lines(cls, lines: Iterable[str]) -> RunRecord:
@@ -164,7 +164,7 @@ class RunRecord:
         for number, line in enumerate(lines, 1):
             try:
                 value = json.loads(line)
-                kind = value.pop("kind")
+                kind = value.pop("entry")
                 if kind == "run":
                     record = cls(**value)
                     continue

@@ -27,7 +27,7 @@ def test_a_record_reads_back_as_it_was_written() -> None:
     assert RunRecord.of_lines(run.lines()) == run
 
 
-@pytest.mark.parametrize("lines", [[], ['{"kind": "request"}'], ["no json"], ['{"kind": "run", "color": 1}']])
+@pytest.mark.parametrize("lines", [[], ['{"entry": "request"}'], ["no json"], ['{"entry": "run", "color": 1}']])
 def test_what_is_no_record_is_refused(lines: list[str]) -> None:
     with pytest.raises(ValueError):
         RunRecord.of_lines(lines)
