@@ -22,6 +22,10 @@ from workers.status import WorkerAddress
 from workers.stepping.result import BlocksFilled
 
 
+def at(port: int) -> WorkerAddress:
+    return WorkerAddress("prefill-0", 1, f"127.0.0.1:{port}")
+
+
 async def test_a_channel_to_a_sender_is_not_closed_while_a_transfer_uses_it() -> None:
     peers = Peers(max_channels=2)
     first, second = await peers.take(at(1)), await peers.take(at(2))
