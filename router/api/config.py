@@ -56,6 +56,8 @@ class ApiConfig:
 
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
+        for name in ("api_keys", "admin_keys"):
+            object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 
     def check_sampling_defaults(self, vocab_size: int) -> None:
         """Raises InvalidConfig for defaults that no request could be run with."""
@@ -63,10 +65,6 @@ class ApiConfig:
             self.sampling_defaults.validate(vocab_size)
         except InvalidRequest as error:
             raise InvalidConfig(f"router.api.sampling_defaults.{error}") from error
-
-    def __post_init__(self) -> None:
-        for name in ("api_keys", "admin_keys"):
-            object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 
 
 def hashed(key: str) -> str:
