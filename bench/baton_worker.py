@@ -16,15 +16,15 @@ import torch
 from json_worker import serve
 from workloads import MAX_LEN, SHORT_POOL_TOKENS
 
-from workers import native_build
 from workers.config import WorkerConfig
-from workers.engine import Engine
-from workers.loaded import Checkpoint
-from workers.model.ernie_config import ErnieConfig
+from workers.engine.engine import Engine
+from workers.machine import native_build
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.loaded import Checkpoint
 from workers.request import Request, SamplingParams
 from workers.runner import Batch, LayerHook, Runner, Sampled
-from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo
+from workers.text.output import Detokenizer
 from workers.worker import make_engine
 
 NOISE_STEP = 8209

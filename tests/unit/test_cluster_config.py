@@ -10,8 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster.actors.pools import Pools
 from cluster.config import ClusterConfig, load_config, schema
-from cluster.pools import Pools
 from cluster.settings import build
 from workers.errors import InvalidConfig
 from workers.request import SamplingParams

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_story import WorkerStory
 
+from workers.engine.commands import Add, CancelSequence, Depart
 from workers.errors import Refusal
-from workers.kv_transfer.messages import Running
+from workers.handoff.protocol.messages import Running
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, Output, TokenLogprob
 from workers.serving import events
 from workers.status import Role
-from workers.stepping.commands import Add, CancelSequence, Depart
 
 GRACE_S = 30.0
 
