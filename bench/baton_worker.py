@@ -194,7 +194,7 @@ def _kv_bytes_per_token(path: str, dtype: str) -> int:
 def library_origins(maps: str) -> list[str]:
     """Whether each library of C++ kernels in a process's memory map lies in the package or was compiled on this machine."""
     paths = {line.split()[-1] for line in maps.splitlines() if line.endswith(".so")}
-    folder = str(Path(native_build.__file__).parent) + "/"
+    folder = str(Path(native_build.__file__).parents[1]) + "/"
     return [
         f"{path.rsplit('/', 1)[1].split('-')[0]} {'built ahead' if path.startswith(folder) else 'compiled at first use'}"
         for path in sorted(paths)

@@ -61,7 +61,7 @@ def job_config() -> Any:
 
 def own_paths() -> list[str]:
     """The folder that Baton's packages are in, unless every Python of this installation looks there anyway."""
-    folder = Path(__file__).resolve().parents[1]
+    folder = Path(__file__).resolve().parents[2]
     installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
     return [] if folder in installed else [str(folder)]
 

@@ -194,7 +194,7 @@ def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
         "print(json.dumps(ray.get(look.remote(), timeout=60)))"
     )
     command = [sys.executable, "-P", "-c", script, ray_here]
-    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[1])}
+    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[2])}
     joined = subprocess.run(command, cwd=hostile_folder, env=here, capture_output=True, text=True, timeout=BOUND_S)
     assert joined.returncode == 0, joined.stderr
     found = json.loads(joined.stdout)
