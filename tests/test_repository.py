@@ -107,6 +107,9 @@ PURE = (
     "cluster/membership/membership.py",
     "cluster/membership/roles.py",
     "cluster/actors/placement.py",
+    "cluster/sim/profiles",
+    "cluster/sim/report/page.py",
+    "cluster/sim/report/table.py",
 )
 
 
