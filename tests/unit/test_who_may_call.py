@@ -13,14 +13,14 @@ from builders import FakeModel
 from certificates import credentials, folder, foreign_pair
 from running_workers import CONFIG
 
-from workers.client import Hello
-from workers.grpc_options import ROUTER_CHANNEL
 from workers.pb import worker_pb2 as pb
 from workers.status import Role, WorkerAddress
 from workers.trust.parties import ADMIN, OBSERVER, Party, router, worker
 from workers.trust.rules import CALLERS
-from workers.wire import router_message_to_pb
-from workers.wire_seal import Sealer
+from workers.wire.attach import Hello
+from workers.wire.attach_protobuf import router_message_to_pb
+from workers.wire.grpc_options import ROUTER_CHANNEL
+from workers.wire.seal import Sealer
 from workers.worker import Worker
 
 REFUSED = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from workers.errors import InvalidConfig, TransferFailed
-from workers.grpc_options import HANDOFF_CHANNEL
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
 from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
+from workers.wire.grpc_options import HANDOFF_CHANNEL
 
 MAX_CHANNELS = 256
 

@@ -13,7 +13,7 @@ from workers.serving.driver import WorkerDriver
 from workers.status import Role
 from workers.trust.gate import may_be
 from workers.trust.parties import Kind
-from workers.wire import status_to_pb
+from workers.wire.attach_protobuf import status_to_pb
 
 
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
