@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     whole = read_trace(args.trace)
     first, last = busiest(whole, args.requests)
     begin_s = whole[first].at_s
-    trace = list(scaled(whole[first:last], 1, args.speed))
+    used = [replace(request, at_s=request.at_s - begin_s) for request in whole[first:last]]
+    trace = list(scaled(used, 1, args.speed))
     progress = Progress()
     simulated = Simulated(trace, slo, args.seed, progress.say)
     try:

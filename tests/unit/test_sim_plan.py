@@ -100,6 +100,7 @@ def test_the_plan_says_what_is_cheapest_and_why(tmp_path: Path) -> None:
     assert "with one prefill worker lost: 50.0% good, not enough" in text
     assert "with one decode worker lost: 80.0% good, not enough" in text
     assert "big: 2 workers of 8 ranks (16 in all)" in text and "the moon is full" in text
+    assert "nothing is served" not in text and "without its only mixed worker" in plan_text(plan_of(share=0.01))
     document = json.loads(json.dumps(plan.as_json()))
     assert document["layouts"][0]["split"] == {"prefill": 2, "decode": 5, "mixed": 0}
     assert len(document["layouts"][0]["over_splits"]) == 7

@@ -60,7 +60,7 @@ def step_kinds(config: WorkerConfig, max_model_len: int, num_blocks: int) -> lis
         StepKind(chunk, 0, batch, 512)
         for batch in (4, 16)
         for chunk in (budget // 4, budget - batch)
-        if batch <= config.max_num_seqs and chunk > 0
+        if batch < config.max_num_seqs and chunk > 0
     ]
     return [kind for kind in kinds if kind.room_tokens(budget) <= room]
 

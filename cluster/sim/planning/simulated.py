@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +28,8 @@ class Simulated:
 
     def __init__(self, trace: Sequence[TraceRequest], slo: Slo, seed: int, say: Callable[[str], None]) -> None:
         self._trace, self._slo, self._seed, self._say = tuple(trace), slo, seed, say
-        count = max(1, os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)))
-        self._pool = ProcessPoolExecutor(count, get_context("spawn"), _remember, (self._trace,)) if count > 1 else None
+        count = len(os.sched_getaffinity(0))
+        self._pool = ProcessPoolExecutor(count, get_context("spawn"), _begin, (self._trace,)) if count > 1 else None
         if self._pool is None:
             _remember(self._trace)
 
@@ -55,6 +56,13 @@ class Simulated:
 
 _TRACE: tuple[TraceRequest, ...] = ()
 """Of this process: sent once, not with every question."""
+
+
+def _begin(trace: tuple[TraceRequest, ...]) -> None:
+    """What a simulated worker warns of is no news to whoever plans."""
+    logging.getLogger("workers").setLevel(logging.ERROR)
+    logging.getLogger("router").setLevel(logging.ERROR)
+    _remember(trace)
 
 
 def _remember(trace: tuple[TraceRequest, ...]) -> None:

@@ -24,8 +24,13 @@ def plan_text(plan: Plan) -> str:
     for role, outcome in best.lost:
         word = "still enough" if outcome.good_share >= plan.share else "not enough"
         lines.append(f"with one {role} worker lost: {outcome.good_share:.1%} good, {word}")
-    if not best.lost:
-        lines.append("with one worker lost: nothing is served")
+    missed = {role for role, _ in best.lost}
+    counts = (("prefill", chosen.split.prefill), ("decode", chosen.split.decode), ("mixed", chosen.split.mixed))
+    lines += [
+        f"without its only {role} worker nothing is served"
+        for role, count in counts
+        if count == 1 and role not in missed
+    ]
     lines += ["", "over workers, each with its best split:", *_table(best.curve, chosen)]
     lines += ["", f"over splits of {chosen.split.num_workers}:", *_table(best.splits, chosen)]
     if len(plan.found) > 1:
