@@ -26,9 +26,9 @@ from traces import TraceRequest, generate, scale
 
 from cluster.cli import main as baton
 from cluster.config import ClusterConfig
-from cluster.folders import make_folder
+from cluster.console.progress import Progress
 from cluster.lifecycle import launched
-from cluster.progress import Progress
+from cluster.ray_session.folders import make_folder
 from cluster.settings import build
 from cluster.sim.load import TraceRequest as SimulatedRequest
 from cluster.sim.profiles.files import load_profile

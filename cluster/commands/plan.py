@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         new_figure(1, 1)  # said now rather than after minutes
     candidates = candidates_of(args)
 
-    from cluster.progress import Progress
+    from cluster.console.progress import Progress
     from cluster.sim.planning.plan import make_plan
     from cluster.sim.planning.question import busiest
     from cluster.sim.planning.simulated import Simulated

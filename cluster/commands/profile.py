@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidConfig(f"--rounds must be from 1 to 1000; it is {args.rounds}")
     if not 0 <= args.beside <= MAX_BESIDE:
         raise InvalidConfig(f"--beside must be from 0 to {MAX_BESIDE}; it is {args.beside}")
+    from cluster.console.progress import Progress
     from cluster.preflight import check_model
-    from cluster.progress import Progress
     from cluster.sim.measuring.measuring import measure
 
     worker = config_from(args).worker

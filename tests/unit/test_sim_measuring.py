@@ -17,9 +17,9 @@ from cluster.sim.measuring.steps import StepKind, StepMeter, step_kinds, undistu
 from cluster.sim.profiles.files import load_profile
 from cluster.sim.profiles.fitted import MeasuredStep
 from workers.config import WorkerConfig
-from workers.kv_transfer.memory import KvLayout
+from workers.kv_memory.memory import KvLayout
 from workers.runner import Batch, FakeRunner
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 MODEL = "models/ernie-4.5-tiny"
 LAYOUT = KvLayout(num_blocks=512, num_layers=2, num_kv_heads=1, block_size=64, head_dim=16, dtype="float32", itemsize=4)

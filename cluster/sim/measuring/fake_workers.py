@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from workers.config import WorkerConfig
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request
 from workers.runner import BLOCK_SIZE, FakeRunner
-from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo, Role
-from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.text.output import Detokenizer
+from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from workers.worker import Worker
 
 

@@ -21,8 +21,8 @@ from cluster.sim.measuring.steps import StepMeter, step_kinds, undisturbed
 from cluster.sim.profiles.files import FORMAT
 from cluster.sim.profiles.fitted import Fit, MeasuredStep, fit
 from workers.config import WorkerConfig
-from workers.kv_transfer.memory import KvLayout
-from workers.model.ernie_config import ErnieConfig
+from workers.kv_memory.memory import KvLayout
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.status import ModelInfo
 
 

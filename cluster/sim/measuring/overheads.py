@@ -25,7 +25,7 @@ import numpy as np
 from router.config import RouterConfig
 from router.server import RouterServer
 from workers.errors import BatonError
-from workers.kv_transfer.memory import KvLayout
+from workers.kv_memory.memory import KvLayout
 from workers.runner import BLOCK_SIZE
 from workers.status import WorkerAddress
 

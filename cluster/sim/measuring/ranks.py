@@ -11,8 +11,8 @@ from pathlib import Path
 from cluster.sim.measuring.skipping import SkippingRunner
 from workers.config import WorkerConfig
 from workers.errors import BatonError
-from workers.loaded import Checkpoint
-from workers.tokenizer import Tokenizer
+from workers.model.loaded import Checkpoint
+from workers.text.tokenizer import Tokenizer
 
 FORM_TIMEOUT_S = 300.0
 

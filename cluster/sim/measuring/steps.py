@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.sim.measuring.skipping import SkippingRunner
 from cluster.sim.profiles.fitted import MeasuredStep
 from workers.config import WorkerConfig
-from workers.engine import Engine
+from workers.engine.engine import Engine
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
 from workers.worker import LoadedModel, make_engine
