@@ -259,9 +259,9 @@ class Api:
 
 
 @contextmanager
-def open_api(config: ApiConfig | None = None, key: str = "any") -> Iterator[Api]:
-    """Serves the tiny checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
-    backend = FakeBackend(Tokenizer.load(CHECKPOINT))
+def open_api(config: ApiConfig | None = None, key: str = "any", checkpoint: Path = CHECKPOINT) -> Iterator[Api]:
+    """Serves a checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
+    backend = FakeBackend(Tokenizer.load(checkpoint))
     headers = {"authorization": f"Bearer {key}"}
     with (
         serve(backend, config) as url,
