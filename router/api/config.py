@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from router.api.formats.formats import AUTO
+from router.api.formats.formats import AUTO, check_parsers
 from workers.bounds import Count, Natural, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
@@ -49,6 +49,7 @@ class ApiConfig:
 
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
+        check_parsers(self.reasoning_parser, self.tool_parser)
 
     def check_sampling_defaults(self, vocab_size: int) -> None:
         """Raises InvalidConfig for defaults that no request could be run with."""

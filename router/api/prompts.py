@@ -116,6 +116,10 @@ def render_chat(
         if name in _RESERVED_NAMES or not name.isidentifier():
             raise InvalidRequest(f"chat_template_kwargs must not set {name!r:.80}", "chat_template_kwargs")
     plain = [_read_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    if "tool" not in tokenizer.chat_template(bool(tools)):
+        for place, message in enumerate(plain):
+            if message["role"] == "tool" or message.get("tool_calls"):
+                raise InvalidRequest(f"messages[{place}]: this model's chat template knows no tools", "messages")
     return tokenizer.render_chat(plain, tools, add_generation_prompt, **template_kwargs)
 
 

@@ -127,7 +127,7 @@ def test_the_tools_and_the_history_of_calls_reach_the_template(thinking: Api) ->
         '[weather: {"type": "object", "properties": {"city": {"type": "string"}}}]'
         "user: How is the weather in Berlin?"
         "assistant: (He asks.)<tool_call>weather Berlin</tool_call>"
-        "tool: rainassistant: <think>"
+        "tool: rainassistant: <think>\n"
     )
 
 
