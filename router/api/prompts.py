@@ -11,7 +11,7 @@ from router.api.problems import rejected
 from router.api.tools import read_calls
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _UNSUPPORTED_KEYS = ("function_call", "audio")

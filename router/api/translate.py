@@ -18,7 +18,7 @@ from router.api.tools import MAX_TOOLS, read_thinking, read_tools
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
