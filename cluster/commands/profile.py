@@ -11,7 +11,7 @@ from cluster.commands.flags import add_cluster_flags, config_from
 from workers.errors import InvalidConfig
 
 if TYPE_CHECKING:
-    from cluster.sim.measuring.measuring import Measured
+    from cluster.sim.measuring.measuring import MeasuredWorker
 
 MAX_BESIDE = 64
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summary(found: Measured) -> str:
+def summary(found: MeasuredWorker) -> str:
     """What was found, in a few lines."""
     over, fit = found.overheads, found.fit
     cost = fit.cost

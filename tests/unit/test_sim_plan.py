@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.sim.planning.plan import Candidate, NoPlan, Plan, make_plan
+from cluster.sim.planning.plan import Candidate, CapacityPlan, NoPlan, make_plan
 from cluster.sim.planning.question import Slo, busiest, floor_ttft_s, least_workers, read_slo, require_reachable
 from cluster.sim.planning.search import Evaluate, Outcome, Search, Split, splits
 from cluster.sim.planning.text import plan_text, write_plan_plot
@@ -81,7 +81,7 @@ def test_a_lost_worker_is_one_of_a_role_that_can_be_missed() -> None:
     assert search.lost(Split(mixed=1)) == []
 
 
-def plan_of(share: float = 0.95, max_workers: int = 64, slo: str = "ttft=5,tpot=0.1") -> Plan:
+def plan_of(share: float = 0.95, max_workers: int = 64, slo: str = "ttft=5,tpot=0.1") -> CapacityPlan:
     trace = [Ask(float(second)) for second in range(100)]
     big = Candidate(replace(Profile(), name="big", num_blocks=65536), 8)
     small = Candidate(replace(Profile(), name="small"), 1)

@@ -27,7 +27,7 @@ from workers.status import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredWorker:
     """Everything that was measured of one worker."""
 
     config: WorkerConfig
@@ -81,7 +81,7 @@ class Measured:
         }
 
 
-def measure(config: WorkerConfig, num_rounds: int, num_beside: int, say: Callable[[str], None]) -> Measured:
+def measure(config: WorkerConfig, num_rounds: int, num_beside: int, say: Callable[[str], None]) -> MeasuredWorker:
     """Raises InvalidConfig, PoorFit or another BatonError in one sentence."""
     started = time.monotonic()
     moe = ErnieConfig.load(Path(config.model)).moe
@@ -109,7 +109,7 @@ def measure(config: WorkerConfig, num_rounds: int, num_beside: int, say: Callabl
     say("fitting")
     fitted = fit(steps, 0.0 if moe is None else moe.num_experts_per_token / moe.num_experts)
     overheads = measure_overheads(config.model, layout, info.max_model_len, info.vocab_size, 15, say)
-    return Measured(config, info, layout, steps, fitted, overheads, num_beside, time.monotonic() - started)
+    return MeasuredWorker(config, info, layout, steps, fitted, overheads, num_beside, time.monotonic() - started)
 
 
 def _cpu_name() -> str:

@@ -25,7 +25,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Sizing:
     """What one layout needs. `curve` has the best split of each number of workers that was tried, `splits` all of the chosen number."""
 
     candidate: Candidate
@@ -40,12 +40,12 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CapacityPlan:
     """The cheapest layout first."""
 
     slo: Slo
     share: float
-    found: tuple[Found, ...]
+    found: tuple[Sizing, ...]
     refused: tuple[str, ...]
     """Layouts that cannot do it, each with the reason."""
     assumptions: tuple[str, ...]
@@ -82,7 +82,7 @@ def make_plan(
     evaluate: Callable[[Profile], Evaluate],
     assumptions: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
-) -> Plan:
+) -> CapacityPlan:
     """Raises InvalidConfig when no candidate could ever meet the targets, NoPlan when none does with `max_workers`."""
     found, refused = [], []
     for candidate in candidates:
@@ -104,8 +104,8 @@ def make_plan(
             continue
         lost = tuple(search.lost(chosen.split))
         splits = tuple(search.splits_of(chosen.split.num_workers))
-        found.append(Found(candidate, chosen, tuple(search.curve()), splits, lost))
+        found.append(Sizing(candidate, chosen, tuple(search.curve()), splits, lost))
     if not found:
         raise (NoPlan if any("workers keep" in text for text in refused) else InvalidConfig)(refused[0])
     found.sort(key=lambda each: (each.num_accelerators, -each.chosen.good_share))
-    return Plan(slo, share, tuple(found), tuple(refused), tuple(assumptions))
+    return CapacityPlan(slo, share, tuple(found), tuple(refused), tuple(assumptions))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.sim.planning.plan import Found, Plan
+from cluster.sim.planning.plan import CapacityPlan, Sizing
 from cluster.sim.planning.search import Outcome
 from cluster.sim.report.plots import COLORS, new_figure, save
 from cluster.sim.report.table import milliseconds
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: CapacityPlan) -> str:
     """The answer first, then the curves that show why, then what is assumed."""
     best = plan.found[0]
     chosen = best.chosen
@@ -40,7 +40,7 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, "", "assumed:", *(f"  - {text}" for text in plan.assumptions)])
 
 
-def write_plan_plot(plan: Plan, path: Path) -> None:
+def write_plan_plot(plan: CapacityPlan, path: Path) -> None:
     """Good requests over workers, and over splits of the chosen number. Raises PlotsMissing or BatonError."""
     figure = new_figure(11, 4.5)
     best = plan.found[0]
@@ -67,7 +67,7 @@ def write_plan_plot(plan: Plan, path: Path) -> None:
     save(figure, path)
 
 
-def _workers(found: Found) -> str:
+def _workers(found: Sizing) -> str:
     count, accelerators = found.chosen.split.num_workers, found.num_accelerators
     plural = "s" if count != 1 else ""
     return f"{count} worker{plural}" + (
