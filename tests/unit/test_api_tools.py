@@ -16,7 +16,7 @@ from fake_backend import CHECKPOINT, Api, FakeBackend, Script, error_of, open_ap
 
 from router.api.config import ApiConfig
 from workers.request import FinishReason
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}: {{ tool.function.parameters | tojson }}]{% endfor -%}
 {%- for message in messages -%}
