@@ -48,7 +48,7 @@ class Incoming:
         if live is None:
             return
         assert sampled.token_id is not None
-        if not self._roster.knows((sampled.token_id,)):
+        if not self._roster.knows((sampled.token_id,)) or not 0 <= cached_tokens <= live.sequence.num_prompt:
             self.failed(sequence_id, report)
             return
 
@@ -102,6 +102,10 @@ class Incoming:
         table = live.sequence.table
         if not self._roster.knows(known_token_ids):
             self._roster.fail(live, Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
+            return
+        room = len(table.blocks) * self._scheduler.kv.block_size
+        if len(known_token_ids) > live.sequence.max_output_tokens or not 0 <= num_computed <= room:
+            self._roster.fail(live, Refusal.NOT_MOVABLE, "the state that came is longer than the request may be")
             return
 
         def go_on(has_blocks: bool) -> None:

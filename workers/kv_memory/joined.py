@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 
 import numpy as np
 
 from workers.errors import TransferFailed
-from workers.kv_memory.memory import _SEALS, NONCE_PAGE_BYTES, KvLayout, KvMemory, SharedHandle
+from workers.kv_memory.memory import NONCE_PAGE_BYTES, KvLayout, KvMemory, SharedHandle, open_pool
 
 
 class JoinedKvMemory(KvMemory):
@@ -27,9 +26,7 @@ class JoinedKvMemory(KvMemory):
         if handle.num_bytes != expected:
             raise TransferFailed(f"the group's pool has {handle.num_bytes} bytes, its layout says {expected}")
         try:
-            self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
-            if os.fstat(self._fd).st_size != expected or fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise OSError("it is not a sealed memfd of the announced size")
+            self._fd = open_pool(handle, os.O_RDWR)
             self._map = mmap.mmap(self._fd, expected)
         except OSError as error:
             self.close()

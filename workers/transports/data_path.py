@@ -34,6 +34,7 @@ def make_data_path(
         timeout_s=config.transfer_timeout_s,
         cache_folder=config.cache_folder,
         credentials=credentials,
+        seals=credentials is not None and config.kv_encryption == "auto",
     )
     for transport in made.values():
         if isinstance(transport, ServedTransport):

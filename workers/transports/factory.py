@@ -33,6 +33,7 @@ def make_transports(
     timeout_s: float,
     cache_folder: str = "",
     credentials: Credentials | None = None,
+    seals: bool = False,
 ) -> dict[str, Transport]:
     """{name: transport} in the order of `names`, for one worker process; close each when the worker stops.
 
@@ -50,7 +51,7 @@ def make_transports(
             case "shm":
                 made[name] = ShmTransport(memory, host)
             case "tcp":
-                made[name] = TcpTransport(listen_host, timeout_s)
+                made[name] = TcpTransport(listen_host, timeout_s, seals=seals)
             case "gloo":
                 from workers.transports.collective import GlooTransport  # torch takes seconds to import
 

@@ -18,7 +18,7 @@ from workers.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, u
 from workers.transports.links import Links
 from workers.transports.offers import decode, decode_hex, encode
 from workers.transports.push import Inboxes, PushInbox
-from workers.transports.tokens import TOKEN_BYTES, Tokens, peer_of
+from workers.transports.tokens import ID_BYTES, Tokens, peer_of
 from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
@@ -162,7 +162,7 @@ class GrpcTransport:
     def offer(self, target: WorkerAddress, host: str) -> bytes | None:
         if self._is_closed or not self._is_served:
             return None
-        return encode({"token": self._tokens.give(target).hex()})
+        return encode({"token": self._tokens.give(target).id.hex()})
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         link = self._links.use(peer_of(target))
@@ -173,7 +173,8 @@ class GrpcTransport:
     async def _serve(
         self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes] | None:
-        peer = None if self._is_closed else self._tokens.owner(token)
+        owner = None if self._is_closed else self._tokens.called(token)
+        peer = owner and owner[0]
         if peer is None or not may_be(context, parties.Kind.WORKER, peer[0]):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
             return None
@@ -197,7 +198,7 @@ class GrpcTransport:
     # ---- as the receiver ----
 
     async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> GrpcChannel:
-        token = decode_hex(decode(offer, {"token": str})["token"], TOKEN_BYTES)
+        token = decode_hex(decode(offer, {"token": str})["token"], ID_BYTES)
 
         async def make() -> GrpcChannel:
             channel = GrpcChannel(source, offer, self._timeout_s, self._credentials)

@@ -19,7 +19,7 @@ from workers.transports.push import Inboxes
 _SCRATCH_BYTES = 256 << 10
 _BUFFERS_PER_CALL = 64
 """Headers and pieces that one call hands to the kernel."""
-_INLINE_BYTES = 64 << 10
+INLINE_BYTES = 64 << 10
 """Up to this many bytes are tried on the event loop first."""
 
 Buffer = memoryview
@@ -78,15 +78,19 @@ class OutgoingLink:
         try:
             if self.is_broken:
                 raise TransferFailed("the receiver is gone")
-            if num_bytes <= _INLINE_BYTES:
-                buffers = _send_some(lane, buffers)
-            if buffers:
-                await outlast(self.run(_send_all, lane, buffers))
+            await self.write(lane, buffers, num_bytes)
         except OSError as error:
             self.stop()
             raise TransferFailed(f"a tcp connection broke: {error}") from error
         finally:
             self._free.put_nowait(lane)
+
+    async def write(self, lane: socket.socket, buffers: list[Buffer], num_bytes: int) -> None:
+        """Has all buffers, headers and pieces, sent in this order. Raises OSError."""
+        if num_bytes <= INLINE_BYTES:
+            buffers = send_some(lane, buffers)
+        if buffers:
+            await outlast(self.run(send_all, lane, buffers))
 
     @property
     def is_sending(self) -> bool:
@@ -135,7 +139,7 @@ async def outlast(running: asyncio.Future[None]) -> None:
         raise
 
 
-def _send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
+def send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
     """What is left after the socket has taken what it can at once."""
     try:
         return _rest(buffers, lane.sendmsg(buffers[:_BUFFERS_PER_CALL], (), socket.MSG_DONTWAIT))
@@ -143,7 +147,7 @@ def _send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
         return buffers
 
 
-def _send_all(lane: socket.socket, buffers: list[Buffer]) -> None:
+def send_all(lane: socket.socket, buffers: list[Buffer]) -> None:
     lane.setblocking(True)
     while buffers:
         sent = lane.sendmsg(buffers[:_BUFFERS_PER_CALL])

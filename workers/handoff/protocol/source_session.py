@@ -31,12 +31,14 @@ from workers.kv_memory.pieces import Cut
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """Entries first .. end-1 of the block table `blocks` hold the KV of their first `num_layers` layers for good."""
+    """Entries first .. end-1 of a block table hold the KV of their first `num_layers` layers for good. `blocks` are the table's
+    entries from `offset` on."""
 
     blocks: tuple[int, ...]
     first: int
     end: int
     num_layers: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class SourceSession:
             ready = self._num_ready.get(block, 0)
             base = cut.pieces_before(block)
             for piece in range(base + ready, base + complete):
-                self._homes[piece] = event.blocks[block]
+                self._homes[piece] = event.blocks[block - event.offset]
                 self._queue.append(piece)
             self._num_ready[block] = max(ready, complete)
         return self._pump()

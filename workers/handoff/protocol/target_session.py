@@ -304,8 +304,22 @@ class TargetSession:
         is_whole = not isinstance(event, PrefillDone) or event.num_pieces == bound
         if not is_whole or not 0 <= event.num_pieces <= bound or event.num_pieces % self.cut.pieces_per_block:
             return self._give_up(f"the sender counts {event.num_pieces} pieces, we count {bound}", Refusal.INTERNAL)
+        if not self._adds_up(event):
+            return self._give_up("the sender counts other blocks than pieces", Refusal.INTERNAL)
         self.done = event
         return self._maybe_land()
+
+    def _adds_up(self, done: Done) -> bool:
+        """Whether the pieces are all that is said to be in the blocks: what did not travel is never believed to be there."""
+        cut = self.cut
+        match done:
+            case SequenceMoved(_, num_computed, num_pieces):
+                end = -(-num_computed // cut.layout.block_size)
+                return end <= cut.first_block + cut.num_blocks and num_pieces == cut.pieces_before(end)
+            case PrefixDone(num_blocks, num_pieces):
+                return num_pieces == num_blocks * cut.pieces_per_block
+            case PrefillDone():
+                return True
 
     def _maybe_land(self) -> list[TargetCommand]:
         is_receiving = self.state is TransferState.SENDING and not self.is_connecting
