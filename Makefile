@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SERVE := $(VENV)/.serve-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: serve test kernels-emulated chaos demo model lint protos clean
+.PHONY: serve test fuzz kernels-emulated chaos demo model lint protos clean
 
 serve: $(SERVE)
 	$(BIN)/baton serve
@@ -24,6 +24,10 @@ kernels-emulated: $(TEST)
 # Minutes: worker processes are killed, stopped and cut off at every step of a transfer. SEED=2 for another run.
 chaos: $(TEST)
 	PYTHONPATH=tests $(BIN)/python -m chaos --seed $(or $(SEED),1) --requests $(or $(REQUESTS),1000)
+
+# What the fuzzers of `make test` do in seconds, for longer.
+fuzz: $(TEST)
+	BATON_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest --timeout 7200 tests/unit/test_hostile_peers.py tests/unit/test_sealed_lanes.py -k "touched or lane_ends or any_bytes"
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers

@@ -178,6 +178,8 @@ class Session:
         arrived, lost = await inbox.collect(announced)
         if lost or len(arrived) != len(rows):
             raise RuntimeError(f"{len(lost)} pieces were lost")
+        if getattr(inbox, "is_authenticated", False):
+            return
         found = [inbox.checksum(piece.piece) for piece in announced]
         if None in found:
             views = [place(piece.piece) for piece in announced]

@@ -56,9 +56,10 @@ class TcpChannel:
         lanes: list[socket.socket],
         timeout_s: float,
         make_lane: Callable[[socket.socket, Inboxes], IncomingLane] = IncomingLane,
+        is_sealed: bool = False,
     ) -> None:
         self.source, self.offer = source, offer
-        self.inboxes = Inboxes(self._abort, timeout_s)
+        self.inboxes = Inboxes(self._abort, timeout_s, is_sealed)
         self.lanes = [make_lane(lane, self.inboxes) for lane in lanes]
         for lane in self.lanes:
             lane.start()
@@ -278,7 +279,7 @@ class TcpTransport:
                 SealedLane(connection, inboxes, seals[connection]) if is_sealed else IncomingLane(connection, inboxes)
             )
 
-        return TcpChannel(source, offer, [lane.connection for lane in lanes], self.timeout_s, make_lane)
+        return TcpChannel(source, offer, [lane.connection for lane in lanes], self.timeout_s, make_lane, is_sealed)
 
     # ---- both ----
 
