@@ -8,11 +8,11 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
-from cluster.folders import end_local, make_folder, remove_stale
+from cluster.folders import end_local, make_folder, remove_stale, secret_file
 from cluster.joining import join_ray
 from cluster.local import RaySession, start_ray
 from cluster.preflight import (
@@ -28,8 +28,9 @@ from cluster.preflight import (
     file_limit_warning,
 )
 from cluster.progress import Progress
+from cluster.running import note
 from cluster.store.host import STORE_HOST_NAME
-from workers.errors import BatonError
+from workers.errors import BatonError, InvalidConfig
 from workers.host_limits import usable_cpus
 
 T = TypeVar("T")
@@ -91,25 +92,43 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     for stale in await asyncio.to_thread(remove_stale):
         progress.say(f"removed {stale}, which a cluster that was killed had left")
     folder = "" if config.ray.address else folder or make_folder()
+    if config.store.url != "memory" and not config.store.secret_file:
+        config = with_secret(config, secret_file(folder) if folder else "")
     cluster: Cluster | None = None
     try:
         session = await _connect(config, folder, progress)
         rearm_signals()
         if session.is_exposed:
-            progress.say(f"Ray listens on {session.node_ip}: whoever reaches this host could run code in it")
+            progress.say(
+                f"Ray listens on {session.node_ip}: whoever has its token could run code here from other hosts"
+            )
         cluster = Cluster(config, session)
+        if folder:
+            note(folder, session.address)
         await _populate(cluster, progress)
+        if folder:
+            note(folder, session.address, cluster.urls)
         yield cluster
     finally:
         # Once here, a further cancellation must not leave half of the processes behind.
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
 
 
+def with_secret(config: ClusterConfig, path: str) -> ClusterConfig:
+    """The entries in Redis signed with the secret at `path`. Raises InvalidConfig when there is none."""
+    if not path:
+        raise InvalidConfig(
+            "entries in Redis are signed, and this cluster's secret is not known here: name the file that holds it, the same on "
+            "every host (store.secret_file)"
+        )
+    return replace(config, store=replace(config.store, secret_file=path))
+
+
 async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
     if config.ray.address:
         with progress.step(f"joining Ray at {config.ray.address}"):
             return await bounded(
-                asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace),
+                asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace, config.ray.token_file),
                 config.start_timeout_s,
                 f"Ray at {config.ray.address} did not answer",
             )

@@ -172,9 +172,19 @@ async def check_store(config: StoreConfig) -> None:
     """Raises InvalidConfig when the configured Redis does not answer."""
     if config.url == "memory":
         return
+    from cluster.store.open import cluster_secret, redis_options
     from cluster.store.redis_store import RedisStore
 
-    store = RedisStore(config.url, config.cluster)
+    if config.secret_file:
+        cluster_secret(config)
+    for path, setting in (
+        (config.ca_file, "store.ca_file"),
+        (config.cert_file, "store.cert_file"),
+        (config.key_file, "store.key_file"),
+    ):
+        if path and not Path(path).is_file():
+            raise InvalidConfig(f"{setting} {path!r} is no file")
+    store = RedisStore(config.url, config.cluster, options=redis_options(config))
     try:
         await store.check()
     except StoreUnavailable as error:

@@ -98,6 +98,7 @@ def config_from(
     """
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
     from cluster.settings import from_environment
+    from cluster.store.store import has_credentials
 
     flags = settings(args, environment)
     for name, value in defaults.items():
@@ -111,6 +112,12 @@ def config_from(
     if model is None and isinstance(worker, dict) and worker.get("model"):
         # A relative path in a file is meant from that file's folder.
         model = args.config.parent / str(worker["model"])
+    for given in (flags["store.url"], assigned.get("store.url")):
+        if given and has_credentials(given):
+            raise InvalidConfig(
+                "a password on the command line can be read by everybody on this host: put it into a file "
+                "(--set store.password_file=PATH), or the whole URL into BATON__STORE__URL"
+            )
     flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
     return load_config(args.config, flags, assignments, environment)

@@ -80,18 +80,22 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.commands.watching import tell_changes
     from cluster.joining import join_ray
-    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready, with_secret
     from cluster.local import LOOPBACK
     from cluster.pools import Pools
     from cluster.preflight import check_store
     from cluster.ray_failures import told
+    from cluster.running import with_ray
     from cluster.store.host import STORE_HOST_NAME
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):
-        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace)
+        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace, config.ray.token_file)
         session = await bounded(joining, config.start_timeout_s, f"Ray at {config.ray.address} did not answer")
     rearm_signals()
+    if config.store.url != "memory" and not config.store.secret_file:
+        known = with_ray(session.address)
+        config = with_secret(config, known.secret_file if known else "")
     if config.worker.host == LOOPBACK:
         config = replace(config, worker=replace(config.worker, host=session.node_ip))
     pools = Pools(config, here=True)

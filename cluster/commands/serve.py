@@ -28,7 +28,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both; default: 0")
     add_router_flags(parser)
     parser.add_argument(
-        "--dashboard", action=argparse.BooleanOptionalAction, default=None, help="the Ray dashboard; default: on"
+        "--dashboard",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the Ray dashboard, which asks for a token; default: off",
     )
     parser.add_argument("--ray-address", metavar="ADDRESS", help="place the actors in a running Ray: auto or HOST:PORT")
     add_cluster_flags(parser)
@@ -53,7 +56,7 @@ async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
     async with launched(config, progress, folder) as cluster:
         print(banner(cluster), flush=True)
         with suppress(asyncio.CancelledError):
-            await tell_changes(config, progress)
+            await tell_changes(cluster.config, progress)
     return 0
 
 
@@ -88,5 +91,7 @@ def banner(cluster: Cluster) -> str:
     if cluster.session.dashboard_url:
         lines.append(f"  Ray dashboard  {cluster.session.dashboard_url}")
     lines.append(f"  Ray            {cluster.session.address}")
+    if cluster.session.token_file:
+        lines.append(f"  Ray's token    in {cluster.session.token_file}")
     lines += ["", f"  {curl}", "", "Ctrl-C stops it; a second one stops it at once.", ""]
     return "\n".join(lines)

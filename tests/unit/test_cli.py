@@ -65,10 +65,18 @@ def test_too_little_memory_is_one_sentence() -> None:
 
 
 def test_an_unreachable_redis_is_one_sentence(closed_port: int) -> None:
-    url = f"redis://:secret@127.0.0.1:{closed_port}/0"
-    run = baton("serve", "--model", str(MODEL), "--port", "0", "--store", url)
+    run = baton("serve", "--model", str(MODEL), "--port", "0", "--store", f"redis://127.0.0.1:{closed_port}/0")
     assert_one_sentence(run, f"127.0.0.1:{closed_port}", "does not answer", "--store")
-    assert "secret" not in run.stderr
+
+
+@pytest.mark.parametrize("flags", [("--store", "{url}"), ("--set", "store.url={url}")])
+def test_a_password_on_the_command_line_is_refused_without_being_shown(
+    flags: tuple[str, str], closed_port: int
+) -> None:
+    url = f"redis://:hunter2@127.0.0.1:{closed_port}/0"
+    run = baton("serve", "--model", str(MODEL), "--port", "0", *(flag.format(url=url) for flag in flags))
+    assert_one_sentence(run, "command line", "store.password_file")
+    assert "hunter2" not in run.stdout + run.stderr
 
 
 def test_pools_that_cannot_serve_are_one_sentence() -> None:

@@ -90,8 +90,10 @@ def baton(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=BOUND_S)
 
 
+@pytest.mark.parametrize("serve", [("--dashboard",)], indirect=True)
 def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> None:
     banner = serve.read_stdout_until("Ctrl-C")
+    token = Path(re.search(r"Ray's token +in (\S+)", banner)[1]).read_text()  # type: ignore[index]
     url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
     dashboard = re.search(r"Ray dashboard +(http://\S+)", banner)[1]  # type: ignore[index]
 
@@ -99,9 +101,10 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
     if shutil.which("curl"):
         answered = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=BOUND_S)
         assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant", answered
-        found = subprocess.run(
-            ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"], capture_output=True, timeout=BOUND_S
-        )
+        page = ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"]
+        stranger = subprocess.run(page, capture_output=True, timeout=BOUND_S)
+        assert b"Unauthorized" in stranger.stdout
+        found = subprocess.run([*page, "-H", f"Authorization: Bearer {token}"], capture_output=True, timeout=BOUND_S)
         actors = json.loads(found.stdout)["data"]["result"]["result"]
         names = {"store", "prefill-0", "decode-0", "router-0"}
         assert {actor["name"] for actor in actors} == names
@@ -127,7 +130,6 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
     assert os.listdir(serve.folder) == [], "no file is left either"
 
 
-@pytest.mark.parametrize("serve", [("--no-dashboard",)], indirect=True)
 def test_a_killed_worker_is_back_by_itself(serve: Serve) -> None:
     banner = serve.read_stdout_until("Ctrl-C")
     url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
@@ -156,7 +158,6 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(serve: Serve, times: int) -> Non
     assert os.listdir(serve.folder) == []
 
 
-@pytest.mark.parametrize("serve", [("--no-dashboard",)], indirect=True)
 def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
