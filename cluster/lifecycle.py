@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
 from cluster.folders import end_local, make_folder, remove_stale, secret_file
+from cluster.janitor import dismiss, engage
 from cluster.joining import join_ray
 from cluster.local import RaySession, start_ray
 from cluster.preflight import (
@@ -28,6 +29,7 @@ from cluster.preflight import (
     file_limit_warning,
 )
 from cluster.progress import Progress
+from cluster.ray_deaths import vital_processes, watch
 from cluster.running import note
 from cluster.store.host import STORE_HOST_NAME
 from workers.errors import BatonError, InvalidConfig
@@ -62,6 +64,20 @@ class Cluster:
         """The first router's URL."""
         return self.urls[0]
 
+    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None]) -> None:
+        """Does `meanwhile`, for as long as a Ray that was started here lives. Raises RayDied."""
+        jobs = {asyncio.ensure_future(meanwhile)}
+        if self.session.folder:
+            jobs.add(asyncio.ensure_future(watch(vital_processes(self.session.folder))))
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            for job in done:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+
 
 async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
@@ -95,6 +111,7 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     if config.store.url != "memory" and not config.store.secret_file:
         config = with_secret(config, secret_file(folder) if folder else "")
     cluster: Cluster | None = None
+    janitor = engage(folder) if folder else None
     try:
         session = await _connect(config, folder, progress)
         rearm_signals()
@@ -112,6 +129,8 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     finally:
         # Once here, a further cancellation must not leave half of the processes behind.
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
+        if janitor is not None:
+            dismiss(janitor)
 
 
 def with_secret(config: ClusterConfig, path: str) -> ClusterConfig:

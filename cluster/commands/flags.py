@@ -48,16 +48,26 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that talks to a running router takes."""
-    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
+    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else this host's cluster, else {DEFAULT_URL}")
     parser.add_argument("--api-key", metavar="KEY", help="default: $BATON_API_KEY")
 
 
 def client_target(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """URL, without a slash at its end, and API key ("": none)."""
-    url = args.url or environment.get("BATON_URL") or DEFAULT_URL
+    url = args.url or environment.get("BATON_URL") or _url_of_this_host()
     if not url.startswith(("http://", "https://")):
         raise InvalidConfig(f"--url must start with http:// or https://; it is {url!r}")
     return url.rstrip("/"), args.api_key or environment.get("BATON_API_KEY") or ""
+
+
+def _url_of_this_host() -> str:
+    """Where the only cluster of this user listens; DEFAULT_URL where there is none. Raises InvalidConfig when there are several."""
+    from cluster.running import clusters
+
+    urls = [each.urls[0] for each in clusters() if each.urls]
+    if len(urls) > 1 and DEFAULT_URL not in urls:
+        raise InvalidConfig(f"several clusters run on this host; choose one with --url: {', '.join(urls)}")
+    return urls[0] if len(urls) == 1 else DEFAULT_URL
 
 
 def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:

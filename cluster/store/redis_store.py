@@ -30,7 +30,8 @@ MAX_ENTRIES = 16384
 # KEYS of every script: the entry, the index of names, the revision, the epoch. An entry is a hash of value and version.
 # The index is a sorted set (all scores 0, so ordered by name); it may name entries whose lease has ended.
 # Others may write to the same Redis: an entry that is no hash, has no number as its version or too long a value counts as absent,
-# and keys of another type than ours are replaced by the next write, which needs them.
+# and keys of another type than ours are replaced by the next write, which needs them. A revision that is gone goes on from the
+# time, so that no version comes twice.
 _COMMON = f"""
 local function kind(key) return redis.call('TYPE', key).ok end
 local function version_of(key)
@@ -58,7 +59,7 @@ for at = 2, 3 do
   if found ~= kinds[at] and found ~= 'none' then redis.call('DEL', KEYS[at]) end
 end
 local last = redis.call('GET', KEYS[3])
-if last and (#last > 14 or not string.match(last, '^%d+$')) then redis.call('SET', KEYS[3], redis.call('TIME')[1] .. '000') end
+if not last or #last > 14 or not string.match(last, '^%d+$') then redis.call('SET', KEYS[3], redis.call('TIME')[1] .. '000') end
 local version = redis.call('INCR', KEYS[3])
 redis.call('HSET', KEYS[1], 'value', ARGV[2], 'version', version)
 if ARGV[3] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
