@@ -37,7 +37,7 @@ def load(folder: Path, num_threads: int, packed_folder: Path) -> dict[str, float
     started, started_cpu, memory = time.perf_counter(), time.process_time(), _status("VmRSS")
     checkpoint = Checkpoint(folder)
     with torch.inference_mode():
-        model = NativeErnie(ErnieConfig.load(folder), checkpoint, torch.bfloat16, library, num_threads, packed)
+        model = NativeErnie(ErnieConfig.load(folder), checkpoint, torch.bfloat16, library, num_threads, packed=packed)
     found = {
         "wall_s": time.perf_counter() - started,
         "cpu_s": time.process_time() - started_cpu,

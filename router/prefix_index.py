@@ -16,9 +16,6 @@ Counts = npt.NDArray[np.int64]
 
 SHARD_BLOCKS = 4096
 """So many blocks at most are gone through at once, and so large is what the interpreter copies when a table grows."""
-BLOCK_BYTES = 180
-"""Memory of one block beside the set of workers that hold it; that set takes 28 bytes and 4 for each 30 workers, and as
-much again while some of them hold the block in a lower tier only."""
 STEP_BLOCKS = 512
 """So many blocks of an event are taken in at once; the rest waits for the next event or tick."""
 _FEW_BITS = 16
@@ -118,6 +115,9 @@ class PrefixIndex:
     and of a full dump no more is taken in than the worker's share, or what is free. A set is the bits of an integer. A worker
     that is lost costs nothing: its bit is ignored from then on, and given to another worker when the shards have been swept,
     one of them each time a bit is wanted.
+
+    A block takes at most 180 bytes beside its set; that takes 28 bytes and 4 for each 30 workers, and as much again while some
+    of them hold the block in a lower tier only.
     """
 
     def __init__(self, max_blocks: int) -> None:

@@ -41,11 +41,13 @@ class RouterServer:
         self._stop_asked: asyncio.Event | None = None
 
     async def start(self) -> str:
-        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken."""
+        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, or
+        sampling_defaults name tokens that the model does not have."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
         if self._config.api.sampling_defaults == SamplingParams():
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
+        self._config.api.check_sampling_defaults(tokenizer.vocab_size)
         listener = bind(self._config.host, self._config.port)
         started: Future[None] = Future()
         self._thread = threading.Thread(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -29,6 +30,9 @@ CONFIG = WorkerConfig(
 )
 
 
+_NUMBERS = itertools.count(1)
+
+
 class Attached:
     """A router's end of one Attach stream, that keeps all it hears."""
 
@@ -42,7 +46,7 @@ class Attached:
         self._sealer = Sealer()
 
     async def start(self) -> Attached:
-        await self.send(Hello("test"))
+        await self.send(Hello(f"test-{next(_NUMBERS)}"))
         self._reader = asyncio.create_task(self._read())
         await self.until(lambda: self.status is not None)
         return self

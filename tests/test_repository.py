@@ -106,6 +106,9 @@ PURE = (
     "cluster/membership.py",
     "cluster/roles.py",
     "cluster/placement.py",
+    "cluster/sim/profiles",
+    "cluster/sim/report/page.py",
+    "cluster/sim/report/table.py",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -13,7 +13,6 @@ from workers.errors import InvalidConfig
 from workers.kv_transfer.transports.negotiate import BEST_FIRST
 
 InstructionSet = Literal["amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon"]
-INSTRUCTION_SETS: tuple[str, ...] = get_args(InstructionSet)
 """Those that the C++ kernels are written for, better ones first."""
 
 MAX_DIRECT_RANKS = 16

@@ -107,9 +107,6 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
-
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
@@ -121,7 +118,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **chat_template_kwargs: Any,
     ) -> str:
-        """The conversation as the model was trained to read it. Raises InvalidRequest when the template refuses it."""
+        """The conversation as the model was trained to read it, every special token written out. Raises InvalidRequest when the template refuses it."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
         if template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
@@ -131,16 +128,6 @@ class Tokenizer:
             return template.render(names)
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the chat template cannot render these messages: {error}", "messages") from error
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **chat_template_kwargs: Any,
-    ) -> list[int]:
-        """Token ids of the rendered conversation; the template itself writes every special token."""
-        return self.encode(self.render_chat(messages, tools, add_generation_prompt, **chat_template_kwargs))
 
     def _visible(self, token_ids: Iterable[int], skip_special_tokens: bool) -> Iterable[bytes]:
         hidden = self._special_ids if skip_special_tokens else frozenset()

@@ -13,6 +13,8 @@ from workers.bounds import Count, Natural, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
 
+_ANY_VOCABULARY = 1 << 31
+
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
@@ -38,7 +40,17 @@ class ApiConfig:
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
-    """Used for what a client leaves open; see `load_sampling_defaults`."""
+    """Used for what a client leaves open; see `load_sampling_defaults`. Token ids are checked when the vocabulary is known."""
+
+    def __post_init__(self) -> None:
+        self.check_sampling_defaults(_ANY_VOCABULARY)
+
+    def check_sampling_defaults(self, vocab_size: int) -> None:
+        """Raises InvalidConfig for defaults that no request could be run with."""
+        try:
+            self.sampling_defaults.validate(vocab_size)
+        except InvalidRequest as error:
+            raise InvalidConfig(f"router.api.sampling_defaults.{error}") from error
 
 
 def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:

@@ -49,7 +49,7 @@ def serve_ranks(pipe: Connection) -> None:
         for address in addresses:
             why = follower.serve(*address)
             member = follower.member
-            facts = None if member is None else (member.role, member.generation, member.switched_at)
+            facts = None if member is None else (member.role, member.generation)
             pipe.send((why, facts, id(member)))
 
 
@@ -72,10 +72,10 @@ class RankProcess:
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def outcome(self) -> tuple[str, tuple[str, int, int] | None, int]:
+    def outcome(self) -> tuple[str, tuple[str, int] | None, int]:
         """Why a rank's service ended, and what role it had."""
         assert self.pipe.poll(WAIT_S), "the rank does not end"
-        found: tuple[str, tuple[str, int, int] | None, int] = self.pipe.recv()
+        found: tuple[str, tuple[str, int] | None, int] = self.pipe.recv()
         return found
 
 
@@ -134,7 +134,7 @@ class Group:
             assert self._changed.wait_for(lambda: len(self.lost) >= count, WAIT_S), "no rank was found lost"
             return self.lost
 
-    def stop(self) -> dict[int, tuple[str, int, int] | None]:
+    def stop(self) -> dict[int, tuple[str, int] | None]:
         """The role of each rank at the end."""
         self.runner.stop()
         facts = {}

@@ -109,6 +109,11 @@ def test_workers_are_named_by_pool_and_routers_get_ports_of_their_own() -> None:
         ("router.recovery_timeout_s=inf", "router.recovery_timeout_s must be a finite number"),
         ('router.api.api_keys=[""]', r"router.api.api_keys\[0\] must not be empty"),
         ("worker.max_num_seqs", "--set takes NAME=VALUE"),
+        (
+            "router.api.sampling_defaults.temperature=3",
+            r"^router\.api\.sampling_defaults\.temperature must be between 0 and 2$",
+        ),
+        ("router.api.sampling_defaults.stop_token_ids=[-1]", r"sampling_defaults\.stop_token_ids needs token ids"),
         ("router.api.sampling_defaults.logit_bias=[[1]]", r"logit_bias\[0\] must be a list of at least 2 values"),
     ],
 )

@@ -280,19 +280,20 @@ def test_all_ranks_take_a_role_at_one_step_boundary_and_a_replacement_takes_it_t
             if not engine.has_work:
                 break
             outputs += engine.step().outputs
+            assert len({done.generation for done in group.runner.last_done.values()}) == 1
             if at == 4:
                 switcher.start()
         switcher.join(WAIT_S)
         assert only_tokens(found(outputs, len(work))) == golden
         assert {done.generation for done in group.runner.last_done.values()} == {65537}
+        assert switched[0] < group.runner.last_done[0].number
         group.ranks[3].signal(KILL)
         group.wait_lost()
         group.replace(3)
         assert only_tokens(generate(group.runner, work)) == golden
     finally:
         roles = group.stop()
-    assert roles == {1: ("decode", 65537, switched[0]), 2: ("decode", 65537, switched[0]), 3: ("decode", 65537, 0)}
-    assert group.runner.member.switched_at == switched[0]
+    assert roles == dict.fromkeys((1, 2, 3), ("decode", 65537))
 
 
 def test_a_rank_keeps_its_weights_for_the_leader_that_comes_next(pool: RankPool) -> None:
@@ -341,7 +342,7 @@ async def test_a_group_has_the_face_of_one_worker_and_switches_as_one(pool: Rank
             await router.close()
         await worker.stop()
     _, facts, _ = await asyncio.to_thread(process.outcome)
-    assert facts == ("prefill", status.generation, member.switched_at)
+    assert facts == ("prefill", status.generation)
     pool.give_back(process)
 
 

@@ -132,7 +132,7 @@ def test_a_disk_thread_that_fails_in_an_unforeseen_way_ends_the_tier_and_nobody_
         folder.write = fail  # type: ignore[method-assign]
         r.ask(make_request([3] * (BLOCK_SIZE * 3), 2))
         r.push_out()
-        assert not r.tiers.has_disk and r.count("kv_disk_failures") == 1
+        assert r.tiers._disk is None and r.count("kv_disk_failures") == 1
         assert r.ask(PROMPT)[0] == GOLDEN
 
 
@@ -161,7 +161,7 @@ def test_a_full_disk_switches_the_tier_off_with_one_warning_and_all_goes_on(tmp_
                 assert r.ask(PROMPT)[0] == GOLDEN
                 r.ask(__import__("builders").make_request([7] * 321, 1))
                 r.tiers.wait(30)
-            assert r.count("kv_disk_failures") == 1 and not r.tiers.has_disk
+            assert r.count("kv_disk_failures") == 1 and r.tiers._disk is None
             assert r.count("kv_disk_bytes") == 0
     """
     run = subprocess.run(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from kernels_stub import instruction_set, stub_source
 
 from cluster.settings import build
-from workers.config import INSTRUCTION_SETS, WorkerConfig
+from workers.config import InstructionSet as Setting
+from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.instruction_sets import InstructionSet, cpu_flags
 from workers.kv_transfer.native.library import CHECKSUM
@@ -88,7 +90,7 @@ def test_a_set_that_nobody_has_is_refused_with_the_names_there_are() -> None:
         choices("sse")
     with pytest.raises(InvalidConfig, match=r"instruction_set must be 'amx', .* or 'auto'; it is 'sse'"):
         build(WorkerConfig, {"model": "m", "instruction_set": "sse"})
-    assert names(KERNELS.sets) == list(INSTRUCTION_SETS)
+    assert names(KERNELS.sets) == list(get_args(Setting))
 
 
 @pytest.mark.parametrize("each", [*KERNELS.sets, *CHECKSUM.sets], ids=lambda each: each.name)

@@ -16,10 +16,12 @@ from fake_worker import FakeWorker, golden_text
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
+from router.api.config import ApiConfig
 from router.config import RouterConfig
 from router.driver import RouterDriver
 from router.server import RouterServer, bind
 from workers.errors import InvalidConfig, Refused
+from workers.request import SamplingParams
 
 
 @pytest.fixture
@@ -165,6 +167,12 @@ async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> 
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"router.port {port} cannot be used"):
             await RouterServer(RouterConfig(str(checkpoint), port=port), "router-0").start()
+
+
+async def test_defaults_that_name_tokens_the_model_does_not_have_are_a_setting_to_change(checkpoint: Path) -> None:
+    api = ApiConfig(sampling_defaults=SamplingParams(stop_token_ids=(9999,)))
+    with pytest.raises(InvalidConfig, match=r"sampling_defaults\.stop_token_ids needs token ids below 257"):
+        await RouterServer(RouterConfig(str(checkpoint), port=0, api=api), "router-0").start()
 
 
 @pytest.mark.parametrize(

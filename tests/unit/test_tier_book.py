@@ -112,9 +112,7 @@ def test_a_disk_that_was_given_up_is_forgotten_at_once() -> None:
 
 
 moves = st.lists(
-    st.tuples(
-        st.sampled_from(["demote", "busy", "promote", "finish", "fail", "pin", "unpin", "spoil"]), st.integers(1, 9)
-    ),
+    st.tuples(st.sampled_from(["demote", "busy", "promote", "finish", "pin", "unpin", "spoil"]), st.integers(1, 9)),
     max_size=120,
 )
 
@@ -140,9 +138,6 @@ def test_no_order_of_events_breaks_a_bound_or_loses_track(
             book.promoted(key(number))
         elif action == "finish" and writing:
             book.written(writing.pop(0))
-        elif action == "fail" and writing:
-            files.discard(writing[0])
-            book.not_written(writing.pop(0))
         elif action == "pin" and book.holds(key(number)) is not None:
             book.pin([key(number)])
             pins.append(number)

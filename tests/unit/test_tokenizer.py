@@ -162,7 +162,6 @@ def test_a_decoder_that_takes_the_first_blank_takes_it_only_at_the_start_of_a_te
 def test_special_tokens_are_shown_or_skipped_as_asked(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("a</s>e")
     assert tokenizer.decode(token_ids) == "a</s>e" and tokenizer.decode(token_ids, skip_special_tokens=True) == "ae"
-    assert [tokenizer.is_special(token_id) for token_id in token_ids] == [False, True, False]
 
 
 def test_every_token_has_its_own_bytes_and_a_printable_name(tokenizer: Tokenizer) -> None:
@@ -190,7 +189,7 @@ def test_a_conversation_reads_as_the_published_text_template(tokenizer: Tokenize
     ]
     text = "<|begin_of_sentence|>Be brief.\nUser: 1?\nAssistant: 2<|end_of_sentence|>User: 3?\n"
     assert tokenizer.render_chat(messages, add_generation_prompt=False) == text
-    assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == text + "Assistant: "
+    assert tokenizer.render_chat(messages) == text + "Assistant: "
 
 
 def test_template_arguments_reach_the_template(byte_fallback: Tokenizer) -> None:
@@ -200,9 +199,9 @@ def test_template_arguments_reach_the_template(byte_fallback: Tokenizer) -> None
 
 def test_a_template_can_refuse_a_conversation_as_the_callers_fault(byte_fallback: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match=r'unknown role "tool"'):
-        byte_fallback.apply_chat_template([{"role": "tool", "content": "a"}])
+        byte_fallback.render_chat([{"role": "tool", "content": "a"}])
     with pytest.raises(InvalidRequest, match="cannot render"):
-        byte_fallback.apply_chat_template([{"role": "user", "content": None}])
+        byte_fallback.render_chat([{"role": "user", "content": None}])
 
 
 def test_templates_run_in_a_sandbox_with_what_published_ones_use(byte_level: Tokenizer) -> None:
@@ -229,7 +228,7 @@ def test_a_checkpoint_without_a_template_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+        tokenizer.render_chat([{"role": "user", "content": "a"}])
 
 
 def test_generation_config_decides_what_ends_a_text_then_config_then_the_tokenizer(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_story import WorkerStory
 
+from workers.client import Adopt, Cancel, DumpRequest, Submit
 from workers.errors import Refusal
 from workers.kv_transfer.messages import Running
 from workers.prompt_scores import PromptScores
@@ -315,6 +316,7 @@ class Everything:
             max_orphans=3, orphan_grace_s=5.0, max_kept_tokens=6, max_pending_frames=2, max_num_seqs=4
         )
         self.sessions: set[int] = set()
+        self.routers: dict[int, str] = {}
         self.num_sessions = self.num_attempts = 0
         self.names: dict[str, int] = {}
         """The engine's number of each request."""
@@ -322,10 +324,12 @@ class Everything:
         self.attempts: dict[str, tuple[int, str, int]] = {}
         """Attempt -> its session, its request, and the position that it began at."""
 
-    def attach(self) -> None:
+    def attach(self, router_id: str = "") -> None:
+        """Another router, or one that is attached already and comes anew."""
         self.num_sessions += 1
         self.sessions.add(self.num_sessions)
-        self.story.attach(self.num_sessions)
+        self.routers[self.num_sessions] = router_id or f"router-{self.num_sessions}"
+        self.story.attach(self.num_sessions, self.routers[self.num_sessions])
 
     def lose(self, session: int) -> None:
         self.sessions.discard(session)
@@ -363,6 +367,7 @@ class Everything:
         story, core = self.story, self.story.core
         table = core._requests._table
         self.sessions -= story.cut | story.ended
+        assert len({self.routers[session] for session in self.sessions}) == len(self.sessions)
         assert story.attached == self.sessions
         assert all(len(session.outputs) <= 2 * 4 for session in core._sessions._sessions.values())
         # Each request has at most one owner, a session that is attached, and what is kept is bounded.
@@ -396,7 +401,7 @@ def steps(draw: st.DrawFn) -> Iterator[None]:
     for _ in range(draw(st.integers(5, 60))):
         kinds = ["attach", "time"]
         if world.sessions:
-            kinds += ["submit", "lose", "stick", "write", "cancel"]
+            kinds += ["submit", "lose", "stick", "write", "cancel", "return"]
         if world.names:
             kinds += ["draw"] * 4 + (["adopt"] * 2 if world.sessions else [])
         kind = draw(st.sampled_from(kinds))
@@ -405,6 +410,8 @@ def steps(draw: st.DrawFn) -> Iterator[None]:
         match kind:
             case "attach":
                 world.attach()
+            case "return":
+                world.attach(world.routers[session])
             case "time":
                 world.story.after(draw(st.sampled_from([0.1, 1.0, 6.0])))
             case "submit":
@@ -438,9 +445,9 @@ def test_whatever_happens_no_output_is_lost_or_repeated_and_no_bound_is_passed(d
         pass
 
 
-def test_a_run_that_was_begun_anew_while_its_stream_still_seemed_alive_ends_with_that_stream() -> None:
+def test_a_run_that_another_router_began_anew_ends_with_the_stream_of_the_first() -> None:
     story, first = running(3)
-    story.attach(2, "router-1")
+    story.attach(2)
     again = make_request(range(5, 105), 50, request_id="r#2", replay=(10, 11))
     second = story.submit(2, again, name="r")
     story.posted.clear()
@@ -450,3 +457,56 @@ def test_a_run_that_was_begun_anew_while_its_stream_still_seemed_alive_ends_with
     ]  # nobody could take it up: "r" is the second run's name
     story.say(second, "r#2", 2, 12)
     assert story.tokens(2, "r#2")[-1:] == [12]
+
+
+# ---- a router attaches anew before its old stream is known dead ----
+
+
+@pytest.mark.parametrize("how", ["submit", "adopt"])
+def test_a_router_that_attaches_anew_goes_on_with_its_requests_though_its_old_stream_seems_alive(how: str) -> None:
+    story, number = running(3)
+    story.stuck.add(1)
+    story.say(number, "r#1", 3, 13)  # into a stream that nobody reads
+    story.attach(2, "router-1")
+    assert story.cut == {1} and story.core.counters["routers_attached_anew"] == 1
+    if how == "submit":
+        story.submit(2, make_request(range(5, 105), 50, request_id="r#2", replay=(10, 11)), name="r")
+    else:
+        story.adopt(2, "r", "r#2", 2)
+    story.say(number, "r#1", 4, 14, ends=FinishReason.STOP)
+    assert story.tokens(2, "r#2") == [12, 13, 14] and story.core.is_idle
+    assert len(story.taken(Add)) == 1 and not story.taken(CancelSequence)
+
+
+def test_what_an_old_stream_still_carries_is_not_heard_once_its_router_has_attached_anew() -> None:
+    story, number = running(3)
+    story.attach(2, "router-1")
+    story.adopt(2, "r", "r#2", 3)
+    before = len(story.posted)
+    for late in (
+        Cancel("r#2"),  # a name that is in use by now
+        Cancel("r#1"),
+        Submit(make_request(range(5, 105), 50, request_id="s#1"), story.identity.generation, name="s"),
+        Adopt("r", "r#1", 0),
+        DumpRequest(),
+    ):
+        story.tell(events.RouterSaid(1, late))
+    for late_event in (events.FrameWanted(1), events.RouterLeft(1), events.RouterLost(1)):
+        story.tell(late_event)
+    assert len(story.posted) == before
+    story.say(number, "r#1", 3, 13, ends=FinishReason.STOP)
+    assert story.tokens(2, "r#2") == [13]
+
+
+def test_of_what_it_left_on_its_old_stream_a_router_ends_what_it_does_not_want() -> None:
+    story, number = running(3)
+    story.attach(2, "router-1")
+    story.cancel(2, "r#1")
+    assert story.taken(CancelSequence) == [CancelSequence(number)] and story.core.is_idle
+
+
+def test_another_router_attaches_and_nobody_loses_anything() -> None:
+    story, number = running(3)
+    story.attach(2, "router-2")
+    story.say(number, "r#1", 3, 13)
+    assert not story.cut and story.tokens(1, "r#1") == [10, 11, 12, 13]

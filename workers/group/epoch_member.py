@@ -28,8 +28,6 @@ class EpochMember:
         self._aborted: tuple[int, threading.Event] = (0, threading.Event())
         self._lock = threading.Lock()
         self.role, self.generation = "", 0
-        self.switched_at = 0
-        """The step at which the role in force came."""
 
     @property
     def runner(self) -> Rank:
@@ -117,7 +115,7 @@ class EpochMember:
             raise RankLost(f"epoch {step.epoch} is over")
         started_s = time.monotonic()
         if (step.role, step.generation) != (self.role, self.generation):
-            self.role, self.generation, self.switched_at = step.role, step.generation, step.number
+            self.role, self.generation = step.role, step.generation
         if step.moved_layer >= 0:
             self._runner.experts.move(step.moved_layer, tuple(step.moved_slots))
         results = self._runner.execute_part(batch, GroupStep(step.num_prefill, step.num_decode, step.halves))

@@ -65,7 +65,6 @@ class Follower:
         self._links = Links()
         self._member: EpochMember | None = None
         self._reader = BatchReader()
-        self._stop = threading.Event()
         self._channel: Channel | None = None
 
     @property

@@ -22,7 +22,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Write the block to disk and answer with `written` or `not_written`. Its bytes are in the slot; None: in the evicted pool block."""
+    """Write the block to disk and answer with `written`. Its bytes are in the slot; None: in the evicted pool block."""
 
     key: BlockKey
     slot: int | None
@@ -134,10 +134,6 @@ class TierBook:
         if parent is not None:
             self._disk[block_hash] = parent
             self._ledger.add(block_hash, Tier.DISK)
-
-    def not_written(self, block_hash: int) -> None:
-        """A Spill was not carried out; no file is there."""
-        self._writing.pop(block_hash, None)
 
     def spoiled(self, key: BlockKey, tier: Tier) -> list[Command]:
         """What a tier kept of the block is not what was put there."""

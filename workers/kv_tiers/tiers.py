@@ -69,10 +69,6 @@ class KvTiers:
         return self._ledger
 
     @property
-    def has_disk(self) -> bool:
-        return self._disk is not None
-
-    @property
     def blocks_per_bite(self) -> int:
         return self._memory.blocks_per_bite
 

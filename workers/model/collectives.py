@@ -128,13 +128,12 @@ class Communicator:
         self._group, self._aborted = group, aborted
         self.num_sent_bytes = 0
         """Bytes that this rank sent to others in all_to_all and all_gather."""
-        self.num_operations = 0
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> tuple[Tensor, Pending]:
         """Sends `send[r]` of the rows to each rank r, in order of rank; returns where `receive[r]` rows of each will be."""
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
         rows = rows.contiguous()
-        self._count((len(rows) - send[self.rank]) * _row_bytes(rows))
+        self.num_sent_bytes += (len(rows) - send[self.rank]) * _row_bytes(rows)
         work = self._start(
             lambda: self._group.alltoall_base(arriving, rows, list(receive), list(send), c10d.AllToAllOptions())
         )
@@ -144,7 +143,7 @@ class Communicator:
         """Every rank's `part`, of equal shapes, [size, ...]."""
         part = part.contiguous()
         gathered = part.new_empty((self.size, *part.shape))
-        self._count((self.size - 1) * part.numel() * part.element_size())
+        self.num_sent_bytes += (self.size - 1) * part.numel() * part.element_size()
         if part.is_cuda:
             work = self._start(lambda: self._group._allgather_base(gathered, part))
         else:
@@ -186,10 +185,6 @@ class Communicator:
             return operation()
         except RuntimeError as error:
             raise RankLost(f"a group operation could not start: {error}") from error
-
-    def _count(self, num_bytes: int) -> None:
-        self.num_sent_bytes += num_bytes
-        self.num_operations += 1
 
 
 class WorldEpoch:

@@ -83,8 +83,7 @@ class WorkerCore:
             case events.RouterSaid(session, message):
                 self._on_message(session, message, now)
             case events.RouterAttached(session, router_id):
-                self._sessions.attach(session, router_id)
-                out += self._sessions.ask_for_dump(session)
+                self._on_attached(session, router_id, now)
             case events.RouterLeft(session):
                 self._sessions.close(session)
             case events.RouterLost(session):
@@ -139,8 +138,20 @@ class WorkerCore:
         """The worker as it is now."""
         return self._describe(self._sessions.load, self._engine_counters)
 
+    def _on_attached(self, session: int, router_id: str, now: float) -> None:
+        """A router has one stream. An earlier one of the same router is dead, though nothing may have said so yet: its requests
+        are this router's to take up, and what it still carries is heard no more."""
+        earlier = self._sessions.of_router(router_id)
+        if earlier is not None:
+            self.counters["routers_attached_anew"] += 1
+            self._out.append(events.CutStream(earlier, f"{router_id} has attached anew"))
+            self._sessions.lose(earlier)
+            self._out += self._requests.lose_router(earlier, now)
+        self._sessions.attach(session, router_id)
+        self._out += self._sessions.ask_for_dump(session)
+
     def _on_message(self, session: int, message: RouterMessage, now: float) -> None:
-        if self._sessions.get(session) is None:
+        if self._sessions.get(session) is None:  # its stream has been cut, or its router has attached anew
             return
         match message:
             case Submit():

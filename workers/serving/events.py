@@ -197,7 +197,8 @@ class EndStream:
 
 @dataclass(frozen=True, slots=True)
 class CutStream:
-    """The router does not keep up: its stream ends at once, also in the middle of a write. RouterLost follows."""
+    """The router does not keep up, or has another stream by now: this one ends at once, also in the middle of a write. RouterLost
+    follows."""
 
     session: int
     reason: str

@@ -152,6 +152,10 @@ class Sessions:
     def get(self, number: int) -> Session | None:
         return self._sessions.get(number)
 
+    def of_router(self, router_id: str) -> int | None:
+        """The session of a router."""
+        return next((number for number, session in self._sessions.items() if session.router_id == router_id), None)
+
     def num_said(self, number: int | None) -> int:
         """Outputs that a session was told so far, those that wait for a frame included."""
         session = None if number is None else self._sessions.get(number)

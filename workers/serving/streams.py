@@ -119,4 +119,4 @@ class Streams:
     async def _abort(self, stream: _Stream, reason: str) -> None:
         """The router finds out when it has read what had been written, or its connection ends, whichever comes first."""
         with contextlib.suppress(Exception):
-            await stream.context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            await stream.context.abort(grpc.StatusCode.ABORTED, reason)

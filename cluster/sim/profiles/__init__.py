@@ -1,0 +1,1 @@
+"""What hardware costs: the seconds of an engine step and the rates of links, measured or computed from data sheets."""
