@@ -18,7 +18,7 @@ from workers.errors import BatonError, InvalidConfig
 from workers.host_limits import available_bytes, raise_file_limit
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import check
-from workers.model.weight_files import read_header, weight_files
+from workers.model.weight_files import check_dimensions, read_header, weight_files
 from workers.processors import Processors
 from workers.tokenizer import Tokenizer
 
@@ -37,12 +37,14 @@ def check_model(path: str) -> None:
     """
     folder = _folder(path)
     with _reading(folder / "config.json"):
-        ErnieConfig.load(folder)
+        dimensions = ErnieConfig.load(folder)
     with _reading(folder / "model.safetensors.index.json"):
         files = weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _reading(file):
-            read_header(file)
+            shapes |= {name: stored.shape for name, stored in read_header(file).items()}
+    check_dimensions(dimensions, shapes, folder)
     check_tokenizer(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from workers.bounds import Count, Natural, Seconds, Text
+from workers.checkpoint_files import read_object
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
 
@@ -59,12 +59,10 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     A missing file gives the API's own defaults. Raises InvalidConfig when a value is out of range.
     """
     path = Path(checkpoint) / "generation_config.json"
-    if not path.is_file():
-        return SamplingParams()
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidConfig(f"{path} is not JSON: {error}") from error
+        written = read_object(path)
+    except FileNotFoundError:
+        return SamplingParams()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: written[name] for name in names if written.get(name) is not None}
     if written.get("do_sample") is False:
@@ -74,6 +72,6 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     try:
         defaults = replace(SamplingParams(), **chosen)
         defaults.validate(vocab_size=1)
-    except (InvalidRequest, TypeError) as error:
+    except (InvalidRequest, TypeError, OverflowError) as error:
         raise InvalidConfig(f"{path}: {error}") from error
     return defaults

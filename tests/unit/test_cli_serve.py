@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +29,14 @@ class Serve:
 
     def __init__(self, *arguments: str) -> None:
         self.folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")  # short: it ends up in the paths of sockets
+        self.environment = {**os.environ, "TMPDIR": self.folder, "XDG_STATE_HOME": f"{self.folder}/state"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "serve", "--model", str(MODEL), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "TMPDIR": self.folder},
+            env=self.environment,
         )
         self.pid = self._process.pid
         self._watchdog = threading.Timer(BOUND_S, self._process.kill)
@@ -49,6 +51,13 @@ class Serve:
     def members(self) -> tuple[processes.Process, ...]:
         """Everything that Ray has started for it."""
         return processes.family(f"{self.folder}/")
+
+    def wait_until_gone(self, members: tuple[processes.Process, ...]) -> None:
+        """Until none of them runs and no file is left; the limit is for a hang."""
+        deadline = time.monotonic() + BOUND_S
+        while processes.alive(members) or self.members() or os.listdir(self.folder):
+            assert time.monotonic() < deadline, (processes.alive(members), os.listdir(self.folder))
+            time.sleep(0.05)
 
     def interrupt(self) -> None:
         """To the whole process group, as a terminal sends Ctrl-C."""
@@ -85,9 +94,11 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     running.clean()
 
 
-def baton(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def baton(
+    *arguments: str, stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=BOUND_S)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=BOUND_S, env=environment)
 
 
 @pytest.mark.parametrize("serve", [("--dashboard",)], indirect=True)
@@ -166,3 +177,46 @@ def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.interrupt()
     assert serve.wait() in (0, 130), "130, unless the stop was done first"
     assert processes.alive(members) == () and serve.members() == ()
+
+
+def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None:
+    serve.read_stdout_until("Ctrl-C")
+    members = serve.members()
+    assert {Path(serve.folder, name).stat().st_mode & 0o077 for name in os.listdir(serve.folder)} == {0}
+    os.kill(serve.pid, signal.SIGKILL)
+    serve.wait_until_gone(members)
+
+
+@pytest.mark.parametrize(("program", "name"), [("gcs_server", "GCS"), ("raylet", "raylet")])
+def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Serve, program: str, name: str) -> None:
+    serve.read_stdout_until("Ctrl-C")
+    members = serve.members()
+    (victim,) = [each for each in members if each.command.partition(" ")[0].endswith(f"/{program}")]
+    os.kill(victim.pid, signal.SIGKILL)
+    said = serve.read_stderr_until(f"Ray's {name} (process {victim.pid}) has died")
+    assert "Traceback" not in said
+    assert serve.wait() == 3
+    assert processes.alive(members) == () and serve.members() == () and os.listdir(serve.folder) == []
+
+
+@pytest.mark.parametrize("serve", [("--detach",)], indirect=True)
+def test_a_detached_cluster_outlives_its_command_and_is_found_and_stopped(serve: Serve) -> None:
+    banner = serve.read_stdout_until("`baton stop` stops it")
+    assert serve.wait() == 0
+    members = serve.members()
+    assert len(members) > 5
+    table = baton("status", environment=serve.environment)
+    assert re.search(r"decode-0 +decode", table.stdout), table
+    log = Path(re.search(r"is in (\S+)\.\n", banner)[1])  # type: ignore[index]
+    assert log.stat().st_mode & 0o077 == 0
+    stopped = baton("stop", environment=serve.environment)
+    assert stopped.returncode == 0 and stopped.stdout.startswith("stopped http://"), stopped
+    assert processes.alive(members) == () and os.listdir(serve.folder) == ["state"]
+    assert "stopping" in log.read_text()
+    none = baton("stop", environment=serve.environment)
+    assert none.returncode == 2 and "no cluster of this user" in none.stderr
+
+
+def test_a_detached_start_that_fails_ends_with_its_own_code() -> None:
+    refused = baton("serve", "--detach", "--model", "/nowhere")
+    assert refused.returncode == 2 and "cannot find the model" in refused.stderr
