@@ -17,6 +17,7 @@ from cluster.janitor import dismiss, engage
 from cluster.joining import join_ray
 from cluster.local import RaySession, start_ray
 from cluster.preflight import (
+    check_cache_folder,
     check_disk_tier,
     check_gpus,
     check_layout,
@@ -92,6 +93,7 @@ async def preflight(config: ClusterConfig) -> None:
         check_port(router.host, router.port, "--port")
     check_memory(config)
     check_disk_tier(config.worker, len(config.pools.workers))
+    check_cache_folder(config.worker)
     await check_store(config.store)
 
 

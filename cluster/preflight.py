@@ -19,6 +19,7 @@ from workers.host_limits import available_bytes, raise_file_limit
 from workers.model.ernie_config import ErnieConfig
 from workers.model.parallel import check
 from workers.model.weight_files import check_dimensions, read_header, weight_files
+from workers.native_build import not_ours_alone
 from workers.processors import Processors
 from workers.tokenizer import Tokenizer
 
@@ -154,7 +155,9 @@ def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
         return
     folder = Path(config.kv_disk_folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if reason := not_ours_alone(folder):
+            raise InvalidConfig(f"worker.kv_disk_folder {reason}")
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -168,6 +171,12 @@ def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
             f"{num_workers} workers may keep {_gib(needed)} of KV blocks in {str(folder)!r}, where {_gib(free + kept)} is free; "
             "lower worker.kv_disk_bytes or name another worker.kv_disk_folder"
         )
+
+
+def check_cache_folder(config: WorkerConfig) -> None:
+    """Raises InvalidConfig when somebody else could put code where compiled kernels are loaded from."""
+    if config.cache_folder and (reason := not_ours_alone(Path(config.cache_folder))):
+        raise InvalidConfig(f"worker.cache_folder {reason}")
 
 
 async def check_store(config: StoreConfig) -> None:

@@ -43,12 +43,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run_worker(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
-    from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
+    from cluster.preflight import check_cache_folder, check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
 
     config = config_from(args)
     check_model(config.worker.model)
     check_disk_tier(config.worker, 1)
+    check_cache_folder(config.worker)
     check_layout(config.worker)
     check_gpus(config)
     if args.worker_host:
