@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import os
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -232,12 +233,18 @@ class WorkerActor(Actor):
 
 
 class RouterActor(Actor):
-    """One router, told of every change of membership. After a crash it is back on the same port."""
+    """One router, told of every change of membership. After a crash it is back on the same port.
+
+    With `held_ports` (see cluster.held_ports) its port stays open meanwhile.
+    """
 
     vital_thread = ("router-",)
 
-    def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
+    def __init__(
+        self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str, held_ports: str = ""
+    ) -> None:
         self._config, self._store_config, self._namespace = config, store, namespace
+        self._held_ports = held_ports
         self._router: Any = None
         self._store: Store | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -263,8 +270,10 @@ class RouterActor(Actor):
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
+        fetch = importlib.import_module("cluster.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
-        router = make(self._config, self._name)
+        listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
+        router = make(self._config, self._name, listener)
         self._router = router
         url = await router.start()
         self._started.set_result(url)
@@ -326,6 +335,8 @@ def _import_worker(is_group: bool) -> WorkerFactory:
     return factory
 
 
-def _import_router() -> Callable[[RouterConfig, str], Any]:
-    factory: Callable[[RouterConfig, str], Any] = importlib.import_module("router.server").RouterServer
+def _import_router() -> Callable[[RouterConfig, str, socket.socket | None], Any]:
+    factory: Callable[[RouterConfig, str, socket.socket | None], Any] = importlib.import_module(
+        "router.server"
+    ).RouterServer
     return factory

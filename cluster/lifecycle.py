@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
 from cluster.folders import end_local, make_folder, remove_stale, secret_file
+from cluster.held_ports import PortHolder
 from cluster.janitor import dismiss, engage
 from cluster.joining import join_ray
 from cluster.local import RaySession, start_ray
@@ -59,6 +60,8 @@ class Cluster:
     routers: dict[str, Any] = field(default_factory=dict)
     pools: Any = None
     """Who created the actors: it also holds the further ranks of workers."""
+    held_ports: PortHolder | None = None
+    """The routers' ports, where their processes are on this host."""
 
     @property
     def url(self) -> str:
@@ -193,6 +196,15 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
 
+    holder = cluster.held_ports = PortHolder(cluster.session.folder) if cluster.session.folder else None
+
+    def make_router(name: str, at: int) -> Any:
+        if holder is None:
+            return pools.create_router(name, at)
+        router = config.router_at(at)
+        holder.hold(name, router.host, router.port)
+        return pools.create_router(name, at, holder.path)
+
     async def create(into: dict[str, Any], name: str, make: Callable[..., Any], argument: Any) -> None:
         with told(name):
             into[name] = await asyncio.get_running_loop().run_in_executor(threads, make, name, argument)
@@ -201,7 +213,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     try:
         await all_of(
             [create(cluster.workers, name, pools.create_worker, role) for name, role in config.pools.workers]
-            + [create(cluster.routers, name, pools.create_router, at) for at, name in enumerate(router_names)]
+            + [create(cluster.routers, name, make_router, at) for at, name in enumerate(router_names)]
         )
     finally:
         threads.shutdown(wait=False, cancel_futures=True)  # whoever interrupts the start does not wait for Ray
@@ -282,6 +294,8 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
         config = cluster.config
+        if cluster.held_ports is not None:
+            cluster.held_ports.close()
         with progress.step("finishing what runs, and stopping routers"):
             await stop_actors([*cluster.routers.values()], config.router.shutdown_timeout_s + config.stop_timeout_s)
         with progress.step("stopping workers"):

@@ -31,8 +31,10 @@ LAST_WORDS_S = 5
 class RouterServer:
     """One router: HTTP in front, workers behind. `set_workers` and `status` may be called from any thread."""
 
-    def __init__(self, config: RouterConfig, router_id: str) -> None:
+    def __init__(self, config: RouterConfig, router_id: str, listener: socket.socket | None = None) -> None:
+        """With `listener` it serves there, and not on the configured port."""
         self._config = config
+        self._listener = listener
         self._router_id = router_id
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -47,7 +49,7 @@ class RouterServer:
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
         self._config.api.check_sampling_defaults(tokenizer.vocab_size)
-        listener = bind(self._config.host, self._config.port)
+        listener = self._listener or bind(self._config.host, self._config.port)
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(tokenizer, listener, started), name=f"router-{self._router_id}", daemon=True

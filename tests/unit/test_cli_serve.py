@@ -13,10 +13,12 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_listens
 
 from cluster import processes
 
@@ -207,6 +209,20 @@ def test_a_detached_cluster_outlives_its_command_and_is_found_and_stopped(serve:
     assert len(members) > 5
     table = baton("status", environment=serve.environment)
     assert re.search(r"decode-0 +decode", table.stdout), table
+
+    url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
+    port = int(url.rpartition(":")[2])
+    (router,) = [each for each in members if ("127.0.0.1", port) in ray_listens.sockets([each])]
+    os.kill(router.pid, signal.SIGKILL)
+    # Sent while nobody is there to accept it, and once: it waits for the next router, which waits for its workers.
+    killed_at = time.monotonic()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", b'{"prompt": "Hello", "max_tokens": 4}', {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
+        assert answer.status == 200
+    print(f"answered {time.monotonic() - killed_at:.2f} s after the router was killed")
+
     log = Path(re.search(r"is in (\S+)\.\n", banner)[1])  # type: ignore[index]
     assert log.stat().st_mode & 0o077 == 0
     stopped = baton("stop", environment=serve.environment)
