@@ -23,9 +23,9 @@ def vital_processes(folder: str) -> dict[str, processes.Process]:
     """The processes of the Ray in `folder` that must live, by what Ray calls them."""
     found = {}
     for process in processes.family(folder):
-        program = process.command.partition(" ")[0].rpartition("/")[2]
-        if program in NAMES:
-            found[NAMES[program]] = process
+        for program, name in NAMES.items():
+            if f"/{program} -" in process.command:
+                found[name] = process
     return found
 
 

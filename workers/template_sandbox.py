@@ -24,13 +24,30 @@ import jinja2.visitor
 
 MAX_STEPS = 1_000_000
 MAX_CHARACTERS = 1 << 26
+MAX_ELEMENTS = 1 << 20
+"""Of a list."""
 MAX_NUMBER = 100_000
 """Of what a filter or method is told: a width, a count."""
 _MULTIPLYING = frozenset(
-    ("replace", "join", "indent", "center", "ljust", "rjust", "zfill", "expandtabs", "batch", "slice", "wordwrap")
+    (
+        "replace",
+        "join",
+        "indent",
+        "center",
+        "ljust",
+        "rjust",
+        "zfill",
+        "expandtabs",
+        "batch",
+        "slice",
+        "sum",
+        "wordwrap",
+    )
 )
 _FORMATTING = frozenset(("format", "format_map"))
 _WIDE = re.compile(r"\d{6}|\*")
+_ELEMENT = 64
+"""What a number or list counts for, in characters: looking at it takes as long."""
 _COUNTED, _SHOWN, _JOINED = "_counted", "_shown", "_joined"
 
 
@@ -61,6 +78,7 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree: jinja2.nodes.Template = _Metering().visit(super()._parse(source, name, filename))
+        tree.set_environment(self)
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -71,9 +89,9 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | list | tuple) and isinstance(other, int):
-                    _bound(len(one) * max(0, other))
+                    _bound(len(one) * max(0, other), one)
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            _bound(len(left) + len(right))
+            _bound(len(left) + len(right), left)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,32 +199,29 @@ def _check_call(name: str, value: Any, arguments: tuple[Any, ...]) -> None:
         raise TooCostly("a format is too wide")
     if name in _MULTIPLYING:
         widths = (each if isinstance(each, int) else _size(each) for each in arguments)
-        _bound((_size(value) + 1) * (max(widths, default=0) + 1))
+        _bound((_size(value) + 1) * (max(widths, default=0) + 1), "")
 
 
 def _is_small(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
 
 
-def _bound(size: int) -> None:
-    if size > MAX_CHARACTERS:
-        raise TooCostly(f"it makes a text or list of more than {MAX_CHARACTERS} elements")
+def _bound(size: int, kind: object) -> None:
+    """Raises TooCostly when a text, or a list, of this size is too large."""
+    limit = MAX_CHARACTERS if isinstance(kind, str) else MAX_ELEMENTS
+    if size > limit:
+        raise TooCostly(f"it makes a text or list of more than {limit} elements")
 
 
 def _size(value: Any) -> int:
-    """About how many characters the value is written with; stops counting beyond MAX_CHARACTERS."""
+    """About how many characters the value is written with, some for each element; stops counting beyond MAX_CHARACTERS."""
     total, waiting = 0, [value]
     while waiting and total <= MAX_CHARACTERS:
         current = waiting.pop()
-        if isinstance(current, str | bytes):
-            total += len(current)
-        elif isinstance(current, Mapping):
-            total += 8
+        total += len(current) if isinstance(current, str | bytes) else _ELEMENT
+        if isinstance(current, Mapping):
             waiting.extend(current.keys())
             waiting.extend(current.values())
         elif isinstance(current, list | tuple | set | frozenset):
-            total += 8
             waiting.extend(current)
-        else:
-            total += 8
     return total

@@ -124,8 +124,9 @@ class Tokenizer:
         names = {**self._special_tokens, "messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True}
         try:
             self._sandbox.render(template, names)
-        except TooCostly as error:
-            raise InvalidConfig(f"the chat template does more for a short question than it may: {error}") from error
+        except (TooCostly, RecursionError, MemoryError) as error:
+            reason = str(error) if isinstance(error, TooCostly) else type(error).__name__
+            raise InvalidConfig(f"the chat template does more for a short question than it may: {reason}") from error
         except Exception:
             return
 
@@ -148,7 +149,15 @@ class Tokenizer:
         names.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         try:
             return self._sandbox.render(template, names)
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InvalidRequest(f"the chat template cannot render these messages: {error}", "messages") from error
 
     def _visible(self, token_ids: Iterable[int], skip_special_tokens: bool) -> Iterable[bytes]:

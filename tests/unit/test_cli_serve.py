@@ -193,7 +193,7 @@ def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None
 def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Serve, program: str, name: str) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
-    (victim,) = [each for each in members if each.command.partition(" ")[0].endswith(f"/{program}")]
+    (victim,) = [each for each in members if f"/{program} -" in each.command]
     os.kill(victim.pid, signal.SIGKILL)
     said = serve.read_stderr_until(f"Ray's {name} (process {victim.pid}) has died")
     assert "Traceback" not in said

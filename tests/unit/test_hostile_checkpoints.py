@@ -222,7 +222,6 @@ HOSTILE |= {
         "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}" + "{% for a in range(10**9) %}{% endfor %}",
         "{% for a in [[1]] recursive %}{{ loop(a) }}{% endfor %}",
         "{{ 'x' | slice(10 ** 9) | list }}",
-        "{{ lipsum(n=10 ** 9) }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "{{ " + "-" * 100_000 + "1 }}",
         "{% if x %}" * 3000 + "{% endif %}" * 3000,
@@ -230,9 +229,9 @@ HOSTILE |= {
     )
 }
 HARMLESS = {
-    # Refused elsewhere, or of no effect: what is read is as it should be.
     "eos_token_id 'x'", "eos_token_id {'a': 1}",  # generation_config.json decides
-    "tokenizer_config.json that is a number",
+    # A link in a circle names no file, and these may be missing.
+    *(f"a link in a circle as {name}" for name in FILES if name not in ("config.json", "model.safetensors", "tokenizer.json")),
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class _Fields:
 
     def require_default(self, key: str, default: object) -> None:
         value = self.document.get(key, default)
-        if value is not None and (type(value) is not type(default) or value != default):
+        if value is not None and (isinstance(value, bool) is not isinstance(default, bool) or value != default):
             raise InvalidConfig(f"{self.path} has {key} {_shown(value)}; only {default!r} is supported")
 
 
