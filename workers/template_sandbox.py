@@ -22,7 +22,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.visitor
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 400_000
 MAX_CHARACTERS = 1 << 26
 MAX_ELEMENTS = 1 << 20
 """Of a list."""
@@ -44,9 +44,10 @@ _MULTIPLYING = frozenset(
         "wordwrap",
     )
 )
-_FORMATTING = frozenset(("format", "format_map"))
 _WIDE = re.compile(r"\d{6}|\*")
-_ELEMENT = 64
+_WIDE_FIELD = re.compile(r"\d{6}|:[^}]*\{")
+"""A field of str.format with a huge width, or with one that is an argument."""
+_ELEMENT = 128
 """What a number or list counts for, in characters: looking at it takes as long."""
 _COUNTED, _SHOWN, _JOINED = "_counted", "_shown", "_joined"
 
@@ -100,6 +101,12 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(owner, str | bytes):
             _check_call(getattr(__obj, "__name__", ""), owner, (*args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and _WIDE_FIELD.search(value.__self__):
+            raise TooCostly("a format is too wide")
+        return wrapped
 
     def _take(self, steps: int = 0, characters: int = 0) -> None:
         share = self._share
@@ -195,7 +202,7 @@ def _check_call(name: str, value: Any, arguments: tuple[Any, ...]) -> None:
     """Raises TooCostly when the method or filter could make something huge of the value."""
     if any(isinstance(each, int) and not _is_small(each) for each in arguments):
         raise TooCostly(f"{name} is asked for too much")
-    if name in _FORMATTING and isinstance(value, str) and _WIDE.search(value):
+    if name == "format" and isinstance(value, str) and _WIDE.search(value):
         raise TooCostly("a format is too wide")
     if name in _MULTIPLYING:
         widths = (each if isinstance(each, int) else _size(each) for each in arguments)
