@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import logging
 import os
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -273,7 +272,7 @@ class RouterActor(Actor):
         fetch = importlib.import_module("cluster.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
         listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
-        router = make(self._config, self._name, listener)
+        router = make(self._config, self._name, listener=listener)
         self._router = router
         url = await router.start()
         self._started.set_result(url)
@@ -335,8 +334,6 @@ def _import_worker(is_group: bool) -> WorkerFactory:
     return factory
 
 
-def _import_router() -> Callable[[RouterConfig, str, socket.socket | None], Any]:
-    factory: Callable[[RouterConfig, str, socket.socket | None], Any] = importlib.import_module(
-        "router.server"
-    ).RouterServer
+def _import_router() -> Callable[..., Any]:
+    factory: Callable[..., Any] = importlib.import_module("router.server").RouterServer
     return factory

@@ -86,7 +86,8 @@ class Serve:
             read += line
             if text in line:
                 return read
-        raise AssertionError(f"{text!r} did not come: {read}")
+        self._process.kill()
+        raise AssertionError(f"{text!r} did not come: {read}; {self._process.communicate()}")
 
 
 @pytest.fixture
