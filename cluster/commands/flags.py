@@ -111,7 +111,7 @@ def client_target(args: argparse.Namespace, environment: Mapping[str, str] = os.
 
 def _url_of_this_host() -> str:
     """Where the only cluster of this user listens; DEFAULT_URL where there is none. Raises InvalidConfig when there are several."""
-    from cluster.running import clusters
+    from cluster.ray_session.running import clusters
 
     urls = [each.urls[0] for each in clusters() if each.urls]
     if len(urls) > 1 and DEFAULT_URL not in urls:

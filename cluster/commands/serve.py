@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cluster.commands.detaching import Detached, detach, log_file
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.progress import Progress
+from cluster.console.progress import Progress
 from workers.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(detached, int):
         return detached
     from cluster.commands.signals import run_until_stopped
-    from cluster.folders import make_folder
+    from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
     if detached and config.ray.address:
@@ -88,7 +88,7 @@ def example_request(url: str, is_chat: bool, needs_key: bool) -> str:
 
 
 def has_chat_template(model: str) -> bool:
-    from workers.tokenizer import Tokenizer
+    from workers.text.tokenizer import Tokenizer
 
     return Tokenizer.load(model).has_chat_template
 

@@ -30,8 +30,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.folders import living
-    from cluster.running import clusters
+    from cluster.ray_session.folders import living
+    from cluster.ray_session.running import clusters
 
     found = [each for each in clusters() if args.url is None or args.url.rstrip("/") in each.urls]
     if not found:

@@ -13,7 +13,7 @@ import ray_listens
 from cluster_process import MODEL, ClusterProcess, wait_until
 from openai import OpenAI
 
-from cluster.processes import read_process
+from cluster.ray_session.processes import read_process
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.processes import Process
+from cluster.ray_session.processes import Process
 
 JOB = b'{"entrypoint": "true"}'
 TIMEOUT_S = 20.0

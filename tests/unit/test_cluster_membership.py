@@ -7,9 +7,9 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.actors import changes_between
+from cluster.actors.actors import changes_between
 from cluster.commands.watching import describe
-from cluster.membership import Membership, Registration, Tick
+from cluster.membership.membership import Membership, Registration, Tick
 from cluster.store.store import Entry, Snapshot
 from workers.status import Role, WorkerAddress
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from cluster.preflight import check_model
 from workers.checkpoint_files import read_object
 from workers.errors import BatonError, InvalidConfig
-from workers.model.ernie_config import ErnieConfig
-from workers.model.weight_files import read_header
-from workers.tokenizer import Tokenizer
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weight_files import read_header
+from workers.text.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "60"))

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from redis_server import RedisServer
 
 from cluster.config import StoreConfig
-from cluster.membership import Registration
+from cluster.membership.membership import Registration
+from cluster.membership.registration import Registrar, number_start
+from cluster.membership.roles import desired_role
 from cluster.preflight import check_store
-from cluster.registration import Registrar, number_start
-from cluster.roles import desired_role
 from cluster.secret_files import make_secret, read_secret
 from cluster.store.open import open_store
 from cluster.store.redis_store import RedisStore
