@@ -37,7 +37,7 @@ local function kind(key) return redis.call('TYPE', key).ok end
 local function version_of(key)
   if kind(key) ~= 'hash' then return nil end
   local version = redis.call('HGET', key, 'version')
-  if not version or #version > 15 or not string.match(version, '^[1-9]%d*$') then return nil end
+  if not version or #version > 16 or not string.match(version, '^[1-9]%d*$') then return nil end
   if redis.call('HSTRLEN', key, 'value') > {MAX_VALUE_BYTES} then return nil end
   if redis.call('HEXISTS', key, 'value') == 0 then return nil end
   return version
@@ -59,7 +59,10 @@ for at = 2, 3 do
   if found ~= kinds[at] and found ~= 'none' then redis.call('DEL', KEYS[at]) end
 end
 local last = redis.call('GET', KEYS[3])
-if not last or #last > 14 or not string.match(last, '^%d+$') then redis.call('SET', KEYS[3], redis.call('TIME')[1] .. '000') end
+if not last or not string.match(last, '^%d+$') or #last > 16 or #last == 16 and last > '8' then
+  local now = redis.call('TIME')
+  redis.call('SET', KEYS[3], now[1] .. string.format('%06d', tonumber(now[2])))
+end
 local version = redis.call('INCR', KEYS[3])
 redis.call('HSET', KEYS[1], 'value', ARGV[2], 'version', version)
 if ARGV[3] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
