@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from cluster.config import StoreConfig
 from cluster.secret_files import read_secret
@@ -45,9 +46,9 @@ def cluster_secret(config: StoreConfig) -> str:
     return read_secret(config.secret_file, "store.secret_file", MIN_SECRET)
 
 
-def redis_options(config: StoreConfig) -> dict[str, object]:
+def redis_options(config: StoreConfig) -> dict[str, Any]:
     """What redis.asyncio.Redis is made with beside the URL: who asks, and whom it trusts."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if config.password_file:
         from cluster.store.redis_access import FileCredentials
 

@@ -142,7 +142,7 @@ class RedisStore:
     """One Redis may serve several clusters: each has its keyspace `baton:{cluster}:`, in one slot of a Redis Cluster."""
 
     def __init__(
-        self, url: str, cluster: str, timeout_s: float = 5.0, options: Mapping[str, object] | None = None
+        self, url: str, cluster: str, timeout_s: float = 5.0, options: Mapping[str, Any] | None = None
     ) -> None:
         self._url = url
         self._space = f"baton:{{{cluster}}}:"

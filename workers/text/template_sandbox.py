@@ -168,7 +168,7 @@ class _Metering(jinja2.visitor.NodeTransformer):
         return _filter(_JOINED, first, *rest)
 
 
-def _filter(name: str, value: jinja2.nodes.Expr, *arguments: jinja2.nodes.Expr) -> jinja2.nodes.Filter:
+def _filter(name: str, value: jinja2.nodes.Node, *arguments: jinja2.nodes.Node) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
 
 
