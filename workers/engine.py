@@ -17,7 +17,7 @@ from workers.request import Request, refusal_output
 from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
 from workers.sampling.output import Detokenizer
 from workers.scheduler.ahead import schedule_ahead
-from workers.scheduler.load import has_work, load_of
+from workers.scheduler.load import StepWork, has_work, load_of, work_of
 from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, State
 from workers.status import Load, PrefixHint
@@ -101,7 +101,8 @@ class Engine:
         self.incoming = Incoming(self._roster, runner.kv_memory)
         self.outgoing = Outgoing(self._roster, runner.kv_memory)
         self.moves = Moves(self._roster, runner.kv_memory)
-        self.last_step_s = 0.0
+        self.last_step = StepWork()
+        """The last one that computed anything."""
         self.prefill_tokens_per_s: float | None = None
         """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
@@ -186,9 +187,9 @@ class Engine:
         result = self._roster.take_said()
         if result.kv_event is None:
             result.kv_event = self._kv.take_event()
-        self.last_step_s = self._clock() - started
         if running is not None:
-            self._note_rate(running.batch)
+            self.last_step = work_of(running.batch, self._clock() - started)
+            self._note_rate()
         return result
 
     def _start(self, step: Step, after: _Running | None) -> _Running | None:
@@ -319,10 +320,10 @@ class Engine:
             if sampled.token_id is not None:
                 self._roster.drew(live, sampled)
 
-    def _note_rate(self, batch: Batch) -> None:
-        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
-        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
-            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+    def _note_rate(self) -> None:
+        step_s, num_tokens = self.last_step.step_s, self.last_step.step_prompt_tokens
+        if num_tokens >= BLOCK_SIZE and step_s > 0:
+            rate, before = num_tokens / step_s, self.prefill_tokens_per_s
             self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     # ---- beside the steps ----
@@ -361,7 +362,7 @@ class Engine:
         return self._kv.num_held
 
     def load(self) -> Load:
-        return load_of(self._scheduler, self.last_step_s)
+        return load_of(self._scheduler, self.last_step)
 
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters
