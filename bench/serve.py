@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import urllib.error
@@ -119,7 +120,6 @@ def get_json(url: str, api_key: str) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--api-key", default="")
     parser.add_argument("--trace", help="Mooncake .jsonl or Azure .csv; without it, a seeded generator")
     parser.add_argument("--requests", type=int, default=100, help="how many of the trace's first requests")
     parser.add_argument("--rate", type=float, help="requests per second on average (default: as recorded)")
@@ -130,9 +130,10 @@ def main() -> int:
     parser.add_argument("--slo-tpot-ms", type=float, default=100.0)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     args = parser.parse_args()
+    args.api_key = os.environ.get("BATON_API_KEY", "")
     try:
         card = get_json(f"{args.url}/v1/models", args.api_key)["data"][0]
-        workers = get_json(f"{args.url}/admin/status", args.api_key)["workers"]
+        workers = get_json(f"{args.url}/admin/status", os.environ.get("BATON_ADMIN_KEY", ""))["workers"]
     except (urllib.error.URLError, OSError) as error:
         print(f"no cluster answers at {args.url} ({error}): start one with `make serve`", file=sys.stderr)
         return 2

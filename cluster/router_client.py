@@ -68,7 +68,8 @@ class RouterClient:
 
     def _checked(self, response: httpx.Response) -> dict[str, Any]:
         if response.status_code == 401:
-            raise InvalidConfig("the router asks for an API key; give it with --api-key or BATON_API_KEY")
+            what = "give it with --api-key-file or BATON_API_KEY; for /admin with --admin-key-file or BATON_ADMIN_KEY"
+            raise InvalidConfig(f"the router asks for a key; {what}")
         try:
             answer = response.json()
         except ValueError as error:

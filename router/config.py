@@ -7,7 +7,8 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from router.api.config import ApiConfig
+from router.api.config import ApiConfig, is_loopback
+from router.http_config import HttpConfig
 from router.policies.catalogue import check_name
 from workers.bounds import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig
@@ -98,10 +99,16 @@ class RouterConfig:
     keepalive_s: Seconds = 120.0
     """An idle HTTP connection is closed after this long. Longer than clients and proxies keep theirs (60 to 90 s usually): a
     request that is sent while the connection is being closed is lost."""
+    http: HttpConfig = field(default_factory=HttpConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def __post_init__(self) -> None:
         check_name(self.policy)
+        if not (self.api.api_keys or self.api.insecure or is_loopback(self.host)):
+            raise InvalidConfig(
+                f"router.host {self.host} is reached from other hosts, and no API keys are set: set them (--api-key-file, "
+                "BATON_API_KEY, router.api.api_keys), or say --insecure to serve whoever asks"
+            )
         if self.max_retry_backoff_s < self.retry_backoff_s:
             raise InvalidConfig(
                 f"router.max_retry_backoff_s must be at least retry_backoff_s; it is {self.max_retry_backoff_s!r}"

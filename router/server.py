@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
-import uvicorn
 import uvloop
 
 from router.api.app import create_app
@@ -19,6 +17,7 @@ from router.api.draining import Draining
 from router.backend import RouterStatus
 from router.config import RouterConfig
 from router.driver import RouterDriver
+from router.http_server import HttpServer
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
@@ -117,17 +116,14 @@ class RouterServer:
         driver = RouterDriver(self._config, self._router_id)
         await driver.start()
         draining = Draining()
-        http = _HttpServer(
-            uvicorn.Config(
-                create_app(driver, tokenizer, self._config.api, draining),
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_keep_alive=self._config.keepalive_s,  # type: ignore[arg-type]  # it takes parts of seconds too
-                timeout_graceful_shutdown=LAST_WORDS_S,
-            ),
-            on_started=lambda: started.set_result(None),
+        app = create_app(driver, tokenizer, self._config.api, draining)
+        http = HttpServer(
+            app,
+            self._config.http,
+            self._config.keepalive_s,
+            lambda: started.set_result(None),
+            app.state.metrics.count_refused_connection,
+            LAST_WORDS_S,
         )
         self._stop_asked = asyncio.Event()
         self._loop, self._driver = asyncio.get_running_loop(), driver
@@ -143,18 +139,6 @@ class RouterServer:
             await driver.stop()
             http.should_exit = True
             await serving
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn, saying when it listens."""
-
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self._on_started()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 
-from cluster.commands.flags import add_client_flags, client_target
+from cluster.commands.flags import add_admin_flags, client_target
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = commands.add_parser("status", help="show the workers of a running cluster")
     status.add_argument("--json", action="store_true", help="the router's answer as it is")
-    add_client_flags(status)
+    add_admin_flags(status)
     status.set_defaults(run=run_status)
     switch = commands.add_parser("switch-role", help="switch a worker's role while it serves")
     switch.add_argument("worker", metavar="WORKER", help="such as decode-0")
     switch.add_argument("role", metavar="ROLE", choices=("prefill", "decode", "mixed"), help="prefill, decode or mixed")
     switch.add_argument("--force", action="store_true", help="even if nothing could prefill or decode afterwards")
-    add_client_flags(switch)
+    add_admin_flags(switch)
     switch.set_defaults(run=run_switch)
 
 

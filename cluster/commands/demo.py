@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +56,9 @@ async def _demo(
     from cluster.demo import ask, results_json, results_table
     from cluster.lifecycle import launched
 
-    api_key = next(iter(config.router.api.api_keys), "")
+    api_key = secrets.token_urlsafe()  # of the configured keys only hashes are known
+    api = replace(config.router.api, api_keys=(*config.router.api.api_keys, api_key))
+    config = replace(config, router=replace(config.router, api=api))
     async with launched(config, progress, folder) as cluster:
         with progress.step(f"asking {len(questions)} questions"):
             results = await asyncio.to_thread(ask, cluster.url, api_key, questions)

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from cluster.commands.flags import add_client_flags, client_target
+from cluster.commands.flags import add_admin_flags, client_target
 from workers.errors import BatonError
 
 POLL_S = 0.3
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SECONDS",
         help="how long to wait until it is empty; default: 120",
     )
-    add_client_flags(drain)
+    add_admin_flags(drain)
     drain.set_defaults(run=run_drain)
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from workers.errors import InvalidConfig
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEYS = {"api": "BATON_API_KEY", "admin": "BATON_ADMIN_KEY"}
+"""Variables of the environment that hold a key of each kind."""
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,33 +39,78 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 def add_router_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on; default: 127.0.0.1")
     parser.add_argument("--port", type=int, help="HTTP port; default: 8000; 0: any free one")
+    for kind, what in (("api", "clients must send one of its keys"), ("admin", "keys for /admin")):
+        parser.add_argument(
+            f"--{kind}-key-file",
+            type=Path,
+            metavar="FILE",
+            help=f"{what}, one a line; default: ${KEYS[kind]}, else none",
+        )
+    parser.add_argument("--api-key", action=_NoKeyHere, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--api-key",
-        action="append",
-        dest="api_keys",
-        metavar="KEY",
-        help="clients must send one of these; default: $BATON_API_KEY, else none is asked for",
+        "--insecure", action="store_true", default=None, help="serve other hosts without API keys (not /admin)"
     )
 
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that talks to a running router takes."""
     parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
-    parser.add_argument("--api-key", metavar="KEY", help="default: $BATON_API_KEY")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="its first key is sent; default: $BATON_API_KEY"
+    )
+    parser.add_argument("--api-key", action=_NoKeyHere, help=argparse.SUPPRESS)
+
+
+def add_admin_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that asks /admin takes."""
+    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
+    parser.add_argument(
+        "--admin-key-file", type=Path, metavar="FILE", help="its first key is sent; default: $BATON_ADMIN_KEY"
+    )
+    parser.add_argument("--api-key", action=_NoKeyHere, help=argparse.SUPPRESS)
+
+
+class _NoKeyHere(argparse.Action):
+    """Refuses a key on the command line, and says where it belongs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
+        parser.error(
+            "every user of this host can read a command line: put the key into a file (--api-key-file, --admin-key-file) "
+            "or the environment (BATON_API_KEY, BATON_ADMIN_KEY)"
+        )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line; blank lines and those that begin with # are passed over. Raises InvalidConfig."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"cannot read the keys in {path}: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise InvalidConfig(f"there is no key in {path}; write one a line")
+    return keys
+
+
+def _keys(args: Mapping[str, Any], kind: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+    path = args.get(f"{kind}_key_file")
+    if path is not None:
+        return read_keys(path)
+    return (environment[KEYS[kind]],) if environment.get(KEYS[kind]) else ()
 
 
 def client_target(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """URL, without a slash at its end, and API key ("": none)."""
+    """URL, without a slash at its end, and the key to send ("": none): an admin key for commands that ask /admin."""
     url = args.url or environment.get("BATON_URL") or DEFAULT_URL
     if not url.startswith(("http://", "https://")):
         raise InvalidConfig(f"--url must start with http:// or https://; it is {url!r}")
-    return url.rstrip("/"), args.api_key or environment.get("BATON_API_KEY") or ""
+    kind = "admin" if hasattr(args, "admin_key_file") else "api"
+    return url.rstrip("/"), next(iter(_keys(vars(args), kind, environment)), "")
 
 
 def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Dotted settings of the common flags; None for those not given."""
     given = vars(args)
-    keys = given.get("api_keys") or ([environment["BATON_API_KEY"]] if environment.get("BATON_API_KEY") else None)
     return {
         "worker.model": args.model,
         "worker.dtype": args.dtype,
@@ -71,7 +118,9 @@ def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
         "store.url": args.store,
         "router.host": given.get("host"),
         "router.port": given.get("port"),
-        "router.api.api_keys": keys,
+        "router.api.api_keys": _keys(given, "api", environment) or None,
+        "router.api.admin_keys": _keys(given, "admin", environment) or None,
+        "router.api.insecure": given.get("insecure"),
         "pools.prefill": given.get("prefill"),
         "pools.decode": given.get("decode"),
         "pools.mixed": given.get("mixed"),
@@ -99,6 +148,10 @@ def config_from(
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
     from cluster.settings import from_environment
 
+    shown = [text for text in args.assignments if "_keys" in text.partition("=")[0]]
+    if shown:
+        name = shown[0].partition("=")[0]
+        raise InvalidConfig(f"every user of this host can read a command line: set {name} in a file or the environment")
     flags = settings(args, environment)
     for name, value in defaults.items():
         dotted = name.replace("__", ".")
@@ -113,4 +166,8 @@ def config_from(
         model = args.config.parent / str(worker["model"])
     flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
-    return load_config(args.config, flags, assignments, environment)
+    config = load_config(args.config, flags, assignments, environment)
+    if environment is os.environ:
+        for name in [name for name in os.environ if name in KEYS.values() or name.startswith("BATON__")]:
+            del os.environ[name]  # the processes that this one starts need no keys
+    return config

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services, read_body
+from router.api.answer import Services
 from router.api.problems import rejected
 from router.api.schema import DrainBody, RoleBody, parse_body
 from router.api.sse import to_json
@@ -30,14 +30,16 @@ def admin_routes(services: Services) -> APIRouter:
 
     @routes.post("/admin/workers/{worker_id}/drain", response_model=None)
     async def drain(worker_id: str, http: HttpRequest) -> Response:
-        body = parse_body(DrainBody, await read_body(http, services.config))
+        async with services.bodies.receive(http) as raw:
+            body = parse_body(DrainBody, raw)
         check_worker(worker_id)
         drained = await services.backend.set_draining(worker_id, body.drain, bool(body.force))
         return Response(to_json(_worker_status(drained)), media_type="application/json")
 
     @routes.post("/admin/workers/{worker_id}/role", response_model=None)
     async def set_role(worker_id: str, http: HttpRequest) -> Response:
-        body = parse_body(RoleBody, await read_body(http, services.config))
+        async with services.bodies.receive(http) as raw:
+            body = parse_body(RoleBody, raw)
         if body.role not in set(Role):
             raise InvalidRequest(f"role must be one of {', '.join(Role)}", "role")
         check_worker(worker_id)

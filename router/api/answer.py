@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from router.api import sse
+from router.api.bodies import OpenBodies
 from router.api.config import ApiConfig
 from router.api.generation import Generation, unless_disconnected
 from router.api.long_work import offload
 from router.api.metrics import Metrics
-from router.api.middleware import too_large
 from router.api.problems import describe, note_refusal
 from router.api.progress import Choice, Progress
 from router.api.schema import AnyBody, parse_body
@@ -48,6 +48,7 @@ class Services:
     tokenizer: Tokenizer
     config: ApiConfig
     metrics: Metrics
+    bodies: OpenBodies
 
 
 class Shape(Protocol):
@@ -70,28 +71,18 @@ class Shape(Protocol):
         ...
 
 
-async def read_body(http: HttpRequest, config: ApiConfig) -> bytes:
-    """The body, as long as it stays within the bound. Raises Rejected, or ClientDisconnect."""
-    received = bytearray()
-    async for part in http.stream():
-        received += part
-        if len(received) > config.max_body_bytes:
-            raise too_large(config)
-    return bytes(received)
-
-
 Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
 
 
 async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], translate: Translate[AnyBody]) -> Job:
     """Reads, checks and tokenizes one request; one that is not short in a thread."""
-    raw = await read_body(http, services.config)
-    model = services.backend.model
+    async with services.bodies.receive(http) as raw:
+        model = services.backend.model
 
-    def build() -> Job:
-        return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
+        def build() -> Job:
+            return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
 
-    return await offload(build, len(raw), services.config.offload_bytes)
+        return await offload(build, len(raw), services.config.offload_bytes)
 
 
 class Answer(Response):

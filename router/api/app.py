@@ -8,13 +8,15 @@ from starlette.exceptions import HTTPException
 
 from router.api.admin import admin_routes
 from router.api.answer import Services
+from router.api.bodies import OpenBodies
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
 from router.api.config import ApiConfig
+from router.api.door import MONITOR_PATHS
 from router.api.draining import Draining, DrainingGate
 from router.api.health import health_routes
 from router.api.metrics import Metrics
-from router.api.middleware import OPEN_PATHS, Gate
+from router.api.middleware import Gate
 from router.api.models import model_routes
 from router.api.problems import answer_problem
 from router.api.tokenization import tokenization_routes
@@ -26,11 +28,12 @@ from workers.tokenizer import Tokenizer
 def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draining: Draining | None = None) -> FastAPI:
     """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics.
 
-    Whoever ends the app without cutting answers hands in a `draining`.
+    Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics.
     """
     draining = draining or Draining()
-    services = Services(backend, tokenizer, config, Metrics(backend))
+    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config))
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.metrics = services.metrics
     for routes in (
         chat_routes(services),
         completion_routes(services),
@@ -42,6 +45,6 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_problem)
-    app.add_middleware(DrainingGate, draining=draining, open_paths=OPEN_PATHS)
+    app.add_middleware(DrainingGate, draining=draining, open_paths=MONITOR_PATHS)
     app.add_middleware(Gate, config=config, metrics=services.metrics)
     return app

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
@@ -21,11 +24,20 @@ class ApiConfig:
     """Every bound the API keeps; checked where settings are read (cluster.settings.build)."""
 
     api_keys: tuple[Text, ...] = field(default=(), repr=False)
-    """Bearer keys for everything but /health, /ready, /version and /metrics; empty: no key is asked for."""
+    """Bearer keys for everything but /health, /ready, /version, /metrics and /admin; empty: only clients of this host are served.
+    A key, or its hash as `sha256:HEX`; only hashes are kept."""
     admin_keys: tuple[Text, ...] = field(default=(), repr=False)
-    """Keys for /admin; empty: the api_keys open it too."""
+    """Keys for /admin, which api_keys do not open; without any keys clients of this host may use it, with api_keys alone nobody."""
+    insecure: bool = False
+    """Without api_keys: listen on other addresses than loopback all the same, and serve whoever asks (not /admin)."""
+    allowed_hosts: tuple[Text, ...] = ()
+    """Without api_keys: names beside localhost that a request's Host may have, such as that of a proxy."""
+    metrics: Literal["open", "key"] = "open"
+    """Who may read /metrics, which names workers and says how busy they are: everybody, or who has an API key or an admin key."""
     max_body_bytes: Annotated[int, Ge(1024)] = 16 << 20
     """Larger request bodies are refused with 413."""
+    max_open_body_bytes: Annotated[int, Ge(1024)] = 256 << 20
+    """Of all bodies that are being received or wait to be read, beyond 64 KiB of each; a request that takes more is refused with 429."""
     max_n: Count = 128
     """Choices per prompt."""
     max_prompts: Count = 1024
@@ -44,6 +56,8 @@ class ApiConfig:
 
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
+        for name in ("api_keys", "admin_keys"):
+            object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 
     def check_sampling_defaults(self, vocab_size: int) -> None:
         """Raises InvalidConfig for defaults that no request could be run with."""
@@ -51,6 +65,25 @@ class ApiConfig:
             self.sampling_defaults.validate(vocab_size)
         except InvalidRequest as error:
             raise InvalidConfig(f"router.api.sampling_defaults.{error}") from error
+
+
+def hashed(key: str) -> str:
+    """What is kept of a key: `sha256:HEX`. A hash stays as it is."""
+    if re.fullmatch("sha256:[0-9a-f]{64}", key):
+        return key
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this host and is reached from it alone."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""/health, /ready, /version and /metrics: what orchestrators and monitors ask; none needs a key."""
+"""/health, /ready, /version and /metrics: what orchestrators and monitors ask."""
 
 from __future__ import annotations
 

@@ -34,6 +34,9 @@ class Metrics:
         self._requests = Counter(
             "baton_requests", "HTTP requests answered", ("endpoint", "status", "refusal"), registry=registry
         )
+        self._refused_connections = Counter(
+            "baton_http_connections_refused", "Connections closed for breaking a bound", ("reason",), registry=registry
+        )
         self.running = Gauge("baton_num_requests_running", "Requests that generate now", registry=registry)
         self.ttft = Histogram(
             "baton_time_to_first_token_seconds",
@@ -99,6 +102,9 @@ class Metrics:
     def count_request(self, path: str, status: int, refusal: str) -> None:
         """`path` outside the known endpoints counts as "other": clients do not make up label values."""
         self._requests.labels(path if path in _ENDPOINTS else "other", str(status), refusal).inc()
+
+    def count_refused_connection(self, reason: str) -> None:
+        self._refused_connections.labels(reason).inc()
 
     def observe_handoff(self, report: HandoffReport) -> None:
         """Prompts computed where they decode moved nothing; what was tried before counts."""

@@ -1,26 +1,22 @@
-"""The outermost layer of the API: request ids, keys, body sizes, unexpected errors and the request counter."""
+"""The outermost layer of the API: request ids, the door, body sizes, unexpected errors and the request counter."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import uuid
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.api.config import ApiConfig
+from router.api.door import Door
 from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal, rejected
 
 _log = logging.getLogger(__name__)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))
-"""Of monitors: they need no key."""
 DISCONNECTED = "client_disconnected"
 """Metric label of a request whose client went away; the status label is then 499, as proxies have it."""
 
@@ -32,8 +28,7 @@ class Gate:
         self._app = app
         self._config = config
         self._metrics = metrics
-        self._api_keys = _digests(config.api_keys)
-        self._admin_keys = _digests(config.admin_keys or config.api_keys)
+        self._door = Door(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,7 +60,7 @@ class Gate:
 
         problem: Problem | None = None
         try:
-            self._check(scope["path"], headers)
+            self._check(scope, headers)
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             state["refusal"] = DISCONNECTED
@@ -79,11 +74,9 @@ class Gate:
             await problem.response()(scope, receive, send_with_id)
         count()
 
-    def _check(self, path: str, headers: Headers) -> None:
-        """Raises Rejected for a wrong key or a body that says it is too long."""
-        keys = () if path in OPEN_PATHS else self._admin_keys if path.startswith("/admin") else self._api_keys
-        if keys and not _holds_key(headers, keys):
-            raise rejected(401, "invalid_api_key", "send a valid key as `Authorization: Bearer KEY`")
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Raises Rejected for who may not ask, and for a body that says it is too long."""
+        self._door.check(scope, headers)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:19]) > self._config.max_body_bytes:
             raise too_large(self._config)
@@ -91,15 +84,3 @@ class Gate:
 
 def too_large(config: ApiConfig) -> Exception:
     return rejected(413, "request_too_large", f"the request body is larger than {config.max_body_bytes} bytes")
-
-
-def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
-
-
-def _holds_key(headers: Headers, digests: tuple[bytes, ...]) -> bool:
-    """Compares digests in constant time, every one of them, so that timing tells nothing."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    given = hashlib.sha256(key.strip().encode()).digest()
-    found = [hmac.compare_digest(given, digest) for digest in digests]
-    return scheme.lower() == "bearer" and any(found)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services, read_body
+from router.api.answer import Services
 from router.api.long_work import offload
 from router.api.prompts import check_token_ids, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
@@ -37,12 +37,13 @@ def tokenization_routes(services: Services) -> APIRouter:
 async def _answer(
     http: HttpRequest, services: Services, work: Callable[[Services, ModelInfo | None, bytes], dict[str, Any]]
 ) -> Response:
-    raw, model = await read_body(http, services.config), services.backend.model
+    async with services.bodies.receive(http) as raw:
+        model = services.backend.model
 
-    def written() -> bytes:
-        return "".join(json_parts(work(services, model, raw))).encode()
+        def written() -> bytes:
+            return "".join(json_parts(work(services, model, raw))).encode()
 
-    body = await offload(written, len(raw), services.config.offload_bytes)
+        body = await offload(written, len(raw), services.config.offload_bytes)
     return Response(body, media_type="application/json")
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ class ClusterProcess:
     """A running `baton serve`; `url` is where its router listens."""
 
     def __init__(self, *flags: str, key: str = "") -> None:
+        """`key` opens the API and /admin."""
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._environment = os.environ | ({"BATON_API_KEY": key, "BATON_ADMIN_KEY": key} if key else {})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "serve", "--port", str(free_port()), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
+            env=self._environment,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         self.banner = self._read_banner()
         found = re.search(r"(http://[^/\s]+)/v1", self.banner)
         assert found, self.banner
@@ -92,13 +96,17 @@ class ClusterProcess:
 
     def switch_role(self, worker_id: str, role: str) -> subprocess.CompletedProcess[str]:
         """Through the command an operator types."""
-        key = [f"--api-key={value.split()[1]}" for value in self._headers.values()]
-        return self.baton("switch-role", worker_id, role, "--url", self.url, *key)
+        return self.baton("switch-role", worker_id, role, "--url", self.url, environment=self._environment)
 
     @staticmethod
-    def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def baton(*arguments: str, environment: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "cluster.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+            [sys.executable, "-m", "cluster.cli", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            timeout=120,
         )
 
     def descendants(self) -> set[int]:

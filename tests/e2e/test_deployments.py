@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,6 @@ def remote(redis_server: RedisServer) -> Iterator[ClusterProcess]:
     running = ClusterProcess(
         "--prefill", "1", "--decode", "2", "--no-dashboard",
         "--store", redis_server.url,
-        "--api-key", KEY,
         "--set", "worker.transports=grpc",
         "--set", "worker.kv_memory_bytes=36000000",
         "--set", "router.max_local_prefill_tokens=0",
@@ -64,6 +64,15 @@ def test_without_the_key_nothing_is_served(remote: ClusterProcess) -> None:
         assert caught.value.code == 401
         assert json.load(caught.value)["error"]["message"]
     assert remote.get("/health", ok_only=False) == 200
+
+
+def test_no_process_shows_the_key(remote: ClusterProcess) -> None:
+    """Of the command line and the environment, which Ray's processes and those that they start inherit."""
+    for pid in remote.descendants():
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            assert KEY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if pid != remote.pid:
+                assert KEY.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def test_the_demo_answers_every_skill_right_and_says_who_did_what() -> None:

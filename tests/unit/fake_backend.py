@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
-import uvicorn
 
 from router.api.app import create_app
 from router.api.config import ApiConfig
 from router.backend import RouterStatus, WorkerView
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
+from router.http_config import HttpConfig
+from router.http_server import HttpServer
 from workers.errors import InvalidRequest
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
@@ -227,24 +228,15 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 """A conversation for requests that are about something else."""
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = threading.Event()
-
-    async def startup(self, sockets: object = None) -> None:
-        await super().startup(sockets=None)
-        self.listening.set()
-
-
 @contextmanager
-def serve(backend: FakeBackend, config: ApiConfig | None = None) -> Iterator[str]:
+def serve(backend: FakeBackend, config: ApiConfig | None = None, http: HttpConfig | None = None) -> Iterator[str]:
     """A real HTTP server on a free port of this host, in a thread; the value is its URL."""
     app = create_app(backend, backend.tokenizer, config or ApiConfig())
-    server = _Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    listening = threading.Event()
+    server = HttpServer(app, http or HttpConfig(), 30.0, listening.set, app.state.metrics.count_refused_connection)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert server.listening.wait(30), "the server did not start"
+    assert listening.wait(30), "the server did not start"
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
@@ -263,16 +255,16 @@ class Api:
 
 
 @contextmanager
-def open_api(config: ApiConfig | None = None, key: str = "any") -> Iterator[Api]:
+def open_api(config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None) -> Iterator[Api]:
     """Serves the tiny checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
     backend = FakeBackend(Tokenizer.load(CHECKPOINT))
-    headers = {"authorization": f"Bearer {key}"}
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with (
-        serve(backend, config) as url,
+        serve(backend, config, http) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client,
-        httpx.Client(base_url=url, headers=headers, timeout=30) as http,
+        httpx.Client(base_url=url, headers=headers, timeout=30) as plain,
     ):
-        yield Api(backend, url, client, http)
+        yield Api(backend, url, client, plain)
 
 
 def error_of(response: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def post(api: Api, path: str, body: dict[str, Any]) -> socket.socket:
     """A connection that has sent its request and not read the answer."""
     content = json.dumps(body).encode()
     connection = socket.create_connection((urlsplit(api.url).hostname, urlsplit(api.url).port), timeout=30)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    kind = "content-type: application/json"
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{kind}\r\ncontent-length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from cluster.config import ClusterConfig, load_config, schema
 from cluster.pools import Pools
 from cluster.settings import build
+from router.api.config import hashed
 from workers.errors import InvalidConfig
 from workers.request import SamplingParams
 from workers.status import Role
@@ -60,7 +62,7 @@ def test_texts_become_what_the_setting_is() -> None:
     assert config.worker.transports == ("grpc",)
     assert config.worker.prefix_cache is False
     assert config.store.lease_ttl_s == 2.5
-    assert config.router.api.api_keys == ("a", "b")
+    assert config.router.api.api_keys == (hashed("a"), hashed("b"))
     assert config.router.api.sampling_defaults.seed is None
     assert config.router.api.sampling_defaults.logit_bias == ((5, 0.5),)
 
@@ -171,7 +173,7 @@ def test_the_environment_wins_over_the_file_and_flags_win_over_it(tmp_path: Path
     }
     config = load_config(file, {"router.port": 3, "worker.model": None}, (), environment)
     assert (config.worker.max_num_seqs, config.worker.max_queue, config.router.port) == (2, 1, 3)
-    assert config.router.api.api_keys == ("a", "b") and config.worker.model == "m"
+    assert config.router.api.api_keys == (hashed("a"), hashed("b")) and config.worker.model == "m"
     with pytest.raises(InvalidConfig, match=r"did you mean worker\.max_queue\?"):
         load_config(file, {}, (), {"BATON__WORKER__MAX_QUEU": "2"})
 
@@ -196,7 +198,8 @@ def test_no_message_and_no_log_shows_a_secret(assignment: str) -> None:
         load(assignment)
     assert SENTINEL not in str(caught.value)
     config = load(f"router.api.api_keys={SENTINEL}", f"store.url=redis://:{SENTINEL}@host/0")
-    assert config.router.api.api_keys == (SENTINEL,) and SENTINEL not in repr(config)
+    assert config.router.api.api_keys == (hashed(SENTINEL),)
+    assert SENTINEL not in repr(config) and SENTINEL.encode() not in pickle.dumps(config.router)
 
 
 def test_the_schema_is_valid_and_agrees_with_the_reader() -> None:
@@ -234,7 +237,7 @@ def test_every_setting_is_described_or_speaks_for_itself() -> None:
         if "description" not in written
     }
     assert undescribed <= {
-        "host", "mixed", "decode", "prefill", "num_threads", "kv_memory_fraction", "prefix_cache", "max_retry_backoff_s",
+        "host", "http", "mixed", "decode", "prefill", "num_threads", "kv_memory_fraction", "prefix_cache", "max_retry_backoff_s",
         "store", "pools", "ray", "worker", "parallel", "dashboard", "api", "policy", "namespace",
     } | {field.name for field in dataclasses.fields(SamplingParams)}  # fmt: skip
 

@@ -1,0 +1,126 @@
+"""Decides who may ask for what: keys, and where none are set, clients of this host that are no web pages. Knows no bodies.
+
+| path | with keys | without |
+|---|---|---|
+| /health, /ready, /version | everybody | everybody |
+| /metrics | everybody, or (api.metrics: key) an API or admin key | everybody, but web pages of other hosts |
+| /admin | an admin key | this host; no web page ever |
+| everything else | an API key | this host (api.insecure: every host); no foreign web page |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from router.api.config import ApiConfig, is_loopback
+from router.api.problems import rejected
+
+OPEN_PATHS = frozenset(("/health", "/ready", "/version"))
+"""Of orchestrators; they tell nothing."""
+METRICS_PATH = "/metrics"
+MONITOR_PATHS = OPEN_PATHS | {METRICS_PATH}
+
+
+class Door:
+    """The rules of one API."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._api_keys = _digests(config.api_keys)
+        self._admin_keys = _digests(config.admin_keys)
+        self._has_open_metrics = config.metrics == "open"
+        self._is_insecure = config.insecure
+        self._allowed_hosts = frozenset(host.lower() for host in config.allowed_hosts)
+
+    def check(self, scope: Scope, headers: Headers) -> None:
+        """Raises Rejected: 401 for a missing or wrong key, 403 for a client that has none to send, 415 for a body that is not JSON."""
+        path = scope["path"]
+        if path in OPEN_PATHS:
+            return
+        if path == METRICS_PATH:
+            if not self._has_open_metrics and (keys := self._api_keys + self._admin_keys):
+                _check_key(headers, keys)
+            elif not self._api_keys and not self._is_insecure:
+                self._check_host(headers)
+        elif path == "/admin" or path.startswith("/admin/"):
+            self._check_admin(scope, headers)
+        elif self._api_keys:
+            _check_key(headers, self._api_keys)
+        else:
+            self._check_keyless(scope, headers)
+        if scope["method"] == "POST":
+            _check_content_type(headers)
+
+    def _check_admin(self, scope: Scope, headers: Headers) -> None:
+        if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+            raise rejected(403, "web_page_refused", "/admin is not for web pages")
+        if self._admin_keys:
+            _check_key(headers, self._admin_keys)
+        elif self._api_keys:
+            raise rejected(403, "no_admin_keys", "set router.api.admin_keys, or BATON_ADMIN_KEY, to use /admin")
+        else:
+            _check_client(scope)
+            self._check_host(headers)
+
+    def _check_keyless(self, scope: Scope, headers: Headers) -> None:
+        host = _name(headers.get("host", ""))
+        if not self._is_insecure:
+            _check_client(scope)
+            self._check_host(headers)
+        origin = headers.get("origin")
+        if origin is not None:
+            page = urlsplit(origin).hostname or ""
+            if not (page == host or (self._is_here(page) and not self._is_insecure)):
+                raise rejected(403, "foreign_origin", "web pages of other hosts are not served without API keys")
+        elif headers.get("sec-fetch-site") == "cross-site":
+            raise rejected(403, "foreign_origin", "web pages of other hosts are not served without API keys")
+
+    def _check_host(self, headers: Headers) -> None:
+        """A page of another host may have had its name point here (DNS rebinding): then it is its name that stands here."""
+        if not self._is_here(_name(headers.get("host", ""))):
+            raise rejected(
+                403, "foreign_host", "without API keys the Host header must name this host, or one of api.allowed_hosts"
+            )
+
+    def _is_here(self, host: str) -> bool:
+        return is_loopback(host) or host in self._allowed_hosts
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _check_client(scope: Scope) -> None:
+    """Without keys the server listens on loopback, unless it was told otherwise."""
+    client = scope.get("client")
+    if client is not None and not is_loopback(client[0]):
+        raise rejected(403, "not_from_here", "without keys this is served to clients of this host only")
+
+
+def _check_content_type(headers: Headers) -> None:
+    """A web page can send any other kind to any server without asking it first."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise rejected(415, "unsupported_media_type", "send the body as `Content-Type: application/json`")
+
+
+def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
+    return tuple(bytes.fromhex(key.removeprefix("sha256:")) for key in keys)
+
+
+def _check_key(headers: Headers, digests: tuple[bytes, ...]) -> None:
+    """Compares digests in constant time, every one of them, so that timing tells nothing."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    given = hashlib.sha256(key.strip().encode()).digest()
+    found = [hmac.compare_digest(given, digest) for digest in digests]
+    if scheme.lower() != "bearer" or not any(found):
+        raise rejected(401, "invalid_api_key", "send a valid key as `Authorization: Bearer KEY`")
