@@ -202,7 +202,8 @@ class Engine:
     def leap(self, decoding: list[Sequence], num_steps: int, draw: DrawRun, last_step_s: float) -> StepResult:
         """Takes so many of the steps that `leapers` has found at once; the last one took `last_step_s`."""
         leap(self._scheduler, self._roster, decoding, num_steps, draw)
-        self.last_step_s, self.made_no_progress = last_step_s, False
+        context = sum([sequence.num_computed - 1 for sequence in decoding])
+        self.last_step, self.made_no_progress = StepWork(last_step_s, len(decoding), context), False
         result = self._roster.take_said()
         result.kv_event = self._kv.take_event()
         return result
