@@ -29,7 +29,7 @@ from router.api.translate import Job
 from router.backend import Backend
 from workers.request import Output
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from router.api.schema import ChatBody
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
 from workers.request import Output
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
 def chat_routes(services: Services) -> APIRouter:

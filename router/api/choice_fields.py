@@ -10,7 +10,7 @@ from router.api.progress import Choice
 from router.api.sse import json_parts, to_json
 from router.api.translate import Job
 from workers.request import Output
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
 def end_of_piece(job: Job, output: Output) -> str:

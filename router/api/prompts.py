@@ -9,7 +9,7 @@ from typing import Any
 from router.api.problems import rejected
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "audio", "tool_call_id")

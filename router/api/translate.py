@@ -16,7 +16,7 @@ from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.fleet.worker_table import WorkerTable
 from router.forecast.handoffs import Accuracy, HandoffTimes
 from router.forecast.steps import KindForecast, StepTimes
-from router.worker_table import WorkerTable
 
 
 @dataclass(frozen=True, slots=True)

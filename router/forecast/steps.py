@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.fleet.worker_table import NUM_RATIOS, WorkerTable
 from router.forecast.fit import LinearFit
-from router.worker_table import NUM_RATIOS, WorkerTable
 from workers.status import WorkerStatus
 
 WORK = ("step", "decode", "context", "prompt", "prompt_context")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.fleet.worker_table import Flags, Seconds
 from router.policies.outlook import Outlook
 from router.policies.policy import Candidates, Demand, Part, Route, Weighed, tie_break
 from router.policies.scorers import Filter, Scorer
-from router.worker_table import Flags, Seconds
 
 
 @dataclass(frozen=True, slots=True)

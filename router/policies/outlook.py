@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from router.fleet.worker_table import Numbers, Seconds
 from router.policies.policy import Candidates, Demand
-from router.worker_table import Numbers, Seconds
 
 UNKNOWN_BATCH = 512
 """Tokens of a step where a worker has not said."""

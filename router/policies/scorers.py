@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from router.fleet.worker_table import Flags, Numbers, Seconds
 from router.policies.outlook import Outlook
 from router.policies.policy import tie_break
-from router.worker_table import Flags, Numbers, Seconds
 
 Scorer = Callable[[Outlook], Seconds | Numbers]
 Filter = Callable[[Outlook, Flags], Flags]

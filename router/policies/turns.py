@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 
+from router.fleet.worker_table import Flags
 from router.policies.policy import Candidates, Demand, Route, Weighed
-from router.worker_table import Flags
 
 
 class RoundRobinPolicy:

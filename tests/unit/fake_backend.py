@@ -26,7 +26,7 @@ from workers.errors import InvalidRequest
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.status import Load, ModelInfo, Role, WorkerStatus
-from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 MODEL = ModelInfo("ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16)

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from router.fleet.worker_table import WorkerTable
 from router.forecast.fit import LinearFit
 from router.forecast.handoffs import HandoffTimes
 from router.forecast.steps import MAX_KINDS, WORK, StepTimes
-from router.worker_table import WorkerTable
 from workers.status import Load, ModelInfo, Role, WorkerStatus
 
 TRUE_S = dict(zip(WORK, (4e-3, 6e-5, 5e-9, 2.4e-5, 1.5e-9), strict=True))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from router_story import FREE, GENERATION, MIXED, PD, Story, outputs, request, the_submit
 
 from router.events import RequestArrived, RequestCancelled
-from workers.client import WorkerFrame
 from workers.request import HandoffReport, Output
 from workers.status import Load, Role
+from workers.wire.attach import WorkerFrame
 
 STEP_S, PROMPT_S = 0.005, 2e-5
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from plain_policies import Plain, PlainPolicy, Prices
 
 from router.config import RouterConfig
+from router.fleet.prefix_index import Prefixes
+from router.fleet.worker_table import WorkerTable
 from router.policies.catalogue import POLICIES, policy_named
 from router.policies.policy import Candidates, Demand, tie_break
-from router.prefix_index import Prefixes
-from router.worker_table import WorkerTable
 from workers.errors import InvalidConfig
 
 few = st.integers(0, 3)
