@@ -56,7 +56,9 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
+        # Faults of handoffs want handoffs: no decode worker is to compute prompts because it is idle.
+        bounds = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
+        config = RouterConfig(model="unused", tick_s=0.05, **bounds, **PATIENT)
         self.driver = RouterDriver(config, "chaos")
         self._middles = {name: Middle(name, hand) for post in shape.posts() for name, _ in post}
         self._processes: dict[str, WorkerProcess] = {}

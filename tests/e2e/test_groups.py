@@ -23,7 +23,7 @@ from cluster.ray_session.defaults import ENVIRONMENT
 pytestmark = pytest.mark.timeout(400)
 
 GROUP = "decode-9"
-SETTINGS = ("--set", "worker.kv_memory_bytes=40000000")
+SETTINGS = ("--set", "worker.kv_memory_bytes=40000000", "--set", "router.max_local_prefill_tokens=0")
 PARALLEL = (
     "--set",
     "worker.parallel.expert_parallel=2",
