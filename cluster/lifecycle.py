@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cluster.actors.held_ports import PortHolder
 from cluster.config import ClusterConfig
 from cluster.console.progress import Progress
+from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_cache_folder,
     check_disk_tier,
@@ -87,6 +88,7 @@ async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
     check_model(config.worker.model)
     check_layout(config.worker)
+    config.tls.check_host(config.worker.host)
     check_gpus(config)
     check_processors(config)
     if config.router.model != config.worker.model:
@@ -115,9 +117,13 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     folder = "" if config.ray.address else folder or make_folder()
     if config.store.url != "memory" and not config.store.secret_file:
         config = with_secret(config, secret_file(folder) if folder else "")
+    certificates = ""
     cluster: Cluster | None = None
     janitor = engage(folder) if folder else None
     try:
+        if needs_certificates(config.tls):
+            certificates = folder or make_folder()
+            config = await asyncio.to_thread(certified, config, certificates)
         session = await _connect(config, folder, progress)
         rearm_signals()
         if session.is_exposed:
@@ -136,6 +142,8 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
         if janitor is not None:
             dismiss(janitor)
+        if certificates != folder:
+            await asyncio.to_thread(end_local, certificates, 0.0)
 
 
 def with_secret(config: ClusterConfig, path: str) -> ClusterConfig:
@@ -193,6 +201,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     # A new cluster starts in its configured roles, and takes work.
     names = [name for name, _ in config.pools.workers]
     await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
+    await publish(store, config)
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
 

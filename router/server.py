@@ -22,6 +22,7 @@ from workers.errors import InvalidConfig, Refusal, Refused
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
+from workers.trust.credentials import Credentials
 
 STATUS_TIMEOUT_S = 5.0
 FIRST_WORKER_S = 5.0
@@ -32,10 +33,17 @@ LAST_WORDS_S = 5
 class RouterServer:
     """One router: HTTP in front, workers behind. `set_workers` and `status` may be called from any thread."""
 
-    def __init__(self, config: RouterConfig, router_id: str, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        router_id: str,
+        credentials: Credentials | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
         """With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
         is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
+        self._credentials = credentials
         self._listener = listener
         self._router_id = router_id
         self._thread: threading.Thread | None = None
@@ -117,7 +125,7 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
-        driver = RouterDriver(self._config, self._router_id)
+        driver = RouterDriver(self._config, self._router_id, credentials=self._credentials)
         await driver.start()
         draining = Draining()
         app = create_app(driver, tokenizer, self._config.api, draining)
