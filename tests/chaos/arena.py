@@ -59,21 +59,15 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-<<<<<<< HEAD
         # Faults of handoffs want handoffs: no decode worker is to compute prompts because it is idle.
-        bounds = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
+        bounds: dict[str, Any] = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
         config = RouterConfig(model="unused", tick_s=0.05, **bounds, **PATIENT)
-        self.driver = RouterDriver(config, "chaos")
-        self._middles = {name: Middle(name, hand) for post in shape.posts() for name, _ in post}
-=======
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
         names = [name for post in shape.posts() for name, _ in post]
         router = parties.router("chaos")
         self.driver = RouterDriver(config, "chaos", credentials=certificates.credentials(router, parties.ADMIN))
         # Who stands in the middle is everybody to everybody.
         everybody = (parties.OBSERVER, parties.ADMIN, router, *map(parties.worker, names))
         self._middles = {name: Middle(name, hand, certificates.credentials(*everybody)) for name in names}
->>>>>>> main
         self._processes: dict[str, WorkerProcess] = {}
         self._zombies: list[WorkerProcess] = []
         self._starts: dict[str, int] = {}
