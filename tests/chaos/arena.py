@@ -60,7 +60,7 @@ class Arena:
         self._on_struck = on_struck
         self.stale_s = stale_s
         # Faults of handoffs want handoffs: no decode worker is to compute prompts because it is idle.
-        bounds = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
+        bounds: dict[str, Any] = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
         config = RouterConfig(model="unused", tick_s=0.05, **bounds, **PATIENT)
         names = [name for post in shape.posts() for name, _ in post]
         router = parties.router("chaos")
