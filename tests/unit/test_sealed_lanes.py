@@ -29,7 +29,7 @@ from workers.transports.tcp_lanes import IncomingLane
 
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "60"))
 """More for a longer run by hand."""
-KEY = bytes(32)
+KEY = bytes(16)
 
 
 @pytest.mark.parametrize(

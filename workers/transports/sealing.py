@@ -1,6 +1,6 @@
 """Keys of a KV connection, from the secret of an offer, and what they do: bytes travel sealed. Knows no sockets.
 
-AES-256-GCM over segments of at most 64 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
+AES-128-GCM over segments of at most 64 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
 does not open, and neither does anything after it.
 """
 
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from workers.errors import TransferFailed
 
 SECRET_BYTES = 32
+KEY_BYTES = 16
 SEGMENT_BYTES = 64 << 10
 """Stays in a core's second cache between the socket and the cipher."""
 TAG_BYTES = 16
@@ -28,7 +29,7 @@ def session_key(secret: bytes, challenge: bytes) -> bytes:
 
 def lane_key(session: bytes, challenge: bytes, call: bytes) -> bytes:
     """Of one lane: `challenge` is the sender's, new with each, so no key is ever used twice."""
-    return hmac.digest(session, b"lane\0" + challenge + call, hashlib.sha256)
+    return hmac.digest(session, b"lane\0" + challenge + call, hashlib.sha256)[:KEY_BYTES]
 
 
 class Seal:
