@@ -113,7 +113,7 @@ async def _measure(
     message_s: float,
     vocab_size: int,
 ) -> Serving:
-    link = GrpcWorkerClient().attach(decode.target, "profile")
+    link = GrpcWorkerClient().attach(decode, "profile")
     draw = random.Random(0)
 
     def send(name: str, num_tokens: int, max_tokens: int, *workers: WorkerAddress) -> None:
