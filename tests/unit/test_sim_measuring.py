@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.sim.measuring.overheads import HANDOFF_HOPS, ROUTER_HOPS, _made_of, measure_overheads
-from cluster.sim.measuring.serving import ServedPrompt, ServedStep, Serving, measure_serving, with_serving
+from cluster.sim.measuring.serving import ServedPrompt, ServedStep, ServedTimes, measure_serving, with_serving
 from cluster.sim.measuring.skipping import SkippingRunner
 from cluster.sim.measuring.steps import StepKind, StepMeter, step_kinds, undisturbed
 from cluster.sim.measuring.worker_process import FakeModel
@@ -132,13 +132,13 @@ def test_what_serving_adds_is_a_line_that_makes_nothing_cheaper() -> None:
         for batch in (1, 4, 16)
     )
     prompts = tuple(ServedPrompt(n, -(-n // 512), 1 + -(-n // 512) * 2e-3 + n * 1e-6, 1.0) for n in (128, 512, 1024))
-    parts = with_serving(cost, Serving(decodes, prompts)).parts
+    parts = with_serving(cost, ServedTimes(decodes, prompts)).parts
     assert parts.decode_step_s == pytest.approx(1.3e-3) and parts.decode_s == pytest.approx(1.2e-4)
     assert parts.prefill_step_s == pytest.approx(2e-3) and parts.prefill_token_s == pytest.approx(1.1e-5)
-    assert with_serving(cost, Serving()) == cost
+    assert with_serving(cost, ServedTimes()) == cost
     faster = tuple(replace(each, served_s=each.engine_s / 2) for each in decodes)
     sooner = tuple(replace(each, served_s=each.expected_s / 2) for each in prompts)
-    assert with_serving(cost, Serving(faster, sooner)) == cost
+    assert with_serving(cost, ServedTimes(faster, sooner)) == cost
 
 
 def test_real_workers_are_measured_as_a_router_sees_them() -> None:

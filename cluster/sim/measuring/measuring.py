@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cluster.sim.measuring.busy import busy_neighbours
 from cluster.sim.measuring.overheads import HANDOFF_HOPS, Overheads, measure_overheads
 from cluster.sim.measuring.ranks import loaded
-from cluster.sim.measuring.serving import Serving, measure_serving, with_serving
+from cluster.sim.measuring.serving import ServedTimes, measure_serving, with_serving
 from cluster.sim.measuring.steps import StepMeter, step_kinds, undisturbed
 from cluster.sim.profiles.files import FORMAT
 from cluster.sim.profiles.fitted import Fit, FittedCost, MeasuredStep, fit
@@ -36,7 +36,7 @@ class MeasuredWorker:
     layout: KvLayout
     steps: tuple[MeasuredStep, ...]
     fit: Fit
-    serving: Serving
+    serving: ServedTimes
     overheads: Overheads
     num_beside: int
     seconds: float
@@ -119,7 +119,7 @@ def measure(
         say("fitting")
         fitted = fit(steps, 0.0 if moe is None else moe.num_experts_per_token / moe.num_experts)
         overheads = measure_overheads(config.model, layout, info.max_model_len, info.vocab_size, 15, say)
-        serving = Serving()
+        serving = ServedTimes()
         if is_served and config.parallel.size == 1:
             say("measuring what serving adds to steps")
             message_s = HANDOFF_HOPS * overheads.control_latency_s + 2 * overheads.router_s

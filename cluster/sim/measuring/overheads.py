@@ -65,7 +65,7 @@ def measure_overheads(
             worker_process({**spec, "workers": [["mixed-0", "mixed"], ["prefill-0", "prefill"]]})
         )
         (decode,) = stack.enter_context(worker_process({**spec, "workers": [["decode-0", "decode"]]}))
-        router = RouterServer(RouterConfig(model, port=0), "profile")
+        router = RouterServer(RouterConfig(model, port=0, max_local_prefill_tokens=0), "profile")
         url = asyncio.run(router.start())
         stack.callback(lambda: asyncio.run(router.stop()))
         client = _Client(url, vocab_size)

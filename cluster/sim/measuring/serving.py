@@ -49,14 +49,14 @@ class ServedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServedTimes:
     """Empty where it was not measured."""
 
     decodes: tuple[ServedStep, ...] = ()
     prompts: tuple[ServedPrompt, ...] = ()
 
 
-def measure_serving(config: WorkerConfig, cost: FittedCost, message_s: float, vocab_size: int) -> Serving:
+def measure_serving(config: WorkerConfig, cost: FittedCost, message_s: float, vocab_size: int) -> ServedTimes:
     """With two worker processes; `message_s` is what a handoff's messages and the stream take beside steps.
 
     Raises BatonError when a process does not start or a request fails.
@@ -72,7 +72,7 @@ def measure_serving(config: WorkerConfig, cost: FittedCost, message_s: float, vo
         return asyncio.run(asyncio.wait_for(measuring, TIMEOUT_S))
 
 
-def with_serving(cost: FittedCost, serving: Serving) -> FittedCost:
+def with_serving(cost: FittedCost, serving: ServedTimes) -> FittedCost:
     """The cost with what serving adds: lines over sequences, and over prompt tokens and steps; no part of them below zero."""
     parts = cost.parts
     if serving.decodes:
@@ -113,7 +113,7 @@ async def _measure(
     cost: FittedCost,
     message_s: float,
     vocab_size: int,
-) -> Serving:
+) -> ServedTimes:
     link = GrpcWorkerClient().attach(decode, "profile")
     draw = random.Random(0)
 
@@ -148,7 +148,7 @@ async def _measure(
             prompts.append(ServedPrompt(length, -(-length // chunk), min(seconds), alone + message_s))
     finally:
         await link.close()
-    return Serving(tuple(decodes), tuple(prompts))
+    return ServedTimes(tuple(decodes), tuple(prompts))
 
 
 def _chunk_s(cost: FittedCost, context: int, num_tokens: int) -> float:
