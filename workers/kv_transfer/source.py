@@ -26,6 +26,9 @@ from workers.kv_transfer.messages import (
 from workers.kv_transfer.pieces import Cut
 from workers.kv_transfer.transfer import Due, Lease, Transfer, TransferState
 
+MAX_EPOCH = 15
+"""A receiver that asks for everything again more often than this is given up, so that what is sent for it has a bound."""
+
 # ---- events that are not messages of the receiver ----
 
 
@@ -192,6 +195,8 @@ class SourceSession:
         if event.transport not in {offer.transport for offer in self.accepted.offers}:
             reason = f"the receiver chose {event.transport!r}, which was not offered"
             return self._give_up(TransferState.FAILED, reason)
+        if event.epoch > MAX_EPOCH:
+            return self._give_up(TransferState.FAILED, f"the receiver chose epoch {event.epoch} of at most {MAX_EPOCH}")
         if self.state is TransferState.RESERVED:
             self.transfer.move(TransferState.SENDING)
         elif event.epoch <= self.epoch:
