@@ -88,6 +88,7 @@ PURE = (
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
     "workers/stepping/commands.py",
+    "workers/stepping/leaping.py",
     "workers/stepping/result.py",
     "router/core.py",
     "router/flights.py",
@@ -232,3 +233,24 @@ def test_tracked_files_name_no_private_path() -> None:
             text = path.read_text(errors="ignore")
             offenders += [name for prefix in (here, home) if prefix in text]
     assert not offenders
+
+
+def classes(paths: list[Path]) -> dict[str, str]:
+    """Names of classes at the top of files, each with its file."""
+    return {
+        node.name: str(path.relative_to(ROOT))
+        for path in paths
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def test_the_simulator_writes_nothing_of_the_product_again() -> None:
+    simulator = ROOT / "cluster" / "sim"
+    product = classes([path for path in sources(*ROOMS) if simulator not in path.parents])
+    twins = {
+        name: (where, product[name])
+        for name, where in classes(sorted(simulator.rglob("*.py"))).items()
+        if name in product
+    }
+    assert not twins

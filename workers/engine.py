@@ -19,10 +19,11 @@ from workers.sampling.output import Detokenizer
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.load import has_work, load_of
 from workers.scheduler.scheduler import Limits, Scheduler, Step
-from workers.scheduler.sequence import Kind, State
+from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import Load, PrefixHint
 from workers.stepping.incoming import Incoming
 from workers.stepping.isolation import isolate
+from workers.stepping.leaping import DrawRun, leap, leapers
 from workers.stepping.moves import Moves
 from workers.stepping.outgoing import Outgoing
 from workers.stepping.promotions import Promotions
@@ -189,6 +190,20 @@ class Engine:
         self.last_step_s = self._clock() - started
         if running is not None:
             self._note_rate(running.batch)
+        return result
+
+    def leapers(self) -> tuple[list[Sequence], int]:
+        """As workers.stepping.leaping.leapers, of this engine as it is between two steps."""
+        if self._running is not None or self._takes_bites or self._runner.num_pools > 1:
+            return [], 0
+        return leapers(self._scheduler, self._roster)
+
+    def leap(self, decoding: list[Sequence], num_steps: int, draw: DrawRun, last_step_s: float) -> StepResult:
+        """Takes so many of the steps that `leapers` has found at once; the last one took `last_step_s`."""
+        leap(self._scheduler, self._roster, decoding, num_steps, draw)
+        self.last_step_s, self.made_no_progress = last_step_s, False
+        result = self._roster.take_said()
+        result.kv_event = self._kv.take_event()
         return result
 
     def _start(self, step: Step, after: _Running | None) -> _Running | None:
@@ -359,6 +374,11 @@ class Engine:
     def num_held_blocks(self) -> int:
         """Blocks that some sequence holds; 0 when idle, or something leaks."""
         return self._kv.num_held
+
+    def check_blocks(self) -> None:
+        """Compares what sequences hold with what the pool believes. Raises InvariantViolated; a walk over all of them, for tests."""
+        tables = [sequence.table.blocks for sequence in self._scheduler.active]
+        self._kv.check([*tables, *self.outgoing.held_prefixes])
 
     def load(self) -> Load:
         return load_of(self._scheduler, self.last_step_s)

@@ -108,9 +108,7 @@ class EngineThread:
                 return
 
     def _report(self, result: StepResult) -> bool:
-        engine = self._engine
-        report = Report(result, engine.load(), engine.counters(), engine.num_held_blocks, engine.prefill_tokens_per_s)
-        return self._tell(self._on_report, report)
+        return self._tell(self._on_report, report_of(self._engine, result))
 
     def _tell(self, listener: Callable[[T], None], what: T) -> bool:
         """False when the event loop has closed: the process is ending."""
@@ -131,46 +129,52 @@ class EngineThread:
             wait = False
             if isinstance(command, Stop):
                 return False
-            self._execute(command)
+            carry_out(self._engine, command)
 
-    def _execute(self, command: EngineCommand) -> None:
-        engine = self._engine
-        match command:
-            case Add():
-                try:
-                    engine.add(command.sequence_id, command.request, command.kind, command.hint)
-                except (InvalidRequest, Refused) as error:
-                    engine.refuse(command.sequence_id, command.request, error)
-            case CancelSequence():
-                engine.cancel(command.sequence_id)
-            case Landed():
-                engine.incoming.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
-            case TransferLost():
-                engine.incoming.failed(command.sequence_id, command.report)
-            case AddMigrant():
-                try:
-                    engine.incoming.add_migrant(command.sequence_id, command.request)
-                except (InvalidRequest, Refused) as error:
-                    engine.refuse(command.sequence_id, command.request, error)
-            case MovedIn():
-                engine.incoming.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
-            case Export():
-                engine.export(command.sequence_id, command.first_block, command.num_blocks)
-            case Halt():
-                engine.moves.halt(command.sequence_id)
-            case Resume():
-                engine.moves.resume(command.sequence_id)
-            case Depart():
-                engine.moves.depart(command.sequence_id)
-            case Pulled():
-                engine.incoming.pulled(command.sequence_id, command.num_blocks)
-            case HoldPrefix():
-                engine.outgoing.hold_prefix(command.export_id, command.keys)
-            case ReleasePrefix():
-                engine.outgoing.release_prefix(command.export_id)
-            case DumpKv(asker):
-                engine.dump_cache(asker)
-            case ForgetCache():
-                engine.forget_cache()
-            case Wake() | Stop():
-                pass
+
+def report_of(engine: Engine, result: StepResult) -> Report:
+    """A result with what the engine looks like right behind it."""
+    return Report(result, engine.load(), engine.counters(), engine.num_held_blocks, engine.prefill_tokens_per_s)
+
+
+def carry_out(engine: Engine, command: EngineCommand) -> None:
+    """Between two steps, on the thread that steps."""
+    match command:
+        case Add():
+            try:
+                engine.add(command.sequence_id, command.request, command.kind, command.hint)
+            except (InvalidRequest, Refused) as error:
+                engine.refuse(command.sequence_id, command.request, error)
+        case CancelSequence():
+            engine.cancel(command.sequence_id)
+        case Landed():
+            engine.incoming.landed(command.sequence_id, command.sampled, command.cached_tokens, command.report)
+        case TransferLost():
+            engine.incoming.failed(command.sequence_id, command.report)
+        case AddMigrant():
+            try:
+                engine.incoming.add_migrant(command.sequence_id, command.request)
+            except (InvalidRequest, Refused) as error:
+                engine.refuse(command.sequence_id, command.request, error)
+        case MovedIn():
+            engine.incoming.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
+        case Export():
+            engine.export(command.sequence_id, command.first_block, command.num_blocks)
+        case Halt():
+            engine.moves.halt(command.sequence_id)
+        case Resume():
+            engine.moves.resume(command.sequence_id)
+        case Depart():
+            engine.moves.depart(command.sequence_id)
+        case Pulled():
+            engine.incoming.pulled(command.sequence_id, command.num_blocks)
+        case HoldPrefix():
+            engine.outgoing.hold_prefix(command.export_id, command.keys)
+        case ReleasePrefix():
+            engine.outgoing.release_prefix(command.export_id)
+        case DumpKv(asker):
+            engine.dump_cache(asker)
+        case ForgetCache():
+            engine.forget_cache()
+        case Wake() | Stop():
+            pass

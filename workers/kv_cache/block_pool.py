@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from workers.errors import InvariantViolated
@@ -97,3 +97,17 @@ class BlockPool:
                     self._cached[block] = None
                 else:
                     self._free.append(block)
+
+    def check(self, held: Iterable[int]) -> None:
+        """Raises InvariantViolated unless `held` names each block as often as it is held, and every other block is free or cached."""
+        counts = Counter(held)
+        if counts != {block: count for block, count in self._counts.items() if count}:
+            wrong = [block for block, count in self._counts.items() if count != counts[block]]
+            raise InvariantViolated(f"blocks {wrong[:8]} are held by others than the pool believes")
+        idle = [*self._free, *self._cached]
+        if (
+            len(idle) + len(counts) != self.num_blocks
+            or len(set(idle)) != len(idle)
+            or not counts.keys().isdisjoint(idle)
+        ):
+            raise InvariantViolated("a block of the pool is lost, or free and held at once")

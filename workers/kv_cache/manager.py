@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -232,6 +232,10 @@ class KvCacheManager:
 
     def release_blocks(self, blocks: Sequence[int]) -> None:
         self._pool.release(blocks, self._cache.contains)
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """Raises InvariantViolated unless these lists of blocks are all that is held here, and no block is lost or in two states."""
+        self._pool.check(block for blocks in holders for block in blocks)
 
     def take_event(self) -> KvEvent | None:
         return self._ledger.take_event()

@@ -6,7 +6,7 @@ Pool p has the blocks p * N to (p+1) * N - 1. A prefix is found in the pool that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_cache.block_pool import OutOfBlocks
@@ -114,6 +114,11 @@ class PooledKvCache:
 
     def forget_pool(self, pool: int) -> None:
         self._pools[pool].forget_pool(0)
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        lists = [blocks for blocks in holders if blocks]
+        for number, pool in enumerate(self._pools):
+            pool.check(blocks for blocks in lists if blocks[0] // self._size == number)
 
     def take_event(self) -> KvEvent | None:
         """What changed for somebody who sees one pool: a hash goes when no pool has it any more."""

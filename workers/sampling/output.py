@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,18 @@ class OutputState:
                 return Progress(passed + tail.text, FinishReason.STOP, tail.stop)
             return Progress(passed + tail + self._stops.flush(), FinishReason.LENGTH)
         return Progress(passed)
+
+    def push_run(self, token_ids: Sequence[int]) -> str:
+        """Accounts for several tokens of which none can end the output; returns their text. See `can_run`."""
+        self._num_tokens += len(token_ids)
+        return "".join([self._detokenizer.push(token_id) for token_id in token_ids])
+
+    @property
+    def can_run(self) -> int:
+        """So many tokens may come at once without a look at each: none of them could be the last one."""
+        if self._eos or self._stop_ids or self._params.stop or self._num_tokens < self._params.min_tokens:
+            return 0
+        return max(0, self._limit - 1 - self._num_tokens)
 
     def _through(self, text: str) -> str:
         passed = self._stops.push(text)

@@ -131,6 +131,14 @@ class Scheduler:
         sequence.known.append(token_id)
         return True
 
+    def decoded_run(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
+        """As many decode steps as there are tokens, all of them new: `computed_decode` and `drew` for each."""
+        self.kv.grow(sequence.table, sequence.num_computed + len(token_ids))
+        sequence.num_computed += len(token_ids)
+        sequence.num_drawn += len(token_ids)
+        sequence.known += token_ids
+        self.counters.decode_tokens += len(token_ids)
+
     def landed(self, sequence: Sequence, num_computed: int) -> None:
         """All blocks of a TRANSFERRING sequence have arrived and are verified; they hold `num_computed` tokens.
 

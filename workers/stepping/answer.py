@@ -92,6 +92,17 @@ class Answer:
             output = self._first(output, now)
         return output
 
+    @property
+    def can_run(self) -> int:
+        """So many tokens may be told as one output, with no look at each; none before the first token has been said."""
+        is_replaying = self._num_texted < self._sequence.num_drawn or not self._has_spoken
+        return 0 if is_replaying or self._sequence.request.params.logprobs is not None else self._text.can_run
+
+    def push_run(self, position: int, token_ids: tuple[int, ...]) -> Output:
+        """As `push`, for new tokens from `position` on, at most `can_run`."""
+        self._num_texted += len(token_ids)
+        return Output(self._sequence.request.request_id, position, token_ids, self._text.push_run(token_ids))
+
     def _first(self, output: Output, now: float) -> Output:
         """Adds what is said once: cached tokens, and how the prompt was computed."""
         sequence, report = self._sequence, self._report

@@ -102,6 +102,11 @@ class Outgoing:
         self._bites.add(blocks, lambda: self._held.get(export_id) is blocks, shown)
 
     @property
+    def held_prefixes(self) -> list[list[int]]:
+        """Blocks that are held for peers."""
+        return list(self._held.values())
+
+    @property
     def is_showing(self) -> bool:
         """Blocks wait for the next bite."""
         return self._bites.is_busy

@@ -1,0 +1,56 @@
+"""The parts of the product that a simulation runs, in one place: all that is imported here is the product's own, and nothing of it is written again."""
+
+from __future__ import annotations
+
+from cluster.membership import WORKERS, Membership, Registration
+from cluster.membership import Tick as MembershipTick
+from cluster.store.store import SETTLE_S, Entry, Snapshot
+from router import events as router_events
+from router.config import RouterConfig
+from router.core import RouterCore
+from router.driver import make_policy
+from workers.client import Submit, WorkerFrame
+from workers.config import WorkerConfig
+from workers.engine import Engine
+from workers.engine_thread import STALL_CHECK_S, carry_out, report_of
+from workers.errors import InvalidConfig, InvariantViolated, Refusal
+from workers.handoff.outcome import Handoff, HandoffFailed
+from workers.identity import Identity
+from workers.kv_transfer import source as source_end
+from workers.kv_transfer import target as target_end
+from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_transfer.messages import (
+    Done,
+    HandoffAccepted,
+    HandoffDown,
+    HandoffRefused,
+    HandoffUp,
+    KvPiece,
+    KvPieces,
+    Offer,
+    OpenHandoff,
+)
+from workers.kv_transfer.pieces import Cut
+from workers.kv_transfer.source import SourceSession
+from workers.kv_transfer.target import TargetSession
+from workers.kv_transfer.transfer import Due, TransferState
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
+from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
+from workers.scheduler.scheduler import Limits
+from workers.scheduler.sequence import Sequence, State
+from workers.serving import events as worker_events
+from workers.serving.core import WorkerCore
+from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
+from workers.stepping.commands import EngineCommand
+from workers.stepping.result import LayersFilled, Report, StepResult
+
+__all__ = [
+    "BLOCK_SIZE", "SETTLE_S", "STALL_CHECK_S", "WORKERS", "Batch", "Cut", "Done", "Due", "Engine", "EngineCommand", "Entry",
+    "FinishReason", "Handoff", "HandoffAccepted", "HandoffDown", "HandoffFailed", "HandoffRefused", "HandoffReport", "HandoffUp",
+    "Identity", "InvalidConfig", "InvariantViolated", "KvLayout", "KvMemory", "KvPiece", "KvPieces", "LayerHook", "LayersFilled",
+    "Limits", "Load", "Membership", "MembershipTick", "ModelInfo", "Offer", "OpenHandoff", "Output", "Refusal", "Registration",
+    "Report", "Request", "Role", "RouterConfig", "RouterCore", "Sampled", "SamplingParams", "Sequence", "SequenceSlice", "Snapshot",
+    "SourceSession", "State", "StepResult", "Submit", "TargetSession", "TransferState", "WorkerAddress", "WorkerConfig",
+    "WorkerCore", "WorkerFrame", "WorkerStatus", "carry_out", "first_generation", "make_policy", "report_of", "router_events",
+    "source_end", "starts_of", "target_end", "worker_events",
+]  # fmt: skip

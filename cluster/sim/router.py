@@ -1,0 +1,157 @@
+"""One simulated router process: the product's router core with a loop around it in virtual time. Decides nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol, assert_never
+
+from cluster.sim.network import Network
+from cluster.sim.product import (
+    Membership,
+    MembershipTick,
+    Output,
+    Request,
+    RouterConfig,
+    RouterCore,
+    Snapshot,
+    Submit,
+    WorkerFrame,
+    make_policy,
+    router_events,
+)
+from cluster.sim.profiles.profile import Profile
+from cluster.sim.timeline import Timeline
+from cluster.sim.worker import SimWorker, Stream
+
+
+class World(Protocol):
+    """What a router finds around it."""
+
+    timeline: Timeline
+    network: Network
+    profile: Profile
+
+    def worker_at(self, target: str) -> SimWorker | None: ...
+
+    def delivered(self, router: SimRouter, output: Output) -> None: ...
+
+    def rejected(self, router: SimRouter, rejection: router_events.Reject) -> None: ...
+
+    def submitted(self, request_name: str) -> None: ...
+
+
+class SimRouter:
+    """A process from its start to its end. `grace_s` and `doubt_s` are its membership's."""
+
+    def __init__(self, world: World, config: RouterConfig, name: str, grace_s: float, doubt_s: float) -> None:
+        self.world = world
+        self.name = name
+        self.core = RouterCore(config, make_policy(config))
+        self.membership = Membership(grace_s, doubt_s)
+        self.is_dead = False
+        self._config = config
+        self._streams: dict[int, Stream] = {}
+        self._events: deque[router_events.Event] = deque()
+        self._is_handling = False
+
+    def start(self) -> None:
+        self._tick()
+
+    def kill(self) -> None:
+        """The process is gone at once; workers find out, and so do its clients."""
+        self.is_dead = True
+        for stream in self._streams.values():
+            stream.up.is_closed = stream.down.is_closed = True
+            self.world.timeline.after(self.world.profile.control_latency_s, stream.worker.stream_broke, stream)
+        self._streams.clear()
+
+    def _tick(self) -> None:
+        if self.is_dead:
+            return
+        self.handle(router_events.Tick())
+        self.world.timeline.after(self._config.tick_s, self._tick)
+
+    # ---- the loop around the core ----
+
+    def handle(self, event: router_events.Event) -> None:
+        """Takes an event now, or right behind the one that is being handled."""
+        if self.is_dead:
+            return
+        events = self._events
+        events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        core, now = self.core, self.world.timeline.now
+        while events:
+            for command in core.handle(events.popleft(), now):
+                self._execute(command)
+        self._is_handling = False
+
+    def _execute(self, command: router_events.Command) -> None:
+        match command:
+            case router_events.Deliver(output):
+                self.world.delivered(self, output)
+            case router_events.Send(worker_id, connection, message):
+                self._send(worker_id, connection, message)
+            case router_events.Attach():
+                self._attach(command)
+            case router_events.Detach(_, connection):
+                stream = self._streams.pop(connection, None)
+                if stream is not None:
+                    stream.up.is_closed = True
+                    stream.down.send(self.world.profile.router_s, stream.worker.hang_up, stream)
+            case router_events.Reject():
+                self.world.rejected(self, command)
+            case _:
+                assert_never(command)
+
+    def _send(self, worker_id: str, connection: int, message: Any) -> None:
+        stream = self._streams.get(connection)
+        if stream is None:
+            self._events.append(router_events.WorkerDetached(worker_id, connection, "the stream is gone"))
+            return
+        if isinstance(message, Submit) and message.migration is None:
+            self.world.submitted(message.name)
+        stream.down.send(self.world.profile.router_s, stream.worker.hear, stream, message)
+
+    def _attach(self, command: router_events.Attach) -> None:
+        worker = self.world.worker_at(command.target)
+        latency_s = self.world.profile.router_s
+        if worker is None:
+            detached = router_events.WorkerDetached(command.worker_id, command.connection, "nobody is there")
+            self.world.timeline.after(latency_s, self.handle, detached)
+            return
+        stream = self._streams[command.connection] = Stream(self, worker, command.connection, self.world.network)
+        stream.down.send(latency_s, worker.attach, stream)
+
+    def frame(self, stream: Stream, frame: WorkerFrame) -> None:
+        """A worker's frame has arrived."""
+        self.handle(router_events.FrameArrived(stream.worker.name, stream.connection, frame))
+
+    def stream_broke(self, stream: Stream, reason: str) -> None:
+        """A worker's stream is gone."""
+        stream.up.is_closed = stream.down.is_closed = True
+        if self._streams.pop(stream.connection, None) is not None:
+            self.handle(router_events.WorkerDetached(stream.worker.name, stream.connection, reason))
+
+    # ---- clients and the store ----
+
+    def submit(self, request: Request) -> None:
+        self.handle(router_events.RequestArrived(request))
+
+    def cancel(self, request_id: str) -> None:
+        self.handle(router_events.RequestCancelled(request_id))
+
+    def members(self, snapshot: Snapshot) -> None:
+        """The store says who has registered."""
+        self._tell_members(snapshot)
+
+    def _tell_members(self, event: Snapshot | MembershipTick) -> None:
+        if self.is_dead:
+            return
+        changed = self.membership.handle(event, self.world.timeline.now)
+        if self.membership.deadline is not None:
+            self.world.timeline.at(self.membership.deadline, self._tell_members, MembershipTick())
+        if changed is not None:
+            self.handle(router_events.WorkersChanged(changed))

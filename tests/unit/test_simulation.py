@@ -1,0 +1,83 @@
+"""The simulator runs the product: requests get their own tokens through real cores, whatever happens, and the same seed brings the same run."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cluster.sim.faults import random_faults
+from cluster.sim.load import TraceRequest
+from cluster.sim.profiles.profile import Profile
+from cluster.sim.record import RunRecord
+from cluster.sim.settings import Settings
+from cluster.sim.simulation import Simulation
+from cluster.sim.traces.generated import Recipe, generate
+from workers.errors import InvariantViolated
+from workers.kv_cache.block_pool import BlockPool
+
+SMALL = Recipe(requests=60, rate=6.0, prompt=1200, output=60, pause=2.0)
+
+
+def small_trace(seed: int, recipe: Recipe = SMALL) -> list[TraceRequest]:
+    return list(generate(recipe, seed, Profile().max_model_len))
+
+
+def outcomes(run: RunRecord) -> list[tuple[object, ...]]:
+    records = sorted(run.requests, key=lambda request: int(request.name[1:]))
+    return [
+        (r.name, r.outcome, r.output_tokens, r.first_token_s, r.finished_s, r.prefill_worker, r.decode_worker)
+        for r in records
+    ]
+
+
+def test_every_request_gets_its_own_tokens_and_leaves_nothing_behind() -> None:
+    settings = Settings(num_prefill=2, num_decode=2, num_mixed=1, check_interval=20, num_parts=4)
+    trace = small_trace(1)
+    run = Simulation(settings, trace).run()
+    asked = {f"r{number}": request for number, request in enumerate(trace, 1)}
+    assert len(run.requests) == len(trace)
+    for request in run.requests:  # tokens are compared as they come; a wrong one raises
+        assert (request.outcome, request.output_tokens) == ("ok", asked[request.name].output_tokens)
+        assert request.first_token_s is not None and request.first_token_s > request.arrival_s
+    assert run.counters["handoffs_landed"] > 10
+    assert run.counters["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize("split", [{"num_prefill": 1, "num_decode": 2}, {"num_mixed": 2}])
+def test_many_steps_at_once_change_no_outcome(split: dict[str, int]) -> None:
+    trace = small_trace(2, Recipe(requests=80, rate=10.0, prompt=1500, output=150, pause=1.0, hangups=0.1))
+    one_by_one = Simulation(Settings(**split, max_leap_s=0.0), trace).run()
+    together = Simulation(Settings(**split, max_leap_s=1.0), trace).run()
+    assert outcomes(together) == outcomes(one_by_one)
+    assert together.num_steps == one_by_one.num_steps
+    assert together.num_events < one_by_one.num_events / 2
+
+
+def test_a_small_pool_preempts_and_changes_no_token() -> None:
+    profile = Profile(num_blocks=40, max_num_seqs=16)
+    recipe = Recipe(requests=60, rate=20.0, prompt=300, output=250, turns=1.0, shared=0)
+    run = Simulation(Settings(profile=profile, num_mixed=2, check_interval=20), small_trace(3, recipe)).run()
+    assert {request.outcome for request in run.requests} == {"ok"}
+    assert run.counters["preemptions"] > 0
+
+
+def test_the_same_seed_brings_the_same_run() -> None:
+    settings = Settings(num_prefill=1, num_decode=2, seed=5)
+    names = [name for name, _ in settings.workers]
+
+    def once() -> list[tuple[object, ...]]:
+        faults = random_faults(random.Random(5), names, settings.routers, 10.0, 4)
+        return outcomes(Simulation(settings, small_trace(5), faults).run())
+
+    assert once() == once()
+
+
+def test_a_pool_that_has_lost_count_of_a_block_is_found_out() -> None:
+    pool = BlockPool(4, lambda blocks: None)
+    held = pool.allocate(2)
+    pool.hold(held[:1])
+    pool.check([*held, held[0]])
+    for wrong in ([], held, [*held, *held], [*held, held[0], 3]):
+        with pytest.raises(InvariantViolated):
+            pool.check(wrong)
