@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class Role(StrEnum):
@@ -61,9 +62,8 @@ class PrefixHint:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A worker's load after a step; counts at one instant."""
+class Load(NamedTuple):
+    """A worker's load after a step; counts at one instant. A tuple, as Output is: one is made for every step."""
 
     num_waiting: int = 0
     num_running: int = 0

@@ -45,14 +45,16 @@ class ChatShape:
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
 
-    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        role = "" if choice.is_announced else '"role":"assistant",'
-        logprobs = (
-            "null" if self._job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
+    def first_piece(self, choice: Choice, output: Output) -> Iterable[str]:
+        return (self.piece(choice, output, '"role":"assistant",'),)
+
+    def piece(self, choice: Choice, output: Output, role: str = "") -> str:
+        job, text = self._job, to_json(output.text)
+        logprobs = "null" if job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
+        return (
+            f'{{"index":{choice.index},"delta":{{{role}"content":{text}}},"logprobs":{logprobs},'
+            f'"finish_reason":{end_of_piece(job, output)}}}'
         )
-        end = end_of_piece(self._job, output)
-        delta = f'{{{role}"content":{to_json(output.text)}}}'
-        return (f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}',)
 
     def extras(self, choice: Choice) -> Iterable[str]:
         return more_fields(self._about_prompt(choice)) if choice.index == 0 else ()

@@ -130,9 +130,9 @@ class WorkerEntry:
             self._watch_preemptions(frame.status, now)
             self.show_roles()
         if load is not None:
-            self.load = load
-            self.charges.settle(now)
-            self.show_load()
+            before, self.load = self.load, load
+            if self.charges.settle(now) or load[:-1] != before[:-1] or frame.status is not None:
+                self.show_load()
 
     def _watch_preemptions(self, status: WorkerStatus, now: float) -> None:
         num_preemptions = next((value for name, value in status.counters if name == "preemptions"), 0.0)

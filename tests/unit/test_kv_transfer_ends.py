@@ -69,6 +69,16 @@ def test_a_choice_that_was_not_offered_ends_it_and_what_comes_later_changes_noth
     assert session.handle(ReleaseHandoff(), 0) == []
 
 
+def test_a_receiver_that_asks_for_everything_again_and_again_is_given_up() -> None:
+    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
+    session.open(0)
+    for epoch in range(src.MAX_EPOCH + 1):
+        assert not any(isinstance(c, src.Release) for c in session.handle(UseTransport("grpc", epoch), 0))
+    reason = f"the receiver chose epoch {src.MAX_EPOCH + 1} of at most {src.MAX_EPOCH}"
+    again = session.handle(UseTransport("grpc", src.MAX_EPOCH + 1), 0)
+    assert again == [src.Send(CancelHandoff(reason)), src.Release(reason)]
+
+
 def test_a_release_of_what_never_started_is_a_failure() -> None:
     session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
     (release,) = session.handle(ReleaseHandoff(), 0)
