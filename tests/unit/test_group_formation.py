@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.errors import InvariantViolated
 from workers.group.formation import (
     AbortEpoch,
     BecameReady,
@@ -113,25 +111,6 @@ def test_a_rank_that_speaks_but_never_ends_its_step_is_expelled() -> None:
     (expel,) = formation.handle(Tick(), 52)
     assert isinstance(expel, Expel) and expel.rank == 2
     assert formation.handle(Tick(), 53) == []
-
-
-def test_an_illegal_move_raises_and_changes_nothing() -> None:
-    formation = group()
-    with pytest.raises(InvariantViolated):
-        formation._move(State.SERVING, 0)
-    assert formation.state is State.GATHERING
-
-
-EVENTS = st.one_of(
-    st.builds(Joined, st.integers(1, 2)),
-    st.builds(BecameReady, st.integers(0, 2)),
-    st.builds(HasFormed, st.integers(0, 2), st.integers(0, 3)),
-    st.builds(Broke, st.integers(0, 2), st.integers(0, 3), st.just("broke")),
-    st.builds(Gone, st.integers(1, 2), st.just("gone")),
-    st.builds(StepBegan, st.integers(1, 5)),
-    st.builds(StepEnded, st.integers(0, 2), st.integers(1, 5)),
-    st.just(Tick()),
-)
 
 
 @settings(max_examples=200, deadline=None)
