@@ -63,7 +63,7 @@ class Shape(Protocol):
         ...
 
     def piece(self, choice: Choice, output: Output) -> str:
-        """The entry of `choices` that shows a later output."""
+        """The entry of `choices` that shows a later output; empty when there is nothing to show yet."""
         ...
 
     def extras(self, choice: Choice) -> Iterable[str]:
@@ -247,12 +247,13 @@ class ChunkWriter:
         if choice.is_announced:
             if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
                 return ()
-            return (f"{self._head}{self._shape.piece(choice, output)}]{self._ending()}",)
+            piece = self._shape.piece(choice, output)
+            return (f"{self._head}{piece}]{self._ending()}",) if piece else ()
         if not (output.token_ids or output.finish_reason):
             return ()  # of the prompt only
-        piece, about = self._shape.first_piece(choice, output), self._shape.extras(choice)
+        first, about = self._shape.first_piece(choice, output), self._shape.extras(choice)
         choice.is_announced = True
-        return chain((self._head,), piece, ("]",), about, (self._ending(),))
+        return chain((self._head,), first, ("]",), about, (self._ending(),))
 
     def _ending(self) -> str:
         """What follows the choices of a chunk: the same for most of them."""

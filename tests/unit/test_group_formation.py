@@ -113,6 +113,18 @@ def test_a_rank_that_speaks_but_never_ends_its_step_is_expelled() -> None:
     assert formation.handle(Tick(), 53) == []
 
 
+EVENTS = st.one_of(
+    st.builds(Joined, st.integers(1, 2)),
+    st.builds(BecameReady, st.integers(0, 2)),
+    st.builds(HasFormed, st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Broke, st.integers(0, 2), st.integers(0, 3), st.just("broke")),
+    st.builds(Gone, st.integers(1, 2), st.just("gone")),
+    st.builds(StepBegan, st.integers(1, 5)),
+    st.builds(StepEnded, st.integers(0, 2), st.integers(1, 5)),
+    st.just(Tick()),
+)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(EVENTS, st.floats(0, 15)), max_size=40))
 def test_whatever_happens_every_epoch_that_began_either_serves_or_ends(events: list[tuple[Event, float]]) -> None:
