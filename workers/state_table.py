@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -21,7 +21,7 @@ class Rule(Generic[S]):
     """
 
     states: tuple[S, ...]
-    events: tuple[Hashable, ...]
+    events: tuple[object, ...]
     to: S | None
     action: Any = None
 
@@ -40,7 +40,7 @@ class StateTable(Generic[S]):
     def __init__(self, name: str, rules: Iterable[Rule[S]]) -> None:
         self.name = name
         self.rules = tuple(rules)
-        self._steps: dict[tuple[S, Hashable], Step[S]] = {}
+        self._steps: dict[tuple[S, object], Step[S]] = {}
         for rule in self.rules:
             for state in rule.states:
                 for event in rule.events:
@@ -49,11 +49,11 @@ class StateTable(Generic[S]):
                     self._steps[state, event] = Step(state if rule.to is None else rule.to, rule.action)
         self._leaves = frozenset(state for (state, _), step in self._steps.items() if step.to is not state)
 
-    def find(self, state: S, event: Hashable) -> Step[S] | None:
+    def find(self, state: S, event: object) -> Step[S] | None:
         """None: the table has no rule for it."""
         return self._steps.get((state, event))
 
-    def step(self, state: S, event: Hashable) -> Step[S]:
+    def step(self, state: S, event: object) -> Step[S]:
         """Raises InvariantViolated when the table has no rule for it; asking changes nothing."""
         step = self._steps.get((state, event))
         if step is None:
@@ -75,7 +75,7 @@ class StateTable(Generic[S]):
         return "\n".join(lines)
 
 
-def _named(event: Hashable) -> str:
+def _named(event: object) -> str:
     return event.name if isinstance(event, Enum) else str(getattr(event, "__name__", event))
 
 
@@ -85,6 +85,5 @@ def _described(action: object) -> str:
         return ""
     if isinstance(action, Enum):
         return str(action.value)
-    assert isinstance(action, Callable)  # type: ignore[arg-type]
     text = " ".join((action.__doc__ or "").split())
     return text.partition(". ")[0].rstrip(".")

@@ -90,7 +90,8 @@ class WorkerCore:
                 self._sessions.lose(session)
                 out += self._requests.lose_router(session, now)
             case events.NotAdded(sequence_id):
-                out += self._requests.not_added(sequence_id, now) + self._exports.failed(sequence_id, QUEUE_IS_FULL)
+                out += self._requests.not_added(sequence_id, now)
+                out += self._exports.failed(sequence_id, QUEUE_IS_FULL)
             case events.LayersReported(layers):
                 out += self._exports.layers_filled(layers)
             case events.HandoffAsked():
