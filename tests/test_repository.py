@@ -106,6 +106,8 @@ PURE = (
     "router/requests/retry.py",
     "router/fleet/prefix_index.py",
     "router/policies",
+    "router/forecast",
+    "router/wishes.py",
     "cluster/membership/membership.py",
     "cluster/membership/roles.py",
     "cluster/actors/placement.py",
