@@ -20,7 +20,7 @@ from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.machine import native_build
 from workers.model.checkpoint.ernie_config import ErnieConfig
-from workers.model.loaded import Checkpoint
+from workers.model.loading import Checkpoint
 from workers.request import Request, SamplingParams
 from workers.runner import Batch, LayerHook, Runner, Sampled
 from workers.status import ModelInfo

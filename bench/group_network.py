@@ -87,7 +87,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     from workers.group.memory import take_heads
     from workers.group.runner import GroupRunner
     from workers.model.cpu.runner import TorchRunner
-    from workers.model.loaded import Checkpoint
+    from workers.model.loading import Checkpoint
     from workers.text.tokenizer import Tokenizer
     from workers.worker import make_engine
 

@@ -42,14 +42,13 @@ from workers.handoff.protocol.source_session import Described, Filled, SendPiece
 from workers.handoff.protocol.target_session import Collect, Collected, Connected, Land, TargetSession
 from workers.handoff.source_driver import Export, Feed
 from workers.handoff.transfers import Transfers
-from workers.identity import Identity
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
-from workers.status import Role, WorkerAddress
+from workers.status import Identity, Role, WorkerAddress
 from workers.transports.factory import make_transports
 from workers.wire.grpc_options import HANDOFF_CHANNEL, SERVER
 from workers.wire.seal import Sealer, Unsealer

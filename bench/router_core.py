@@ -23,11 +23,10 @@ from machine_facts import machine_facts
 
 from router.api.answer import Answer, Services
 from router.api.chat import ChatShape
-from router.api.config import ApiConfig
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.translate import translate_chat
-from router.config import RouterConfig
+from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
 from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, Send, Tick, WorkersChanged

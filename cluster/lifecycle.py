@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
-from cluster.console.progress import Progress
+from cluster.console.output import Progress
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -26,9 +26,8 @@ from cluster.preflight import (
     file_limit_warning,
 )
 from cluster.ray_session.folders import end_local, make_folder, remove_stale
-from cluster.ray_session.joining import join_ray
-from cluster.ray_session.local import RaySession, start_ray
-from cluster.store.host import STORE_HOST_NAME
+from cluster.ray_session.session import RaySession, join_ray, start_ray
+from cluster.store.actor_store import STORE_HOST_NAME
 from workers.errors import BatonError
 from workers.machine.limits import usable_cpus
 
@@ -136,7 +135,7 @@ def rearm_signals() -> None:
 async def _populate(cluster: Cluster, progress: Progress) -> None:
     """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.actors.pools import Pools
-    from cluster.membership.roles import forget_draining, forget_role
+    from cluster.membership.membership import forget_draining, forget_role
     from cluster.ray_session.failures import told
     from cluster.store.open import open_store
 

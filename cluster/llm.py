@@ -10,13 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from cluster.settings import build
-from router.api.config import ApiConfig
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
 from router.api.translate import make_job
+from router.config import ApiConfig
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
-from workers.model.loaded import Checkpoint
+from workers.model.loading import Checkpoint
 from workers.request import Output, Request, SamplingParams, TokenLogprob
 from workers.worker import make_engine
 

@@ -24,11 +24,11 @@ from router.events import (
 )
 from router.fleet.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
 from router.fleet.prefix_index import PrefixIndex
-from router.fleet.view import Backlog, WorkerEntry
+from router.fleet.worker_entry import Backlog, WorkerEntry
 from router.policies.policy import Policy
 from router.requests.dispatch import Dispatcher
 from router.requests.flights import Flights
-from router.requests.mover import Mover
+from router.requests.move_planner import Mover
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
 

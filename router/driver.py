@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import assert_never
 
-from router.backend import RouterStatus, WorkerView
+from router.backend import RequestStream, RouterStatus, WorkerView
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
@@ -27,11 +27,10 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.policies.kv_aware import KvAwarePolicy
 from router.policies.policy import Policy
 from router.policies.round_robin import RoundRobinPolicy
-from router.stream import RequestStream
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus

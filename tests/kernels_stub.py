@@ -8,8 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers.machine.instruction_sets import InstructionSet
-from workers.machine.native_build import SHARED, NativeSource
+from workers.machine.native_build import SHARED, InstructionSet, NativeSource
 from workers.model.native.library import _SIGNATURES, Dimensions, Step
 
 STUB = Path(__file__).parent / "kernels_stub.cpp"

@@ -15,7 +15,7 @@ from workers.config import WorkerConfig
 from workers.errors import RankLost
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan, GroupWatch
-from workers.model.loaded import Checkpoint
+from workers.model.loading import Checkpoint
 from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
 from workers.text.tokenizer import Tokenizer

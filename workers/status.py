@@ -147,3 +147,21 @@ class WorkerStatus:
     """A rank is missing: nothing is accepted until the group is whole again."""
     max_num_seqs: int = 0
     """Sequences that run at once; what comes beyond waits there. 0: not said."""
+
+
+@dataclass(slots=True)
+class Identity:
+    """Who the worker is now; the worker owns it, others read."""
+
+    worker_id: str
+    role: Role
+    generation: int
+    target: str = ""
+    is_draining: bool = False
+    """Takes no new work."""
+    is_rebuilding: bool = False
+    """A rank is missing; nothing new is accepted."""
+
+    @property
+    def address(self) -> WorkerAddress:
+        return WorkerAddress(self.worker_id, self.generation, self.target)

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    from cluster.console.progress import Progress
+    from cluster.console.output import Progress
     from cluster.console.router_client import RouterClient
 
     with RouterClient(*client_target(args)) as router:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.progress import Progress
+from cluster.console.output import Progress
 
 if TYPE_CHECKING:
     from cluster.actors.pools import Pools
@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_worker(args: argparse.Namespace) -> int:
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
 
@@ -62,7 +62,7 @@ def run_worker(args: argparse.Namespace) -> int:
 
 
 def run_router(args: argparse.Namespace) -> int:
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.preflight import check_port, check_tokenizer
 
     config = config_from(args)
@@ -79,13 +79,12 @@ def run_router(args: argparse.Namespace) -> int:
 async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progress) -> int:
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.actors.pools import Pools
-    from cluster.commands.watching import tell_changes
+    from cluster.commands.running import tell_changes
     from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
     from cluster.preflight import check_store
     from cluster.ray_session.failures import told
-    from cluster.ray_session.joining import join_ray
-    from cluster.ray_session.local import LOOPBACK
-    from cluster.store.host import STORE_HOST_NAME
+    from cluster.ray_session.session import LOOPBACK, join_ray
+    from cluster.store.actor_store import STORE_HOST_NAME
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.progress import Progress
+from cluster.console.output import Progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
-    from cluster.commands.watching import tell_changes
+    from cluster.commands.running import tell_changes
     from cluster.lifecycle import launched
 
     async with launched(config, progress, folder) as cluster:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.config import StoreConfig
-from cluster.store.store import Store, StoreUnavailable
+from cluster.store.store import Store, StoreConfig, StoreUnavailable
 
 
 def open_store(config: StoreConfig, namespace: str) -> Store:
@@ -14,8 +13,7 @@ def open_store(config: StoreConfig, namespace: str) -> Store:
         return RedisStore(config.url, config.cluster)
     import ray
 
-    from cluster.store.actor_store import ActorStore
-    from cluster.store.host import STORE_HOST_NAME
+    from cluster.store.actor_store import STORE_HOST_NAME, ActorStore
 
     try:
         return ActorStore(ray.get_actor(STORE_HOST_NAME, namespace=namespace))

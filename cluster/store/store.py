@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Protocol
+
+from annotated_types import Ge, Le
 
 from workers.errors import BatonError, InvalidConfig
 
@@ -134,3 +136,22 @@ def check_store_url(url: str) -> None:
         raise InvalidConfig(
             f"store.url must be memory, redis://HOST:PORT/DB, rediss://... or unix:///PATH; it begins with {url[:7]!r}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where leases, desired roles and generations live."""
+
+    url: str = field(default="memory", repr=False)
+    """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    cluster: str = "baton"
+    """Keyspace in Redis; two clusters on one Redis need two names."""
+    lease_ttl_s: Annotated[float, Ge(0.5), Le(300)] = 4.0
+    """A worker that has not renewed its lease for this long is taken out; it renews three times as often."""
+
+    def __post_init__(self) -> None:
+        check_store_url(self.url)
+        if not self.cluster or not set(self.cluster) <= set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+        ):
+            raise InvalidConfig(f"store.cluster takes letters, digits, '-', '_' and '.'; it is {self.cluster!r}")

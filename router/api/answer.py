@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -18,19 +19,36 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
-from router.api.config import ApiConfig
-from router.api.generation import Generation, unless_disconnected
-from router.api.long_work import offload
+from router.api.job_run import Choice, Generation, Progress, unless_disconnected
 from router.api.metrics import Metrics
 from router.api.problems import describe, note_refusal
-from router.api.progress import Choice, Progress
 from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
+from router.config import ApiConfig
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
+
+T = TypeVar("T")
+
+HUGE_BYTES = 256 << 10
+NUM_HUGE = 2
+"""Huge requests that are read at once: a prompt takes tens of times its own size while it is tokenized."""
+
+_huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
+
+
+async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
+    """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
+
+    In a thread it must let go of the interpreter's lock every few milliseconds, as Python code and tokenizers do.
+    """
+    if num_bytes <= inline_bytes:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+
 
 _log = logging.getLogger(__name__)
 

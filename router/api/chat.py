@@ -9,9 +9,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
-from router.api.logprobs import LogprobWriter
-from router.api.progress import Choice, Progress
+from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
+from router.api.job_run import Choice, Progress
 from router.api.schema import ChatBody
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat

@@ -9,10 +9,10 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from router.api.config import ApiConfig
 from router.api.problems import rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
+from router.config import ApiConfig
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo

@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from router.events import Attach
-from router.fleet.charges import Charges
-from router.fleet.view import Backlog, WorkerEntry
+from router.fleet.worker_entry import Backlog, Charges, WorkerEntry
 from router.fleet.worker_table import WorkerTable
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo, Role, WorkerAddress, starts_of

@@ -14,7 +14,7 @@ NOTHING, ANYTHING = -(1 << 40), 1 << 40
 
 
 class WorkerTable:
-    """One row a worker; a row that is free takes no requests. Rows are written by `router.fleet.view` as each worker's state changes."""
+    """One row a worker; a row that is free takes no requests. Rows are written by `router.fleet.worker_entry` as each worker's state changes."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []

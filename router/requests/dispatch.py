@@ -7,13 +7,12 @@ import xxhash
 
 from router.config import RouterConfig
 from router.events import Send
-from router.fleet.charges import Charge
 from router.fleet.fleet import Fleet
 from router.fleet.prefix_index import Prefixes, PrefixIndex
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import Charge, WorkerEntry
 from router.fleet.worker_table import ANYTHING
 from router.policies.policy import Candidates, Demand, Policy, Route
-from router.requests.progress import Flight
+from router.requests.in_flight import Flight
 from workers.errors import InvariantViolated
 from workers.status import PrefixHint
 from workers.wire.attach import Migration, Submit

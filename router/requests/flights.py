@@ -11,12 +11,11 @@ from collections import Counter
 from router.config import RouterConfig
 from router.events import Command, Deliver, Reject, Send
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
+from router.requests.in_flight import Flight, Incoming, Mismatch, RetryPolicy
 from router.requests.migrations import Migrations
-from router.requests.progress import Flight, Incoming, Mismatch
-from router.requests.retry import RetryPolicy
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request

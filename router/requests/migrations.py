@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from router.config import RouterConfig
 from router.events import Command, Send
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.requests.dispatch import Dispatcher
-from router.requests.progress import Flight, Incoming
+from router.requests.in_flight import Flight, Incoming
 from workers.request import FinishReason, Output
 from workers.wire.attach import Adopt, Cancel
 

@@ -25,8 +25,9 @@ from chaos.census import descriptors, mapped_pools, own_pools, python_threads, t
 from chaos.faults import Kind
 from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
 from workers.config import WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.errors import TransferFailed
-from workers.runner import Batch, FakeRunner, Sampled
+from workers.runner import Batch, Sampled
 from workers.status import Role
 from workers.worker import LoadedModel, Worker, load_checkpoint
 

@@ -23,7 +23,7 @@ from workers.transports.contract import (
     Transport,
     View,
 )
-from workers.transports.data_path import make_data_path
+from workers.transports.factory import make_data_path
 
 PULL = frozenset({"loopback", "shm", "nixl"})
 """Transports whose receiver reads the sender's pool: all of their faults are the receiver's."""

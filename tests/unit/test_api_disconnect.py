@@ -13,7 +13,7 @@ import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, speak
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.api.generation import Generation
+from router.api.job_run import Generation
 from workers.request import Output, Request, SamplingParams
 
 

@@ -10,12 +10,13 @@ import pytest
 from builders import REPORT, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 
 from workers.engine.engine import Engine
-from workers.engine.results import StepResult
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import StepResult
 from workers.errors import RankLost
 from workers.kv_memory.memory import BITE_BYTES, KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner, Sampled
+from workers.runner import BLOCK_SIZE, Sampled
 from workers.scheduler.sequence import Kind
 
 NUM_BLOCKS = 24

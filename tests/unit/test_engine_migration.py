@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine.engine import Engine
-from workers.engine.results import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
 from workers.errors import Refusal, Refused
 from workers.request import FinishReason, Output, Request
-from workers.runner import FakeRunner
 
 
 @dataclass

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine.engine import Engine
+from workers.engine.fake_runner import LateFakeRunner, Postponed
 from workers.kv_memory.memory import KvMemory
-from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind

@@ -11,8 +11,7 @@ import pytest
 from builders import fake_layout, make_request
 
 from workers.errors import Refusal
-from workers.handoff.outcome import HandoffFailed
-from workers.handoff.protocol.messages import OpenHandoff, Prompt
+from workers.handoff.protocol.messages import HandoffFailed, OpenHandoff, Prompt
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.target_driver import TargetDriver
 from workers.kv_memory.memory import KvMemory

@@ -13,6 +13,7 @@ from workers.errors import Refusal
 from workers.handoff.copier import describe_pieces
 from workers.handoff.protocol import source_session as src
 from workers.handoff.protocol import target_session as tgt
+from workers.handoff.protocol.choices import Measured, Plan
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
@@ -25,7 +26,6 @@ from workers.handoff.protocol.messages import (
     Subject,
     TransportBroken,
 )
-from workers.handoff.protocol.recovery import Measured, Plan
 from workers.handoff.protocol.transfer import TransferState
 from workers.kv_memory.memory import KvLayout
 

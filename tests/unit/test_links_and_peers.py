@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from transport_ends import HOST, LAYOUT, whole_blocks
 
-from workers.engine.results import BlocksFilled
+from workers.engine.messages import BlocksFilled
 from workers.errors import TransferFailed
 from workers.handoff.peers import Peers
 from workers.handoff.protocol.messages import OpenHandoff, Prompt
@@ -16,8 +16,8 @@ from workers.request import Request, SamplingParams
 from workers.serving.exports import Exports
 from workers.serving.observer import Unobserved
 from workers.status import WorkerAddress
+from workers.transports.channels import Links
 from workers.transports.contract import OutgoingPiece
-from workers.transports.links import Links
 from workers.transports.tcp import TcpTransport
 from workers.wire import grpc_options
 

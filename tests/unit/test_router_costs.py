@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from router_story import FREE, GENERATION, MODEL, Story, request, submits, the_submit
 
-from router.api.generation import Generation
+from router.api.job_run import Generation
+from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver
 from router.events import RequestArrived, Tick
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
-from router.stream import RequestStream
+from router.fleet.worker_entry import WorkerEntry
 from workers.kv_cache import block_hash
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb

@@ -5,43 +5,48 @@ from __future__ import annotations
 from builders import make_request
 from worker_story import GENERATION, LAYOUT, PEER, WorkerStory
 
-from workers.engine.commands import (
+from workers.engine.messages import (
     Add,
     AddMigrant,
+    BlocksFilled,
+    BlocksFinal,
     CancelSequence,
     Depart,
     DumpKv,
     Export,
     ForgetCache,
     Halt,
+    Halted,
     HoldPrefix,
     Landed,
+    LayersFilled,
     MovedIn,
+    Prefilled,
+    PrefixHeld,
     Pulled,
+    PullWanted,
     ReleasePrefix,
     Resume,
     TransferLost,
-)
-from workers.engine.results import (
-    BlocksFilled,
-    BlocksFinal,
-    Halted,
-    LayersFilled,
-    Prefilled,
-    PrefixHeld,
-    PullWanted,
     TransferWanted,
 )
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
+from workers.handoff.protocol.messages import (
+    Handoff,
+    HandoffFailed,
+    PrefillDone,
+    PrefixDone,
+    Prompt,
+    Running,
+    SequenceMoved,
+    subject_of,
+)
 from workers.handoff.protocol.source_session import Broken, Filled
 from workers.kv_cache.block_hash import PromptBlocks
 from workers.request import FinishReason, Output, error_output
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.scheduler.sequence import Kind
 from workers.serving import events
-from workers.serving.prefix_subject import subject_of
 from workers.serving.sessions import LOAD_INTERVAL_S, MAX_CACHE_EVENTS
 from workers.status import Load, PrefixHint, Role, WorkerAddress
 from workers.wire.attach import Migration

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_story import WorkerStory
 
-from workers.engine.commands import Add, CancelSequence, Depart
+from workers.engine.messages import Add, CancelSequence, Depart
 from workers.errors import Refusal
 from workers.handoff.protocol.messages import Running
-from workers.prompt_scores import PromptScores
-from workers.request import FinishReason, Output, TokenLogprob
+from workers.request import FinishReason, Output, PromptScores, TokenLogprob
 from workers.serving import events
 from workers.status import Role
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit

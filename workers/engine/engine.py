@@ -8,24 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from workers.engine.incoming import Incoming
+from workers.engine.incoming import Incoming, Promotions
 from workers.engine.isolation import isolate
 from workers.engine.leaping import DrawRun, leap, leapers
 from workers.engine.live_sequences import Live, Roster
-from workers.engine.moves import Moves
-from workers.engine.outgoing import Outgoing
-from workers.engine.promotions import Promotions
-from workers.engine.results import StepResult
+from workers.engine.messages import StepResult
+from workers.engine.outgoing import Moves, Outgoing
 from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_tiers.tiers import KvTiers
-from workers.launching import LaunchingRunner
 from workers.request import Request, refusal_output
-from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LaunchingRunner, Runner, Sampled, SequenceSlice
 from workers.scheduler.ahead import schedule_ahead
-from workers.scheduler.load import has_work, load_of
-from workers.scheduler.scheduler import Limits, Scheduler, Step
+from workers.scheduler.scheduler import Limits, Scheduler, Step, has_work, load_of
 from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import Load, PrefixHint
 from workers.text.output import Detokenizer

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from workers.engine.commands import (
+from workers.engine.engine import Engine
+from workers.engine.messages import (
     Add,
     AddMigrant,
     CancelSequence,
@@ -21,16 +22,17 @@ from workers.engine.commands import (
     Halt,
     HoldPrefix,
     Landed,
+    LayersFilled,
     MovedIn,
     Pulled,
     ReleasePrefix,
+    Report,
     Resume,
+    StepResult,
     Stop,
     TransferLost,
     Wake,
 )
-from workers.engine.engine import Engine
-from workers.engine.results import LayersFilled, Report, StepResult
 from workers.errors import InvalidRequest, Refused
 
 log = logging.getLogger(__name__)

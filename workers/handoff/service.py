@@ -17,10 +17,10 @@ from workers.handoff.protobuf import down_from_pb, up_to_pb
 from workers.handoff.protocol.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff
 from workers.handoff.protocol.source_session import Broken, SourceSession
 from workers.handoff.source_driver import Export, Feed, SourceDriver
-from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
+from workers.status import Identity
 from workers.transports.contract import Transport
 from workers.wire.seal import Sealer, verified
 

@@ -12,9 +12,8 @@ import grpc
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.copier import INLINE_BYTES, verify_pieces
 from workers.handoff.mailbox import Letterbox, time_left
-from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.protobuf import down_to_pb, up_from_pb
-from workers.handoff.protocol.messages import Done, HandoffRefused, KvPiece, KvPieces
+from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
     Broken,
     Close,

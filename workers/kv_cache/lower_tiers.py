@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_cache.ledger import Ledger
+from workers.kv_cache.prefix_cache import Ledger
 from workers.status import Tier
 
 

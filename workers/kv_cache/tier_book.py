@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from workers.errors import InvariantViolated
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_cache.ledger import Ledger
+from workers.kv_cache.prefix_cache import Ledger
 from workers.status import Tier
 
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from workers.errors import RankLost
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import Promotion
+from workers.kv_cache.prefix_cache import Ledger
 from workers.kv_cache.tier_book import Command, Delete, Keep, Spill, TierBook
 from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.disk import Broken, DiskThread, ReadBlock, Written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from workers.errors import InvariantViolated, Refusal, Refused
@@ -10,8 +11,8 @@ from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.manager import BlockTable, KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.preemption import choose_victim
 from workers.scheduler.sequence import Kind, Sequence, State
+from workers.status import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,3 +283,42 @@ def _is_promoted(sequence: Sequence) -> bool:
     table = sequence.table
     is_pulled = table.pull is None or table.pull.num_arrived is not None
     return is_pulled and (table.promotion is None or table.promotion.is_done)
+
+
+def choose_victim(active: Iterable[Sequence]) -> Sequence:
+    """The last in order of service among those whose blocks no other worker must read or write.
+
+    One that is being copied to another worker comes only when there is no other: its migration ends with it, and leaving
+    is what frees blocks soonest. There always is one: the sequence that asked for a block is itself a candidate.
+    """
+    candidates = [s for s in active if s.state in (State.DECODING, State.PREFILLING) and s.kind is not Kind.SOURCE]
+    if not candidates:
+        raise InvariantViolated("preemption was asked for while nothing can be preempted")
+    return max(candidates, key=lambda s: (s.export is None, s.rank))
+
+
+_RUNS = (State.DECODING, State.PREFILLING)
+_WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
+
+
+def has_work(scheduler: Scheduler) -> bool:
+    """True when a step could compute or admit something, or end a wait."""
+    return bool(scheduler.waiting) or any(s.state in _RUNS or s.state is State.PROMOTING for s in scheduler.active)
+
+
+def load_of(scheduler: Scheduler, step_s: float) -> Load:
+    """`step_s`: how long the last step took."""
+    sequences, kv = scheduler.active, scheduler.kv
+    return Load(
+        num_waiting=len(scheduler.waiting),
+        num_running=sum(1 for s in sequences if s.state in _RUNS),
+        num_transferring=sum(1 for s in sequences if s.state in _WAITS_FOR_OTHERS),
+        waiting_prefill_tokens=sum(
+            s.num_uncomputed_prompt
+            for s in (*scheduler.waiting, *sequences)
+            if s.state in (State.WAITING, State.PROMOTING, State.PREFILLING) and s.kind is not Kind.TARGET
+        ),
+        num_free_blocks=kv.num_available,
+        num_blocks=kv.num_blocks,
+        step_s=step_s,
+    )

@@ -10,8 +10,8 @@ from workers.errors import InvariantViolated
 from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
-from workers.runner import SampleSpec, SequenceSlice
-from workers.sampling.edits import EditTracker, LogitEdits, changes_logits
+from workers.runner import LogitEdits, SampleSpec, SequenceSlice
+from workers.sampling.edits import EditTracker, changes_logits
 from workers.status import PrefixHint
 
 

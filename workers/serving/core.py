@@ -14,11 +14,9 @@ from dataclasses import replace
 from typing import assert_never
 
 from workers.config import WorkerConfig
-from workers.engine.commands import ForgetCache
-from workers.engine.results import Report, TransferWanted
+from workers.engine.messages import ForgetCache, Report, TransferWanted
 from workers.errors import Refusal, Refused
-from workers.handoff.protocol.recovery import Way
-from workers.identity import Identity
+from workers.handoff.protocol.choices import Way
 from workers.kv_memory.memory import KvLayout
 from workers.serving import events
 from workers.serving.exports import Exports
@@ -27,7 +25,7 @@ from workers.serving.observer import Observer, Unobserved
 from workers.serving.requests import Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
-from workers.status import Load, WorkerStatus
+from workers.status import Identity, Load, WorkerStatus
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
 
 log = logging.getLogger(__name__)

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from workers.config import WorkerConfig
-from workers.engine.commands import EngineCommand
-from workers.engine.results import LayersFilled, Report
-from workers.identity import Identity
+from workers.engine.messages import EngineCommand, LayersFilled, Report
 from workers.kv_memory.memory import KvMemory
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.serving.handoffs import Handoffs
-from workers.serving.streams import Streams
+from workers.serving.server import Streams
 from workers.serving.traces import RequestTraces
-from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
+from workers.status import Identity, Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.transports.contract import Transport
 
 log = logging.getLogger(__name__)

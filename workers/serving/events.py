@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.engine.commands import EngineCommand
-from workers.engine.results import LayersFilled, Report
+from workers.engine.messages import EngineCommand, LayersFilled, Report
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import Done, OpenHandoff, Subject
-from workers.handoff.protocol.recovery import Plan
+from workers.handoff.protocol.choices import Plan
+from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, OpenHandoff, Subject
 from workers.handoff.protocol.source_session import Broken, Filled
 from workers.status import Role, WorkerAddress
 from workers.wire.attach import RouterMessage, WorkerFrame

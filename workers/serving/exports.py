@@ -10,25 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from workers.engine.commands import (
+from workers.engine.messages import (
     Add,
+    BlocksFilled,
+    BlocksFinal,
     CancelSequence,
     Depart,
     Export,
-    Halt,
-    HoldPrefix,
-    ReleasePrefix,
-    Resume,
-)
-from workers.engine.results import (
-    BlocksFilled,
-    BlocksFinal,
     ExportEnded,
     ExportEvent,
+    Halt,
     Halted,
+    HoldPrefix,
     LayersFilled,
     Prefilled,
     PrefixHeld,
+    ReleasePrefix,
+    Resume,
 )
 from workers.errors import Refusal, Refused
 from workers.handoff.protocol.messages import (
@@ -39,6 +37,7 @@ from workers.handoff.protocol.messages import (
     Prompt,
     Running,
     SequenceMoved,
+    keys_of,
 )
 from workers.handoff.protocol.source_session import Broken, Filled
 from workers.kv_cache.block_hash import BlockKey
@@ -48,7 +47,6 @@ from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Feed, Post
 from workers.serving.observer import Observer
-from workers.serving.prefix_subject import keys_of
 
 MAX_PREFIXES = 32
 """Prefixes handed over at once; the engine bounds their blocks, the lease their time."""

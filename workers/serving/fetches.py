@@ -9,19 +9,24 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from workers.engine.commands import Landed, MovedIn, Pulled, TransferLost
-from workers.engine.results import PullWanted, TransferWanted
+from workers.engine.messages import Landed, MovedIn, Pulled, PullWanted, TransferLost, TransferWanted
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
-from workers.handoff.protocol.recovery import Choice, Measured, Plan, Way
-from workers.handoff.protocol.worth import PullRates, is_worth_pulling
+from workers.handoff.protocol.choices import Choice, Measured, Plan, PullRates, Way, is_worth_pulling
+from workers.handoff.protocol.messages import (
+    Handoff,
+    HandoffFailed,
+    PrefillDone,
+    PrefixDone,
+    Prompt,
+    Running,
+    SequenceMoved,
+    subject_of,
+)
 from workers.kv_memory.memory import KvLayout
 from workers.request import HandoffReport, Request
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.serving.events import Post, Receive, StopReceiving
 from workers.serving.observer import Observer
-from workers.serving.prefix_subject import subject_of
 from workers.status import WorkerAddress
 from workers.wire.attach import Migration
 

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, TransferFailed
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import OpenHandoff
+from workers.handoff.protocol.messages import Handoff, HandoffFailed, OpenHandoff
 from workers.handoff.source_driver import Export
 from workers.handoff.source_driver import Feed as FeedTransfer
 from workers.handoff.transfers import CLOSE_S, Transfers
-from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.serving.events import (
     AcceptHandoff,
@@ -29,6 +27,7 @@ from workers.serving.events import (
     Receive,
     RefuseHandoff,
 )
+from workers.status import Identity
 from workers.transports.contract import Transport
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from workers.engine.results import Prefilled
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.recovery import Choice
+from workers.engine.messages import Prefilled
+from workers.handoff.protocol.choices import Choice
+from workers.handoff.protocol.messages import Handoff, HandoffFailed
 from workers.request import Output
 
 

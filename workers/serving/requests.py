@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import inf
 
 from workers.config import WorkerConfig
-from workers.engine.commands import Add, AddMigrant, CancelSequence
+from workers.engine.messages import Add, AddMigrant, CancelSequence
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind

@@ -6,10 +6,9 @@ import logging
 
 from workers.errors import Refusal, Refused
 from workers.handoff.protocol.messages import OpenHandoff, Prompt
-from workers.identity import Identity
 from workers.kv_memory.memory import KvLayout, same_shape
 from workers.serving.events import TellDrain, TellRole
-from workers.status import Role
+from workers.status import Identity, Role
 from workers.wire.attach import Submit
 
 log = logging.getLogger(__name__)

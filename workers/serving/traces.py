@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.engine.results import Prefilled
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.recovery import Choice
+from workers.engine.messages import Prefilled
+from workers.handoff.protocol.choices import Choice
+from workers.handoff.protocol.messages import Handoff, HandoffFailed
 from workers.request import Output
 from workers.tracing import NO_SPAN, Span, start_span
 

@@ -12,13 +12,10 @@ import numpy as np
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels
+from workers.transports.channels import Channels, Links
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
-from workers.transports.links import Links
-from workers.transports.offers import decode, decode_hex, encode
-from workers.transports.push import Inboxes, PushInbox
-from workers.transports.tokens import TOKEN_BYTES, Tokens, peer_of
+from workers.transports.offers import TOKEN_BYTES, Tokens, decode, decode_hex, encode, peer_of
+from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
 from workers.wire.grpc_options import kv_stream_channel
 
 CHUNK_BYTES = 1 << 20

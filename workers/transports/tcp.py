@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels
+from workers.transports.channels import Channels, Links
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.links import Links
-from workers.transports.offers import decode, decode_hex, encode
+from workers.transports.offers import TOKEN_BYTES, Peer, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import Inboxes, PushInbox
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
-from workers.transports.tokens import TOKEN_BYTES, Peer, Tokens, peer_of
 
 log = logging.getLogger(__name__)
 

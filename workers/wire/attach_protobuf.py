@@ -12,8 +12,14 @@ from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
-from workers.wire.fields import fields_of, from_fields
-from workers.wire.request_protobuf import output_from_pb, output_to_pb, request_from_pb, request_to_pb
+from workers.wire.request_protobuf import (
+    fields_of,
+    from_fields,
+    output_from_pb,
+    output_to_pb,
+    request_from_pb,
+    request_to_pb,
+)
 
 
 def address_to_pb(address: WorkerAddress) -> pb.WorkerAddress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from workers.errors import Refusal
+from workers.handoff.protocol.choices import Plan, Way, negotiate
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     Done,
@@ -27,11 +28,9 @@ from workers.handoff.protocol.messages import (
     TransportBroken,
     UseTransport,
 )
-from workers.handoff.protocol.recovery import Plan, Way
 from workers.handoff.protocol.transfer import Due, Lease, Transfer, TransferState
 from workers.kv_memory.memory import KvLayout, same_shape
 from workers.kv_memory.pieces import Cut
-from workers.transports.negotiate import negotiate
 
 MAX_DEGRADATIONS = 3
 """How often a transfer may ask for its missing pieces again before it fails."""

@@ -21,11 +21,10 @@ from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cpu.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
-from workers.model.cuda.device_pool import DevicePool
+from workers.model.cuda.device_pool import DevicePool, StagedPart
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
 from workers.model.cuda.runner import as_current, free_bytes
-from workers.model.cuda.staged_part import StagedPart
 from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill_decode_rows
 from workers.model.decoder.ernie import Part
 from workers.model.decoder.kv_tensors import choose_layout
@@ -212,7 +211,7 @@ class CudaRankRunner(ModelRunner[RankErnie]):
 
 
 class CudaRanks:
-    """Implements workers.model.rank_loading.RankLoader for one device; with Triton's interpreter that may be the CPU."""
+    """Implements workers.model.loading.RankLoader for one device; with Triton's interpreter that may be the CPU."""
 
     def __init__(self, device: torch.device, symmetric: Symmetric | None = None) -> None:
         """`symmetric`: in place of NVSHMEM's memory."""

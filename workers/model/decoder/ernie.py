@@ -17,9 +17,8 @@ from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.checkpoint.weights import Checkpoint, give_back_free_memory
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool
-from workers.model.decoder.layers import FeedForward, Linear, RMSNorm
+from workers.model.decoder.layers import FeedForward, Linear, RMSNorm, RotaryEmbedding, rotate
 from workers.model.decoder.moe import MixtureOfExperts, Router
-from workers.model.decoder.rope import RotaryEmbedding, rotate
 from workers.model.decoder.step_plan import StepPlan, plan_step
 from workers.model.parallel.collectives import Links, Stages, add_up, finish, finish_both
 from workers.model.parallel.expert_dispatch import AllToAll, ExpertTable

@@ -20,12 +20,11 @@ from torch import Tensor
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.decoder.kv_tensors import KvPool
-from workers.model.decoder.rope import frequencies
+from workers.model.decoder.layers import frequencies
 from workers.model.native.build import BuildFailed
 from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Dimensions, Library, Part, Step
-from workers.model.native.load_jobs import run_all
-from workers.model.native.packed import PackedFile
+from workers.model.native.packed import PackedFile, run_all
 from workers.model.parallel.layout import SINGLE, Layout, Share
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from workers.errors import InvariantViolated
-from workers.machine.instruction_sets import AUTO
-from workers.machine.native_build import COMPILERS, BuildFailed, NativeSource, find_library
+from workers.machine.native_build import AUTO, COMPILERS, BuildFailed, NativeSource, find_library
 from workers.model.native.build import KERNELS, choices
 from workers.model.native.library import Dimensions, Library, Part, Step
 

@@ -1,10 +1,13 @@
-"""Decides how a handoff that met a fault goes on, by the time that is left: resend, another source, or compute here. Pure; knows no clock."""
+"""What the receiver of a handoff chooses: the transports to try, whether a pull is worth its time, and how to go on after a fault, by the time that is left. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from workers.config import BEST_FIRST, SAME_HOST
 
 SMOOTHING = 0.3
 """Weight of the newest measurement."""
@@ -141,3 +144,51 @@ class Plan:
             source_left_s=0.0 if is_computed else max(0.0, compute_s - (now - self.opened_s)),
         )
         return choose(situation, self.measured)
+
+
+MEMORY_S = 30.0
+"""An older measurement is forgotten, and the next pull measures again."""
+MAX_PEERS = 256
+WEIGHT = 0.3
+"""Of the newest pull in a peer's moving average."""
+
+
+def is_worth_pulling(num_tokens: int, num_bytes: int, prefill_tokens_per_s: float, pull_bytes_per_s: float) -> bool:
+    """Whether pulling is faster than computing. A rate of 0 is not known: then pulling is tried, which measures it."""
+    if prefill_tokens_per_s <= 0 or pull_bytes_per_s <= 0:
+        return True
+    return num_bytes / pull_bytes_per_s < num_tokens / prefill_tokens_per_s
+
+
+class PullRates:
+    """Bytes per second of recent pulls, from opening to landing, by peer; a failed pull counts as no bytes in its time."""
+
+    def __init__(self) -> None:
+        self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def note(self, peer: str, num_bytes: int, seconds: float, now: float) -> None:
+        rate, known = num_bytes / max(seconds, 1e-6), self.rate(peer, now)
+        self._rates[peer] = (known + (rate - known) * WEIGHT if known else max(rate, 1.0), now)
+        self._rates.move_to_end(peer)
+        while len(self._rates) > MAX_PEERS:
+            self._rates.popitem(last=False)
+
+    def rate(self, peer: str, now: float) -> float:
+        """0: not known."""
+        rate, measured_s = self._rates.get(peer, (0.0, 0.0))
+        return rate if now - measured_s <= MEMORY_S else 0.0
+
+
+def negotiate(
+    wanted: Sequence[str], offers: Mapping[str, bytes], source_host: str, target_host: str
+) -> tuple[str, ...]:
+    """The receiver's `wanted` transports, in its order, that the sender has offered and that these two hosts allow.
+
+    A name said twice counts once; names that nobody knows are passed over, so that releases can differ.
+    """
+    is_near = source_host == target_host
+    usable = [
+        name for name in dict.fromkeys(wanted)
+        if name in BEST_FIRST and offers.get(name) is not None and (is_near or name not in SAME_HOST)
+    ]  # fmt: skip
+    return tuple(usable)

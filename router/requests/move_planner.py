@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from router.config import RouterConfig
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.fleet.worker_table import NOTHING, Numbers
 from router.requests.dispatch import Dispatcher
 from router.requests.flights import Flights
-from router.requests.progress import Flight
-from router.requests.rebalance import RebalanceLimits, Rebalancer
+from router.requests.in_flight import Flight
+
+EVEN_GAP = 2
+"""Moving one of two sequences that they differ by makes them even."""
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceLimits:
+    """`gap` and `pressed_gap` are differences in sequences that begin a round, without and with pressure on the fullest."""
+
+    gap: int
+    pressed_gap: int
+    cooldown_s: float
+    moves_per_s: float
+
+
+@dataclass(slots=True)
+class Rebalancer:
+    """Holds the hysteresis, the rest between rounds and the rate. `now` is any clock in seconds."""
+
+    limits: RebalanceLimits
+    is_active: bool = False
+    _rests_until_s: float = 0.0
+    _next_move_s: float = 0.0
+
+    def is_due(self, gap: int, is_pressed: bool, now: float) -> bool:
+        """A sequence shall move now; tell `moved` if one does.
+
+        `gap` is by how many sequences the fullest decode worker has more than the emptiest; `is_pressed`: it has requests
+        waiting, or has just preempted some.
+        """
+        if self.is_active and gap < EVEN_GAP:
+            self.is_active = False
+            self._rests_until_s = now + self.limits.cooldown_s
+        if not self.is_active:
+            needed = self.limits.pressed_gap if is_pressed else self.limits.gap
+            self.is_active = gap >= needed and now >= self._rests_until_s
+        return self.is_active and now >= self._next_move_s
+
+    def moved(self, now: float) -> None:
+        self._next_move_s = now + 1 / self.limits.moves_per_s
+
 
 MIN_TOKENS_LEFT = 16
 """A request that ends soon is not worth a move for the sake of balance."""
