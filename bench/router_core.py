@@ -29,7 +29,7 @@ from router.api.translate import translate_chat
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
-from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, Send, Tick, WorkersChanged
+from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, SendMessage, Tick, WorkersChanged
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, Output, Request, SamplingParams
@@ -83,7 +83,7 @@ class Fleet:
         self._num_arrived += 1
         request = Request(f"r{self._num_arrived}", prompt, SamplingParams(max_tokens=256, seed=1))
         for command in self.core.handle(RequestArrived(request), self.now):
-            if isinstance(command, Send) and isinstance(command.message, Submit):
+            if isinstance(command, SendMessage) and isinstance(command.message, Submit):
                 return request.request_id, command.worker_id, command.message.request.request_id
         raise AssertionError("the request was not sent")
 

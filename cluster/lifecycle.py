@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
-from cluster.console.output import Progress
+from cluster.console.output import StepPrinter
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -78,7 +78,7 @@ async def preflight(config: ClusterConfig) -> None:
 
 
 @asynccontextmanager
-async def launched(config: ClusterConfig, progress: Progress, folder: str = "") -> AsyncIterator[Cluster]:
+async def launched(config: ClusterConfig, progress: StepPrinter, folder: str = "") -> AsyncIterator[Cluster]:
     """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, ActorFailed,
     StartFailed.
 
@@ -104,7 +104,7 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
 
 
-async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
+async def _connect(config: ClusterConfig, folder: str, progress: StepPrinter) -> RaySession:
     if config.ray.address:
         with progress.step(f"joining Ray at {config.ray.address}"):
             return await bounded(
@@ -132,7 +132,7 @@ def rearm_signals() -> None:
                 signal.siginterrupt(number, False)
 
 
-async def _populate(cluster: Cluster, progress: Progress) -> None:
+async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.actors.pools import Pools
     from cluster.membership.membership import forget_draining, forget_role
@@ -237,7 +237,7 @@ async def _until_ready(url: str) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -> None:
+async def _take_down(cluster: Cluster | None, folder: str, progress: StepPrinter) -> None:
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
         config = cluster.config
@@ -258,7 +258,7 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
         progress.say(f"could not end these processes: {', '.join(str(process.pid) for process in left)}")
 
 
-async def leave(actor: Any, name: str, timeout_s: float, progress: Progress) -> None:
+async def leave(actor: Any, name: str, timeout_s: float, progress: StepPrinter) -> None:
     """Lets a worker's requests move to others before it goes; a router has none to move."""
     if not hasattr(actor, "leave"):
         return

@@ -16,7 +16,7 @@ from router.events import (
     FrameArrived,
     RequestArrived,
     RequestCancelled,
-    Send,
+    SendMessage,
     ShutDown,
     Tick,
     WorkerDetached,
@@ -27,7 +27,7 @@ from router.fleet.prefix_index import PrefixIndex
 from router.fleet.worker_entry import Backlog, WorkerEntry
 from router.policies.policy import Policy
 from router.requests.dispatch import Dispatcher
-from router.requests.flights import Flights
+from router.requests.flights import InFlightRequests
 from router.requests.move_planner import Mover
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
@@ -45,7 +45,7 @@ class RouterCore:
         self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s, backlog)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, config)
-        self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
+        self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
         self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -87,7 +87,7 @@ class RouterCore:
             self._lose(entry, fault, now, FIRST_RECONNECT_S)
             return
         was_up, before = entry.is_up, entry.generation
-        self.fleet.hear(entry, frame, now)
+        self.fleet.apply_frame(entry, frame, now)
         if frame.status is not None and self.fleet.check_model(entry, self.flights.num_running == 0, now):
             self.counters["models_taken_over"] += 1
             self.flights.change_model(now)
@@ -101,7 +101,7 @@ class RouterCore:
             self.index.take_in()
         if frame.kv_events and any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
-            self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
+            self._out.append(SendMessage(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
             self.flights.take(output, entry.worker_id, now)
 

@@ -21,7 +21,7 @@ from router.events import (
     Reject,
     RequestArrived,
     RequestCancelled,
-    Send,
+    SendMessage,
     ShutDown,
     Tick,
     WorkerDetached,
@@ -188,7 +188,7 @@ class RouterDriver:
                 match command:
                     case Deliver(output):
                         self._deliver(output, events)
-                    case Send(worker_id, connection, message):
+                    case SendMessage(worker_id, connection, message):
                         link = self._links.get(connection)
                         if link is None or not link.send(message):
                             events.append(WorkerDetached(worker_id, connection, "its send queue is full"))

@@ -84,7 +84,7 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendMessage:
     worker_id: str
     connection: int
     message: Submit | Cancel | Adopt | DumpRequest
@@ -108,4 +108,4 @@ class Reject:
     retry_after_s: float | None = None
 
 
-Command = Attach | Detach | Send | Deliver | Reject
+Command = Attach | Detach | SendMessage | Deliver | Reject

@@ -66,9 +66,11 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
 
 def load_checkpoint(config: WorkerConfig) -> LoadedModel:
     """Loads config.model. Raises InvalidConfig with one sentence when that cannot work."""
-    from workers.model.loading import Checkpoint  # torch takes seconds to import; a worker needs it, its callers do not
+    from workers.model.loading import (
+        ServedModel,  # torch takes seconds to import; a worker needs it, its callers do not
+    )
 
-    return Checkpoint.load(config)
+    return ServedModel.load(config)
 
 
 class Worker:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.flags import add_cluster_flags, config_from
-from cluster.console.output import Progress, duration, size, table
+from cluster.console.output import StepPrinter, duration, size, table
 from workers.errors import BatonError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -209,13 +209,13 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args, router__port=0, ray__dashboard=False)
     check_model(config.worker.model)
     questions = read_questions(Path(config.worker.model))
-    progress = Progress()
+    progress = StepPrinter()
     folder = "" if config.ray.address else make_folder()
     return run_until_stopped(_demo(config, questions, args.json, progress, folder), folder, progress)
 
 
 async def _demo(
-    config: ClusterConfig, questions: tuple[Question, ...], as_json: bool, progress: Progress, folder: str
+    config: ClusterConfig, questions: tuple[Question, ...], as_json: bool, progress: StepPrinter, folder: str
 ) -> int:
     from cluster.commands.demo import ask, results_json, results_table
     from cluster.lifecycle import launched

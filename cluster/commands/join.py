@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.output import Progress
+from cluster.console.output import StepPrinter
 
 if TYPE_CHECKING:
     from cluster.actors.pools import Pools
@@ -53,7 +53,7 @@ def run_worker(args: argparse.Namespace) -> int:
     check_gpus(config)
     if args.worker_host:
         config = replace(config, worker=replace(config.worker, host=args.worker_host))
-    progress = Progress()
+    progress = StepPrinter()
 
     def create(pools: Pools) -> Any:
         return pools.create_worker(args.name, Role(args.role))
@@ -68,7 +68,7 @@ def run_router(args: argparse.Namespace) -> int:
     config = config_from(args)
     check_tokenizer(config.router.model)
     check_port(config.router.host, config.router.port, "--port")
-    progress = Progress()
+    progress = StepPrinter()
 
     def create(pools: Pools) -> Any:
         return pools.create_router(args.name)
@@ -76,7 +76,7 @@ def run_router(args: argparse.Namespace) -> int:
     return run_until_stopped(_attach(config, args.name, create, progress), "", progress)
 
 
-async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progress) -> int:
+async def _attach(config: ClusterConfig, name: str, create: Any, progress: StepPrinter) -> int:
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.actors.pools import Pools
     from cluster.commands.running import tell_changes

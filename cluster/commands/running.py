@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from cluster.config import ClusterConfig
-from cluster.console.output import Progress, generation_text
+from cluster.console.output import StepPrinter, generation_text
 from cluster.membership.membership import Registration
 from cluster.membership.registration import follow_members
 from cluster.store.open import open_store
@@ -20,7 +20,7 @@ from workers.machine.limits import memory_kills
 INTERRUPTED = 130
 
 
-def run_until_stopped(command: Coroutine[Any, Any, int], folder: str, progress: Progress) -> int:
+def run_until_stopped(command: Coroutine[Any, Any, int], folder: str, progress: StepPrinter) -> int:
     """Runs `command`, which the first signal cancels: it cleans up and may return its exit code.
 
     `folder` is that of a Ray which the command starts; whatever happens, nothing of that Ray is left afterwards.
@@ -31,7 +31,7 @@ def run_until_stopped(command: Coroutine[Any, Any, int], folder: str, progress: 
         _end_ray(folder, 1.0)
 
 
-async def _run(command: Coroutine[Any, Any, int], folder: str, progress: Progress) -> int:
+async def _run(command: Coroutine[Any, Any, int], folder: str, progress: StepPrinter) -> int:
     task = asyncio.ensure_future(command)
 
     def on_signal() -> None:
@@ -69,7 +69,7 @@ def _leave() -> None:
     os._exit(INTERRUPTED)
 
 
-async def tell_changes(config: ClusterConfig, progress: Progress, only: str | None = None) -> None:
+async def tell_changes(config: ClusterConfig, progress: StepPrinter, only: str | None = None) -> None:
     """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled."""
     store = open_store(config.store, config.ray.namespace)
     known: dict[str, Registration] | None = None

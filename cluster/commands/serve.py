@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.output import Progress
+from cluster.console.output import StepPrinter
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
-    progress = Progress()
+    progress = StepPrinter()
     folder = "" if config.ray.address else make_folder()
 
     return run_until_stopped(_serve(config, progress, folder), folder, progress)
 
 
-async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
+async def _serve(config: ClusterConfig, progress: StepPrinter, folder: str) -> int:
     from cluster.commands.running import tell_changes
     from cluster.lifecycle import launched
 

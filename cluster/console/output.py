@@ -15,7 +15,7 @@ from workers.status import starts_of, switches_of
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
-class Progress:
+class StepPrinter:
     """Writes to stderr, so that stdout stays with the result. `quiet` writes nothing."""
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
-from router.api.job_run import Choice, Generation, Progress, unless_disconnected
+from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
 from router.api.problems import describe, note_refusal
 from router.api.schema import AnyBody, parse_body
@@ -84,7 +84,7 @@ class Shape(Protocol):
         """Top-level fields of a choice's first chunk, each with a leading comma; may be long."""
         ...
 
-    def whole(self, progress: Progress) -> dict[str, Any]:
+    def whole(self, progress: JobProgress) -> dict[str, Any]:
         """The answer of a finished job, without usage and trace, for `sse.json_parts`."""
         ...
 
@@ -134,11 +134,11 @@ class Answer(Response):
         if span.traceparent:
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
-            generation = Generation.open(services.backend, requests, heartbeat_s)
+            generation = JobOutputs.open(services.backend, requests, heartbeat_s)
         except BaseException as error:
             span.end(repr(error))
             raise
-        progress = Progress(job, services.metrics, start_s)
+        progress = JobProgress(job, services.metrics, start_s)
         try:
             if job.stream:
                 await self._send_stream(generation, progress, scope, send)
@@ -151,7 +151,7 @@ class Answer(Response):
             generation.close()
 
     async def _send_whole(
-        self, generation: Generation, progress: Progress, scope: Scope, receive: Receive, send: Send
+        self, generation: JobOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
     ) -> None:
         while progress.num_unfinished:
             for index, output in await generation.next_batch():
@@ -169,7 +169,7 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_stream(self, generation: Generation, progress: Progress, scope: Scope, send: Send) -> None:
+    async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
         is_open = False
 
@@ -249,7 +249,7 @@ async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
 class ChunkWriter:
     """Writes the chunks of one stream from prepared pieces: only what changes is encoded per output."""
 
-    def __init__(self, job: Job, shape: Shape, progress: Progress) -> None:
+    def __init__(self, job: Job, shape: Shape, progress: JobProgress) -> None:
         self._job = job
         self._shape = shape
         self._progress = progress

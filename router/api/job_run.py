@@ -23,7 +23,7 @@ from workers.request import FinishReason, HandoffReport, Output, PromptScores, R
 T = TypeVar("T")
 
 
-class Generation:
+class JobOutputs:
     """The output streams of one job. What is not read waits in the streams, which bound it. Used by one task."""
 
     def __init__(self, streams: list[OutputStream], heartbeat_s: float | None = None) -> None:
@@ -40,7 +40,7 @@ class Generation:
         self._watch_silence()
 
     @classmethod
-    def open(cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None) -> Generation:
+    def open(cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None) -> JobOutputs:
         """Submits every request; when one is refused, those before it are closed and the refusal is raised."""
         streams: list[OutputStream] = []
         try:
@@ -149,7 +149,7 @@ class Choice:
     """Its first chunk has been sent."""
 
 
-class Progress:
+class JobProgress:
     """All choices of one job; the only place that changes them. Times are seconds of one monotonic clock."""
 
     def __init__(self, job: Job, metrics: Metrics, now_s: float) -> None:

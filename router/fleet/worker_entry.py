@@ -19,7 +19,7 @@ class Charge:
     prefill_tokens: int = 0
 
 
-class Charges:
+class OptimisticLoad:
     """The open charges of one worker, oldest first, with their sums.
 
     Prompts are owed for longer than a report takes to contain them: until the first token has come.
@@ -97,7 +97,7 @@ class WorkerEntry:
     """
 
     address: WorkerAddress
-    charges: Charges
+    charges: OptimisticLoad
     table: WorkerTable
     row: int
     backlog: Backlog
@@ -148,7 +148,7 @@ class WorkerEntry:
         return self.status is not None and self.status.is_draining
 
     @property
-    def must_be_left(self) -> bool:
+    def must_move_decodes(self) -> bool:
         """What decodes there is to go on elsewhere: it drains, leaves, or has another role by now."""
         return self.is_up and self.is_expected and self.status is not None and not self.can_decode
 

@@ -107,7 +107,7 @@ class Mismatch(Enum):
 
 
 @dataclass(slots=True)
-class Incoming:
+class MigrationAttempt:
     """A second attempt, which takes a running one over. `buffered` are its outputs that the client is not ready for."""
 
     wire_id: str
@@ -118,7 +118,7 @@ class Incoming:
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightRequest:
     """A request that was accepted and has not ended. `delivered` are the output tokens the client has."""
 
     request: Request
@@ -145,7 +145,7 @@ class Flight:
     left: tuple[str, str] | None = None
     """A worker that is there again, and the attempt which may run there still: unless the request is sent there, it is ended."""
     avoid_worker_id: str = ""
-    incoming: Incoming | None = None
+    incoming: MigrationAttempt | None = None
     moves_at_s: float = 0.0
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
@@ -158,13 +158,13 @@ class Flight:
         self.prefill_worker_id = prefill_worker_id
         self.has_spoken = False
 
-    def begin_migration(self, worker_id: str, now: float) -> Incoming:
+    def begin_migration(self, worker_id: str, now: float) -> MigrationAttempt:
         """Names a second attempt, which takes the running one over."""
         self.num_attempts += 1
-        self.incoming = Incoming(f"{self.request.request_id}#{self.num_attempts}", worker_id, now)
+        self.incoming = MigrationAttempt(f"{self.request.request_id}#{self.num_attempts}", worker_id, now)
         return self.incoming
 
-    def go_on(self, incoming: Incoming) -> None:
+    def go_on(self, incoming: MigrationAttempt) -> None:
         """The second attempt is the running one from now on."""
         self.wire_id = incoming.wire_id
         self.worker_id = self.prefill_worker_id = incoming.worker_id

@@ -12,8 +12,8 @@ from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
 from router.fleet.worker_table import NOTHING, Numbers
 from router.requests.dispatch import Dispatcher
-from router.requests.flights import Flights
-from router.requests.in_flight import Flight
+from router.requests.flights import InFlightRequests
+from router.requests.in_flight import InFlightRequest
 
 EVEN_GAP = 2
 """Moving one of two sequences that they differ by makes them even."""
@@ -64,7 +64,7 @@ _NOBODY = np.iinfo(np.int64).max
 class Mover:
     """Begins migrations, at most `max_migrations` at a time; each ends in `router.requests.migrations`."""
 
-    def __init__(self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, flights: Flights) -> None:
+    def __init__(self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, flights: InFlightRequests) -> None:
         self._config = config
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -128,7 +128,7 @@ class Mover:
             self._flights.migrations.begin(shortest, source, target, now)
             self._rebalancer.moved(now)
 
-    def _movable(self, source: WorkerEntry, now: float) -> Iterable[Flight]:
+    def _movable(self, source: WorkerEntry, now: float) -> Iterable[InFlightRequest]:
         """Requests that decode there: the client has a token of each."""
         flights = self._flights.running_on(source)
         self.num_visited += len(flights)
@@ -141,7 +141,7 @@ class Mover:
         table = self._fleet.table
         return int(np.where(table.can_decode, table.free_blocks, -1).max(initial=-1))
 
-    def _home_for(self, flight: Flight) -> WorkerEntry | None:
+    def _home_for(self, flight: InFlightRequest) -> WorkerEntry | None:
         """The emptiest decode worker that has blocks for it."""
         table = self._fleet.table
         fits = (
@@ -162,5 +162,5 @@ class Mover:
                 sequences[entry.row] -= 1
         return sequences
 
-    def _num_left(self, flight: Flight) -> int:
+    def _num_left(self, flight: InFlightRequest) -> int:
         return flight.request.params.max_tokens - len(flight.delivered)

@@ -92,7 +92,7 @@ def transferring(bench: Bench, request: Request = LONG) -> None:
 
 def fill(bench: Bench, request: Request) -> None:
     """What a transfer would have placed."""
-    live = bench.engine._roster.lives[7]
+    live = bench.engine._sequences.lives[7]
     for position, token in enumerate(request.prompt_token_ids):
         block = live.sequence.table.blocks[position // BLOCK_SIZE]
         slots = bench.memory.bytes.view(np.int64).reshape(NUM_BLOCKS, -1)

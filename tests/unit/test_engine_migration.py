@@ -71,7 +71,7 @@ class Move:
     def land(self) -> None:
         assert self.halted is not None
         self.target.incoming.moved_in(9, self.halted.known_token_ids, self.halted.num_computed)
-        self.source.moves.depart(self.halted.sequence_id)
+        self.source.moves.end(self.halted.sequence_id)
         self.take(self.source.step())
 
     def finish(self) -> list[tuple[int, Output]]:
@@ -211,7 +211,7 @@ def test_a_sequence_that_ends_or_is_cancelled_while_it_moves_ends_the_migration(
     other.source.cancel(1)
     other.run(1)
     assert other.ended is not None and other.source.num_held_blocks == 0
-    other.source.moves.depart(1)
+    other.source.moves.end(1)
     assert not other.source.has_work
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from router_story import FREE, GENERATION, MODEL, Story, request, submits, the_submit
 
-from router.api.job_run import Generation
+from router.api.job_run import JobOutputs
 from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver
@@ -59,7 +59,7 @@ async def test_a_job_of_many_choices_is_read_by_one_task_that_each_output_wakes_
     streams = [RequestStream(f"r{index}", 100, lambda request_id: None) for index in range(8)]
     backend: Any = type("Backend", (), {"submit": lambda self, request: streams[int(request.request_id[1:])]})()
     num_tasks = len(asyncio.all_tasks())
-    generation = Generation.open(backend, tuple(request(f"r{index}") for index in range(8)))
+    generation = JobOutputs.open(backend, tuple(request(f"r{index}") for index in range(8)))
     reading = asyncio.create_task(generation.next_batch())
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == num_tasks + 1

@@ -15,7 +15,7 @@ from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
 
 
-class Answer:
+class SequenceOutputs:
     """Reads its sequence and changes nothing in it. Times are the engine's clock, in seconds."""
 
     def __init__(self, sequence: Sequence, text: OutputState, worker_id: str, arrived_s: float) -> None:
@@ -50,7 +50,7 @@ class Answer:
         self._report = report
         self._computed_from_s = now
 
-    def take_up(self, token_ids: tuple[int, ...]) -> None:
+    def continue_from(self, token_ids: tuple[int, ...]) -> None:
         """The client heard the beginning from another worker: brings text and stop strings to where these tokens lead."""
         for token_id in token_ids[self._num_texted :]:
             self._text.push(token_id)
@@ -124,7 +124,7 @@ class Live:
     """A sequence, and what the scheduler need not know of it."""
 
     sequence: Sequence
-    answer: Answer | None
+    answer: SequenceOutputs | None
     """None: its prompt is computed for another worker, which answers."""
     arrived_s: float
     is_cancelled: bool = False
@@ -138,7 +138,7 @@ class Live:
             self.answer.admitted(now)
 
 
-class Roster:
+class LiveSequences:
     """All that lives, by sequence id. `said` gathers what the engine's owner is to hear next.
 
     `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens.
@@ -158,7 +158,7 @@ class Roster:
         self.scheduler = scheduler
         self.clock = clock
         self.lives: dict[int, Live] = {}
-        self.said = StepResult()
+        self.pending = StepResult()
         self._make_detokenizer = make_detokenizer
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
@@ -214,7 +214,7 @@ class Roster:
         arrived_s, answer = self.clock(), None
         if kind is not Kind.SOURCE:
             text = OutputState(request, self._make_detokenizer(request), frozenset(self._eos), self._max_model_len)
-            answer = Answer(sequence, text, self._worker_id, arrived_s)
+            answer = SequenceOutputs(sequence, text, self._worker_id, arrived_s)
         return Live(sequence, answer, arrived_s)
 
     def drew(self, live: Live, sampled: Sampled) -> None:
@@ -224,19 +224,19 @@ class Roster:
         is_new = self.scheduler.drew(live.sequence, sampled.token_id)
         output = live.answer.push(position, sampled, is_new, self.clock())
         if output is not None:
-            self.said.outputs.append((live.sequence.sequence_id, output))
+            self.pending.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
 
     def scored(self, live: Live, scores: PromptScores) -> None:
         """Says what the tokens of a prompt scored that have been computed."""
         assert live.answer is not None
-        self.said.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
+        self.pending.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
 
     def fail(self, live: Live, refusal: Refusal, message: str) -> None:
         """Ends a sequence with an error."""
         sequence = live.sequence
-        self.said.outputs.append((sequence.sequence_id, error_output(sequence.request, refusal, message)))
+        self.pending.outputs.append((sequence.sequence_id, error_output(sequence.request, refusal, message)))
         self.drop(live)
 
     def drop(self, live: Live) -> None:
@@ -249,8 +249,8 @@ class Roster:
 
     @property
     def has_news(self) -> bool:
-        return self.said != StepResult()
+        return self.pending != StepResult()
 
-    def take_said(self) -> StepResult:
-        said, self.said = self.said, StepResult()
+    def take_pending(self) -> StepResult:
+        said, self.pending = self.pending, StepResult()
         return said

@@ -14,7 +14,7 @@ from workers.status import KvEvent, Load, PrefixHint, WorkerAddress
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
+class AddSequence:
     """Queue a request; one that cannot be taken is refused in the next result."""
 
     sequence_id: int
@@ -66,7 +66,7 @@ class MovedIn:
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class BeginMove:
     """Another worker takes this sequence over. As Moves.begin."""
 
     sequence_id: int
@@ -89,8 +89,8 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
-class Depart:
-    """As Moves.depart."""
+class EndMove:
+    """As Moves.end."""
 
     sequence_id: int
 
@@ -136,28 +136,28 @@ class ForgetCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopEngine:
     """The thread ends after the step under way."""
 
 
 EngineCommand = (
-    Add
+    AddSequence
     | CancelSequence
     | Landed
     | TransferLost
     | AddMigrant
     | MovedIn
-    | Export
+    | BeginMove
     | Halt
     | Resume
-    | Depart
+    | EndMove
     | Pulled
     | HoldPrefix
     | ReleasePrefix
     | DumpKv
     | ForgetCache
     | Wake
-    | Stop
+    | StopEngine
 )
 
 

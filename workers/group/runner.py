@@ -43,7 +43,7 @@ _EMPTY = Batch()
 
 
 class GroupRunner:
-    """Implements workers.runner.Runner, and what workers.model.loading.Checkpoint needs, for a group of ranks."""
+    """Implements workers.runner.Runner, and what workers.model.loading.ServedModel needs, for a group of ranks."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 E = TypeVar("E")
 
 
-class Letterbox(Generic[E]):
+class Mailbox(Generic[E]):
     """Events in order, for one reader on one event loop.
 
     `put` waits while `capacity` events wait to be read. `post` does not, so it is for events whose number something else

@@ -13,7 +13,7 @@ from workers.wire.grpc_options import HANDOFF_CHANNEL
 MAX_CHANNELS = 256
 
 
-class Peer:
+class PeerChannel:
     """A channel to one target and how many transfers use it."""
 
     def __init__(self, target: str) -> None:
@@ -28,9 +28,9 @@ class Peers:
 
     def __init__(self, max_channels: int = MAX_CHANNELS) -> None:
         self._max_channels = max_channels
-        self._peers: OrderedDict[str, Peer] = OrderedDict()
+        self._peers: OrderedDict[str, PeerChannel] = OrderedDict()
 
-    async def take(self, target: str) -> Peer:
+    async def take(self, target: str) -> PeerChannel:
         """A channel to host:port, in use until it is given back; connecting happens with the first call.
 
         Raises TransferFailed when all channels are in use.
@@ -43,7 +43,7 @@ class Peers:
                 if idle is None:
                     raise TransferFailed(f"{self._max_channels} senders are connected and in use")
                 del self._peers[idle.target]
-            peer = self._peers[target] = Peer(target)
+            peer = self._peers[target] = PeerChannel(target)
             peer.num_users += 1
             if idle is not None:
                 try:
@@ -56,7 +56,7 @@ class Peers:
         self._peers.move_to_end(target)
         return peer
 
-    def give(self, peer: Peer) -> None:
+    def give(self, peer: PeerChannel) -> None:
         """One transfer uses it less."""
         peer.num_users -= 1
 

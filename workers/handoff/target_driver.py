@@ -11,21 +11,21 @@ import grpc
 
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.copier import INLINE_BYTES, verify_pieces
-from workers.handoff.mailbox import Letterbox, time_left
+from workers.handoff.mailbox import Mailbox, time_left
 from workers.handoff.protobuf import down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
-    Broken,
-    Close,
     Closed,
+    CloseInbox,
     Collect,
     Collected,
     Connect,
     Connected,
     ConnectFailed,
     Fail,
+    HandoffLost,
     Land,
-    Send,
+    SendDown,
     TargetEvent,
     TargetSession,
 )
@@ -72,7 +72,7 @@ class TargetDriver:
         self._transfer_id = transfer_id
         self._clock = clock
         self._generation = session.opening.target.generation
-        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS)
+        self._events: Mailbox[TargetEvent] = Mailbox(MAX_EVENTS)
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()
@@ -82,7 +82,7 @@ class TargetDriver:
 
     def cancel(self, reason: str = "the request was cancelled") -> None:
         """Asks the transfer to end; `outcome` comes once nothing writes into the blocks any more."""
-        self._events.post(Broken(reason, Refusal.SHUTTING_DOWN, is_ours=True))
+        self._events.post(HandoffLost(reason, Refusal.SHUTTING_DOWN, is_ours=True))
 
     async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """Always sets `outcome`."""
@@ -100,7 +100,7 @@ class TargetDriver:
             while not self.outcome.done():
                 while pending:
                     match pending.popleft():
-                        case Send(message):
+                        case SendDown(message):
                             envelope = down_to_pb(self._transfer_id, self._generation, message)
                             await self._send(call, sealer.seal(envelope))
                         case Connect() as command:
@@ -111,7 +111,7 @@ class TargetDriver:
                                 self._collect(command)
                             else:
                                 pending += self._session.handle(collected, self._clock())
-                        case Close():
+                        case CloseInbox():
                             closing = asyncio.create_task(self._close())
                             closing.add_done_callback(lambda _: self._events.post(Closed()))
                         case Land(done):
@@ -154,7 +154,7 @@ class TargetDriver:
             async with asyncio.timeout(self._session.ttl_s):
                 await call.write(message)
         except _STREAM_ERRORS as error:
-            self._events.post(Broken(f"the stream to the sender broke: {type(error).__name__}"))
+            self._events.post(HandoffLost(f"the stream to the sender broke: {type(error).__name__}"))
 
     async def _hang_up(self, call: grpc.aio.StreamStreamCall, reader: asyncio.Task[None]) -> None:
         """Lets the last message reach the sender, which then ends the stream."""
@@ -180,14 +180,14 @@ class TargetDriver:
                     if isinstance(message, Done):
                         self._done_s = self._clock()
                     await self._events.put(message)
-            await self._events.put(Broken("the sender ended the stream"))
+            await self._events.put(HandoffLost("the sender ended the stream"))
         except asyncio.CancelledError:
             raise
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else error
-            await self._events.put(Broken(f"the sender was lost ({code})"))
+            await self._events.put(HandoffLost(f"the sender was lost ({code})"))
         except Exception as error:
-            await self._events.put(Broken(str(error), is_ours=True))
+            await self._events.put(HandoffLost(str(error), is_ours=True))
 
     # ---- the data path ----
 

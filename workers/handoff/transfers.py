@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, TransferFailed
-from workers.handoff.peers import Peer, Peers
+from workers.handoff.peers import PeerChannel, Peers
 from workers.handoff.protocol.choices import Plan
 from workers.handoff.protocol.messages import Handoff, HandoffFailed, OpenHandoff, Subject
 from workers.handoff.protocol.target_session import TargetSession
@@ -113,7 +113,7 @@ class Transfers:
                 await self._forget(source)
             raise
 
-    def _target_ended(self, driver: TargetDriver, peer: Peer, task: asyncio.Task[None]) -> None:
+    def _target_ended(self, driver: TargetDriver, peer: PeerChannel, task: asyncio.Task[None]) -> None:
         self._targets.pop(driver)
         self._peers.give(peer)
         if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen

@@ -18,7 +18,7 @@ from workers.kv_cache.lower_tiers import Promotion
 from workers.kv_cache.prefix_cache import Ledger
 from workers.kv_cache.tier_book import Command, Delete, Keep, Spill, TierBook
 from workers.kv_memory.memory import KvMemory
-from workers.kv_tiers.disk import Broken, DiskThread, ReadBlock, Written
+from workers.kv_tiers.disk import DiskFailed, DiskThread, ReadBlock, Written
 from workers.kv_tiers.folder import BlockFolder, Scanned
 from workers.kv_tiers.record import checksum
 from workers.status import Tier
@@ -208,7 +208,7 @@ class KvTiers:
                 case Scanned(hashes, num_refused):
                     self._counters["kv_disk_corrupt_blocks"] += num_refused
                     self._execute(self._book.restore(hashes), -1, [])
-                case Broken(reason):
+                case DiskFailed(reason):
                     self._switch_disk_off(reason)
                     return
 

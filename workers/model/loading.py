@@ -52,7 +52,7 @@ class LoadedRunner(Runner, Protocol):
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
-class Checkpoint:
+class ServedModel:
     """Implements workers.worker.LoadedModel for a "-PT" folder."""
 
     def __init__(self, runner: LoadedRunner, tokenizer: Tokenizer, served_name: str) -> None:
@@ -61,7 +61,7 @@ class Checkpoint:
         self._info = replace(runner.model_info, name=served_name)
 
     @classmethod
-    def load(cls, config: WorkerConfig) -> Checkpoint:
+    def load(cls, config: WorkerConfig) -> ServedModel:
         """Raises InvalidConfig with one sentence when the folder cannot be served."""
         tokenizer = Tokenizer.load(config.model)
         runner = load_runner(config)

@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.request import SamplingParams
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.scheduler import Scheduler, Step
+from workers.scheduler.scheduler import ScheduledStep, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
 
 _HISTORY_FREE = {
@@ -26,7 +26,7 @@ _NEUTRAL = tuple((f.name, f.default) for f in fields(SamplingParams) if f.name n
 assert all(default is not MISSING for _, default in _NEUTRAL)
 
 
-def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
+def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None:
     """The step after `running`; None when it must wait for the tokens of that step.
 
     It must wait where a draw looks at all tokens before it, where no block is left (somebody may have to be preempted,
@@ -65,7 +65,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
                 budget -= length
     promotions: list[Sequence] = []
     transfers = scheduler.admit(budget, prefill, promotions)
-    return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
+    return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
 
 _RUNS = (State.DECODING, State.PREFILLING)

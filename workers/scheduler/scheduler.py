@@ -26,7 +26,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduledStep:
     """What one call of `schedule` decided."""
 
     batch: Batch
@@ -62,7 +62,7 @@ class Scheduler:
             raise Refused(Refusal.QUEUE_FULL, f"the worker's queue of {self.limits.max_queue} requests is full", 1.0)
         self._enqueue(sequence)
 
-    def schedule(self) -> Step:
+    def schedule(self) -> ScheduledStep:
         """Picks the next batch and reserves what it needs; an empty batch means nothing can run."""
         budget = self.limits.max_batch_tokens
         decode = self._schedule_decodes(budget)
@@ -75,7 +75,7 @@ class Scheduler:
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
             budget -= self._take_chunk(sequence, budget, prefill)
         transfers += self.admit(budget, prefill, promotions)
-        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
+        return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
     def admit(self, budget: int, prefill: list[SequenceSlice], promotions: list[Sequence]) -> list[Sequence]:
         """Starts waiting sequences; those returned have their prompt computed elsewhere, those in `promotions` wait for lower

@@ -60,7 +60,7 @@ class Kind(Enum):
 
 
 @dataclass(slots=True)
-class Export:
+class MoveProgress:
     """The copying of a running sequence to another worker, which has room for entries 0 .. num_blocks-1 of its table."""
 
     num_blocks: int
@@ -100,7 +100,7 @@ class Sequence:
     num_preemptions: int = 0
     max_output_tokens: int = sys.maxsize
     """It ends with this many, if not before."""
-    export: Export | None = None
+    export: MoveProgress | None = None
     """Set while another worker copies this sequence."""
     hint: PrefixHint | None = None
     """Where the beginning of the prompt can be had."""

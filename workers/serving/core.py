@@ -26,7 +26,7 @@ from workers.serving.requests import Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Identity, Load, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
+from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class WorkerCore:
                 self._requests.adopt(session, message)
             case DumpRequest():
                 self._out += self._sessions.ask_for_dump(session)
-            case Hello(router_id):
+            case RouterHello(router_id):
                 log.warning("%s said hello twice", router_id)
             case _:
                 assert_never(message)

@@ -20,7 +20,7 @@ from workers.kv_memory.memory import KvMemory
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.serving.handoffs import Handoffs
-from workers.serving.server import Streams
+from workers.serving.streams import Streams
 from workers.serving.traces import RequestTraces
 from workers.status import Identity, Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.transports.contract import Transport

@@ -12,7 +12,7 @@ from workers.engine.messages import EngineCommand, LayersFilled, Report
 from workers.errors import Refusal
 from workers.handoff.protocol.choices import Plan
 from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, OpenHandoff, Subject
-from workers.handoff.protocol.source_session import Broken, Filled
+from workers.handoff.protocol.source_session import Filled, HandoffBroken
 from workers.status import Role, WorkerAddress
 from workers.wire.attach import RouterMessage, WorkerFrame
 
@@ -222,7 +222,7 @@ class Feed:
     """Tell the sending end of a handoff what has filled, that all is done, or that it is given up."""
 
     transfer: int
-    event: Filled | Done | Broken
+    event: Filled | Done | HandoffBroken
 
 
 @dataclass(frozen=True, slots=True)

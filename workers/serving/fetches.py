@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from workers.engine.messages import Landed, MovedIn, Pulled, PullWanted, TransferLost, TransferWanted
 from workers.errors import Refusal
-from workers.handoff.protocol.choices import Choice, Measured, Plan, PullRates, Way, is_worth_pulling
+from workers.handoff.protocol.choices import Measured, Plan, PullRates, RecoveryChoice, Way, is_worth_pulling
 from workers.handoff.protocol.messages import (
     Handoff,
     HandoffFailed,
     PrefillDone,
     PrefixDone,
-    Prompt,
-    Running,
+    PromptSubject,
+    RunningSubject,
     SequenceMoved,
     subject_of,
 )
@@ -105,7 +105,7 @@ class Fetches:
     def take_over(self, wanted: TransferWanted, migration: Migration) -> Commands:
         """A running sequence's blocks and state are to be sent here."""
         self._running[wanted.sequence_id] = _TakeOver(wanted, migration)
-        subject = Running(migration.request_id)
+        subject = RunningSubject(migration.request_id)
         return [Receive(wanted.sequence_id, migration.source, subject, wanted.first_block, wanted.blocks)]
 
     def pull(self, wanted: PullWanted, now: float) -> Commands:
@@ -167,7 +167,7 @@ class Fetches:
         traceparent = self._observer.handoff_begun(
             wanted.sequence_id, fetch.request.traceparent, fetch.source.worker_id, attempt
         )
-        subject = Prompt(replace(fetch.request, traceparent=traceparent), wanted.hint)
+        subject = PromptSubject(replace(fetch.request, traceparent=traceparent), wanted.hint)
         return [Receive(wanted.sequence_id, fetch.source, subject, wanted.first_block, wanted.blocks, fetch.plan)]
 
     def _compute_here(self, fetch: _Fetch) -> Commands:
@@ -192,7 +192,7 @@ class Fetches:
             return self.decline(sequence_id)
         return self._landed(fetch, outcome)
 
-    def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: Choice) -> None:
+    def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: RecoveryChoice) -> None:
         me, source = self._worker_id, fetch.source.worker_id
         log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.way)
         self._counters["handoffs_failed"] += 1

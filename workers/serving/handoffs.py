@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, TransferFailed
 from workers.handoff.protocol.messages import Handoff, HandoffFailed, OpenHandoff
-from workers.handoff.source_driver import Export
-from workers.handoff.source_driver import Feed as FeedTransfer
+from workers.handoff.source_driver import ExportFeed as FeedTransfer
+from workers.handoff.source_driver import HandoffExport
 from workers.handoff.transfers import CLOSE_S, Transfers
 from workers.kv_memory.memory import KvMemory
 from workers.serving.events import (
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Served:
-    """An Export that the core fills."""
+    """An HandoffExport that the core fills."""
 
     def __init__(self, owner: Handoffs, transfer: int, is_paced: bool) -> None:
         self._owner = owner
@@ -118,7 +118,7 @@ class Handoffs:
 
     # ---- served ----
 
-    def _open_export(self, opening: OpenHandoff, generation: int, feed: FeedTransfer) -> Export:
+    def _open_export(self, opening: OpenHandoff, generation: int, feed: FeedTransfer) -> HandoffExport:
         """As workers.handoff.service.OpenExport."""
         transfer = next(self._numbers)
         self.handle(HandoffAsked(transfer, opening, generation))
@@ -139,7 +139,7 @@ class Handoffs:
             feed(command.event)
 
     def released(self, transfer: int, reason: str) -> None:
-        """As Export.release."""
+        """As HandoffExport.release."""
         del self._feeds[transfer]
         self.handle(HandoffReleased(transfer, reason))
 

@@ -115,7 +115,7 @@ class Detokenizer(Protocol):
 
 
 @dataclass(slots=True)
-class Progress:
+class TokenText:
     """What one token added. `stop_reason` as in workers.request.Output."""
 
     text: str
@@ -136,25 +136,25 @@ class OutputState:
         self._limit = min(params.max_tokens, max_len - len(request.prompt_token_ids))
         self._num_tokens = 0
 
-    def push(self, token_id: int) -> Progress:
+    def push(self, token_id: int) -> TokenText:
         """Accounts for the next token. A token that ends the output adds no text of its own."""
         self._num_tokens += 1
         may_stop = self._num_tokens > self._params.min_tokens
         if may_stop and token_id in self._eos:
-            return Progress(self._rest(), FinishReason.STOP)
+            return TokenText(self._rest(), FinishReason.STOP)
         if may_stop and token_id in self._stop_ids:
             own = self._detokenizer.push(token_id) if self._params.include_stop else ""
-            return Progress(self._through(own) + self._rest(), FinishReason.STOP, token_id)
+            return TokenText(self._through(own) + self._rest(), FinishReason.STOP, token_id)
         text = self._detokenizer.push(token_id)
         passed = self._stops.push(text) if may_stop else text
         if isinstance(passed, StopMatch):
-            return Progress(passed.text, FinishReason.STOP, passed.stop)
+            return TokenText(passed.text, FinishReason.STOP, passed.stop)
         if self._num_tokens >= self._limit:
             tail = self._stops.push(self._detokenizer.flush()) if may_stop else self._detokenizer.flush()
             if isinstance(tail, StopMatch):
-                return Progress(passed + tail.text, FinishReason.STOP, tail.stop)
-            return Progress(passed + tail + self._stops.flush(), FinishReason.LENGTH)
-        return Progress(passed)
+                return TokenText(passed + tail.text, FinishReason.STOP, tail.stop)
+            return TokenText(passed + tail + self._stops.flush(), FinishReason.LENGTH)
+        return TokenText(passed)
 
     def push_run(self, token_ids: Sequence[int]) -> str:
         """Accounts for several tokens of which none can end the output; returns their text. See `can_run`."""

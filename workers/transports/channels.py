@@ -174,7 +174,7 @@ class Link(Protocol):
 AnyLink = TypeVar("AnyLink", bound=Link)
 
 
-class Links(Generic[AnyLink]):
+class SenderLinks(Generic[AnyLink]):
     """{receiver: link}, the one used longest ago first. Used from one event loop."""
 
     def __init__(self, max_links: int = MAX_LINKS, quiet_s: float = QUIET_S) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels, Links
+from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
 from workers.transports.offers import TOKEN_BYTES, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
@@ -133,10 +133,10 @@ class GrpcTransport:
 
     name = "grpc"
 
-    def __init__(self, timeout_s: float, links: Links[_Link] | None = None) -> None:
+    def __init__(self, timeout_s: float, links: SenderLinks[_Link] | None = None) -> None:
         self._timeout_s = timeout_s
         self._tokens = Tokens()
-        self._links: Links[_Link] = links or Links()
+        self._links: SenderLinks[_Link] = links or SenderLinks()
         self._channels: Channels[GrpcChannel] = Channels()
         self._is_served = False
         self._is_closed = False

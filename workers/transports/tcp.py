@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels, Links
+from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
 from workers.transports.offers import TOKEN_BYTES, Peer, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import Inboxes, PushInbox
@@ -75,7 +75,7 @@ class TcpTransport:
     extra_fields: tuple[tuple[str, type[int]], ...] = ()
 
     def __init__(
-        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: Links[OutgoingLink] | None = None
+        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: SenderLinks[OutgoingLink] | None = None
     ) -> None:
         self.listen_host = listen_host
         self.timeout_s = timeout_s
@@ -86,7 +86,7 @@ class TcpTransport:
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._arriving: dict[bytes, dict[int, socket.socket]] = {}
-        self._links: Links[OutgoingLink] = links or Links()
+        self._links: SenderLinks[OutgoingLink] = links or SenderLinks()
         self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
 

@@ -16,7 +16,7 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerStatus
 from workers.wire import attach_protobuf
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
+from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit, WorkerFrame
 from workers.wire.grpc_options import ROUTER_CHANNEL
 from workers.wire.seal import Sealer, verified
 
@@ -56,7 +56,7 @@ class GrpcWorkerLink:
         """Must be made inside a running event loop."""
         self._target = target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
-        self._outgoing.put_nowait(Hello(router_id))
+        self._outgoing.put_nowait(RouterHello(router_id))
         self._is_open = True
         self._sealer = Sealer()
         self._clock = clock

@@ -68,7 +68,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RecoveryChoice:
     """`expected_s` is the estimate for the way taken; `fits` says whether it is within the remaining time."""
 
     way: Way
@@ -76,14 +76,14 @@ class Choice:
     fits: bool
 
 
-def choose(situation: Situation, measured: Measured) -> Choice:
+def choose(situation: Situation, measured: Measured) -> RecoveryChoice:
     """The first way that fits the remaining time; if none does, the fastest. What was never measured counts as fitting."""
     estimates = _estimates(situation, measured)
     for way, expected_s in estimates.items():
         if expected_s <= situation.remaining_s:
-            return Choice(way, expected_s, True)
+            return RecoveryChoice(way, expected_s, True)
     fastest = min(estimates, key=lambda way: estimates[way])
-    return Choice(fastest, estimates[fastest], False)
+    return RecoveryChoice(fastest, estimates[fastest], False)
 
 
 def _estimates(situation: Situation, measured: Measured) -> Mapping[Way, float]:
@@ -130,7 +130,7 @@ class Plan:
         missing_bytes: int = 0,
         total_bytes: int = 0,
         is_computed: bool = False,
-    ) -> Choice:
+    ) -> RecoveryChoice:
         """How to go on. `is_computed`: the source has computed everything."""
         compute_s = _duration(self.num_tokens, self.measured.source_rates.get(self.current))
         situation = Situation(

@@ -15,7 +15,7 @@ from workers.status import PrefixHint, WorkerAddress
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptSubject:
     """Compute this prompt and hand over its KV and its first token."""
 
     request: Request
@@ -24,14 +24,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningSubject:
     """Hand over a sequence that runs at the sender; `request_id` is as the router named it there."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class PrefixSubject:
     """Hand over the longest run of these prefix-cache blocks, from the first on, that the sender holds.
 
     `hashes` are those of workers.kv_cache.block_hash, of the blocks from `first_block` on.
@@ -44,7 +44,7 @@ class Prefix:
     """Hash of the block before the first one; 0: there is none."""
 
 
-Subject = Prompt | Running | Prefix
+Subject = PromptSubject | RunningSubject | PrefixSubject
 
 
 # ---- from the receiver to the sender ----
@@ -219,7 +219,7 @@ class HandoffFailed(TransferFailed):
         self.degradations = degradations
 
 
-def keys_of(subject: Prefix) -> tuple[BlockKey, ...]:
+def keys_of(subject: PrefixSubject) -> tuple[BlockKey, ...]:
     """The blocks a receiver asks for. Raises Refused when hashes and tokens do not fit together."""
     hashes, tokens = subject.hashes, subject.token_ids
     if len(tokens) != len(hashes) * BLOCK_SIZE:
@@ -232,7 +232,7 @@ def keys_of(subject: Prefix) -> tuple[BlockKey, ...]:
     )
 
 
-def subject_of(keys: tuple[BlockKey, ...]) -> Prefix:
+def subject_of(keys: tuple[BlockKey, ...]) -> PrefixSubject:
     """How to ask for a run of blocks."""
     tokens = tuple(token for key in keys for token in key.token_ids)
-    return Prefix(tuple(key.block_hash for key in keys), tokens, keys[0].parent)
+    return PrefixSubject(tuple(key.block_hash for key in keys), tokens, keys[0].parent)

@@ -56,14 +56,14 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class HandoffBroken:
     """The stream ended, or the exporter gave up. With `is_ours` the receiver does not know yet and is told."""
 
     reason: str
     is_ours: bool = False
 
 
-SourceEvent = HandoffDown | Filled | Done | Described | Sent | Broken | Due
+SourceEvent = HandoffDown | Filled | Done | Described | Sent | HandoffBroken | Due
 
 
 # ---- commands ----
@@ -75,7 +75,7 @@ class StartExport:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendUp:
     message: HandoffUp
 
 
@@ -95,7 +95,7 @@ class Release:
     reason: str = ""
 
 
-SourceCommand = StartExport | Send | SendPieces | Release
+SourceCommand = StartExport | SendUp | SendPieces | Release
 
 
 @dataclass(slots=True)
@@ -140,7 +140,7 @@ class SourceSession:
     def open(self, now: float) -> list[SourceCommand]:
         """The first commands; call once."""
         self.transfer.lease.begin(now)
-        return [Send(self.accepted), StartExport()]
+        return [SendUp(self.accepted), StartExport()]
 
     def handle(self, event: SourceEvent, now: float) -> list[SourceCommand]:
         """Commands in the order they are to be executed. After the end only the sends under way are waited for."""
@@ -151,7 +151,7 @@ class SourceSession:
         if isinstance(event, HandoffDown):
             self.transfer.lease.heard(now)
         commands = self._react(event, now)
-        if any(isinstance(command, Send) for command in commands):
+        if any(isinstance(command, SendUp) for command in commands):
             self.transfer.lease.spoke(now)
         return commands
 
@@ -169,9 +169,9 @@ class SourceSession:
             case Filled():
                 return self._on_filled(event)
             case Described(epoch, pieces):
-                return [Send(KvPieces(pieces, epoch))] if epoch == self.epoch and pieces else []
+                return [SendUp(KvPieces(pieces, epoch))] if epoch == self.epoch and pieces else []
             case PrefillDone() | SequenceMoved() | PrefixDone():
-                return [Send(event)]
+                return [SendUp(event)]
             case ReleaseHandoff():
                 if self.state is TransferState.RESERVED:
                     return self._end(TransferState.FAILED, "the receiver released a transfer that never started")
@@ -180,7 +180,7 @@ class SourceSession:
                 return self._end(TransferState.FAILED, f"the receiver cancelled: {reason}")
             case OpenHandoff():
                 return self._give_up(TransferState.FAILED, "the receiver opened the transfer twice")
-            case Broken(reason, is_ours):
+            case HandoffBroken(reason, is_ours):
                 end = self._give_up if is_ours else self._end
                 return end(TransferState.FAILED, reason)
             case Due():
@@ -239,18 +239,18 @@ class SourceSession:
             return self._settle()
         if event.reason and event.epoch == self.epoch:
             self.transfer.lease.spoke(now)
-            return [Send(TransportBroken(event.epoch, event.reason))]
+            return [SendUp(TransportBroken(event.epoch, event.reason))]
         return []
 
     def _on_due(self, now: float) -> list[SourceCommand]:
         lease = self.transfer.lease
         if now >= lease.expires_s:
             return self._give_up(TransferState.EXPIRED, f"the receiver has been silent for {lease.ttl_s:g} s")
-        return [Send(KvPieces(epoch=self.epoch))] if now >= lease.heartbeat_due_s else []
+        return [SendUp(KvPieces(epoch=self.epoch))] if now >= lease.heartbeat_due_s else []
 
     def _give_up(self, state: TransferState, reason: str) -> list[SourceCommand]:
         """Ends it and tells the receiver, which may still listen."""
-        return [Send(CancelHandoff(reason)), *self._end(state, reason)]
+        return [SendUp(CancelHandoff(reason)), *self._end(state, reason)]
 
     def _end(self, state: TransferState, reason: str) -> list[SourceCommand]:
         self.transfer.move(state)

@@ -19,11 +19,11 @@ from workers.handoff.protocol.messages import (
     OpenHandoff,
     PieceAck,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Prompt,
+    PrefixSubject,
+    PromptSubject,
     ReleaseHandoff,
-    Running,
+    RunningSubject,
     SequenceMoved,
     TransportBroken,
     UseTransport,
@@ -35,7 +35,7 @@ from workers.kv_memory.pieces import Cut
 MAX_DEGRADATIONS = 3
 """How often a transfer may ask for its missing pieces again before it fails."""
 
-_DONE_OF: dict[type, type] = {Prompt: PrefillDone, Running: SequenceMoved, Prefix: PrefixDone}
+_DONE_OF: dict[type, type] = {PromptSubject: PrefillDone, RunningSubject: SequenceMoved, PrefixSubject: PrefixDone}
 
 
 # ---- events that are not messages of the sender ----
@@ -69,7 +69,7 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class HandoffLost:
     """The stream ended, or nobody wants the transfer any more. With `is_ours` the sender does not know yet and is told."""
 
     reason: str
@@ -77,14 +77,14 @@ class Broken:
     is_ours: bool = False
 
 
-TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | Broken | Due
+TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | HandoffLost | Due
 
 
 # ---- commands ----
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendDown:
     message: HandoffDown
 
 
@@ -109,7 +109,7 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class CloseInbox:
     """Stop connecting and collecting; the answer is Closed, after the last Collected."""
 
 
@@ -126,7 +126,7 @@ class Fail:
     refusal: Refusal
 
 
-TargetCommand = Send | Connect | Collect | Close | Land | Fail
+TargetCommand = SendDown | Connect | Collect | CloseInbox | Land | Fail
 
 
 @dataclass(slots=True)
@@ -183,7 +183,7 @@ class TargetSession:
     def open(self, now: float) -> list[TargetCommand]:
         """The first command; call once."""
         self.transfer.lease.begin(now)
-        return [Send(self.opening)]
+        return [SendDown(self.opening)]
 
     def handle(self, event: TargetEvent, now: float) -> list[TargetCommand]:
         """Commands in the order they are to be executed. After the end only Closed is waited for."""
@@ -192,7 +192,7 @@ class TargetSession:
         if isinstance(event, HandoffUp):
             self.transfer.lease.heard(now)
         commands = self._react(event, now)
-        if any(isinstance(command, Send) for command in commands):
+        if any(isinstance(command, SendDown) for command in commands):
             self.transfer.lease.spoke(now)
         return commands
 
@@ -216,7 +216,7 @@ class TargetSession:
                 return self._fail(message, refusal)
             case CancelHandoff(reason):
                 return self._fail(f"the sender gave up: {reason}", Refusal.INTERNAL)
-            case Broken(reason, refusal, is_ours):
+            case HandoffLost(reason, refusal, is_ours):
                 return self._give_up(reason, refusal) if is_ours else self._fail(reason, refusal)
             case Due():
                 return self._on_due(now)
@@ -246,7 +246,7 @@ class TargetSession:
         self.is_connecting = False
         if self.state is TransferState.RESERVED:
             self.transfer.move(TransferState.SENDING)
-        return [Send(UseTransport(self.transport, self.epoch)), *self._maybe_land()]
+        return [SendDown(UseTransport(self.transport, self.epoch)), *self._maybe_land()]
 
     def _degrade(self, reason: str, now: float) -> list[TargetCommand]:
         if self.epoch == MAX_DEGRADATIONS:
@@ -290,7 +290,7 @@ class TargetSession:
         self.collecting.difference_update(event.good, event.bad)
         self.landed.update(event.good)
         self.num_resent += len(event.bad)
-        commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
+        commands: list[TargetCommand] = [SendDown(PieceAck(event.good))] if event.good else []
         if event.bad and not self.is_connecting:
             return commands + self._degrade(event.reason, now)
         # A release says more than an acknowledgement, whose write would only hold up a sequence that waits to go on.
@@ -314,25 +314,25 @@ class TargetSession:
             return self._give_up("the sender announced more pieces than it counts", Refusal.INTERNAL)
         self.transfer.move(TransferState.LANDED)
         self._has_ended = True
-        return [Land(self.done), Send(ReleaseHandoff())]
+        return [Land(self.done), SendDown(ReleaseHandoff())]
 
     def _on_due(self, now: float) -> list[TargetCommand]:
         lease = self.transfer.lease
         if now >= lease.expires_s:
             reason = f"the sender has been silent for {lease.ttl_s:g} s"
             return self._give_up(reason, Refusal.WORKER_LOST, TransferState.EXPIRED)
-        return [Send(PieceAck())] if now >= lease.heartbeat_due_s else []
+        return [SendDown(PieceAck())] if now >= lease.heartbeat_due_s else []
 
     def _give_up(
         self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED
     ) -> list[TargetCommand]:
         """Fails and tells the sender, which may still listen."""
-        return [Send(CancelHandoff(reason)), *self._fail(reason, refusal, state)]
+        return [SendDown(CancelHandoff(reason)), *self._fail(reason, refusal, state)]
 
     def _fail(self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED) -> list[TargetCommand]:
         self._failure = Fail(reason, refusal)
         self.transfer.move(state)
-        return [Close()]
+        return [CloseInbox()]
 
     def _settle(self) -> list[TargetCommand]:
         if self._has_ended or self._failure is None:

@@ -26,7 +26,7 @@ from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
 from workers.model.cuda.runner import as_current, free_bytes
 from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill_decode_rows
-from workers.model.decoder.ernie import Part
+from workers.model.decoder.ernie import RankPart
 from workers.model.decoder.kv_tensors import choose_layout
 from workers.model.decoder.model_runner import ModelRunner, require_bytes, served_len
 from workers.model.parallel.collectives import Links, Stages, finish, finish_both
@@ -237,7 +237,7 @@ class CudaRanks:
         dtype: torch.dtype = getattr(torch, config.dtype)
         is_direct = wants_direct(config, self._symmetric is not None or (device.type == "cuda" and is_available()))
         require_bytes(folder, self._weight_bytes(config), dtype, free_bytes(device))
-        part = Part(layout, links, placement, config.parallel.exact_combine)
+        part = RankPart(layout, links, placement, config.parallel.exact_combine)
         with torch.inference_mode(), as_current(device):
             model = RankErnie(dimensions, checkpoint, dtype, max_model_len, device, config.deterministic, part)
             pool = DevicePool(own_layout(config, dimensions, layout, num_blocks), device)

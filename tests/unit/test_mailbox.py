@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from workers.handoff.mailbox import Letterbox, time_left
+from workers.handoff.mailbox import Mailbox, time_left
 from workers.wire.grpc_client import UNHEARD_S, Heard
 
 
 async def test_an_event_comes_in_order_and_nothing_comes_when_the_time_is_up() -> None:
-    box: Letterbox[str] = Letterbox(capacity=2)
+    box: Mailbox[str] = Mailbox(capacity=2)
     box.post("a")
     box.post("b")
     assert [await box.next(0.0), await box.next(-1.0), await box.next(0.0)] == ["a", "b", None]
