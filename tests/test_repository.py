@@ -46,7 +46,7 @@ FLOORS = {
         "model/checkpoint", "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
-    "router": ("config", "events", "fleet", "policies", "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server"),
+    "router": ("api/formats", "config", "events", "fleet", "policies", "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server"),
     "cluster": (
         "settings", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "lifecycle", "llm", "sim",
         "commands", "cli",
