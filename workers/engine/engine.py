@@ -57,7 +57,7 @@ class Engine:
 
     What concerns other workers goes through `incoming`, `outgoing` and `moves`: what they write here, copy from here, take over.
     `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens. With
-    `overlap_steps`, a runner that can launch (workers.launching) computes a step while the next one is scheduled.
+    `overlap_steps`, a runner that can launch (LaunchingRunner) computes a step while the next one is scheduled.
     """
 
     def __init__(

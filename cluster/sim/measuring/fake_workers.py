@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from workers.config import WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 from workers.status import ModelInfo, Role
 from workers.text.output import Detokenizer
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
