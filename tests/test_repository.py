@@ -41,14 +41,14 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 FLOORS = {
     "workers": (
-        "errors", "request", "status", "config", "machine", "kv_memory", "runner", "text", "sampling", "kv_cache", "scheduler",
+        "errors", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "text", "sampling", "kv_cache", "scheduler",
         "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "serving",
         "model/checkpoint", "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
     "router": ("api/formats", "config", "events", "fleet", "policies", "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server"),
     "cluster": (
-        "settings", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "lifecycle", "llm", "sim",
+        "settings", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

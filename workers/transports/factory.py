@@ -21,6 +21,7 @@ from workers.transports.nixl import NixlTransport
 from workers.transports.nixl_agent import installed
 from workers.transports.shm import ShmTransport
 from workers.transports.tcp import TcpTransport
+from workers.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def make_transports(
     listen_host: str,
     timeout_s: float,
     cache_folder: str = "",
+    credentials: Credentials | None = None,
 ) -> dict[str, Transport]:
     """{name: transport} in the order of `names`, for one worker process; close each when the worker stops.
 
@@ -72,18 +74,22 @@ def make_transports(
             case "cuda_ipc":
                 made[name] = CudaIpcTransport(memory, host)
             case "grpc":
-                made[name] = GrpcTransport(timeout_s)
+                made[name] = GrpcTransport(timeout_s, credentials=credentials)
             case _:
                 raise InvalidConfig(f"no KV transport is called {name!r}: choose from {', '.join(BEST_FIRST)}")
     return made
 
 
-DataPath = Callable[[WorkerConfig, KvMemory, str, grpc.aio.Server], dict[str, Transport]]
+DataPath = Callable[[WorkerConfig, KvMemory, str, grpc.aio.Server, Credentials | None], dict[str, Transport]]
 """What makes the transports of the worker with this id."""
 
 
 def make_data_path(
-    config: WorkerConfig, memory: KvMemory, worker_id: str, server: grpc.aio.Server
+    config: WorkerConfig,
+    memory: KvMemory,
+    worker_id: str,
+    server: grpc.aio.Server,
+    credentials: Credentials | None = None,
 ) -> dict[str, Transport]:
     """The transports of config.transports that work here, best first. Call before the server starts."""
     made = make_transports(
@@ -94,6 +100,7 @@ def make_data_path(
         listen_host=config.host,
         timeout_s=config.transfer_timeout_s,
         cache_folder=config.cache_folder,
+        credentials=credentials,
     )
     for transport in made.values():
         if isinstance(transport, ServedTransport):
