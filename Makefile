@@ -17,7 +17,7 @@ demo: $(SERVE)
 test: $(TEST)
 	$(BIN)/python -m pytest
 
-# What the C++ kernels compute on every instruction set that can be run or emulated here (docs/architecture.md, Exactness).
+# What the C++ kernels compute on every instruction set that can be run or emulated here (docs/architecture/exactness.md).
 kernels-emulated: $(TEST)
 	$(BIN)/python -m tests.kernels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,19 @@ def test_the_simulator_writes_nothing_of_the_product_again() -> None:
         if name in product
     }
     assert not twins
+
+
+def test_docs_name_only_files_that_exist() -> None:
+    """In backquotes with their suffix, by path or by the end of one; and what links lead to."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    known = {"/" + name for name in listed.split("\0")}
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        if page.name == "benchmarks-history.md":  # it names what was there then
+            continue
+        text = page.read_text()
+        named = set(re.findall(r"`([\w./-]+\.(?:py|md|h|cpp|proto|svg))`", text))
+        missing += [(page.name, name) for name in sorted(named) if not any(k.endswith("/" + name) for k in known)]
+        links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+        missing += [(page.name, link) for link in sorted(filter(None, links)) if not (page.parent / link).exists()]
+    assert not missing

@@ -154,6 +154,6 @@ def _row(view: dict[str, Any]) -> tuple[str, ...]:
 
 
 def generation_text(generation: int) -> str:
-    """When the worker was started (UTC), and how often it has switched since: see docs/architecture.md, Generations."""
+    """When the worker was started (UTC), and how often it has switched since: see docs/architecture/threads.md."""
     started = datetime.fromtimestamp(starts_of(generation), UTC)
     return f"{started:%Y-%m-%dT%H:%M:%SZ}/{switches_of(generation)}"
