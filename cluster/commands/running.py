@@ -10,14 +10,13 @@ from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from typing import Any
 
+from cluster.commands.flags import INTERRUPTED
 from cluster.config import ClusterConfig
 from cluster.console.output import StepPrinter, generation_text
 from cluster.membership.membership import Registration
 from cluster.membership.registration import follow_members
 from cluster.store.open import open_store
 from workers.machine.limits import memory_kills
-
-INTERRUPTED = 130
 
 
 def run_until_stopped(command: Coroutine[Any, Any, int], folder: str, progress: StepPrinter) -> int:

@@ -18,6 +18,8 @@ DRAINS = "drains/"
 """Workers that are to take no new work, without a lease, like roles."""
 ROLES = "roles/"
 """Desired roles, without a lease: they outlive the worker."""
+DOUBT_LEASES = 10
+"""A router keeps workers that vanish by the mass for so many leases."""
 
 
 class Superseded(BatonError):

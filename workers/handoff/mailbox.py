@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 E = TypeVar("E")
 
+MAX_EVENTS = 1024
+"""That may wait for a session at either end of a handoff."""
+
 
 class Mailbox(Generic[E]):
     """Events in order, for one reader on one event loop.

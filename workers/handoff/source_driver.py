@@ -11,7 +11,7 @@ from typing import Protocol
 
 from workers.errors import TransferFailed
 from workers.handoff.copier import INLINE_BYTES, describe_pieces
-from workers.handoff.mailbox import Mailbox, time_left
+from workers.handoff.mailbox import MAX_EVENTS, Mailbox, time_left
 from workers.handoff.protobuf import down_from_pb, then_to_pb, up_to_pb
 from workers.handoff.protocol.messages import Done, HandoffUp
 from workers.handoff.protocol.source_session import (
@@ -35,7 +35,6 @@ from workers.wire.seal import Sealer
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 1024
 MAX_BATCH = 8
 """Messages that one write carries beside its first."""
 

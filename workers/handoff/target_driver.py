@@ -11,7 +11,7 @@ import grpc
 
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.copier import INLINE_BYTES, verify_pieces
-from workers.handoff.mailbox import Mailbox, time_left
+from workers.handoff.mailbox import MAX_EVENTS, Mailbox, time_left
 from workers.handoff.protobuf import down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
@@ -40,7 +40,6 @@ from workers.wire.seal import Sealer, verified
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 1024
 _STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, TimeoutError, asyncio.InvalidStateError)
 """What writing to a stream that breaks at this moment may raise; gRPC's own errors are not all of one family."""
 CLOSE_S = 1.0

@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.request import SamplingParams
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.scheduler import ScheduledStep, Scheduler
+from workers.scheduler.scheduler import RUNS, ScheduledStep, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
 
 _HISTORY_FREE = {
@@ -35,7 +35,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
     or waits for its prefix, which only an ordinary choice looks for.
     """
     pieces = {piece.sequence_id: piece for piece in (*running.prefill, *running.decode)}
-    active = sorted((s for s in scheduler.active if s.state in _RUNS), key=lambda s: s.rank)
+    active = sorted((s for s in scheduler.active if s.state in RUNS), key=lambda s: s.rank)
     if any((s.kind is Kind.SOURCE and s.sequence_id in pieces) or s.export is not None for s in active):
         return None
     if any(s.state is State.PROMOTING for s in scheduler.active):
@@ -66,9 +66,6 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
     promotions: list[Sequence] = []
     transfers = scheduler.admit(budget, prefill, promotions)
     return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
-
-
-_RUNS = (State.DECODING, State.PREFILLING)
 
 
 def _will_decode(sequence: Sequence, piece: SequenceSlice | None) -> bool:

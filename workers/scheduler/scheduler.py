@@ -297,13 +297,13 @@ def choose_victim(active: Iterable[Sequence]) -> Sequence:
     return max(candidates, key=lambda s: (s.export is None, s.rank))
 
 
-_RUNS = (State.DECODING, State.PREFILLING)
+RUNS = (State.DECODING, State.PREFILLING)
 _WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
 
 
 def has_work(scheduler: Scheduler) -> bool:
     """True when a step could compute or admit something, or end a wait."""
-    return bool(scheduler.waiting) or any(s.state in _RUNS or s.state is State.PROMOTING for s in scheduler.active)
+    return bool(scheduler.waiting) or any(s.state in RUNS or s.state is State.PROMOTING for s in scheduler.active)
 
 
 def load_of(scheduler: Scheduler, step_s: float) -> Load:
@@ -311,7 +311,7 @@ def load_of(scheduler: Scheduler, step_s: float) -> Load:
     sequences, kv = scheduler.active, scheduler.kv
     return Load(
         num_waiting=len(scheduler.waiting),
-        num_running=sum(1 for s in sequences if s.state in _RUNS),
+        num_running=sum(1 for s in sequences if s.state in RUNS),
         num_transferring=sum(1 for s in sequences if s.state in _WAITS_FOR_OTHERS),
         waiting_prefill_tokens=sum(
             s.num_uncomputed_prompt
