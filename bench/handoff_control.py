@@ -50,8 +50,7 @@ from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
 from workers.status import Identity, Role, WorkerAddress
 from workers.transports.factory import make_transports
-from workers.wire.grpc_options import HANDOFF_CHANNEL, SERVER
-from workers.wire.seal import Sealer, Unsealer
+from workers.wire.streams import HANDOFF_CHANNEL, SERVER, Sealer, Unsealer
 
 FLOOR = "baton.bench.Floor"
 HOST = "127.0.0.1"

@@ -37,7 +37,7 @@ from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, Worker
 from workers.text.tokenizer import Tokenizer
 from workers.wire.attach import Cancel, DumpRequest, Submit, WorkerFrame
 from workers.wire.attach_protobuf import frame_from_pb, frame_to_pb
-from workers.wire.seal import Sealer, Unsealer
+from workers.wire.streams import Sealer, Unsealer
 
 BLOCK_SIZE = 64
 MODEL = ModelInfo("model", "fingerprint", 100_000, 1 << 18, BLOCK_SIZE)

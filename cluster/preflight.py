@@ -17,8 +17,7 @@ from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import available_bytes, raise_file_limit
 from workers.machine.processors import Processors
-from workers.model.checkpoint.ernie_config import ErnieConfig
-from workers.model.checkpoint.weight_files import read_header, weight_files
+from workers.model.checkpoint.folder import ErnieConfig, read_header, weight_files
 from workers.model.parallel.layout import check
 from workers.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from workers.request import Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
 from workers.wire.attach import RouterHello, RouterMessage, Submit, WorkerFrame
 from workers.wire.attach_protobuf import frame_from_pb, router_message_to_pb
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(

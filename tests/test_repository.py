@@ -103,7 +103,7 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
         ROOT / "workers" / f"{name}.py"
         for name in (
             "wire/attach_protobuf", "wire/request_protobuf", "wire/grpc_client", "worker", "serving/server", "serving/streams",
-            "group/channel", "group/step_codec", "handoff/protobuf", "handoff/peers", "handoff/service", "handoff/source_driver",
+            "group/channel", "group/step_codec", "handoff/protobuf", "handoff/transfers", "handoff/service", "handoff/source_driver",
             "handoff/target_driver",
         )
     }  # fmt: skip

@@ -13,8 +13,7 @@ from builders import fake_layout, fake_runner, generate_alone, make_engine, make
 
 from workers.engine.engine import Engine
 from workers.engine.fake_runner import FakeRunner
-from workers.kv_tiers.folder import BlockFolder
-from workers.kv_tiers.record import Format, fingerprint_bytes
+from workers.kv_tiers.folder import BlockFolder, Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
 from workers.runner import BLOCK_SIZE

@@ -26,7 +26,7 @@ from workers.text.output import Detokenizer
 from workers.transports.factory import DataPath, make_data_path
 from workers.trust.channels import bind, make_server
 from workers.trust.credentials import Credentials
-from workers.wire.grpc_options import SERVER
+from workers.wire.streams import SERVER
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""ActorStore: a MemoryStore that lives in an actor, reached over Ray; used when there is no Redis."""
+"""ActorStore: a MemoryStore that lives in an actor, reached over Ray; used when there is no Redis.
+
+When the actor dies its memory dies with it. Ray starts it again, its store has a new epoch, and every member registers again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Decides which running requests move to another decode worker: away from workers that drain, leave or switch, and to even out load."""
+"""Decides which running requests move to another decode worker: away from workers that drain, leave or switch, and to even out load.
+
+A move for the sake of balance costs both workers a little and evens out two sequences, so there must be a clear difference, or a clear need: the
+fullest has requests waiting or preempts them. Once begun it goes on until the two are even, then it rests.
+"""
 
 from __future__ import annotations
 

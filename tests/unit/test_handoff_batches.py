@@ -25,8 +25,8 @@ from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
-from workers.transports.loopback import LoopbackTransport
-from workers.wire.seal import Sealer
+from workers.transports.same_host import LoopbackTransport
+from workers.wire.streams import Sealer
 
 RECEIVER = WorkerAddress("decode-0", 1, "127.0.0.1:1")
 LAYOUT = fake_layout()

@@ -39,9 +39,9 @@ from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
-from workers.transports.shm import ShmTransport
+from workers.transports.same_host import ShmTransport
 from workers.wire.attach import Cancel
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = PromptSubject(REQUEST)

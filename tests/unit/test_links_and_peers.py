@@ -9,8 +9,8 @@ from transport_ends import HOST, LAYOUT, whole_blocks
 
 from workers.engine.messages import BlocksFilled
 from workers.errors import TransferFailed
-from workers.handoff.peers import Peers
 from workers.handoff.protocol.messages import OpenHandoff, PromptSubject
+from workers.handoff.transfers import Peers
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request, SamplingParams
 from workers.serving.exports import Exports
@@ -19,7 +19,7 @@ from workers.status import WorkerAddress
 from workers.transports.channels import SenderLinks
 from workers.transports.contract import OutgoingPiece
 from workers.transports.tcp import TcpTransport
-from workers.wire import grpc_options
+from workers.wire import streams as grpc_options
 
 
 def at(port: int) -> WorkerAddress:

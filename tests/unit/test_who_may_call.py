@@ -19,8 +19,7 @@ from workers.trust.parties import ADMIN, OBSERVER, Party, router, worker
 from workers.trust.rules import CALLERS
 from workers.wire.attach import RouterHello
 from workers.wire.attach_protobuf import router_message_to_pb
-from workers.wire.grpc_options import ROUTER_CHANNEL
-from workers.wire.seal import Sealer
+from workers.wire.streams import ROUTER_CHANNEL, Sealer
 from workers.worker import Worker
 
 REFUSED = {

@@ -21,7 +21,7 @@ from workers.serving.events import Tick
 from workers.status import Role, WorkerAddress
 from workers.wire.attach import Cancel, RouterHello, Submit
 from workers.wire.attach_protobuf import router_message_to_pb, status_from_pb
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 from workers.worker import Worker
 
 

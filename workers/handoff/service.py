@@ -22,7 +22,7 @@ from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.status import Identity
 from workers.transports.contract import Transport
-from workers.wire.seal import Sealer, verified
+from workers.wire.streams import Sealer, verified
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from workers.kv_memory.memory import KvMemory
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, PulledTransport, Transport
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
 from workers.transports.contract import ImmediateInbox, Inbox, IncomingPiece, Transport, View
-from workers.wire.seal import Sealer, verified
+from workers.wire.streams import Sealer, verified
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_tiers.folder import BlockFolder, Scanned
-from workers.kv_tiers.record import BadRecord
+from workers.kv_tiers.folder import BadRecord, BlockFolder, Scanned
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from workers.trust.gate import may_be
 from workers.trust.parties import Kind
 from workers.wire.attach import RouterHello, WorkerFrame
 from workers.wire.attach_protobuf import frame_to_pb, router_message_from_pb
-from workers.wire.seal import Sealer, Unsealer, verified
+from workers.wire.streams import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,9 @@ from workers.kv_memory.memory import KvMemory
 from workers.transports.contract import ServedTransport, Transport
 from workers.transports.cuda_ipc import CudaIpcTransport
 from workers.transports.grpc_stream import GrpcTransport
-from workers.transports.loopback import LoopbackTransport
 from workers.transports.nixl import NixlTransport
 from workers.transports.nixl_agent import installed
-from workers.transports.shm import ShmTransport
+from workers.transports.same_host import LoopbackTransport, ShmTransport
 from workers.transports.tcp import TcpTransport
 from workers.trust.credentials import Credentials
 

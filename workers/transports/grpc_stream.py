@@ -20,7 +20,7 @@ from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
 from workers.trust.gate import may_be
-from workers.wire.grpc_options import kv_stream_channel
+from workers.wire.streams import kv_stream_channel
 
 CHUNK_BYTES = 1 << 20
 """Bytes of a piece in one message: gRPC moves larger ones more slowly."""

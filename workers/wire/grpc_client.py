@@ -20,8 +20,7 @@ from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
 from workers.wire import attach_protobuf
 from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit, WorkerFrame
-from workers.wire.grpc_options import ROUTER_CHANNEL
-from workers.wire.seal import Sealer, verified
+from workers.wire.streams import ROUTER_CHANNEL, Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""

@@ -1,6 +1,8 @@
 """The KV pool in device memory, and its mirror in host memory that transfers read from and write to.
 
 Shapes: N blocks, L layers, K key-value heads, B positions of a block (64), C channels of a head.
+
+Shapes: N blocks, L layers, K key-value heads of the rank.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Rows that prefill and rows that decode never share a pass: each kind has its own tiles, so that a row's bits do not
 depend on its company. Shapes: T rows, D hidden, H query heads, K key-value heads, C channels of a head, V vocabulary, E
 experts, F expert width, R rows that are sampled.
+
+FlashAttention 3 is not part of torch's wheel, runs on compute capability 9 only, and its tiles begin where a chunk begins, so with it the bits of a row
+depend on how its prompt was cut.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
+from workers.model.checkpoint.folder import ErnieConfig, MoeConfig
 from workers.model.cuda.device_pool import DevicePool, OnFilled
 from workers.model.cuda.kernels.decode_attention import decode_attention
 from workers.model.cuda.kernels.prefill_attention import prefill_attention

@@ -1,6 +1,8 @@
 """The dense pieces of a layer: packed linear, RMSNorm, SwiGLU. Each row's result is the same whatever rows stand beside it.
 
 Shapes: T rows, D hidden, I inputs, O outputs, F feed-forward width.
+
+Of rotary embeddings: T tokens, H heads, C channels of a head, L positions.
 """
 
 from __future__ import annotations
