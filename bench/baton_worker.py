@@ -19,7 +19,7 @@ from cluster.sim.measuring.skipping import SkippingRunner
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.machine import native_build
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.loading import ServedModel
 from workers.request import Request, SamplingParams
 from workers.runner import Batch, LayerHook, Runner, Sampled

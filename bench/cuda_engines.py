@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.cuda.device_pool import DevicePool
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.runner import CudaRunner, as_current

@@ -248,7 +248,7 @@ def _load_share(folder: str, native: bool, size: int, queue: Any) -> None:
     import torch
 
     from workers.config import ParallelConfig, WorkerConfig
-    from workers.model.checkpoint.folder import ErnieConfig
+    from workers.model.checkpoint.ernie_config import ErnieConfig
     from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
     from workers.model.decoder.layers import Linear
     from workers.model.parallel.collectives import Links

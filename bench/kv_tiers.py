@@ -25,7 +25,7 @@ from model_shapes import SHAPES
 from random_checkpoints import random_checkpoint
 
 from workers.config import WorkerConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
 from workers.status import PrefixHint, Role, WorkerAddress

@@ -21,7 +21,7 @@ import torch
 from model_shapes import SHAPES
 from random_checkpoints import random_checkpoint
 
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.native.build import build
 from workers.model.native.ernie import NativeErnie

@@ -68,7 +68,11 @@ class RayConfig:
     """Empty: start Ray on this host and stop it at the end; "auto" or HOST:PORT: join a running Ray."""
     namespace: Text = "baton"
     """Actors of one cluster find each other by name in here; two clusters in one Ray need two namespaces."""
-    dashboard: bool = True
+    token_file: str = ""
+    """Holds the token that Ray asks for. Empty: what RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH says; else a Ray that is started here
+    gets a new one, and one that is joined has it in the folder of its cluster where `baton serve` of this user has started it."""
+    dashboard: bool = False
+    """Ray's dashboard, which asks for the same token."""
     dashboard_port: Annotated[int, Ge(1), Lt(65536)] = 8265
     """The next free port is taken when this one is in use."""
     object_store_bytes: Annotated[int, Ge(MIN_OBJECT_STORE_BYTES)] = 80 * 2**20

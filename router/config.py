@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,30 +12,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from router.api.formats.formats import AUTO, check_parsers
+from router.policies.catalogue import check_name
+from workers.checkpoint_files import read_object
 from workers.config import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class HttpConfig:
-    """Kept for every connection, before any key is looked at. Bodies have their own bounds in router.api."""
-
-    max_connections: Count = 8192
-    """Open at once; a further one is told 503 and closed."""
-    max_header_bytes: Annotated[int, Ge(4096)] = 64 << 10
-    """Of a request's line and headers together; a larger head is refused with 431."""
-    max_headers: Annotated[int, Ge(16)] = 128
-    """Headers of one request; more are refused with 431."""
-    max_pipelined: Count = 16
-    """Requests that a connection may have sent ahead of the one that is answered; with more it is closed."""
-    header_timeout_s: Seconds = 10.0
-    """From a connection's first byte, or its opening, until a request's headers are there; then 408."""
-    body_timeout_s: Seconds = 60.0
-    """From its headers until the whole body is there; then 408."""
-    write_timeout_s: Seconds = 30.0
-    """How long a client may take to read what waits for it before its connection is cut: 64 KiB wait at most."""
-
 
 _ANY_VOCABULARY = 1 << 31
 
@@ -119,12 +99,10 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     A missing file gives the API's own defaults. Raises InvalidConfig when a value is out of range.
     """
     path = Path(checkpoint) / "generation_config.json"
-    if not path.is_file():
-        return SamplingParams()
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidConfig(f"{path} is not JSON: {error}") from error
+        written = read_object(path)
+    except FileNotFoundError:
+        return SamplingParams()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: written[name] for name in names if written.get(name) is not None}
     if written.get("do_sample") is False:
@@ -134,9 +112,29 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     try:
         defaults = replace(SamplingParams(), **chosen)
         defaults.validate(vocab_size=1)
-    except (InvalidRequest, TypeError) as error:
+    except (InvalidRequest, TypeError, OverflowError) as error:
         raise InvalidConfig(f"{path}: {error}") from error
     return defaults
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    """Kept for every connection, before any key is looked at. Bodies have their own bounds in router.api."""
+
+    max_connections: Count = 8192
+    """Open at once; a further one is told 503 and closed."""
+    max_header_bytes: Annotated[int, Ge(4096)] = 64 << 10
+    """Of a request's line and headers together; a larger head is refused with 431."""
+    max_headers: Annotated[int, Ge(16)] = 128
+    """Headers of one request; more are refused with 431."""
+    max_pipelined: Count = 16
+    """Requests that a connection may have sent ahead of the one that is answered; with more it is closed."""
+    header_timeout_s: Seconds = 10.0
+    """From a connection's first byte, or its opening, until a request's headers are there; then 408."""
+    body_timeout_s: Seconds = 60.0
+    """From its headers until the whole body is there; then 408."""
+    write_timeout_s: Seconds = 30.0
+    """How long a client may take to read what waits for it before its connection is cut: 64 KiB wait at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,10 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
-    policy: Literal["kv_aware", "round_robin"] = "kv_aware"
+    policy: Text = "kv_aware"
+    """Who gets a request: kv_aware, session_affinity, prefix_affinity, least_loaded, round_robin or random."""
+    policy_seed: Natural = 0
+    """Of the policy `random`."""
     max_queue: Count = 2048
     """Requests waiting for a worker before QUEUE_FULL."""
     max_running: Count = 1024
@@ -182,10 +183,9 @@ class RouterConfig:
     """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: Natural = 3
     """Prefill workers that a decode worker may try for one request."""
-    sequence_cost_tokens: Natural = 128
-    """What one more running sequence weighs against uncached prompt tokens when a decode worker is chosen."""
-    handoff_cost_tokens: Natural = 64
-    """What moving a prompt's KV weighs against computing it on a MIXED decode worker."""
+    max_local_prefill_tokens: Natural = 2048
+    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there, and that is
+    expected to be quicker than a prefill worker and not to slow down what decodes there; 0: never (but see worker.local_prefill_tokens)."""
     lower_tier_cost_tokens: Natural = 8
     """What bringing back one cached block from a worker's host memory or disk weighs against computing prompt tokens; a block has 64."""
     pull_min_blocks: Natural = 8
@@ -226,6 +226,7 @@ class RouterConfig:
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.policy)
         if not (self.api.api_keys or self.api.insecure or is_loopback(self.host)):
             raise InvalidConfig(
                 f"router.host {self.host} is reached from other hosts, and no API keys are set: set them (--api-key-file, "

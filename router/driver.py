@@ -28,9 +28,8 @@ from router.events import (
     WorkersChanged,
 )
 from router.fleet.worker_entry import WorkerEntry
-from router.policies.kv_aware import KvAwarePolicy
+from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
-from router.policies.round_robin import RoundRobinPolicy
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -43,14 +42,7 @@ logger = logging.getLogger(__name__)
 
 def make_policy(config: RouterConfig) -> Policy:
     """The policy that the config names."""
-    if config.policy == "round_robin":
-        return RoundRobinPolicy(config.max_prefill_candidates)
-    return KvAwarePolicy(
-        config.sequence_cost_tokens,
-        config.handoff_cost_tokens,
-        config.lower_tier_cost_tokens,
-        config.max_prefill_candidates,
-    )
+    return policy_named(config.policy, config.max_prefill_candidates, config.policy_seed)
 
 
 class RouterDriver:
@@ -113,6 +105,11 @@ class RouterDriver:
     def is_ready(self) -> bool:
         return self._core.fleet.can_decode
 
+    async def wait_ready(self) -> None:
+        """Until some worker can decode. Without an end where none comes."""
+        while not self.is_ready():
+            await self._status_changed.wait()
+
     def submit(self, request: Request) -> RequestStream:
         name = request.request_id
         if name in self._streams:
@@ -139,6 +136,7 @@ class RouterDriver:
                 connected=entry.is_up,
                 frame_age_s=max(0.0, now - entry.last_frame_s),
                 num_requests=len(entry.attempts),
+                speed=float(core.fleet.table.speeds[entry.row]),
             )
             for entry in core.fleet
             if (status := entry.status_now()) is not None
@@ -147,7 +145,10 @@ class RouterDriver:
         counters["prefix_index_blocks"] = len(core.index)
         counters["prefix_index_evicted"] = core.index.num_evicted
         named = tuple((name, float(value)) for name, value in sorted(counters.items()))
-        return RouterStatus(self._router_id, workers, core.flights.num_waiting, core.flights.num_running, named)
+        flights = core.flights
+        return RouterStatus(
+            self._router_id, workers, flights.num_waiting, flights.num_running, named, core.forecasts.status()
+        )
 
     async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_role(worker_id, role, force)

@@ -42,14 +42,17 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 FLOORS = {
     "workers": (
-        "errors", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "text", "sampling", "kv_cache", "scheduler",
+        "errors", "checkpoint_files", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "kv_cache", "scheduler",
         "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "serving",
-        "model/checkpoint", "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
+        "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
-    "router": ("api/formats", "config", "events", "fleet", "policies", "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server"),
+    "router": (
+        "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "config", "wishes", "events", "fleet",
+        "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server",
+    ),
     "cluster": (
-        "settings", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
+        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip
@@ -116,8 +119,8 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
 PURE = (
     "workers/scheduler",
     "workers/kv_cache",
-    "workers/kv_memory/pieces.py",
     "workers/handoff/protocol",
+    "workers/kv_memory/pieces.py",
     "workers/group/balance.py",
     "workers/group/formation.py",
     "workers/group/messages.py",
@@ -132,12 +135,14 @@ PURE = (
     "workers/serving/requests.py",
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
-    "workers/engine/leaping.py",
     "workers/engine/messages.py",
+    "workers/engine/leaping.py",
     "router/core.py",
+    "router/requests",
     "router/fleet",
     "router/policies",
-    "router/requests",
+    "router/forecast",
+    "router/wishes.py",
     "cluster/membership/membership.py",
     "cluster/actors/placement.py",
     "cluster/sim/planning/plan.py",

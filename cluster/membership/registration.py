@@ -18,7 +18,7 @@ from cluster.membership.membership import (
     remember_draining,
     remember_role,
 )
-from cluster.store.store import ABSENT, Store, StoreUnavailable
+from cluster.store.store import ABSENT, Entry, Store, StoreUnavailable
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
 
@@ -125,7 +125,7 @@ async def number_start(store: Store, worker_id: str, now_s: float) -> int:
     """
     while True:
         current = await store.get(STARTS + worker_id)
-        number = max(int(now_s), int(current.value) + 1 if current else 1)
+        number = max(int(now_s), _start_of(current) + 1)
         if number > MAX_START:
             raise InvalidConfig(
                 f"the store counts {current.value if current else now_s} starts of {worker_id}; delete {STARTS}{worker_id}"
@@ -137,11 +137,17 @@ async def number_start(store: Store, worker_id: str, now_s: float) -> int:
             return number
 
 
+def _start_of(entry: Entry | None) -> int:
+    """0 without an entry, or with one that holds no number."""
+    text = entry.value if entry else ""
+    return int(text) if len(text) <= 20 and text.isascii() and text.isdigit() else 0
+
+
 async def keep_start(store: Store, worker_id: str, number: int) -> None:
     """A store that has lost its memory learns the number of a start again; a later one is left alone."""
     while True:
         current = await store.get(STARTS + worker_id)
-        if current is not None and int(current.value) >= number:
+        if current is not None and _start_of(current) >= number:
             return
         if (
             await store.compare_and_set(STARTS + worker_id, current.version if current else ABSENT, str(number))
@@ -155,10 +161,12 @@ async def follow_members(
 ) -> AsyncGenerator[tuple[Registration, ...], None]:
     """Yields the members at once, then after each change: of the store, or by a grace period that ends. Never ends itself."""
     membership = Membership(grace_s, doubt_s)
+    known: frozenset[str] = frozenset()
     async with aclosing(store.watch(WORKERS)) as snapshots:
         upcoming = asyncio.ensure_future(anext(snapshots))
         try:
             membership.handle(await upcoming, time.monotonic())
+            known = _name_refused(membership.refused, known)
             upcoming = asyncio.ensure_future(anext(snapshots))
             yield membership.workers
             while True:
@@ -167,9 +175,18 @@ async def follow_members(
                 event = upcoming.result() if done else Tick()
                 if done:
                     upcoming = asyncio.ensure_future(anext(snapshots))
-                if membership.handle(event, time.monotonic()) is not None:
+                is_changed = membership.handle(event, time.monotonic()) is not None
+                known = _name_refused(membership.refused, known)
+                if is_changed:
                     yield membership.workers
         finally:
             upcoming.cancel()
             with suppress(asyncio.CancelledError):
                 await upcoming
+
+
+def _name_refused(refused: frozenset[str], known: frozenset[str]) -> frozenset[str]:
+    """Logs those that are new; returns what is to be known next time."""
+    for key in sorted(refused - known):
+        log.warning("the store's entry %.100r is no registration of a worker and does not count", key)
+    return refused

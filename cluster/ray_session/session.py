@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config import RayConfig
-from cluster.ray_session import processes
+from cluster.ray_session import processes, running
+from cluster.ray_session.auth import given_token, presented
 from cluster.ray_session.defaults import job_config, loopback_only, own_address, quiet, set_environment
-from cluster.ray_session.folders import end_local
+from cluster.ray_session.folders import end_local, ray_folder, scratch_folder, token_file
 from workers.errors import BatonError
 
 LOOPBACK = "127.0.0.1"
@@ -25,17 +26,21 @@ class RayFailed(BatonError):
 
 @dataclass(slots=True)
 class RaySession:
-    """A connection to Ray. When Ray was started for it, `folder` holds its files and `stop` ends its processes."""
+    """A connection to Ray. When Ray was started for it, `folder` holds its files and `stop` ends its processes.
+
+    `token_file` holds the token that this Ray asks for; empty: the operator's own place, or it asks for none.
+    """
 
     address: str
     dashboard_url: str
     node_ip: str = LOOPBACK
     folder: str = ""
+    token_file: str = ""
     _ended: bool = field(default=False, repr=False)
 
     @property
     def is_exposed(self) -> bool:
-        """A Ray that was started here, which asks for no token, can be reached from other hosts."""
+        """A Ray that was started here can be reached from other hosts."""
         return bool(self.folder) and self.node_ip != LOOPBACK
 
     def stop(self, patience_s: float = 3.0) -> tuple[processes.Process, ...]:
@@ -50,11 +55,13 @@ class RaySession:
 
 
 def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
-    """Starts Ray with its files in `folder` (see make_folder) and connects to it; blocks for some seconds.
+    """Starts Ray with its files in `folder` (see make_folder) and connects to it; blocks for some seconds. It listens on the
+    loopback address alone, and asks for the token in the folder, or for one that the operator has named.
 
     Raises RayFailed. Afterwards, or after a failure or an interruption, `end_local(folder)` ends what was started.
     """
     set_environment()
+    token = config.token_file or given_token() or token_file(folder)
     # A Ray that runs elsewhere must not be joined by accident.
     os.environ.pop("RAY_ADDRESS", None)
     import ray
@@ -62,7 +69,7 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
     quiet()
 
     try:
-        with loopback_only(), _temporary_files_in(folder):
+        with presented(token), loopback_only(), _temporary_files_in(scratch_folder(folder)):
             context: Any = ray.init(
                 address="local",
                 namespace=config.namespace,
@@ -76,14 +83,13 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
                 configure_logging=False,
                 job_config=job_config(),
                 _node_ip_address=LOOPBACK,
-                _temp_dir=folder,
+                _temp_dir=ray_folder(folder),
             )
     except Exception as error:  # Ray raises many kinds here, down to bare RuntimeError and ConnectionError
         raise RayFailed(f"Ray did not start: {' '.join(str(error).split())}") from error
     url = context.dashboard_url
-    return RaySession(
-        context.address_info["address"], f"http://{url}" if url else "", context.address_info["node_ip_address"], folder
-    )
+    address, node_ip = context.address_info["address"], context.address_info["node_ip_address"]
+    return RaySession(address, f"http://{url}" if url else "", node_ip, folder, token)
 
 
 def free_port(host: str, first: int) -> int:
@@ -117,7 +123,7 @@ def _disconnect() -> None:
 
 @contextmanager
 def _temporary_files_in(folder: str) -> Iterator[None]:
-    """Ray's processes inherit the folder for their temporary files, some of which they would leave behind."""
+    """Ray's processes inherit the folder for their temporary files, some of which they leave behind."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder
     try:
@@ -132,15 +138,18 @@ def _temporary_files_in(folder: str) -> Iterator[None]:
 _ADVICE = "is it running there (`ray status`), and is --ray-address right?"
 
 
-def join_ray(address: str, namespace: str) -> RaySession:
-    """Connects to the Ray at `address` (HOST:PORT, or "auto": the one of this host). Raises RayFailed."""
-    set_environment(joins=True)
+def join_ray(address: str, namespace: str, token_file: str = "") -> RaySession:
+    """Connects to the Ray at `address` (HOST:PORT, or "auto": the one of this host) with the token in the file, or else in the
+    operator's environment, or else of this user's cluster that has the address. Raises RayFailed.
+    """
+    set_environment()
+    address, token = _find(address, token_file or given_token())
     host, port = _probe(address)
     import ray
 
     quiet()
     try:
-        with loopback_only() if _listens_on_loopback_only(host, port) else nullcontext():
+        with presented(token), loopback_only() if _listens_on_loopback_only(host, port) else nullcontext():
             context: Any = ray.init(
                 address=address,
                 namespace=namespace,
@@ -149,10 +158,27 @@ def join_ray(address: str, namespace: str) -> RaySession:
                 configure_logging=False,
                 job_config=job_config(),
             )
+    except ray.exceptions.AuthenticationError as error:
+        raise RayFailed(
+            f"Ray at {address} asks for another token; name the file that holds it (--set ray.token_file=PATH, or "
+            "RAY_AUTH_TOKEN_PATH): `baton serve` says where its own is"
+        ) from error
     except Exception as error:  # Ray raises many kinds here
         raise RayFailed(f"cannot join Ray at {address}: {' '.join(str(error).split())[:300]}; {_ADVICE}") from error
     url, info = context.dashboard_url, context.address_info
-    return RaySession(info["address"], f"http://{url}" if url else "", info["node_ip_address"])
+    return RaySession(info["address"], f"http://{url}" if url else "", info["node_ip_address"], token_file=token)
+
+
+def _find(address: str, token: str) -> tuple[str, str]:
+    """Address and token file of the Ray that is meant; raises RayFailed when "auto" could be several."""
+    if address == "auto":
+        found = running.clusters()
+        if len(found) > 1:
+            choice = ", ".join(each.ray_address for each in found)
+            raise RayFailed(f"several clusters run on this host; choose one with --ray-address: {choice}")
+        address = found[0].ray_address if found else address
+    known = None if token or address == "auto" else running.with_ray(address)
+    return address, token or (known.token_file if known else "")
 
 
 def _probe(address: str) -> tuple[str, int]:

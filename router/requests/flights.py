@@ -16,6 +16,7 @@ from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy
 from router.requests.migrations import Migrations
+from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
@@ -72,7 +73,7 @@ class InFlightRequests:
 
     # ---- arrival ----
 
-    def arrive(self, request: Request, now: float) -> None:
+    def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
         rejection = self._rejection_of(request)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
@@ -80,7 +81,7 @@ class InFlightRequests:
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        flight = InFlightRequest(request, self._num_arrived, arrived_s=now, queued_s=now)
+        flight = InFlightRequest(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
         self._hash(flight)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
@@ -146,7 +147,7 @@ class InFlightRequests:
             table.has_opened = False
             self.num_tried += 1
             self._hash(flight)
-            route = self._dispatcher.route(flight) if table.num_decoding else None
+            route = self._dispatcher.route(flight, now) if table.num_decoding else None
             if route is None:
                 self._blocked = flight
                 if not table.num_decoding and self._unroutable_since_s is None:
@@ -215,6 +216,7 @@ class InFlightRequests:
             flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:

@@ -59,7 +59,9 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
+        # Faults of handoffs want handoffs: no decode worker is to compute prompts because it is idle.
+        bounds: dict[str, Any] = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
+        config = RouterConfig(model="unused", tick_s=0.05, **bounds, **PATIENT)
         names = [name for post in shape.posts() for name, _ in post]
         router = parties.router("chaos")
         self.driver = RouterDriver(config, "chaos", credentials=certificates.credentials(router, parties.ADMIN))

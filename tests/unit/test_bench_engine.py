@@ -46,7 +46,7 @@ from workloads import LONG, LONG_POOL_TOKENS, PREFILLS, SHORT, Workload  # noqa:
 import workers  # noqa: E402
 from workers.engine.fake_runner import FakeRunner  # noqa: E402
 from workers.kv_memory.memory import KvLayout, KvMemory  # noqa: E402
-from workers.model.checkpoint.folder import ErnieConfig  # noqa: E402
+from workers.model.checkpoint.ernie_config import ErnieConfig  # noqa: E402
 from workers.model.checkpoint.weights import Checkpoint  # noqa: E402
 from workers.request import SamplingParams  # noqa: E402
 from workers.runner import Batch, SampleSpec, SequenceSlice  # noqa: E402

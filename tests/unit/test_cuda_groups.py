@@ -20,7 +20,7 @@ from tests.unit.test_engine import hand_over
 from tests.unit.test_group_ranks import Found, found, in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine.engine import Engine
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.cpu.rank_runner import initial_placement
 from workers.model.cuda.rank_runner import CudaRankRunner, CudaRanks
 from workers.model.parallel.collectives import Links

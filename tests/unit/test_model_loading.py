@@ -24,7 +24,7 @@ from tests.unit.model_configs import (
 )
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cpu.runner import TorchRunner, require_memory
 from workers.model.decoder.layers import can_pack, compute_dtype

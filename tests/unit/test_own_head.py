@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.model_configs import greedy, load, random_tokens, small_dense
 from workers.config import WorkerConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, with_stored_head
 from workers.model.cpu.rank_runner import load_rank
 from workers.model.cuda.runner import CudaRunner

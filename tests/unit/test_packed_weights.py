@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.unit.model_configs import load, logits, moe_without_shared_experts, prefill, random_tokens
 from tests.unit.test_model_native import needs_compiler
 from workers.config import WorkerConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cpu.runner import packed_file
 from workers.model.native.build import build

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.settings import build
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig, MoeConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.parallel.layout import Layout, check
 
 DENSE_0_3B = ErnieConfig(

@@ -13,7 +13,7 @@ import torch
 from tests.unit.model_configs import moe_with_shared_experts, small_dense
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
 from workers.model.cpu.runner import TorchRunner

@@ -50,7 +50,7 @@ class TransferLost:
 
 @dataclass(frozen=True, slots=True)
 class AddMigrant:
-    """As Incoming.add_migrant."""
+    """As IncomingKv.add_migrant."""
 
     sequence_id: int
     request: Request
@@ -58,7 +58,7 @@ class AddMigrant:
 
 @dataclass(frozen=True, slots=True)
 class MovedIn:
-    """The answer to a migrant's TransferWanted: blocks and state are here. As Incoming.moved_in."""
+    """The answer to a migrant's TransferWanted: blocks and state are here. As IncomingKv.moved_in."""
 
     sequence_id: int
     known_token_ids: tuple[int, ...]

@@ -35,7 +35,7 @@ from workers.group.messages import (
 )  # fmt: skip
 from workers.group.step_codec import BatchReader, encode_results
 from workers.kv_memory.memory import JoinedKvMemory, KvMemory, SharedHandle
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, group_layout, own_layout
 from workers.model.loading import RankLoader, rank_loader

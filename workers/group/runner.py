@@ -23,7 +23,7 @@ from workers.group.memory import GroupKvMemory, RemotePart
 from workers.group.messages import Done, Form, Step
 from workers.group.step_codec import BatchWriter, decode_results, split_by_pool
 from workers.kv_memory.memory import KvMemory
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, group_layout, initial_placement
 from workers.model.loading import RankLoader, rank_loader

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, load_rank, rank_layout
 from workers.model.cpu.runner import TorchRunner

@@ -13,7 +13,8 @@ from dataclasses import MISSING, fields
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.request import SamplingParams
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.scheduler import RUNS, ScheduledStep, Scheduler
+from workers.scheduler.load import RUNS
+from workers.scheduler.scheduler import ScheduledStep, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
 
 _HISTORY_FREE = {

@@ -12,7 +12,6 @@ from workers.kv_cache.manager import BlockTable, KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
 from workers.scheduler.sequence import Kind, Sequence, State
-from workers.status import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,30 +294,3 @@ def choose_victim(active: Iterable[Sequence]) -> Sequence:
     if not candidates:
         raise InvariantViolated("preemption was asked for while nothing can be preempted")
     return max(candidates, key=lambda s: (s.export is None, s.rank))
-
-
-RUNS = (State.DECODING, State.PREFILLING)
-_WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
-
-
-def has_work(scheduler: Scheduler) -> bool:
-    """True when a step could compute or admit something, or end a wait."""
-    return bool(scheduler.waiting) or any(s.state in RUNS or s.state is State.PROMOTING for s in scheduler.active)
-
-
-def load_of(scheduler: Scheduler, step_s: float) -> Load:
-    """`step_s`: how long the last step took."""
-    sequences, kv = scheduler.active, scheduler.kv
-    return Load(
-        num_waiting=len(scheduler.waiting),
-        num_running=sum(1 for s in sequences if s.state in RUNS),
-        num_transferring=sum(1 for s in sequences if s.state in _WAITS_FOR_OTHERS),
-        waiting_prefill_tokens=sum(
-            s.num_uncomputed_prompt
-            for s in (*scheduler.waiting, *sequences)
-            if s.state in (State.WAITING, State.PROMOTING, State.PREFILLING) and s.kind is not Kind.TARGET
-        ),
-        num_free_blocks=kv.num_available,
-        num_blocks=kv.num_blocks,
-        step_s=step_s,
-    )

@@ -66,6 +66,7 @@ class WorkerDriver:
         self._model = model
         self._block_bytes = memory.layout.block_bytes
         self._max_num_seqs = config.max_num_seqs
+        self._max_batch_tokens = config.max_batch_tokens
         self._ranks = ranks or RanksView()
         self._post = post
         self._clock = clock
@@ -188,6 +189,7 @@ class WorkerDriver:
             is_draining=me.is_draining,
             ranks=self._ranks.ranks(),
             max_num_seqs=self._max_num_seqs,
+            max_batch_tokens=self._max_batch_tokens,
             is_rebuilding=me.is_rebuilding,
         )
 

@@ -22,7 +22,7 @@ from cluster.sim.profiles.files import FORMAT
 from cluster.sim.profiles.fitted import Fit, MeasuredStep, fit
 from workers.config import WorkerConfig
 from workers.kv_memory.memory import KvLayout
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.status import ModelInfo
 
 

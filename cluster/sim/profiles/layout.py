@@ -6,7 +6,7 @@ import re
 
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.parallel.layout import check
 
 _PART = re.compile(r"(tp|ep|r)([1-9]\d{0,3})")

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig, open_weights, read_header, weight_files
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weight_files import open_weights, read_header, weight_files
 
 _log = logging.getLogger(__name__)
 

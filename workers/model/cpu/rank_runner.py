@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.machine.limits import available_bytes
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cpu.runner import TorchRunner, find_library, kernel_name, weights_dtype
 from workers.model.cpu.self_test import require_invariance

@@ -17,7 +17,7 @@ from workers.errors import InvalidConfig
 from workers.kv_memory.memory import KvMemory
 from workers.machine.limits import available_bytes
 from workers.machine.processors import Processors, too_few
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, fingerprint, with_stored_head
 from workers.model.cpu.self_test import require_invariance
 from workers.model.decoder.ernie import Ernie

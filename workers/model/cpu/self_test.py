@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.kv_memory.memory import KvLayout, KvMemory
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.decoder.attention import attend
 from workers.model.decoder.ernie import Ernie
 from workers.model.decoder.kv_tensors import KvPool, kv_layout

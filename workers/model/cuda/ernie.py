@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig, MoeConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.cuda.device_pool import DevicePool, OnFilled
 from workers.model.cuda.kernels.decode_attention import decode_attention
 from workers.model.cuda.kernels.prefill_attention import prefill_attention

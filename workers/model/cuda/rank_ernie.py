@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig, MoeConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cuda.device_pool import DevicePool
 from workers.model.cuda.ernie import CudaErnie, Loader

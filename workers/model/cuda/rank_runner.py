@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cpu.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
 from workers.model.cuda.device_pool import DevicePool, StagedPart

@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
 from workers.machine.limits import available_bytes
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cuda.decode_graphs import DecodeGraphs
 from workers.model.cuda.device_pool import DevicePool, OnFilled, StagedKvMemory

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig, MoeConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.checkpoint.weights import Checkpoint, give_back_free_memory
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool

@@ -14,7 +14,7 @@ from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.machine.limits import available_bytes
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.parallel.layout import Share
 from workers.runner import BLOCK_SIZE
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, fingerprint
 from workers.request import PromptScores, join
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice

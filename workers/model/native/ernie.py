@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.decoder.kv_tensors import KvPool
 from workers.model.decoder.layers import frequencies

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.decoder.ernie import RankPart as RankPart
 from workers.model.decoder.kv_tensors import KvPool

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.checkpoint.folder import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 
 
 @dataclass(frozen=True, slots=True)
