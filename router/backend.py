@@ -40,7 +40,7 @@ class OutputStream(Protocol):
     """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason."""
 
     def take(self, wake: Callable[[], None]) -> Output | None:
-        """What waits, as one output. None: nothing does; `wake` is then called once, when something does.
+        """What waits, as one output. None: nothing does. `wake` is called once when there is more, until the end has been taken.
 
         Raises what ended the stream before its time.
         """
@@ -115,8 +115,8 @@ class RequestStream:
 
     def take(self, wake: Callable[[], None]) -> Output | None:
         waiting = self._waiting
+        self._wake = wake
         if not waiting:
-            self._wake = wake
             return None
         self._waiting, self._num_tokens = [], 0
         output = waiting[0] if len(waiting) == 1 else merged(waiting)

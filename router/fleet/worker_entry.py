@@ -61,13 +61,16 @@ class OptimisticLoad:
             self.num_blocks -= charge.num_blocks
             self.prefill_tokens -= charge.prefill_tokens
 
-    def settle(self, now: float) -> None:
-        """A load report arrived."""
+    def settle(self, now: float) -> bool:
+        """A load report arrived. True: it contains what was charged until now."""
+        has_settled = False
         while self._open:
             wire_id, oldest = next(iter(self._open.items()))
             if now - oldest.sent_s < self._settle_s:
-                return
+                break
             self._settle(wire_id)
+            has_settled = True
+        return has_settled
 
     def clear(self) -> None:
         for wire_id in [*self._open, *self._owed]:
@@ -201,9 +204,9 @@ class WorkerEntry:
         if load is not None:
             if load.step_s != self.load.step_s and load.step_s > 0:
                 self._show_step(load)
-            self.load = load
-            self.charges.settle(now)
-            self.show_load()
+            before, self.load = self.load, load
+            if self.charges.settle(now) or load.counts != before.counts or frame.status is not None:
+                self.show_load()
 
     def _show_step(self, load: Load) -> None:
         """Writes to the table how long the worker's last step took, for whoever learns from it."""

@@ -15,6 +15,7 @@ from workers.handoff.mailbox import MAX_EVENTS, Mailbox, time_left
 from workers.handoff.protobuf import down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
+    MAX_DEGRADATIONS,
     Closed,
     CloseInbox,
     Collect,
@@ -71,7 +72,9 @@ class TargetDriver:
         self._transfer_id = transfer_id
         self._clock = clock
         self._generation = session.opening.target.generation
-        self._events: Mailbox[TargetEvent] = Mailbox(MAX_EVENTS)
+        # Each piece is collected at most once an epoch.
+        most = MAX_EVENTS + 4 * (MAX_DEGRADATIONS + 1) * (session.cut.num_pieces + 1)
+        self._events: Mailbox[TargetEvent] = Mailbox(MAX_EVENTS, most)
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()

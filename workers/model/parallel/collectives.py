@@ -55,9 +55,9 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
     return group
 
 
-def bury(group: Any) -> None:
-    """Lets go of a group on a thread of its own: its end waits for operations that wait for a hung rank."""
-    threading.Thread(target=lambda held: held.clear(), args=([group],), name="bury", daemon=True).start()
+def bury(groups: list[Any]) -> None:
+    """Lets go of groups that nothing else holds, on a thread of its own: their end waits for operations that wait for a hung rank."""
+    threading.Thread(target=groups.clear, name="bury", daemon=True).start()
 
 
 _POLL_S = 0.1
@@ -213,6 +213,10 @@ class Communicator:
         for _, pending in (self.all_to_all(ones_G1, each, each), self.all_gather(ones_G1[:1])):
             pending.settle()
 
+    def let_go(self) -> None:
+        """Of the group, once its epoch is over and nothing is started any more: whoever holds it last waits for its end."""
+        self._group = None
+
     def require_alive(self) -> None:
         """Raises RankLost when the epoch was aborted."""
         if self._aborted.is_set():
@@ -304,8 +308,10 @@ class WorldEpoch:
         deadline_s = time.monotonic() + _ABORT_S
         for thread in self._start_aborts():
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        for group in self._groups:
-            bury(group)
+        groups = self._groups
+        self.world.let_go()
+        self.tensor.let_go()
+        bury(groups)
 
     def interrupt(self) -> None:
         """As `abort`, at once and for another thread than the one that computes, which may be waiting for the device."""
@@ -315,7 +321,8 @@ class WorldEpoch:
 
     @property
     def _groups(self) -> list[Any]:
-        return list({id(c._group): c._group for c in (self.world, self.tensor)}.values())
+        groups = {id(c._group): c._group for c in (self.world, self.tensor)}
+        return [group for group in groups.values() if group is not None]
 
     def _start_aborts(self) -> list[threading.Thread]:
         """All groups at the same time: one communicator's abort may wait for the device, and so for the kernel of another."""
