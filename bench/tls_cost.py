@@ -26,7 +26,7 @@ from workers.pb import worker_pb2 as pb
 from workers.trust.channels import bind, make_server, open_channel
 from workers.trust.credentials import Credentials, credentials_of
 from workers.trust.parties import Party, router, worker
-from workers.wire.grpc_options import ROUTER_CHANNEL, SERVER
+from workers.wire.streams import ROUTER_CHANNEL, SERVER
 
 METHOD = "/baton.workers.Worker/Attach"
 WORKER, ROUTER = worker("decode-0"), router("router-0")

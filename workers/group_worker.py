@@ -16,7 +16,7 @@ from workers.errors import RankLost
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan, GroupWatch
 from workers.kv_memory.memory import KvMemory
-from workers.model.loaded import Checkpoint
+from workers.model.loading import ServedModel
 from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
 from workers.text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class GroupWorker(Worker):
         await watch.wait_formed(self.group)
         return model
 
-    def _load_leader(self, watch: GroupWatch) -> Checkpoint:
+    def _load_leader(self, watch: GroupWatch) -> ServedModel:
         config, plan = self._config, self._plan
         tokenizer = Tokenizer.load(config.model)
         self._group = GroupRunner.load(
@@ -91,7 +91,7 @@ class GroupWorker(Worker):
             on_listening=plan.on_listening,
             on_lost=watch.lost,
         )
-        return Checkpoint(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
+        return ServedModel(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
 
     def _protect(self, memory: KvMemory) -> None:
         """Its ranks write into it as well."""

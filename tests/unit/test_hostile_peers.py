@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running_workers import CONFIG, Attached, idle, running
 
-from router.requests.progress import Flight, Mismatch
+from router.requests.in_flight import Flight, Mismatch
 from workers.errors import InvalidRequest, Refusal, TransferFailed, WorkerLost
 from workers.handoff.protobuf import down_from_pb, down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import (
@@ -34,8 +34,7 @@ from workers.handoff.protocol.messages import (
 )
 from workers.handoff.protocol.source_session import Filled
 from workers.handoff.protocol.target_session import Closed, Connected, Fail, Send, TargetSession
-from workers.kv_memory.joined import JoinedKvMemory
-from workers.kv_memory.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
+from workers.kv_memory.memory import JoinedKvMemory, KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.request import Output, TokenLogprob
@@ -46,8 +45,7 @@ from workers.trust.parties import Kind, Party, router, worker
 from workers.wire.attach import Submit
 from workers.wire.attach_protobuf import frame_from_pb, router_message_from_pb
 from workers.wire.grpc_client import GrpcWorkerClient, GrpcWorkerLink
-from workers.wire.grpc_options import HANDOFF_CHANNEL
-from workers.wire.seal import Sealer
+from workers.wire.streams import HANDOFF_CHANNEL, Sealer
 from workers.worker import Worker
 
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "100"))

@@ -20,8 +20,7 @@ from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvMemory
 from workers.status import WorkerAddress
 from workers.transports.contract import IncomingPiece, OutgoingPiece, View
-from workers.transports.frames import Frame, pack, transfer_key
-from workers.transports.push import Inboxes
+from workers.transports.push import Frame, Inboxes, pack, transfer_key
 from workers.transports.sealed_lanes import SealedLane
 from workers.transports.sealing import SEGMENT_BYTES, TAG_BYTES, Seal
 from workers.transports.tcp import TcpChannel, TcpTransport

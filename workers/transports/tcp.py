@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels
+from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.links import Links
-from workers.transports.offers import decode, decode_hex, encode
+from workers.transports.offers import ID_BYTES, Peer, Token, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import Inboxes, PushInbox
 from workers.transports.sealed_lanes import SealedLane, SealedLink
 from workers.transports.sealing import SECRET_BYTES, Seal, lane_key, session_key
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
-from workers.transports.tokens import ID_BYTES, Peer, Token, Tokens, peer_of
 from workers.trust.proofs import CHALLENGE_BYTES, PROOF_BYTES, new_challenge, proof, proves
 
 log = logging.getLogger(__name__)
@@ -100,7 +98,7 @@ class TcpTransport:
         listen_host: str,
         timeout_s: float,
         num_lanes: int = LANES,
-        links: Links[OutgoingLink] | None = None,
+        links: SenderLinks[OutgoingLink] | None = None,
         seals: bool = False,
     ) -> None:
         self.listen_host = listen_host
@@ -112,7 +110,7 @@ class TcpTransport:
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._arriving: dict[bytes, dict[int, Lane]] = {}
-        self._links: Links[OutgoingLink] = links or Links()
+        self._links: SenderLinks[OutgoingLink] = links or SenderLinks()
         self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
 
