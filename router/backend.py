@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.explain import Decision
 from router.forecast.forecasts import ForecastStatus
+from router.wishes import NO_WISHES, Wishes
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerStatus
 
@@ -38,6 +40,11 @@ class RouterStatus:
 class OutputStream(Protocol):
     """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason."""
 
+    @property
+    def decision(self) -> Decision | None:
+        """How it was routed last, where that was asked for."""
+        ...
+
     def take(self, wake: Callable[[], None]) -> Output | None:
         """What waits, as one output. None: nothing does; `wake` is then called once, when something does.
 
@@ -62,8 +69,8 @@ class Backend(Protocol):
         """True when a request could run now: some worker can decode. (It computes prompts itself when nobody else can.)"""
         ...
 
-    def submit(self, request: Request) -> OutputStream:
-        """Accepts a request at once or raises Refused (QUEUE_FULL, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> OutputStream:
+        """Accepts a request at once or raises Refused (QUEUE_FULL, TARGET_MISSED, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
         ...
 
     def status(self) -> RouterStatus: ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import Output, Request
@@ -110,4 +111,12 @@ class Reject:
     retry_after_s: float | None = None
 
 
-Command = Attach | Detach | Send | Deliver | Reject
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """How a request was routed, for a client that wants to know. It may come again: a request that is run again is routed again."""
+
+    request_id: str
+    decision: Decision
+
+
+Command = Attach | Detach | Send | Deliver | Reject | Explain

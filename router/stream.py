@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from router.explain import Decision
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 
@@ -14,6 +15,7 @@ class RequestStream:
     def __init__(self, request_id: str, max_tokens: int, on_close: Callable[[str], None]) -> None:
         """`max_tokens` may wait; `on_close` is called when the reader leaves before the end."""
         self.request_id = request_id
+        self.decision: Decision | None = None
         self._max_tokens = max_tokens
         self._on_close = on_close
         self._waiting: list[Output] = []

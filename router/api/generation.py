@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from router.backend import Backend, OutputStream
+from router.explain import Decision
+from router.wishes import NO_WISHES, Wishes
 from workers.request import Output, Request
 
 T = TypeVar("T")
@@ -33,17 +35,27 @@ class Generation:
         self._watch_silence()
 
     @classmethod
-    def open(cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None) -> Generation:
+    def open(
+        cls,
+        backend: Backend,
+        requests: tuple[Request, ...],
+        heartbeat_s: float | None = None,
+        wishes: Wishes = NO_WISHES,
+    ) -> Generation:
         """Submits every request; when one is refused, those before it are closed and the refusal is raised."""
         streams: list[OutputStream] = []
         try:
             for request in requests:
-                streams.append(backend.submit(request))
+                streams.append(backend.submit(request, wishes))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return cls(streams, heartbeat_s)
+
+    def decisions(self) -> list[Decision | None]:
+        """How each request was routed, as far as that was asked for."""
+        return [stream.decision for stream in self._streams]
 
     async def next_batch(self) -> list[tuple[int, Output]]:
         """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from router.api.metrics import Metrics
 from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
+from router.explain import Decision
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request
@@ -44,10 +46,14 @@ class Choice:
 class Progress:
     """All choices of one job; the only place that changes them. Times are seconds of one monotonic clock."""
 
-    def __init__(self, job: Job, metrics: Metrics, now_s: float) -> None:
+    def __init__(
+        self, job: Job, metrics: Metrics, now_s: float, decisions: Callable[[], list[Decision | None]] = list
+    ) -> None:
+        """`decisions`: how the choices were routed."""
         self.job = job
         self._metrics = metrics
         self._start_s = now_s
+        self._decisions = decisions
         self._keep = not job.stream
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
@@ -138,8 +144,13 @@ class Progress:
         first = [choice.first_s for choice in self.choices if choice.first_s is not None]
         spans = [(choice.last_s - (choice.first_s or 0.0), choice.num_drawn - 1) for choice in self.choices]
         gaps = sum(count for _, count in spans if count > 0)
+        decisions = self._decisions() or [None] * len(self.choices)
+        routed = [None if decision is None else asdict(decision) for decision in decisions]
         return {
-            "choices": [_trace_choice(choice) for choice in self.choices],
+            "choices": [
+                _trace_choice(choice) | {"routing": routing}
+                for choice, routing in zip(self.choices, routed, strict=True)
+            ],
             "ttft_s": min(first) - self._start_s if first else None,
             "tpot_s": sum(span for span, count in spans if count > 0) / gaps if gaps else None,
             "total_s": max(choice.last_s for choice in self.choices) - self._start_s,
