@@ -43,12 +43,13 @@ def promise(outlook: Outlook, line: Line, ttft_scale: float = 1.0) -> Promise | 
     soonest first token counts.
     """
     table, demand = outlook.table, outlook.demand
-    able = table.can_decode & table.is_known & (outlook.ttft_s < inf)
+    soonest_s = outlook.ttft_s
+    able = table.can_decode & table.is_known & (soonest_s < inf)
     if not able.any():
         return None
     in_time = able & (outlook.tpot_s <= demand.tpot_s) if demand.tpot_s else able
     may = in_time if in_time.any() else able
-    ttft_s = np.where(may, outlook.ttft_s, inf)
+    ttft_s = np.where(may, soonest_s, inf)
     row = int(ttft_s.argmin())
     queue_s = _queue_s(outlook, line)
     return Promise(queue_s + float(ttft_s[row]) * ttft_scale, float(outlook.tpot_s[row]), queue_s)

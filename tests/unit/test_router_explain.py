@@ -59,7 +59,9 @@ def test_nobody_is_told_who_has_not_asked() -> None:
 
 def test_a_session_stays_where_it_was_as_long_as_that_is_not_dear() -> None:
     names = [(f"m-{index}", Role.MIXED) for index in range(8)]
-    homes = {explained(Story(*names, policy="session_affinity"), session=session_number(f"s-{n}"))[1] for n in range(60)}
+    homes = {
+        explained(Story(*names, policy="session_affinity"), session=session_number(f"s-{n}"))[1] for n in range(60)
+    }
     assert len(homes) > 5, "sessions spread"
     story, worker = Story(*names, policy="session_affinity"), set()
     for index in range(6):
