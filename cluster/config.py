@@ -19,6 +19,7 @@ from workers.bounds import Delay, Natural, Seconds, Share, Text
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.status import Role
+from workers.trust.config import TlsConfig
 
 MIN_OBJECT_STORE_BYTES = 75 * 2**20
 """Ray refuses less."""
@@ -108,6 +109,7 @@ class ClusterConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     start_timeout_s: Seconds = 180.0
     """Each step of the start must be done within this time."""
     stop_timeout_s: Delay = 10.0

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
 from cluster.console.progress import Progress
+from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -66,6 +67,7 @@ async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
     check_model(config.worker.model)
     check_layout(config.worker)
+    config.tls.check_host(config.worker.host)
     check_gpus(config)
     check_processors(config)
     if config.router.model != config.worker.model:
@@ -91,8 +93,12 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     for stale in await asyncio.to_thread(remove_stale):
         progress.say(f"removed {stale}, which a cluster that was killed had left")
     folder = "" if config.ray.address else folder or make_folder()
+    certificates = ""
     cluster: Cluster | None = None
     try:
+        if needs_certificates(config.tls):
+            certificates = folder or make_folder()
+            config = await asyncio.to_thread(certified, config, certificates)
         session = await _connect(config, folder, progress)
         rearm_signals()
         if session.is_exposed:
@@ -103,6 +109,8 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     finally:
         # Once here, a further cancellation must not leave half of the processes behind.
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
+        if certificates != folder:
+            await asyncio.to_thread(end_local, certificates, 0.0)
 
 
 async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
@@ -150,6 +158,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     # A new cluster starts in its configured roles, and takes work.
     names = [name for name, _ in config.pools.workers]
     await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
+    await publish(store, config)
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
 

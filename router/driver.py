@@ -33,9 +33,10 @@ from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
 from router.stream import RequestStream
 from router.wishes import NO_WISHES, Wishes
-from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
+from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.trust.credentials import Credentials
 from workers.wire.attach import WorkerClient, WorkerLink
 from workers.wire.grpc_client import FINISH_S, GrpcWorkerClient
 
@@ -56,10 +57,13 @@ class RouterDriver:
         router_id: str,
         client: WorkerClient | None = None,
         clock: Callable[[], float] = time.monotonic,
+        credentials: Credentials | None = None,
     ) -> None:
         self._config = config
         self._router_id = router_id
-        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s, clock)
+        self._client = client or GrpcWorkerClient(
+            config.max_pending_messages, config.set_role_timeout_s, clock, credentials
+        )
         self._clock = clock
         self._core = RouterCore(config, make_policy(config))
         self._streams: dict[str, RequestStream] = {}
@@ -146,12 +150,12 @@ class RouterDriver:
 
     async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_role(worker_id, role, force)
-        change = self._client.set_role(entry.address.target, role, entry.generation)
+        change = self._client.set_role(entry.address, role, entry.generation)
         return await self._changed(entry, change, lambda status: status.role is role, f"become {role}")
 
     async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_draining(worker_id, is_draining, force)
-        change = self._client.set_draining(entry.address.target, is_draining)
+        change = self._client.set_draining(entry.address, is_draining)
         what = "drain" if is_draining else "take work again"
         return await self._changed(entry, change, lambda status: status.is_draining is is_draining, what)
 
@@ -244,7 +248,12 @@ class RouterDriver:
 
     async def _read(self, command: Attach) -> None:
         """Carries one worker's frames in until its stream ends."""
-        link = self._client.attach(command.target, self._router_id)
+        try:
+            link = self._client.attach(WorkerAddress(command.worker_id, 0, command.target), self._router_id)
+        except InvalidConfig as error:  # no certificate can carry such an id
+            del self._readers[command.connection]
+            self._handle(WorkerDetached(command.worker_id, command.connection, str(error)))
+            return
         self._links[command.connection] = link
         try:
             async for frame in link.frames():

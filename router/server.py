@@ -22,6 +22,7 @@ from workers.errors import InvalidConfig, Refusal, Refused
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
+from workers.trust.credentials import Credentials
 
 STATUS_TIMEOUT_S = 5.0
 LAST_WORDS_S = 5
@@ -31,8 +32,9 @@ LAST_WORDS_S = 5
 class RouterServer:
     """One router: HTTP in front, workers behind. `set_workers` and `status` may be called from any thread."""
 
-    def __init__(self, config: RouterConfig, router_id: str) -> None:
+    def __init__(self, config: RouterConfig, router_id: str, credentials: Credentials | None = None) -> None:
         self._config = config
+        self._credentials = credentials
         self._router_id = router_id
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,7 +115,7 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
-        driver = RouterDriver(self._config, self._router_id)
+        driver = RouterDriver(self._config, self._router_id, credentials=self._credentials)
         await driver.start()
         draining = Draining()
         app = create_app(driver, tokenizer, self._config.api, draining)

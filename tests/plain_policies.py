@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.policies.policy import Demand
 from router.policies.scorers import AWAY_FROM_HOME_S, LATE, MISSING_BLOCK_S
+from router.policies.turns import drawn
 
 Answer = tuple[int, tuple[int, ...]] | None
 
@@ -169,5 +169,4 @@ class PlainPolicy:
         return decode.row, tuple([*others[first:], *others[:first]][: self.num_prefill])
 
     def at_random(self, seed: int) -> Answer:
-        draw = random.Random(seed)
-        return self.in_turn(draw.getrandbits(32), draw.getrandbits(32))
+        return self.in_turn(drawn(seed, 0), drawn(seed, 1))

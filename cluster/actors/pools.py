@@ -91,7 +91,14 @@ class Pools:
             ray.remote(WorkerActor)
             .options(**options[0])
             .remote(
-                worker_id, config.worker_named(worker_id), role, config.store, config.ray.namespace, factory, secret
+                worker_id,
+                config.worker_named(worker_id),
+                role,
+                config.store,
+                config.ray.namespace,
+                config.tls,
+                factory,
+                secret,
             )
         )
         followers = [
@@ -136,7 +143,7 @@ class Pools:
         return (
             ray.remote(RouterActor)
             .options(**self._options(router_id))
-            .remote(router_id, router, config.store, config.ray.namespace)
+            .remote(router_id, router, config.store, config.ray.namespace, config.tls)
         )
 
     def find(self, name: str) -> Any | None:

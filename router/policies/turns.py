@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
+import xxhash
 
 from router.fleet.worker_table import Flags
 from router.policies.policy import Candidates, Demand, Route, Weighed
@@ -32,16 +31,22 @@ class RandomPolicy:
 
     def __init__(self, max_prefill_candidates: int = 3, seed: int = 0) -> None:
         self._max_prefill_candidates = max_prefill_candidates
-        self._random = random.Random(seed)
+        self._seed = seed
+        self._turn = 0
 
     def route(self, demand: Demand, candidates: Candidates) -> Route | None:
-        if not candidates.decodes.any():
-            return None
-        turns = self._random.getrandbits(32), self._random.getrandbits(32)
-        return _turned(demand, candidates, *turns, self._max_prefill_candidates)
+        turns = drawn(self._seed, 2 * self._turn), drawn(self._seed, 2 * self._turn + 1)
+        route = _turned(demand, candidates, *turns, self._max_prefill_candidates)
+        self._turn += route is not None
+        return route
 
     def weigh(self, demand: Demand, candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
         return _alike(candidates)
+
+
+def drawn(seed: int, place: int) -> int:
+    """The random number at a place of a sequence that a seed names."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{place}".encode())
 
 
 def _turned(demand: Demand, candidates: Candidates, decode_turn: int, prefill_turn: int, most: int) -> Route | None:

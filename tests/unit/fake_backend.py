@@ -262,9 +262,11 @@ class Api:
 
 
 @contextmanager
-def open_api(config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None) -> Iterator[Api]:
-    """Serves the tiny checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
-    backend = FakeBackend(Tokenizer.load(CHECKPOINT))
+def open_api(
+    config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None, checkpoint: Path = CHECKPOINT
+) -> Iterator[Api]:
+    """Serves a checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
+    backend = FakeBackend(Tokenizer.load(checkpoint))
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with (
         serve(backend, config, http) as url,

@@ -84,7 +84,12 @@ class Pool:
     """One namespace: a cluster of its own in the shared Ray."""
 
     def __init__(self) -> None:
-        flags = {"worker.model": str(MODEL), "ray.namespace": uuid.uuid4().hex, "store.lease_ttl_s": 3.0}
+        flags = {
+            "worker.model": str(MODEL),
+            "ray.namespace": uuid.uuid4().hex,
+            "store.lease_ttl_s": 3.0,
+            "tls.mode": "off",
+        }
         self.config: ClusterConfig = load_config(None, {**flags, "router.port": 0})
         self.pools = Pools(self.config)
         self.store_host = self.pools.create_store_host()

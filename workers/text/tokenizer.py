@@ -37,6 +37,7 @@ class Tokenizer:
         """`special_tokens` are the names templates may use, such as bos_token. Raises InvalidConfig for an unknown decoder."""
         self._backend = backend
         self._special_tokens = dict(special_tokens)
+        self._sources = dict(chat_templates)
         environment = _template_environment()
         try:
             self._templates = {name: environment.from_string(source) for name, source in chat_templates.items()}
@@ -110,6 +111,20 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
+
+    def chat_template(self, with_tools: bool) -> str:
+        """The source of the template that a conversation is rendered by; empty without one."""
+        return (self._sources.get("tool_use") if with_tools else None) or self._sources.get("default", "")
+
+    def hides(self, texts: Iterable[str]) -> bool:
+        """Whether one of these texts is a special token, which decoding may leave out."""
+        ids = (self._backend.token_to_id(text) for text in texts)
+        return any(token_id in self._special_ids for token_id in ids if token_id is not None)
+
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for exactly this text; None where there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id
 
     def render_chat(
         self,
