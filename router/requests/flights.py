@@ -82,20 +82,17 @@ class Flights:
     # ---- arrival ----
 
     def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
-        rejection = self._rejection_of(request)
+        flight = Flight(request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._with_defaults(wishes))
+        rejection = self._rejection_of(request) or self._out_of_reach(flight, now)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
             self._out.append(rejection)
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        wishes = self._with_defaults(wishes)
-        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
         self._hash(flight)
         self._flights[request.request_id] = flight
         self._enqueue(flight)
-        if self._config.admission == "strict" and (wishes.ttft_s or wishes.tpot_s):
-            self._check_targets(flight, now)
 
     def _enqueue(self, flight: Flight, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
@@ -109,20 +106,19 @@ class Flights:
             self._queue.remove(flight.request.request_id)
             self._waiting_tokens -= len(flight.request.prompt_token_ids)
 
-    def _check_targets(self, flight: Flight, now: float) -> None:
-        """Refuses a request that has just come, when its targets are out of reach."""
-        tokens = self._waiting_tokens - len(flight.request.prompt_token_ids)
-        line = Line(len(self._queue) - 1, tokens * self._dispatcher.uncached_share, self._finished.per_s(now))
-        expected = self._dispatcher.promise(flight, line, now)
-        miss = expected.miss(flight.wishes.ttft_s, flight.wishes.tpot_s) if expected is not None else ""
+    def _out_of_reach(self, flight: Flight, now: float) -> Reject | None:
+        """Why a request with targets is refused at its arrival, where that is wanted: they cannot be met."""
+        wishes = flight.wishes
+        if self._config.admission != "strict" or not (wishes.ttft_s or wishes.tpot_s):
+            return None
+        self._hash(flight)
+        tokens = self._waiting_tokens * self._dispatcher.uncached_share
+        expected = self._dispatcher.promise(flight, Line(len(self._queue), tokens, self._finished.per_s(now)), now)
+        miss = expected.miss(wishes.ttft_s, wishes.tpot_s) if expected is not None else ""
         if expected is None or not miss:
-            return
-        retry_s = max(1.0, expected.ttft_s - flight.wishes.ttft_s)
-        self._counters[f"rejected_{Refusal.TARGET_MISSED}"] += 1
-        self._dequeue(flight)
-        del self._flights[flight.request.request_id]
-        self._counters["requests"] -= 1
-        self._out.append(Reject(flight.request.request_id, Refusal.TARGET_MISSED, miss, retry_after_s=retry_s))
+            return None
+        retry_s = max(1.0, expected.ttft_s - wishes.ttft_s)
+        return Reject(flight.request.request_id, Refusal.TARGET_MISSED, miss, retry_after_s=retry_s)
 
     def _with_defaults(self, wishes: Wishes) -> Wishes:
         ttft_s, tpot_s = wishes.ttft_s or self._config.ttft_target_s, wishes.tpot_s or self._config.tpot_target_s
