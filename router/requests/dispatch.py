@@ -198,8 +198,9 @@ class Dispatcher:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
         age_s = now - flight.arrived_s
         due_s = 0.0
-        if self._first_token_deadline_s and not flight.is_started:
-            due_s = max(1e-3, self._first_token_deadline_s - age_s)
+        bounds = [bound_s for bound_s in (self._first_token_deadline_s, flight.wishes.ttft_s) if bound_s]
+        if bounds and not flight.is_started:
+            due_s = max(1e-3, min(bounds) - age_s)
         return max(1e-3, self._request_timeout_s - age_s), due_s
 
     def note_answer(self, flight: Flight, output: Output, now: float) -> None:
