@@ -108,6 +108,11 @@ class RouterDriver:
     def is_ready(self) -> bool:
         return self._core.fleet.can_decode
 
+    async def wait_ready(self) -> None:
+        """Until some worker can decode. Without an end where none comes."""
+        while not self.is_ready():
+            await self._status_changed.wait()
+
     def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> RequestStream:
         name = request.request_id
         if name in self._streams:

@@ -241,15 +241,25 @@ class WorkerActor(Actor):
 
 
 class RouterActor(Actor):
-    """One router, told of every change of membership. After a crash it is back on the same port."""
+    """One router, told of every change of membership. After a crash it is back on the same port.
+
+    With `held_ports` (see cluster.actors.held_ports) its port stays open meanwhile.
+    """
 
     vital_thread = ("router-",)
 
     def __init__(
-        self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str, tls: TlsConfig
+        self,
+        router_id: str,
+        config: RouterConfig,
+        store: StoreConfig,
+        namespace: str,
+        tls: TlsConfig,
+        held_ports: str = "",
     ) -> None:
         self._tls = tls
         self._config, self._store_config, self._namespace = config, store, namespace
+        self._held_ports = held_ports
         self._router: Any = None
         self._store: Store | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -275,8 +285,11 @@ class RouterActor(Actor):
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
+        fetch = importlib.import_module("cluster.actors.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
-        router = make(self._config, self._name, credentials_of(self._tls, parties.router(self._name)))
+        listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
+        credentials = credentials_of(self._tls, parties.router(self._name))
+        router = make(self._config, self._name, credentials, listener)
         self._router = router
         url = await router.start()
         self._started.set_result(url)

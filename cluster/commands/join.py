@@ -45,12 +45,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_worker(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
     from cluster.identity.folder import members
-    from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
+    from cluster.preflight import check_cache_folder, check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
 
     config = config_from(args)
     check_model(config.worker.model)
     check_disk_tier(config.worker, 1)
+    check_cache_folder(config.worker)
     check_layout(config.worker)
     check_gpus(config)
     if args.worker_host:
@@ -88,19 +89,23 @@ async def _attach(
     from cluster.actors.pools import Pools
     from cluster.commands.watching import tell_changes
     from cluster.identity.local import join, needs_certificates
-    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready, with_secret
     from cluster.preflight import check_store
     from cluster.ray_session.failures import told
     from cluster.ray_session.joining import join_ray
     from cluster.ray_session.local import LOOPBACK
+    from cluster.ray_session.running import with_ray
     from cluster.store.host import STORE_HOST_NAME
     from cluster.store.open import open_store
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):
-        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace)
+        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace, config.ray.token_file)
         session = await bounded(joining, config.start_timeout_s, f"Ray at {config.ray.address} did not answer")
     rearm_signals()
+    if config.store.url != "memory" and not config.store.secret_file:
+        known = with_ray(session.address)
+        config = with_secret(config, known.secret_file if known else "")
     if config.worker.host == LOOPBACK:
         config = replace(config, worker=replace(config.worker, host=session.node_ip))
     pools = Pools(config, here=True)
