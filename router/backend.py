@@ -46,7 +46,7 @@ class OutputStream(Protocol):
         ...
 
     def take(self, wake: Callable[[], None]) -> Output | None:
-        """What waits, as one output. None: nothing does; `wake` is then called once, when something does.
+        """What waits, as one output. None: nothing does. `wake` is called once when there is more, until the end has been taken.
 
         Raises what ended the stream before its time.
         """
