@@ -102,7 +102,8 @@ async def test_each_fault_is_a_span_that_says_how_it_was_answered(exporter: InMe
 def test_the_request_span_takes_its_clients_trace_and_hands_it_on(exporter: InMemorySpanExporter) -> None:
     tokenizer = Tokenizer.load(str(CHECKPOINT))
     backend = FakeBackend(tokenizer)
-    client = TestClient(create_app(backend, tokenizer, ApiConfig()))
+    app = create_app(backend, tokenizer, ApiConfig())
+    client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 50_000))
     body = {"model": "ernie", "prompt": "hello", "max_tokens": 2}
     seen: list[str] = []
     submit = backend.submit
