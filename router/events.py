@@ -89,7 +89,7 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendMessage:
     worker_id: str
     connection: int
     message: Submit | Cancel | Adopt | DumpRequest
@@ -120,4 +120,4 @@ class Explain:
     decision: Decision
 
 
-Command = Attach | Detach | Send | Deliver | Reject | Explain
+Command = Attach | Detach | SendMessage | Deliver | Reject | Explain

@@ -10,17 +10,16 @@ from collections import Counter
 from dataclasses import replace
 
 from router.config import RouterConfig
-from router.events import Command, Deliver, Explain, Reject, Send
+from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.forecast.pace import Pace
 from router.forecast.promise import Line
 from router.policies.policy import Route
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
+from router.requests.in_flight import InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy
 from router.requests.migrations import Migrations
-from router.requests.progress import Flight, Incoming, Mismatch
-from router.requests.retry import RetryPolicy
 from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
@@ -28,7 +27,7 @@ from workers.request import FinishReason, Output, Request
 from workers.wire.attach import Cancel
 
 
-class Flights:
+class InFlightRequests:
     """All requests that have not ended. Appends its commands to `out`, its surprises to `counters`."""
 
     def __init__(
@@ -42,8 +41,8 @@ class Flights:
         self._dispatcher = dispatcher
         self._out = out
         self._counters = counters
-        self._flights: dict[str, Flight] = {}
-        self._attempts: dict[str, Flight] = {}
+        self._flights: dict[str, InFlightRequest] = {}
+        self._attempts: dict[str, InFlightRequest] = {}
         self._queue = AdmissionQueue(config.max_queue)
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
@@ -53,7 +52,7 @@ class Flights:
         """By worker whose stream is lost: the attempts that may still run there, with their requests."""
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
-        self._blocked: Flight | None = None
+        self._blocked: InFlightRequest | None = None
         """It goes next, and nobody took it when it was last tried."""
         self._hashed: tuple[tuple[int, ...], int] = ((), 0)
         self._hashes: list[int] = []
@@ -75,14 +74,16 @@ class Flights:
     def num_running(self) -> int:
         return len(self._attempts)
 
-    def running_on(self, entry: WorkerEntry) -> list[Flight]:
+    def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
         return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
 
     # ---- arrival ----
 
     def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
-        flight = Flight(request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._with_defaults(wishes))
+        flight = InFlightRequest(
+            request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._with_defaults(wishes)
+        )
         rejection = self._rejection_of(request) or self._out_of_reach(flight, now)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
@@ -94,19 +95,19 @@ class Flights:
         self._flights[request.request_id] = flight
         self._enqueue(flight)
 
-    def _enqueue(self, flight: Flight, ready_s: float = 0.0) -> None:
+    def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
         due_s = flight.arrived_s + flight.wishes.ttft_s if flight.wishes.ttft_s else patient_until_s
         name, priority = flight.request.request_id, flight.request.priority
         self._queue.push(name, priority, flight.order, ready_s, due_s, patient_until_s)
         self._waiting_tokens += len(flight.request.prompt_token_ids)
 
-    def _dequeue(self, flight: Flight) -> None:
+    def _dequeue(self, flight: InFlightRequest) -> None:
         if flight.request.request_id in self._queue:
             self._queue.remove(flight.request.request_id)
             self._waiting_tokens -= len(flight.request.prompt_token_ids)
 
-    def _out_of_reach(self, flight: Flight, now: float) -> Reject | None:
+    def _out_of_reach(self, flight: InFlightRequest, now: float) -> Reject | None:
         """Why a request with targets is refused at its arrival, where that is wanted: they cannot be met."""
         wishes = flight.wishes
         if self._config.admission != "strict" or not (wishes.ttft_s or wishes.tpot_s):
@@ -128,7 +129,7 @@ class Flights:
             else replace(wishes, ttft_s=ttft_s, tpot_s=tpot_s)
         )
 
-    def _hash(self, flight: Flight) -> None:
+    def _hash(self, flight: InFlightRequest) -> None:
         """The choices of a client's request come one after another with the same prompt: it is hashed once."""
         model, prompt = self._fleet.model, flight.request.prompt_token_ids
         if model is None or flight.block_size == model.block_size:
@@ -211,7 +212,7 @@ class Flights:
             self._counters[f"routed_by_{route.reason}"] += 1
             self._counters["routed_remote_prefill" if route.prefill else "routed_local_prefill"] += 1
 
-    def _is_hopeless(self, flight: Flight, route: Route, now: float) -> bool:
+    def _is_hopeless(self, flight: InFlightRequest, route: Route, now: float) -> bool:
         """It was promised a first token in time, and none can come in time any more: no work is spent on it."""
         ttft_s = flight.wishes.ttft_s
         if self._config.admission != "strict" or not ttft_s or not route.ttft_s or flight.num_attempts:
@@ -253,14 +254,14 @@ class Flights:
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
 
-    def _leave(self, flight: Flight, now: float) -> None:
+    def _leave(self, flight: InFlightRequest, now: float) -> None:
         """The worker has handed the sequence over and says no more of it."""
         if flight.incoming is not None:
             self.migrations.switch(flight, now)
         else:
             self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
 
-    def _go_on(self, flight: Flight, incoming: Incoming, now: float) -> None:
+    def _go_on(self, flight: InFlightRequest, incoming: MigrationAttempt, now: float) -> None:
         """The second attempt is the running one; its outputs so far follow."""
         self._end_attempt(flight)
         flight.go_on(incoming)
@@ -269,7 +270,7 @@ class Flights:
         for output in incoming.buffered:
             self.take(output, incoming.worker_id, now)
 
-    def _deliver(self, flight: Flight, output: Output, now: float) -> None:
+    def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
@@ -284,7 +285,7 @@ class Flights:
 
     # ---- trouble ----
 
-    def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
+    def lose_worker(self, worker_id: str, running: list[InFlightRequest], message: str, now: float) -> None:
         """A worker's stream is gone, and with it what was `running` there."""
         left = {flight.wire_id: flight.request.request_id for flight in running} | self.migrations.lose_worker(
             worker_id, now
@@ -318,7 +319,7 @@ class Flights:
         """Nobody wants what may still run there."""
         entry = self._fleet.get(worker_id)
         if entry is not None and entry.connection is not None:
-            self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(wire_id)))
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -347,9 +348,9 @@ class Flights:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
                 self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
 
-    def _too_old(self, now: float) -> list[Flight]:
+    def _too_old(self, now: float) -> list[InFlightRequest]:
         """They are kept in the order in which they arrived, so those that live too long come first."""
-        old: list[Flight] = []
+        old: list[InFlightRequest] = []
         for flight in self._flights.values():
             self.num_visited += 1
             if now - flight.arrived_s <= self._config.request_timeout_s:
@@ -364,7 +365,7 @@ class Flights:
             self._cancel_attempt(flight)
             self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down", now)
 
-    def _set_back(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+    def _set_back(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
         """An attempt has failed: runs the request again, or gives it up."""
         if flight.incoming is not None and flight.incoming.buffered:
             self.migrations.switch(flight, now)  # it had moved just in time
@@ -380,7 +381,7 @@ class Flights:
         flight.queued_s = now
         self._enqueue(flight, now + delay_s)
 
-    def _fail(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+    def _fail(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
         """Ends a request for good with an error."""
         self._counters[f"failed_{refusal}"] += 1
         name, position = flight.request.request_id, len(flight.delivered)
@@ -388,20 +389,20 @@ class Flights:
         self._out.append(Deliver(error))
         self._forget(flight, now)
 
-    def _cancel_attempt(self, flight: Flight) -> None:
+    def _cancel_attempt(self, flight: InFlightRequest) -> None:
         entry = self._fleet.get(flight.worker_id)
         if flight.wire_id and entry is not None and entry.connection is not None:
-            self._out.append(Send(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
         self._end_attempt(flight)
 
-    def _end_attempt(self, flight: Flight) -> None:
+    def _end_attempt(self, flight: InFlightRequest) -> None:
         if flight.wire_id:
             del self._attempts[flight.wire_id]
             self._dispatcher.release(flight)
             self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
-    def _forget(self, flight: Flight, now: float) -> None:
+    def _forget(self, flight: InFlightRequest, now: float) -> None:
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
         if flight.left is not None:
