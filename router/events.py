@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.explain import Decision
+from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import Output, Request

@@ -26,7 +26,7 @@ from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
 from router.config import ApiConfig
-from router.explain import route_of
+from router.policies.explain import route_of
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from router.backend import Backend, OutputStream
-from router.explain import Decision
+from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request

@@ -9,15 +9,15 @@ import xxhash
 
 from router.config import RouterConfig
 from router.events import SendMessage
-from router.explain import Decision, explain
 from router.fleet.fleet import Fleet
 from router.fleet.prefix_index import Prefixes, PrefixIndex
 from router.fleet.worker_entry import Charge, WorkerEntry
 from router.fleet.worker_table import ANYTHING, Flags
 from router.forecast.forecasts import Forecasts
-from router.forecast.promise import Line, Promise, promise
+from router.policies.explain import Decision, explain
 from router.policies.outlook import Outlook
 from router.policies.policy import Candidates, Demand, Policy, Route
+from router.policies.promise import Line, Promise, promise
 from router.requests.in_flight import InFlightRequest
 from workers.errors import InvariantViolated
 from workers.request import Output

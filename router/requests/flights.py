@@ -14,8 +14,8 @@ from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
 from router.forecast.pace import Pace
-from router.forecast.promise import Line
 from router.policies.policy import Route
+from router.policies.promise import Line
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy

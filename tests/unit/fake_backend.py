@@ -18,10 +18,10 @@ import openai
 from router.api.app import create_app
 from router.backend import RouterStatus, WorkerView
 from router.config import ApiConfig, HttpConfig
-from router.explain import Decision
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
 from router.http_server import HttpServer
+from router.policies.explain import Decision
 from router.policies.policy import Reason
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidRequest

@@ -10,8 +10,8 @@ from fake_backend import Api, open_api
 from router_story import GENERATION, MIXED, MODEL, Story, request, the_submit
 
 from router.events import Explain, RequestArrived
-from router.explain import MAX_CANDIDATES, Decision, route_of
 from router.policies.catalogue import POLICIES
+from router.policies.explain import MAX_CANDIDATES, Decision, route_of
 from router.policies.policy import Reason
 from router.wishes import Wishes, session_number
 from workers.kv_cache.block_hash import block_hashes
