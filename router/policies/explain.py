@@ -12,7 +12,7 @@ MAX_CANDIDATES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Option:
     """One worker. `costs` are named after the parts of the policy, in seconds but for those that count."""
 
     worker_id: str
@@ -39,8 +39,8 @@ class Decision:
     tpot_s: float
     num_decode_candidates: int
     num_prefill_candidates: int
-    decode: tuple[Candidate, ...]
-    prefill: tuple[Candidate, ...]
+    decode: tuple[Option, ...]
+    prefill: tuple[Option, ...]
 
 
 def explain(
@@ -68,12 +68,12 @@ def explain(
     )
 
 
-def _best(ids: Sequence[str], weighed: Sequence[Weighed], chosen: tuple[int, ...]) -> tuple[Candidate, ...]:
+def _best(ids: Sequence[str], weighed: Sequence[Weighed], chosen: tuple[int, ...]) -> tuple[Option, ...]:
     places = {row: place for place, row in enumerate(chosen)}
     last = len(places)
     ranked = sorted(weighed, key=lambda w: (places.get(w.row, last), not w.is_kept, w.cost))[:MAX_CANDIDATES]
     return tuple(
-        Candidate(
+        Option(
             worker_id=ids[candidate.row],
             cost=candidate.cost,
             costs={part.name: part.cost for part in candidate.parts},

@@ -28,7 +28,7 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class WaitingLine:
     """What waits in the router's queue: requests, the prompt tokens that have to be computed for them, and how often a slot comes free."""
 
     num_requests: int = 0
@@ -36,7 +36,7 @@ class Line:
     finished_per_s: float = 0.0
 
 
-def promise(outlook: Outlook, line: Line, ttft_scale: float = 1.0) -> Promise | None:
+def promise(outlook: Outlook, line: WaitingLine, ttft_scale: float = 1.0) -> Promise | None:
     """For one request behind `line`. None: nothing has been measured, or nobody decodes.
 
     `ttft_scale`: measured first tokens over foretold ones. Of the workers that would keep the request's tpot the one with the
@@ -55,7 +55,7 @@ def promise(outlook: Outlook, line: Line, ttft_scale: float = 1.0) -> Promise | 
     return Promise(queue_s + float(ttft_s[row]) * ttft_scale, float(outlook.tpot_s[row]), queue_s)
 
 
-def _queue_s(outlook: Outlook, line: Line) -> float:
+def _queue_s(outlook: Outlook, line: WaitingLine) -> float:
     """Until those before it have gone to workers: as fast as prompts are computed, and as slots come free."""
     if not line.num_requests:
         return 0.0

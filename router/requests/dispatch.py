@@ -17,7 +17,7 @@ from router.forecast.forecasts import Forecasts
 from router.policies.explain import Decision, explain
 from router.policies.outlook import Outlook
 from router.policies.policy import Candidates, Demand, Policy, Route
-from router.policies.promise import Line, Promise, promise
+from router.policies.promise import Promise, WaitingLine, promise
 from router.requests.in_flight import InFlightRequest
 from workers.errors import InvariantViolated
 from workers.request import Output
@@ -69,7 +69,7 @@ class Dispatcher:
         weighed = self._policy.weigh(demand, candidates)
         return explain(self._policy_name, self._fleet.table.ids, route, now - flight.arrived_s, *weighed)
 
-    def promise(self, flight: InFlightRequest, line: Line, now: float) -> Promise | None:
+    def promise(self, flight: InFlightRequest, line: WaitingLine, now: float) -> Promise | None:
         """What can be promised to a request that has just come, behind `line`; None: nothing was measured yet."""
         demand = self._demand(flight, now)
         candidates, _, _ = self._candidates(flight, demand)

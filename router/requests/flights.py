@@ -15,7 +15,7 @@ from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
 from router.forecast.pace import Pace
 from router.policies.policy import Route
-from router.policies.promise import Line
+from router.policies.promise import WaitingLine
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy
@@ -114,7 +114,9 @@ class InFlightRequests:
             return None
         self._hash(flight)
         tokens = self._waiting_tokens * self._dispatcher.uncached_share
-        expected = self._dispatcher.promise(flight, Line(len(self._queue), tokens, self._finished.per_s(now)), now)
+        expected = self._dispatcher.promise(
+            flight, WaitingLine(len(self._queue), tokens, self._finished.per_s(now)), now
+        )
         miss = expected.miss(wishes.ttft_s, wishes.tpot_s) if expected is not None else ""
         if expected is None or not miss:
             return None
