@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from router.backend import Backend, RouterStatus
+from workers.config import BEST_FIRST
 from workers.handoff.protocol.choices import Way
 from workers.request import HandoffReport
-from workers.config import BEST_FIRST
 
 _API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
 _ENDPOINTS = frozenset((*_API_PATHS, "/health", "/ready", "/version", "/metrics"))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running_workers import CONFIG, Attached, idle, running
 
-from router.requests.in_flight import Flight, Mismatch
+from router.requests.in_flight import InFlightRequest, Mismatch
 from workers.errors import InvalidRequest, Refusal, TransferFailed, WorkerLost
 from workers.handoff.protobuf import down_from_pb, down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import (
@@ -27,13 +27,13 @@ from workers.handoff.protocol.messages import (
     HandoffAccepted,
     Offer,
     OpenHandoff,
-    Prefix,
     PrefixDone,
-    Running,
+    PrefixSubject,
+    RunningSubject,
     SequenceMoved,
 )
 from workers.handoff.protocol.source_session import Filled
-from workers.handoff.protocol.target_session import Closed, Connected, Fail, Send, TargetSession
+from workers.handoff.protocol.target_session import Closed, Connected, Fail, SendDown, TargetSession
 from workers.kv_memory.memory import JoinedKvMemory, KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
@@ -99,8 +99,8 @@ def test_a_frame_that_makes_no_sense_is_refused_as_it_is_read(what: str) -> None
 
 
 def test_an_output_that_no_worker_can_mean_is_not_given_to_the_client() -> None:
-    def flight() -> Flight:
-        return Flight(make_request([1, 2], 4), 0, 0.0, 0.0)
+    def flight() -> InFlightRequest:
+        return InFlightRequest(make_request([1, 2], 4), 0, 0.0, 0.0)
 
     assert isinstance(flight().accept(Output("r", 0, (1, 2, 3, 4))), Output)
     assert flight().accept(Output("r", 0, (1,) * 5)) is Mismatch.IMPOSSIBLE
@@ -172,7 +172,7 @@ async def test_a_worker_gets_handoffs_and_kv_in_its_own_name_only() -> None:
     await server.start()
     try:
         for claimed, reason in (("decode-1", "own name"), ("decode-2", "")):
-            opening = replace(_opening(Running("r")), target=WorkerAddress(claimed, 1, "127.0.0.1:1"))
+            opening = replace(_opening(RunningSubject("r")), target=WorkerAddress(claimed, 1, "127.0.0.1:1"))
             envelope = Sealer().seal(down_to_pb("t", 1, opening))
             async with open_channel(address.target, HANDOFF_CHANNEL, other, worker("decode-0")) as channel:
                 call = channel.stream_stream(
@@ -213,9 +213,9 @@ def _opening(subject: Any, num_blocks: int = 4) -> OpenHandoff:
 @pytest.mark.parametrize(
     ("subject", "done"),
     [
-        (Running("r"), SequenceMoved((1,), 65, 1)),
-        (Running("r"), SequenceMoved((1,), 10**9, 4)),
-        (Prefix((1, 2)), PrefixDone(4, 0)),
+        (RunningSubject("r"), SequenceMoved((1,), 65, 1)),
+        (RunningSubject("r"), SequenceMoved((1,), 10**9, 4)),
+        (PrefixSubject((1, 2)), PrefixDone(4, 0)),
     ],
 )
 def test_a_sender_that_counts_blocks_which_did_not_travel_is_given_up(subject: Any, done: Any) -> None:
@@ -224,7 +224,7 @@ def test_a_sender_that_counts_blocks_which_did_not_travel_is_given_up(subject: A
     session.handle(HandoffAccepted((Offer("shm", b""),), LAYOUT, "h"), 0.0)
     session.handle(Connected(0), 0.0)
     (told, _) = session.handle(done, 0.0)
-    assert told == Send(CancelHandoff("the sender counts other blocks than pieces"))
+    assert told == SendDown(CancelHandoff("the sender counts other blocks than pieces"))
     assert [type(command) for command in session.handle(Closed(), 0.0)] == [Fail]
 
 
