@@ -22,10 +22,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from workers.instruction_sets import InstructionSet, supported  # noqa: E402
-from workers.kv_transfer.native.library import CHECKSUM  # noqa: E402
+from workers.kv_memory.native.library import CHECKSUM  # noqa: E402
+from workers.machine.instruction_sets import InstructionSet, supported  # noqa: E402
+from workers.machine.native_build import COMPILERS, BuildFailed, NativeSource, run_compiler  # noqa: E402
 from workers.model.native.build import KERNELS  # noqa: E402
-from workers.native_build import COMPILERS, BuildFailed, NativeSource, run_compiler  # noqa: E402
 
 SOURCES = (KERNELS, CHECKSUM)
 MACHINES = ("x86_64", "aarch64")

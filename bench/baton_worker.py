@@ -16,15 +16,15 @@ import torch
 from json_worker import serve
 from workloads import MAX_LEN, SHORT_POOL_TOKENS
 
-from workers import native_build
 from workers.config import WorkerConfig
-from workers.engine import Engine
-from workers.loaded import Checkpoint
-from workers.model.ernie_config import ErnieConfig
+from workers.engine.engine import Engine
+from workers.machine import native_build
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.loaded import Checkpoint
 from workers.request import Request, SamplingParams
 from workers.runner import Batch, LayerHook, Runner, Sampled
-from workers.sampling.output import Detokenizer
 from workers.status import ModelInfo
+from workers.text.output import Detokenizer
 from workers.worker import make_engine
 
 NOISE_STEP = 8209
@@ -194,7 +194,7 @@ def _kv_bytes_per_token(path: str, dtype: str) -> int:
 def library_origins(maps: str) -> list[str]:
     """Whether each library of C++ kernels in a process's memory map lies in the package or was compiled on this machine."""
     paths = {line.split()[-1] for line in maps.splitlines() if line.endswith(".so")}
-    folder = str(Path(native_build.__file__).parent) + "/"
+    folder = str(Path(native_build.__file__).parents[1]) + "/"
     return [
         f"{path.rsplit('/', 1)[1].split('-')[0]} {'built ahead' if path.startswith(folder) else 'compiled at first use'}"
         for path in sorted(paths)

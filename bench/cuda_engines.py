@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.cuda.device_pool import DevicePool
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.runner import CudaRunner, as_current
-from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import kv_layout
+from workers.model.decoder.kv_tensors import kv_layout
 from workers.request import SamplingParams
 from workers.runner import BLOCK_SIZE, Batch, SampleSpec, SequenceSlice
 from workers.status import ModelInfo

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ COLUMNS = ("what", "size", "baton tokens/s", "of limit", "transformers tokens/s"
 
 
 def model_config(tiny: bool, max_len: int) -> Any:
-    from workers.model.ernie_config import ErnieConfig, MoeConfig
+    from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 
     num_experts, num_choices, width = (4, 2, 16) if tiny else (64, 6, 1536)
     dimensions = TINY if tiny else ERNIE_21B

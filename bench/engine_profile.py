@@ -36,7 +36,7 @@ from workloads import DECODE_PROMPT, MAX_LEN, SHORT_POOL_TOKENS  # noqa: E402
 from workers.model.native.library import Library  # noqa: E402
 from workers.runner import Runner  # noqa: E402
 from workers.scheduler.scheduler import Scheduler  # noqa: E402
-from workers.tokenizer import IncrementalDetokenizer  # noqa: E402
+from workers.text.tokenizer import IncrementalDetokenizer  # noqa: E402
 
 PERF_HZ = 1000
 MAX_STEPS = 500

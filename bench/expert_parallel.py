@@ -203,7 +203,7 @@ def measure_recovery(folder: Path, native: bool, kill: int, heartbeat_s: float) 
 
 def measure_balance(folder: Path, native: bool) -> dict[str, Any]:
     """Max over mean of the ranks' load before and after a rebalancing, on a skewed load measured by the ranks."""
-    from workers.model.expert_placement import imbalance
+    from workers.model.parallel.expert_placement import imbalance
 
     ranks = Ranks(folder, native, expert_parallel=4, redundant_experts=8)
     try:
@@ -248,11 +248,11 @@ def _load_share(folder: str, native: bool, size: int, queue: Any) -> None:
     import torch
 
     from workers.config import ParallelConfig, WorkerConfig
-    from workers.model.collectives import Links
-    from workers.model.ernie_config import ErnieConfig
-    from workers.model.layers import Linear
-    from workers.model.parallel import Layout
-    from workers.model.rank_runner import initial_placement, load_rank, share_bytes
+    from workers.model.checkpoint.ernie_config import ErnieConfig
+    from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
+    from workers.model.decoder.layers import Linear
+    from workers.model.parallel.collectives import Links
+    from workers.model.parallel.layout import Layout
 
     config = WorkerConfig(
         model=folder, dtype="bfloat16", max_model_len=64, kv_memory_bytes=1 << 20, native=native,
@@ -359,7 +359,7 @@ def print_steps(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure_single(folder: Path, native: bool, batch: int, steps: int) -> dict[str, Any]:
     from workers.config import WorkerConfig
-    from workers.model.torch_runner import TorchRunner
+    from workers.model.cpu.runner import TorchRunner
 
     runner = TorchRunner.load(
         WorkerConfig(model=str(folder), dtype="bfloat16", max_model_len=1024, kv_memory_bytes=64 << 20, native=native)

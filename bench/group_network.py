@@ -86,9 +86,9 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
 
     from workers.group.memory import take_heads
     from workers.group.runner import GroupRunner
-    from workers.loaded import Checkpoint
-    from workers.model.torch_runner import TorchRunner
-    from workers.tokenizer import Tokenizer
+    from workers.model.cpu.runner import TorchRunner
+    from workers.model.loaded import Checkpoint
+    from workers.text.tokenizer import Tokenizer
     from workers.worker import make_engine
 
     torch.set_num_threads(1)

@@ -26,14 +26,9 @@ import grpc
 from machine_facts import machine_facts
 
 from workers.config import WorkerConfig
-from workers.grpc_options import HANDOFF_CHANNEL, SERVER
-from workers.handoff.source import Export, Feed
-from workers.handoff.transfers import Transfers
-from workers.handoff.wire import down_from_pb, down_to_pb, then_to_pb, up_from_pb, up_to_pb
-from workers.identity import Identity
-from workers.kv_transfer.copier import describe_pieces, verify_pieces
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.messages import (
+from workers.handoff.copier import describe_pieces, verify_pieces
+from workers.handoff.protobuf import down_from_pb, down_to_pb, then_to_pb, up_from_pb, up_to_pb
+from workers.handoff.protocol.messages import (
     HandoffAccepted,
     KvPieces,
     Offer,
@@ -43,16 +38,21 @@ from workers.kv_transfer.messages import (
     ReleaseHandoff,
     UseTransport,
 )
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import Described, Filled, SendPieces, Sent, SourceSession
-from workers.kv_transfer.target import Collect, Collected, Connected, Land, TargetSession
-from workers.kv_transfer.transports.factory import make_transports
+from workers.handoff.protocol.source_session import Described, Filled, SendPieces, Sent, SourceSession
+from workers.handoff.protocol.target_session import Collect, Collected, Connected, Land, TargetSession
+from workers.handoff.source_driver import Export, Feed
+from workers.handoff.transfers import Transfers
+from workers.identity import Identity
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
 from workers.status import Role, WorkerAddress
-from workers.wire_seal import Sealer, Unsealer
+from workers.transports.factory import make_transports
+from workers.wire.grpc_options import HANDOFF_CHANNEL, SERVER
+from workers.wire.seal import Sealer, Unsealer
 
 FLOOR = "baton.bench.Floor"
 HOST = "127.0.0.1"

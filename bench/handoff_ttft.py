@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from machine_facts import machine_facts
 
-from workers.client import Submit, WorkerLink
 from workers.config import WorkerConfig
-from workers.grpc_client import GrpcWorkerClient
-from workers.kv_transfer.checksum import checksums
+from workers.kv_memory.checksum import checksums
 from workers.request import HandoffReport, Request, SamplingParams
 from workers.status import Role, WorkerAddress
+from workers.wire.attach import Submit, WorkerLink
+from workers.wire.grpc_client import GrpcWorkerClient
 from workers.worker import Worker
 
 TRANSPORTS = ("shm", "tcp")

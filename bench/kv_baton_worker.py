@@ -15,13 +15,13 @@ from typing import Any
 import grpc
 import kv_lines
 
-from workers.kv_transfer.checksum import checksums
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.transport import Channel, IncomingPiece, OutgoingPiece, Transport
-from workers.kv_transfer.transports.factory import make_transports
-from workers.kv_transfer.transports.grpc_stream import GrpcTransport
+from workers.kv_memory.checksum import checksums
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.status import WorkerAddress
+from workers.transports.contract import Channel, IncomingPiece, OutgoingPiece, Transport
+from workers.transports.factory import make_transports
+from workers.transports.grpc_stream import GrpcTransport
 
 LAYOUTS = {
     "bulk": KvLayout(256, 16, 2, 64, 128, "bfloat16", 2),

@@ -24,13 +24,13 @@ from machine_facts import ForeignLoad, machine_facts
 from model_shapes import SHAPES
 from random_checkpoints import random_checkpoint
 
-from workers.client import Submit, WorkerLink
 from workers.config import WorkerConfig
-from workers.grpc_client import GrpcWorkerClient
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
 from workers.status import PrefixHint, Role, WorkerAddress
+from workers.wire.attach import Submit, WorkerLink
+from workers.wire.grpc_client import GrpcWorkerClient
 from workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent

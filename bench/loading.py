@@ -21,12 +21,12 @@ import torch
 from model_shapes import SHAPES
 from random_checkpoints import random_checkpoint
 
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
 from workers.model.native.build import build
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
 from workers.model.native.packed import PackedFile
-from workers.model.weights import Checkpoint
 
 
 def load(folder: Path, num_threads: int, packed_folder: Path) -> dict[str, float]:

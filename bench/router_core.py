@@ -31,14 +31,14 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
 from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, Send, Tick, WorkersChanged
-from workers.client import Cancel, DumpRequest, Submit, WorkerFrame
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
-from workers.tokenizer import Tokenizer
-from workers.wire import frame_from_pb, frame_to_pb
-from workers.wire_seal import Sealer, Unsealer
+from workers.text.tokenizer import Tokenizer
+from workers.wire.attach import Cancel, DumpRequest, Submit, WorkerFrame
+from workers.wire.attach_protobuf import frame_from_pb, frame_to_pb
+from workers.wire.seal import Sealer, Unsealer
 
 BLOCK_SIZE = 64
 MODEL = ModelInfo("model", "fingerprint", 100_000, 1 << 18, BLOCK_SIZE)

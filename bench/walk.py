@@ -29,7 +29,7 @@ ROOT = HERE.parent
 _START_S = 180.0
 _SETTLE_S = 1.0
 _RECORD_S = 2.0
-_HANDED_OVER = "workers/handoff/serving.py"
+_HANDED_OVER = "workers/handoff/service.py"
 """Runs where a prompt's KV is sent to another worker."""
 _PROMPT = "Who are you? " * 60
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from cluster.roles import check_roles
+from cluster.membership.roles import check_roles
 from cluster.settings import build, from_environment, json_schema, lay, override
 from cluster.store.store import check_store_url
 from router.config import RouterConfig

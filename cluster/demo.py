@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.observe import duration, size, table
+from cluster.console.status_table import duration, size, table
 from workers.errors import BatonError, InvalidConfig
 
 

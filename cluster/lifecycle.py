@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
-from cluster.folders import end_local, make_folder, remove_stale
-from cluster.joining import join_ray
-from cluster.local import RaySession, start_ray
+from cluster.console.progress import Progress
 from cluster.preflight import (
     check_disk_tier,
     check_gpus,
@@ -27,10 +25,12 @@ from cluster.preflight import (
     check_tokenizer,
     file_limit_warning,
 )
-from cluster.progress import Progress
+from cluster.ray_session.folders import end_local, make_folder, remove_stale
+from cluster.ray_session.joining import join_ray
+from cluster.ray_session.local import RaySession, start_ray
 from cluster.store.host import STORE_HOST_NAME
 from workers.errors import BatonError
-from workers.host_limits import usable_cpus
+from workers.machine.limits import usable_cpus
 
 T = TypeVar("T")
 
@@ -135,9 +135,9 @@ def rearm_signals() -> None:
 
 async def _populate(cluster: Cluster, progress: Progress) -> None:
     """The store first, as every other actor needs the store; then workers and routers at the same time."""
-    from cluster.pools import Pools
-    from cluster.ray_failures import told
-    from cluster.roles import forget_draining, forget_role
+    from cluster.actors.pools import Pools
+    from cluster.membership.roles import forget_draining, forget_role
+    from cluster.ray_session.failures import told
     from cluster.store.open import open_store
 
     config = cluster.config
@@ -215,7 +215,7 @@ async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
 
 
 async def _ready(name: str, actor: Any) -> None:
-    from cluster.ray_failures import told  # needs Ray, whose import would hold up the preflight
+    from cluster.ray_session.failures import told  # needs Ray, whose import would hold up the preflight
 
     with told(name):
         await actor.ready.remote()

@@ -16,7 +16,7 @@ from router.api.schema import CompletionBody, read_fields
 from router.api.translate import make_job
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
-from workers.loaded import Checkpoint
+from workers.model.loaded import Checkpoint
 from workers.request import Output, Request, SamplingParams, TokenLogprob
 from workers.worker import make_engine
 

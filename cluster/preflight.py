@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.config import ClusterConfig, StoreConfig
-from cluster.local import port_is_free
+from cluster.ray_session.local import port_is_free
 from cluster.store.store import StoreUnavailable
 from router.api.config import load_sampling_defaults
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig
-from workers.host_limits import available_bytes, raise_file_limit
-from workers.model.ernie_config import ErnieConfig
-from workers.model.parallel import check
-from workers.model.weight_files import read_header, weight_files
-from workers.processors import Processors
-from workers.tokenizer import Tokenizer
+from workers.machine.limits import available_bytes, raise_file_limit
+from workers.machine.processors import Processors
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weight_files import read_header, weight_files
+from workers.model.parallel.layout import check
+from workers.text.tokenizer import Tokenizer
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch, before any weight."""

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import assert_never
 
 from router.config import RouterConfig
-from router.dispatch import Dispatcher
 from router.events import (
     Command,
     Detach,
@@ -23,14 +22,15 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
-from router.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
-from router.flights import Flights
-from router.mover import Mover
+from router.fleet.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
+from router.fleet.prefix_index import PrefixIndex
+from router.fleet.view import Backlog, WorkerEntry
 from router.policies.policy import Policy
-from router.prefix_index import PrefixIndex
-from router.view import Backlog, WorkerEntry
-from workers.client import DumpRequest
+from router.requests.dispatch import Dispatcher
+from router.requests.flights import Flights
+from router.requests.mover import Mover
 from workers.status import WorkerAddress, starts_of
+from workers.wire.attach import DumpRequest
 
 
 class RouterCore:

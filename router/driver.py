@@ -27,16 +27,16 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
+from router.fleet.view import WorkerEntry
 from router.policies.kv_aware import KvAwarePolicy
 from router.policies.policy import Policy
 from router.policies.round_robin import RoundRobinPolicy
 from router.stream import RequestStream
-from router.view import WorkerEntry
-from workers.client import WorkerClient, WorkerLink
 from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
-from workers.grpc_client import FINISH_S, GrpcWorkerClient
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.wire.attach import WorkerClient, WorkerLink
+from workers.wire.grpc_client import FINISH_S, GrpcWorkerClient
 
 logger = logging.getLogger(__name__)
 

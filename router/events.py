@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.client import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import Output, Request
 from workers.status import WorkerAddress
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 
 # ---- events ----
 

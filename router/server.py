@@ -21,7 +21,7 @@ from router.http_server import HttpServer
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 STATUS_TIMEOUT_S = 5.0
 LAST_WORDS_S = 5

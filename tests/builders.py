@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from workers.config import WorkerConfig
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.results import StepResult
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
-from workers.kv_transfer.memory import KvLayout, KvMemory
 from workers.request import HandoffReport, Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, FakeRunner, Runner
 from workers.scheduler.scheduler import Limits
 from workers.scheduler.sequence import Kind
 from workers.status import ModelInfo
-from workers.stepping.result import StepResult
 
 EOS = 2
 REPORT = HandoffReport("p", "d", "shm", attempts=1)

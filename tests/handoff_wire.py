@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 from builders import fake_layout, make_request
 
-from workers.kv_transfer import source as src
-from workers.kv_transfer import target as tgt
-from workers.kv_transfer.copier import describe_pieces, verify_pieces
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.messages import HandoffAccepted, Offer, OpenHandoff, PrefillDone, Prompt, Subject
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.transfer import Due
-from workers.kv_transfer.transport import View
+from workers.handoff.copier import describe_pieces, verify_pieces
+from workers.handoff.protocol import source_session as src
+from workers.handoff.protocol import target_session as tgt
+from workers.handoff.protocol.messages import HandoffAccepted, Offer, OpenHandoff, PrefillDone, Prompt, Subject
+from workers.handoff.protocol.transfer import Due
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.status import WorkerAddress
+from workers.transports.contract import View
 
 DONE = PrefillDone(7, None, 4, 0, 0.1)
 

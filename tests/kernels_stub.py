@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers.instruction_sets import InstructionSet
+from workers.machine.instruction_sets import InstructionSet
+from workers.machine.native_build import SHARED, NativeSource
 from workers.model.native.library import _SIGNATURES, Dimensions, Step
-from workers.native_build import SHARED, NativeSource
 
 STUB = Path(__file__).parent / "kernels_stub.cpp"
 

@@ -14,8 +14,8 @@ import numpy as np
 import transport_ends
 from transport_ends import LAYOUT, TIMEOUT_S, End, whole_blocks
 
-from workers.kv_transfer.transports.nixl import NUM_SLOTS, NixlTransport
 from workers.status import WorkerAddress
+from workers.transports.nixl import NUM_SLOTS, NixlTransport
 
 BOUND_S = 3 * TIMEOUT_S
 

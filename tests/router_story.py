@@ -6,10 +6,10 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import make_policy
 from router.events import Attach, Command, Deliver, Event, FrameArrived, Send, Tick, WorkerDetached, WorkersChanged
-from workers.client import Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
+from workers.wire.attach import Submit, WorkerFrame
 
 MODEL = ModelInfo("fake", "fingerprint", vocab_size=1000, max_model_len=4096, block_size=4)
 

@@ -11,13 +11,13 @@ from functools import partial
 import grpc
 from builders import FakeModel
 
-from workers.client import Hello, RouterMessage, Submit, WorkerFrame
 from workers.config import WorkerConfig
 from workers.pb import worker_pb2_grpc
 from workers.request import Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
-from workers.wire import frame_from_pb, router_message_to_pb
-from workers.wire_seal import Sealer
+from workers.wire.attach import Hello, RouterMessage, Submit, WorkerFrame
+from workers.wire.attach_protobuf import frame_from_pb, router_message_to_pb
+from workers.wire.seal import Sealer
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers import native_build
-from workers.instruction_sets import InstructionSet
-from workers.native_build import COMPILERS, NativeSource, compile_library, default_cache_folder
+from workers.machine import native_build
+from workers.machine.instruction_sets import InstructionSet
+from workers.machine.native_build import COMPILERS, NativeSource, compile_library, default_cache_folder
 
 
 def find_sanitized(

@@ -42,7 +42,7 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 def test_tensors_stay_in_the_model_room() -> None:
     allowed = {ROOT / "workers" / "model", ROOT / "workers" / "sampling"}
     # These hand bytes to torch.distributed and to the device; they see no tensor of a model.
-    carriers = {ROOT / "workers/kv_transfer/transports" / f"{name}.py" for name in ("pair_group", "nccl", "cuda_ipc")}
+    carriers = {ROOT / "workers/transports" / f"{name}.py" for name in ("pair_group", "nccl", "cuda_ipc")}
     offenders = [
         p for p in sources("workers") if "torch" in imported(p) and not allowed & set(p.parents) and p not in carriers
     ]
@@ -53,8 +53,9 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
     edge = {
         ROOT / "workers" / f"{name}.py"
         for name in (
-            "wire", "wire_request", "grpc_client", "worker", "serving/server", "serving/streams",
-            "group/wire", "group/step_codec", "handoff/wire", "handoff/peers", "handoff/serving", "handoff/source", "handoff/target",
+            "wire/attach_protobuf", "wire/request_protobuf", "wire/grpc_client", "worker", "serving/server", "serving/streams",
+            "group/protobuf", "group/step_codec", "handoff/protobuf", "handoff/peers", "handoff/service", "handoff/source_driver",
+            "handoff/target_driver",
         )
     }  # fmt: skip
     offenders = [
@@ -66,19 +67,19 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
 PURE = (
     "workers/scheduler",
     "workers/kv_cache",
-    "workers/kv_transfer/transfer.py",
-    "workers/kv_transfer/pieces.py",
-    "workers/kv_transfer/recovery.py",
-    "workers/kv_transfer/transports/negotiate.py",
-    "workers/kv_transfer/source.py",
-    "workers/kv_transfer/target.py",
-    "workers/kv_transfer/worth.py",
+    "workers/handoff/protocol/transfer.py",
+    "workers/kv_memory/pieces.py",
+    "workers/handoff/protocol/recovery.py",
+    "workers/transports/negotiate.py",
+    "workers/handoff/protocol/source_session.py",
+    "workers/handoff/protocol/target_session.py",
+    "workers/handoff/protocol/worth.py",
     "workers/group/balance.py",
     "workers/group/formation.py",
     "workers/group/messages.py",
     "workers/group/step_codec.py",
-    "workers/model/parallel.py",
-    "workers/model/expert_placement.py",
+    "workers/model/parallel/layout.py",
+    "workers/model/parallel/expert_placement.py",
     "workers/serving/core.py",
     "workers/serving/events.py",
     "workers/serving/exports.py",
@@ -87,26 +88,26 @@ PURE = (
     "workers/serving/requests.py",
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
-    "workers/stepping/commands.py",
-    "workers/stepping/leaping.py",
-    "workers/stepping/result.py",
+    "workers/engine/commands.py",
+    "workers/engine/leaping.py",
+    "workers/engine/results.py",
     "router/core.py",
-    "router/flights.py",
-    "router/dispatch.py",
-    "router/fleet.py",
-    "router/progress.py",
-    "router/view.py",
-    "router/worker_table.py",
-    "router/charges.py",
-    "router/migrations.py",
-    "router/mover.py",
-    "router/admission.py",
-    "router/retry.py",
-    "router/prefix_index.py",
+    "router/requests/flights.py",
+    "router/requests/dispatch.py",
+    "router/fleet/fleet.py",
+    "router/requests/progress.py",
+    "router/fleet/view.py",
+    "router/fleet/worker_table.py",
+    "router/fleet/charges.py",
+    "router/requests/migrations.py",
+    "router/requests/mover.py",
+    "router/requests/admission.py",
+    "router/requests/retry.py",
+    "router/fleet/prefix_index.py",
     "router/policies",
-    "cluster/membership.py",
-    "cluster/roles.py",
-    "cluster/placement.py",
+    "cluster/membership/membership.py",
+    "cluster/membership/roles.py",
+    "cluster/actors/placement.py",
     "cluster/sim/profiles",
     "cluster/sim/report/page.py",
     "cluster/sim/report/table.py",
@@ -162,7 +163,7 @@ def test_decisions_are_pure() -> None:
     assert not offenders
 
 
-GIVEN_THE_TIME = ("workers/handoff", "workers/serving", "workers/grpc_client.py")
+GIVEN_THE_TIME = ("workers/handoff", "workers/serving", "workers/wire/grpc_client.py")
 """Time is an argument below the drivers: these are told it, or given a clock. What looks at the clock by itself cannot be simulated."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from builders import fake_layout, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
 
-from workers.engine import Engine
+from workers.engine.engine import Engine
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.record import Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers

@@ -13,10 +13,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.transport import IncomingPiece, OutgoingPiece, Transport, View
-from workers.kv_transfer.transports.factory import make_transports
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.status import WorkerAddress
+from workers.transports.contract import IncomingPiece, OutgoingPiece, Transport, View
+from workers.transports.factory import make_transports
 
 HOST = "the-host"
 TIMEOUT_S = 20.0

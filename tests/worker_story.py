@@ -7,16 +7,16 @@ from itertools import pairwise
 
 from builders import fake_layout, make_request
 
-from workers.client import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 from workers.config import WorkerConfig
+from workers.engine.commands import EngineCommand
+from workers.engine.results import Report, StepResult
+from workers.handoff.protocol.messages import OpenHandoff, Subject
 from workers.identity import Identity
-from workers.kv_transfer.messages import OpenHandoff, Subject
 from workers.request import FinishReason, Output, Request
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
-from workers.stepping.commands import EngineCommand
-from workers.stepping.result import Report, StepResult
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 
 GENERATION = 1 << 32
 MODEL = ModelInfo("fake", "fake-1", 1000, 4096, 64)

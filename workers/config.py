@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 
 from workers.bounds import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig
-from workers.kv_transfer.transports.negotiate import BEST_FIRST
+from workers.transports.negotiate import BEST_FIRST
 
 InstructionSet = Literal["amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon"]
 """Those that the C++ kernels are written for, better ones first."""

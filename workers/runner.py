@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_memory.memory import KvMemory
 from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob
 from workers.sampling.edits import LogitEdits

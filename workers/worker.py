@@ -11,22 +11,22 @@ from typing import Protocol
 import grpc
 
 from workers.config import WorkerConfig
-from workers.data_path import DataPath, make_data_path
-from workers.engine import Engine
-from workers.engine_thread import EngineThread
+from workers.engine.engine import Engine
+from workers.engine.thread import EngineThread
 from workers.errors import InvalidConfig
-from workers.grpc_options import SERVER
 from workers.identity import Identity
+from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.opening import open_tiers
-from workers.kv_transfer.memory import KvMemory
 from workers.pb import worker_pb2_grpc
 from workers.request import Request
 from workers.runner import Runner
-from workers.sampling.output import Detokenizer
 from workers.scheduler.scheduler import Limits
 from workers.serving.driver import RanksView, WorkerDriver
 from workers.serving.server import WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
+from workers.text.output import Detokenizer
+from workers.transports.data_path import DataPath, make_data_path
+from workers.wire.grpc_options import SERVER
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
 
 def load_checkpoint(config: WorkerConfig) -> LoadedModel:
     """Loads config.model. Raises InvalidConfig with one sentence when that cannot work."""
-    from workers.loaded import Checkpoint  # torch takes seconds to import; a worker needs it, its callers do not
+    from workers.model.loaded import Checkpoint  # torch takes seconds to import; a worker needs it, its callers do not
 
     return Checkpoint.load(config)
 

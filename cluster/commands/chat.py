@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.router_client import RouterClient
+    from cluster.console.router_client import RouterClient
 
     url, api_key = client_target(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.commands.flags import add_cluster_flags, config_from
-from cluster.progress import Progress
+from cluster.console.progress import Progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -38,8 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
     from cluster.demo import read_questions
-    from cluster.folders import make_folder
     from cluster.preflight import check_model
+    from cluster.ray_session.folders import make_folder
 
     config = config_from(args, router__port=0, ray__dashboard=False)
     check_model(config.worker.model)

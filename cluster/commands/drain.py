@@ -38,8 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    from cluster.progress import Progress
-    from cluster.router_client import RouterClient
+    from cluster.console.progress import Progress
+    from cluster.console.router_client import RouterClient
 
     with RouterClient(*client_target(args)) as router:
         router.set_draining(args.worker, not args.undo, args.force)

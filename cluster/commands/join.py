@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.progress import Progress
+from cluster.console.progress import Progress
 
 if TYPE_CHECKING:
+    from cluster.actors.pools import Pools
     from cluster.config import ClusterConfig
-    from cluster.pools import Pools
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -78,13 +78,13 @@ def run_router(args: argparse.Namespace) -> int:
 
 async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progress) -> int:
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
+    from cluster.actors.pools import Pools
     from cluster.commands.watching import tell_changes
-    from cluster.joining import join_ray
     from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
-    from cluster.local import LOOPBACK
-    from cluster.pools import Pools
     from cluster.preflight import check_store
-    from cluster.ray_failures import told
+    from cluster.ray_session.failures import told
+    from cluster.ray_session.joining import join_ray
+    from cluster.ray_session.local import LOOPBACK
     from cluster.store.host import STORE_HOST_NAME
 
     await check_store(config.store)

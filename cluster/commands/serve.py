@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.progress import Progress
+from cluster.console.progress import Progress
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
-    from cluster.folders import make_folder
+    from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
     progress = Progress()
@@ -68,7 +68,7 @@ def example_request(url: str, is_chat: bool, needs_key: bool) -> str:
 
 
 def has_chat_template(model: str) -> bool:
-    from workers.tokenizer import Tokenizer
+    from workers.text.tokenizer import Tokenizer
 
     return Tokenizer.load(model).has_chat_template
 

@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-from cluster.progress import Progress
+from cluster.console.progress import Progress
 
 INTERRUPTED = 130
 
@@ -52,7 +52,7 @@ async def _run(command: Coroutine[Any, Any, int], folder: str, progress: Progres
 
 def _end_ray(folder: str, patience_s: float) -> None:
     if folder:
-        from cluster.folders import end_local
+        from cluster.ray_session.folders import end_local
 
         end_local(folder, patience_s)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import aclosing
 
 from cluster.config import ClusterConfig
-from cluster.following import follow_members
-from cluster.membership import Registration
-from cluster.observe import generation_text
-from cluster.progress import Progress
+from cluster.console.progress import Progress
+from cluster.console.status_table import generation_text
+from cluster.membership.following import follow_members
+from cluster.membership.membership import Registration
 from cluster.store.open import open_store
-from workers.host_limits import memory_kills
+from workers.machine.limits import memory_kills
 
 
 async def tell_changes(config: ClusterConfig, progress: Progress, only: str | None = None) -> None:

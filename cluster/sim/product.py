@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from cluster.membership import WORKERS, Membership, Registration
-from cluster.membership import Tick as MembershipTick
+from cluster.membership.membership import WORKERS, Membership, Registration
+from cluster.membership.membership import Tick as MembershipTick
 from cluster.store.store import SETTLE_S, Entry, Snapshot
 from router import events as router_events
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import make_policy
-from workers.client import Submit, WorkerFrame
 from workers.config import WorkerConfig
-from workers.engine import Engine
-from workers.engine_thread import STALL_CHECK_S, carry_out, report_of
+from workers.engine.commands import EngineCommand
+from workers.engine.engine import Engine
+from workers.engine.results import LayersFilled, Report, StepResult
+from workers.engine.thread import STALL_CHECK_S, carry_out, report_of
 from workers.errors import InvalidConfig, InvariantViolated, Refusal
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.identity import Identity
-from workers.kv_transfer import source as source_end
-from workers.kv_transfer import target as target_end
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.messages import (
+from workers.handoff.protocol import source_session as source_end
+from workers.handoff.protocol import target_session as target_end
+from workers.handoff.protocol.messages import (
     Done,
     HandoffAccepted,
     HandoffDown,
@@ -30,10 +29,12 @@ from workers.kv_transfer.messages import (
     Offer,
     OpenHandoff,
 )
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import SourceSession
-from workers.kv_transfer.target import TargetSession
-from workers.kv_transfer.transfer import Due, TransferState
+from workers.handoff.protocol.source_session import SourceSession
+from workers.handoff.protocol.target_session import TargetSession
+from workers.handoff.protocol.transfer import Due, TransferState
+from workers.identity import Identity
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.scheduler import Limits
@@ -41,8 +42,7 @@ from workers.scheduler.sequence import Sequence, State
 from workers.serving import events as worker_events
 from workers.serving.core import WorkerCore
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
-from workers.stepping.commands import EngineCommand
-from workers.stepping.result import LayersFilled, Report, StepResult
+from workers.wire.attach import Submit, WorkerFrame
 
 __all__ = [
     "BLOCK_SIZE", "SETTLE_S", "STALL_CHECK_S", "WORKERS", "Batch", "Cut", "Done", "Due", "Engine", "EngineCommand", "Entry",

@@ -32,7 +32,7 @@ def output_run(seed: int, position: int, count: int) -> tuple[int, ...]:
 
 
 def draw_run(params: SamplingParams, position: int, count: int) -> tuple[int, ...]:
-    """As workers.stepping.leaping.DrawRun."""
+    """As workers.engine.leaping.DrawRun."""
     return output_run(params.seed or 0, position, count)
 
 

@@ -29,7 +29,7 @@ from router.api.translate import Job
 from router.backend import Backend
 from workers.request import Output
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ class Shape(Protocol):
         ...
 
     def piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        """The entry of `choices` that shows one output; the choice's first, which may be long, when it is not announced yet."""
+        """The entry of `choices` that shows one output; the choice's first, which may be long, when it is not announced yet.
+
+        Empty when nothing is to be shown, which the first one never is.
+        """
         ...
 
     def extras(self, choice: Choice) -> Iterable[str]:
@@ -246,6 +249,8 @@ class ChunkWriter:
         if not is_first and not (output.text or output.finish_reason or output.logprobs or job.return_token_ids):
             return ()
         piece = self._shape.piece(choice, output)
+        if not piece:
+            return ()
         about = self._shape.extras(choice) if is_first else ()
         choice.is_announced = True
         extras = ""

@@ -22,7 +22,7 @@ from router.api.problems import answer_problem
 from router.api.tokenization import tokenization_routes
 from router.backend import Backend
 from workers.errors import BatonError
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
 def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draining: Draining | None = None) -> FastAPI:

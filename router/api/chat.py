@@ -11,12 +11,13 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Answer, Services, read_job
 from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.logprobs import LogprobWriter
+from router.api.message import MessageReader, whole_message
 from router.api.progress import Choice, Progress
 from router.api.schema import ChatBody
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
 from workers.request import Output
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
 def chat_routes(services: Services) -> APIRouter:
@@ -37,6 +38,8 @@ class ChatShape:
         self._job = job
         self._tokenizer = tokenizer
         self._logprobs = LogprobWriter(tokenizer, job.tokens_as_ids, job.logprobs or 0)
+        self._readers: dict[int, MessageReader] = {}
+        """Of the choices of a stream, by index, where text has to be read to be shown."""
 
     def _fixed(self, kind: str) -> dict[str, Any]:
         job = self._job
@@ -50,29 +53,59 @@ class ChatShape:
         logprobs = (
             "null" if self._job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
         )
-        end = end_of_piece(self._job, output)
-        delta = f'{{{role}"content":{to_json(output.text)}}}'
+        if self._job.speech.form.has_tags:
+            delta, end = self._read(choice, output)
+            if not delta:
+                return ()
+        else:
+            end = end_of_piece(self._job, output)
+            delta = f'{{{role}"content":{to_json(output.text)}}}'
         return (f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}',)
+
+    def _read(self, choice: Choice, output: Output) -> tuple[str, str]:
+        """Delta and end of a piece whose text is read; no delta: there is nothing to be shown yet."""
+        reader = self._readers.get(choice.index)
+        if reader is None:
+            reader = self._readers[choice.index] = MessageReader(self._job, choice)
+        fields = reader.read(output)
+        is_seen = output.logprobs or output.finish_reason or self._job.return_token_ids
+        if choice.is_announced and not fields and not is_seen:
+            return "", ""
+        if not choice.is_announced:
+            fields = {"role": "assistant", "content": "", **fields}
+        reason = None if output.finish_reason is None else reader.end(output.finish_reason)
+        return to_json(fields), end_of_piece(self._job, output, reason)
 
     def extras(self, choice: Choice) -> Iterable[str]:
         return more_fields(self._about_prompt(choice)) if choice.index == 0 else ()
 
     def whole(self, progress: Progress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        answer["choices"] = lazy_each(self._choice(choice) for choice in progress.choices)
+        if self._job.speech.form.has_tags:  # now: usage counts what is read
+            read = [whole_message(self._job, choice) for choice in progress.choices]
+            messages: Iterable[tuple[dict[str, Any], str | None]] = read
+        else:
+            messages = ((_plain_message(choice), None) for choice in progress.choices)
+        answer["choices"] = lazy_each(
+            self._choice(choice, *message) for choice, message in zip(progress.choices, messages, strict=True)
+        )
         return answer | self._about_prompt(progress.choices[0])
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]
         content = lazy_list(len(entries), lambda places: self._logprobs.content(entries[places.start : places.stop]))
-        text = "".join(output.text for output in choice.outputs)
         written: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {"role": "assistant", **message},
             "logprobs": None if self._job.logprobs is None else {"content": content},
         }
-        return written | end_of_choice(self._job, choice)
+        end = end_of_choice(self._job, choice)
+        return written | end | ({"finish_reason": reason} if reason else {})
 
     def _about_prompt(self, choice: Choice) -> dict[str, Any]:
         """A conversation has one prompt, so what is said of it stands beside the choices."""
         return about_prompt(self._job, self._tokenizer, choice)
+
+
+def _plain_message(choice: Choice) -> dict[str, Any]:
+    return {"content": "".join(output.text for output in choice.outputs), "refusal": None}

@@ -10,14 +10,14 @@ from router.api.progress import Choice
 from router.api.sse import json_parts, to_json
 from router.api.translate import Job
 from workers.request import Output
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
-def end_of_piece(job: Job, output: Output) -> str:
-    """JSON of a streamed piece from the value of "finish_reason" on, without the closing brace."""
+def end_of_piece(job: Job, output: Output, reason: str | None = None) -> str:
+    """JSON of a streamed piece from the value of "finish_reason" on, without the closing brace. `reason`: the one to be told."""
     end = "null"
     if output.finish_reason is not None:
-        end = f'"{output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
+        end = f'"{reason or output.finish_reason.value}","stop_reason":{to_json(output.stop_reason)}'
     if job.return_token_ids:
         end += f',"token_ids":{to_json(output.token_ids)}'
     return end

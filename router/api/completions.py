@@ -16,7 +16,7 @@ from router.api.schema import CompletionBody
 from router.api.sse import json_parts, lazy_each, to_json
 from router.api.translate import Job, translate_completion
 from workers.request import Output
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 
 def completion_routes(services: Services) -> APIRouter:

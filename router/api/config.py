@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from router.api.formats.formats import AUTO, check_parsers
 from workers.bounds import Count, Natural, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
@@ -51,11 +52,16 @@ class ApiConfig:
     max_prompt_scores: Natural = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
+    reasoning_parser: Text = AUTO
+    """How the model writes its reasoning (router/api/formats/formats.py); auto: as its chat template shows."""
+    tool_parser: Text = AUTO
+    """How it writes calls of tools; auto likewise."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     """Used for what a client leaves open; see `load_sampling_defaults`. Token ids are checked when the vocabulary is known."""
 
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
+        check_parsers(self.reasoning_parser, self.tool_parser)
         for name in ("api_keys", "admin_keys"):
             object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 

@@ -10,7 +10,7 @@ from router.api.progress import Choice
 from router.api.sse import Lazy, lazy_list
 from workers.prompt_scores import PromptScores
 from workers.request import LOGPROB_FLOOR, TokenLogprob
-from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class LogprobWriter:

@@ -29,6 +29,7 @@ class Choice:
     """Tokens the backend has sent."""
     num_tokens: int = 0
     """Tokens that count and are shown."""
+    reasoning_tokens: int = 0
     cached_tokens: int = 0
     first_s: float | None = None
     last_s: float = 0.0
@@ -126,12 +127,16 @@ class Progress:
             self._metrics.running.dec()
 
     def usage(self) -> dict[str, Any]:
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.job.speech.form.reasoning:
+            num_reasoning = sum(choice.reasoning_tokens for choice in self.choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+        return usage
 
     def trace(self) -> dict[str, Any]:
         """Where each choice ran and how long the job took, as measured here; null for what is not known."""

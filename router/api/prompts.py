@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from router.api.formats.formats import THINK
 from router.api.problems import rejected
+from router.api.tools import read_calls
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "audio", "tool_call_id")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_UNSUPPORTED_KEYS = ("function_call", "audio")
 _RESERVED_NAMES = frozenset(("self", "messages", "tools", "add_generation_prompt"))
 
 
@@ -22,6 +24,8 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    opens_reasoning: bool = False
+    """A conversation whose template ends inside the model's reasoning."""
 
 
 def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool) -> list[Prompt]:
@@ -78,15 +82,24 @@ def read_chat(
     add_generation_prompt: bool,
     add_special_tokens: bool,
     template_kwargs: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Prompt:
     """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used, or Rejected when it is too long."""
-    text = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs)
+    text = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools)
     check_length(tokenizer.least_tokens(text), info, "messages", at_least=True)
     token_ids = tokenizer.encode(text, add_special_tokens)
     if not token_ids:
         raise InvalidRequest("messages give an empty prompt", "messages")
     check_length(len(token_ids), info, "messages")
-    return Prompt(tuple(token_ids))
+    return Prompt(tuple(token_ids), opens_reasoning=_opens_reasoning(text, messages))
+
+
+def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether reasoning stands open behind the last message, whatever that message itself says."""
+    said = messages[-1].get("content")
+    written = text.rfind(said) if isinstance(said, str) and said else -1
+    end = text[written + len(said) :] if said and written >= 0 else text
+    return end.rfind(THINK[0]) > end.rfind(THINK[1])
 
 
 def render_chat(
@@ -94,6 +107,7 @@ def render_chat(
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """One conversation as the text of a prompt. Raises InvalidRequest naming the message that cannot be used."""
     if not messages:
@@ -102,7 +116,11 @@ def render_chat(
         if name in _RESERVED_NAMES or not name.isidentifier():
             raise InvalidRequest(f"chat_template_kwargs must not set {name!r:.80}", "chat_template_kwargs")
     plain = [_read_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
-    return tokenizer.render_chat(plain, None, add_generation_prompt, **template_kwargs)
+    if "tool" not in tokenizer.chat_template(bool(tools)):
+        for place, message in enumerate(plain):
+            if message["role"] == "tool" or message.get("tool_calls"):
+                raise InvalidRequest(f"messages[{place}]: this model's chat template knows no tools", "messages")
+    return tokenizer.render_chat(plain, tools, add_generation_prompt, **template_kwargs)
 
 
 def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -112,12 +130,24 @@ def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in _UNSUPPORTED_KEYS:
         if message.get(key):
             raise InvalidRequest(f"{where}.{key} is not supported", "messages")
+    calls = message.get("tool_calls")
     content = message.get("content")
+    if role != "assistant" and calls:
+        raise InvalidRequest(f"{where}.tool_calls belongs to an assistant's message", "messages")
+    if (role == "tool") != (message.get("tool_call_id") is not None):
+        raise InvalidRequest(
+            f"{where}.tool_call_id belongs to every message of the role tool, and to no other", "messages"
+        )
+    if content is None and calls:
+        content = ""
     if isinstance(content, list):
         content = "\n".join(_read_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
     if not isinstance(content, str):
         raise InvalidRequest(f"{where}.content must be a string or an array of text parts", "messages")
-    return {**message, "role": _ROLES[role], "content": content}
+    plain = {**message, "role": _ROLES[role], "content": content}
+    if calls:
+        plain["tool_calls"] = read_calls(calls, f"{where}.tool_calls")
+    return plain
 
 
 def _read_part(part: Any, where: str) -> str:

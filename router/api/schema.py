@@ -73,6 +73,12 @@ class ChatBody(GenerationBody):
     add_generation_prompt: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
+    enable_thinking: StrictBool | None = None
+    thinking: dict[str, Any] | None = None
+    include_reasoning: StrictBool | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: StrictBool | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -87,6 +93,7 @@ class TokenizeBody(_Body):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[dict[str, Any]], _MESSAGES] | None = None
+    tools: list[Any] | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

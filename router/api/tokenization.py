@@ -13,6 +13,7 @@ from router.api.long_work import offload
 from router.api.prompts import check_token_ids, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
 from router.api.sse import json_parts
+from router.api.tools import read_tools
 from router.api.translate import require_model
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
@@ -65,7 +66,11 @@ def _tokenize(services: Services, info: ModelInfo | None, raw: bytes) -> dict[st
     if body.messages is not None:
         param, special = "messages", bool(body.add_special_tokens)
         text = render_chat(
-            body.messages, tokenizer, body.add_generation_prompt is not False, body.chat_template_kwargs or {}
+            body.messages,
+            tokenizer,
+            body.add_generation_prompt is not False,
+            body.chat_template_kwargs or {},
+            use.tools if (use := read_tools(body.tools, None, None)) else None,
         )
     else:
         param, special, text = "prompt", body.add_special_tokens is not False, body.prompt or ""

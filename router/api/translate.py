@@ -10,18 +10,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from router.api.config import ApiConfig
+from router.api.formats.formats import OutputFormat, output_format
 from router.api.problems import rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
+from router.api.tools import MAX_TOOLS, read_thinking, read_tools
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_BAD_WORD_CHARACTERS = 32 << 10
 """They are tokenized, each in two forms, before the request can be answered."""
+
+
+_AS_IT_STANDS = OutputFormat()
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How the text of an answer is read. The default: as it stands."""
+
+    form: OutputFormat = _AS_IT_STANDS
+    opens_reasoning: bool = False
+    max_calls: int = 0
+    """Calls of tools that are shown; 0: none were offered, and what looks like one is text."""
+    include_reasoning: bool = True
+    reasoning_end: int | None = None
+    """The token that ends reasoning, where one token does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +64,7 @@ class Job:
     return_token_ids: bool
     tokens_as_ids: bool
     trace: bool
+    speech: Speech
 
 
 def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -55,15 +74,38 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
     if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
         raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
+    use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    template = tokenizer.chat_template(use is not None)
+    form = output_format(config.reasoning_parser, config.tool_parser, template)
+    if use is not None and ("tools" not in template or form.call is None):
+        why = (
+            "its chat template takes none"
+            if "tools" not in template
+            else "router.api.tool_parser names no format of calls"
+        )
+        raise InvalidRequest(f"this model cannot be offered tools: {why}", "tools")
     prompt = read_chat(
-        body.messages, tokenizer, info, body.add_generation_prompt is not False, bool(body.add_special_tokens), kwargs
+        body.messages,
+        tokenizer,
+        info,
+        body.add_generation_prompt is not False,
+        bool(body.add_special_tokens),
+        kwargs,
+        use.tools if use else None,
     )
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs)
+    if not use:
+        form = replace(form, call=None)
+    speech = Speech(
+        form,
+        prompt.opens_reasoning,
+        (MAX_TOOLS if use.is_parallel else 1) if use else 0,
+        body.include_reasoning is not False,
+        tokenizer.token_id(form.reasoning[1]) if form.reasoning else None,
+    )
+    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech)
 
 
 def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -93,6 +135,7 @@ def make_job(
     param: str,
     default_max_tokens: int,
     logprobs: int | None,
+    speech: Speech | None = None,
 ) -> Job:
     """The job of prompts that share what `body` asks for; `param` names them in errors. Raises InvalidRequest, Rejected."""
     echo = isinstance(body, CompletionBody) and bool(body.echo)
@@ -106,6 +149,9 @@ def make_job(
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
+    speech = speech or Speech()
+    if tokenizer.hides(speech.form.tags):
+        params = replace(params, skip_special_tokens=False)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
     params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(secrets.randbits(63))
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
@@ -142,6 +188,7 @@ def make_job(
         return_token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         trace=bool(body.trace),
+        speech=speech,
     )
 
 

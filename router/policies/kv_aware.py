@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.fleet.worker_table import Numbers
 from router.policies.policy import Candidates, Demand, Route, tie_break
-from router.worker_table import Numbers
 
 _MISSING_BLOCK = 1 << 40
 """One block without room outweighs every number of tokens; a worker to avoid outweighs every number of blocks."""

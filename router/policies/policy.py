@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from router.prefix_index import Prefixes
-from router.worker_table import Flags, WorkerTable
+from router.fleet.prefix_index import Prefixes
+from router.fleet.worker_table import Flags, WorkerTable
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)

@@ -36,7 +36,7 @@ PATIENCE_S = 20.0
 
 def fail_a_pair() -> None:
     """A Gloo pair whose other end never comes: the first one leaves libtorch with a pipe for good, later ones add none."""
-    from workers.kv_transfer.transports.pair_group import RECEIVER, GlooPair, host_store, reach_store
+    from workers.transports.pair_group import RECEIVER, GlooPair, host_store, reach_store
 
     host = "127.0.0.1"
     store = host_store(host, 1.0)

@@ -11,10 +11,10 @@ import grpc
 
 from chaos.faults import Kind
 from workers.config import WorkerConfig
-from workers.data_path import make_data_path
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.transport import (
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.status import WorkerAddress
+from workers.transports.contract import (
     Channel,
     Inbox,
     IncomingPiece,
@@ -23,7 +23,7 @@ from workers.kv_transfer.transport import (
     Transport,
     View,
 )
-from workers.status import WorkerAddress
+from workers.transports.data_path import make_data_path
 
 PULL = frozenset({"loopback", "shm", "nixl"})
 """Transports whose receiver reads the sender's pool: all of their faults are the receiver's."""

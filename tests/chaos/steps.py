@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from chaos.faults import Step
-from workers.kv_transfer.pieces import Cut
+from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
-from workers.wire import layout_from_pb
+from workers.wire.attach_protobuf import layout_from_pb
 
 
 @dataclass(slots=True)

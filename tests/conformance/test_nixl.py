@@ -14,9 +14,9 @@ import pytest
 from transport_ends import HOST, LAYOUT, End, whole_blocks
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.transports.factory import make_transports
-from workers.kv_transfer.transports.nixl_agent import installed
+from workers.kv_memory.memory import KvMemory
+from workers.transports.factory import make_transports
+from workers.transports.nixl_agent import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_nixl = pytest.mark.skipif(installed() is None, reason="NIXL is not installed: pip install 'baton-serve[nixl]'")
@@ -80,8 +80,8 @@ def test_a_worker_without_the_wheel_starts_without_the_transport_and_imports_not
     program = (
         "import sys\n"
         "sys.modules.update(nixl_cu12=None, nixl_cu13=None)\n"  # as if they were not there
-        "from workers.kv_transfer.memory import KvLayout, KvMemory\n"
-        "from workers.kv_transfer.transports.factory import make_transports\n"
+        "from workers.kv_memory.memory import KvLayout, KvMemory\n"
+        "from workers.transports.factory import make_transports\n"
         "memory = KvMemory(KvLayout(4, 1, 1, 64, 16, 'float32', 4))\n"
         "made = make_transports(['nixl', 'shm'], memory, worker_id='w', host='h', listen_host='127.0.0.1', timeout_s=1)\n"
         "assert list(made) == ['shm'], made\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis_server import RedisServer
 
-from cluster.registration import number_start
+from cluster.membership.registration import number_start
 from cluster.store.memory import MAX_CHANGES, MemoryStore
 from cluster.store.redis_store import RedisStore
 from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Changes, Entry, Mirror, Snapshot, Store, StoreUnavailable

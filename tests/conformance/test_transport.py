@@ -19,10 +19,10 @@ import transport_ends
 from transport_ends import HOST, LAYOUT, TIMEOUT_S, End, whole_blocks
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.transport import Channel, IncomingPiece, View
-from workers.kv_transfer.transports.nixl_agent import installed
+from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
+from workers.transports.contract import Channel, IncomingPiece, View
+from workers.transports.nixl_agent import installed
 
 NAMES = ("loopback", "shm", "tcp", "grpc", "gloo", "nixl")
 PULLING = ("loopback", "shm")

@@ -18,7 +18,7 @@ from golden_jobs import Job, golden_jobs
 from test_exactness import Answer, check, run
 from test_joining import joined
 
-from cluster.ray_defaults import ENVIRONMENT
+from cluster.ray_session.defaults import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -32,7 +32,7 @@ PARALLEL = (
 )
 RAYLET = """
 import sys
-from cluster.local import loopback_only
+from cluster.ray_session.local import loopback_only
 from ray.scripts.scripts import cli
 with loopback_only():
     cli(["start", "--address", sys.argv[1], "--node-ip-address", "127.0.0.1", "--num-cpus", "1",

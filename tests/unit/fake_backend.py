@@ -24,7 +24,7 @@ from workers.errors import InvalidRequest
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
 from workers.status import Load, ModelInfo, Role, WorkerStatus
-from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 MODEL = ModelInfo("ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16)
@@ -251,9 +251,11 @@ class Api:
 
 
 @contextmanager
-def open_api(config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None) -> Iterator[Api]:
-    """Serves the tiny checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
-    backend = FakeBackend(Tokenizer.load(CHECKPOINT))
+def open_api(
+    config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None, checkpoint: Path = CHECKPOINT
+) -> Iterator[Api]:
+    """Serves a checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
+    backend = FakeBackend(Tokenizer.load(checkpoint))
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with (
         serve(backend, config, http) as url,

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from workers import wire
-from workers.client import Cancel, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason, HandoffReport, Output, Request
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
-from workers.wire_seal import Sealer
+from workers.wire import attach_protobuf as wire
+from workers.wire.attach import Cancel, Submit, WorkerFrame
+from workers.wire.seal import Sealer
 
 MODEL = ModelInfo("fake", "fake-model", vocab_size=1000, max_model_len=4096, block_size=4)
 

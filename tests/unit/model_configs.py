@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from workers.config import WorkerConfig
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
 from workers.request import SamplingParams
 from workers.runner import BLOCK_SIZE, Batch, SampleSpec, SequenceSlice
 

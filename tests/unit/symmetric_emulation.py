@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
-from workers.model.collectives import Communicator
-from workers.model.process_groups import make_group
+from workers.model.parallel.collectives import Communicator
+from workers.model.parallel.process_groups import make_group
 
 
 def emulated(store: Any, rank: int, size: int, device: torch.device) -> EmulatedMemory:
@@ -24,7 +24,7 @@ def emulated(store: Any, rank: int, size: int, device: torch.device) -> Emulated
 
 
 class EmulatedMemory:
-    """Implements workers.model.direct_dispatch.SymmetricMemory."""
+    """Implements workers.model.parallel.direct_dispatch.SymmetricMemory."""
 
     def __init__(self, ranks: Communicator) -> None:
         self._ranks = ranks

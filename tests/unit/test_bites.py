@@ -9,14 +9,14 @@ import numpy.typing as npt
 import pytest
 from builders import REPORT, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.results import StepResult
 from workers.errors import RankLost
+from workers.kv_memory.memory import BITE_BYTES, KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
-from workers.kv_transfer.memory import BITE_BYTES, KvLayout, KvMemory
 from workers.request import Request
 from workers.runner import BLOCK_SIZE, FakeRunner, Sampled
 from workers.scheduler.sequence import Kind
-from workers.stepping.result import StepResult
 
 NUM_BLOCKS = 24
 LAYOUT = KvLayout(NUM_BLOCKS, 16384, num_kv_heads=1, block_size=BLOCK_SIZE, head_dim=2, dtype="uint8", itemsize=1)

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.transports.channels import Channels
-from workers.kv_transfer.transports.offers import encode
-from workers.kv_transfer.transports.tcp import TcpTransport
+from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
+from workers.transports.channels import Channels
+from workers.transports.offers import encode
+from workers.transports.tcp import TcpTransport
 
 LAYOUT = KvLayout(4, 1, 1, 64, 16, "float32", 4)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import processes
+from cluster.ray_session import processes
 
 MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 BOUND_S = 120.0

@@ -23,23 +23,23 @@ import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.util.placement_group import placement_group_table
 
-from cluster import processes
+from cluster.actors.placement import NoRoom
+from cluster.actors.pools import Pools
 from cluster.config import ClusterConfig, load_config
-from cluster.folders import end_local, make_folder
 from cluster.lifecycle import StartFailed, remove_actors, stop_actors, wait_ready
-from cluster.local import start_ray
-from cluster.membership import WORKERS, Registration
-from cluster.placement import NoRoom
-from cluster.pools import Pools
-from cluster.ray_defaults import PRIVATE_NAMES
-from cluster.ray_failures import ActorFailed, explain, told
+from cluster.membership.membership import WORKERS, Registration
+from cluster.ray_session import processes
+from cluster.ray_session.defaults import PRIVATE_NAMES
+from cluster.ray_session.failures import ActorFailed, explain, told
+from cluster.ray_session.folders import end_local, make_folder
+from cluster.ray_session.local import start_ray
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
 from workers.config import WorkerConfig
+from workers.engine.commands import DumpKv
 from workers.errors import InvalidConfig
 from workers.status import Role, starts_of
-from workers.stepping.commands import DumpKv
 from workers.worker import Worker
 
 BOUND_S = 60.0
@@ -189,12 +189,12 @@ def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
     found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
     assert leaks(found["path"], found["folder"]) == []
     script = (
-        "import json, os, sys, ray; from cluster.joining import join_ray; join_ray(sys.argv[1], 'guest');"
+        "import json, os, sys, ray; from cluster.ray_session.joining import join_ray; join_ray(sys.argv[1], 'guest');"
         "look = ray.remote(lambda: {'path': sys.path, 'folder': os.getcwd()});"
         "print(json.dumps(ray.get(look.remote(), timeout=60)))"
     )
     command = [sys.executable, "-P", "-c", script, ray_here]
-    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[1])}
+    here = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[2])}
     joined = subprocess.run(command, cwd=hostile_folder, env=here, capture_output=True, text=True, timeout=BOUND_S)
     assert joined.returncode == 0, joined.stderr
     found = json.loads(joined.stdout)

@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster.actors.pools import Pools
 from cluster.config import ClusterConfig, load_config, schema
-from cluster.pools import Pools
 from cluster.settings import build
 from router.api.config import hashed
 from workers.errors import InvalidConfig

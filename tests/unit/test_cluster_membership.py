@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.actors import changes_between
+from cluster.actors.actors import changes_between
 from cluster.commands.watching import describe
-from cluster.membership import Membership, Registration, Tick
+from cluster.membership.membership import Membership, Registration, Tick
 from cluster.store.store import Entry, Snapshot
 from workers.status import Role, WorkerAddress
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.actors.placement import bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.config import ClusterConfig, load_config
+from cluster.console.status_table import status_table
 from cluster.lifecycle import preflight
-from cluster.observe import status_table
-from cluster.placement import bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.preflight import check_layout, weight_bytes
 from workers.errors import InvalidConfig
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster import processes
 from cluster.commands.serve import example_request
 from cluster.config import load_config
+from cluster.console.status_table import duration, size, status_table
 from cluster.demo import is_right, read_questions
-from cluster.folders import end_local, make_folder, remove_stale
 from cluster.lifecycle import AT_ONCE, all_of
-from cluster.local import free_port
-from cluster.observe import duration, size, status_table
 from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
+from cluster.ray_session import processes
+from cluster.ray_session.folders import end_local, make_folder, remove_stale
+from cluster.ray_session.local import free_port
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 
@@ -224,7 +224,7 @@ def test_a_folder_whose_owner_was_killed_is_removed_with_its_processes_and_a_liv
         mine = make_folder()
         (Path(short) / "baton-of-somebody-else").mkdir()
         code = (
-            "import subprocess, sys, time; from cluster.folders import make_folder; folder = make_folder();"
+            "import subprocess, sys, time; from cluster.ray_session.folders import make_folder; folder = make_folder();"
             "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', folder]); print(folder, flush=True); time.sleep(60)"
         )
         environment = {**os.environ, "TMPDIR": short}

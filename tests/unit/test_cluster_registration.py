@@ -7,10 +7,17 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.following import follow_members
-from cluster.membership import Registration, Superseded
-from cluster.registration import MAX_START, Registrar, number_start
-from cluster.roles import check_roles, desired_draining, desired_role, forget_draining, forget_role, resolve_role
+from cluster.membership.following import follow_members
+from cluster.membership.membership import Registration, Superseded
+from cluster.membership.registration import MAX_START, Registrar, number_start
+from cluster.membership.roles import (
+    check_roles,
+    desired_draining,
+    desired_role,
+    forget_draining,
+    forget_role,
+    resolve_role,
+)
 from cluster.store.memory import MemoryStore
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress

@@ -19,11 +19,11 @@ from tests.unit.test_cuda_runner import DEVICE, MAX_LEN, load_cuda, tiny_dense, 
 from tests.unit.test_engine import hand_over
 from tests.unit.test_group_ranks import Found, found, in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
-from workers.engine import Engine
-from workers.model.collectives import Links
+from workers.engine.engine import Engine
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.cpu.rank_runner import initial_placement
 from workers.model.cuda.rank_runner import CudaRankRunner, CudaRanks
-from workers.model.ernie_config import ErnieConfig
-from workers.model.rank_runner import initial_placement
+from workers.model.parallel.collectives import Links
 from workers.request import Output, Request
 from workers.runner import Runner
 

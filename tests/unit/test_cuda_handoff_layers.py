@@ -21,7 +21,8 @@ from test_worker import Attached, tokens
 
 from tests.unit.model_configs import decode, prefill, random_tokens, small_dense
 from workers.config import WorkerConfig
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.results import LayersFilled
 from workers.model.cuda.copy_engine import HostCopies, Mark, Reached
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.runner import CudaRunner
@@ -29,7 +30,6 @@ from workers.request import Request
 from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind
 from workers.status import Role, WorkerAddress
-from workers.stepping.result import LayersFilled
 from workers.worker import Worker
 
 NUM_LAYERS = 3

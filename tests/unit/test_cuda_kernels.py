@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tests.unit.interpreted_products  # noqa: F401
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.model.attention import attend
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
 from workers.model.cuda.kernels.decode_attention import decode_attention
 from workers.model.cuda.kernels.experts import choose_experts, combine
@@ -22,13 +21,14 @@ from workers.model.cuda.kernels.prefill_attention import prefill_attention
 from workers.model.cuda.kernels.rows import add_norm, rotate_and_store, swiglu
 from workers.model.cuda.layers import Experts
 from workers.model.cuda.step_inputs import ROW_COLUMNS, Upload, fill_decode_rows
-from workers.model.expert_dispatch import combine as reference_combine
-from workers.model.expert_dispatch import dispatch
-from workers.model.kv_memory import KvPool
-from workers.model.layers import RMSNorm
-from workers.model.moe import Router
-from workers.model.rope import RotaryEmbedding, rotate
-from workers.model.step_plan import plan_step
+from workers.model.decoder.attention import attend
+from workers.model.decoder.kv_tensors import KvPool
+from workers.model.decoder.layers import RMSNorm
+from workers.model.decoder.moe import Router
+from workers.model.decoder.rope import RotaryEmbedding, rotate
+from workers.model.decoder.step_plan import plan_step
+from workers.model.parallel.expert_dispatch import combine as reference_combine
+from workers.model.parallel.expert_dispatch import dispatch
 from workers.runner import Batch, SequenceSlice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

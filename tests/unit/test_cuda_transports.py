@@ -12,11 +12,11 @@ import pytest
 from transport_ends import HOST, LAYOUT, whole_blocks
 
 from workers.errors import InvalidConfig, TransferFailed
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.transport import View
-from workers.kv_transfer.transports.cuda_ipc import CudaIpcTransport
-from workers.kv_transfer.transports.factory import make_transports
+from workers.kv_memory.memory import KvMemory
 from workers.status import WorkerAddress
+from workers.transports.contract import View
+from workers.transports.cuda_ipc import CudaIpcTransport
+from workers.transports.factory import make_transports
 
 SOURCE, TARGET = WorkerAddress("prefill-0", 1, "127.0.0.1:1"), WorkerAddress("decode-0", 1, "127.0.0.1:2")
 
@@ -158,7 +158,7 @@ async def test_a_worker_without_a_gpu_leaves_out_what_needs_one() -> None:
 
 
 async def test_nccl_is_not_offered_without_cuda() -> None:
-    nccl = importlib.import_module("workers.kv_transfer.transports.nccl")
+    nccl = importlib.import_module("workers.transports.nccl")
     if nccl.torch.cuda.is_available():
         pytest.skip("says what happens without a GPU")
     memory = KvMemory(LAYOUT)

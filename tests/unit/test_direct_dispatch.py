@@ -17,10 +17,10 @@ from torch import Tensor
 from tests.unit.symmetric_emulation import all_to_all_vdev_2d, all_to_all_vdev_2d_offset, emulated, noise
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.collectives import Links, Stages, WorldEpoch, finish, start_store
 from workers.model.cuda.rank_runner import wants_direct
-from workers.model.direct_dispatch import DirectAllToAll, DirectBuffers
-from workers.model.expert_dispatch import AllToAll, Exchange, ExpertTable
+from workers.model.parallel.collectives import Links, Stages, WorldEpoch, finish, start_store
+from workers.model.parallel.direct_dispatch import DirectAllToAll, DirectBuffers
+from workers.model.parallel.expert_dispatch import AllToAll, Exchange, ExpertTable
 
 SIZE, E, K, D = 3, 5, 3, 8
 SLOTS = (0, 1, 2, 3, 4, 0)

@@ -24,12 +24,12 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.engine.results import StepResult
 from workers.errors import InvalidRequest, Refused
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason, Request
 from workers.runner import FakeRunner
 from workers.scheduler.sequence import Kind
-from workers.stepping.result import StepResult
 
 
 def test_a_request_yields_max_tokens_and_leaves_no_block_held() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.model_configs import SHIPPED, load, moe_with_shared_experts, random_tokens
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
 from workers.request import Output, TokenLogprob
 from workers.scheduler.sequence import Kind
 

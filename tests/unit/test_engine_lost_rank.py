@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 
+from workers.engine.results import ExportEnded, PrefixHeld
 from workers.errors import RankLost, Refusal
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason
 from workers.runner import BLOCK_SIZE, FakeRunner
 from workers.status import PrefixHint, WorkerAddress
-from workers.stepping.result import ExportEnded, PrefixHeld
 
 PROMPT = make_request(range(10, 10 + 3 * BLOCK_SIZE + 9), 40)
 PEER = WorkerAddress("peer", 1, "127.0.0.1:1")

@@ -9,11 +9,11 @@ from builders import REPORT, fake_runner, generate_alone, make_engine, make_requ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine import Engine
+from workers.engine.engine import Engine
+from workers.engine.results import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
 from workers.errors import Refusal, Refused
 from workers.request import FinishReason, Output, Request
 from workers.runner import FakeRunner
-from workers.stepping.result import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
 
 
 @dataclass

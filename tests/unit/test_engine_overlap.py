@@ -20,8 +20,8 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine import Engine
-from workers.kv_transfer.memory import KvMemory
+from workers.engine.engine import Engine
+from workers.kv_memory.memory import KvMemory
 from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, LayerHook, Sampled

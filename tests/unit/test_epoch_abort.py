@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from workers.model.collectives import Communicator, WorldEpoch
+from workers.model.parallel.collectives import Communicator, WorldEpoch
 
 BOUND_S = 60.0
 

@@ -12,12 +12,12 @@ from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.epoch_member import EpochMember
 from workers.group.messages import Form
-from workers.model.collectives import Links, start_store
-from workers.model.parallel import SINGLE
+from workers.model.parallel.collectives import Links, start_store
+from workers.model.parallel.layout import SINGLE
 
 
 class DirectRank:
-    """As much of workers.model.rank_runner.Rank as joining and leaving take."""
+    """As much of workers.model.cpu.rank_runner.Rank as joining and leaving take."""
 
     layout, device, is_direct = SINGLE, "cpu", False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.model.expert_placement import (
+from workers.model.parallel.expert_placement import (
     Placement,
     Slots,
     copies_of,

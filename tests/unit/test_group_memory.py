@@ -14,12 +14,12 @@ from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import RankLost, TransferFailed
 from workers.group.memory import GroupKvMemory, RemotePart, put_heads, take_heads
 from workers.group.messages import Blocks, GetBlocks, PutBlocks
+from workers.kv_memory.joined import JoinedKvMemory
+from workers.kv_memory.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_tiers.opening import host_bytes
 from workers.kv_tiers.tiers import KvTiers
-from workers.kv_transfer.joined import JoinedKvMemory
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
-from workers.model.kv_memory import KvPool
-from workers.model.parallel import Share
+from workers.model.decoder.kv_tensors import KvPool
+from workers.model.parallel.layout import Share
 from workers.runner import BLOCK_SIZE, FakeRunner
 
 LAYOUT = KvLayout(6, 2, num_kv_heads=4, block_size=BLOCK_SIZE, head_dim=8, dtype="float32", itemsize=4)

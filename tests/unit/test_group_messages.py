@@ -23,8 +23,8 @@ from workers.group.messages import (
     Step,
     Welcome,
 )  # fmt: skip
+from workers.group.protobuf import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
 from workers.group.step_codec import BatchReader, BatchWriter, decode_results, encode_results, split_by_pool
-from workers.group.wire import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
 from workers.pb import group_pb2 as pb
 from workers.prompt_scores import PromptScores
 from workers.request import SamplingParams, TokenLogprob

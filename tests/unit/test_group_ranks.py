@@ -25,19 +25,19 @@ from tests.unit.model_configs import (
 )
 from tests.unit.rank_processes import HANG, KILL, TOKEN, WAIT_S, Group, RankPool
 from workers.config import ParallelConfig, WorkerConfig
-from workers.engine import Engine
+from workers.engine.engine import Engine
 from workers.errors import InvalidConfig
 from workers.group.follower import Follower
 from workers.group.messages import GetBlocks, PutBlocks
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan
-from workers.group.worker import GroupWorker
-from workers.model.ernie import Ernie
-from workers.model.expert_placement import imbalance
+from workers.group_worker import GroupWorker
+from workers.model.cpu.rank_runner import RankRunner
+from workers.model.cpu.runner import TorchRunner
+from workers.model.decoder.ernie import Ernie
 from workers.model.loading import load_runner
 from workers.model.native.rank import NativeRank
-from workers.model.rank_runner import RankRunner
-from workers.model.torch_runner import TorchRunner
+from workers.model.parallel.expert_placement import imbalance
 from workers.request import Output, Request
 from workers.runner import Runner
 from workers.status import Role

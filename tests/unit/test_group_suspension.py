@@ -10,11 +10,11 @@ from router_story import FREE, GENERATION, MODEL, Story, request, the_submit
 from running_workers import Attached, pair, running, tokens
 
 from router.events import Command, Deliver, RequestArrived
-from workers.client import WorkerFrame
 from workers.errors import Refusal
 from workers.group.watch import GroupWatch
 from workers.status import RankStatus, Role, WorkerStatus
-from workers.wire import status_from_pb, status_to_pb
+from workers.wire.attach import WorkerFrame
+from workers.wire.attach_protobuf import status_from_pb, status_to_pb
 
 PROMPT = list(range(20, 300))
 RANKS = (RankStatus(0, "a", 11, 4, is_alive=True), RankStatus(1, "b", 12, 0, is_alive=False, shares_memory=False))

@@ -18,7 +18,7 @@ from running_workers import Attached, tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig, Refusal
 from workers.group.watch import GroupPlan
-from workers.group.worker import GroupWorker
+from workers.group_worker import GroupWorker
 from workers.request import FinishReason
 from workers.runner import BLOCK_SIZE
 from workers.status import RankStatus, Role, WorkerAddress

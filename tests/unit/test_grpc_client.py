@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.grpc_client import Heard
+from workers.wire.grpc_client import Heard
 
 
 def test_a_worker_that_catches_up_has_lost_nothing() -> None:

@@ -10,8 +10,8 @@ import pytest
 from transport_ends import HOST, TIMEOUT_S, End, whole_blocks
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.transports.grpc_stream import _Link
+from workers.kv_memory.memory import KvLayout
+from workers.transports.grpc_stream import _Link
 
 BOUND_S = 3 * TIMEOUT_S
 BIG = KvLayout(96, 8, 2, 64, 128, "float32", 4)

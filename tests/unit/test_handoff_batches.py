@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator
 
 from builders import fake_layout
 
-from workers.handoff.source import MAX_BATCH, Feed, SourceDriver
-from workers.handoff.wire import down_to_pb, up_from_pb
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import (
+from workers.handoff.protobuf import down_to_pb, up_from_pb
+from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
     HandoffDown,
@@ -21,12 +19,14 @@ from workers.kv_transfer.messages import (
     PrefillDone,
     UseTransport,
 )
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import Filled, SourceSession
-from workers.kv_transfer.transports.loopback import LoopbackTransport
+from workers.handoff.protocol.source_session import Filled, SourceSession
+from workers.handoff.source_driver import MAX_BATCH, Feed, SourceDriver
+from workers.kv_memory.memory import KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
-from workers.wire_seal import Sealer
+from workers.transports.loopback import LoopbackTransport
+from workers.wire.seal import Sealer
 
 RECEIVER = WorkerAddress("decode-0", 1, "127.0.0.1:1")
 LAYOUT = fake_layout()

@@ -6,12 +6,12 @@ import pytest
 from builders import fake_layout, make_engine, make_request
 
 from tests.unit.model_configs import load, moe_with_shared_experts, prefill, random_tokens
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.engine.results import LayersFilled
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.launching import LateFakeRunner
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
 from workers.runner import Batch, FakeRunner, LayerHook
 from workers.scheduler.sequence import Kind
-from workers.stepping.result import LayersFilled
 
 LAYOUT = KvLayout(16, 4, 8, 64, 128, "float32", 4)
 """A layer of 512 KiB: each is a piece."""

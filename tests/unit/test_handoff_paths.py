@@ -13,11 +13,9 @@ import pytest
 from builders import fake_layout, generate_alone, make_request
 from running_workers import CONFIG, Attached, idle, running, tokens
 
-from workers.client import Cancel
-from workers.handoff.wire import down_from_pb, down_to_pb, up_from_pb, up_to_pb
-from workers.kv_transfer.copier import describe_pieces
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import (
+from workers.handoff.copier import describe_pieces
+from workers.handoff.protobuf import down_from_pb, down_to_pb, up_from_pb, up_to_pb
+from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
     HandoffDown,
@@ -36,12 +34,14 @@ from workers.kv_transfer.messages import (
     TransportBroken,
     UseTransport,
 )
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.transports.shm import ShmTransport
+from workers.kv_memory.memory import KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
-from workers.wire_seal import Sealer
+from workers.transports.shm import ShmTransport
+from workers.wire.attach import Cancel
+from workers.wire.seal import Sealer
 
 REQUEST = make_request(range(5, 205), 12)
 PROMPT = Prompt(REQUEST)

@@ -12,11 +12,11 @@ from builders import fake_layout, make_request
 
 from workers.errors import Refusal
 from workers.handoff.outcome import HandoffFailed
-from workers.handoff.target import TargetDriver
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import OpenHandoff, Prompt
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.target import TargetSession
+from workers.handoff.protocol.messages import OpenHandoff, Prompt
+from workers.handoff.protocol.target_session import TargetSession
+from workers.handoff.target_driver import TargetDriver
+from workers.kv_memory.memory import KvMemory
+from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from kernels_stub import write_stub
 
-from workers.instruction_sets import supported
-from workers.kv_transfer.native.library import CHECKSUM
+from workers.kv_memory.native.library import CHECKSUM
+from workers.machine.instruction_sets import supported
+from workers.machine.native_build import NativeSource, is_built_from
 from workers.model.native.build import KERNELS
-from workers.native_build import NativeSource, is_built_from
 
 pytest.importorskip("hatchling", reason="wheels are built by hatchling")
 

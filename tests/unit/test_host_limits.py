@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.host_limits import available_bytes, memory_kills, usable_cpus
+from workers.machine.limits import available_bytes, memory_kills, usable_cpus
 
 GIB = 2**30
 
@@ -107,7 +107,7 @@ def test_kills_for_want_of_memory_are_the_groups_or_else_the_hosts(tmp_path: Pat
 def test_a_process_opens_as_many_files_as_it_may() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (
-        "import resource; from workers.host_limits import raise_file_limit;"
+        "import resource; from workers.machine.limits import raise_file_limit;"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); print(raise_file_limit())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

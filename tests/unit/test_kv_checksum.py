@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import xxhash
 
-from workers.instruction_sets import InstructionSet, supported
-from workers.kv_transfer.checksum import MIN_NATIVE_BYTES, View, checksums, copy_and_checksum, native_copy
-from workers.kv_transfer.native import library as loading
-from workers.kv_transfer.native.library import CHECKSUM, Library, library
-from workers.native_build import BuildFailed, compile_library
+from workers.kv_memory.checksum import MIN_NATIVE_BYTES, View, checksums, copy_and_checksum, native_copy
+from workers.kv_memory.native import library as loading
+from workers.kv_memory.native.library import CHECKSUM, Library, library
+from workers.machine.instruction_sets import InstructionSet, supported
+from workers.machine.native_build import BuildFailed, compile_library
 
 GUARD = 0xA5
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.errors import TransferFailed
-from workers.kv_transfer.memory import KvLayout, KvMemory, MappedKvMemory, same_shape
-from workers.kv_transfer.pieces import Cut
+from workers.kv_memory.memory import KvLayout, KvMemory, MappedKvMemory, same_shape
+from workers.kv_memory.pieces import Cut
 
 
 @given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 5), st.integers(1, 9), st.sampled_from([1, 64, 128]))

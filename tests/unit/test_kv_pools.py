@@ -14,7 +14,7 @@ from workers.errors import PoolsLost
 from workers.group.step_codec import split_by_pool
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.pools import PooledKvCache
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason, HandoffReport
 from workers.runner import Batch, FakeRunner, Sampled
 from workers.scheduler.sequence import Kind

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import Refusal
-from workers.kv_transfer import source as src
-from workers.kv_transfer import target as tgt
-from workers.kv_transfer.copier import describe_pieces
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.messages import (
+from workers.handoff.copier import describe_pieces
+from workers.handoff.protocol import source_session as src
+from workers.handoff.protocol import target_session as tgt
+from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
     KvPieces,
@@ -26,8 +25,9 @@ from workers.kv_transfer.messages import (
     Subject,
     TransportBroken,
 )
-from workers.kv_transfer.recovery import Measured, Plan
-from workers.kv_transfer.transfer import TransferState
+from workers.handoff.protocol.recovery import Measured, Plan
+from workers.handoff.protocol.transfer import TransferState
+from workers.kv_memory.memory import KvLayout
 
 
 @pytest.mark.parametrize("transports", [("shm",), ("grpc",), ("shm", "grpc")])

@@ -9,11 +9,10 @@ from builders import fake_layout
 from handoff_wire import accepted, opening
 
 from workers.errors import InvariantViolated, Refusal
-from workers.kv_transfer import source as src
-from workers.kv_transfer import target as tgt
-from workers.kv_transfer.copier import describe_pieces
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import (
+from workers.handoff.copier import describe_pieces
+from workers.handoff.protocol import source_session as src
+from workers.handoff.protocol import target_session as tgt
+from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffRefused,
     KvPieces,
@@ -22,8 +21,9 @@ from workers.kv_transfer.messages import (
     ReleaseHandoff,
     UseTransport,
 )
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.transfer import LEGAL, Lease, Transfer, TransferState
+from workers.handoff.protocol.transfer import LEGAL, Lease, Transfer, TransferState
+from workers.kv_memory.memory import KvMemory
+from workers.kv_memory.pieces import Cut
 
 
 def test_a_failed_target_waits_for_what_writes_before_it_says_so() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.kv_transfer.memory import KvLayout
+from workers.kv_memory.memory import KvLayout
 from workers.model.cuda.copy_engine import Mark
 from workers.model.cuda.device_pool import DevicePool, StagedKvMemory
 from workers.model.cuda.layer_copies import StepCopies

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from workers.grpc_client import UNHEARD_S, Heard
-from workers.handoff.letterbox import Letterbox, time_left
+from workers.handoff.mailbox import Letterbox, time_left
+from workers.wire.grpc_client import UNHEARD_S, Heard
 
 
 async def test_an_event_comes_in_order_and_nothing_comes_when_the_time_is_up() -> None:

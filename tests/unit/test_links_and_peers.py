@@ -7,19 +7,19 @@ from collections import Counter
 import pytest
 from transport_ends import HOST, LAYOUT, whole_blocks
 
-from workers import grpc_options
+from workers.engine.results import BlocksFilled
 from workers.errors import TransferFailed
 from workers.handoff.peers import Peers
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.messages import OpenHandoff, Prompt
-from workers.kv_transfer.transport import OutgoingPiece
-from workers.kv_transfer.transports.links import Links
-from workers.kv_transfer.transports.tcp import TcpTransport
+from workers.handoff.protocol.messages import OpenHandoff, Prompt
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request, SamplingParams
 from workers.serving.exports import Exports
 from workers.serving.observer import Unobserved
 from workers.status import WorkerAddress
-from workers.stepping.result import BlocksFilled
+from workers.transports.contract import OutgoingPiece
+from workers.transports.links import Links
+from workers.transports.tcp import TcpTransport
+from workers.wire import grpc_options
 
 
 async def test_a_channel_to_a_sender_is_not_closed_while_a_transfer_uses_it() -> None:

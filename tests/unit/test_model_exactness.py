@@ -24,7 +24,7 @@ from tests.unit.model_configs import (
     random_tokens,
     small_dense,
 )
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
 from workers.runner import SequenceSlice
 
 MAKERS: dict[str, Callable[..., Oracle]] = {

@@ -18,10 +18,10 @@ from tests.unit.model_configs import (
     random_tokens,
     small_dense,
 )
-from workers.model.expert_dispatch import combine, dispatch
-from workers.model.layers import Linear, RMSNorm, silu
-from workers.model.moe import Router
-from workers.model.self_test import linears_are_invariant
+from workers.model.cpu.self_test import linears_are_invariant
+from workers.model.decoder.layers import Linear, RMSNorm, silu
+from workers.model.decoder.moe import Router
+from workers.model.parallel.expert_dispatch import combine, dispatch
 
 
 class MoodyLinear(Linear):

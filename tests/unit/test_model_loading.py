@@ -24,10 +24,10 @@ from tests.unit.model_configs import (
 )
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig
-from workers.model.layers import can_pack, compute_dtype
-from workers.model.torch_runner import TorchRunner, require_memory
-from workers.model.weights import Checkpoint
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.cpu.runner import TorchRunner, require_memory
+from workers.model.decoder.layers import can_pack, compute_dtype
 from workers.runner import Batch
 
 

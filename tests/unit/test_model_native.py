@@ -20,11 +20,11 @@ from tests.unit.model_configs import (
     random_tokens,
     small_dense,
 )
+from workers.machine.native_build import BuildFailed, compile_library
 from workers.model.native.build import KERNELS, supported
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
 from workers.model.native.loading import check
-from workers.native_build import BuildFailed, compile_library
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not supported(),

@@ -23,7 +23,7 @@ from tests.unit.model_configs import (
     prefill,
     random_tokens,
 )
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
 from workers.runner import Batch, SampleSpec
 
 Served = tuple[TorchRunner, Oracle]

@@ -14,11 +14,11 @@ from cluster.settings import build
 from workers.config import InstructionSet as Setting
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.instruction_sets import InstructionSet, cpu_flags
-from workers.kv_transfer.native.library import CHECKSUM
+from workers.kv_memory.native.library import CHECKSUM
+from workers.machine.instruction_sets import InstructionSet, cpu_flags
+from workers.machine.native_build import BuildFailed, NativeSource, compile_library, find_library
 from workers.model.native.build import KERNELS, choices, supported
 from workers.model.native.loading import check, load
-from workers.native_build import BuildFailed, NativeSource, compile_library, find_library
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.kv_transfer.transports.negotiate import BEST_FIRST, SAME_HOST, negotiate
+from workers.transports.negotiate import BEST_FIRST, SAME_HOST, negotiate
 
 ALL = dict.fromkeys(BEST_FIRST, b"offer")
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.model_configs import greedy, load, random_tokens, small_dense
 from workers.config import WorkerConfig
-from workers.model.collectives import Links
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint, with_stored_head
+from workers.model.cpu.rank_runner import load_rank
 from workers.model.cuda.runner import CudaRunner
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement
-from workers.model.rank_runner import load_rank
-from workers.model.weights import Checkpoint, with_stored_head
+from workers.model.parallel.collectives import Links
+from workers.model.parallel.expert_placement import Placement
 
 PROMPT = random_tokens(40, seed=9)
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tests.unit.model_configs import load, logits, moe_without_shared_experts, prefill, random_tokens
 from tests.unit.test_model_native import needs_compiler
 from workers.config import WorkerConfig
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.cpu.runner import packed_file
 from workers.model.native.build import build
 from workers.model.native.ernie import NativeErnie
 from workers.model.native.library import Library
 from workers.model.native.packed import PackedFile
-from workers.model.torch_runner import packed_file
-from workers.model.weights import Checkpoint
 
 
 def runs(seed: int = 0, sizes: tuple[int, ...] = (10_000_001, 64)) -> list[memoryview]:

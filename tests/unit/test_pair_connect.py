@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transport_ends import HOST, LAYOUT, TIMEOUT_S, End, whole_blocks
 
-from workers.kv_transfer.transports.collective import GlooTransport
-from workers.kv_transfer.transports.pair_group import PairGroup
+from workers.transports.collective import GlooTransport
+from workers.transports.pair_group import PairGroup
 
 BOUND_S = 3 * TIMEOUT_S
 

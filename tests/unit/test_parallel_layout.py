@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from cluster.settings import build
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig, MoeConfig
-from workers.model.parallel import Layout, check
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
+from workers.model.parallel.layout import Layout, check
 
 DENSE_0_3B = ErnieConfig(
     vocab_size=103424, hidden_size=1024, intermediate_size=3072, num_layers=18, num_heads=16, num_kv_heads=2,

@@ -18,14 +18,14 @@ from builders import (
     tokens_of,
 )
 
-from workers.engine import MODEL_FAILED, Engine
+from workers.engine.engine import MODEL_FAILED, Engine
+from workers.engine.isolation import MAX_TRIES, isolate
 from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal
-from workers.kv_transfer.memory import KvMemory
+from workers.kv_memory.memory import KvMemory
 from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, FakeRunner, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.sequence import Kind
-from workers.stepping.isolation import MAX_TRIES, isolate
 
 POISON = 666
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.kv_transfer.prefault import Prefault
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.kv_memory.prefault import Prefault
 
 LAYOUT = KvLayout(16, 2, 1, 64, 64, "float32", 4)
 """Blocks of 64 KiB: sixteen pages each."""

@@ -14,11 +14,11 @@ import pytest
 from builders import IMPORT_PATHS, generate_alone, make_request
 from running_workers import CONFIG, Attached, idle, running, tokens
 
-from workers.client import Cancel, Submit
 from workers.config import WorkerConfig
 from workers.runner import BLOCK_SIZE
 from workers.serving.exports import MAX_PREFIXES
 from workers.status import PrefixHint, Role, WorkerAddress
+from workers.wire.attach import Cancel, Submit
 from workers.worker import Worker
 
 PROMPT = make_request(range(5, 5 + 8 * BLOCK_SIZE + 9), 16, request_id="r")

@@ -10,12 +10,12 @@ from builders import fake_runner, generate_alone, make_engine, make_request, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine import Engine
+from workers.engine.engine import Engine
 from workers.errors import Refused
+from workers.handoff.protocol.messages import Prefix
+from workers.handoff.protocol.worth import MEMORY_S, PullRates, is_worth_pulling
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_tiers.tiers import KvTiers
-from workers.kv_transfer.messages import Prefix
-from workers.kv_transfer.worth import MEMORY_S, PullRates, is_worth_pulling
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
 from workers.serving.prefix_subject import keys_of, subject_of

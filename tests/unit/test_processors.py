@@ -15,8 +15,8 @@ from tests.unit.model_configs import SHIPPED, load, logits, prefill
 from tests.unit.test_model_native import needs_compiler
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
+from workers.machine.processors import Processors, parse, read_nodes, too_few
 from workers.model.native.ernie import NativeErnie
-from workers.processors import Processors, parse, read_nodes, too_few
 
 NODES = {0: frozenset({0, 1, 4}), 1: frozenset({2, 3})}
 

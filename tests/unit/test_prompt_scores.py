@@ -16,15 +16,15 @@ from router.api.progress import Choice
 from router.api.prompts import Prompt
 from router.api.sse import json_parts, to_json
 from router.stream import RequestStream
-from workers.engine import Engine
-from workers.kv_transfer.memory import KvMemory
+from workers.engine.engine import Engine
+from workers.kv_memory.memory import KvMemory
 from workers.prompt_scores import PromptScores, join
 from workers.request import MAX_SCORES, Output, Request
 from workers.runner import Batch, FakeRunner, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.scheduler import Limits
 from workers.serving.sessions import MAX_FRAME_BYTES, CacheEvents, Session
 from workers.status import Load
-from workers.wire import frame_from_pb, frame_to_pb
+from workers.wire.attach_protobuf import frame_from_pb, frame_to_pb
 
 NUM_TOP = 20
 

@@ -13,16 +13,16 @@ import torch
 from tests.unit.model_configs import moe_with_shared_experts, small_dense
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.collectives import Links
-from workers.model.ernie import Ernie
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement
-from workers.model.layers import compute_dtype
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
+from workers.model.cpu.runner import TorchRunner
+from workers.model.decoder.ernie import Ernie
+from workers.model.decoder.layers import compute_dtype
 from workers.model.native.rank import NativeRank
-from workers.model.parallel import Layout
-from workers.model.rank_runner import initial_placement, load_rank, share_bytes
-from workers.model.torch_runner import TorchRunner
-from workers.model.weights import Checkpoint
+from workers.model.parallel.collectives import Links
+from workers.model.parallel.expert_placement import Placement
+from workers.model.parallel.layout import Layout
 from workers.runner import Batch, LayerHook, SequenceSlice
 
 
@@ -44,7 +44,7 @@ def config(folder: Path, native: bool = True, **parallel: Any) -> WorkerConfig:
 
 def load_and_measure(folder: str, native: bool, parallel: dict[str, int], answer: Any) -> None:
     """In a process of its own: (how far RSS rose at its highest, bytes of the share)."""
-    from workers.model.layers import Linear
+    from workers.model.decoder.layers import Linear
 
     torch.set_num_threads(1)
     settings = config(Path(folder), native, **parallel)

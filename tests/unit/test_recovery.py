@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.kv_transfer.recovery import Choice, Measured, Situation, Way, choose
+from workers.handoff.protocol.recovery import Choice, Measured, Situation, Way, choose
 
 MEASURED = Measured(bandwidth=100.0, own_rate=10.0, source_rates={"prefill-1": 20.0})
 FAULT = Situation(

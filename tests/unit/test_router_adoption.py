@@ -5,9 +5,9 @@ from __future__ import annotations
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
 
 from router.events import RequestArrived, RequestCancelled, Send
-from workers.client import Adopt, Cancel
 from workers.errors import Refusal
 from workers.status import Role
+from workers.wire.attach import Adopt, Cancel
 
 
 def lost(*tokens: int) -> tuple[Story, str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, the_submit
 
 from router.events import Detach, Reject, RequestArrived, RequestCancelled, ShutDown
-from workers.client import Cancel, DumpRequest, WorkerFrame
 from workers.errors import Refusal
 from workers.status import KvEvent, Role
+from workers.wire.attach import Cancel, DumpRequest, WorkerFrame
 
 
 def test_without_any_worker_ever_a_request_is_refused_at_once() -> None:

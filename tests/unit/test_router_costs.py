@@ -13,16 +13,17 @@ from router.api.generation import Generation
 from router.config import RouterConfig
 from router.driver import RouterDriver
 from router.events import RequestArrived, Tick
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
+from router.fleet.view import WorkerEntry
 from router.stream import RequestStream
-from router.view import WorkerEntry
-from workers import wire, wire_request
-from workers.client import WorkerFrame
 from workers.kv_cache import block_hash
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import Output
 from workers.status import KvEvent, Load, Role
+from workers.wire import attach_protobuf as wire
+from workers.wire import request_protobuf as wire_request
+from workers.wire.attach import WorkerFrame
 
 
 def fleet_of(num_workers: int, **settings: object) -> Story:

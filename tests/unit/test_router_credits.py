@@ -5,10 +5,10 @@ from __future__ import annotations
 from router_story import GENERATION, MODEL, Story, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled
-from workers.client import WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 from workers.status import Load, Role, WorkerStatus
+from workers.wire.attach import WorkerFrame
 
 
 def tell(

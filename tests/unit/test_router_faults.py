@@ -25,10 +25,10 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
-from workers.client import Adopt, Cancel, Migration, Submit, WorkerFrame
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Load, Role, WorkerAddress, WorkerStatus
+from workers.wire.attach import Adopt, Cancel, Migration, Submit, WorkerFrame
 
 NUM_WORKERS = 3
 REFUSALS = (Refusal.QUEUE_FULL, Refusal.WRONG_ROLE, Refusal.STALE_GENERATION, Refusal.SHUTTING_DOWN, Refusal.INTERNAL)

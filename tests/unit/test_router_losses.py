@@ -7,11 +7,11 @@ from dataclasses import replace
 from router_story import FREE, GENERATION, MIXED, MODEL, PD, Story, outputs, request, submits, the_submit
 
 from router.events import Attach, Detach, FrameArrived, RequestArrived, WorkersChanged
-from workers.client import WorkerFrame
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
+from workers.wire.attach import WorkerFrame
 
 
 def test_a_lost_worker_hands_its_requests_to_another_with_the_tokens_to_replay() -> None:

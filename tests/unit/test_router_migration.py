@@ -5,11 +5,11 @@ from __future__ import annotations
 from router_story import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
-from router.policies.rebalance import RebalanceLimits, Rebalancer
-from workers.client import Cancel, Submit, WorkerFrame
+from router.requests.rebalance import RebalanceLimits, Rebalancer
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 from workers.status import Load, Role, WorkerStatus
+from workers.wire.attach import Cancel, Submit, WorkerFrame
 
 DD = (("d-0", Role.DECODE), ("d-1", Role.DECODE), ("p-0", Role.PREFILL))
 

@@ -6,11 +6,11 @@ import numpy as np
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, the_submit
 
 from router.events import RequestArrived
-from workers.client import Cancel, WorkerFrame
 from workers.errors import Refusal
 from workers.prompt_scores import PromptScores
 from workers.request import HandoffReport, Output, TokenLogprob
 from workers.status import Role
+from workers.wire.attach import Cancel, WorkerFrame
 
 
 def test_outputs_reach_the_client_under_its_own_name() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.fleet.prefix_index import Prefixes
+from router.fleet.worker_table import WorkerTable
 from router.policies.kv_aware import KvAwarePolicy
 from router.policies.policy import Candidates, Demand, tie_break
-from router.prefix_index import Prefixes
-from router.worker_table import WorkerTable
 
 
 @dataclass(frozen=True)

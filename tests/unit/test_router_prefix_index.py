@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router import prefix_index
-from router.prefix_index import SHARD_BLOCKS, STEP_BLOCKS, PrefixIndex
+from router.fleet import prefix_index
+from router.fleet.prefix_index import SHARD_BLOCKS, STEP_BLOCKS, PrefixIndex
 from workers.status import KvEvent, Tier
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from router_story import GENERATION, MIXED, MODEL, PD, Story, request, the_submit
 
 from router.events import RequestArrived
-from workers.client import WorkerFrame
 from workers.kv_cache.block_hash import block_hashes
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress
+from workers.wire.attach import WorkerFrame
 
 
 def test_a_request_goes_to_a_decode_worker_with_the_prefill_workers_to_try() -> None:

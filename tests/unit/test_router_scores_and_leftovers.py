@@ -19,11 +19,11 @@ from router_story import (
 )
 
 from router.events import RequestArrived, RequestCancelled
-from workers.client import Adopt, Cancel, WorkerFrame
 from workers.errors import Refusal
 from workers.prompt_scores import PromptScores
 from workers.request import Output, Request
 from workers.status import Role, WorkerStatus, first_generation
+from workers.wire.attach import Adopt, Cancel, WorkerFrame
 
 
 def scored(name: str, num_tokens: int = 120) -> Request:

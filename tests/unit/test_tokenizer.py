@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from workers.errors import InvalidConfig, InvalidRequest
-from workers.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 ERNIE_TEXT_TEMPLATE = """\
 {%- if not add_generation_prompt is defined -%}

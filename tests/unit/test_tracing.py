@@ -21,7 +21,7 @@ from router.api.app import create_app
 from router.api.config import ApiConfig
 from workers.request import Request
 from workers.status import Role, WorkerAddress
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 from workers.tracing import NO_SPAN, clean_traceparent, start_span
 
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
@@ -133,7 +133,7 @@ def test_without_the_package_nothing_is_recorded_and_the_trace_is_passed_on() ->
     program = f"""
 import sys
 sys.modules["opentelemetry"] = None
-from workers.tokenizer import Tokenizer
+from workers.text.tokenizer import Tokenizer
 from workers.tracing import start_span
 span = start_span("request", "{PARENT}")
 span.set(tokens=1)

@@ -11,13 +11,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import wire, wire_request
-from workers.client import Adopt, Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 from workers.errors import InvariantViolated, Refusal, TransferFailed
-from workers.handoff import wire as handoff_wire
-from workers.kv_cache.block_hash import block_hashes
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.messages import (
+from workers.handoff import protobuf as handoff_wire
+from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
     HandoffRefused,
@@ -36,10 +32,15 @@ from workers.kv_transfer.messages import (
     TransportBroken,
     UseTransport,
 )
+from workers.kv_cache.block_hash import block_hashes
+from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
+from workers.wire import attach_protobuf as wire
+from workers.wire import request_protobuf as wire_request
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)

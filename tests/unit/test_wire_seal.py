@@ -11,11 +11,11 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from workers import wire
 from workers.errors import StreamDamaged
-from workers.handoff.wire import down_from_pb, up_from_pb
+from workers.handoff.protobuf import down_from_pb, up_from_pb
 from workers.pb import worker_pb2 as pb
-from workers.wire_seal import Sealer, Unsealer, verified
+from workers.wire import attach_protobuf as wire
+from workers.wire.seal import Sealer, Unsealer, verified
 
 
 def frames(num: int = 4) -> list[bytes]:

@@ -10,18 +10,18 @@ import pytest
 from builders import FakeModel, generate_alone, make_request
 from running_workers import CONFIG, Attached, pair, running, tokens
 
-from workers.client import Cancel, Hello, Submit
 from workers.config import WorkerConfig
 from workers.errors import Refusal
-from workers.kv_transfer import copier
+from workers.handoff import copier
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import FinishReason
 from workers.serving.core import WorkerCore
 from workers.serving.events import Tick
 from workers.status import Role, WorkerAddress
-from workers.wire import router_message_to_pb, status_from_pb
-from workers.wire_seal import Sealer
+from workers.wire.attach import Cancel, Hello, Submit
+from workers.wire.attach_protobuf import router_message_to_pb, status_from_pb
+from workers.wire.seal import Sealer
 from workers.worker import Worker
 
 
@@ -121,7 +121,7 @@ async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.Monke
             described = (replace(described[0], checksum=described[0].checksum ^ 1), *described[1:])
         return described
 
-    monkeypatch.setattr("workers.handoff.source.describe_pieces", spoil_once)
+    monkeypatch.setattr("workers.handoff.source_driver.describe_pieces", spoil_once)
     async with pair() as (router, source, _):
         await router.submit(request, source)
         outputs = await router.finish("r")

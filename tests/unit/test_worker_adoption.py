@@ -11,10 +11,10 @@ from stream_reader import Reader
 
 from router.config import RouterConfig
 from router.driver import RouterDriver
-from workers.client import Adopt, Submit
 from workers.errors import Refusal
 from workers.request import Request
 from workers.status import Role
+from workers.wire.attach import Adopt, Submit
 
 
 def long_request(name: str = "r#1") -> Request:

@@ -5,20 +5,7 @@ from __future__ import annotations
 from builders import make_request
 from worker_story import GENERATION, LAYOUT, PEER, WorkerStory
 
-from workers.client import Migration
-from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_cache.block_hash import PromptBlocks
-from workers.kv_transfer.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
-from workers.kv_transfer.source import Broken, Filled
-from workers.request import FinishReason, Output, error_output
-from workers.runner import BLOCK_SIZE, Sampled
-from workers.scheduler.sequence import Kind
-from workers.serving import events
-from workers.serving.prefix_subject import subject_of
-from workers.serving.sessions import LOAD_INTERVAL_S, MAX_CACHE_EVENTS
-from workers.status import Load, PrefixHint, Role, WorkerAddress
-from workers.stepping.commands import (
+from workers.engine.commands import (
     Add,
     AddMigrant,
     CancelSequence,
@@ -35,7 +22,7 @@ from workers.stepping.commands import (
     Resume,
     TransferLost,
 )
-from workers.stepping.result import (
+from workers.engine.results import (
     BlocksFilled,
     BlocksFinal,
     Halted,
@@ -45,6 +32,19 @@ from workers.stepping.result import (
     PullWanted,
     TransferWanted,
 )
+from workers.errors import Refusal
+from workers.handoff.outcome import Handoff, HandoffFailed
+from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
+from workers.handoff.protocol.source_session import Broken, Filled
+from workers.kv_cache.block_hash import PromptBlocks
+from workers.request import FinishReason, Output, error_output
+from workers.runner import BLOCK_SIZE, Sampled
+from workers.scheduler.sequence import Kind
+from workers.serving import events
+from workers.serving.prefix_subject import subject_of
+from workers.serving.sessions import LOAD_INTERVAL_S, MAX_CACHE_EVENTS
+from workers.status import Load, PrefixHint, Role, WorkerAddress
+from workers.wire.attach import Migration
 
 PROMPT = make_request(range(5, 5 + 2 * BLOCK_SIZE), 50)
 BLOCKS = PromptBlocks.of(PROMPT.prompt_token_ids, BLOCK_SIZE)

@@ -11,17 +11,17 @@ import pytest
 from builders import FakeModel, generate_alone, make_request
 from running_workers import CONFIG, Attached, running, tokens
 
-from workers.client import Cancel, Migration, Submit
 from workers.config import WorkerConfig
 from workers.errors import Refusal
-from workers.kv_transfer.messages import SequenceMoved
-from workers.kv_transfer.source import Broken as SourceBroken
-from workers.kv_transfer.source import SourceSession
-from workers.kv_transfer.target import Broken as TargetBroken
-from workers.kv_transfer.target import TargetSession
+from workers.handoff.protocol.messages import SequenceMoved
+from workers.handoff.protocol.source_session import Broken as SourceBroken
+from workers.handoff.protocol.source_session import SourceSession
+from workers.handoff.protocol.target_session import Broken as TargetBroken
+from workers.handoff.protocol.target_session import TargetSession
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, Runner, Sampled
 from workers.status import Role
+from workers.wire.attach import Cancel, Migration, Submit
 from workers.worker import Worker
 
 

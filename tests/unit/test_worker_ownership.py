@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_story import WorkerStory
 
-from workers.client import Adopt, Cancel, DumpRequest, Submit
+from workers.engine.commands import Add, CancelSequence, Depart
 from workers.errors import Refusal
-from workers.kv_transfer.messages import Running
+from workers.handoff.protocol.messages import Running
 from workers.prompt_scores import PromptScores
 from workers.request import FinishReason, Output, TokenLogprob
 from workers.serving import events
 from workers.status import Role
-from workers.stepping.commands import Add, CancelSequence, Depart
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit
 
 GRACE_S = 30.0
 

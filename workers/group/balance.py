@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from workers.config import ParallelConfig
-from workers.model.expert_placement import Placement, Slots, imbalance, replan
+from workers.model.parallel.expert_placement import Placement, Slots, imbalance, replan
 
 NO_MOVE: tuple[int, Slots] = (-1, ())
 

@@ -9,7 +9,7 @@ import threading
 
 from workers.errors import RankLost
 from workers.group.messages import BadMessage, Message
-from workers.group.wire import PREFIX_BYTES, decode, encode, length
+from workers.group.protobuf import PREFIX_BYTES, decode, encode, length
 
 
 class Channel:

@@ -8,10 +8,10 @@ import time
 from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
-from workers.model.collectives import Links, WorldEpoch
-from workers.model.direct_dispatch import DirectBuffers
-from workers.model.expert_placement import Placement
-from workers.model.rank_runner import GroupStep, Rank
+from workers.model.cpu.rank_runner import GroupStep, Rank
+from workers.model.parallel.collectives import Links, WorldEpoch
+from workers.model.parallel.direct_dispatch import DirectBuffers
+from workers.model.parallel.expert_placement import Placement
 from workers.runner import Batch, Sampled
 
 _STUCK_S = 10.0
@@ -105,7 +105,7 @@ class EpochMember:
 
     def _require_leave(self) -> None:
         """Dies where the thread that computes does not come back, and with it the process whose owner watches its threads
-        (cluster.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted, and NCCL's abort may hang too."""
+        (cluster.actors.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted, and NCCL's abort may hang too."""
         if not self._has_left.wait(self._stuck_s):
             raise DeviceStuck("the GPU waits for a rank that is gone, which only the end of this process can end")
 

@@ -35,7 +35,7 @@ from workers.group.messages import (
     Stop,
     Welcome,
 )  # fmt: skip
-from workers.kv_transfer.memory import SharedHandle
+from workers.kv_memory.memory import SharedHandle
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from workers.errors import RankLost
 from workers.group.messages import Blocks, GetBlocks, PutBlocks
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_memory.memory import KvLayout, KvMemory
 
 CHUNK_BYTES = 8 << 20
 """What one message carries at most, unless a single block is more."""

@@ -53,7 +53,7 @@ class Ready:
     shares_memory: bool = True
     """It has joined the leader's memory; otherwise it is on another host and keeps its KV to itself."""
     offers_direct: bool = False
-    """It can bring rows to experts without the host (workers.model.direct_dispatch) in the next epoch."""
+    """It can bring rows to experts without the host (workers.model.parallel.direct_dispatch) in the next epoch."""
     kernels: str = ""
     """What it computes with, which the fingerprint covers."""
 

@@ -22,14 +22,14 @@ from workers.group.leader import OWN_RANK, Callbacks, GroupLeader, Truth
 from workers.group.memory import GroupKvMemory, RemotePart
 from workers.group.messages import Done, Form, Step
 from workers.group.step_codec import BatchWriter, decode_results, split_by_pool
-from workers.kv_transfer.memory import KvMemory
-from workers.model.collectives import Links, start_store
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement
-from workers.model.parallel import Layout
+from workers.kv_memory.memory import KvMemory
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import checkpoint_folder
+from workers.model.cpu.rank_runner import Rank, group_layout, initial_placement
+from workers.model.parallel.collectives import Links, start_store
+from workers.model.parallel.expert_placement import Placement
+from workers.model.parallel.layout import Layout
 from workers.model.rank_loading import RankLoader, rank_loader
-from workers.model.rank_runner import Rank, group_layout, initial_placement
-from workers.model.weights import checkpoint_folder
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo, RankStatus
 
@@ -43,7 +43,7 @@ _EMPTY = Batch()
 
 
 class GroupRunner:
-    """Implements workers.runner.Runner, and what workers.loaded.Checkpoint needs, for a group of ranks."""
+    """Implements workers.runner.Runner, and what workers.model.loaded.Checkpoint needs, for a group of ranks."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from workers.pb import group_pb2 as pb
 from workers.request import SamplingParams
 from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.edits import LogitEdits, edits_of
-from workers.wire_request import (
+from workers.wire.request_protobuf import (
     params_from_pb,
     params_to_pb,
     scores_from_pb,

@@ -1,1 +1,1 @@
-"""KV handoffs of one worker at work: the loops around the sessions of workers.kv_transfer, their streams, and what is handed over."""
+"""KV handoffs of one worker at work: the asyncio drivers of the sessions of workers.handoff.protocol, and their streams."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.errors import Refusal, TransferFailed
-from workers.kv_transfer.messages import Done
+from workers.handoff.protocol.messages import Done
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections import OrderedDict
 import grpc
 
 from workers.errors import TransferFailed
-from workers.grpc_options import HANDOFF_CHANNEL
 from workers.pb import worker_pb2_grpc
+from workers.wire.grpc_options import HANDOFF_CHANNEL
 
 MAX_CHANNELS = 256
 

@@ -14,17 +14,17 @@ from workers.config import WorkerConfig
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.peers import Peer, Peers
-from workers.handoff.serving import OpenExport, Serving
-from workers.handoff.target import TargetDriver
+from workers.handoff.protocol.messages import OpenHandoff, Subject
+from workers.handoff.protocol.recovery import Plan
+from workers.handoff.protocol.target_session import TargetSession
+from workers.handoff.service import OpenExport, Serving
+from workers.handoff.target_driver import TargetDriver
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import OpenHandoff, Subject
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.prefault import Prefault
-from workers.kv_transfer.recovery import Plan
-from workers.kv_transfer.target import TargetSession
-from workers.kv_transfer.transport import Sweeping, Transport
+from workers.kv_memory.memory import KvMemory
+from workers.kv_memory.pieces import Cut
+from workers.kv_memory.prefault import Prefault
 from workers.status import WorkerAddress
+from workers.transports.contract import Sweeping, Transport
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from urllib.parse import quote
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.host_limits import available_bytes
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.record import Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.machine.limits import available_bytes
 
 _POOLS = 4
 _MEMORY_SHARE = 20

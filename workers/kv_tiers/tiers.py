@@ -17,10 +17,10 @@ from workers.kv_cache.block_hash import BlockKey
 from workers.kv_cache.ledger import Ledger
 from workers.kv_cache.lower_tiers import Promotion
 from workers.kv_cache.tier_book import Command, Delete, Keep, Spill, TierBook
+from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.disk import Broken, DiskThread, ReadBlock, Written
 from workers.kv_tiers.folder import BlockFolder, Scanned
 from workers.kv_tiers.record import checksum
-from workers.kv_transfer.memory import KvMemory
 from workers.status import Tier
 
 log = logging.getLogger(__name__)

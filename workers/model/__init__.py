@@ -1,1 +1,1 @@
-"""The ERNIE 4.5 model in PyTorch; the only room that knows tensors."""
+"""The ERNIE 4.5 model; beside workers.sampling the only room that knows tensors."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.model_runner import ModelRunner
-from workers.model.torch_runner import TorchRunner
+from workers.model.cpu.runner import TorchRunner
+from workers.model.decoder.model_runner import ModelRunner
 
 
 def load_runner(config: WorkerConfig) -> ModelRunner[Any]:

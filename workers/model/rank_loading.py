@@ -7,13 +7,13 @@ from typing import Protocol
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.model.collectives import Links
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement
-from workers.model.model_runner import served_len
-from workers.model.parallel import Layout
-from workers.model.rank_runner import Rank, load_rank, rank_layout
-from workers.model.weights import checkpoint_folder
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import checkpoint_folder
+from workers.model.cpu.rank_runner import Rank, load_rank, rank_layout
+from workers.model.decoder.model_runner import served_len
+from workers.model.parallel.collectives import Links
+from workers.model.parallel.expert_placement import Placement
+from workers.model.parallel.layout import Layout
 
 
 class RankLoader(Protocol):

@@ -1,1 +1,1 @@
-"""Turns logits into tokens and tokens into text."""
+"""Turns logits into tokens."""

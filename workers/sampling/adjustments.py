@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from workers.request import SamplingParams
+from workers.sampling.device import on_device
 from workers.sampling.edits import LogitEdits
-from workers.sampling.placement import on_device
 
 
 def adjust(row_V: Tensor, edits: LogitEdits, params: SamplingParams) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.request import SamplingParams
 from workers.sampling.arithmetic import logarithm_of, weights
-from workers.sampling.placement import on_device
+from workers.sampling.device import on_device
 
 _SIGN_BITS = 31
 _SHORT = 1024

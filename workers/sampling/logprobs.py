@@ -14,7 +14,7 @@ from torch import Tensor
 from workers.prompt_scores import PromptScores
 from workers.request import LOGPROB_FLOOR, TokenLogprob
 from workers.sampling.arithmetic import log_total, weights
-from workers.sampling.placement import on_device
+from workers.sampling.device import on_device
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:

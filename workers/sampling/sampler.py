@@ -15,11 +15,11 @@ from workers.prompt_scores import PromptScores
 from workers.request import TokenLogprob
 from workers.runner import SampleSpec
 from workers.sampling.adjustments import adjust
+from workers.sampling.device import on_device
 from workers.sampling.edits import changes_logits, edits_of
 from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import score_tokens, token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
-from workers.sampling.placement import on_device
 from workers.sampling.row_kernel import RowKernel
 
 GREEDY_BELOW = 1e-5

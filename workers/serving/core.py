@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
 
-from workers.client import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
 from workers.config import WorkerConfig
+from workers.engine.commands import ForgetCache
+from workers.engine.results import Report, TransferWanted
 from workers.errors import Refusal, Refused
+from workers.handoff.protocol.recovery import Way
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.recovery import Way
+from workers.kv_memory.memory import KvLayout
 from workers.serving import events
 from workers.serving.exports import Exports
 from workers.serving.fetches import Fetches
@@ -27,8 +28,7 @@ from workers.serving.requests import Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Load, WorkerStatus
-from workers.stepping.commands import ForgetCache
-from workers.stepping.result import Report, TransferWanted
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
 
 log = logging.getLogger(__name__)
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from workers.config import WorkerConfig
+from workers.engine.commands import EngineCommand
+from workers.engine.results import LayersFilled, Report
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.transport import Transport
+from workers.kv_memory.memory import KvMemory
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.serving.handoffs import Handoffs
 from workers.serving.streams import Streams
 from workers.serving.traces import RequestTraces
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
-from workers.stepping.commands import EngineCommand
-from workers.stepping.result import LayersFilled, Report
+from workers.transports.contract import Transport
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.client import RouterMessage, WorkerFrame
+from workers.engine.commands import EngineCommand
+from workers.engine.results import LayersFilled, Report
 from workers.errors import Refusal
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_transfer.messages import Done, OpenHandoff, Subject
-from workers.kv_transfer.recovery import Plan
-from workers.kv_transfer.source import Broken, Filled
+from workers.handoff.protocol.messages import Done, OpenHandoff, Subject
+from workers.handoff.protocol.recovery import Plan
+from workers.handoff.protocol.source_session import Broken, Filled
 from workers.status import Role, WorkerAddress
-from workers.stepping.commands import EngineCommand
-from workers.stepping.result import LayersFilled, Report
+from workers.wire.attach import RouterMessage, WorkerFrame
 
 # ---- events ----
 

@@ -10,18 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from workers.errors import Refusal, Refused
-from workers.kv_cache.block_hash import BlockKey
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.messages import OpenHandoff, PrefillDone, Prefix, PrefixDone, Prompt, Running, SequenceMoved
-from workers.kv_transfer.pieces import Cut
-from workers.kv_transfer.source import Broken, Filled
-from workers.runner import BLOCK_SIZE
-from workers.scheduler.sequence import Kind
-from workers.serving.events import Feed, Post
-from workers.serving.observer import Observer
-from workers.serving.prefix_subject import keys_of
-from workers.stepping.commands import (
+from workers.engine.commands import (
     Add,
     CancelSequence,
     Depart,
@@ -31,7 +20,7 @@ from workers.stepping.commands import (
     ReleasePrefix,
     Resume,
 )
-from workers.stepping.result import (
+from workers.engine.results import (
     BlocksFilled,
     BlocksFinal,
     ExportEnded,
@@ -41,6 +30,25 @@ from workers.stepping.result import (
     Prefilled,
     PrefixHeld,
 )
+from workers.errors import Refusal, Refused
+from workers.handoff.protocol.messages import (
+    OpenHandoff,
+    PrefillDone,
+    Prefix,
+    PrefixDone,
+    Prompt,
+    Running,
+    SequenceMoved,
+)
+from workers.handoff.protocol.source_session import Broken, Filled
+from workers.kv_cache.block_hash import BlockKey
+from workers.kv_memory.memory import KvLayout
+from workers.kv_memory.pieces import Cut
+from workers.runner import BLOCK_SIZE
+from workers.scheduler.sequence import Kind
+from workers.serving.events import Feed, Post
+from workers.serving.observer import Observer
+from workers.serving.prefix_subject import keys_of
 
 MAX_PREFIXES = 32
 """Prefixes handed over at once; the engine bounds their blocks, the lease their time."""

@@ -9,21 +9,21 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from workers.client import Migration
+from workers.engine.commands import Landed, MovedIn, Pulled, TransferLost
+from workers.engine.results import PullWanted, TransferWanted
 from workers.errors import Refusal
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_transfer.memory import KvLayout
-from workers.kv_transfer.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
-from workers.kv_transfer.recovery import Choice, Measured, Plan, Way
-from workers.kv_transfer.worth import PullRates, is_worth_pulling
+from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
+from workers.handoff.protocol.recovery import Choice, Measured, Plan, Way
+from workers.handoff.protocol.worth import PullRates, is_worth_pulling
+from workers.kv_memory.memory import KvLayout
 from workers.request import HandoffReport, Request
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.serving.events import Post, Receive, StopReceiving
 from workers.serving.observer import Observer
 from workers.serving.prefix_subject import subject_of
 from workers.status import WorkerAddress
-from workers.stepping.commands import Landed, MovedIn, Pulled, TransferLost
-from workers.stepping.result import PullWanted, TransferWanted
+from workers.wire.attach import Migration
 
 log = logging.getLogger(__name__)
 

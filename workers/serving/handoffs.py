@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, TransferFailed
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.source import Export
-from workers.handoff.source import Feed as FeedTransfer
+from workers.handoff.protocol.messages import OpenHandoff
+from workers.handoff.source_driver import Export
+from workers.handoff.source_driver import Feed as FeedTransfer
 from workers.handoff.transfers import CLOSE_S, Transfers
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvMemory
-from workers.kv_transfer.messages import OpenHandoff
-from workers.kv_transfer.transport import Transport
+from workers.kv_memory.memory import KvMemory
 from workers.serving.events import (
     AcceptHandoff,
     Event,
@@ -30,6 +29,7 @@ from workers.serving.events import (
     Receive,
     RefuseHandoff,
 )
+from workers.transports.contract import Transport
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Handoffs:
     # ---- served ----
 
     def _open_export(self, opening: OpenHandoff, generation: int, feed: FeedTransfer) -> Export:
-        """As workers.handoff.serving.OpenExport."""
+        """As workers.handoff.service.OpenExport."""
         transfer = next(self._numbers)
         self.handle(HandoffAsked(transfer, opening, generation))
         answer = self._answers.pop(transfer)

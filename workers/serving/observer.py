@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from workers.engine.results import Prefilled
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_transfer.recovery import Choice
+from workers.handoff.protocol.recovery import Choice
 from workers.request import Output
-from workers.stepping.result import Prefilled
 
 
 class Observer(Protocol):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from workers.errors import Refusal, Refused
+from workers.handoff.protocol.messages import Prefix
 from workers.kv_cache.block_hash import BlockKey, token_bytes
-from workers.kv_transfer.messages import Prefix
 from workers.runner import BLOCK_SIZE
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 
-from workers.client import Migration
 from workers.request import FinishReason, Output, Request
 from workers.status import WorkerAddress
+from workers.wire.attach import Migration
 
 
 @dataclass(slots=True, eq=False)

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from math import inf
 
-from workers.client import Adopt, Submit
 from workers.config import WorkerConfig
+from workers.engine.commands import Add, AddMigrant, CancelSequence
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
@@ -19,7 +19,7 @@ from workers.serving.observer import Observer
 from workers.serving.request_table import RequestTable, ServedRequest
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
-from workers.stepping.commands import Add, AddMigrant, CancelSequence
+from workers.wire.attach import Adopt, Submit
 
 
 class Requests:

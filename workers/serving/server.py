@@ -11,7 +11,7 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.serving.driver import WorkerDriver
 from workers.status import Role
-from workers.wire import status_to_pb
+from workers.wire.attach_protobuf import status_to_pb
 
 
 class WorkerServer(worker_pb2_grpc.WorkerServicer):

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from workers.client import WorkerFrame
+from workers.engine.commands import DumpKv
 from workers.identity import Identity
 from workers.request import Output
 from workers.serving.events import CutStream, EndStream, Post, WriteFrame
 from workers.status import KvEvent, Load, WorkerStatus
-from workers.stepping.commands import DumpKv
+from workers.wire.attach import WorkerFrame
 
 STATUS_INTERVAL_S = 1.0
 """Every router hears so often that the worker lives."""

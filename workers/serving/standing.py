@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from workers.client import Submit
 from workers.errors import Refusal, Refused
+from workers.handoff.protocol.messages import OpenHandoff, Prompt
 from workers.identity import Identity
-from workers.kv_transfer.memory import KvLayout, same_shape
-from workers.kv_transfer.messages import OpenHandoff, Prompt
+from workers.kv_memory.memory import KvLayout, same_shape
 from workers.serving.events import TellDrain, TellRole
 from workers.status import Role
+from workers.wire.attach import Submit
 
 log = logging.getLogger(__name__)
 

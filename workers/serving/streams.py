@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import grpc
 
-from workers.client import Hello, WorkerFrame
 from workers.errors import StreamDamaged
 from workers.pb import worker_pb2 as pb
 from workers.serving.events import Event, FrameWanted, RouterAttached, RouterLeft, RouterLost, RouterSaid
-from workers.wire import frame_to_pb, router_message_from_pb
-from workers.wire_seal import Sealer, Unsealer, verified
+from workers.wire.attach import Hello, WorkerFrame
+from workers.wire.attach_protobuf import frame_to_pb, router_message_from_pb
+from workers.wire.seal import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
 

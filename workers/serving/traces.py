@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workers.engine.results import Prefilled
 from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.kv_transfer.recovery import Choice
+from workers.handoff.protocol.recovery import Choice
 from workers.request import Output
-from workers.stepping.result import Prefilled
 from workers.tracing import NO_SPAN, Span, start_span
 
 

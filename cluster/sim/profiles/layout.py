@@ -6,8 +6,8 @@ import re
 
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig
-from workers.model.parallel import check
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.parallel.layout import check
 
 _PART = re.compile(r"(tp|ep|r)([1-9]\d{0,3})")
 _MOST = {"tp": 64, "ep": 1024, "r": 1024}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig, MoeConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 
 _COMMON = ErnieConfig(
     vocab_size=103_424,

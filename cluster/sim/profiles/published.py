@@ -9,7 +9,7 @@ from cluster.sim.profiles.profile import Profile
 from cluster.sim.profiles.roofline import VALUE_BYTES, RooflineCost, kv_bytes_per_token
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.runner import BLOCK_SIZE
 
 USABLE_MEMORY = 0.90

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cluster.sim.profiles.accelerators import Accelerator, Efficiency
 from cluster.sim.profiles.models import Parameters, WeightType
 from workers.config import ParallelConfig
-from workers.model.ernie_config import ErnieConfig
+from workers.model.checkpoint.ernie_config import ErnieConfig
 
 VALUE_BYTES = 2
 """Of keys, values and rows: bf16."""

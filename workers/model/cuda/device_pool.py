@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.kv_transfer.memory import KvLayout, KvMemory
+from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.cuda.copy_engine import CopyEngine, copy_engine
 from workers.model.cuda.layer_copies import LayerCopies, StepCopies
 from workers.runner import LayerHook

@@ -1,4 +1,4 @@
-"""The ERNIE 4.5 decoder on a CUDA device: the forward pass of workers.model.ernie in fused kernels.
+"""The ERNIE 4.5 decoder on a CUDA device: the forward pass of workers.model.decoder.ernie in fused kernels.
 
 Rows that prefill and rows that decode never share a pass: each kind has its own tiles, so that a row's bits do not
 depend on its company. Shapes: T rows, D hidden, H query heads, K key-value heads, C channels of a head, V vocabulary, E
@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.cuda.device_pool import DevicePool, OnFilled
 from workers.model.cuda.flash import find_flash_attention
 from workers.model.cuda.kernels.decode_attention import decode_attention
@@ -21,8 +22,7 @@ from workers.model.cuda.kernels.prefill_attention import prefill_attention
 from workers.model.cuda.kernels.rows import add_norm, rotate_and_store
 from workers.model.cuda.layers import Experts, FeedForward, Linear, MixtureOfExperts
 from workers.model.cuda.step_inputs import StepInputs
-from workers.model.ernie_config import ErnieConfig, MoeConfig
-from workers.model.rope import RotaryEmbedding
+from workers.model.decoder.rope import RotaryEmbedding
 
 _SPLITS, _MIN_SPLIT_BLOCKS = 16, 4
 """Decode attention cuts each sequence into at most 16 runs of at least 256 positions, in deterministic mode."""
@@ -31,7 +31,7 @@ _MOST_SPLITS, _LEAST_SPLIT_BLOCKS = 32, 2
 
 
 class WeightSource(Protocol):
-    """What workers.model.weights.Checkpoint offers."""
+    """What workers.model.checkpoint.weights.Checkpoint offers."""
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 

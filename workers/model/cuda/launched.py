@@ -14,7 +14,7 @@ from torch import Tensor
 from workers.model.cuda.layer_copies import StepCopies
 from workers.model.cuda.step_inputs import LateTokens
 from workers.runner import Batch, SampleSpec
-from workers.sampling.placement import on_device
+from workers.sampling.device import on_device
 from workers.sampling.sampler import Drawn, draw, with_logprobs
 
 

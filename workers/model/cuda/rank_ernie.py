@@ -1,6 +1,6 @@
 """One rank's part of the decoder on a CUDA device: heads, columns and vocabulary of its share, its experts, and group operations.
 
-What workers.model.ernie does for a group on the CPU, in the kernels of workers.model.cuda.ernie. Shapes: T rows, D hidden,
+What workers.model.decoder.ernie does for a group on the CPU, in the kernels of workers.model.cuda.ernie. Shapes: T rows, D hidden,
 H query heads, V vocabulary, R rows that are sampled, S expert slots of a rank.
 """
 
@@ -12,21 +12,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workers.model.collectives import Links, Stages, add_up, finish
+from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
+from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cuda.device_pool import DevicePool
 from workers.model.cuda.ernie import CudaErnie, Loader
 from workers.model.cuda.kernels.experts import choose_experts, combine
 from workers.model.cuda.kernels.rows import add_norm, rotate_and_store
 from workers.model.cuda.layers import Experts, FeedForward, Linear, MixtureOfExperts
 from workers.model.cuda.step_inputs import StepInputs
-from workers.model.direct_dispatch import DirectAllToAll, DirectBuffers
-from workers.model.ernie import Part, mixture_index
-from workers.model.ernie_config import ErnieConfig, MoeConfig
-from workers.model.expert_dispatch import AllToAll, Exchange, ExpertTable
-from workers.model.moe import share_rows
-from workers.model.parallel import Layout
-from workers.model.vocabulary import embed_share, gather_logits, most_likely
-from workers.model.weights import Checkpoint
+from workers.model.decoder.ernie import Part, mixture_index
+from workers.model.decoder.moe import share_rows
+from workers.model.parallel.collectives import Links, Stages, add_up, finish
+from workers.model.parallel.direct_dispatch import DirectAllToAll, DirectBuffers
+from workers.model.parallel.expert_dispatch import AllToAll, Exchange, ExpertTable
+from workers.model.parallel.layout import Layout
+from workers.model.parallel.vocabulary import embed_share, gather_logits, most_likely
 
 
 class RankMixture(MixtureOfExperts):

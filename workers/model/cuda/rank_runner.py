@@ -17,24 +17,24 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
-from workers.kv_transfer.memory import KvLayout, KvMemory
-from workers.model.collectives import Links, Stages, finish, finish_both
+from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
+from workers.model.cpu.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
 from workers.model.cuda.device_pool import DevicePool
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
 from workers.model.cuda.runner import as_current, free_bytes
 from workers.model.cuda.staged_part import StagedPart
 from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill_decode_rows
-from workers.model.direct_dispatch import DirectBuffers, SymmetricMemory, is_available, nvshmem
-from workers.model.ernie import Part
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_placement import Placement
-from workers.model.kv_memory import choose_layout
-from workers.model.model_runner import ModelRunner, require_bytes, served_len
-from workers.model.parallel import Layout
-from workers.model.rank_experts import RankExperts
-from workers.model.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
-from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
+from workers.model.decoder.ernie import Part
+from workers.model.decoder.kv_tensors import choose_layout
+from workers.model.decoder.model_runner import ModelRunner, require_bytes, served_len
+from workers.model.parallel.collectives import Links, Stages, finish, finish_both
+from workers.model.parallel.direct_dispatch import DirectBuffers, SymmetricMemory, is_available, nvshmem
+from workers.model.parallel.expert_placement import Placement
+from workers.model.parallel.layout import Layout
+from workers.model.parallel.rank_experts import RankExperts
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.status import ModelInfo
 
@@ -46,7 +46,7 @@ Symmetric = Callable[[Any, int, int, torch.device], SymmetricMemory]
 
 
 class CudaRankRunner(ModelRunner[RankErnie]):
-    """Implements workers.model.rank_runner.Rank."""
+    """Implements workers.model.cpu.rank_runner.Rank."""
 
     is_staged = True
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import DeviceStuck, InvalidConfig
-from workers.host_limits import available_bytes
+from workers.machine.limits import available_bytes
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cuda.decode_graphs import DecodeGraphs
 from workers.model.cuda.device_pool import DevicePool, OnFilled, StagedKvMemory
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.launched import LaunchedStep
 from workers.model.cuda.step_inputs import LateTokens, StepInputs, Upload
-from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import choose_layout
-from workers.model.model_runner import ModelRunner, describe_model, require_memory, served_len
-from workers.model.weights import Checkpoint, checkpoint_folder, with_stored_head
+from workers.model.decoder.kv_tensors import choose_layout
+from workers.model.decoder.model_runner import ModelRunner, describe_model, require_memory, served_len
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.sampling.sampler import Drawn
 from workers.status import ModelInfo

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers import instruction_sets
 from workers.errors import InvalidConfig
-from workers.instruction_sets import AMX, AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
-from workers.native_build import (
+from workers.machine import instruction_sets
+from workers.machine.instruction_sets import AMX, AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
+from workers.machine.native_build import (
     COMPILERS,
     SHARED,
     BuildFailed,

@@ -1,4 +1,4 @@
-"""The ERNIE 4.5 decoder on the C++ kernels; has the face of workers.model.ernie.Ernie.
+"""The ERNIE 4.5 decoder on the C++ kernels; has the face of workers.model.decoder.ernie.Ernie.
 
 Shapes: T rows of a step, D hidden, R rows that are sampled, V vocabulary.
 """
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.model.ernie_config import ErnieConfig
-from workers.model.kv_memory import KvPool
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.decoder.kv_tensors import KvPool
+from workers.model.decoder.rope import frequencies
 from workers.model.native.build import BuildFailed
 from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Dimensions, Library, Part, Step
 from workers.model.native.load_jobs import run_all
 from workers.model.native.packed import PackedFile
-from workers.model.parallel import SINGLE, Layout, Share
-from workers.model.rope import frequencies
-from workers.model.weights import Checkpoint
+from workers.model.parallel.layout import SINGLE, Layout, Share
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
 
 _JOB_VALUES = 4 << 20

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from workers.errors import InvariantViolated
-from workers.instruction_sets import AUTO
+from workers.machine.instruction_sets import AUTO
+from workers.machine.native_build import COMPILERS, BuildFailed, NativeSource, find_library
 from workers.model.native.build import KERNELS, choices
 from workers.model.native.library import Dimensions, Library, Part, Step
-from workers.native_build import COMPILERS, BuildFailed, NativeSource, find_library
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One rank's part of the decoder on the C++ kernels; has the face of workers.model.ernie.Ernie in a group.
+"""One rank's part of the decoder on the C++ kernels; has the face of workers.model.decoder.ernie.Ernie in a group.
 
 Each call of the kernels computes all that lies between two group operations, which stay those of every other rank. What a
 call leaves in the kernels' memory is not looked at by the next one, so that two halves of a step may take turns.
@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.model.collectives import Links, Stages, add_up, finish, finish_both
-from workers.model.ernie import Part as RankPart
-from workers.model.ernie_config import ErnieConfig
-from workers.model.expert_dispatch import AllToAll, ExpertTable
-from workers.model.kv_memory import KvPool
-from workers.model.moe import share_rows
+from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.decoder.ernie import Part as RankPart
+from workers.model.decoder.kv_tensors import KvPool
+from workers.model.decoder.moe import share_rows
 from workers.model.native.ernie import NativeErnie, NativePlan
 from workers.model.native.library import Library, SlotWork
-from workers.model.vocabulary import best_of_shares, gather_logits
-from workers.model.weights import Checkpoint
+from workers.model.parallel.collectives import Links, Stages, add_up, finish, finish_both
+from workers.model.parallel.expert_dispatch import AllToAll, ExpertTable
+from workers.model.parallel.vocabulary import best_of_shares, gather_logits
 from workers.runner import Batch, LayerHook
 
 
@@ -120,7 +120,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 class NativeMixture:
-    """Implements workers.model.rank_experts.Mixture: a mixture layer whose experts are those of this rank's slots."""
+    """Implements workers.model.parallel.rank_experts.Mixture: a mixture layer whose experts are those of this rank's slots."""
 
     def __init__(self, rank: NativeRank, layer: int, index: int, part: RankPart) -> None:
         """Layer `layer` of the model, the `index`-th with a mixture."""
@@ -162,7 +162,7 @@ class NativeMixture:
         return y_TD
 
     def _add_choices(self, home_AD: Tensor, place_A: Tensor, weights_Tk: Tensor, shared_TD: Tensor | None) -> Tensor:
-        """Implements workers.model.expert_dispatch.Add, with the additions of one rank alone."""
+        """Implements workers.model.parallel.expert_dispatch.Add, with the additions of one rank alone."""
         total_TD = home_AD.new_empty(len(weights_Tk), home_AD.shape[1])
         addresses = (home_AD.data_ptr(), place_A.data_ptr(), weights_Tk.data_ptr())
         self._library.combine(self._model, len(weights_Tk), *addresses, _address(shared_TD), total_TD.data_ptr())

@@ -36,7 +36,7 @@ template <class Body> const char* guarded(Body&& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// What this was built from: workers.native_build looks for it in the file.
+// What this was built from: workers.machine.native_build looks for it in the file.
 const char* baton_label() { return BATON_LABEL; }
 
 // Bytes of Dimensions and of Step, for Python to compare with its own.

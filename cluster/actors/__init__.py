@@ -1,0 +1,1 @@
+"""The Ray actors of a cluster, how they are placed, created and found."""

@@ -1,0 +1,331 @@
+"""The Ray actors of a cluster: each holds one object, starts it, feeds it and keeps it registered. No token passes here."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, Protocol, TypeVar
+
+from cluster.config import StoreConfig
+from cluster.membership.following import follow_members
+from cluster.membership.membership import ROUTERS, Registration, Superseded
+from cluster.membership.registration import Registrar, number_start
+from cluster.membership.roles import desired_draining, desired_role
+from cluster.ray_session.defaults import own_address
+from cluster.store.open import open_store
+from cluster.store.store import Store, StoreUnavailable
+from router.config import RouterConfig
+from workers.config import WorkerConfig
+from workers.group.watch import GroupPlan
+from workers.machine.limits import raise_file_limit
+from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DOUBT_LEASES = 10
+"""A router keeps workers that vanish by the mass for so many leases."""
+RETRY_START_S = 5.0
+"""A start that failed is told to whoever waits in ready(), and after this long tried again in a new process."""
+
+
+class WorkerLike(Protocol):
+    """What a WorkerActor forwards to: workers.worker.Worker, or a stand-in in tests."""
+
+    async def start(self) -> WorkerAddress: ...
+
+    def status(self) -> WorkerStatus: ...
+
+    def set_role(self, role: Role) -> WorkerStatus: ...
+
+    def set_draining(self, is_draining: bool) -> WorkerStatus: ...
+
+    def watch_draining(self, on_change: Callable[[bool], None]) -> None: ...
+
+    async def leave(self) -> bool: ...
+
+    async def stop(self) -> None: ...
+
+
+WorkerFactory = Callable[..., WorkerLike]
+"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`."""
+
+
+class Actor(ABC):
+    """Starts its content from the constructor, because that is all that Ray runs again after a crash.
+
+    A content whose thread (its name starts with one of `vital_thread`) dies is a crash too: the process ends and Ray starts it anew.
+    """
+
+    vital_thread: tuple[str, ...] = ()
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
+        threading.excepthook = self._on_thread_died
+        self._stopping = False
+        self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._life = asyncio.get_running_loop().create_task(self._live())
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def ready(self) -> str:
+        """Waits for the start; returns the address. Raises what the start raised."""
+        return await asyncio.shield(self._started)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def _live(self) -> None:
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            log.exception("%s failed", self._name)
+            if not self._started.done():
+                self._started.set_exception(error)
+                await asyncio.sleep(RETRY_START_S)
+            if isinstance(error, Superseded):
+                leave_for_good()
+            elif not self._stopping:
+                os._exit(1)  # Ray starts the actor again, in a clean process
+
+    def _on_thread_died(self, args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else ""
+        log.critical("%s: thread %s died", self._name, name, exc_info=args.exc_value)
+        if name.startswith(self.vital_thread) and not self._stopping:
+            os._exit(1)
+
+    @abstractmethod
+    async def _run(self) -> None:
+        """Starts the content, tells `_started`, and runs for as long as the actor lives."""
+
+    async def _end(self, *steps: Awaitable[object]) -> None:
+        self._stopping = True
+        self._life.cancel()
+        for step in steps:
+            with suppress(Exception):
+                await step
+
+
+class WorkerActor(Actor):
+    """One worker under a name such as `decode-0`. After a crash it is back with a higher generation and its desired role.
+
+    With `secret` it leads the ranks of a group, of which it is rank 0: the others (cluster.actors.ranks) ask it where to come.
+    """
+
+    vital_thread = ("engine", "group")
+
+    def __init__(
+        self,
+        worker_id: str,
+        config: WorkerConfig,
+        role: Role,
+        store: StoreConfig,
+        namespace: str,
+        factory: WorkerFactory | None = None,
+        secret: str = "",
+    ) -> None:
+        self._secret = secret
+        self._group_address: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+        self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
+        self._factory = factory
+        self._worker: WorkerLike | None = None
+        self._registrar: Registrar | None = None
+        self._loop = asyncio.get_running_loop()
+        super().__init__(worker_id)
+
+    async def status(self) -> WorkerStatus:
+        """The worker's own account of itself."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.status()
+
+    async def set_role(self, role: Role) -> WorkerStatus:
+        """Switches the role from within the cluster; operators go through a router, which keeps the last of its kind."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.set_role(role)
+
+    async def set_draining(self, is_draining: bool) -> WorkerStatus:
+        """Has the worker take no new work, or take it again; as with roles, operators go through a router."""
+        await self.ready()
+        assert self._worker is not None
+        return self._worker.set_draining(is_draining)
+
+    async def leave(self) -> bool:
+        """Lets the worker's requests move away or end, within its own bound; False when some are still there."""
+        return self._worker is None or not self._started.done() or await self._worker.leave()
+
+    async def group_address(self) -> tuple[str, int]:
+        """Host and port where this worker's further ranks find it; waits until it listens."""
+        return await asyncio.shield(self._group_address)
+
+    async def stop(self) -> None:
+        """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
+        registrar, worker = self._registrar, self._worker
+        await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
+
+    async def _run(self) -> None:
+        make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
+        store = open_store(self._store_config, self._namespace)
+        start = await _insist(lambda: number_start(store, self._name, time.time()))
+        role = await _insist(lambda: desired_role(store, self._name, self._role))
+        plan = {"plan": self._plan_group()} if self._secret else {}
+        worker = make(self._config, self._name, start, role, self._on_role_change, **plan)
+        self._worker = worker
+        is_draining = await _insist(lambda: desired_draining(store, self._name))
+        address = await worker.start()
+        if is_draining:
+            worker.set_draining(True)
+        worker.watch_draining(self._on_drain_change)
+        registrar = Registrar(
+            store, Registration(address, role), self._role, start, self._store_config.lease_ttl_s, is_draining
+        )
+        self._registrar = registrar
+        await _insist(registrar.register)
+        self._started.set_result(address.target)
+        await registrar.run()
+
+    def _plan_group(self) -> GroupPlan:
+        """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
+        from cluster.actors.ranks import REJOIN_GRACE_S, end_rank
+
+        def on_listening(address: tuple[str, int]) -> None:
+            self._loop.call_soon_threadsafe(self._group_address.set_result, address)
+
+        def on_lost(rank: RankStatus, reason: str) -> None:
+            log.warning("%s lost rank %d: %s", self._name, rank.rank, reason)
+            self._loop.call_later(REJOIN_GRACE_S, end_unless_back, rank)
+
+        def end_unless_back(rank: RankStatus) -> None:
+            known = self._worker.status().ranks if self._worker is not None and self._started.done() else ()
+            if not any(now.pid == rank.pid and now.rank == rank.rank and now.is_alive for now in known):
+                threading.Thread(target=end_rank, args=(rank,), name="end-rank", daemon=True).start()
+
+        return GroupPlan(own_address(), self._secret, on_listening, on_lost)
+
+    def _on_role_change(self, role: Role, generation: int) -> None:
+        """Called by the worker on a thread of its own."""
+        self._loop.call_soon_threadsafe(self._change_role, role, generation)
+
+    def _change_role(self, role: Role, generation: int) -> None:
+        if self._registrar is not None:
+            self._registrar.change_role(role, generation)
+
+    def _on_drain_change(self, is_draining: bool) -> None:
+        """Called by the worker on its event loop."""
+        self._loop.call_soon_threadsafe(self._change_draining, is_draining)
+
+    def _change_draining(self, is_draining: bool) -> None:
+        if self._registrar is not None:
+            self._registrar.change_draining(is_draining)
+
+
+class RouterActor(Actor):
+    """One router, told of every change of membership. After a crash it is back on the same port."""
+
+    vital_thread = ("router-",)
+
+    def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
+        self._config, self._store_config, self._namespace = config, store, namespace
+        self._router: Any = None
+        self._store: Store | None = None
+        self._announcing: asyncio.Task[None] | None = None
+        super().__init__(router_id)
+
+    async def status(self) -> Any:
+        """The router's RouterStatus."""
+        await self.ready()
+        return await asyncio.to_thread(self._router.status)
+
+    async def stop(self) -> None:
+        """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
+        self._stopping = True
+        if self._announcing is not None and self._store is not None:
+            self._announcing.cancel()
+            with suppress(StoreUnavailable):
+                await self._store.delete(ROUTERS + self._name)
+        # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
+        if self._router is not None:
+            with suppress(Exception):
+                await self._router.stop()
+        self._life.cancel()
+
+    async def _run(self) -> None:
+        make = await asyncio.to_thread(_import_router)
+        self._store = open_store(self._store_config, self._namespace)
+        router = make(self._config, self._name)
+        self._router = router
+        url = await router.start()
+        self._started.set_result(url)
+        async with asyncio.TaskGroup() as tasks:
+            self._announcing = tasks.create_task(self._announce(self._store, url))
+            tasks.create_task(self._follow(self._store, router))
+
+    async def _announce(self, store: Store, url: str) -> None:
+        """Keeps a lease with the router's URL, for those who look for one."""
+        version, ttl_s = 0, self._store_config.lease_ttl_s
+        while True:
+            with suppress(StoreUnavailable):
+                if not await store.renew(ROUTERS + self._name, version, ttl_s):
+                    version = await store.put(ROUTERS + self._name, url, ttl_s)
+            await asyncio.sleep(ttl_s / 3)
+
+    async def _follow(self, store: Store, router: Any) -> None:
+        """Feeds the router with the membership: after each change in the store, and when a grace period ends."""
+        lease_ttl_s = self._store_config.lease_ttl_s
+        known: dict[str, Registration] = {}
+        async with aclosing(follow_members(store, lease_ttl_s, DOUBT_LEASES * lease_ttl_s)) as changes:
+            async for workers in changes:
+                before, known = known, {worker.address.worker_id: worker for worker in workers}
+                log.info("%s; there are %d workers now", changes_between(before, known), len(known))
+                router.set_workers(tuple(worker.address for worker in workers))
+
+
+def changes_between(before: dict[str, Registration], after: dict[str, Registration]) -> str:
+    """What has changed, in a line that is as long as that: `decode-1 came, decode-2 left`."""
+    came = [f"{name} came" for name in after if name not in before]
+    left = [f"{name} left" for name in before if name not in after]
+    changed = [f"{name} is new" for name, worker in after.items() if name in before and before[name] != worker]
+    return ", ".join([*came, *left, *changed]) or "nothing has changed"
+
+
+async def _insist(attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Repeats what the store's absence defeats, for up to a minute; a starting cluster's Redis may be slower than we."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        try:
+            return await attempt()
+        except StoreUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(0.5)
+
+
+def leave_for_good() -> None:
+    """Ends this actor without a restart, which would only push the newer one out in turn."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _import_worker(is_group: bool) -> WorkerFactory:
+    """On a thread, as it loads torch: the actor answers meanwhile."""
+    module = importlib.import_module("workers.group_worker" if is_group else "workers.worker")
+    factory: WorkerFactory = module.GroupWorker if is_group else module.Worker
+    return factory
+
+
+def _import_router() -> Callable[[RouterConfig, str], Any]:
+    factory: Callable[[RouterConfig, str], Any] = importlib.import_module("router.server").RouterServer
+    return factory

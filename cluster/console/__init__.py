@@ -1,0 +1,1 @@
+"""What the command line tells people, and how it asks a running router."""

@@ -1,0 +1,1 @@
+"""Who belongs to the cluster, in which generation and role, from registrations in the store."""

@@ -1,0 +1,142 @@
+"""Decides who belongs to the cluster, from registrations in the store; pure: knows no store client, no clock, no Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from cluster.store.store import Snapshot
+from workers.errors import BatonError
+from workers.status import Role, WorkerAddress
+
+WORKERS = "workers/"
+"""Registrations, one lease per worker: a new start of a worker overwrites the last one's at once."""
+ROUTERS = "routers/"
+STARTS = "starts/"
+"""The number of each worker's last start, the high part of its generation; see cluster.membership.registration.number_start."""
+DRAINS = "drains/"
+"""Workers that are to take no new work, without a lease, like roles."""
+ROLES = "roles/"
+"""Desired roles, without a lease: they outlive the worker."""
+
+
+class Superseded(BatonError):
+    """A newer start of the same worker has registered: this one must go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a worker writes under its lease."""
+
+    address: WorkerAddress
+    role: Role
+
+    @property
+    def key(self) -> str:
+        return WORKERS + self.address.worker_id
+
+    def encode(self) -> str:
+        address = self.address
+        return json.dumps(
+            {
+                "worker_id": address.worker_id,
+                "generation": address.generation,
+                "target": address.target,
+                "role": self.role.value,
+            }
+        )
+
+    @staticmethod
+    def decode(text: str) -> Registration | None:
+        """None when `text` is no registration: a stranger's entry must not take a router down."""
+        try:
+            record = json.loads(text)
+            address = WorkerAddress(str(record["worker_id"]), int(record["generation"]), str(record["target"]))
+            return Registration(address, Role(record["role"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The deadline that `Membership.deadline` named has come."""
+
+
+class Membership:
+    """The set of live workers.
+
+    A lease that ended or was given up removes its worker. A store that comes back empty (its epoch changed) removes
+    nobody for `grace_s`: live workers register again within a heartbeat, and meanwhile requests go on.
+
+    When more than half of the workers vanish within `grace_s`, it is the store that is doubted: it stood still for longer than
+    a lease. They stay for `doubt_s`. A router uses only those of them whose streams are healthy, and of these there may be all.
+    """
+
+    def __init__(self, grace_s: float, doubt_s: float = 0.0) -> None:
+        self._grace_s = grace_s
+        self._doubt_s = doubt_s
+        self._vanished: dict[str, tuple[Registration, float]] = {}
+        """Workers whose leases have ended within the last `grace_s`, and when."""
+        self._epoch: str | None = None
+        self._present: dict[str, Registration] = {}
+        self._kept: dict[str, Registration] = {}
+        self._kept_until: float | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """When the next Tick is due; None: never."""
+        return self._kept_until
+
+    @property
+    def workers(self) -> tuple[Registration, ...]:
+        """The members by worker id."""
+        members = {**self._kept, **self._present}
+        return tuple(members[worker_id] for worker_id in sorted(members))
+
+    @property
+    def addresses(self) -> tuple[WorkerAddress, ...]:
+        return tuple(worker.address for worker in self.workers)
+
+    def handle(self, event: Snapshot | Tick, now: float) -> tuple[WorkerAddress, ...] | None:
+        """Takes in an event; returns the addresses to give to the router when they changed, else None."""
+        before = self.addresses
+        if self._kept_until is not None and now >= self._kept_until:
+            self._kept, self._kept_until = {}, None
+        if isinstance(event, Snapshot):
+            self._take(event, now)
+        return self.addresses if self.addresses != before else None
+
+    def _take(self, snapshot: Snapshot, now: float) -> None:
+        registrations = {
+            registration.address.worker_id: registration
+            for entry in snapshot.entries
+            if (registration := Registration.decode(entry.value)) is not None and registration.key == entry.key
+        }
+        if self._epoch is not None and snapshot.epoch != self._epoch:
+            self._keep(self._present, now + self._grace_s)
+        elif self._doubt_s:
+            self._doubt(registrations, now)
+        self._epoch = snapshot.epoch
+        self._present = registrations
+        for worker_id in registrations:
+            self._kept.pop(worker_id, None)
+        if not self._kept:
+            self._kept_until = None
+
+    def _keep(self, workers: dict[str, Registration], until: float) -> None:
+        self._kept = {**self._kept, **workers}
+        self._kept_until = until if self._kept_until is None else max(until, self._kept_until)
+
+    def _doubt(self, registrations: dict[str, Registration], now: float) -> None:
+        """Keeps workers that have vanished when those that are left are fewer."""
+        for worker_id, registration in self._present.items():
+            if worker_id not in registrations:
+                self._vanished[worker_id] = registration, now
+        self._vanished = {
+            worker_id: (registration, since)
+            for worker_id, (registration, since) in self._vanished.items()
+            if worker_id not in registrations and now - since < self._grace_s
+        }
+        if len(self._vanished) > len(registrations):
+            self._keep({name: registration for name, (registration, _) in self._vanished.items()}, now + self._doubt_s)
+            self._vanished = {}

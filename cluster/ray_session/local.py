@@ -1,0 +1,129 @@
+"""Starts Ray on this host and ends all of it again. Knows nothing of workers and routers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.config import RayConfig
+from cluster.ray_session import processes
+from cluster.ray_session.defaults import job_config, loopback_only, quiet, set_environment
+from cluster.ray_session.folders import end_local
+from workers.errors import BatonError
+
+LOOPBACK = "127.0.0.1"
+
+
+class RayFailed(BatonError):
+    """The world's fault: Ray did not start, or there is none to join."""
+
+
+@dataclass(slots=True)
+class RaySession:
+    """A connection to Ray. When Ray was started for it, `folder` holds its files and `stop` ends its processes."""
+
+    address: str
+    dashboard_url: str
+    node_ip: str = LOOPBACK
+    folder: str = ""
+    _ended: bool = field(default=False, repr=False)
+
+    @property
+    def is_exposed(self) -> bool:
+        """A Ray that was started here, which asks for no token, can be reached from other hosts."""
+        return bool(self.folder) and self.node_ip != LOOPBACK
+
+    def stop(self, patience_s: float = 3.0) -> tuple[processes.Process, ...]:
+        """Disconnects; a Ray that was started here is gone afterwards with its files. Returns processes that would not end."""
+        if self._ended:
+            return ()
+        self._ended = True
+        # Listed before: children of the dashboard lose their parent, and their trace, when it goes.
+        members = processes.family(self.folder) if self.folder else ()
+        _disconnect()
+        return end_local(self.folder, patience_s, members) if self.folder else ()
+
+
+def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
+    """Starts Ray with its files in `folder` (see make_folder) and connects to it; blocks for some seconds.
+
+    Raises RayFailed. Afterwards, or after a failure or an interruption, `end_local(folder)` ends what was started.
+    """
+    set_environment()
+    # A Ray that runs elsewhere must not be joined by accident.
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    quiet()
+
+    try:
+        with loopback_only(), _temporary_files_in(folder):
+            context: Any = ray.init(
+                address="local",
+                namespace=config.namespace,
+                num_cpus=num_cpus,
+                include_dashboard=config.dashboard,
+                dashboard_host=LOOPBACK,
+                dashboard_port=free_port(LOOPBACK, config.dashboard_port),
+                object_store_memory=config.object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                job_config=job_config(),
+                _node_ip_address=LOOPBACK,
+                _temp_dir=folder,
+            )
+    except Exception as error:  # Ray raises many kinds here, down to bare RuntimeError and ConnectionError
+        raise RayFailed(f"Ray did not start: {' '.join(str(error).split())}") from error
+    url = context.dashboard_url
+    return RaySession(
+        context.address_info["address"], f"http://{url}" if url else "", context.address_info["node_ip_address"], folder
+    )
+
+
+def free_port(host: str, first: int) -> int:
+    """The first port from `first` on that nobody listens on. Raises RayFailed after 100 tries."""
+    for port in range(first, min(first + 100, 65536)):
+        if port_is_free(host, port):
+            return port
+    raise RayFailed(f"no free port from {first} to {first + 99} on {host}")
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now. Raises OSError when `host` is not an address of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno in (98, 48, 13):  # in use (Linux, macOS), not permitted
+                return False
+            raise
+    return True
+
+
+def _disconnect() -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Ray's processes inherit the folder for their temporary files, some of which they would leave behind."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before

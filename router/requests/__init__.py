@@ -1,0 +1,1 @@
+"""What becomes of each request: waiting, placed, in flight, re-run, moved."""

@@ -1,0 +1,171 @@
+"""Puts one request on a worker: asks the policy for a route, keeps the books of what was sent, writes the Submit."""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from router.config import RouterConfig
+from router.events import Send
+from router.fleet.charges import Charge
+from router.fleet.fleet import Fleet
+from router.fleet.prefix_index import Prefixes, PrefixIndex
+from router.fleet.view import WorkerEntry
+from router.fleet.worker_table import ANYTHING
+from router.policies.policy import Candidates, Demand, Policy, Route
+from router.requests.progress import Flight
+from workers.errors import InvariantViolated
+from workers.status import PrefixHint
+from workers.wire.attach import Migration, Submit
+
+
+class Dispatcher:
+    """Routes requests over a fleet, within the bounds of `config`."""
+
+    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, config: RouterConfig) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._index = index
+        self._expected_output_tokens = config.expected_output_tokens
+        self._pull_min_blocks = config.pull_min_blocks
+        self._request_timeout_s = config.request_timeout_s
+        self._first_token_deadline_s = config.first_token_deadline_s
+        self._matched_hashes: list[int] | None = None
+        self._matched_key = (-1, -1)
+        self._matched = index.match((), 0)
+
+    def route(self, flight: Flight) -> Route | None:
+        """Where the request would go now; None: nowhere, and the table is told what it waits for."""
+        table, demand, prefixes = self._fleet.table, self._demand(flight), self._prefixes(flight)
+        has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
+        prefills = table.can_prefill & table.takes_prompt
+        # Where nobody can prefill, those that decode compute prompts themselves. A prompt whose tokens are to be scored is
+        # computed where its answer is: no prefill worker hands scores over.
+        is_scored = flight.request.params.prompt_logprobs is not None
+        if is_scored:
+            prefills = np.zeros_like(prefills)
+        computes = (
+            table.takes_prompt & table.can_prefill if table.num_prefilling and not is_scored else table.takes_prompt
+        )
+        reachable = table.can_decode & (computes | (prefills.sum() > prefills))
+        decodes = has_room & reachable
+        route = self._policy.route(demand, Candidates(table, decodes, prefills, computes, prefixes))
+        if route is None:
+            most_cached = int(prefixes.in_pool.max(initial=0))
+            lacks_blocks = bool((reachable & ~has_room).any())
+            table.wanted_blocks = demand.num_prompt_blocks - most_cached if lacks_blocks else ANYTHING
+        return route
+
+    def submit(self, flight: Flight, route: Route, now: float) -> Send:
+        """Begins the request's next attempt."""
+        decode = self._fleet.at(route.decode)
+        prefillers = [self._fleet.at(row) for row in route.prefill]
+        if decode.connection is None:
+            raise InvariantViolated(f"the policy chose {decode.worker_id}, which takes no requests")
+        flight.begin_attempt(decode.worker_id, prefillers[0].worker_id if prefillers else decode.worker_id)
+        decode.attempts[flight.wire_id] = None
+        hint = self._prefix_hint(flight, prefillers[0] if prefillers else decode)
+        self._charge(flight, decode, prefillers[0] if prefillers else decode, now)
+        remaining_s, first_token_s = self._time_left(flight, now)
+        submit = Submit(
+            flight.attempt_request(flight.wire_id),
+            decode.generation,
+            tuple(entry.current_address() for entry in prefillers),
+            remaining_s,
+            first_token_s,
+            prefix=hint,
+            name=flight.request.request_id,
+        )
+        return Send(decode.worker_id, decode.connection, submit)
+
+    def submit_migration(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> Send:
+        """Begins a second attempt, which takes the running one over from `source`."""
+        if target.connection is None:
+            raise InvariantViolated(f"a request shall move to {target.worker_id}, which has no stream")
+        running = Migration(source.current_address(), flight.wire_id)
+        incoming = flight.begin_migration(target.worker_id, now)
+        target.attempts[incoming.wire_id] = None
+        target.charge(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
+        remaining_s, _ = self._time_left(flight, now)
+        request = flight.attempt_request(incoming.wire_id)
+        name = flight.request.request_id
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
+        return Send(target.worker_id, target.connection, submit)
+
+    def num_blocks(self, flight: Flight) -> int:
+        """KV blocks that the request is taken to need in the end."""
+        return self._demand(flight).num_blocks
+
+    def release(self, flight: Flight) -> None:
+        """The workers' own reports contain the request by now."""
+        for worker_id in {flight.worker_id, flight.prefill_worker_id}:
+            entry = self._fleet.get(worker_id)
+            if entry is not None:
+                entry.release(flight.wire_id)
+
+    def end(self, worker_id: str, wire_id: str) -> None:
+        """An attempt does not decode there any more."""
+        entry = self._fleet.get(worker_id)
+        if entry is not None:
+            entry.end_attempt(wire_id)
+
+    def note_running(self, flight: Flight) -> None:
+        """The running attempt is on a worker that may have to be left by now."""
+        entry = self._fleet.get(flight.worker_id)
+        if entry is not None:
+            self._fleet.note_leaving(entry)
+
+    def _prefixes(self, flight: Flight) -> Prefixes:
+        """What each worker caches of the prompt; found once for all that is asked of one request, and for its other choices."""
+        key = (self._index.version, len(self._fleet.table))
+        if self._matched_hashes is not flight.hashes or self._matched_key != key:
+            self._matched = self._index.match(flight.hashes, len(self._fleet.table))
+            self._matched_hashes, self._matched_key = flight.hashes, key
+        return self._matched
+
+    def _prefix_hint(self, flight: Flight, computes: WorkerEntry) -> PrefixHint | None:
+        """Who holds more of the prompt than the worker that is to compute it, if the difference is worth the effort."""
+        if not self._pull_min_blocks or not flight.hashes:
+            return None
+        table, prefixes = self._fleet.table, self._prefixes(flight)
+        held = np.where(table.can_decode | table.can_prefill, prefixes.in_pool, 0)
+        held[computes.row] = 0
+        holder = int(held.argmax())
+        num_blocks = int(held[holder])
+        if num_blocks < int(prefixes.cached[computes.row]) + self._pull_min_blocks:
+            return None
+        return PrefixHint(self._fleet.at(holder).current_address(), num_blocks)
+
+    def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
+        """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
+        age_s = now - flight.arrived_s
+        due_s = 0.0
+        if self._first_token_deadline_s and not flight.is_started:
+            due_s = max(1e-3, self._first_token_deadline_s - age_s)
+        return max(1e-3, self._request_timeout_s - age_s), due_s
+
+    def _demand(self, flight: Flight) -> Demand:
+        model = self._fleet.model
+        if model is None:
+            raise InvariantViolated("a request was admitted before any worker had reported")
+        num_left = flight.request.params.max_tokens - len(flight.delivered)
+        avoid = self._fleet.get(flight.avoid_worker_id)
+        return Demand(
+            key=flight.hashes[0] if flight.hashes else xxhash.xxh3_64_intdigest(flight.request.request_id.encode()),
+            num_prompt_tokens=len(flight.request.prompt_token_ids),
+            num_output_tokens=len(flight.delivered) + max(1, min(num_left, self._expected_output_tokens)),
+            block_size=model.block_size,
+            avoid=avoid.row if avoid is not None else -1,
+        )
+
+    def _charge(self, flight: Flight, decode: WorkerEntry, prefill: WorkerEntry, now: float) -> None:
+        """Counts the request on its workers, and keeps its cached blocks longest in the index."""
+        demand, cached = self._demand(flight), self._prefixes(flight).cached
+        num_cached = int(cached[prefill.row])
+        num_tokens = max(1, demand.num_prompt_tokens - num_cached * demand.block_size)
+        if prefill is decode:
+            decode.charge(flight.wire_id, Charge(now, 1, demand.num_blocks, num_tokens))
+        else:
+            decode.charge(flight.wire_id, Charge(now, 1, demand.num_blocks))
+            prefill.charge(flight.wire_id, Charge(now, prefill_tokens=num_tokens))
+        self._index.touch(flight.hashes[: max(num_cached, int(cached[decode.row]))])

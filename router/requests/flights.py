@@ -1,0 +1,350 @@
+"""Decides what becomes of each request between its arrival and its end: wait, run, run again, or fail.
+
+A request waits in the admission queue or runs as one attempt on one decode worker. An attempt has a name of its own on
+the wire, so what an earlier attempt still says is recognised and ignored. Knows no streams.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from router.config import RouterConfig
+from router.events import Command, Deliver, Reject, Send
+from router.fleet.fleet import Fleet
+from router.fleet.view import WorkerEntry
+from router.requests.admission import AdmissionQueue
+from router.requests.dispatch import Dispatcher
+from router.requests.migrations import Migrations
+from router.requests.progress import Flight, Incoming, Mismatch
+from router.requests.retry import RetryPolicy
+from workers.errors import Refusal
+from workers.kv_cache.block_hash import block_hashes
+from workers.request import FinishReason, Output, Request
+from workers.wire.attach import Cancel
+
+
+class Flights:
+    """All requests that have not ended. Appends its commands to `out`, its surprises to `counters`."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, out: list[Command], counters: Counter[str]
+    ) -> None:
+        self._config = config
+        self._retry = RetryPolicy(
+            config.max_attempts, config.retry_backoff_s, config.max_retry_backoff_s, config.recovery_timeout_s
+        )
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._out = out
+        self._counters = counters
+        self._flights: dict[str, Flight] = {}
+        self._attempts: dict[str, Flight] = {}
+        self._queue = AdmissionQueue(config.max_queue)
+        self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
+        self._left: dict[str, dict[str, str]] = {}
+        """By worker whose stream is lost: the attempts that may still run there, with their requests."""
+        self._num_arrived = 0
+        self._unroutable_since_s: float | None = None
+        self._blocked: Flight | None = None
+        """It goes next, and nobody took it when it was last tried."""
+        self._hashed: tuple[tuple[int, ...], int] = ((), 0)
+        self._hashes: list[int] = []
+        """Of the prompt that was hashed last, and the size of its blocks."""
+        self.num_visited = 0
+        """Requests that ticks have looked at."""
+        self.num_tried = 0
+        """How often a route was looked for."""
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._attempts)
+
+    def running_on(self, entry: WorkerEntry) -> list[Flight]:
+        """What decodes on a worker, without what is on its way there."""
+        return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
+
+    # ---- arrival ----
+
+    def arrive(self, request: Request, now: float) -> None:
+        rejection = self._rejection_of(request)
+        if rejection is not None:
+            self._counters[f"rejected_{rejection.refusal}"] += 1
+            self._out.append(rejection)
+            return
+        self._counters["requests"] += 1
+        self._num_arrived += 1
+        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
+        self._hash(flight)
+        self._flights[request.request_id] = flight
+        self._queue.push(request.request_id, request.priority, flight.order)
+
+    def _hash(self, flight: Flight) -> None:
+        """The choices of a client's request come one after another with the same prompt: it is hashed once."""
+        model, prompt = self._fleet.model, flight.request.prompt_token_ids
+        if model is None or flight.block_size == model.block_size:
+            return
+        block_size = flight.block_size = model.block_size
+        if self._hashed[0] is not prompt or self._hashed[1] != block_size:
+            self._hashed, self._hashes = (prompt, block_size), block_hashes(prompt, block_size)
+        flight.hashes = self._hashes
+
+    def change_model(self, now: float) -> None:
+        """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""
+        for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
+            rejection = self._unfit(flight.request)
+            if flight.is_started or flight.has_scores:
+                self._fail(flight, Refusal.NO_WORKERS, "the model that this answer began with is served no more", now)
+            elif rejection is not None:
+                self._fail(flight, rejection.refusal, rejection.message, now)
+
+    def _rejection_of(self, request: Request) -> Reject | None:
+        name = request.request_id
+        if self._is_closed:
+            return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
+        if name in self._flights:
+            return Reject(name, Refusal.INVALID, f"request id {name!r} is in use", "request_id")
+        unfit = self._unfit(request)
+        if unfit is not None:
+            return unfit
+        if self._queue.is_full:
+            return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
+        return None
+
+    def _unfit(self, request: Request) -> Reject | None:
+        """Why the served model cannot take a request."""
+        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
+        if model is None:
+            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
+        if num_tokens == 0:
+            return Reject(name, Refusal.INVALID, "the prompt is empty", "prompt")
+        if num_tokens >= model.max_model_len:
+            what = f"the prompt has {num_tokens} tokens; prompt and output have room for {model.max_model_len}"
+            return Reject(name, Refusal.INVALID, what, "prompt")
+        return None
+
+    def dispatch(self, now: float) -> None:
+        """Sends waiting requests to workers, while there is room and a worker takes them.
+
+        Runs after every event, so it looks for a route only when the request that goes next is another one than before, or
+        when a worker has come that may take it.
+        """
+        table = self._fleet.table
+        while self._queue and len(self._attempts) < self._config.max_running:
+            request_id = self._queue.first(now)
+            if request_id is None:
+                return
+            flight = self._flights[request_id]
+            if flight is self._blocked and not table.has_opened:
+                return
+            table.has_opened = False
+            self.num_tried += 1
+            self._hash(flight)
+            route = self._dispatcher.route(flight) if table.num_decoding else None
+            if route is None:
+                self._blocked = flight
+                if not table.num_decoding and self._unroutable_since_s is None:
+                    self._unroutable_since_s = now
+                return
+            self._blocked = None
+            self._unroutable_since_s = None
+            self._queue.remove(request_id)
+            self._out.append(self._dispatcher.submit(flight, route, now))
+            self._attempts[flight.wire_id] = flight
+            if flight.left is not None and flight.left[0] != flight.worker_id:
+                self._end_left(*flight.left)
+            flight.left = None
+            self._counters["replayed_tokens"] += len(flight.delivered)
+            self._counters["routed_remote_prefill" if route.prefill else "routed_local_prefill"] += 1
+
+    # ---- outputs ----
+
+    def take(self, output: Output, worker_id: str, now: float) -> None:
+        """An output came from a worker's current stream."""
+        flight = self._attempts.get(output.request_id)
+        if flight is None or flight.worker_id != worker_id:
+            self._counters["stale_outputs"] += not self.migrations.take(output, worker_id, now)
+            return
+        if output.finish_reason is FinishReason.MOVED:
+            self._leave(flight, now)
+            return
+        if output.finish_reason is FinishReason.ERROR:
+            self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
+            return
+        accepted = flight.accept(output)
+        match accepted:
+            case Output():
+                self._deliver(flight, accepted, now)
+                if flight.incoming is not None:
+                    self.migrations.check(flight, now)
+            case Mismatch.REPEAT:
+                self._counters["repeated_outputs"] += 1
+            case Mismatch.CONFLICT:
+                self._counters["conflicting_outputs"] += 1
+                self._cancel_attempt(flight)
+                self._fail(flight, Refusal.INTERNAL, "a re-run brought other tokens than those already sent", now)
+            case Mismatch.GAP | Mismatch.UNCUTTABLE:
+                self._counters[f"{accepted.value}_outputs"] += 1
+                self._cancel_attempt(flight)
+                self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
+
+    def _leave(self, flight: Flight, now: float) -> None:
+        """The worker has handed the sequence over and says no more of it."""
+        if flight.incoming is not None:
+            self.migrations.switch(flight, now)
+        else:
+            self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
+
+    def _go_on(self, flight: Flight, incoming: Incoming, now: float) -> None:
+        """The second attempt is the running one; its outputs so far follow."""
+        self._end_attempt(flight)
+        flight.go_on(incoming)
+        self._attempts[flight.wire_id] = flight
+        self._dispatcher.note_running(flight)
+        for output in incoming.buffered:
+            self.take(output, incoming.worker_id, now)
+
+    def _deliver(self, flight: Flight, output: Output, now: float) -> None:
+        if output.token_ids and flight.history.num_setbacks:
+            flight.history.progress()
+        if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
+            flight.has_spoken = True
+            self._dispatcher.release(flight)
+        self._out.append(Deliver(output))
+        if output.finish_reason is not None:
+            self._counters[f"finished_{output.finish_reason}"] += 1
+            self._forget(flight, now)
+
+    # ---- trouble ----
+
+    def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
+        """A worker's stream is gone, and with it what was `running` there."""
+        left = {flight.wire_id: flight.request.request_id for flight in running} | self.migrations.lose_worker(
+            worker_id, now
+        )
+        if left:
+            self._left[worker_id] = left
+        for flight in running:
+            self._set_back(flight, Refusal.WORKER_LOST, message, now)
+
+    def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
+        """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
+        ended is ended there. One that still waits may be sent there again, where the worker knows it by its name."""
+        left = self._left.pop(entry.worker_id, {})
+        if not is_same_process or entry.connection is None:
+            return
+        for wire_id, request_id in left.items():
+            flight = self._flights.get(request_id)
+            if (
+                flight is not None
+                and flight.wire_id
+                and flight.incoming is None
+                and flight.worker_id != entry.worker_id
+            ):
+                self.migrations.take_back(flight, entry, now)
+            elif flight is not None and not flight.wire_id and flight.left is None:
+                flight.left, flight.avoid_worker_id = (entry.worker_id, wire_id), ""
+            else:
+                self._end_left(entry.worker_id, wire_id)
+
+    def _end_left(self, worker_id: str, wire_id: str) -> None:
+        """Nobody wants what may still run there."""
+        entry = self._fleet.get(worker_id)
+        if entry is not None and entry.connection is not None:
+            self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
+
+    def cancel(self, request_id: str, reason: str, now: float) -> None:
+        """Nobody wants this request any more; no output follows. `reason` names a counter."""
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._counters[f"cancelled_{reason}"] += 1
+            self._cancel_attempt(flight)
+            self._forget(flight, now)
+
+    def check_time(self, now: float) -> None:
+        """Fails requests that live too long, and those for which no worker has come back in time."""
+        self.migrations.check_time(now)
+        self._left = {
+            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
+        }
+        for flight in self._too_old(now):
+            self._cancel_attempt(flight)
+            self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
+        if self._fleet.can_decode:
+            self._unroutable_since_s = None
+            return
+        since_s = self._unroutable_since_s = now if self._unroutable_since_s is None else self._unroutable_since_s
+        if now - since_s < self._config.recovery_timeout_s:
+            return
+        for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
+            if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
+                self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
+
+    def _too_old(self, now: float) -> list[Flight]:
+        """They are kept in the order in which they arrived, so those that live too long come first."""
+        old: list[Flight] = []
+        for flight in self._flights.values():
+            self.num_visited += 1
+            if now - flight.arrived_s <= self._config.request_timeout_s:
+                break
+            old.append(flight)
+        return old
+
+    def close(self, now: float) -> None:
+        """Fails everything and accepts nothing more."""
+        self._is_closed = True
+        for flight in list(self._flights.values()):
+            self._cancel_attempt(flight)
+            self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down", now)
+
+    def _set_back(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+        """An attempt has failed: runs the request again, or gives it up."""
+        if flight.incoming is not None and flight.incoming.buffered:
+            self.migrations.switch(flight, now)  # it had moved just in time
+            return
+        self.migrations.drop(flight, now)
+        self._end_attempt(flight)
+        delay_s = flight.history.setback(refusal, self._retry, now)
+        if delay_s is None:
+            self._fail(flight, refusal, message, now)
+            return
+        self._counters[f"reruns_{refusal}"] += 1
+        flight.avoid_worker_id = flight.worker_id
+        flight.queued_s = now
+        self._queue.push(flight.request.request_id, flight.request.priority, flight.order, now + delay_s)
+
+    def _fail(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+        """Ends a request for good with an error."""
+        self._counters[f"failed_{refusal}"] += 1
+        name, position = flight.request.request_id, len(flight.delivered)
+        error = Output(name, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+        self._out.append(Deliver(error))
+        self._forget(flight, now)
+
+    def _cancel_attempt(self, flight: Flight) -> None:
+        entry = self._fleet.get(flight.worker_id)
+        if flight.wire_id and entry is not None and entry.connection is not None:
+            self._out.append(Send(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
+        self._end_attempt(flight)
+
+    def _end_attempt(self, flight: Flight) -> None:
+        if flight.wire_id:
+            del self._attempts[flight.wire_id]
+            self._dispatcher.release(flight)
+            self._dispatcher.end(flight.worker_id, flight.wire_id)
+            flight.wire_id = ""
+
+    def _forget(self, flight: Flight, now: float) -> None:
+        self.migrations.drop(flight, now)
+        self._end_attempt(flight)
+        if flight.left is not None:
+            self._end_left(*flight.left)
+        self._queue.remove(flight.request.request_id)
+        del self._flights[flight.request.request_id]

@@ -1,0 +1,255 @@
+"""Tools, calls and reasoning over HTTP, as the openai client sees them, with models that write them in ERNIE's formats."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tokenizers
+from fake_backend import CHECKPOINT, Api, FakeBackend, Script, error_of, open_api, say
+
+from router.api.config import ApiConfig
+from workers.request import FinishReason
+from workers.tokenizer import Tokenizer
+
+TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}: {{ tool.function.parameters | tojson }}]{% endfor -%}
+{%- for message in messages -%}
+{{ message.role }}: {% if message.reasoning_content %}({{ message.reasoning_content }}){% endif %}{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.city }}</tool_call>{% endfor %}
+{% endfor -%}
+assistant:{% if enable_thinking is not defined or enable_thinking %} <think>
+{% endif %}{# <response> <tool_call> #}"""
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+ASK: list[Any] = [{"role": "user", "content": "How is the weather in Berlin?"}]
+CALLS = 'He asks.\n</think>\n\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Berlin"}}\n</tool_call>\n'
+ANSWER = "I know it.\n</think>\n\n\n<response>\nIt is a <nice> day.\n</response>\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's tokenizer whose template knows tools and thinking, and whose tags are special tokens."""
+    folder = tmp_path_factory.mktemp("thinking")
+    for path in CHECKPOINT.glob("*.json"):
+        shutil.copy(path, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[Api]:
+    with open_api(checkpoint=folder) as api:
+        yield api
+
+
+@pytest.fixture
+def thinking(shared: Api) -> Api:
+    shared.backend.reset()
+    return shared
+
+
+def says(text: str, reason: FinishReason = FinishReason.STOP) -> Script:
+    def script(backend: FakeBackend, request: Any) -> list[Any]:
+        outputs: list[Any] = say(backend, request, backend.tokenizer.encode(text))
+        return [*outputs[:-1], outputs[-1]._replace(finish_reason=reason)]
+
+    return script
+
+
+def ask(api: Api, **fields: Any) -> Any:
+    return api.client.chat.completions.create(model="ernie-tiny", messages=ASK, **fields)
+
+
+def joined(stream: Any) -> tuple[dict[str, Any], str | None]:
+    """What the deltas of a stream's one choice come to, and how it ended."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "calls": []}
+    reason = None
+    for chunk in stream:
+        for choice in chunk.choices:
+            delta = choice.delta
+            message["content"] += delta.content or ""
+            thought = getattr(delta, "reasoning_content", None)
+            message["reasoning"] += thought or ""
+            assert getattr(delta, "reasoning", None) == thought
+            for call in delta.tool_calls or []:
+                if call.id:
+                    assert call.index == len(message["calls"]) and call.type == "function"
+                    message["calls"].append([call.id, call.function.name, ""])
+                message["calls"][call.index][2] += call.function.arguments
+            reason = choice.finish_reason or reason
+    return message, reason
+
+
+def test_a_call_comes_with_its_arguments_and_asks_for_an_answer(thinking: Api) -> None:
+    thinking.backend.script = says(CALLS)
+    answer = ask(thinking, tools=TOOLS)
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Berlin"})
+    assert choice.message.reasoning_content == choice.message.reasoning == "He asks."
+
+    streamed, reason = joined(ask(thinking, tools=TOOLS, stream=True))
+    assert reason == "tool_calls" and streamed["content"] == "" and streamed["reasoning"] == "He asks."
+    [(call_id, name, arguments)] = streamed["calls"]
+    assert (name, arguments) == ("weather", call.function.arguments)
+    assert call_id.startswith("call_") and call_id != call.id
+
+
+def test_the_tools_and_the_history_of_calls_reach_the_template(thinking: Api) -> None:
+    called = ask_calls(thinking)
+    history = [
+        *ASK,
+        {**called, "reasoning_content": "He asks."},
+        {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": "rain"},
+    ]
+    thinking.backend.script = says(ANSWER)
+    thinking.client.chat.completions.create(model="ernie-tiny", messages=history, tools=TOOLS)
+    prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+    assert prompt == (
+        '[weather: {"type": "object", "properties": {"city": {"type": "string"}}}]'
+        "user: How is the weather in Berlin?"
+        "assistant: (He asks.)<tool_call>weather Berlin</tool_call>"
+        "tool: rainassistant: <think>\n"
+    )
+
+
+def ask_calls(api: Api) -> dict[str, Any]:
+    api.backend.script = says(CALLS)
+    message: dict[str, Any] = (
+        ask(api, tools=TOOLS).choices[0].message.model_dump(include={"role", "content", "tool_calls"})
+    )
+    return message
+
+
+def test_reasoning_is_told_from_the_answer_and_counted(thinking: Api) -> None:
+    thinking.backend.script = says(ANSWER)
+    answer = ask(thinking)
+    message = answer.choices[0].message
+    assert (message.content, message.reasoning_content) == ("It is a <nice> day.", "I know it.")
+    num_reasoning = len(thinking.backend.tokenizer.encode("I know it.\n</think>"))
+    assert answer.usage.completion_tokens_details.reasoning_tokens == num_reasoning
+    assert answer.usage.completion_tokens == len(thinking.backend.tokenizer.encode(ANSWER))
+
+    chunks = list(ask(thinking, stream=True, stream_options={"include_usage": True}))
+    assert joined(chunks) == ({"content": "It is a <nice> day.", "reasoning": "I know it.", "calls": []}, "stop")
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == num_reasoning
+
+
+def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Api) -> None:
+    thinking.backend.script = says(ANSWER)
+    message = ask(thinking, extra_body={"include_reasoning": False}).choices[0].message
+    assert message.content == "It is a <nice> day." and not hasattr(message, "reasoning_content")
+    thinking.backend.script = says("<response>Yes.</response>")
+    for body in ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}):
+        answer = ask(thinking, extra_body=body)
+        assert answer.choices[0].message.content == "Yes."
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 0
+        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        assert prompt.endswith("assistant:")
+
+
+def test_a_user_who_writes_a_tag_opens_no_reasoning(thinking: Api) -> None:
+    thinking.backend.script = says("Just text.")
+    body = {"enable_thinking": False}
+    messages: list[Any] = [{"role": "user", "content": "What does <think> mean?"}]
+    answer = thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+    assert answer.choices[0].message.content == "Just text."
+
+
+def test_a_truncated_call_is_reported_as_such(thinking: Api) -> None:
+    thinking.backend.script = says(CALLS[: CALLS.index("rlin")], FinishReason.LENGTH)
+    for stream in (False, True):
+        answer = ask(thinking, tools=TOOLS, stream=stream)
+        if stream:
+            message, reason = joined(answer)
+            [(_, _, arguments)] = message["calls"]
+        else:
+            (choice,) = answer.choices
+            reason, arguments = choice.finish_reason, choice.message.tool_calls[0].function.arguments
+        assert reason == "length" and arguments == '{"city": "Be'
+
+
+def test_calls_are_text_without_tools_and_one_is_shown_where_one_is_asked_for(thinking: Api) -> None:
+    thinking.backend.script = says(CALLS)
+    message = ask(thinking, tools=TOOLS, tool_choice="none").choices[0].message
+    assert message.tool_calls is None and "<tool_call>" in message.content
+    assert "[weather" not in thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+    thinking.backend.script = says(CALLS + CALLS.split("\n\n\n")[1])
+    assert len(ask(thinking, tools=TOOLS).choices[0].message.tool_calls) == 2
+    assert len(ask(thinking, tools=TOOLS, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+
+
+def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api) -> None:
+    thinking.backend.script = says(CALLS)
+    answer = ask(thinking, tools=TOOLS, n=2, logprobs=True)
+    ids = [choice.message.tool_calls[0].id for choice in answer.choices]
+    assert len(set(ids)) == 2
+    num_tokens = len(thinking.backend.tokenizer.encode(CALLS))
+    assert [len(choice.logprobs.content) for choice in answer.choices] == [num_tokens] * 2
+    chunks = list(ask(thinking, tools=TOOLS, stream=True, logprobs=True))
+    assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks) == num_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"tools": [{"type": "retrieval"}]}, "tools", "not supported, only functions"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", r"tools\[0\] must be a function"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+            "tools",
+            "must be a JSON schema",
+        ),
+        ({"tools": TOOLS * 129}, "tools", "at most 128"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "cannot be enforced"),
+        ({"thinking": {"type": "maybe"}}, "thinking", "enabled"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id belongs to every message"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "an assistant's message"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}]},
+            "messages",
+            r"messages\[0\].tool_calls\[0\].function.arguments must be a JSON object",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(thinking: Api, fields: dict[str, Any], param: str, message: str) -> None:
+    response = thinking.http.post("/v1/chat/completions", json={"messages": ASK, **fields})
+    error = error_of(response)
+    assert response.status_code == 400 and error["param"] == param
+    assert re.search(message, error["message"])
+
+
+def test_a_model_that_knows_no_tools_says_so() -> None:
+    with open_api() as api, pytest.raises(openai.BadRequestError, match="its chat template takes none"):
+        ask(api, tools=TOOLS)
+
+
+def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:
+    config = ApiConfig(reasoning_parser="none", tool_parser="none")
+    with open_api(config, checkpoint=folder) as api:
+        api.backend.script = says(ANSWER)
+        assert ask(api).choices[0].message.content == Tokenizer.load(folder).decode(
+            Tokenizer.load(folder).encode(ANSWER), skip_special_tokens=True
+        )
+        with pytest.raises(openai.BadRequestError, match="tool_parser names no format"):
+            ask(api, tools=TOOLS)

@@ -1,0 +1,215 @@
+"""KV that other workers write into an engine's blocks: prompts computed elsewhere, sequences that move here, prefixes pulled from peers.
+
+Knows what is reserved, wanted and in place; not how bytes travel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from workers.engine.bites import Bites
+from workers.engine.live_sequences import Live, Roster
+from workers.engine.results import PullWanted, TransferWanted
+from workers.errors import RankLost, Refusal, Refused
+from workers.kv_memory.memory import KvMemory
+from workers.request import HandoffReport, Request, error_output
+from workers.runner import Sampled
+from workers.scheduler.migration import land_migrant, reserve_migrant
+from workers.scheduler.sequence import Kind, State
+from workers.scheduler.sequence import Sequence as Running
+
+log = logging.getLogger(__name__)
+
+LOST_WITH_RANK = "the rank that held this prompt was lost"
+
+
+class Incoming:
+    """Blocks that others write into stay reserved until they have stopped, whatever becomes of the sequence."""
+
+    def __init__(self, roster: Roster, memory: KvMemory) -> None:
+        self._roster = roster
+        self._scheduler = roster.scheduler
+        self._bites = Bites(memory, memory.adopt)
+        self._adoptions: dict[int, int] = {}
+        """Of sequences whose blocks have come and are not all the model's yet: their numbers among the bites."""
+
+    # ---- prompts that another worker computes ----
+
+    def want(self, sequence: Running) -> None:
+        """Its blocks are reserved: another worker shall fill those that no cache filled."""
+        table = sequence.table
+        wanted = TransferWanted(sequence.sequence_id, table.num_cached, tuple(table.blocks), sequence.hint)
+        self._roster.said.transfers.append(wanted)
+
+    def landed(self, sequence_id: int, sampled: Sampled, cached_tokens: int, report: HandoffReport) -> None:
+        """The prompt's blocks are in place and verified; `sampled` is the first token."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        assert sampled.token_id is not None
+        if not self._roster.knows((sampled.token_id,)):
+            self.failed(sequence_id, report)
+            return
+
+        def decode(has_blocks: bool) -> None:
+            if live.has_lost_blocks or not has_blocks:
+                self.failed(sequence_id, report)
+                return
+            assert live.answer is not None
+            live.answer.landed(report, cached_tokens)
+            sequence = live.sequence
+            self._scheduler.landed(sequence, sequence.num_prompt)
+            self._roster.drew(live, Sampled(sequence_id, sequence.known[0]) if sequence.known else sampled)
+
+        table = live.sequence.table
+        self._adopt(live, [] if live.has_lost_blocks else table.blocks[table.num_cached :], decode)
+
+    def failed(self, sequence_id: int, report: HandoffReport) -> None:
+        """No worker could compute the prompt for us, or move the sequence here; nothing writes into the reserved blocks any more."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        if live.sequence.kind is Kind.MIGRANT:
+            self._roster.fail(live, Refusal.NOT_MOVABLE, "it could not be moved here")
+            return
+        assert live.answer is not None
+        live.answer.computed_here(report, self._roster.clock())
+        if live.has_lost_blocks:
+            table = live.sequence.table
+            live.sequence.num_computed = table.num_cached = table.num_published = 0
+        self._scheduler.prefill_here(live.sequence)
+
+    # ---- sequences that move here ----
+
+    def add_migrant(self, sequence_id: int, request: Request) -> None:
+        """Reserves room for a sequence that another worker runs, and asks for its blocks with TransferWanted.
+
+        `request.replay_token_ids` are what the client has of it. Raises InvalidRequest, or Refused(QUEUE_FULL): it never waits.
+        """
+        live = self._roster.arrive(sequence_id, request, Kind.MIGRANT)
+        reserve_migrant(self._scheduler, live.sequence, self._roster.longest(request))
+        self._roster.lives[sequence_id] = live
+        assert live.answer is not None
+        live.answer.take_up(request.replay_token_ids)
+        self.want(live.sequence)
+
+    def moved_in(self, sequence_id: int, known_token_ids: tuple[int, ...], num_computed: int) -> None:
+        """A migrant's blocks are in place and verified, with its state: it goes on here where it stood."""
+        live = self._transferring(sequence_id)
+        if live is None:
+            return
+        table = live.sequence.table
+        if not self._roster.knows(known_token_ids):
+            self._roster.fail(live, Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
+            return
+
+        def go_on(has_blocks: bool) -> None:
+            if live.has_lost_blocks or not has_blocks:
+                self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
+                return
+            try:
+                land_migrant(self._scheduler, live.sequence, known_token_ids, num_computed)
+            except Refused as error:
+                self._roster.fail(live, error.refusal, str(error))
+                return
+            assert live.answer is not None
+            live.answer.take_up(known_token_ids)
+
+        self._adopt(live, table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)], go_on)
+
+    # ---- prefixes of peers ----
+
+    def pull(self, sequence: Running, prefill_tokens_per_s: float) -> None:
+        """Its blocks are reserved: asks the peer that may have the beginning of its prompt, if there is one."""
+        pull, hint = sequence.table.pull, sequence.hint
+        if pull is not None and hint is not None:
+            blocks = tuple(sequence.table.blocks[: pull.first_block + len(pull.keys)])
+            wanted = PullWanted(
+                sequence.sequence_id, hint.peer, pull.first_block, blocks, pull.keys, prefill_tokens_per_s
+            )
+            self._roster.said.pulls.append(wanted)
+
+    def pulled(self, sequence_id: int, num_blocks: int) -> None:
+        """Another worker has sent the first `num_blocks` of the blocks asked for; nothing writes into any of them any more."""
+        live = self._roster.lives.get(sequence_id)
+        pull = live.sequence.table.pull if live is not None else None
+        if live is None or pull is None or pull.num_arrived is not None:
+            return
+        if live.is_cancelled:
+            self._scheduler.pulled(live.sequence, num_blocks)
+            self._roster.drop(live)
+            return
+        blocks = live.sequence.table.blocks[pull.first_block : pull.first_block + num_blocks]
+        self._adopt(
+            live, blocks, lambda has_blocks: self._scheduler.pulled(live.sequence, num_blocks if has_blocks else 0)
+        )
+
+    # ---- from the memory that others write into to where the model reads ----
+
+    @property
+    def is_adopting(self) -> bool:
+        """Blocks wait for the next bite."""
+        return self._bites.is_busy
+
+    def advance(self) -> None:
+        """Once a step: lets the model have a bite of what has come, first come first served."""
+        self._bites.advance()
+
+    def _adopt(self, live: Live, blocks: Sequence[int], then: Callable[[bool], None]) -> None:
+        """`then` hears, now or in a later step, whether the model has the blocks."""
+        sequence_id = live.sequence.sequence_id
+
+        def adopted(error: RankLost | None) -> None:
+            self._adoptions.pop(sequence_id, None)
+            if error is not None:
+                log.warning("what came for sequence %d is of no use: %s", sequence_id, error)
+            then(error is None)
+
+        number = self._bites.add(blocks, lambda: self._roster.lives.get(sequence_id) is live, adopted)
+        if self._bites.waits(number):
+            self._adoptions[sequence_id] = number
+
+    # ---- ends ----
+
+    def cancel(self, live: Live) -> bool:
+        """Whether others write into its blocks: then it ends when they have stopped, and they are asked to."""
+        number = self._adoptions.pop(live.sequence.sequence_id, None)
+        if number is not None:
+            self._bites.drop(number)
+            return False  # they have stopped already
+        if live.sequence.state is not State.TRANSFERRING and not _is_pulling(live.sequence):
+            return False
+        if not live.is_cancelled:
+            live.is_cancelled = True
+            self._roster.said.abandoned.append(live.sequence.sequence_id)
+        return True
+
+    def lose(self, sequence: Running) -> None:
+        """A pool lost what these blocks held. A transfer under way is let finish, and its prompt computed here."""
+        live = self._roster.lives.get(sequence.sequence_id)
+        if live is None:  # it has ended, and only a step that still runs keeps it
+            return
+        if sequence.state is State.TRANSFERRING:
+            live.has_lost_blocks = True
+        elif _is_pulling(sequence):
+            output = error_output(sequence.request, Refusal.WORKER_LOST, LOST_WITH_RANK)
+            self._roster.said.outputs.append((sequence.sequence_id, output))
+            if not self.cancel(live):
+                self._roster.drop(live)
+        else:
+            self._roster.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
+
+    def _transferring(self, sequence_id: int) -> Live | None:
+        """The sequence whose transfer has ended; None when nobody waits for it, or not any more."""
+        live = self._roster.lives.get(sequence_id)
+        if live is None or live.sequence.state is not State.TRANSFERRING:
+            return None
+        if live.is_cancelled:
+            self._roster.drop(live)
+            return None
+        return live
+
+
+def _is_pulling(sequence: Running) -> bool:
+    return sequence.table.pull is not None and sequence.table.pull.num_arrived is None

@@ -1,1 +1,0 @@
-"""Moves KV cache blocks from a prefill worker to a decode worker."""

@@ -1,0 +1,1 @@
+"""Reads a checkpoint folder: its dimensions and its tensors."""

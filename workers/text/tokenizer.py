@@ -1,0 +1,384 @@
+"""Turns text and conversations into token ids and back; it knows nothing of requests, engines or HTTP.
+
+Decoding goes through one table, token id -> bytes: the text of a token sequence is the UTF-8 reading of its bytes,
+joined. That makes incremental decoding exact and O(1) per token for byte-level and for byte-fallback vocabularies.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from workers.errors import InvalidConfig, InvalidRequest
+
+
+class Tokenizer:
+    """The vocabulary and chat template of one checkpoint. Immutable after `load`, safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_templates: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        """`special_tokens` are the names templates may use, such as bos_token. Raises InvalidConfig for an unknown decoder."""
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        self._sources = dict(chat_templates)
+        environment = _template_environment()
+        try:
+            self._templates = {name: environment.from_string(source) for name, source in chat_templates.items()}
+        except jinja2.TemplateSyntaxError as error:
+            raise InvalidConfig(f"the chat template does not parse: {error}") from error
+        self.eos_token_ids = eos_token_ids
+        to_bytes, self._num_stripped = _byte_rule(json.loads(backend.decoder.__getstate__()) if backend.decoder else {})
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._bytes = [b""] * self.vocab_size
+        for token, token_id in vocabulary.items():
+            self._bytes[token_id] = to_bytes(token)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._longest_token = _longest_token(json.loads(backend.to_str()), vocabulary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads a checkpoint folder. Raises InvalidConfig with one sentence when it has no usable tokenizer."""
+        folder = Path(path)
+        backend = _load_backend(folder)
+        # Training scripts leave these in the file; transformers sets both anew for every call, and so nobody notices.
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
+        templates = _chat_templates(folder, config)
+        try:
+            return cls(backend, templates, special_tokens, _eos_token_ids(folder, backend, special_tokens))
+        except InvalidConfig as error:
+            raise InvalidConfig(f"{folder}: {error}") from error
+
+    @classmethod
+    def check(cls, path: str | Path) -> None:
+        """Raises InvalidConfig as `load` would, but converts no SentencePiece model, which takes long: it looks for what that needs."""
+        folder = Path(path)
+        if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+            cls.load(folder)
+            return
+        missing = [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InvalidConfig(_needs_packages(folder, f"missing: {' and '.join(missing)}"))
+        _chat_templates(folder, _read_json(folder / "tokenizer_config.json"))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Lets other threads run meanwhile: only the library's calls for several texts release the interpreter's lock."""
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `encode` surely does not stay below, found without a look at the text; 0 where nothing is sure."""
+        return -(-len(text) // self._longest_token) if self._longest_token else 0
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of the tokens; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        text = b"".join(self._visible(token_ids, skip_special_tokens)).decode("utf-8", "replace")
+        return _strip_start(text, self._num_stripped)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token adds to a text; empty for ids outside the vocabulary."""
+        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        r"""A printable name of one token: its text, or `bytes:\xe4\xbd` when its bytes are no whole characters."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def chat_template(self, with_tools: bool) -> str:
+        """The source of the template that a conversation is rendered by; empty without one."""
+        return (self._sources.get("tool_use") if with_tools else None) or self._sources.get("default", "")
+
+    def hides(self, texts: Iterable[str]) -> bool:
+        """Whether one of these texts is a special token, which decoding may leave out."""
+        ids = (self._backend.token_to_id(text) for text in texts)
+        return any(token_id in self._special_ids for token_id in ids if token_id is not None)
+
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for exactly this text; None where there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **chat_template_kwargs: Any,
+    ) -> str:
+        """The conversation as the model was trained to read it, every special token written out. Raises InvalidRequest when the template refuses it."""
+        template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
+        if template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
+        names: dict[str, Any] = {**self._special_tokens, **chat_template_kwargs}
+        names.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        try:
+            return template.render(names)
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"the chat template cannot render these messages: {error}", "messages") from error
+
+    def _visible(self, token_ids: Iterable[int], skip_special_tokens: bool) -> Iterable[bytes]:
+        hidden = self._special_ids if skip_special_tokens else frozenset()
+        return (self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
+
+
+class IncrementalDetokenizer:
+    """Text of a growing token sequence, released as soon as no later token can change it.
+
+    What `push` and `flush` return, joined, equals `Tokenizer.decode` of all pushed tokens. `prompt_token_ids_tail`
+    (the last few tokens before the first pushed one; four suffice) completes a character that the prompt cut in two.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids_tail: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_stripped = 0 if prompt_token_ids_tail else tokenizer._num_stripped
+        for token_id in prompt_token_ids_tail:
+            self._decoder.decode(tokenizer.token_bytes(token_id))
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; empty while a UTF-8 character is unfinished."""
+        if self._skip_special_tokens and token_id in self._tokenizer._special_ids:
+            return ""
+        return self._certain(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def flush(self) -> str:
+        """What is still held back: U+FFFD for an unfinished character."""
+        return self._certain(self._decoder.decode(b"", final=True))
+
+    def _certain(self, text: str) -> str:
+        if not self._num_stripped or not text:
+            return text
+        stripped = _strip_start(text, self._num_stripped)
+        self._num_stripped = 0 if stripped else self._num_stripped - len(text)
+        return stripped
+
+
+def _strip_start(text: str, count: int) -> str:
+    while count and text.startswith(" "):
+        text, count = text[1:], count - 1
+    return text
+
+
+def _byte_rule(decoder: Mapping[str, Any]) -> tuple[Callable[[str], bytes], int]:
+    """How a token's name becomes bytes, and how many blanks the decoder takes from the start of a text."""
+    steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+    replacements: list[tuple[str, str]] = []
+    byte_level = byte_fallback = False
+    num_stripped = 0
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                byte_level = True
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                replacements.append((old, new))
+            case {"type": "Metaspace", "replacement": str(blank)}:
+                replacements.append((blank, " "))
+                num_stripped = 0 if step.get("prepend_scheme") == "never" else 1
+            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
+                num_stripped = start
+            case _:
+                raise InvalidConfig(f"the tokenizer's decoder {json.dumps(step)[:80]} is not one that Baton knows")
+    alphabet = _byte_level_alphabet()
+
+    def to_bytes(token: str) -> bytes:
+        if byte_level:
+            known = all(letter in alphabet for letter in token)
+            return bytes(alphabet[letter] for letter in token) if known else token.encode()
+        for old, new in replacements:
+            token = token.replace(old, new)
+        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.encode()
+
+    return to_bytes, num_stripped
+
+
+def _longest_token(definition: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int:
+    """The most characters of a text that one token can stand for; 0 where that has no bound that could be proved.
+
+    It has one where every character gets into the tokens: no step drops or shortens any, and what the vocabulary does not
+    know is spelled in bytes. A token of bytes stands for at most as many characters.
+    """
+    model, added = definition["model"], definition["added_tokens"]
+    normalizers = _steps(definition["normalizer"], "normalizers")
+    splitters = _steps(definition["pre_tokenizer"], "pretokenizers")
+    is_byte_level = any(step["type"] == "ByteLevel" for step in splitters)
+    letters = _byte_level_alphabet() if is_byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
+    keeps_all = (
+        model["type"] == "BPE"
+        and (is_byte_level or model.get("byte_fallback") is True)
+        and all(letter in vocabulary for letter in letters)
+        and all(_keeps_length(step) for step in normalizers)
+        and all(_keeps_all(step) for step in splitters)
+        and not any(token["lstrip"] or token["rstrip"] for token in added)
+    )
+    return max(map(len, vocabulary), default=0) if keeps_all else 0
+
+
+def _steps(step: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, Any]]:
+    if step is None:
+        return ()
+    return step[name] if step["type"] == "Sequence" else (step,)
+
+
+def _keeps_length(normalizer: Mapping[str, Any]) -> bool:
+    match normalizer:
+        case {"type": "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return len(new) >= len(old)
+        case _:
+            return False
+
+
+def _keeps_all(splitter: Mapping[str, Any]) -> bool:
+    match splitter:
+        case {"type": "Split" | "Punctuation", "behavior": str(behavior)}:
+            return behavior != "Removed"
+        case {"type": kind}:
+            return kind in ("ByteLevel", "Metaspace", "Digits")
+        case _:
+            return False
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE names the printable Latin-1 bytes by themselves and the others, in order, from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The names and blank-handling that published chat templates are written for."""
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model wrote, for training; here it only passes its body on."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it an instance attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise InvalidConfig(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    if not (folder / "tokenizer.model").is_file():
+        raise InvalidConfig(f"{folder} has neither tokenizer.json nor tokenizer.model")
+    try:
+        from transformers import AutoTokenizer
+
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return tokenizers.Tokenizer.from_str(converted.backend_tokenizer.to_str())
+    except Exception as error:  # a missing package, or whatever the converter makes of the file
+        raise InvalidConfig(_needs_packages(folder, type(error).__name__)) from error
+
+
+def _needs_packages(folder: Path, why: str) -> str:
+    return (
+        f"{folder} has only a SentencePiece tokenizer.model, which needs the packages transformers and sentencepiece "
+        f"to convert ({why}); install them or put a tokenizer.json beside it"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InvalidConfig(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidConfig(f"{path} must hold a JSON object")
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token ...: plain strings, or objects with `content`."""
+    named = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in config.items())
+    return {name: value for name, value in named if name.endswith("_token") and isinstance(value, str)}
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """chat_template.jinja wins over tokenizer_config.json, where it is one template or a list of named ones."""
+    if (folder / "chat_template.jinja").is_file():
+        try:
+            return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+        except ValueError as error:
+            raise InvalidConfig(f"{folder / 'chat_template.jinja'} is not UTF-8: {error}") from error
+    match config.get("chat_template"):
+        case str(source):
+            return {"default": source}
+        case list(named):
+            try:
+                return {entry["name"]: entry["template"] for entry in named}
+            except (KeyError, TypeError) as error:
+                raise InvalidConfig(
+                    f"{folder / 'tokenizer_config.json'} has a chat_template list that is not one of names and templates"
+                ) from error
+        case _:
+            return {}
+
+
+def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
+    """What ends a generation: generation_config.json decides, else config.json, else the tokenizer's eos_token."""
+    for name in ("generation_config.json", "config.json"):
+        match _read_json(folder / name).get("eos_token_id"):
+            case int(token_id):
+                return frozenset((token_id,))
+            case list(token_ids) if token_ids:
+                return frozenset(token_ids)
+    named = backend.token_to_id(special_tokens.get("eos_token", ""))
+    return frozenset() if named is None else frozenset((named,))

@@ -1,0 +1,201 @@
+"""Translates requests and their outputs between protobuf messages and values; decides nothing.
+
+As in wire.py: `x_to_pb` and `x_from_pb`. Floats of a LogitBias and of logprobs travel in 32 bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from workers.errors import InvariantViolated, Refusal
+from workers.pb import worker_pb2 as pb
+from workers.prompt_scores import PromptScores
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
+from workers.wire.fields import fields_of, from_fields
+
+
+def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    """Raises InvariantViolated when the seed is not concrete."""
+    if params.seed is None:
+        raise InvariantViolated("a request leaves the router with a concrete seed")
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        logit_bias=[pb.LogitBias(token_id=token, bias=bias) for token, bias in params.logit_bias],
+        bad_words=[pb.TokenIds(token_ids=words) for words in params.bad_words],
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        include_stop=params.include_stop,
+        skip_special_tokens=params.skip_special_tokens,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+
+
+def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty,
+        seed=message.seed,
+        # Most requests have neither: no generators for them.
+        logit_bias=tuple((p.token_id, p.bias) for p in message.logit_bias) if message.logit_bias else (),
+        bad_words=tuple(tuple(words.token_ids) for words in message.bad_words) if message.bad_words else (),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        include_stop=message.include_stop,
+        skip_special_tokens=message.skip_special_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def request_to_pb(request: Request) -> pb.Request:
+    return pb.Request(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        params=params_to_pb(request.params),
+        choice_index=request.choice_index,
+        replay_token_ids=request.replay_token_ids,
+        priority=request.priority,
+        traceparent=request.traceparent,
+    )
+
+
+def request_from_pb(message: pb.Request) -> Request:
+    return Request(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        params=params_from_pb(message.params),
+        choice_index=message.choice_index,
+        replay_token_ids=tuple(message.replay_token_ids),
+        priority=message.priority,
+        traceparent=message.traceparent,
+    )
+
+
+def token_logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
+    top = [pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top]
+    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top, rank=entry.rank)
+
+
+def token_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple((entry.token_id, entry.logprob) for entry in message.top)
+    rank = message.rank if message.HasField("rank") else None
+    return TokenLogprob(message.token_id, message.logprob, top, rank)
+
+
+def scores_to_pb(scores: PromptScores) -> pb.PromptScores:
+    return pb.PromptScores(
+        first=scores.first,
+        num_top=scores.top_ids.shape[1],
+        token_ids=scores.token_ids.astype("<i4").tobytes(),
+        logprobs=scores.logprobs.astype("<f4").tobytes(),
+        ranks=scores.ranks.astype("<i4").tobytes(),
+        top_ids=scores.top_ids.astype("<i4").tobytes(),
+        top_logprobs=scores.top_logprobs.astype("<f4").tobytes(),
+    )
+
+
+def scores_from_pb(message: pb.PromptScores) -> PromptScores:
+    """Raises ValueError when the arrays do not belong together."""
+    token_ids = np.frombuffer(message.token_ids, "<i4")
+    shape = (len(token_ids), message.num_top)
+    return PromptScores(
+        message.first,
+        token_ids,
+        np.frombuffer(message.logprobs, "<f4").reshape(len(token_ids)),
+        np.frombuffer(message.ranks, "<i4").reshape(len(token_ids)),
+        np.frombuffer(message.top_ids, "<i4").reshape(shape),
+        np.frombuffer(message.top_logprobs, "<f4").reshape(shape),
+    )
+
+
+def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
+    return pb.HandoffReport(**fields_of(report))
+
+
+def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
+    return from_fields(HandoffReport, message)
+
+
+def output_to_pb(output: Output) -> pb.Output:
+    """Runs once a token and sequence: fields that are mostly empty are set only when they are not."""
+    message = pb.Output(
+        request_id=output.request_id, position=output.position, token_ids=output.token_ids, text=output.text
+    )
+    if output.logprobs:
+        message.logprobs.extend([token_logprob_to_pb(entry) for entry in output.logprobs])
+    if output.finish_reason is not None:
+        message.finish_reason = output.finish_reason.value
+        message.message = output.message
+        if isinstance(output.stop_reason, str):
+            message.stop_text = output.stop_reason
+        elif output.stop_reason is not None:
+            message.stop_token_id = output.stop_reason
+        if output.refusal is not None:
+            message.refusal = output.refusal.value
+    if output.cached_tokens:
+        message.cached_tokens = output.cached_tokens
+    if output.prompt_logprobs:
+        message.prompt_logprobs.extend([scores_to_pb(part) for part in output.prompt_logprobs])
+    if output.handoff is not None:
+        message.handoff.CopyFrom(handoff_report_to_pb(output.handoff))
+    return message
+
+
+def output_from_pb(message: pb.Output) -> Output:
+    """Runs once a token and sequence: most outputs are a token and its text."""
+    ids = message.token_ids
+    token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
+    finish = message.finish_reason
+    if not (
+        finish or message.logprobs or message.prompt_logprobs or message.position == 0 or message.HasField("handoff")
+    ):
+        return Output(
+            message.request_id, message.position, token_ids, message.text, cached_tokens=message.cached_tokens
+        )
+    return Output(
+        request_id=message.request_id,
+        position=message.position,
+        token_ids=token_ids,
+        text=message.text,
+        logprobs=tuple(token_logprob_from_pb(entry) for entry in message.logprobs) if message.logprobs else (),
+        finish_reason=FinishReason(finish) if finish else None,
+        stop_reason=_stop_reason(message) if finish else None,
+        refusal=refusal_from_name(message.refusal) if finish and message.refusal else None,
+        message=message.message if finish else "",
+        cached_tokens=message.cached_tokens,
+        prompt_logprobs=tuple([scores_from_pb(part) for part in message.prompt_logprobs]),
+        handoff=handoff_report_from_pb(message.handoff) if message.HasField("handoff") else None,
+    )
+
+
+def _stop_reason(message: pb.Output) -> str | int | None:
+    if message.HasField("stop_text"):
+        return message.stop_text
+    return message.stop_token_id if message.HasField("stop_token_id") else None
+
+
+def refusal_from_name(name: str) -> Refusal:
+    """A name that a newer peer made up counts as INTERNAL, so that a rolling upgrade cannot break a stream."""
+    try:
+        return Refusal(name)
+    except ValueError:
+        return Refusal.INTERNAL
