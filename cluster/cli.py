@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cluster.commands import admin, chat, demo, drain, info, join, serve
+from cluster.commands import admin, chat, demo, drain, info, join, serve, simulate
 from workers.errors import BatonError
 
 OPERATOR_ERROR = 2
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (serve, demo, chat, admin, drain, join, info):
+    for module in (serve, demo, chat, admin, drain, join, info, simulate):
         module.add_parser(commands)
     return parser
 

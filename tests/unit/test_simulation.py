@@ -6,12 +6,14 @@ import random
 
 import pytest
 
+from cluster.sim import soak
 from cluster.sim.faults import random_faults
 from cluster.sim.load import TraceRequest
 from cluster.sim.profiles.profile import Profile
 from cluster.sim.record import RunRecord
 from cluster.sim.settings import Settings
-from cluster.sim.simulation import Simulation
+from cluster.sim.simulation import Notice, Simulation
+from cluster.sim.soak import try_seed
 from cluster.sim.traces.generated import Recipe, generate
 from workers.errors import InvariantViolated
 from workers.kv_cache.block_pool import BlockPool
@@ -81,3 +83,20 @@ def test_a_pool_that_has_lost_count_of_a_block_is_found_out() -> None:
     for wrong in ([], held, [*held, *held], [*held, held[0], 3]):
         with pytest.raises(InvariantViolated):
             pool.check(wrong)
+
+
+def test_random_faults_break_no_promise() -> None:
+    """A slice of `make soak`."""
+    failures = [why for seed in range(1, 25) if (why := try_seed(seed))]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(settings: Settings, trace: object, faults: object, notice: Notice) -> None:
+        notice(1.0, "fault: kill decode-0")
+        raise InvariantViolated("a block is lost")
+
+    monkeypatch.setattr(soak, "Simulation", broken)
+    why = try_seed(12)
+    assert "python -m cluster.sim.soak --seed 12" in why
+    assert "fault: kill decode-0" in why and "a block is lost" in why
