@@ -12,10 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from json_worker import serve
 from workloads import MAX_LEN, SHORT_POOL_TOKENS
 
+from cluster.sim.measuring.skipping import SkippingRunner
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.machine import native_build
@@ -27,49 +27,22 @@ from workers.status import ModelInfo
 from workers.text.output import Detokenizer
 from workers.worker import make_engine
 
-NOISE_STEP = 8209
-"""Elements by which the noise of two neighbouring blocks is shifted."""
 
-
-class TimedRunner:
-    """Another runner, and the seconds spent in it.
-
-    While it `is_skipping` it computes nothing: a slice's blocks get noise and its last token is drawn.
-    """
+class TimedRunner(SkippingRunner):
+    """Another runner, and the seconds spent in it."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        super().__init__(runner)
         self.spent_s = 0.0
-        self.is_skipping = False
-        layout = runner.kv_memory.layout
-        dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
-        num_elements = 2 * layout.block_bytes // layout.itemsize
-        noise = torch.randn(num_elements, generator=torch.Generator().manual_seed(0)).to(dtype)
-        self._noise = noise.view(torch.uint8).numpy()
-        self._filled: set[int] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         if self.is_skipping:
-            slices = (*batch.prefill, *batch.decode)
-            for block in {block for piece in slices for block in piece.block_table} - self._filled:
-                self._fill(block)
-            return [Sampled(s.sequence_id, None if s.sample is None else s.token_ids[-1]) for s in slices]
+            return super().execute(batch, on_layer)
         started = time.perf_counter()
         try:
-            return self._runner.execute(batch, on_layer)
+            return super().execute(batch, on_layer)
         finally:
             self.spent_s += time.perf_counter() - started
-
-    def _fill(self, block: int) -> None:
-        layout = self._runner.kv_memory.layout
-        first = block * NOISE_STEP * layout.itemsize % layout.block_bytes
-        place = block * layout.block_bytes
-        noise = self._noise[first : first + layout.block_bytes]
-        self._runner.kv_memory.bytes[place : place + layout.block_bytes] = noise
-        self._filled.add(block)
 
 
 class TimedModel:

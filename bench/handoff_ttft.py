@@ -119,7 +119,7 @@ async def measure(args: argparse.Namespace, model: str, dtype: str, vocab_size: 
         connect = GrpcWorkerClient(1024, 30.0)
 
         async def attached(address: WorkerAddress) -> Client:
-            link = connect.attach(address.target, "bench")
+            link = connect.attach(address, "bench")
             stack.push_async_callback(link.close)
             return Client(link, address)
 

@@ -96,7 +96,7 @@ class Asked:
     def __init__(self, client: GrpcWorkerClient, address: WorkerAddress) -> None:
         self.address = address
         self._client = client
-        self._link: WorkerLink = client.attach(address.target, "bench")
+        self._link: WorkerLink = client.attach(address, "bench")
         self._frames = self._link.frames()
         self._count = 0
 
@@ -117,7 +117,7 @@ class Asked:
         raise RuntimeError("the worker is gone")
 
     async def counters(self) -> dict[str, float]:
-        return dict((await self._client.describe(self.address.target)).counters)
+        return dict((await self._client.describe(self.address)).counters)
 
     async def written(self) -> None:
         """Until the disk tier has nothing left to write."""

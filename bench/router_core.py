@@ -147,7 +147,7 @@ class Client:
     def __init__(self) -> None:
         self.links: list[Link] = []
 
-    def attach(self, target: str, router_id: str) -> Link:
+    def attach(self, worker: WorkerAddress, router_id: str) -> Link:
         self.links.append(Link())
         return self.links[-1]
 

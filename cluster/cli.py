@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cluster.commands import admin, chat, demo, drain, info, join, serve, simulate
+from cluster.commands import admin, chat, demo, drain, info, join, plan, profile, serve, simulate, stop, tls
 from workers.errors import BatonError
 
 OPERATOR_ERROR = 2
@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a check failed, 2 an operator error, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 a check failed, 2 an operator error, 3 Ray has died, 130 interrupted."""
     args = make_parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (serve, demo, chat, admin, drain, join, info, simulate):
+    for module in (serve, stop, demo, chat, admin, drain, join, simulate, profile, plan, tls, info):
         module.add_parser(commands)
     return parser
 
@@ -47,7 +47,7 @@ def _report(error: BatonError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     print(f"baton: {error}", file=sys.stderr)
-    return OPERATOR_ERROR
+    return int(getattr(error, "exit_code", OPERATOR_ERROR))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from annotated_types import Ge, Le, Lt
 
 from cluster.membership.roles import check_roles
 from cluster.settings import build, from_environment, json_schema, lay, override
-from cluster.store.store import check_store_url
+from cluster.store.store import check_store_url, has_credentials
 from router.config import RouterConfig
 from workers.bounds import Delay, Natural, Seconds, Share, Text
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.status import Role
+from workers.trust.config import TlsConfig
 
 MIN_OBJECT_STORE_BYTES = 75 * 2**20
 """Ray refuses less."""
@@ -59,13 +60,34 @@ class StoreConfig:
 
     url: str = field(default="memory", repr=False)
     """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
+    username: str = ""
+    """Redis user; empty: the default one."""
+    password_file: str = ""
+    """Holds the password of Redis; only the user of Baton may read it. A password in the URL belongs in the environment or a file."""
+    ca_file: str = ""
+    """Certificates (PEM) that a rediss:// server is checked with; empty: the system's."""
+    cert_file: str = ""
+    """This client's own certificate (PEM), where Redis asks for one."""
+    key_file: str = ""
+    """The key of cert_file."""
+    secret_file: str = ""
+    """Holds the secret that the cluster's entries in Redis are signed with, the same on every host. Empty: `baton serve` makes one,
+    which `baton worker` and `baton router` of the same user find on the same host."""
     cluster: str = "baton"
-    """Keyspace in Redis; two clusters on one Redis need two names."""
+    """Prefix of the keys in Redis; two clusters on one Redis need two names."""
     lease_ttl_s: Annotated[float, Ge(0.5), Le(300)] = 4.0
     """A worker that has not renewed its lease for this long is taken out; it renews three times as often."""
 
     def __post_init__(self) -> None:
         check_store_url(self.url)
+        if (self.ca_file or self.cert_file) and not self.url.startswith("rediss://"):
+            raise InvalidConfig("store.ca_file and store.cert_file are for a store.url that begins with rediss://")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise InvalidConfig("store.cert_file and store.key_file belong together: set both or neither")
+        if self.username and not self.password_file:
+            raise InvalidConfig("store.username needs store.password_file, or both belong in store.url")
+        if self.password_file and has_credentials(self.url):
+            raise InvalidConfig("store.url names a user or a password, and so does store.password_file: keep one")
         if not self.cluster or not set(self.cluster) <= set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
         ):
@@ -80,7 +102,11 @@ class RayConfig:
     """Empty: start Ray on this host and stop it at the end; "auto" or HOST:PORT: join a running Ray."""
     namespace: Text = "baton"
     """Actors of one cluster find each other by name in here; two clusters in one Ray need two namespaces."""
-    dashboard: bool = True
+    token_file: str = ""
+    """Holds the token that Ray asks for. Empty: what RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH says; else a Ray that is started here
+    gets a new one, and one that is joined has it in the folder of its cluster where `baton serve` of this user has started it."""
+    dashboard: bool = False
+    """Ray's dashboard, which asks for the same token."""
     dashboard_port: Annotated[int, Ge(1), Lt(65536)] = 8265
     """The next free port is taken when this one is in use."""
     object_store_bytes: Annotated[int, Ge(MIN_OBJECT_STORE_BYTES)] = 80 * 2**20
@@ -108,6 +134,7 @@ class ClusterConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     start_timeout_s: Seconds = 180.0
     """Each step of the start must be done within this time."""
     stop_timeout_s: Delay = 10.0

@@ -8,12 +8,15 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from cluster.actors.held_ports import PortHolder
 from cluster.config import ClusterConfig
 from cluster.console.progress import Progress
+from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
+    check_cache_folder,
     check_disk_tier,
     check_gpus,
     check_layout,
@@ -25,11 +28,14 @@ from cluster.preflight import (
     check_tokenizer,
     file_limit_warning,
 )
-from cluster.ray_session.folders import end_local, make_folder, remove_stale
+from cluster.ray_session.deaths import vital_processes, watch
+from cluster.ray_session.folders import end_local, make_folder, remove_stale, secret_file
+from cluster.ray_session.janitor import dismiss, engage
 from cluster.ray_session.joining import join_ray
 from cluster.ray_session.local import RaySession, start_ray
+from cluster.ray_session.running import note
 from cluster.store.host import STORE_HOST_NAME
-from workers.errors import BatonError
+from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import usable_cpus
 
 T = TypeVar("T")
@@ -55,17 +61,34 @@ class Cluster:
     routers: dict[str, Any] = field(default_factory=dict)
     pools: Any = None
     """Who created the actors: it also holds the further ranks of workers."""
+    held_ports: PortHolder | None = None
+    """The routers' ports, where their processes are on this host."""
 
     @property
     def url(self) -> str:
         """The first router's URL."""
         return self.urls[0]
 
+    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None]) -> None:
+        """Does `meanwhile`, for as long as a Ray that was started here lives. Raises RayDied."""
+        jobs = {asyncio.ensure_future(meanwhile)}
+        if self.session.folder:
+            jobs.add(asyncio.ensure_future(watch(vital_processes(self.session.folder))))
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            for job in done:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+
 
 async def preflight(config: ClusterConfig) -> None:
     """Refuses within a moment what cannot work. Raises InvalidConfig."""
     check_model(config.worker.model)
     check_layout(config.worker)
+    config.tls.check_host(config.worker.host)
     check_gpus(config)
     check_processors(config)
     if config.router.model != config.worker.model:
@@ -75,6 +98,7 @@ async def preflight(config: ClusterConfig) -> None:
         check_port(router.host, router.port, "--port")
     check_memory(config)
     check_disk_tier(config.worker, len(config.pools.workers))
+    check_cache_folder(config.worker)
     await check_store(config.store)
 
 
@@ -91,25 +115,52 @@ async def launched(config: ClusterConfig, progress: Progress, folder: str = "") 
     for stale in await asyncio.to_thread(remove_stale):
         progress.say(f"removed {stale}, which a cluster that was killed had left")
     folder = "" if config.ray.address else folder or make_folder()
+    if config.store.url != "memory" and not config.store.secret_file:
+        config = with_secret(config, secret_file(folder) if folder else "")
+    certificates = ""
     cluster: Cluster | None = None
+    janitor = engage(folder) if folder else None
     try:
+        if needs_certificates(config.tls):
+            certificates = folder or make_folder()
+            config = await asyncio.to_thread(certified, config, certificates)
         session = await _connect(config, folder, progress)
         rearm_signals()
         if session.is_exposed:
-            progress.say(f"Ray listens on {session.node_ip}: whoever reaches this host could run code in it")
+            progress.say(
+                f"Ray listens on {session.node_ip}: whoever has its token could run code here from other hosts"
+            )
         cluster = Cluster(config, session)
+        if folder:
+            note(folder, session.address)
         await _populate(cluster, progress)
+        if folder:
+            note(folder, session.address, cluster.urls)
         yield cluster
     finally:
         # Once here, a further cancellation must not leave half of the processes behind.
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
+        if janitor is not None:
+            dismiss(janitor)
+        if certificates != folder:
+            await asyncio.to_thread(end_local, certificates, 0.0)
+
+
+def with_secret(config: ClusterConfig, path: str) -> ClusterConfig:
+    """The entries in Redis signed with the secret at `path`. Raises InvalidConfig when there is none."""
+    if not path:
+        raise InvalidConfig(
+            "entries in Redis are signed, and this cluster's secret is not known here: name the file that holds it, the same on "
+            "every host (store.secret_file)"
+        )
+    return replace(config, store=replace(config.store, secret_file=path))
 
 
 async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
     if config.ray.address:
         with progress.step(f"joining Ray at {config.ray.address}"):
             return await bounded(
-                asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace),
+                asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace, config.ray.token_file),
                 config.start_timeout_s,
                 f"Ray at {config.ray.address} did not answer",
             )
@@ -150,8 +201,18 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     # A new cluster starts in its configured roles, and takes work.
     names = [name for name, _ in config.pools.workers]
     await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
+    await publish(store, config)
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
+
+    holder = cluster.held_ports = PortHolder(cluster.session.folder) if cluster.session.folder else None
+
+    def make_router(name: str, at: int) -> Any:
+        if holder is None:
+            return pools.create_router(name, at)
+        router = config.router_at(at)
+        holder.hold(name, router.host, router.port)
+        return pools.create_router(name, at, holder.path)
 
     async def create(into: dict[str, Any], name: str, make: Callable[..., Any], argument: Any) -> None:
         with told(name):
@@ -161,7 +222,7 @@ async def _populate(cluster: Cluster, progress: Progress) -> None:
     try:
         await all_of(
             [create(cluster.workers, name, pools.create_worker, role) for name, role in config.pools.workers]
-            + [create(cluster.routers, name, pools.create_router, at) for at, name in enumerate(router_names)]
+            + [create(cluster.routers, name, make_router, at) for at, name in enumerate(router_names)]
         )
     finally:
         threads.shutdown(wait=False, cancel_futures=True)  # whoever interrupts the start does not wait for Ray
@@ -242,6 +303,8 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
         config = cluster.config
+        if cluster.held_ports is not None:
+            cluster.held_ports.close()
         with progress.step("finishing what runs, and stopping routers"):
             await stop_actors([*cluster.routers.values()], config.router.shutdown_timeout_s + config.stop_timeout_s)
         with progress.step("stopping workers"):

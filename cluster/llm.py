@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cluster.preflight import check_model
 from cluster.settings import build
 from router.api.config import ApiConfig
 from router.api.prompts import Prompt, read_chat, read_prompts
@@ -65,6 +66,7 @@ class LLM:
         self._config = build(WorkerConfig, {"model": model, "max_queue": _MANY, **settings}, "worker")
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
+        check_model(model)
         self._checkpoint = Checkpoint.load(self._config)
         self._engine = make_engine(self._config, self._checkpoint)
         self._lock = threading.Lock()

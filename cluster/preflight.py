@@ -16,9 +16,10 @@ from router.api.config import load_sampling_defaults
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import available_bytes, raise_file_limit
+from workers.machine.native_build import not_ours_alone
 from workers.machine.processors import Processors
 from workers.model.checkpoint.ernie_config import ErnieConfig
-from workers.model.checkpoint.weight_files import read_header, weight_files
+from workers.model.checkpoint.weight_files import check_dimensions, read_header, weight_files
 from workers.model.parallel.layout import check
 from workers.text.tokenizer import Tokenizer
 
@@ -37,12 +38,14 @@ def check_model(path: str) -> None:
     """
     folder = _folder(path)
     with _reading(folder / "config.json"):
-        ErnieConfig.load(folder)
+        dimensions = ErnieConfig.load(folder)
     with _reading(folder / "model.safetensors.index.json"):
         files = weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _reading(file):
-            read_header(file)
+            shapes |= {name: stored.shape for name, stored in read_header(file).items()}
+    check_dimensions(dimensions, shapes, folder)
     check_tokenizer(path)
 
 
@@ -152,7 +155,9 @@ def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
         return
     folder = Path(config.kv_disk_folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if reason := not_ours_alone(folder):
+            raise InvalidConfig(f"worker.kv_disk_folder {reason}")
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -168,13 +173,29 @@ def check_disk_tier(config: WorkerConfig, num_workers: int) -> None:
         )
 
 
+def check_cache_folder(config: WorkerConfig) -> None:
+    """Raises InvalidConfig when somebody else could put code where compiled kernels are loaded from."""
+    if config.cache_folder and (reason := not_ours_alone(Path(config.cache_folder))):
+        raise InvalidConfig(f"worker.cache_folder {reason}")
+
+
 async def check_store(config: StoreConfig) -> None:
     """Raises InvalidConfig when the configured Redis does not answer."""
     if config.url == "memory":
         return
+    from cluster.store.open import cluster_secret, redis_options
     from cluster.store.redis_store import RedisStore
 
-    store = RedisStore(config.url, config.cluster)
+    if config.secret_file:
+        cluster_secret(config)
+    for path, setting in (
+        (config.ca_file, "store.ca_file"),
+        (config.cert_file, "store.cert_file"),
+        (config.key_file, "store.key_file"),
+    ):
+        if path and not Path(path).is_file():
+            raise InvalidConfig(f"{setting} {path!r} is no file")
+    store = RedisStore(config.url, config.cluster, options=redis_options(config))
     try:
         await store.check()
     except StoreUnavailable as error:

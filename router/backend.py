@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.forecast.forecasts import ForecastStatus
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerStatus
 
@@ -18,6 +19,8 @@ class WorkerView:
     connected: bool
     frame_age_s: float
     num_requests: int
+    speed: float = 1.0
+    """How long its steps take in relation to what is usual for its kind, as the median of the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class RouterStatus:
     num_waiting: int
     num_running: int
     counters: tuple[tuple[str, float], ...] = ()
+    forecast: ForecastStatus = field(default_factory=ForecastStatus)
 
 
 class OutputStream(Protocol):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 
 from router.api.config import ApiConfig, is_loopback
 from router.http_config import HttpConfig
+from router.policies.catalogue import check_name
 from workers.bounds import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig
 
@@ -25,7 +26,10 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
-    policy: Literal["kv_aware", "round_robin"] = "kv_aware"
+    policy: Text = "kv_aware"
+    """Who gets a request: kv_aware, session_affinity, prefix_affinity, least_loaded, round_robin or random."""
+    policy_seed: Natural = 0
+    """Of the policy `random`."""
     max_queue: Count = 2048
     """Requests waiting for a worker before QUEUE_FULL."""
     max_running: Count = 1024
@@ -56,10 +60,9 @@ class RouterConfig:
     """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: Natural = 3
     """Prefill workers that a decode worker may try for one request."""
-    sequence_cost_tokens: Natural = 128
-    """What one more running sequence weighs against uncached prompt tokens when a decode worker is chosen."""
-    handoff_cost_tokens: Natural = 64
-    """What moving a prompt's KV weighs against computing it on a MIXED decode worker."""
+    max_local_prefill_tokens: Natural = 2048
+    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there, and that is
+    expected to be quicker than a prefill worker and not to slow down what decodes there; 0: never (but see worker.local_prefill_tokens)."""
     lower_tier_cost_tokens: Natural = 8
     """What bringing back one cached block from a worker's host memory or disk weighs against computing prompt tokens; a block has 64."""
     pull_min_blocks: Natural = 8
@@ -100,6 +103,7 @@ class RouterConfig:
     api: ApiConfig = field(default_factory=ApiConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.policy)
         if not (self.api.api_keys or self.api.insecure or is_loopback(self.host)):
             raise InvalidConfig(
                 f"router.host {self.host} is reached from other hosts, and no API keys are set: set them (--api-key-file, "

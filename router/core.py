@@ -25,6 +25,7 @@ from router.events import (
 from router.fleet.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
 from router.fleet.prefix_index import PrefixIndex
 from router.fleet.view import Backlog, WorkerEntry
+from router.forecast.forecasts import Forecasts
 from router.policies.policy import Policy
 from router.requests.dispatch import Dispatcher
 from router.requests.flights import Flights
@@ -42,9 +43,11 @@ class RouterCore:
         self._out: list[Command] = []
         self._is_shut_down = False
         backlog = Backlog(config.worker_backlog, config.prefill_backlog_tokens)
-        self.fleet = Fleet(config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s, backlog)
+        times = config.settle_s, config.worker_stale_s, config.tick_s, config.recovery_timeout_s
+        self.forecasts = Forecasts()
+        self.fleet = Fleet(*times, backlog, self.forecasts.steps)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
-        dispatcher = Dispatcher(policy, self.fleet, self.index, config)
+        dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config)
         self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
         self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 
@@ -53,8 +56,8 @@ class RouterCore:
         match event:
             case FrameArrived():
                 self._on_frame(event, now)
-            case RequestArrived(request):
-                self.flights.arrive(request, now)
+            case RequestArrived(request, wishes):
+                self.flights.arrive(request, wishes, now)
             case RequestCancelled(request_id, reason):
                 self.flights.cancel(request_id, reason, now)
             case Tick():
@@ -136,6 +139,7 @@ class RouterCore:
         if not self._is_shut_down:
             self._out.extend(self.fleet.connect(now))
         self.fleet.table.has_opened = True
+        self.forecasts.learn(self.fleet.table)
         self.flights.check_time(now)
         if not self._is_shut_down:
             self.mover.run(now)

@@ -28,13 +28,13 @@ from router.events import (
     WorkersChanged,
 )
 from router.fleet.view import WorkerEntry
-from router.policies.kv_aware import KvAwarePolicy
+from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
-from router.policies.round_robin import RoundRobinPolicy
 from router.stream import RequestStream
-from workers.errors import InvalidRequest, Refusal, Refused, WorkerLost
+from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.trust.credentials import Credentials
 from workers.wire.attach import WorkerClient, WorkerLink
 from workers.wire.grpc_client import FINISH_S, GrpcWorkerClient
 
@@ -43,14 +43,7 @@ logger = logging.getLogger(__name__)
 
 def make_policy(config: RouterConfig) -> Policy:
     """The policy that the config names."""
-    if config.policy == "round_robin":
-        return RoundRobinPolicy(config.max_prefill_candidates)
-    return KvAwarePolicy(
-        config.sequence_cost_tokens,
-        config.handoff_cost_tokens,
-        config.lower_tier_cost_tokens,
-        config.max_prefill_candidates,
-    )
+    return policy_named(config.policy, config.max_prefill_candidates, config.policy_seed)
 
 
 class RouterDriver:
@@ -62,10 +55,13 @@ class RouterDriver:
         router_id: str,
         client: WorkerClient | None = None,
         clock: Callable[[], float] = time.monotonic,
+        credentials: Credentials | None = None,
     ) -> None:
         self._config = config
         self._router_id = router_id
-        self._client = client or GrpcWorkerClient(config.max_pending_messages, config.set_role_timeout_s, clock)
+        self._client = client or GrpcWorkerClient(
+            config.max_pending_messages, config.set_role_timeout_s, clock, credentials
+        )
         self._clock = clock
         self._core = RouterCore(config, make_policy(config))
         self._streams: dict[str, RequestStream] = {}
@@ -110,6 +106,11 @@ class RouterDriver:
     def is_ready(self) -> bool:
         return self._core.fleet.can_decode
 
+    async def wait_ready(self) -> None:
+        """Until some worker can decode. Without an end where none comes."""
+        while not self.is_ready():
+            await self._status_changed.wait()
+
     def submit(self, request: Request) -> RequestStream:
         name = request.request_id
         if name in self._streams:
@@ -136,6 +137,7 @@ class RouterDriver:
                 connected=entry.is_up,
                 frame_age_s=max(0.0, now - entry.last_frame_s),
                 num_requests=len(entry.attempts),
+                speed=float(core.fleet.table.speeds[entry.row]),
             )
             for entry in core.fleet
             if (status := entry.status_now()) is not None
@@ -144,16 +146,19 @@ class RouterDriver:
         counters["prefix_index_blocks"] = len(core.index)
         counters["prefix_index_evicted"] = core.index.num_evicted
         named = tuple((name, float(value)) for name, value in sorted(counters.items()))
-        return RouterStatus(self._router_id, workers, core.flights.num_waiting, core.flights.num_running, named)
+        flights = core.flights
+        return RouterStatus(
+            self._router_id, workers, flights.num_waiting, flights.num_running, named, core.forecasts.status()
+        )
 
     async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_role(worker_id, role, force)
-        change = self._client.set_role(entry.address.target, role, entry.generation)
+        change = self._client.set_role(entry.address, role, entry.generation)
         return await self._changed(entry, change, lambda status: status.role is role, f"become {role}")
 
     async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_draining(worker_id, is_draining, force)
-        change = self._client.set_draining(entry.address.target, is_draining)
+        change = self._client.set_draining(entry.address, is_draining)
         what = "drain" if is_draining else "take work again"
         return await self._changed(entry, change, lambda status: status.is_draining is is_draining, what)
 
@@ -243,7 +248,12 @@ class RouterDriver:
 
     async def _read(self, command: Attach) -> None:
         """Carries one worker's frames in until its stream ends."""
-        link = self._client.attach(command.target, self._router_id)
+        try:
+            link = self._client.attach(WorkerAddress(command.worker_id, 0, command.target), self._router_id)
+        except InvalidConfig as error:  # no certificate can carry such an id
+            del self._readers[command.connection]
+            self._handle(WorkerDetached(command.worker_id, command.connection, str(error)))
+            return
         self._links[command.connection] = link
         try:
             async for frame in link.frames():

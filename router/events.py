@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import Output, Request
 from workers.status import WorkerAddress
@@ -41,6 +42,7 @@ class WorkerDetached:
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
     request: Request
+    wishes: Wishes = NO_WISHES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,10 @@ from workers.errors import InvalidConfig, Refusal, Refused
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
+from workers.trust.credentials import Credentials
 
 STATUS_TIMEOUT_S = 5.0
+FIRST_WORKER_S = 5.0
 LAST_WORDS_S = 5
 """How long a client may take to read the error that ends its stream when the router stops."""
 
@@ -31,8 +33,18 @@ LAST_WORDS_S = 5
 class RouterServer:
     """One router: HTTP in front, workers behind. `set_workers` and `status` may be called from any thread."""
 
-    def __init__(self, config: RouterConfig, router_id: str) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        router_id: str,
+        credentials: Credentials | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
+        """With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
+        is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
+        self._credentials = credentials
+        self._listener = listener
         self._router_id = router_id
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -47,7 +59,7 @@ class RouterServer:
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
         self._config.api.check_sampling_defaults(tokenizer.vocab_size)
-        listener = bind(self._config.host, self._config.port)
+        listener = self._listener or bind(self._config.host, self._config.port)
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(tokenizer, listener, started), name=f"router-{self._router_id}", daemon=True
@@ -113,7 +125,7 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
-        driver = RouterDriver(self._config, self._router_id)
+        driver = RouterDriver(self._config, self._router_id, credentials=self._credentials)
         await driver.start()
         draining = Draining()
         app = create_app(driver, tokenizer, self._config.api, draining)
@@ -121,13 +133,15 @@ class RouterServer:
             app,
             self._config.http,
             self._config.keepalive_s,
-            lambda: started.set_result(None),
+            lambda: None if started.done() else started.set_result(None),
             app.state.metrics.count_refused_connection,
             LAST_WORDS_S,
         )
         self._stop_asked = asyncio.Event()
         self._loop, self._driver = asyncio.get_running_loop(), driver
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        if self._listener is not None:
+            started.set_result(None)  # its owner tells it of workers from now on
+        serving = asyncio.create_task(self._serve_http(http, driver, listener))
         asked = asyncio.create_task(self._stop_asked.wait())
         try:
             await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
@@ -139,6 +153,13 @@ class RouterServer:
             await driver.stop()
             http.should_exit = True
             await serving
+
+    async def _serve_http(self, http: HttpServer, driver: RouterDriver, listener: socket.socket) -> None:
+        """Those who wait since another router died had workers then, and should not be told that there are none."""
+        if self._listener is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(driver.wait_ready(), FIRST_WORKER_S)
+        await http.serve(sockets=[listener])
 
 
 def bind(host: str, port: int) -> socket.socket:

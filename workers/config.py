@@ -142,6 +142,8 @@ class WorkerConfig:
     """KV bytes of one handoff that may be announced and not yet acknowledged."""
     max_pending_frames: Count = 1024
     """Outputs of this many steps may wait for a slow router before it is disconnected."""
+    max_routers: Count = 128
+    """Streams of routers at once; a router that is back after a fault has two for a moment."""
     orphan_grace_s: Delay = 30.0
     """A request whose router is lost goes on for so long, and what has ended is kept, for whichever router takes it up; 0: it is cancelled at once."""
     max_orphans: Natural = 256

@@ -19,6 +19,7 @@ from workers.model.loaded import Checkpoint
 from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
 from workers.text.tokenizer import Tokenizer
+from workers.trust.credentials import Credentials
 from workers.worker import LoadedModel, Worker
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,9 @@ class GroupWorker(Worker):
         on_role_change: Callable[[Role, int], None] | None = None,
         *,
         plan: GroupPlan,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(config, worker_id, start_count, role, self._role_changed)
+        super().__init__(config, worker_id, start_count, role, self._role_changed, credentials=credentials)
         self._tell_role, self._plan = on_role_change, plan
         self._watch: GroupWatch | None = None
         self._group: GroupRunner | None = None

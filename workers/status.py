@@ -74,7 +74,14 @@ class Load:
     """Free or evictable KV blocks."""
     num_blocks: int = 0
     step_s: float = 0.0
-    """Duration of the last step."""
+    """Duration of the last step; what it computed follows."""
+    step_decodes: int = 0
+    """Sequences that got a token."""
+    step_context: int = 0
+    """Tokens of these sequences together, whose KV was read."""
+    step_prompt_tokens: int = 0
+    step_prompt_context: int = 0
+    """Tokens that the step's prompt tokens looked back at, each at its own: a chunk of n tokens after m others has n * (m + n / 2)."""
 
 
 class Tier(IntEnum):
@@ -147,3 +154,5 @@ class WorkerStatus:
     """A rank is missing: nothing is accepted until the group is whole again."""
     max_num_seqs: int = 0
     """Sequences that run at once; what comes beyond waits there. 0: not said."""
+    max_batch_tokens: int = 0
+    """Tokens that one step computes at most, of prompts and of decoding sequences. 0: not said."""

@@ -13,7 +13,6 @@ import grpc
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.thread import EngineThread
-from workers.errors import InvalidConfig
 from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.opening import open_tiers
@@ -26,6 +25,8 @@ from workers.serving.server import WorkerServer
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
 from workers.text.output import Detokenizer
 from workers.transports.data_path import DataPath, make_data_path
+from workers.trust.channels import bind, make_server
+from workers.trust.credentials import Credentials
 from workers.wire.grpc_options import SERVER
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Worker:
     """One worker process. `start_count` counts the starts of this worker id and makes its generation rise.
 
     `on_role_change(role, generation)` is called on the event loop after each switch. `data_path` makes the KV transports.
+    Without `credentials` whoever reaches the port is believed.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Worker:
         load: Callable[[WorkerConfig], LoadedModel] = load_checkpoint,
         data_path: DataPath = make_data_path,
         clock: Callable[[], float] = time.monotonic,
+        credentials: Credentials | None = None,
     ) -> None:
         self._config = config
         self._identity = Identity(worker_id, role, first_generation(start_count))
@@ -95,6 +98,7 @@ class Worker:
         self._load = load
         self._make_data_path = data_path
         self._clock = clock
+        self._credentials = credentials
         self._driver: WorkerDriver | None = None
         self._grpc: grpc.aio.Server | None = None
         self._thread: EngineThread | None = None
@@ -115,8 +119,8 @@ class Worker:
             lambda layers: driver.on_layers(layers),
         )
         memory = model.runner.kv_memory
-        self._grpc = grpc.aio.server(options=SERVER)
-        transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc)
+        self._grpc = make_server(SERVER, self._credentials)
+        transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc, self._credentials)
         driver = WorkerDriver(
             self._config,
             self._identity,
@@ -127,6 +131,7 @@ class Worker:
             self._clock,
             self._on_role_change,
             self._ranks_view(),
+            self._credentials,
         )
         server = WorkerServer(driver, self._identity)
         worker_pb2_grpc.add_WorkerServicer_to_server(server, self._grpc)  # type: ignore[no-untyped-call]
@@ -148,13 +153,7 @@ class Worker:
 
     def _bind(self, server: grpc.aio.Server) -> str:
         host, port = self._config.host, self._config.port
-        try:
-            bound = server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
-            raise InvalidConfig(f"port {port} on {host} is in use: set worker.port to a free one, or to 0")
-        return f"{host}:{bound}"
+        return f"{host}:{bind(server, host, port, self._credentials)}"
 
     def status(self) -> WorkerStatus:
         """Raises RuntimeError before `start`."""

@@ -26,6 +26,9 @@ from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
 from workers.machine.limits import raise_file_limit
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
+from workers.trust import parties
+from workers.trust.config import TlsConfig
+from workers.trust.credentials import credentials_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +58,8 @@ class WorkerLike(Protocol):
 
 
 WorkerFactory = Callable[..., WorkerLike]
-"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`."""
+"""Called with config, worker id, the number of the start, role and on_role_change; for a worker of several ranks also with `plan`,
+and with `credentials` where there are certificates."""
 
 
 class Actor(ABC):
@@ -132,10 +136,12 @@ class WorkerActor(Actor):
         role: Role,
         store: StoreConfig,
         namespace: str,
+        tls: TlsConfig,
         factory: WorkerFactory | None = None,
         secret: str = "",
     ) -> None:
         self._secret = secret
+        self._tls = tls
         self._group_address: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
         self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
         self._factory = factory
@@ -180,8 +186,11 @@ class WorkerActor(Actor):
         store = open_store(self._store_config, self._namespace)
         start = await _insist(lambda: number_start(store, self._name, time.time()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
-        plan = {"plan": self._plan_group()} if self._secret else {}
-        worker = make(self._config, self._name, start, role, self._on_role_change, **plan)
+        self._tls.check_host(self._config.host)
+        more: dict[str, Any] = {"plan": self._plan_group()} if self._secret else {}
+        if credentials := credentials_of(self._tls, parties.worker(self._name)):
+            more["credentials"] = credentials
+        worker = make(self._config, self._name, start, role, self._on_role_change, **more)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
         address = await worker.start()
@@ -232,12 +241,25 @@ class WorkerActor(Actor):
 
 
 class RouterActor(Actor):
-    """One router, told of every change of membership. After a crash it is back on the same port."""
+    """One router, told of every change of membership. After a crash it is back on the same port.
+
+    With `held_ports` (see cluster.actors.held_ports) its port stays open meanwhile.
+    """
 
     vital_thread = ("router-",)
 
-    def __init__(self, router_id: str, config: RouterConfig, store: StoreConfig, namespace: str) -> None:
+    def __init__(
+        self,
+        router_id: str,
+        config: RouterConfig,
+        store: StoreConfig,
+        namespace: str,
+        tls: TlsConfig,
+        held_ports: str = "",
+    ) -> None:
+        self._tls = tls
         self._config, self._store_config, self._namespace = config, store, namespace
+        self._held_ports = held_ports
         self._router: Any = None
         self._store: Store | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -263,8 +285,11 @@ class RouterActor(Actor):
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
+        fetch = importlib.import_module("cluster.actors.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
-        router = make(self._config, self._name)
+        listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
+        credentials = credentials_of(self._tls, parties.router(self._name))
+        router = make(self._config, self._name, credentials, listener)
         self._router = router
         url = await router.start()
         self._started.set_result(url)
@@ -326,6 +351,6 @@ def _import_worker(is_group: bool) -> WorkerFactory:
     return factory
 
 
-def _import_router() -> Callable[[RouterConfig, str], Any]:
-    factory: Callable[[RouterConfig, str], Any] = importlib.import_module("router.server").RouterServer
+def _import_router() -> Callable[..., Any]:
+    factory: Callable[..., Any] = importlib.import_module("router.server").RouterServer
     return factory

@@ -91,7 +91,14 @@ class Pools:
             ray.remote(WorkerActor)
             .options(**options[0])
             .remote(
-                worker_id, config.worker_named(worker_id), role, config.store, config.ray.namespace, factory, secret
+                worker_id,
+                config.worker_named(worker_id),
+                role,
+                config.store,
+                config.ray.namespace,
+                config.tls,
+                factory,
+                secret,
             )
         )
         followers = [
@@ -128,15 +135,15 @@ class Pools:
         """Placement groups of all namespaces share their names."""
         return f"{self._config.ray.namespace}/{worker_id}"
 
-    def create_router(self, router_id: str, at: int = 0) -> Any:
-        """Router number `at` of this host listens `at` ports above the configured one."""
+    def create_router(self, router_id: str, at: int = 0, held_ports: str = "") -> Any:
+        """Router number `at` of this host listens `at` ports above the configured one, or on what is held for it."""
         config = self._config
         self._claim(router_id)
         router = config.router_at(at)
         return (
             ray.remote(RouterActor)
             .options(**self._options(router_id))
-            .remote(router_id, router, config.store, config.ray.namespace)
+            .remote(router_id, router, config.store, config.ray.namespace, config.tls, held_ports)
         )
 
     def find(self, name: str) -> Any | None:

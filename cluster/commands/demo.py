@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from cluster.preflight import check_model
     from cluster.ray_session.folders import make_folder
 
-    config = config_from(args, router__port=0, ray__dashboard=False)
+    # Its prompts are short: an idle decode worker would compute them itself, and there would be no handoff to show.
+    config = config_from(args, router__port=0, ray__dashboard=False, router__max_local_prefill_tokens=0)
     check_model(config.worker.model)
     questions = read_questions(Path(config.worker.model))
     progress = Progress()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
+_URL_HELP = f"the router; default: $BATON_URL, else this host's cluster, else {DEFAULT_URL}"
 KEYS = {"api": "BATON_API_KEY", "admin": "BATON_ADMIN_KEY"}
 """Variables of the environment that hold a key of each kind."""
 
@@ -54,7 +55,7 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that talks to a running router takes."""
-    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
+    parser.add_argument("--url", help=_URL_HELP)
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="its first key is sent; default: $BATON_API_KEY"
     )
@@ -63,7 +64,7 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_admin_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that asks /admin takes."""
-    parser.add_argument("--url", help=f"the router; default: $BATON_URL, else {DEFAULT_URL}")
+    parser.add_argument("--url", help=_URL_HELP)
     parser.add_argument(
         "--admin-key-file", type=Path, metavar="FILE", help="its first key is sent; default: $BATON_ADMIN_KEY"
     )
@@ -101,11 +102,21 @@ def _keys(args: Mapping[str, Any], kind: str, environment: Mapping[str, str]) ->
 
 def client_target(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """URL, without a slash at its end, and the key to send ("": none): an admin key for commands that ask /admin."""
-    url = args.url or environment.get("BATON_URL") or DEFAULT_URL
+    url = args.url or environment.get("BATON_URL") or _url_of_this_host()
     if not url.startswith(("http://", "https://")):
         raise InvalidConfig(f"--url must start with http:// or https://; it is {url!r}")
     kind = "admin" if hasattr(args, "admin_key_file") else "api"
     return url.rstrip("/"), next(iter(_keys(vars(args), kind, environment)), "")
+
+
+def _url_of_this_host() -> str:
+    """Where the only cluster of this user listens; DEFAULT_URL where there is none. Raises InvalidConfig when there are several."""
+    from cluster.ray_session.running import clusters
+
+    urls = [each.urls[0] for each in clusters() if each.urls]
+    if len(urls) > 1 and DEFAULT_URL not in urls:
+        raise InvalidConfig(f"several clusters run on this host; choose one with --url: {', '.join(urls)}")
+    return urls[0] if len(urls) == 1 else DEFAULT_URL
 
 
 def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -147,6 +158,7 @@ def config_from(
     """
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
     from cluster.settings import from_environment
+    from cluster.store.store import has_credentials
 
     shown = [text for text in args.assignments if "_keys" in text.partition("=")[0]]
     if shown:
@@ -164,6 +176,12 @@ def config_from(
     if model is None and isinstance(worker, dict) and worker.get("model"):
         # A relative path in a file is meant from that file's folder.
         model = args.config.parent / str(worker["model"])
+    for given in (flags["store.url"], assigned.get("store.url")):
+        if given and has_credentials(given):
+            raise InvalidConfig(
+                "a password on the command line can be read by everybody on this host: put it into a file "
+                "(--set store.password_file=PATH), or the whole URL into BATON__STORE__URL"
+            )
     flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
     config = load_config(args.config, flags, assignments, environment)

@@ -14,6 +14,7 @@ from cluster.console.progress import Progress
 if TYPE_CHECKING:
     from cluster.actors.pools import Pools
     from cluster.config import ClusterConfig
+    from workers.trust.parties import Party
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,12 +44,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run_worker(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
-    from cluster.preflight import check_disk_tier, check_gpus, check_layout, check_model
+    from cluster.identity.folder import members
+    from cluster.preflight import check_cache_folder, check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
 
     config = config_from(args)
     check_model(config.worker.model)
     check_disk_tier(config.worker, 1)
+    check_cache_folder(config.worker)
     check_layout(config.worker)
     check_gpus(config)
     if args.worker_host:
@@ -58,11 +61,13 @@ def run_worker(args: argparse.Namespace) -> int:
     def create(pools: Pools) -> Any:
         return pools.create_worker(args.name, Role(args.role))
 
-    return run_until_stopped(_attach(config, args.name, create, progress), "", progress)
+    own = members([args.name], [])
+    return run_until_stopped(_attach(config, args.name, own, create, progress), "", progress)
 
 
 def run_router(args: argparse.Namespace) -> int:
     from cluster.commands.signals import run_until_stopped
+    from cluster.identity.folder import members
     from cluster.preflight import check_port, check_tokenizer
 
     config = config_from(args)
@@ -73,25 +78,34 @@ def run_router(args: argparse.Namespace) -> int:
     def create(pools: Pools) -> Any:
         return pools.create_router(args.name)
 
-    return run_until_stopped(_attach(config, args.name, create, progress), "", progress)
+    own = members([], [args.name])
+    return run_until_stopped(_attach(config, args.name, own, create, progress), "", progress)
 
 
-async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progress) -> int:
+async def _attach(
+    config: ClusterConfig, name: str, own: list[tuple[Party, ...]], create: Any, progress: Progress
+) -> int:
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.actors.pools import Pools
     from cluster.commands.watching import tell_changes
-    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready
+    from cluster.identity.local import join, needs_certificates
+    from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready, with_secret
     from cluster.preflight import check_store
     from cluster.ray_session.failures import told
     from cluster.ray_session.joining import join_ray
     from cluster.ray_session.local import LOOPBACK
+    from cluster.ray_session.running import with_ray
     from cluster.store.host import STORE_HOST_NAME
+    from cluster.store.open import open_store
 
     await check_store(config.store)
     with progress.step(f"joining Ray at {config.ray.address}"):
-        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace)
+        joining = asyncio.to_thread(join_ray, config.ray.address, config.ray.namespace, config.ray.token_file)
         session = await bounded(joining, config.start_timeout_s, f"Ray at {config.ray.address} did not answer")
     rearm_signals()
+    if config.store.url != "memory" and not config.store.secret_file:
+        known = with_ray(session.address)
+        config = with_secret(config, known.secret_file if known else "")
     if config.worker.host == LOOPBACK:
         config = replace(config, worker=replace(config.worker, host=session.node_ip))
     pools = Pools(config, here=True)
@@ -100,6 +114,11 @@ async def _attach(config: ClusterConfig, name: str, create: Any, progress: Progr
         if config.store.url == "memory":
             store_host = await asyncio.to_thread(pools.create_store_host, True)
             await wait_ready({STORE_HOST_NAME: store_host}, config.start_timeout_s)
+        if needs_certificates(config.tls):
+            store = open_store(config.store, config.ray.namespace)
+            config = replace(config, tls=await join(store, own))
+            await store.close()
+            pools = Pools(config, here=True)
         with told(name):
             actor = await asyncio.to_thread(create, pools)
         with progress.step(f"starting {name}"):

@@ -7,10 +7,14 @@ import asyncio
 import json
 import shlex
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from cluster.commands.detaching import Detached, detach, log_file
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
 from cluster.console.progress import Progress
+from workers.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -28,7 +32,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both; default: 0")
     add_router_flags(parser)
     parser.add_argument(
-        "--dashboard", action=argparse.BooleanOptionalAction, default=None, help="the Ray dashboard; default: on"
+        "--dashboard",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the Ray dashboard, which asks for a token; default: off",
+    )
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="return once the cluster serves; `baton stop` ends it, `baton status` finds it",
     )
     parser.add_argument("--ray-address", metavar="ADDRESS", help="place the actors in a running Ray: auto or HOST:PORT")
     add_cluster_flags(parser)
@@ -36,24 +48,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
+    detached = detach() if args.detach else None
+    if isinstance(detached, int):
+        return detached
     from cluster.commands.signals import run_until_stopped
     from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
+    if detached and config.ray.address:
+        raise InvalidConfig("--detach keeps a Ray of its own; with --ray-address use a supervisor, such as systemd")
     progress = Progress()
     folder = "" if config.ray.address else make_folder()
 
-    return run_until_stopped(_serve(config, progress, folder), folder, progress)
+    return run_until_stopped(_serve(config, progress, folder, detached), folder, progress)
 
 
-async def _serve(config: ClusterConfig, progress: Progress, folder: str) -> int:
+async def _serve(config: ClusterConfig, progress: Progress, folder: str, detached: Detached | None) -> int:
     from cluster.commands.watching import tell_changes
     from cluster.lifecycle import launched
 
     async with launched(config, progress, folder) as cluster:
-        print(banner(cluster), flush=True)
+        log = log_file(urlsplit(cluster.url).port or 0) if detached else None
+        print(banner(cluster, log), flush=True)
+        if detached and log:
+            detached.serves(log)
         with suppress(asyncio.CancelledError):
-            await tell_changes(config, progress)
+            await cluster.until_ray_dies(tell_changes(cluster.config, progress))
     return 0
 
 
@@ -73,8 +93,8 @@ def has_chat_template(model: str) -> bool:
     return Tokenizer.load(model).has_chat_template
 
 
-def banner(cluster: Cluster) -> str:
-    """Where to go from here."""
+def banner(cluster: Cluster, log: Path | None = None) -> str:
+    """Where to go from here. With `log` nobody's Ctrl-C will reach the cluster."""
     config = cluster.config
     url = cluster.url
     curl = example_request(url, has_chat_template(config.router.model), bool(config.router.api.api_keys))
@@ -88,5 +108,12 @@ def banner(cluster: Cluster) -> str:
     if cluster.session.dashboard_url:
         lines.append(f"  Ray dashboard  {cluster.session.dashboard_url}")
     lines.append(f"  Ray            {cluster.session.address}")
-    lines += ["", f"  {curl}", "", "Ctrl-C stops it; a second one stops it at once.", ""]
+    if cluster.session.token_file:
+        lines.append(f"  Ray's token    in {cluster.session.token_file}")
+    end = (
+        f"`baton stop` stops it; what it has to say is in {log}."
+        if log
+        else "Ctrl-C stops it; a second one stops it at once."
+    )
+    lines += ["", f"  {curl}", "", end, ""]
     return "\n".join(lines)

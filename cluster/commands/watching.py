@@ -15,7 +15,7 @@ from workers.machine.limits import memory_kills
 
 async def tell_changes(config: ClusterConfig, progress: Progress, only: str | None = None) -> None:
     """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled."""
-    store = open_store(config.store, config.ray.namespace)
+    store = open_store(config.store, config.ray.namespace, progress.say)
     known: dict[str, Registration] | None = None
     kills = memory_kills()
     async with aclosing(follow_members(store, config.store.lease_ttl_s)) as changes:

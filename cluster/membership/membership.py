@@ -20,6 +20,10 @@ ROLES = "roles/"
 """Desired roles, without a lease: they outlive the worker."""
 
 
+MAX_RECORD_CHARACTERS = 4096
+"""Of a registration."""
+
+
 class Superseded(BatonError):
     """A newer start of the same worker has registered: this one must go."""
 
@@ -49,12 +53,19 @@ class Registration:
     @staticmethod
     def decode(text: str) -> Registration | None:
         """None when `text` is no registration: a stranger's entry must not take a router down."""
+        if len(text) > MAX_RECORD_CHARACTERS:
+            return None
         try:
             record = json.loads(text)
-            address = WorkerAddress(str(record["worker_id"]), int(record["generation"]), str(record["target"]))
-            return Registration(address, Role(record["role"]))
-        except (ValueError, KeyError, TypeError):
+            worker_id, generation, target = record["worker_id"], record["generation"], record["target"]
+            role = Role(record["role"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
+        if not (isinstance(worker_id, str) and worker_id and isinstance(target, str) and target):
+            return None
+        if type(generation) is not int or not 0 < generation < 2**63:
+            return None
+        return Registration(WorkerAddress(worker_id, generation, target), role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,8 @@ class Membership:
         self._present: dict[str, Registration] = {}
         self._kept: dict[str, Registration] = {}
         self._kept_until: float | None = None
+        self.refused: frozenset[str] = frozenset()
+        """Keys of entries that are no registrations."""
 
     @property
     def deadline(self) -> float | None:
@@ -107,11 +120,15 @@ class Membership:
         return self.addresses if self.addresses != before else None
 
     def _take(self, snapshot: Snapshot, now: float) -> None:
-        registrations = {
-            registration.address.worker_id: registration
-            for entry in snapshot.entries
-            if (registration := Registration.decode(entry.value)) is not None and registration.key == entry.key
-        }
+        registrations: dict[str, Registration] = {}
+        refused = set()
+        for entry in snapshot.entries:
+            registration = Registration.decode(entry.value)
+            if registration is not None and registration.key == entry.key:
+                registrations[registration.address.worker_id] = registration
+            else:
+                refused.add(entry.key)
+        self.refused = frozenset(refused)
         if self._epoch is not None and snapshot.epoch != self._epoch:
             self._keep(self._present, now + self._grace_s)
         elif self._doubt_s:

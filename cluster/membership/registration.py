@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from cluster.membership.membership import STARTS, Registration, Superseded
 from cluster.membership.roles import remember_draining, remember_role
-from cluster.store.store import ABSENT, Store, StoreUnavailable
+from cluster.store.store import ABSENT, Entry, Store, StoreUnavailable
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
 
@@ -115,7 +115,7 @@ async def number_start(store: Store, worker_id: str, now_s: float) -> int:
     """
     while True:
         current = await store.get(STARTS + worker_id)
-        number = max(int(now_s), int(current.value) + 1 if current else 1)
+        number = max(int(now_s), _start_of(current) + 1)
         if number > MAX_START:
             raise InvalidConfig(
                 f"the store counts {current.value if current else now_s} starts of {worker_id}; delete {STARTS}{worker_id}"
@@ -127,11 +127,17 @@ async def number_start(store: Store, worker_id: str, now_s: float) -> int:
             return number
 
 
+def _start_of(entry: Entry | None) -> int:
+    """0 without an entry, or with one that holds no number."""
+    text = entry.value if entry else ""
+    return int(text) if len(text) <= 20 and text.isascii() and text.isdigit() else 0
+
+
 async def keep_start(store: Store, worker_id: str, number: int) -> None:
     """A store that has lost its memory learns the number of a start again; a later one is left alone."""
     while True:
         current = await store.get(STARTS + worker_id)
-        if current is not None and int(current.value) >= number:
+        if current is not None and _start_of(current) >= number:
             return
         if (
             await store.compare_and_set(STARTS + worker_id, current.version if current else ABSENT, str(number))

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
-    # Local clusters listen on the loopback address only. Stated because Ray's default differs between start methods.
-    "RAY_AUTH_MODE": "disabled",
     # Ray starts actors at niceness 15, so that any ordinary process of the host would take the processors from them.
     "RAY_worker_niceness": "0",
     # Ray kills actors when the host's memory is nearly full, whoever fills it: router and workers, for a stranger's sake.
@@ -29,17 +27,20 @@ ENVIRONMENT = {
 }
 """Read by Ray's processes when they start; what the operator has set wins."""
 
-PRIVATE_NAMES = (
-    ("ray._private.services", "resolve_ip_for_localhost"),
-    ("ray._private.worker", "print_to_stdstream"),
+PRIVATE_NAMES: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
+    ("ray._private.services", "resolve_ip_for_localhost", ("host",)),
+    ("ray._private.worker", "print_to_stdstream", ("data", "ignore_prefix")),
+    ("ray._raylet", "Config.initialize", None),
+    ("ray._raylet", "AuthenticationTokenLoader.instance", None),
+    ("ray._raylet", "AuthenticationTokenLoader.reset_cache", None),
 )
+"""Module, name and parameters (None: of a C++ function, which shows none)."""
 
 
-def set_environment(joins: bool = False) -> None:
-    """For the Ray that this process starts, or `joins`: then whether tokens are asked for is the running one's to decide."""
+def set_environment() -> None:
+    """For Ray in this process, and for the processes that it starts."""
     for name, value in ENVIRONMENT.items():
-        if not (joins and name == "RAY_AUTH_MODE"):
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
 
 
 class _OwnPaths(list[str]):
@@ -70,7 +71,7 @@ def quiet() -> None:
     """Ray warns of what is meant here, such as a start off the main thread, and prints to stdout when an actor dies."""
     logging.getLogger("ray").setLevel(logging.ERROR)  # the import has set another level
     worker: Any = importlib.import_module("ray._private.worker")
-    worker.print_to_stdstream = lambda *_, **__: None
+    worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 
 from cluster.config import RayConfig
 from cluster.ray_session import processes
+from cluster.ray_session.auth import given_token, presented
 from cluster.ray_session.defaults import job_config, loopback_only, quiet, set_environment
-from cluster.ray_session.folders import end_local
+from cluster.ray_session.folders import end_local, ray_folder, scratch_folder, token_file
 from workers.errors import BatonError
 
 LOOPBACK = "127.0.0.1"
@@ -25,17 +26,21 @@ class RayFailed(BatonError):
 
 @dataclass(slots=True)
 class RaySession:
-    """A connection to Ray. When Ray was started for it, `folder` holds its files and `stop` ends its processes."""
+    """A connection to Ray. When Ray was started for it, `folder` holds its files and `stop` ends its processes.
+
+    `token_file` holds the token that this Ray asks for; empty: the operator's own place, or it asks for none.
+    """
 
     address: str
     dashboard_url: str
     node_ip: str = LOOPBACK
     folder: str = ""
+    token_file: str = ""
     _ended: bool = field(default=False, repr=False)
 
     @property
     def is_exposed(self) -> bool:
-        """A Ray that was started here, which asks for no token, can be reached from other hosts."""
+        """A Ray that was started here can be reached from other hosts."""
         return bool(self.folder) and self.node_ip != LOOPBACK
 
     def stop(self, patience_s: float = 3.0) -> tuple[processes.Process, ...]:
@@ -50,11 +55,13 @@ class RaySession:
 
 
 def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
-    """Starts Ray with its files in `folder` (see make_folder) and connects to it; blocks for some seconds.
+    """Starts Ray with its files in `folder` (see make_folder) and connects to it; blocks for some seconds. It listens on the
+    loopback address alone, and asks for the token in the folder, or for one that the operator has named.
 
     Raises RayFailed. Afterwards, or after a failure or an interruption, `end_local(folder)` ends what was started.
     """
     set_environment()
+    token = config.token_file or given_token() or token_file(folder)
     # A Ray that runs elsewhere must not be joined by accident.
     os.environ.pop("RAY_ADDRESS", None)
     import ray
@@ -62,7 +69,7 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
     quiet()
 
     try:
-        with loopback_only(), _temporary_files_in(folder):
+        with presented(token), loopback_only(), _temporary_files_in(scratch_folder(folder)):
             context: Any = ray.init(
                 address="local",
                 namespace=config.namespace,
@@ -76,14 +83,13 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
                 configure_logging=False,
                 job_config=job_config(),
                 _node_ip_address=LOOPBACK,
-                _temp_dir=folder,
+                _temp_dir=ray_folder(folder),
             )
     except Exception as error:  # Ray raises many kinds here, down to bare RuntimeError and ConnectionError
         raise RayFailed(f"Ray did not start: {' '.join(str(error).split())}") from error
     url = context.dashboard_url
-    return RaySession(
-        context.address_info["address"], f"http://{url}" if url else "", context.address_info["node_ip_address"], folder
-    )
+    address, node_ip = context.address_info["address"], context.address_info["node_ip_address"]
+    return RaySession(address, f"http://{url}" if url else "", node_ip, folder, token)
 
 
 def free_port(host: str, first: int) -> int:
@@ -117,7 +123,7 @@ def _disconnect() -> None:
 
 @contextmanager
 def _temporary_files_in(folder: str) -> Iterator[None]:
-    """Ray's processes inherit the folder for their temporary files, some of which they would leave behind."""
+    """Ray's processes inherit the folder for their temporary files, some of which they leave behind."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder
     try:

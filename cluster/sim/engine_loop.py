@@ -1,4 +1,4 @@
-"""The loop around one engine in virtual time: what workers.engine_thread does on a thread. Decides nothing, but how many steps go at once."""
+"""The loop around one engine in virtual time: what workers.engine.thread does on a thread. Decides nothing, but how many steps go at once."""
 
 from __future__ import annotations
 

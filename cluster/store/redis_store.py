@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -14,6 +14,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from cluster.store.store import (
     ABSENT,
+    MAX_VALUE_BYTES,
     SETTLE_S,
     Changes,
     Entry,
@@ -23,11 +24,45 @@ from cluster.store.store import (
     check_entry,
 )
 
+MAX_ENTRIES = 16384
+"""Entries under a prefix that are read; a cluster has a few a worker."""
+
 # KEYS of every script: the entry, the index of names, the revision, the epoch. An entry is a hash of value and version.
 # The index is a sorted set (all scores 0, so ordered by name); it may name entries whose lease has ended.
-_WRITE = """
-local current = redis.call('HGET', KEYS[1], 'version') or '0'
-if ARGV[4] ~= '' and current ~= ARGV[4] then return 0 end
+# Others may write to the same Redis: an entry that is no hash, has no number as its version or too long a value counts as absent,
+# and keys of another type than ours are replaced by the next write, which needs them. A revision that is gone goes on from the
+# time, so that no version comes twice.
+_COMMON = f"""
+local function kind(key) return redis.call('TYPE', key).ok end
+local function version_of(key)
+  if kind(key) ~= 'hash' then return nil end
+  local version = redis.call('HGET', key, 'version')
+  if not version or #version > 16 or not string.match(version, '^[1-9]%d*$') then return nil end
+  if redis.call('HSTRLEN', key, 'value') > {MAX_VALUE_BYTES} then return nil end
+  if redis.call('HEXISTS', key, 'value') == 0 then return nil end
+  return version
+end
+local function epoch()
+  if kind(KEYS[4]) ~= 'string' or redis.call('STRLEN', KEYS[4]) > 64 then return '' end
+  return redis.call('GET', KEYS[4])
+end
+"""
+_WRITE = (
+    _COMMON
+    + """
+local current = version_of(KEYS[1])
+if ARGV[4] ~= '' and (current or '0') ~= ARGV[4] then return 0 end
+if not current then redis.call('DEL', KEYS[1]) end
+local kinds = {[2] = 'zset', [3] = 'string'}
+for at = 2, 3 do
+  local found = kind(KEYS[at])
+  if found ~= kinds[at] and found ~= 'none' then redis.call('DEL', KEYS[at]) end
+end
+local last = redis.call('GET', KEYS[3])
+if not last or not string.match(last, '^%d+$') or #last > 16 or #last == 16 and last > '8' then
+  local now = redis.call('TIME')
+  redis.call('SET', KEYS[3], now[1] .. string.format('%06d', tonumber(now[2])))
+end
 local version = redis.call('INCR', KEYS[3])
 redis.call('HSET', KEYS[1], 'value', ARGV[2], 'version', version)
 if ARGV[3] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
@@ -35,46 +70,62 @@ redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('PUBLISH', ARGV[5], ARGV[1])
 return version
 """
-_RENEW = """
-if (redis.call('HGET', KEYS[1], 'version') or '0') ~= ARGV[1] then return 0 end
+)
+_RENEW = (
+    _COMMON
+    + """
+if version_of(KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
-_DELETE = """
-local current = redis.call('HGET', KEYS[1], 'version')
-if not current or (ARGV[2] ~= '' and current ~= ARGV[2]) then return 0 end
+)
+_DELETE = (
+    _COMMON
+    + """
+local current = version_of(KEYS[1])
+if ARGV[2] ~= '' and (current or '0') ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
+if kind(KEYS[2]) == 'zset' then redis.call('ZREM', KEYS[2], ARGV[1]) end
 redis.call('PUBLISH', ARGV[3], ARGV[1])
-return 1
+return current and 1 or 0
 """
+)
 # ARGV: the key of an entry without its name, then names with the versions that are known of them ("": none).
-_LOOK = """
-local found = {redis.call('GET', KEYS[4]) or ''}
+_LOOK = (
+    _COMMON
+    + """
+local found = {epoch()}
 for at = 2, #ARGV, 2 do
-  local entry = redis.call('HMGET', ARGV[1] .. ARGV[at], 'version', 'value')
-  found[#found + 1] = entry[1] or ''
-  found[#found + 1] = tostring(redis.call('PTTL', ARGV[1] .. ARGV[at]))
-  found[#found + 1] = entry[1] ~= ARGV[at + 1] and entry[2] or ''
+  local key = ARGV[1] .. ARGV[at]
+  local version = version_of(key)
+  found[#found + 1] = version or ''
+  found[#found + 1] = tostring(redis.call('PTTL', key))
+  found[#found + 1] = version and version ~= ARGV[at + 1] and redis.call('HGET', key, 'value') or ''
 end
 return found
 """
-# ARGV: the key of an entry without its name, first and last name, a candidate epoch.
-_LIST = """
-redis.call('SET', KEYS[4], ARGV[4], 'NX')
-local found = {redis.call('GET', KEYS[4])}
-for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[2], ARGV[2], ARGV[3])) do
-  local entry = redis.call('HMGET', ARGV[1] .. name, 'value', 'version')
-  if entry[1] then
+)
+# ARGV: the key of an entry without its name, first and last name, a candidate epoch, the most entries.
+_LIST = (
+    _COMMON
+    + """
+if epoch() == '' then redis.call('SET', KEYS[4], ARGV[4]) end
+local found = {epoch()}
+if kind(KEYS[2]) ~= 'zset' then return found end
+for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[2], ARGV[2], ARGV[3], 'LIMIT', 0, ARGV[5])) do
+  local key = ARGV[1] .. name
+  local version = version_of(key)
+  if version then
     found[#found + 1] = name
-    found[#found + 1] = entry[1]
-    found[#found + 1] = entry[2]
-    found[#found + 1] = tostring(redis.call('PTTL', ARGV[1] .. name))
+    found[#found + 1] = redis.call('HGET', key, 'value')
+    found[#found + 1] = version
+    found[#found + 1] = tostring(redis.call('PTTL', key))
   else
     redis.call('ZREM', KEYS[2], name)
   end
 end
 return found
 """
+)
 
 
 MAX_LOOK = 256
@@ -90,14 +141,18 @@ _ROUNDING_S = 0.001
 class RedisStore:
     """One Redis may serve several clusters: each has its keyspace `baton:{cluster}:`, in one slot of a Redis Cluster."""
 
-    def __init__(self, url: str, cluster: str, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, url: str, cluster: str, timeout_s: float = 5.0, options: Mapping[str, Any] | None = None
+    ) -> None:
         self._url = url
         self._space = f"baton:{{{cluster}}}:"
         self._channel = f"{self._space}changes"
         self._timeout_s = timeout_s
         self._client: Any = redis.asyncio.Redis.from_url(
             url,
+            **(options or {}),
             decode_responses=True,
+            encoding_errors="replace",  # others may write anything
             socket_connect_timeout=timeout_s,
             socket_timeout=timeout_s,
             health_check_interval=10,
@@ -112,8 +167,8 @@ class RedisStore:
     async def get(self, key: str) -> Entry | None:
         check_entry(key)
         with self._errors():
-            value, version = await self._client.hmget(self._entry_key(key), ["value", "version"])
-        return Entry(key, value, int(version)) if value is not None and version is not None else None
+            _, version, _, value = await self._run(_LOOK, "", self._entry_key(""), key, "")
+        return Entry(key, value, int(version)) if version else None
 
     async def put(self, key: str, value: str, ttl_s: float | None = None) -> int:
         return await self._write(key, value, ttl_s, "")
@@ -171,7 +226,7 @@ class RedisStore:
     async def _list(self, prefix: str) -> tuple[Snapshot, dict[str, float]]:
         """The entries, and of those that are leases the seconds until they end."""
         first, last = (f"[{prefix}", f"[{prefix}\U0010ffff") if prefix else ("-", "+")
-        arguments = (self._entry_key(""), first, last, uuid.uuid4().hex)
+        arguments = (self._entry_key(""), first, last, uuid.uuid4().hex, str(MAX_ENTRIES))
         epoch, *fields = await self._run(_LIST, "", *arguments)
         rows = [fields[at : at + 4] for at in range(0, len(fields), 4)]
         left_s = {name: float(ttl_ms) / 1e3 for name, _, _, ttl_ms in rows if float(ttl_ms) >= 0}

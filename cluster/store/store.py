@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from workers.errors import BatonError, InvalidConfig
 
@@ -126,6 +127,12 @@ def check_entry(key: str, value: str = "", ttl_s: float | None = None) -> None:
         raise ValueError(f"the value of {key!r} exceeds {MAX_VALUE_BYTES} bytes")
     if ttl_s is not None and ttl_s <= 0:
         raise ValueError(f"the lease of {key!r} must last longer than 0 s; it is {ttl_s}")
+
+
+def has_credentials(url: str) -> bool:
+    """Whether the URL holds a user's name or a password, which a command line must not."""
+    parts = urlsplit(url)
+    return "@" in parts.netloc or "password=" in parts.query
 
 
 def check_store_url(url: str) -> None:

@@ -51,6 +51,8 @@ def admin_routes(services: Services) -> APIRouter:
 
 def _router_status(status: RouterStatus) -> dict[str, Any]:
     written = dataclasses.asdict(status) | {"counters": dict(status.counters)}
+    for kind, written_kind in zip(status.forecast.kinds, written["forecast"]["kinds"], strict=True):
+        written_kind["seconds"] = dict(kind.seconds)
     for view, place in zip(status.workers, written["workers"], strict=True):
         place["status"] = _worker_status(view.status)
     return written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from annotated_types import Ge
 
 from router.api.formats.formats import AUTO, check_parsers
 from workers.bounds import Count, Natural, Seconds, Text
+from workers.checkpoint_files import read_object
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
 
@@ -98,12 +98,10 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     A missing file gives the API's own defaults. Raises InvalidConfig when a value is out of range.
     """
     path = Path(checkpoint) / "generation_config.json"
-    if not path.is_file():
-        return SamplingParams()
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidConfig(f"{path} is not JSON: {error}") from error
+        written = read_object(path)
+    except FileNotFoundError:
+        return SamplingParams()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: written[name] for name in names if written.get(name) is not None}
     if written.get("do_sample") is False:
@@ -113,6 +111,6 @@ def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
     try:
         defaults = replace(SamplingParams(), **chosen)
         defaults.validate(vocab_size=1)
-    except (InvalidRequest, TypeError) as error:
+    except (InvalidRequest, TypeError, OverflowError) as error:
         raise InvalidConfig(f"{path}: {error}") from error
     return defaults

@@ -188,7 +188,34 @@ class _Snapshot:
                 family.add_metric((worker_id,), value)
         yield info
         yield from gauges.values()
+        yield from _forecast_metrics(status)
         yield from totals.values()
+
+
+def _forecast_metrics(status: RouterStatus) -> Iterator[Metric]:
+    """What the router has learnt of times; labels are workers, at most eight kinds of them, and fixed words."""
+    forecast = status.forecast
+    speeds = GaugeMetricFamily(
+        "baton_worker_speed_ratio",
+        "Step times in relation to the worker's kind; above 1: slower",
+        labels=("worker_id",),
+    )
+    for view in status.workers:
+        speeds.add_metric((view.status.worker_id,), view.speed)
+    yield speeds
+    learnt = GaugeMetricFamily("baton_forecast_seconds", "Learnt seconds of a unit of work", labels=("kind", "work"))
+    for index, kind in enumerate(forecast.kinds):
+        for work, seconds in kind.seconds:
+            learnt.add_metric((f"{index}:{kind.name}", work), seconds)
+    learnt.add_metric(("all", "handoff"), forecast.handoff_s)
+    learnt.add_metric(("all", "handoff_block"), forecast.handoff_block_s)
+    yield learnt
+    ratios = GaugeMetricFamily(
+        "baton_ttft_forecast_ratio", "Measured times to first tokens over foretold ones", labels=("quantile",)
+    )
+    for quantile, ratio in zip(("0.1", "0.5", "0.9"), forecast.ttft_ratios, strict=True):
+        ratios.add_metric((quantile,), ratio)
+    yield ratios
 
 
 def _metric_name(name: str) -> str:

@@ -9,6 +9,7 @@ from router.events import Attach
 from router.fleet.charges import Charges
 from router.fleet.view import Backlog, WorkerEntry
 from router.fleet.worker_table import WorkerTable
+from router.forecast.steps import StepTimes
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo, Role, WorkerAddress, starts_of
 from workers.wire.attach import WorkerFrame
@@ -24,10 +25,13 @@ class Fleet:
     What time may do to workers is found without a walk over all of them: they stand in an order or a set of their own.
     """
 
-    def __init__(self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float, backlog: Backlog) -> None:
+    def __init__(
+        self, settle_s: float, stale_s: float, tick_s: float, recovery_s: float, backlog: Backlog, steps: StepTimes
+    ) -> None:
         self._settle_s = settle_s
         self._recovery_s = recovery_s
         self._backlog = backlog
+        self._step_times = steps
         self._stale_s = stale_s
         self._longest_step_s = max(stale_s / 10, 2 * tick_s)
         """A tick that comes later than this after the one before it says that the router itself stood still."""
@@ -117,6 +121,11 @@ class Fleet:
         self._open.move_to_end(entry.worker_id)
         if frame.status is not None:
             self.note_leaving(entry)
+            kind = self._step_times.kind_of(frame.status)
+            self.table.batch_tokens[entry.row] = frame.status.max_batch_tokens
+            if kind != entry.kind:
+                entry.kind = kind
+                self._step_times.show_worker(self.table, entry.row, kind)
 
     def close(self, entry: WorkerEntry, retry_at_s: float) -> None:
         """The worker's stream is gone."""

@@ -54,6 +54,8 @@ class WorkerEntry:
     """Connections in a row that ended before a first status."""
     num_preemptions: float | None = None
     """As the open stream reported last."""
+    kind: int | None = None
+    """As the table says (router.forecast.steps); None: no status has come since the worker did."""
     pressed_until_s: float = 0.0
     """It has just preempted sequences; until then that counts as pressure."""
     _status_now: WorkerStatus | None = None
@@ -130,9 +132,17 @@ class WorkerEntry:
             self._watch_preemptions(frame.status, now)
             self.show_roles()
         if load is not None:
+            if load.step_s != self.load.step_s and load.step_s > 0:
+                self._show_step(load)
             self.load = load
             self.charges.settle(now)
             self.show_load()
+
+    def _show_step(self, load: Load) -> None:
+        """Writes to the table how long the worker's last step took, for whoever learns from it."""
+        work = 1, load.step_decodes, load.step_context, load.step_prompt_tokens, load.step_prompt_context
+        self.table.steps[self.row] = (*work, load.step_s)
+        self.table.has_step[self.row] = load.step_decodes + load.step_prompt_tokens > 0
 
     def _watch_preemptions(self, status: WorkerStatus, now: float) -> None:
         num_preemptions = next((value for name, value in status.counters if name == "preemptions"), 0.0)

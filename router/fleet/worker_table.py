@@ -8,9 +8,17 @@ import xxhash
 
 Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-
+Seconds = npt.NDArray[np.float64]
 
 NOTHING, ANYTHING = -(1 << 40), 1 << 40
+NUM_WORK = 5
+"""Kinds of work that a step's time is made of (router.forecast.steps.WORK)."""
+NUM_RATIOS = 9
+"""Steps of a worker whose median says how fast it is: four odd ones among them change nothing."""
+_COLUMNS = (
+    "seeds", "can_decode", "can_prefill", "num_sequences", "prefill_tokens", "free_blocks", "takes_blocks", "takes_prompt",
+    "batch_tokens", "steps", "has_step", "num_steps", "kinds", "ratios", "speeds", "seconds", "looked_back", "is_known",
+)  # fmt: skip
 
 
 class WorkerTable:
@@ -30,6 +38,25 @@ class WorkerTable:
         """So many blocks may the prompt of a request need that is sent there now; NOTHING, ANYTHING: whatever it needs."""
         self.takes_prompt: Flags = np.zeros(0, np.bool_)
         """A prompt more may be sent there to be computed."""
+        self.batch_tokens: Numbers = np.zeros(0, np.int64)
+        """What one step computes at most."""
+        self.steps: Seconds = np.zeros((0, NUM_WORK + 1))
+        """The step that a worker has reported last: its work, and its seconds. `has_step`: nobody has learnt from it yet."""
+        self.has_step: Flags = np.zeros(0, np.bool_)
+        self.num_steps: Numbers = np.zeros(0, np.int64)
+        """That were learnt from."""
+        self.kinds: Numbers = np.zeros(0, np.int64)
+        """What follows is written by `router.forecast.steps`."""
+        self.ratios: Seconds = np.zeros((0, NUM_RATIOS))
+        """Of a worker's last steps: their times in relation to what is usual for its kind."""
+        self.speeds: Seconds = np.zeros(0)
+        """The median of these; above 1: slower than its kind."""
+        self.seconds: Seconds = np.zeros((0, NUM_WORK))
+        """What a unit of each kind of work takes the worker."""
+        self.looked_back: Seconds = np.zeros(0)
+        """Tokens before it that a prompt token looks at, as it was lately."""
+        self.is_known: Flags = np.zeros(0, np.bool_)
+        """Those seconds were measured, of some worker of its kind."""
         self.wanted_blocks = ANYTHING
         """What has to wait needs a worker that takes so many; ANYTHING: it waits for one that takes a prompt."""
         self.num_taking = self.num_decoding = self.num_prefilling = 0
@@ -48,16 +75,14 @@ class WorkerTable:
             row = self._free_rows.pop()
             self.ids[row] = worker_id
             self.seeds[row] = seed
+            self.has_step[row], self.num_steps[row] = False, 0
             return row
         self.ids.append(worker_id)
-        self.seeds = np.append(self.seeds, np.uint64(seed))
-        self.can_decode = np.append(self.can_decode, False)
-        self.can_prefill = np.append(self.can_prefill, False)
-        self.num_sequences = np.append(self.num_sequences, 0)
-        self.prefill_tokens = np.append(self.prefill_tokens, 0)
-        self.free_blocks = np.append(self.free_blocks, 0)
-        self.takes_blocks = np.append(self.takes_blocks, NOTHING)
-        self.takes_prompt = np.append(self.takes_prompt, False)
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.zeros_like(column, shape=(1, *column.shape[1:]))]))
+        self.seeds[-1] = seed
+        self.takes_blocks[-1] = NOTHING
         return len(self.ids) - 1
 
     def remove(self, row: int) -> None:

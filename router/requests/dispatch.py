@@ -12,9 +12,11 @@ from router.fleet.fleet import Fleet
 from router.fleet.prefix_index import Prefixes, PrefixIndex
 from router.fleet.view import WorkerEntry
 from router.fleet.worker_table import ANYTHING
+from router.forecast.forecasts import Forecasts
 from router.policies.policy import Candidates, Demand, Policy, Route
 from router.requests.progress import Flight
 from workers.errors import InvariantViolated
+from workers.request import Output
 from workers.status import PrefixHint
 from workers.wire.attach import Migration, Submit
 
@@ -22,21 +24,26 @@ from workers.wire.attach import Migration, Submit
 class Dispatcher:
     """Routes requests over a fleet, within the bounds of `config`."""
 
-    def __init__(self, policy: Policy, fleet: Fleet, index: PrefixIndex, config: RouterConfig) -> None:
+    def __init__(
+        self, policy: Policy, fleet: Fleet, index: PrefixIndex, forecasts: Forecasts, config: RouterConfig
+    ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._index = index
+        self._forecasts = forecasts
         self._expected_output_tokens = config.expected_output_tokens
         self._pull_min_blocks = config.pull_min_blocks
+        self._lower_tier_tokens = config.lower_tier_cost_tokens
+        self._max_local_tokens = config.max_local_prefill_tokens
         self._request_timeout_s = config.request_timeout_s
         self._first_token_deadline_s = config.first_token_deadline_s
         self._matched_hashes: list[int] | None = None
         self._matched_key = (-1, -1)
         self._matched = index.match((), 0)
 
-    def route(self, flight: Flight) -> Route | None:
+    def route(self, flight: Flight, now: float) -> Route | None:
         """Where the request would go now; None: nowhere, and the table is told what it waits for."""
-        table, demand, prefixes = self._fleet.table, self._demand(flight), self._prefixes(flight)
+        table, demand, prefixes = self._fleet.table, self._demand(flight, now), self._prefixes(flight)
         has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
         prefills = table.can_prefill & table.takes_prompt
         # Where nobody can prefill, those that decode compute prompts themselves. A prompt whose tokens are to be scored is
@@ -47,9 +54,26 @@ class Dispatcher:
         computes = (
             table.takes_prompt & table.can_prefill if table.num_prefilling and not is_scored else table.takes_prompt
         )
-        reachable = table.can_decode & (computes | (prefills.sum() > prefills))
+        short = np.zeros_like(prefills)
+        if self._max_local_tokens and table.num_prefilling and not is_scored:
+            num_uncached = demand.num_prompt_tokens - prefixes.cached * demand.block_size
+            short = table.can_decode & ~table.can_prefill & table.takes_prompt & table.is_known
+            short &= num_uncached <= self._max_local_tokens
+        reachable = table.can_decode & (computes | short | (prefills.sum() > prefills))
         decodes = has_room & reachable
-        route = self._policy.route(demand, Candidates(table, decodes, prefills, computes, prefixes))
+        handoffs = self._forecasts.handoffs
+        candidates = Candidates(
+            table,
+            decodes,
+            prefills,
+            computes,
+            short,
+            prefixes,
+            handoffs.fixed_s,
+            handoffs.block_s,
+            self._lower_tier_tokens,
+        )
+        route = self._policy.route(demand, candidates)
         if route is None:
             most_cached = int(prefixes.in_pool.max(initial=0))
             lacks_blocks = bool((reachable & ~has_room).any())
@@ -62,6 +86,7 @@ class Dispatcher:
         prefillers = [self._fleet.at(row) for row in route.prefill]
         if decode.connection is None:
             raise InvariantViolated(f"the policy chose {decode.worker_id}, which takes no requests")
+        flight.submitted_s, flight.foretold_ttft_s = now, route.ttft_s
         flight.begin_attempt(decode.worker_id, prefillers[0].worker_id if prefillers else decode.worker_id)
         decode.attempts[flight.wire_id] = None
         hint = self._prefix_hint(flight, prefillers[0] if prefillers else decode)
@@ -144,18 +169,33 @@ class Dispatcher:
             due_s = max(1e-3, self._first_token_deadline_s - age_s)
         return max(1e-3, self._request_timeout_s - age_s), due_s
 
-    def _demand(self, flight: Flight) -> Demand:
+    def note_answer(self, flight: Flight, output: Output, now: float) -> None:
+        """A first output has come: what it says of the times that were foretold."""
+        if output.handoff is None:
+            return
+        report, decode = output.handoff, self._fleet.get(flight.worker_id)
+        if report.transport != "local" and decode is not None and decode.status is not None:
+            num_blocks = report.kv_bytes // max(1, decode.status.kv_block_bytes)
+            self._forecasts.handoffs.note(num_blocks, report.exposed_s)
+        if flight.foretold_ttft_s and report.attempts == 1 and flight.num_attempts == 1:
+            self._forecasts.ttft.note(flight.foretold_ttft_s, now - flight.submitted_s)
+
+    def _demand(self, flight: Flight, now: float | None = None) -> Demand:
+        """`now` None: whatever is left of the time until the first token is due."""
         model = self._fleet.model
         if model is None:
             raise InvariantViolated("a request was admitted before any worker had reported")
         num_left = flight.request.params.max_tokens - len(flight.delivered)
-        avoid = self._fleet.get(flight.avoid_worker_id)
+        avoid, wishes = self._fleet.get(flight.avoid_worker_id), flight.wishes
         return Demand(
             key=flight.hashes[0] if flight.hashes else xxhash.xxh3_64_intdigest(flight.request.request_id.encode()),
             num_prompt_tokens=len(flight.request.prompt_token_ids),
             num_output_tokens=len(flight.delivered) + max(1, min(num_left, self._expected_output_tokens)),
             block_size=model.block_size,
             avoid=avoid.row if avoid is not None else -1,
+            ttft_s=max(1e-3, wishes.ttft_s - (now - flight.arrived_s)) if wishes.ttft_s and now is not None else 0.0,
+            tpot_s=wishes.tpot_s,
+            session=wishes.session,
         )
 
     def _charge(self, flight: Flight, decode: WorkerEntry, prefill: WorkerEntry, now: float) -> None:

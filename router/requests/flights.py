@@ -17,6 +17,7 @@ from router.requests.dispatch import Dispatcher
 from router.requests.migrations import Migrations
 from router.requests.progress import Flight, Incoming, Mismatch
 from router.requests.retry import RetryPolicy
+from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
@@ -73,7 +74,7 @@ class Flights:
 
     # ---- arrival ----
 
-    def arrive(self, request: Request, now: float) -> None:
+    def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
         rejection = self._rejection_of(request)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
@@ -81,7 +82,7 @@ class Flights:
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now)
+        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
         self._hash(flight)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
@@ -147,7 +148,7 @@ class Flights:
             table.has_opened = False
             self.num_tried += 1
             self._hash(flight)
-            route = self._dispatcher.route(flight) if table.num_decoding else None
+            route = self._dispatcher.route(flight, now) if table.num_decoding else None
             if route is None:
                 self._blocked = flight
                 if not table.num_decoding and self._unroutable_since_s is None:
@@ -216,6 +217,7 @@ class Flights:
             flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from router.requests.retry import RetryHistory
+from router.wishes import NO_WISHES, Wishes
 from workers.request import FinishReason, Output, Request
 
 
@@ -42,6 +43,7 @@ class Flight:
     order: int
     arrived_s: float
     queued_s: float
+    wishes: Wishes = NO_WISHES
     hashes: list[int] = field(default_factory=list)
     """Names of the prompt's full blocks, of so many tokens each:"""
     block_size: int = 0
@@ -59,6 +61,10 @@ class Flight:
     """Who was expected to compute the prompt."""
     has_spoken: bool = False
     """The running attempt has brought an output, so its prompt has been computed."""
+    submitted_s: float = 0.0
+    """When the running attempt was sent."""
+    foretold_ttft_s: float = 0.0
+    """Until its first token, as was expected then; 0: nobody asked."""
     left: tuple[str, str] | None = None
     """A worker that is there again, and the attempt which may run there still: unless the request is sent there, it is ended."""
     avoid_worker_id: str = ""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import certificates
+
 from chaos.census import children, descriptors, shared_memory_names, sockets, too_many
 from chaos.middle import Hand, Middle
 from chaos.processes import WorkerProcess
@@ -17,6 +19,7 @@ from router.config import RouterConfig
 from router.driver import RouterDriver
 from workers.errors import InvalidRequest, Refused
 from workers.status import Role, WorkerAddress
+from workers.trust import parties
 
 PATIENCE_S = 30.0
 """How long a quiet cluster may take to let go of everything."""
@@ -56,9 +59,15 @@ class Arena:
         self._shape = shape
         self._on_struck = on_struck
         self.stale_s = stale_s
-        config = RouterConfig(model="unused", tick_s=0.05, worker_stale_s=stale_s, **PATIENT)
-        self.driver = RouterDriver(config, "chaos")
-        self._middles = {name: Middle(name, hand) for post in shape.posts() for name, _ in post}
+        # Faults of handoffs want handoffs: no decode worker is to compute prompts because it is idle.
+        bounds: dict[str, Any] = {"worker_stale_s": stale_s, "max_local_prefill_tokens": 0}
+        config = RouterConfig(model="unused", tick_s=0.05, **bounds, **PATIENT)
+        names = [name for post in shape.posts() for name, _ in post]
+        router = parties.router("chaos")
+        self.driver = RouterDriver(config, "chaos", credentials=certificates.credentials(router, parties.ADMIN))
+        # Who stands in the middle is everybody to everybody.
+        everybody = (parties.OBSERVER, parties.ADMIN, router, *map(parties.worker, names))
+        self._middles = {name: Middle(name, hand, certificates.credentials(*everybody)) for name in names}
         self._processes: dict[str, WorkerProcess] = {}
         self._zombies: list[WorkerProcess] = []
         self._starts: dict[str, int] = {}

@@ -24,10 +24,13 @@ from builders import FakeModel
 from chaos.census import descriptors, mapped_pools, own_pools, python_threads, too_many
 from chaos.faults import Kind
 from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
+from cluster.identity.folder import config_of
 from workers.config import WorkerConfig
 from workers.errors import TransferFailed
 from workers.runner import Batch, FakeRunner, Sampled
 from workers.status import Role
+from workers.trust import parties
+from workers.trust.credentials import Credentials
 from workers.worker import LoadedModel, Worker, load_checkpoint
 
 PATIENCE_S = 20.0
@@ -73,6 +76,9 @@ class Child:
     def _load(self, config: WorkerConfig) -> LoadedModel:
         return PacedModel(config, self._spec["num_blocks"]) if config.model == "fake" else load_checkpoint(config)
 
+    def _credentials(self, worker_id: str) -> Credentials:
+        return Credentials(config_of(Path(self._spec["certificates"])), parties.worker(worker_id))
+
     async def start(self) -> dict[str, Any]:
         """Starts everything, after one worker that only makes what a process makes once."""
         await self._start_and_stop()
@@ -81,14 +87,22 @@ class Child:
         addresses = {}
         for worker_id, role, start_count in self._spec["workers"]:
             data_path = faulty_data_path(self._book)
-            worker = Worker(self._config, worker_id, start_count, Role(role), load=self._load, data_path=data_path)
+            worker = Worker(
+                self._config,
+                worker_id,
+                start_count,
+                Role(role),
+                load=self._load,
+                data_path=data_path,
+                credentials=self._credentials(worker_id),
+            )
             self._workers[worker_id] = worker
             address = await worker.start()
             addresses[worker_id] = [address.generation, address.target]
         return {"addresses": addresses, "pid": os.getpid()}
 
     async def _start_and_stop(self) -> None:
-        worker = Worker(self._config, "first", 1, Role.MIXED, load=self._load)
+        worker = Worker(self._config, "first", 1, Role.MIXED, load=self._load, credentials=self._credentials("first"))
         await worker.start()
         await worker.stop()
         if "gloo" in self._config.transports:

@@ -24,6 +24,7 @@ from workers.transports.contract import (
     View,
 )
 from workers.transports.data_path import make_data_path
+from workers.trust.credentials import Credentials
 
 PULL = frozenset({"loopback", "shm", "nixl"})
 """Transports whose receiver reads the sender's pool: all of their faults are the receiver's."""
@@ -177,8 +178,14 @@ class _FaultyInbox:
 def faulty_data_path(book: FaultBook) -> Callable[..., dict[str, Transport]]:
     """A data path for workers.worker.Worker with faults in all of its transports."""
 
-    def make(config: WorkerConfig, memory: KvMemory, worker_id: str, server: grpc.aio.Server) -> dict[str, Transport]:
-        made = make_data_path(config, memory, worker_id, server)
+    def make(
+        config: WorkerConfig,
+        memory: KvMemory,
+        worker_id: str,
+        server: grpc.aio.Server,
+        credentials: Credentials | None,
+    ) -> dict[str, Transport]:
+        made = make_data_path(config, memory, worker_id, server, credentials)
         return {name: FaultyTransport(transport, book) for name, transport in made.items()}
 
     return make

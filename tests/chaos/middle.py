@@ -19,6 +19,9 @@ import grpc
 from chaos.faults import Step
 from chaos.line import Line, listen
 from chaos.steps import AttachWatch, HandoffWatch
+from workers.trust import parties
+from workers.trust.channels import bind, open_channel
+from workers.trust.credentials import Credentials
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
@@ -88,10 +91,11 @@ class Hand(Protocol):
 
 
 class Middle:
-    """`worker_id`'s public face. `target` is (host, port) of the process behind it, or None while there is none."""
+    """`worker_id`'s public face; its certificate names everybody. `target` is (host, port) of the process behind it, or None while there is none."""
 
-    def __init__(self, worker_id: str, hand: Hand) -> None:
+    def __init__(self, worker_id: str, hand: Hand, credentials: Credentials) -> None:
         self.worker_id = worker_id
+        self._credentials = credentials
         self.target: tuple[str, int] | None = None
         self._hand = hand
         self._connections: dict[int, Connection] = {}
@@ -101,7 +105,7 @@ class Middle:
     async def start(self) -> None:
         self._grpc = grpc.aio.server(options=_OPTIONS)
         self._grpc.add_generic_rpc_handlers((_Relay(self),))
-        self._port = self._grpc.add_insecure_port("127.0.0.1:0")
+        self._port = bind(self._grpc, "127.0.0.1", 0, self._credentials)
         await self._grpc.start()
         self._server, port = await listen(self._accept)
         self.address = f"127.0.0.1:{port}"
@@ -135,7 +139,9 @@ class Middle:
                 head.cut()
                 return
             connection.server, port = await listen(lambda tail: self._tail(connection, tail))
-            connection.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=_OPTIONS)
+            connection.channel = open_channel(
+                f"127.0.0.1:{port}", _OPTIONS, self._credentials, parties.worker(self.worker_id)
+            )
             await head.run("127.0.0.1", self._port, dialled)
         finally:
             for port in ports:

@@ -12,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import certificates
+
+from workers.trust import parties
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
 ORDER_TIMEOUT_S = 60.0
@@ -30,7 +34,10 @@ class WorkerProcess:
         self.workers = workers
         self._on_struck = on_struck
         self._answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._spec = {"workers": workers, "config": config, "num_blocks": num_blocks}
+        for name in ("first", *(name for name, _, _ in workers)):
+            certificates.credentials(parties.worker(name))  # before the child looks for its files
+        folder = str(certificates.folder())
+        self._spec = {"workers": workers, "config": config, "num_blocks": num_blocks, "certificates": folder}
         self._lock = asyncio.Lock()
         self.addresses: dict[str, tuple[int, str]] = {}
         """(generation, host:port) by worker id."""

@@ -15,6 +15,7 @@ from redis_server import RedisServer
 from cluster.membership.registration import number_start
 from cluster.store.memory import MAX_CHANGES, MemoryStore
 from cluster.store.redis_store import RedisStore
+from cluster.store.signed import SignedStore
 from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Changes, Entry, Mirror, Snapshot, Store, StoreUnavailable
 
 BOUND_S = 60.0
@@ -23,7 +24,10 @@ SHORT_S, KEPT_S = 0.2, 4.0
 renewed or replaced lasts long enough for that on a busy machine."""
 
 
-@pytest.fixture(params=["memory", "redis"])
+SECRET = "a secret of sixteen characters and more"
+
+
+@pytest.fixture(params=["memory", "redis", "signed"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     store: Store
     if request.param == "memory":
@@ -31,6 +35,7 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     else:
         server: RedisServer = request.getfixturevalue("redis_server")
         store = RedisStore(server.url, cluster=uuid.uuid4().hex)
+        store = SignedStore(store, SECRET) if request.param == "signed" else store
     yield store
     await store.close()
 

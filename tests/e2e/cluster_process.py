@@ -44,6 +44,9 @@ class ClusterProcess:
         address = re.search(r"Ray +(\S+:\d+)\n", self.banner)
         assert address, self.banner
         self.ray_address = address[1]
+        token = re.search(r"Ray's token +in (\S+)\n", self.banner)
+        assert token, self.banner
+        self.token_file = token[1]
         wait_until(lambda: self.get("/ready", ok_only=False) == 200, 60, "the cluster is ready")
 
     def _read_banner(self) -> str:

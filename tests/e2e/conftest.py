@@ -27,6 +27,8 @@ def cluster() -> Iterator[ClusterProcess]:
         "worker.kv_memory_bytes=50000000",
         "--set",
         "worker.transfer_timeout_s=5",
+        "--set",
+        "router.max_local_prefill_tokens=0",
     )
     yield running
     running.stop()

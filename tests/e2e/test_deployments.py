@@ -30,6 +30,7 @@ def remote(redis_server: RedisServer) -> Iterator[ClusterProcess]:
         "--store", redis_server.url,
         "--set", "worker.transports=grpc",
         "--set", "worker.kv_memory_bytes=36000000",
+        "--set", "router.max_local_prefill_tokens=0",
         key=KEY,
     )  # fmt: skip
     yield running

@@ -23,7 +23,7 @@ from cluster.ray_session.defaults import ENVIRONMENT
 pytestmark = pytest.mark.timeout(400)
 
 GROUP = "decode-9"
-SETTINGS = ("--set", "worker.kv_memory_bytes=40000000")
+SETTINGS = ("--set", "worker.kv_memory_bytes=40000000", "--set", "router.max_local_prefill_tokens=0")
 PARALLEL = (
     "--set",
     "worker.parallel.expert_parallel=2",
@@ -42,9 +42,10 @@ with loopback_only():
 
 
 @contextmanager
-def second_node(address: str) -> Iterator[None]:
-    environment = {**os.environ, **ENVIRONMENT}
-    command = [sys.executable, "-c", RAYLET, address]
+def second_node(cluster: ClusterProcess) -> Iterator[None]:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_file}
+    environment = {**os.environ, **ENVIRONMENT, **token}
+    command = [sys.executable, "-c", RAYLET, cluster.ray_address]
     node = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -74,7 +75,7 @@ def cluster() -> Iterator[ClusterProcess]:
     running = ClusterProcess("--prefill", "1", "--decode", "1", "--no-dashboard", *SETTINGS)
     arguments = ("--name", GROUP, "--role", "decode", "--ray-address", running.ray_address)
     try:
-        with second_node(running.ray_address), joined("worker", *arguments, *SETTINGS, *PARALLEL):
+        with second_node(running), joined("worker", *arguments, *SETTINGS, *PARALLEL):
             wait_until(lambda: GROUP in running.workers(), 60, f"{GROUP} to be connected")
             assert running.switch_role("decode-0", "prefill").returncode == 0
             yield running

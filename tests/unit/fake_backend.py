@@ -18,6 +18,8 @@ import openai
 from router.api.app import create_app
 from router.api.config import ApiConfig
 from router.backend import RouterStatus, WorkerView
+from router.forecast.forecasts import ForecastStatus
+from router.forecast.steps import KindForecast
 from router.http_config import HttpConfig
 from router.http_server import HttpServer
 from workers.errors import InvalidRequest
@@ -191,8 +193,10 @@ class FakeBackend:
             return self._changed.wait_for(lambda: promise(self), timeout=30)
 
     def status(self) -> RouterStatus:
-        views = tuple(WorkerView(self._worker(name), True, 0.0, 0) for name in self.roles)
-        return RouterStatus("router-0", views, num_waiting=2, num_running=1, counters=(("retries", 4.0),))
+        views = tuple(WorkerView(self._worker(name), True, 0.0, 0, speed=1.5) for name in self.roles)
+        kinds = tuple(KindForecast("m/1x", 7, (("step", 0.004), ("prompt", 2e-5))) for _ in range(2))
+        forecast = ForecastStatus(kinds, handoff_s=0.002)
+        return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast)
 
     async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
         others = [self.roles[name] for name in self.roles if name != worker_id]

@@ -148,6 +148,19 @@ def test_metrics_tell_tokens_latencies_and_handoffs() -> None:
         assert metrics(api)["baton_worker_preemptions_total", decode] == 3
 
 
+def test_what_a_router_has_learnt_of_times_is_told(api: Api) -> None:
+    told = metrics(api)
+    assert told["baton_worker_speed_ratio", frozenset({("worker_id", "decode-0")})] == 1.5
+    for kind in ("0:m/1x", "1:m/1x"):
+        assert told["baton_forecast_seconds", frozenset({("kind", kind), ("work", "prompt")})] == 2e-5
+    assert told["baton_forecast_seconds", frozenset({("kind", "all"), ("work", "handoff")})] == 0.002
+    status = api.http.get("/admin/status").json()
+    assert status["workers"][0]["speed"] == 1.5
+    assert status["forecast"]["kinds"][0] == {
+        "name": "m/1x", "num_samples": 7, "seconds": {"step": 0.004, "prompt": 2e-5}
+    }  # fmt: skip
+
+
 def test_unknown_paths_do_not_become_metric_labels(api: Api) -> None:
     api.http.get("/made/up")
     endpoints = {dict(labels).get("endpoint") for _, labels in metrics(api)}

@@ -13,10 +13,10 @@ import openai
 import pytest
 import tokenizers
 from fake_backend import CHECKPOINT, Api, FakeBackend, Script, error_of, open_api, say
-from workers.tokenizer import Tokenizer
 
 from router.api.config import ApiConfig
 from workers.request import FinishReason
+from workers.text.tokenizer import Tokenizer
 
 TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}: {{ tool.function.parameters | tojson }}]{% endfor -%}
 {%- for message in messages -%}

@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_listens
 
 from cluster.ray_session import processes
 
@@ -28,13 +31,14 @@ class Serve:
 
     def __init__(self, *arguments: str) -> None:
         self.folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")  # short: it ends up in the paths of sockets
+        self.environment = {**os.environ, "TMPDIR": self.folder, "XDG_STATE_HOME": f"{self.folder}/state"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "serve", "--model", str(MODEL), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "TMPDIR": self.folder},
+            env=self.environment,
         )
         self.pid = self._process.pid
         self._watchdog = threading.Timer(BOUND_S, self._process.kill)
@@ -49,6 +53,13 @@ class Serve:
     def members(self) -> tuple[processes.Process, ...]:
         """Everything that Ray has started for it."""
         return processes.family(f"{self.folder}/")
+
+    def wait_until_gone(self, members: tuple[processes.Process, ...]) -> None:
+        """Until none of them runs and no file is left; the limit is for a hang."""
+        deadline = time.monotonic() + BOUND_S
+        while processes.alive(members) or self.members() or os.listdir(self.folder):
+            assert time.monotonic() < deadline, (processes.alive(members), os.listdir(self.folder))
+            time.sleep(0.05)
 
     def interrupt(self) -> None:
         """To the whole process group, as a terminal sends Ctrl-C."""
@@ -75,7 +86,8 @@ class Serve:
             read += line
             if text in line:
                 return read
-        raise AssertionError(f"{text!r} did not come: {read}")
+        self._process.kill()
+        raise AssertionError(f"{text!r} did not come: {read}; {self._process.communicate()}")
 
 
 @pytest.fixture
@@ -85,13 +97,17 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     running.clean()
 
 
-def baton(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def baton(
+    *arguments: str, stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=BOUND_S)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=BOUND_S, env=environment)
 
 
+@pytest.mark.parametrize("serve", [("--dashboard",)], indirect=True)
 def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> None:
     banner = serve.read_stdout_until("Ctrl-C")
+    token = Path(re.search(r"Ray's token +in (\S+)", banner)[1]).read_text()  # type: ignore[index]
     url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
     dashboard = re.search(r"Ray dashboard +(http://\S+)", banner)[1]  # type: ignore[index]
 
@@ -99,9 +115,10 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
     if shutil.which("curl"):
         answered = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=BOUND_S)
         assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant", answered
-        found = subprocess.run(
-            ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"], capture_output=True, timeout=BOUND_S
-        )
+        page = ["curl", "-s", f"{dashboard}/api/v0/actors?detail=1"]
+        stranger = subprocess.run(page, capture_output=True, timeout=BOUND_S)
+        assert b"Unauthorized" in stranger.stdout
+        found = subprocess.run([*page, "-H", f"Authorization: Bearer {token}"], capture_output=True, timeout=BOUND_S)
         actors = json.loads(found.stdout)["data"]["result"]["result"]
         names = {"store", "prefill-0", "decode-0", "router-0"}
         assert {actor["name"] for actor in actors} == names
@@ -127,7 +144,6 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
     assert os.listdir(serve.folder) == [], "no file is left either"
 
 
-@pytest.mark.parametrize("serve", [("--no-dashboard",)], indirect=True)
 def test_a_killed_worker_is_back_by_itself(serve: Serve) -> None:
     banner = serve.read_stdout_until("Ctrl-C")
     url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
@@ -156,7 +172,6 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(serve: Serve, times: int) -> Non
     assert os.listdir(serve.folder) == []
 
 
-@pytest.mark.parametrize("serve", [("--no-dashboard",)], indirect=True)
 def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
@@ -165,3 +180,60 @@ def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.interrupt()
     assert serve.wait() in (0, 130), "130, unless the stop was done first"
     assert processes.alive(members) == () and serve.members() == ()
+
+
+def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None:
+    serve.read_stdout_until("Ctrl-C")
+    members = serve.members()
+    assert {Path(serve.folder, name).stat().st_mode & 0o077 for name in os.listdir(serve.folder)} == {0}
+    os.kill(serve.pid, signal.SIGKILL)
+    serve.wait_until_gone(members)
+
+
+@pytest.mark.parametrize(("program", "name"), [("gcs_server", "GCS"), ("raylet", "raylet")])
+def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Serve, program: str, name: str) -> None:
+    serve.read_stdout_until("Ctrl-C")
+    members = serve.members()
+    (victim,) = [each for each in members if f"/{program} -" in each.command]
+    os.kill(victim.pid, signal.SIGKILL)
+    said = serve.read_stderr_until(f"Ray's {name} (process {victim.pid}) has died")
+    assert "Traceback" not in said
+    assert serve.wait() == 3
+    assert processes.alive(members) == () and serve.members() == () and os.listdir(serve.folder) == []
+
+
+@pytest.mark.parametrize("serve", [("--detach",)], indirect=True)
+def test_a_detached_cluster_outlives_its_command_and_is_found_and_stopped(serve: Serve) -> None:
+    banner = serve.read_stdout_until("`baton stop` stops it")
+    assert serve.wait() == 0
+    members = serve.members()
+    assert len(members) > 5
+    table = baton("status", environment=serve.environment)
+    assert re.search(r"decode-0 +decode", table.stdout), table
+
+    url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
+    port = int(url.rpartition(":")[2])
+    (router,) = [each for each in members if ("127.0.0.1", port) in ray_listens.sockets([each])]
+    os.kill(router.pid, signal.SIGKILL)
+    # Sent while nobody is there to accept it, and once: it waits for the next router, which waits for its workers.
+    killed_at = time.monotonic()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", b'{"prompt": "Hello", "max_tokens": 4}', {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
+        assert answer.status == 200
+    print(f"answered {time.monotonic() - killed_at:.2f} s after the router was killed")
+
+    log = Path(re.search(r"is in (\S+)\.\n", banner)[1])  # type: ignore[index]
+    assert log.stat().st_mode & 0o077 == 0
+    stopped = baton("stop", environment=serve.environment)
+    assert stopped.returncode == 0 and stopped.stdout.startswith("stopped http://"), stopped
+    assert processes.alive(members) == () and os.listdir(serve.folder) == ["state"]
+    assert "stopping" in log.read_text()
+    none = baton("stop", environment=serve.environment)
+    assert none.returncode == 2 and "no cluster of this user" in none.stderr
+
+
+def test_a_detached_start_that_fails_ends_with_its_own_code() -> None:
+    refused = baton("serve", "--detach", "--model", "/nowhere")
+    assert refused.returncode == 2 and "cannot find the model" in refused.stderr

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any
 import builders
 import pytest
 import ray
+import ray_listens
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.util.placement_group import placement_group_table
 
@@ -33,6 +36,7 @@ from cluster.ray_session.defaults import PRIVATE_NAMES
 from cluster.ray_session.failures import ActorFailed, explain, told
 from cluster.ray_session.folders import end_local, make_folder
 from cluster.ray_session.local import start_ray
+from cluster.ray_session.running import note, with_ray
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
@@ -70,6 +74,7 @@ def ray_here(hostile_folder: Path) -> Iterator[str]:
         with contextlib.chdir(hostile_folder):
             session = start_ray(config.ray, 2, folder)
         assert session.address.startswith("127.0.0.1:") and not session.is_exposed
+        note(folder, session.address)
         members = processes.family(folder)
         assert any("gcs_server" in process.command for process in members)
         yield session.address
@@ -84,7 +89,12 @@ class Pool:
     """One namespace: a cluster of its own in the shared Ray."""
 
     def __init__(self) -> None:
-        flags = {"worker.model": str(MODEL), "ray.namespace": uuid.uuid4().hex, "store.lease_ttl_s": 3.0}
+        flags = {
+            "worker.model": str(MODEL),
+            "ray.namespace": uuid.uuid4().hex,
+            "store.lease_ttl_s": 3.0,
+            "tls.mode": "off",
+        }
         self.config: ClusterConfig = load_config(None, {**flags, "router.port": 0})
         self.pools = Pools(self.config)
         self.store_host = self.pools.create_store_host()
@@ -202,9 +212,39 @@ def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
     assert [entry for entry in found["path"] if (Path(entry) / "cluster" / "actors.py").is_file()], "Baton is found"
 
 
-@pytest.mark.parametrize(("module", "name"), PRIVATE_NAMES)
-def test_what_baton_uses_of_rays_private_parts_is_there(module: str, name: str) -> None:
-    assert callable(getattr(importlib.import_module(module), name))
+@pytest.mark.parametrize(("module", "name", "parameters"), PRIVATE_NAMES)
+def test_what_baton_uses_of_rays_private_parts_is_there(
+    module: str, name: str, parameters: tuple[str, ...] | None
+) -> None:
+    found = operator.attrgetter(name)(importlib.import_module(module))
+    assert callable(found)
+    assert parameters is None or tuple(inspect.signature(found).parameters) == parameters
+
+
+def test_ray_listens_on_the_loopback_address_and_does_nothing_for_whoever_lacks_its_token(ray_here: str) -> None:
+    cluster = with_ray(ray_here)
+    assert cluster is not None
+    assert os.stat(cluster.token_file).st_mode & 0o077 == 0 and os.stat(cluster.folder).st_mode & 0o077 == 0
+    token = Path(cluster.token_file).read_text()
+    ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)  # so that there is an actor's process too
+    listening = ray_listens.sockets(processes.family(cluster.folder))
+    assert len(listening) > 5 and {address for address, _ in listening} == {"127.0.0.1"}
+    answers = {port: ray_listens.knock(port) for _, port in listening}
+    # 405: a page of Ray's own metrics, which takes no POST.
+    assert set(answers.values()) <= {"401", "UNAUTHENTICATED", "405"}, answers
+    assert sum(answer != "405" for answer in answers.values()) >= 6, answers
+    assert ray_listens.knock(int(ray_here.rpartition(":")[2]), token) not in ("401", "UNAUTHENTICATED")
+
+
+def test_the_token_is_in_no_command_line_and_no_environment(ray_here: str) -> None:
+    cluster = with_ray(ray_here)
+    assert cluster is not None
+    token = Path(cluster.token_file).read_bytes()
+    for process in (*processes.family(cluster.folder), *processes.snapshot().values()):
+        assert token.decode() not in process.command
+    for process in processes.family(cluster.folder):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            assert token not in Path(f"/proc/{process.pid}/environ").read_bytes()
 
 
 async def test_a_killed_worker_returns_with_its_name_a_higher_generation_and_its_switched_role(pool: Pool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import os
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.actors.actors import changes_between
@@ -24,11 +26,29 @@ def test_a_registration_reads_back() -> None:
     assert Registration.decode(worker("decode-0").encode()) == worker("decode-0")
 
 
-@given(st.text() | st.sampled_from(["{}", "[]", '{"worker_id": "a", "generation": "x"}', "null", '"a"']))
+JUNK = st.sampled_from(
+    ["1e999", "-1", "0", "true", "NaN", "1.5", "9" * 300, "null", "[]", "{}", '""', "[" * 90_000, '{"a":' * 90_000]
+)
+GOOD = {"worker_id": '"x"', "generation": "4294967296", "target": '"127.0.0.1:1"', "role": '"decode"'}
+
+
+def spoiled(field: str, value: str) -> str:
+    """A registration with one field replaced."""
+    return "{" + ", ".join(f'"{name}": {text}' for name, text in (GOOD | {field: value}).items()) + "}"
+
+
+@settings(max_examples=int(os.environ.get("BATON_FUZZ_EXAMPLES", "200")))
+@given(st.text() | JUNK | st.builds(spoiled, st.sampled_from(sorted(GOOD)), JUNK))
 def test_a_strangers_entry_is_no_worker_and_no_error(text: str) -> None:
     membership = Membership(grace_s=4.0)
-    assert membership.handle(Snapshot("first", (Entry("workers/x", text, 1),)), 0.0) is None
-    assert membership.workers == ()
+    good = worker("a")
+    entries = (Entry(good.key, good.encode(), 1), Entry("workers/x", text, 1))
+    assert membership.handle(Snapshot("first", entries), 0.0) == (good.address,)
+    assert membership.refused == {"workers/x"}
+
+
+def test_the_registration_that_was_spoiled_above_is_one() -> None:
+    assert Registration.decode(spoiled("role", '"mixed"')) == worker("x", role=Role.MIXED)
 
 
 def test_a_registration_under_another_workers_key_does_not_count() -> None:

@@ -66,6 +66,21 @@ async def test_a_start_that_no_generation_could_hold_is_refused() -> None:
         await number_start(store, "decode-0", 1.0)
 
 
+@pytest.mark.parametrize("junk", ["not a number", "-5", "1e999", "٣", "9" * 300, ""])
+async def test_a_number_of_starts_that_is_none_stops_nobody(junk: str) -> None:
+    store = MemoryStore()
+    await store.put("starts/decode-0", junk)
+    registrar = await start(store, now_s=1000.0)
+    await registrar.register()
+    assert await registered(store) == [registrar.registration]
+
+
+async def test_a_clock_that_was_set_back_gives_a_higher_number_all_the_same() -> None:
+    store = MemoryStore()
+    before = await number_start(store, "decode-0", 2000.0)
+    assert await number_start(store, "decode-0", 1000.0) == before + 1
+
+
 async def test_an_older_start_can_neither_register_nor_keep_nor_remove_the_newer_ones_lease() -> None:
     store = MemoryStore()
     old = await start(store, ttl_s=0.3)

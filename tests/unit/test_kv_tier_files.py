@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import IMPORT_PATHS, FakeModel, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from running_workers import CONFIG, Attached
 from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, file_of, files_in, rig
 
@@ -146,6 +148,31 @@ def test_every_single_bit_of_a_file_counts() -> None:
         spoiled[bit // 8] ^= 1 << bit % 8
         with pytest.raises(BadRecord):
             decode_header(FORMAT, bytes(spoiled))
+
+
+@settings(max_examples=int(os.environ.get("BATON_FUZZ_EXAMPLES", "200")))
+@given(
+    st.binary(max_size=2 * FORMAT.header_bytes) | st.binary(min_size=FORMAT.header_bytes, max_size=FORMAT.header_bytes)
+)
+def test_a_header_of_any_bytes_is_refused(header: bytes) -> None:
+    with pytest.raises(BadRecord):
+        decode_header(FORMAT, header)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a folder"])
+def test_what_is_no_file_in_the_place_of_one_costs_nobody_a_wait(kind: str, tmp_path: Path) -> None:
+    with rig(folder=tmp_path) as r:
+        r.ask(PROMPT)
+        r.push_out()
+        for path in files_in(tmp_path):
+            kept = path.rename(path.with_suffix(".kept"))
+            if kind == "a pipe":
+                os.mkfifo(path)
+            elif kind == "a link":
+                path.symlink_to(kept)
+            else:
+                path.mkdir()
+        assert r.ask(PROMPT)[0] == GOLDEN
 
 
 def test_a_full_disk_switches_the_tier_off_with_one_warning_and_all_goes_on(tmp_path: Path) -> None:

@@ -22,16 +22,20 @@ from workers.transports.tcp import TcpTransport
 from workers.wire import grpc_options
 
 
+def at(port: int) -> WorkerAddress:
+    return WorkerAddress("prefill-0", 1, f"127.0.0.1:{port}")
+
+
 async def test_a_channel_to_a_sender_is_not_closed_while_a_transfer_uses_it() -> None:
     peers = Peers(max_channels=2)
-    first, second = await peers.take("127.0.0.1:1"), await peers.take("127.0.0.1:2")
+    first, second = await peers.take(at(1)), await peers.take(at(2))
     peers.give(second)
-    third = await peers.take("127.0.0.1:3")  # in the room of the second, though the first was opened before it
-    assert await peers.take("127.0.0.1:1") is first
+    third = await peers.take(at(3))  # in the room of the second, though the first was opened before it
+    assert await peers.take(at(1)) is first
     with pytest.raises(TransferFailed, match="in use"):
-        await peers.take("127.0.0.1:2")
+        await peers.take(at(2))
     peers.give(third)
-    assert (await peers.take("127.0.0.1:2")) is not second
+    assert (await peers.take(at(2))) is not second
     await peers.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -193,3 +194,22 @@ def test_a_cache_folder_that_cannot_be_used_is_named(source: NativeSource, tmp_p
     (tmp_path / "file").write_text("where a folder should be")
     with pytest.raises(BuildFailed, match=f"the cache folder {tmp_path / 'file'} cannot be used"):
         load(tmp_path / "file", source=source)
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["the folder", "a folder above it", "the library"])
+def test_code_that_somebody_else_could_have_written_is_not_loaded(
+    source: NativeSource, tmp_path: Path, what: str
+) -> None:
+    cache = tmp_path / "above" / "cache"
+    made = compile_library(source, source.sets[0], cache)
+    assert compile_library(source, source.sets[0], cache) == made and cache.stat().st_mode & 0o077 == 0
+    place = {"the folder": cache, "a folder above it": cache.parent, "the library": made}[what]
+    place.chmod(place.stat().st_mode | 0o002)
+    with pytest.raises(BuildFailed, match=r"cannot be trusted: other users may write to .*chmod go-w"):
+        compile_library(source, source.sets[0], cache)
+    if os.geteuid() == 0:
+        place.chmod(0o700)
+        os.chown(place, 65534, -1)
+        with pytest.raises(BuildFailed, match="belongs to another user"):
+            compile_library(source, source.sets[0], cache)

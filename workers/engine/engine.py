@@ -24,7 +24,7 @@ from workers.launching import LaunchingRunner
 from workers.request import Request, refusal_output
 from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
 from workers.scheduler.ahead import schedule_ahead
-from workers.scheduler.load import has_work, load_of
+from workers.scheduler.load import StepWork, has_work, load_of, work_of
 from workers.scheduler.scheduler import Limits, Scheduler, Step
 from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import Load, PrefixHint
@@ -102,7 +102,8 @@ class Engine:
         self.incoming = Incoming(self._roster, runner.kv_memory)
         self.outgoing = Outgoing(self._roster, runner.kv_memory)
         self.moves = Moves(self._roster, runner.kv_memory)
-        self.last_step_s = 0.0
+        self.last_step = StepWork()
+        """The last one that computed anything."""
         self.prefill_tokens_per_s: float | None = None
         """Of recent steps with prompts, smoothed."""
         self.made_no_progress = False
@@ -187,9 +188,9 @@ class Engine:
         result = self._roster.take_said()
         if result.kv_event is None:
             result.kv_event = self._kv.take_event()
-        self.last_step_s = self._clock() - started
         if running is not None:
-            self._note_rate(running.batch)
+            self.last_step = work_of(running.batch, self._clock() - started)
+            self._note_rate()
         return result
 
     def leapers(self) -> tuple[list[Sequence], int]:
@@ -201,7 +202,8 @@ class Engine:
     def leap(self, decoding: list[Sequence], num_steps: int, draw: DrawRun, last_step_s: float) -> StepResult:
         """Takes so many of the steps that `leapers` has found at once; the last one took `last_step_s`."""
         leap(self._scheduler, self._roster, decoding, num_steps, draw)
-        self.last_step_s, self.made_no_progress = last_step_s, False
+        context = sum([sequence.num_computed - 1 for sequence in decoding])
+        self.last_step, self.made_no_progress = StepWork(last_step_s, len(decoding), context), False
         result = self._roster.take_said()
         result.kv_event = self._kv.take_event()
         return result
@@ -334,10 +336,10 @@ class Engine:
             if sampled.token_id is not None:
                 self._roster.drew(live, sampled)
 
-    def _note_rate(self, batch: Batch) -> None:
-        num_tokens = sum(len(piece.token_ids) for piece in batch.prefill)
-        if num_tokens >= BLOCK_SIZE and self.last_step_s > 0:
-            rate, before = num_tokens / self.last_step_s, self.prefill_tokens_per_s
+    def _note_rate(self) -> None:
+        step_s, num_tokens = self.last_step.step_s, self.last_step.step_prompt_tokens
+        if num_tokens >= BLOCK_SIZE and step_s > 0:
+            rate, before = num_tokens / step_s, self.prefill_tokens_per_s
             self.prefill_tokens_per_s = rate if before is None else before + 0.3 * (rate - before)
 
     # ---- beside the steps ----
@@ -381,7 +383,7 @@ class Engine:
         self._kv.check([*tables, *self.outgoing.held_prefixes])
 
     def load(self) -> Load:
-        return load_of(self._scheduler, self.last_step_s)
+        return load_of(self._scheduler, self.last_step)
 
     def counters(self) -> tuple[tuple[str, float], ...]:
         counters = self._scheduler.counters

@@ -58,8 +58,10 @@ class Serving:
     def num_running(self) -> int:
         return len(self._sources)
 
-    async def serve(self, incoming: AsyncIterator[pb.HandoffDown]) -> AsyncGenerator[pb.HandoffUp, None]:
-        """Answers one Handoff stream."""
+    async def serve(
+        self, incoming: AsyncIterator[pb.HandoffDown], is_caller: Callable[[str], bool] = lambda _: True
+    ) -> AsyncGenerator[pb.HandoffUp, None]:
+        """Answers one Handoff stream. `is_caller(worker_id)`: whether that is who opened it; nobody else gets anything."""
         incoming = verified(incoming)
         try:
             async with asyncio.timeout(self._config.transfer_timeout_s):
@@ -72,6 +74,9 @@ class Serving:
         try:
             if not isinstance(opening, OpenHandoff):
                 raise Refused(Refusal.INVALID, "a handoff begins with OpenHandoff")
+            if not is_caller(opening.target.worker_id):
+                log.warning("a handoff to %r was asked for by somebody else", opening.target.worker_id)
+                raise Refused(Refusal.INVALID, "a worker gets handoffs in its own name only")
             driver = self._open_source(opening, first, incoming)
         except Refused as refused:
             self._counters["handoffs_refused"] += 1

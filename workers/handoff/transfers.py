@@ -25,6 +25,7 @@ from workers.kv_memory.pieces import Cut
 from workers.kv_memory.prefault import Prefault
 from workers.status import WorkerAddress
 from workers.transports.contract import Sweeping, Transport
+from workers.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Transfers:
         open_export: OpenExport,
         counters: Counter[str],
         clock: Callable[[], float],
+        credentials: Credentials | None = None,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -56,7 +58,7 @@ class Transfers:
         self._fingerprint = fingerprint
         self._clock = clock
         self._transports = transports
-        self._peers = Peers()
+        self._peers = Peers(credentials)
         self._host = socket.gethostname()
         self._targets: dict[TargetDriver, asyncio.Task[None]] = {}
         self.serving = Serving(config, identity, memory, transports, open_export, counters, clock)
@@ -98,7 +100,7 @@ class Transfers:
         if fresh:
             asyncio.get_running_loop().run_in_executor(None, self._prefault.back, fresh)
         try:
-            peer = await self._peers.take(source.target)
+            peer = await self._peers.take(source)
         except TransferFailed as error:
             raise HandoffFailed(str(error), Refusal.INTERNAL) from error
         task = asyncio.create_task(driver.run(peer.stub), name=f"target-{source.worker_id}")
@@ -123,7 +125,7 @@ class Transfers:
 
     async def _forget(self, source: WorkerAddress) -> None:
         """Its successor is to be dialled afresh."""
-        await self._peers.forget(source.target)
+        await self._peers.forget(source)
         for transport in self._transports.values():
             await transport.forget(source.worker_id)
 

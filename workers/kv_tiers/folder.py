@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,9 @@ class BlockFolder:
     def read(self, key: BlockKey) -> npt.NDArray[np.uint8]:
         """The block's bytes, verified. Raises BadRecord or OSError; counts as a use of the file."""
         payload = np.empty(self._form.block_bytes, np.uint8)
-        with self._file(key.block_hash).open("rb", buffering=0) as file:
+        with open(self._file(key.block_hash), "rb", buffering=0, opener=_open_file) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadRecord("it is no regular file")
             header = file.read(self._form.header_bytes)
             found, expected = decode_header(self._form, header)
             if found != key:
@@ -180,6 +183,11 @@ def _remove(folder: Path) -> None:
     """Unless something else is in it."""
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Waits for nobody who might write to a pipe, and follows no link."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = (
     "compile_library",
     "default_cache_folder",
     "find_library",
+    "not_ours_alone",
     "run_compiler",
 )
 
@@ -142,15 +144,38 @@ def compile_library(
     digest = hashlib.blake2b(repr((compiler, flags)).encode(), digest_size=8).hexdigest()
     library = folder / f"{source.name}-{instruction_set.name}-{digest}.so"
     try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for place in (folder, library):
+            if reason := not_ours_alone(place):
+                raise BuildFailed(reason)
         if library.exists():
             return library
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(library.with_suffix(".lock")):
             if not library.exists():
                 run_compiler([compiler, *flags, str(source.main)], library)
     except OSError as error:
         raise BuildFailed(f"the cache folder {folder} cannot be used: {error}") from error
     return library
+
+
+def not_ours_alone(place: Path) -> str:
+    """Why what stands at `place` could be somebody else's: one who may write there, or replace a folder above it. Empty: it is as
+    this user, or root, left it; or there is nothing yet.
+    """
+    try:
+        real = place.resolve(strict=True)
+    except OSError:
+        return ""
+    for at in (real, *real.parents):
+        status = at.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{place} cannot be trusted: {at} belongs to another user"
+        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if at != real and (status.st_mode & stat.S_ISVTX or (others == stat.S_IWGRP and status.st_gid == os.getegid())):
+            others = 0  # in a sticky folder nobody replaces what is not theirs; and a user's own group is the user
+        if others:
+            return f"{place} cannot be trusted: other users may write to {at}; chmod go-w it, or choose another folder"
+    return ""
 
 
 def run_compiler(command: Sequence[str], library: Path, timeout_s: float = _COMPILE_TIMEOUT_S) -> None:

@@ -267,7 +267,7 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s")
+    __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s", "step_decodes", "step_context", "step_prompt_tokens", "step_prompt_context")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_TRANSFERRING_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +275,10 @@ class Load(_message.Message):
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_DECODES_FIELD_NUMBER: _ClassVar[int]
+    STEP_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    STEP_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PROMPT_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     num_transferring: int
@@ -282,7 +286,11 @@ class Load(_message.Message):
     num_free_blocks: int
     num_blocks: int
     step_s: float
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_transferring: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
+    step_decodes: int
+    step_context: int
+    step_prompt_tokens: int
+    step_prompt_context: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_transferring: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., step_s: _Optional[float] = ..., step_decodes: _Optional[int] = ..., step_context: _Optional[int] = ..., step_prompt_tokens: _Optional[int] = ..., step_prompt_context: _Optional[int] = ...) -> None: ...
 
 class KvEvent(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "reset", "tiers")
@@ -337,7 +345,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., is_alive: bool = ..., shares_memory: bool = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining", "ranks", "is_rebuilding", "max_num_seqs")
+    __slots__ = ("worker_id", "generation", "role", "model", "load", "pid", "host", "kv_block_bytes", "counters", "is_draining", "ranks", "is_rebuilding", "max_num_seqs", "max_batch_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +359,7 @@ class WorkerStatus(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     IS_REBUILDING_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     generation: int
     role: str
@@ -364,7 +373,8 @@ class WorkerStatus(_message.Message):
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
     is_rebuilding: bool
     max_num_seqs: int
-    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    max_batch_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard")

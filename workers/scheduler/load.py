@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from workers.runner import Batch
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, State
 from workers.status import Load
@@ -15,8 +18,30 @@ def has_work(scheduler: Scheduler) -> bool:
     return bool(scheduler.waiting) or any(s.state in _RUNS or s.state is State.PROMOTING for s in scheduler.active)
 
 
-def load_of(scheduler: Scheduler, step_s: float) -> Load:
-    """`step_s`: how long the last step took."""
+class StepWork(NamedTuple):
+    """What one step computed and how long it took; the fields are those of Load."""
+
+    step_s: float = 0.0
+    step_decodes: int = 0
+    step_context: int = 0
+    step_prompt_tokens: int = 0
+    step_prompt_context: int = 0
+
+
+def work_of(batch: Batch, step_s: float) -> StepWork:
+    """Of a step that took `step_s`."""
+    chunks = [(len(piece.token_ids), piece.start) for piece in batch.prefill]
+    return StepWork(
+        step_s,
+        len(batch.decode),
+        sum([piece.start for piece in batch.decode]),
+        sum([length for length, _ in chunks]),
+        sum([length * start + length * length // 2 for length, start in chunks]),
+    )
+
+
+def load_of(scheduler: Scheduler, work: StepWork) -> Load:
+    """`work`: the last step that computed anything."""
     sequences, kv = scheduler.active, scheduler.kv
     return Load(
         num_waiting=len(scheduler.waiting),
@@ -29,5 +54,9 @@ def load_of(scheduler: Scheduler, step_s: float) -> Load:
         ),
         num_free_blocks=kv.num_available,
         num_blocks=kv.num_blocks,
-        step_s=step_s,
+        step_s=work.step_s,
+        step_decodes=work.step_decodes,
+        step_context=work.step_context,
+        step_prompt_tokens=work.step_prompt_tokens,
+        step_prompt_context=work.step_prompt_context,
     )

@@ -26,6 +26,7 @@ from workers.serving.streams import Streams
 from workers.serving.traces import RequestTraces
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.transports.contract import Transport
+from workers.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,13 @@ class WorkerDriver:
         clock: Callable[[], float],
         on_role_change: Callable[[Role, int], None] | None = None,
         ranks: RanksView | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._identity = identity
         self._model = model
         self._block_bytes = memory.layout.block_bytes
         self._max_num_seqs = config.max_num_seqs
+        self._max_batch_tokens = config.max_batch_tokens
         self._ranks = ranks or RanksView()
         self._post = post
         self._clock = clock
@@ -75,9 +78,17 @@ class WorkerDriver:
         """Set at every report of the engine, for those who wait for the worker to be idle."""
         observer = RequestTraces(identity.worker_id)
         self._core = WorkerCore(config, identity, memory.layout, model.fingerprint, self._describe, observer)
-        self.streams = Streams(self._handle)
+        self.streams = Streams(self._handle, config.max_routers)
         self._handoffs = Handoffs(
-            config, identity, memory, model.fingerprint, transports, self._core.counters, clock, self._handle
+            config,
+            identity,
+            memory,
+            model.fingerprint,
+            transports,
+            self._core.counters,
+            clock,
+            self._handle,
+            credentials,
         )
         self.serving = self._handoffs.transfers.serving
         self._timer: asyncio.TimerHandle | None = None
@@ -180,6 +191,7 @@ class WorkerDriver:
             is_draining=me.is_draining,
             ranks=self._ranks.ranks(),
             max_num_seqs=self._max_num_seqs,
+            max_batch_tokens=self._max_batch_tokens,
             is_rebuilding=me.is_rebuilding,
         )
 

@@ -30,6 +30,7 @@ from workers.serving.events import (
     RefuseHandoff,
 )
 from workers.transports.contract import Transport
+from workers.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ class Handoffs:
         counters: Counter[str],
         clock: Callable[[], float],
         handle: Callable[[Event], None],
+        credentials: Credentials | None = None,
     ) -> None:
         self.handle = handle
         self.transfers = Transfers(
-            config, identity, memory, fingerprint, transports, self._open_export, counters, clock
+            config, identity, memory, fingerprint, transports, self._open_export, counters, clock, credentials
         )
         self._receives: dict[int, asyncio.Task[Handoff]] = {}
         self._numbers = itertools.count(1)

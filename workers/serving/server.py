@@ -11,6 +11,8 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.serving.driver import WorkerDriver
 from workers.status import Role
+from workers.trust.gate import may_be
+from workers.trust.parties import Kind
 from workers.wire.attach_protobuf import status_to_pb
 
 
@@ -34,7 +36,9 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def Handoff(
         self, request_iterator: AsyncIterator[pb.HandoffDown], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.HandoffUp]:
-        messages = self._driver.serving.serve(request_iterator)
+        messages = self._driver.serving.serve(
+            request_iterator, lambda worker_id: may_be(context, Kind.WORKER, worker_id)
+        )
         try:
             async for message in messages:
                 yield message

@@ -7,17 +7,23 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 import grpc
 
 from workers.errors import StreamDamaged
 from workers.pb import worker_pb2 as pb
 from workers.serving.events import Event, FrameWanted, RouterAttached, RouterLeft, RouterLost, RouterSaid
+from workers.trust.gate import may_be
+from workers.trust.parties import Kind
 from workers.wire.attach import Hello, WorkerFrame
 from workers.wire.attach_protobuf import frame_to_pb, router_message_from_pb
 from workers.wire.seal import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
+
+HELLO_S = 10.0
+"""How long a stream may take to say whose it is."""
 
 
 class _Stream:
@@ -33,10 +39,12 @@ class _Stream:
 
 
 class Streams:
-    """`handle` takes an event for the core. Used from the event loop only."""
+    """`handle` takes an event for the core; at most `max_streams` are open at once. Used from the event loop only."""
 
-    def __init__(self, handle: Callable[[Event], None]) -> None:
+    def __init__(self, handle: Callable[[Event], None], max_streams: int) -> None:
         self._handle = handle
+        self._max_streams = max_streams
+        self._num_open = 0
         self._numbers = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
         self._aborting: set[asyncio.Task[None]] = set()
@@ -45,17 +53,22 @@ class Streams:
         self, incoming: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.WorkerFrame, None]:
         """One router's stream."""
+        if self._num_open >= self._max_streams:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} routers are attached already")
+        self._num_open += 1
+        try:
+            async with aclosing(self._serve(incoming, context)) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self._num_open -= 1
+
+    async def _serve(
+        self, incoming: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.WorkerFrame, None]:
         unsealer, sealer = Unsealer(), Sealer()
         messages = verified(incoming, unsealer)
-        try:
-            first = await anext(messages, None)
-        except StreamDamaged as error:
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-            return
-        hello = router_message_from_pb(first) if first is not None else None
-        if not isinstance(hello, Hello):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
-            return
+        hello = await self._hello(messages, context)
         task = asyncio.current_task()
         assert task is not None
         number = next(self._numbers)
@@ -77,6 +90,24 @@ class Streams:
             reader.cancel()
             if self._streams.pop(number, None) is not None:
                 self._handle(RouterLost(number))
+
+    async def _hello(self, messages: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext) -> Hello:
+        """The first message, of the router that the caller's certificate names; otherwise the call is aborted."""
+        hello = None
+        try:
+            async with asyncio.timeout(HELLO_S):
+                first = await anext(messages, None)
+            hello = router_message_from_pb(first) if first is not None else None
+        except StreamDamaged as error:
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+        except (TimeoutError, ValueError):
+            pass
+        if not isinstance(hello, Hello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
+        assert isinstance(hello, Hello)
+        if not may_be(context, Kind.ROUTER, hello.router_id):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is another router's")
+        return hello
 
     async def _read(self, number: int, stream: _Stream, messages: AsyncIterator[pb.RouterMessage]) -> None:
         try:

@@ -10,18 +10,23 @@ import codecs
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
+from workers.checkpoint_files import (
+    MAX_INDEX_BYTES,
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENIZER_BYTES,
+    read_bytes,
+    read_object,
+    read_text,
+)
 from workers.errors import InvalidConfig, InvalidRequest
+from workers.model.checkpoint.ernie_config import MAX_VOCABULARY, eos_ids
+from workers.text.template_sandbox import TemplateSandbox, TooCostly
 
 
 class Tokenizer:
@@ -38,15 +43,22 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._sources = dict(chat_templates)
-        environment = _template_environment()
+        self._sandbox = TemplateSandbox()
         try:
-            self._templates = {name: environment.from_string(source) for name, source in chat_templates.items()}
-        except jinja2.TemplateSyntaxError as error:
-            raise InvalidConfig(f"the chat template does not parse: {error}") from error
+            self._templates = {name: self._sandbox.from_string(source) for name, source in chat_templates.items()}
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+            reason = str(error) or "it is nested too deeply"
+            raise InvalidConfig(f"the chat template does not parse: {reason}") from error
+        for template in self._templates.values():
+            self._try(template)
         self.eos_token_ids = eos_token_ids
         to_bytes, self._num_stripped = _byte_rule(json.loads(backend.decoder.__getstate__()) if backend.decoder else {})
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCABULARY:
+            raise InvalidConfig(
+                f"the tokenizer names token id {self.vocab_size - 1}; the highest is {MAX_VOCABULARY - 1}"
+            )
         self._bytes = [b""] * self.vocab_size
         for token, token_id in vocabulary.items():
             self._bytes[token_id] = to_bytes(token)
@@ -74,7 +86,7 @@ class Tokenizer:
     def check(cls, path: str | Path) -> None:
         """Raises InvalidConfig as `load` would, but converts no SentencePiece model, which takes long: it looks for what that needs."""
         folder = Path(path)
-        if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
             cls.load(folder)
             return
         missing = [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]
@@ -108,6 +120,17 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def _try(self, template: jinja2.Template) -> None:
+        """Raises InvalidConfig when one short question takes more than a rendering's share; other refusals may be the question's."""
+        names = {**self._special_tokens, "messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True}
+        try:
+            self._sandbox.render(template, names)
+        except (TooCostly, RecursionError, MemoryError) as error:
+            reason = str(error) if isinstance(error, TooCostly) else type(error).__name__
+            raise InvalidConfig(f"the chat template does more for a short question than it may: {reason}") from error
+        except Exception:
+            return
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
@@ -140,8 +163,16 @@ class Tokenizer:
         names: dict[str, Any] = {**self._special_tokens, **chat_template_kwargs}
         names.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         try:
-            return template.render(names)
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return self._sandbox.render(template, names)
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InvalidRequest(f"the chat template cannot render these messages: {error}", "messages") from error
 
     def _visible(self, token_ids: Iterable[int], skip_special_tokens: bool) -> Iterable[bytes]:
@@ -283,41 +314,15 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The names and blank-handling that published chat templates are written for."""
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what a model wrote, for training; here it only passes its body on."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it an instance attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").exists():
         try:
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
+            return tokenizers.Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES))
+        except (InvalidConfig, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and when it panics not even that
             raise InvalidConfig(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
-    if not (folder / "tokenizer.model").is_file():
+    if not (folder / "tokenizer.model").exists():
         raise InvalidConfig(f"{folder} has neither tokenizer.json nor tokenizer.model")
     try:
         from transformers import AutoTokenizer
@@ -336,13 +341,7 @@ def _needs_packages(folder: Path, why: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InvalidConfig(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidConfig(f"{path} must hold a JSON object")
-    return content
+    return read_object(path, MAX_INDEX_BYTES) if path.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -353,11 +352,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """chat_template.jinja wins over tokenizer_config.json, where it is one template or a list of named ones."""
-    if (folder / "chat_template.jinja").is_file():
-        try:
-            return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
-        except ValueError as error:
-            raise InvalidConfig(f"{folder / 'chat_template.jinja'} is not UTF-8: {error}") from error
+    if (folder / "chat_template.jinja").exists():
+        return {"default": read_text(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES)}
     match config.get("chat_template"):
         case str(source):
             return {"default": source}
@@ -375,10 +371,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
     """What ends a generation: generation_config.json decides, else config.json, else the tokenizer's eos_token."""
     for name in ("generation_config.json", "config.json"):
-        match _read_json(folder / name).get("eos_token_id"):
-            case int(token_id):
-                return frozenset((token_id,))
-            case list(token_ids) if token_ids:
-                return frozenset(token_ids)
+        if ids := eos_ids(_read_json(folder / name).get("eos_token_id"), folder / name):
+            return frozenset(ids)
     named = backend.token_to_id(special_tokens.get("eos_token", ""))
     return frozenset() if named is None else frozenset((named,))

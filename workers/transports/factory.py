@@ -18,6 +18,7 @@ from workers.transports.nixl import NixlTransport
 from workers.transports.nixl_agent import installed
 from workers.transports.shm import ShmTransport
 from workers.transports.tcp import TcpTransport
+from workers.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def make_transports(
     listen_host: str,
     timeout_s: float,
     cache_folder: str = "",
+    credentials: Credentials | None = None,
 ) -> dict[str, Transport]:
     """{name: transport} in the order of `names`, for one worker process; close each when the worker stops.
 
@@ -69,7 +71,7 @@ def make_transports(
             case "cuda_ipc":
                 made[name] = CudaIpcTransport(memory, host)
             case "grpc":
-                made[name] = GrpcTransport(timeout_s)
+                made[name] = GrpcTransport(timeout_s, credentials=credentials)
             case _:
                 raise InvalidConfig(f"no KV transport is called {name!r}: choose from {', '.join(BEST_FIRST)}")
     return made

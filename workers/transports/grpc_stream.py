@@ -19,6 +19,10 @@ from workers.transports.links import Links
 from workers.transports.offers import decode, decode_hex, encode
 from workers.transports.push import Inboxes, PushInbox
 from workers.transports.tokens import TOKEN_BYTES, Tokens, peer_of
+from workers.trust import parties
+from workers.trust.channels import open_channel
+from workers.trust.credentials import Credentials
+from workers.trust.gate import may_be
 from workers.wire.grpc_options import kv_stream_channel
 
 CHUNK_BYTES = 1 << 20
@@ -66,11 +70,11 @@ class _Link:
 class GrpcChannel:
     """The receiver's end: reads one sender's stream on the event loop."""
 
-    def __init__(self, source: WorkerAddress, offer: bytes, timeout_s: float) -> None:
+    def __init__(self, source: WorkerAddress, offer: bytes, timeout_s: float, credentials: Credentials | None) -> None:
         self.source, self.offer = source, offer
         self.inboxes = Inboxes(self._abort, timeout_s)
         options = (*kv_stream_channel(CHUNK_BYTES + HEADER_BYTES), ("baton.kv_stream", next(_ids)))
-        self._connection = grpc.aio.insecure_channel(source.target, options=options)
+        self._connection = open_channel(source.target, options, credentials, parties.worker(source.worker_id))
         self._reading: asyncio.Task[None] | None = None
 
     async def open(self, token: bytes) -> None:
@@ -136,8 +140,11 @@ class GrpcTransport:
 
     name = "grpc"
 
-    def __init__(self, timeout_s: float, links: Links[_Link] | None = None) -> None:
+    def __init__(
+        self, timeout_s: float, links: Links[_Link] | None = None, credentials: Credentials | None = None
+    ) -> None:
         self._timeout_s = timeout_s
+        self._credentials = credentials
         self._tokens = Tokens()
         self._links: Links[_Link] = links or Links()
         self._channels: Channels[GrpcChannel] = Channels()
@@ -167,7 +174,7 @@ class GrpcTransport:
         self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes] | None:
         peer = None if self._is_closed else self._tokens.owner(token)
-        if peer is None:
+        if peer is None or not may_be(context, parties.Kind.WORKER, peer[0]):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
             return None
         try:
@@ -193,7 +200,7 @@ class GrpcTransport:
         token = decode_hex(decode(offer, {"token": str})["token"], TOKEN_BYTES)
 
         async def make() -> GrpcChannel:
-            channel = GrpcChannel(source, offer, self._timeout_s)
+            channel = GrpcChannel(source, offer, self._timeout_s, self._credentials)
             await channel.open(token)
             return channel
 

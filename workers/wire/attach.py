@@ -109,18 +109,18 @@ class WorkerLink(Protocol):
 class WorkerClient(Protocol):
     """Reaches workers."""
 
-    def attach(self, target: str, router_id: str) -> WorkerLink:
-        """Starts a stream to host:port, without waiting; a failure shows in the link's frames."""
+    def attach(self, worker: WorkerAddress, router_id: str) -> WorkerLink:
+        """Starts a stream, without waiting; a failure shows in the link's frames."""
         ...
 
-    async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
+    async def set_role(self, worker: WorkerAddress, role: Role, generation: int = 0) -> WorkerStatus:
         """Asks for a role switch; `generation` 0 means any. Raises WorkerLost, Refused or InvalidRequest."""
         ...
 
-    async def set_draining(self, target: str, is_draining: bool, generation: int = 0) -> WorkerStatus:
+    async def set_draining(self, worker: WorkerAddress, is_draining: bool, generation: int = 0) -> WorkerStatus:
         """Has the worker take no new work, or take it again. Raises WorkerLost, Refused."""
         ...
 
-    async def describe(self, target: str) -> WorkerStatus:
+    async def describe(self, worker: WorkerAddress) -> WorkerStatus:
         """Raises WorkerLost."""
         ...

@@ -46,6 +46,10 @@ def load_from_pb(message: pb.Load) -> Load:
         message.num_free_blocks,
         message.num_blocks,
         message.step_s,
+        message.step_decodes,
+        message.step_context,
+        message.step_prompt_tokens,
+        message.step_prompt_context,
     )
 
 
@@ -84,6 +88,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         ranks=[pb.RankStatus(**fields_of(rank)) for rank in status.ranks],
         is_rebuilding=status.is_rebuilding,
         max_num_seqs=status.max_num_seqs,
+        max_batch_tokens=status.max_batch_tokens,
     )
 
 
@@ -102,6 +107,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         ranks=tuple(from_fields(RankStatus, rank) for rank in message.ranks),
         is_rebuilding=message.is_rebuilding,
         max_num_seqs=message.max_num_seqs,
+        max_batch_tokens=message.max_batch_tokens,
     )
 
 

@@ -14,7 +14,10 @@ import grpc.aio
 from workers.errors import InvalidRequest, Refusal, Refused, StreamDamaged, WorkerLost
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
-from workers.status import Role, WorkerStatus
+from workers.status import Role, WorkerAddress, WorkerStatus
+from workers.trust import parties
+from workers.trust.channels import open_channel
+from workers.trust.credentials import Credentials
 from workers.wire import attach_protobuf
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
 from workers.wire.grpc_options import ROUTER_CHANNEL
@@ -52,18 +55,25 @@ class Heard:
 class GrpcWorkerLink:
     """A WorkerLink on a channel of its own."""
 
-    def __init__(self, target: str, router_id: str, max_pending_messages: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        worker: WorkerAddress,
+        router_id: str,
+        max_pending_messages: int,
+        clock: Callable[[], float],
+        credentials: Credentials | None = None,
+    ) -> None:
         """Must be made inside a running event loop."""
-        self._target = target
+        self._target = worker.target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(Hello(router_id))
         self._is_open = True
         self._sealer = Sealer()
         self._clock = clock
         self._heard = Heard()
-        self._channel = grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL)
+        self._channel = open_channel(worker.target, ROUTER_CHANNEL, credentials, parties.worker(worker.worker_id))
         self._call: Any = worker_pb2_grpc.WorkerStub(self._channel).Attach()  # type: ignore[no-untyped-call]
-        self._writer = asyncio.create_task(self._write(), name=f"to-{target}")
+        self._writer = asyncio.create_task(self._write(), name=f"to-{worker.worker_id}")
 
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         try:
@@ -126,32 +136,35 @@ class GrpcWorkerClient:
         max_pending_messages: int = 4096,
         timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        credentials: Credentials | None = None,
     ) -> None:
         self._clock = clock
+        self._credentials = credentials
         self._max_pending_messages = max_pending_messages
         self._timeout_s = timeout_s
 
-    def attach(self, target: str, router_id: str) -> GrpcWorkerLink:
-        return GrpcWorkerLink(target, router_id, self._max_pending_messages, self._clock)
+    def attach(self, worker: WorkerAddress, router_id: str) -> GrpcWorkerLink:
+        return GrpcWorkerLink(worker, router_id, self._max_pending_messages, self._clock, self._credentials)
 
-    async def set_role(self, target: str, role: Role, generation: int = 0) -> WorkerStatus:
+    async def set_role(self, worker: WorkerAddress, role: Role, generation: int = 0) -> WorkerStatus:
         request = pb.SetRoleRequest(role=role.value, generation=generation)
-        return await self._call(target, "SetRole", request)
+        return await self._call(worker, "SetRole", request)
 
-    async def set_draining(self, target: str, is_draining: bool, generation: int = 0) -> WorkerStatus:
+    async def set_draining(self, worker: WorkerAddress, is_draining: bool, generation: int = 0) -> WorkerStatus:
         request = pb.SetDrainingRequest(is_draining=is_draining, generation=generation)
-        return await self._call(target, "SetDraining", request)
+        return await self._call(worker, "SetDraining", request)
 
-    async def describe(self, target: str) -> WorkerStatus:
-        return await self._call(target, "Describe", pb.DescribeRequest())
+    async def describe(self, worker: WorkerAddress) -> WorkerStatus:
+        return await self._call(worker, "Describe", pb.DescribeRequest())
 
-    async def _call(self, target: str, method: str, request: Any) -> WorkerStatus:
-        async with grpc.aio.insecure_channel(target, options=ROUTER_CHANNEL) as channel:
+    async def _call(self, worker: WorkerAddress, method: str, request: Any) -> WorkerStatus:
+        peer = parties.worker(worker.worker_id)
+        async with open_channel(worker.target, ROUTER_CHANNEL, self._credentials, peer) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             try:
                 return attach_protobuf.status_from_pb(await getattr(stub, method)(request, timeout=self._timeout_s))
             except grpc.aio.AioRpcError as error:
-                raise _error_from(target, error) from error
+                raise _error_from(worker.target, error) from error
 
 
 def _error_from(target: str, error: grpc.aio.AioRpcError) -> InvalidRequest | Refused | WorkerLost:

@@ -23,7 +23,7 @@ _QUERY_TILE = 128
 class RooflineCost:
     """Implements profile.StepCost for one worker: `parallel.size` ranks that compute one step together.
 
-    Not less for more of anything. `layout` was checked by workers.model.parallel.
+    Not less for more of anything. `layout` was checked by workers.model.parallel.layout.
     """
 
     accelerator: Accelerator

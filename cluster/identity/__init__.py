@@ -1,0 +1,1 @@
+"""Makes certificates: the authority of a cluster, and files of its processes."""

@@ -1,0 +1,29 @@
+"""What a client wants of a request beside its tokens: how soon, with whom, and whether to be told why it went where it went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xxhash
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Seconds; 0: not said. None of these changes a token, and no worker hears of them."""
+
+    ttft_s: float = 0.0
+    """From arrival to the first token, at most."""
+    tpot_s: float = 0.0
+    """Between two tokens, on average, at most."""
+    session: int = 0
+    """Requests that belong together have the same number; 0: it belongs to none."""
+    explain: bool = False
+    """Say what was considered when it was routed."""
+
+
+NO_WISHES = Wishes()
+
+
+def session_number(name: str) -> int:
+    """The number of a session that a client calls so; 0 for the empty name."""
+    return xxhash.xxh3_64_intdigest(name.encode()) if name else 0

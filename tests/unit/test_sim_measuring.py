@@ -1,0 +1,124 @@
+"""Measuring a worker for the simulator: kinds of steps, contexts that were never computed, overheads of real processes, and the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from cluster.sim.measuring.fake_workers import FakeModel
+from cluster.sim.measuring.overheads import HANDOFF_HOPS, ROUTER_HOPS, _made_of, measure_overheads
+from cluster.sim.measuring.skipping import SkippingRunner
+from cluster.sim.measuring.steps import StepKind, StepMeter, step_kinds, undisturbed
+from cluster.sim.profiles.files import load_profile
+from cluster.sim.profiles.fitted import MeasuredStep
+from workers.config import WorkerConfig
+from workers.kv_memory.memory import KvLayout
+from workers.runner import Batch, FakeRunner
+from workers.text.tokenizer import Tokenizer
+
+MODEL = "models/ernie-4.5-tiny"
+LAYOUT = KvLayout(num_blocks=512, num_layers=2, num_kv_heads=1, block_size=64, head_dim=16, dtype="float32", itemsize=4)
+
+
+class Watched(FakeRunner):
+    """Keeps the shapes of the batches that were really computed: tokens and contexts of prompts, contexts of decodes."""
+
+    shapes: list[tuple[list[tuple[int, int]], list[int]]]
+
+    def execute(self, batch: Batch, on_layer: Any = None) -> Any:
+        self.shapes.append(
+            ([(len(piece.token_ids), piece.start) for piece in batch.prefill], [piece.start for piece in batch.decode])
+        )
+        return super().execute(batch)
+
+
+def test_each_kind_of_step_is_computed_as_it_is_named_and_leaves_nothing() -> None:
+    config = WorkerConfig(MODEL, prefix_cache=False, max_num_seqs=16, max_batch_tokens=256)
+    model = FakeModel(Tokenizer.load(MODEL), LAYOUT, 8192, 1000)
+    watched = Watched(model.runner.kv_memory, 1000)
+    watched.shapes = []
+    runner = model.runner = SkippingRunner(watched)  # type: ignore[assignment]
+    meter = StepMeter(config, model, runner)
+    kinds = step_kinds(config, 4096, LAYOUT.num_blocks)
+    assert any(kind.prefill_context for kind in kinds) and any(
+        kind.prefill_tokens and kind.num_decodes for kind in kinds
+    )
+    for kind in kinds:
+        watched.shapes.clear()
+        step = meter.measure(kind)
+        assert step.seconds > 0 and meter.num_held_blocks == 0, kind
+        assert (step.prefill_tokens, step.num_decodes) == (kind.prefill_tokens, kind.num_decodes)
+        prompts, decodes = watched.shapes[-1]
+        assert prompts == ([(kind.prefill_tokens, kind.prefill_context)] if kind.prefill_tokens else [])
+        assert len(decodes) == kind.num_decodes
+        # Sequences that began first have grown a little while the others were put in place.
+        assert sum(decodes) == pytest.approx(step.decode_attended, rel=0.1, abs=kind.num_decodes * 8)
+        assert len(watched.shapes) <= 6, "no context was computed"
+    meter.close()
+
+
+def test_other_programs_only_make_steps_longer() -> None:
+    def step(seconds: float) -> MeasuredStep:
+        return MeasuredStep(1, 1, 0, 0, seconds)
+
+    rounds = [[step(a), step(b)] for a, b in ((9, 1.1), (1.2, 8), (1.0, 1.0), (1.1, 7), (8, 9))]
+    assert [kind.seconds for kind in undisturbed(rounds)] == [1.1, 1.1]
+    assert undisturbed([[step(3.0)]]) == (step(3.0),)
+
+
+def test_a_handoff_is_hops_and_bytes() -> None:
+    lengths, token_bytes, hop, rate = [64, 6400], 1000, 0.001, 1e9
+    here = [0.004, 0.010]
+    over = [base + HANDOFF_HOPS * hop + length * token_bytes / rate for base, length in zip(here, lengths, strict=True)]
+    found = _made_of(lengths, here, over, token_bytes, "shm")
+    assert found.router_s == pytest.approx(0.004 / ROUTER_HOPS)
+    assert found.control_latency_s == pytest.approx(hop) and found.transfer_latency_s == pytest.approx(hop)
+    assert found.transfer_bytes_per_s == pytest.approx(rate)
+    noisy = _made_of(lengths, here, [0.009, 0.009], token_bytes, "shm")
+    assert noisy.control_latency_s > 0 and noisy.transfer_bytes_per_s > 0
+
+
+def test_overheads_come_from_real_processes() -> None:
+    found = measure_overheads(MODEL, replace(LAYOUT), 2048, 1000, 2, lambda text: None)
+    assert found.transport == "shm" and 0 < found.router_s < 5 and 0 < found.control_latency_s < 5
+    assert found.transfer_bytes_per_s > 1e3
+    assert [length for length, _, _ in found.samples] == [64, 496, 992, 1984]
+
+
+def test_a_published_profile_is_written_to_be_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.json"
+    assert main(["profile", "--published", "h200:21B-A3B:fp8:tp1", "--out", str(out)]) == 0
+    assert load_profile(str(out)).name == "h200:21B-A3B:fp8:tp1"
+    assert main(["profile", "--published", "h200:0.3B"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "0.3B"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--published", "h200:300B-A47B"], "does not fit"),
+        (["--rounds", "0"], "--rounds must be from 1 to 1000"),
+        (["--beside", "-1"], "--beside must be from 0 to 64"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--out", "no/such/folder/f.json"], "names a folder that does not exist"),
+        (["--published", "h200:0.3B", "--out", "no/such/folder/f.json"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said
+
+
+def test_kinds_fit_the_pool() -> None:
+    config = WorkerConfig(MODEL, max_num_seqs=8)
+    for num_blocks in (24, 64, 4096):
+        kinds = step_kinds(config, 8192, num_blocks)
+        assert all(kind.room_tokens(512) <= num_blocks * 64 for kind in kinds)
+        assert max((kind.num_decodes for kind in kinds), default=0) <= 8
+    assert StepKind(num_decodes=4, decode_context=512).num_skips(512) == 4
