@@ -48,7 +48,7 @@ def case_of(seed: int) -> tuple[Settings, list[TraceRequest], list[Fault]]:
         seed=seed,
         num_parts=rng.choice((1, 4)),
         max_leap_s=rng.choice((0.0, 0.3, 1.0)),
-        check_interval=rng.choice((1, 10, 50)),
+        check_interval=rng.choice((5, 20, 100)),
         router={"max_migrations": 4, "rebalance_gap": rng.choice((2, 8)), "rebalance_cooldown_s": 0.5},
         worker={"orphan_grace_s": rng.choice((0.0, 5.0, 30.0)), "max_kept_tokens": rng.choice((16, 8192))},
     )

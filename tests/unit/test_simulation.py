@@ -46,11 +46,15 @@ def test_every_request_gets_its_own_tokens_and_leaves_nothing_behind() -> None:
     assert run.counters["cached_tokens"] > 0
 
 
-@pytest.mark.parametrize("split", [{"num_prefill": 1, "num_decode": 2}, {"num_mixed": 2}])
-def test_many_steps_at_once_change_no_outcome(split: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("split", "policy"),
+    [({"num_prefill": 1, "num_decode": 2}, "prefix_affinity"), ({"num_mixed": 2}, "least_loaded")],
+)
+def test_many_steps_at_once_change_no_outcome(split: dict[str, int], policy: str) -> None:
+    """Under policies that do not learn from how long steps take; those that do hear of fewer steps."""
     trace = small_trace(2, Recipe(requests=80, rate=10.0, prompt=1500, output=150, pause=1.0, hangups=0.1))
-    one_by_one = Simulation(Settings(**split, max_leap_s=0.0), trace).run()
-    together = Simulation(Settings(**split, max_leap_s=1.0), trace).run()
+    one_by_one = Simulation(Settings(**split, max_leap_s=0.0, router={"policy": policy}), trace).run()
+    together = Simulation(Settings(**split, max_leap_s=1.0, router={"policy": policy}), trace).run()
     assert outcomes(together) == outcomes(one_by_one)
     assert together.num_steps == one_by_one.num_steps
     assert together.num_events < one_by_one.num_events / 2
@@ -87,7 +91,7 @@ def test_a_pool_that_has_lost_count_of_a_block_is_found_out() -> None:
 
 def test_random_faults_break_no_promise() -> None:
     """A slice of `make soak`."""
-    failures = [why for seed in range(1, 25) if (why := try_seed(seed))]
+    failures = [why for seed in range(1, 13) if (why := try_seed(seed))]
     assert not failures, "\n\n".join(failures)
 
 
