@@ -154,7 +154,7 @@ def _built(config: type, defaults: dict[str, Any], given: dict[str, Any]) -> dic
     """The settings that were given, with their types, once they have been checked. Raises InvalidConfig."""
     from cluster.settings import build
 
-    built = build(config, {"model": "simulated", **defaults, **given})
+    built: Any = build(config, {"model": "simulated", **defaults, **given})
     return {name: getattr(built, name) for name in given}
 
 
