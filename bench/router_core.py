@@ -22,6 +22,7 @@ import uvloop
 from machine_facts import machine_facts
 
 from router.api.answer import Answer, Services
+from router.api.bodies import OpenBodies
 from router.api.chat import ChatShape
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
@@ -166,7 +167,8 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     status = WorkerStatus("decode-0", GENERATION, Role.MIXED, MODEL, ROOM)
     link.put(link.sealed(WorkerFrame(GENERATION, status=status)))
     await settle()
-    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), ApiConfig(), Metrics(driver))
+    config = ApiConfig()
+    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), config, Metrics(driver), OpenBodies(config))
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     sent = due = 0
     is_sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
