@@ -36,6 +36,7 @@ class Refusal(StrEnum):
     RATE_LIMITED = "rate_limited"
     NO_WORKERS = "no_workers"
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    TARGET_MISSED = "target_missed"
     WORKER_LOST = "worker_lost"
     WRONG_ROLE = "wrong_role"
     STALE_GENERATION = "stale_generation"
