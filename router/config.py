@@ -36,6 +36,9 @@ class RouterConfig:
     """Requests on workers at once."""
     max_attempts: Count = 5
     """Attempts of one request in a row that bring no token before it is given up."""
+    max_lost_workers: Count = 2
+    """Workers that may be lost one after the other while they run one request, and before it gets another token: it may be what kills
+    them, and is given up."""
     retry_backoff_s: Delay = 0.1
     """Wait before the second re-run in a row (the first is immediate); doubles each time."""
     max_retry_backoff_s: Delay = 2.0

@@ -37,6 +37,8 @@ class Refusal(StrEnum):
     NO_WORKERS = "no_workers"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     WORKER_LOST = "worker_lost"
+    WORKERS_DIED = "workers_died"
+    """One worker after the other was lost while it ran the request, which may be the cause."""
     WRONG_ROLE = "wrong_role"
     STALE_GENERATION = "stale_generation"
     DRAINING = "draining"
