@@ -114,7 +114,7 @@ class Link:
     """A stream of frames as bytes, such as gRPC brings; what goes down is kept."""
 
     def __init__(self) -> None:
-        self._frames: asyncio.Queue[bytes] = asyncio.Queue()
+        self._next: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._sealer = Sealer()
         self.submitted: list[str] = []
 
@@ -123,12 +123,14 @@ class Link:
         return written
 
     def put(self, written: bytes) -> None:
-        self._frames.put_nowait(written)
+        """For a link that waits for its next frame."""
+        self._next.set_result(written)
 
     async def frames(self) -> AsyncIterator[WorkerFrame]:
         unsealer = Unsealer()
         while True:
-            message = pb.WorkerFrame.FromString(await self._frames.get())
+            message = pb.WorkerFrame.FromString(await self._next)
+            self._next = asyncio.get_running_loop().create_future()
             unsealer.check(message)
             yield frame_from_pb(message)
 
@@ -167,11 +169,14 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     await settle()
     services = Services(driver, Tokenizer.load(str(CHECKPOINT)), ApiConfig(), Metrics(driver))
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
-    sent = 0
+    sent = due = 0
+    is_sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def send(message: Any) -> None:
         nonlocal sent
         sent += message.get("body", b"").count(b"data: {")
+        if sent == due and not is_sent.done():
+            is_sent.set_result(None)
 
     async def receive() -> Any:
         await asyncio.Event().wait()
@@ -191,10 +196,11 @@ async def token_s(num_streams: int, num_steps: int) -> float:
         load = Load(num_running=num_streams, num_free_blocks=1 << 20, num_blocks=1 << 20)
         frames.append(link.sealed(WorkerFrame(GENERATION, tuple(outputs), load)))
     start_s = time.thread_time()
-    for frame in frames:
+    for frame in frames:  # one step at a time, as workers send them
+        due += num_streams
+        is_sent = asyncio.get_running_loop().create_future()
         link.put(frame)
-        for _ in range(6):  # one step at a time, as workers send them
-            await asyncio.sleep(0)
+        await is_sent
     await asyncio.gather(*tasks)
     spent_s = time.thread_time() - start_s
     await driver.stop()

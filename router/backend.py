@@ -39,7 +39,7 @@ class OutputStream(Protocol):
     """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason."""
 
     def take(self, wake: Callable[[], None]) -> Output | None:
-        """What waits, as one output. None: nothing does; `wake` is then called once, when something does.
+        """What waits, as one output. None: nothing does. `wake` is called once when there is more, until the end has been taken.
 
         Raises what ended the stream before its time.
         """

@@ -14,6 +14,7 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
     Attach,
+    Command,
     Deliver,
     Detach,
     Event,
@@ -187,30 +188,35 @@ class RouterDriver:
 
     def _handle(self, event: Event) -> Reject | None:
         """Feeds an event, and those that carrying out its commands brings up. Returns the rejection, if there is one."""
-        rejection: Reject | None = None
-        events: deque[Event] = deque([event])
-        while events:
-            for command in self._core.handle(events.popleft(), self._clock()):
-                match command:
-                    case Deliver(output):
-                        self._deliver(output, events)
-                    case Send(worker_id, connection, message):
-                        link = self._links.get(connection)
-                        if link is None or not link.send(message):
-                            events.append(WorkerDetached(worker_id, connection, "its send queue is full"))
-                    case Attach():
-                        task = asyncio.create_task(self._read(command), name=f"router-{command.worker_id}")
-                        self._readers[command.connection] = task
-                        task.add_done_callback(self._closing.discard)
-                    case Detach(_, connection):
-                        self._detach(connection)
-                    case Reject():
-                        rejection = command
-                    case _:
-                        assert_never(command)
+        brought_up: deque[Event] = deque()
+        rejection = self._carry_out(self._core.handle(event, self._clock()), brought_up)
+        while brought_up:
+            self._carry_out(self._core.handle(brought_up.popleft(), self._clock()), brought_up)
         if not isinstance(event, FrameArrived) or event.frame.status is not None:
             self._status_changed.set()
             self._status_changed.clear()
+        return rejection
+
+    def _carry_out(self, commands: list[Command], brought_up: deque[Event]) -> Reject | None:
+        rejection: Reject | None = None
+        for command in commands:
+            match command:
+                case Deliver(output):
+                    self._deliver(output, brought_up)
+                case Send(worker_id, connection, message):
+                    link = self._links.get(connection)
+                    if link is None or not link.send(message):
+                        brought_up.append(WorkerDetached(worker_id, connection, "its send queue is full"))
+                case Attach():
+                    task = asyncio.create_task(self._read(command), name=f"router-{command.worker_id}")
+                    self._readers[command.connection] = task
+                    task.add_done_callback(self._closing.discard)
+                case Detach(_, connection):
+                    self._detach(connection)
+                case Reject():
+                    rejection = command
+                case _:
+                    assert_never(command)
         return rejection
 
     def _deliver(self, output: Output, events: deque[Event]) -> None:

@@ -6,6 +6,7 @@ A `connection` numbers one attempt to keep a stream to one worker: what an old c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
@@ -23,8 +24,9 @@ class WorkersChanged:
     addresses: tuple[WorkerAddress, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class FrameArrived:
+class FrameArrived(NamedTuple):
+    """A tuple, as the frame is."""
+
     worker_id: str
     connection: int
     frame: WorkerFrame
@@ -92,9 +94,8 @@ class Send:
     message: Submit | Cancel | Adopt | DumpRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """An output for the client; the last one has a finish_reason."""
+class Deliver(NamedTuple):
+    """An output for the client; the last one has a finish_reason. A tuple, as the output is."""
 
     output: Output
 

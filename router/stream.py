@@ -39,8 +39,8 @@ class RequestStream:
 
     def take(self, wake: Callable[[], None]) -> Output | None:
         waiting = self._waiting
+        self._wake = wake
         if not waiting:
-            self._wake = wake
             return None
         self._waiting, self._num_tokens = [], 0
         output = waiting[0] if len(waiting) == 1 else merged(waiting)

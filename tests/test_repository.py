@@ -65,6 +65,7 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
 
 
 PURE = (
+    "workers/state_table.py",
     "workers/scheduler",
     "workers/kv_cache",
     "workers/handoff/protocol/transfer.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class Role(StrEnum):
@@ -61,9 +62,8 @@ class PrefixHint:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A worker's load after a step; counts at one instant."""
+class Load(NamedTuple):
+    """A worker's load after a step; counts at one instant. A tuple, as Output is: one is made for every step."""
 
     num_waiting: int = 0
     num_running: int = 0
@@ -82,6 +82,11 @@ class Load:
     step_prompt_tokens: int = 0
     step_prompt_context: int = 0
     """Tokens that the step's prompt tokens looked back at, each at its own: a chunk of n tokens after m others has n * (m + n / 2)."""
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """All but what is said of the step itself."""
+        return self[:6]
 
 
 class Tier(IntEnum):

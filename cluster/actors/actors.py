@@ -18,6 +18,7 @@ from cluster.membership.following import follow_members
 from cluster.membership.membership import ROUTERS, Registration, Superseded
 from cluster.membership.registration import Registrar, number_start
 from cluster.membership.roles import desired_draining, desired_role
+from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreUnavailable
@@ -137,11 +138,13 @@ class WorkerActor(Actor):
         store: StoreConfig,
         namespace: str,
         tls: TlsConfig,
+        clock: SteadyTime,
         factory: WorkerFactory | None = None,
         secret: str = "",
     ) -> None:
         self._secret = secret
         self._tls = tls
+        self._clock = clock
         self._group_address: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
         self._config, self._role, self._store_config, self._namespace = config, role, store, namespace
         self._factory = factory
@@ -184,7 +187,7 @@ class WorkerActor(Actor):
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
         store = open_store(self._store_config, self._namespace)
-        start = await _insist(lambda: number_start(store, self._name, time.time()))
+        start = await _insist(lambda: number_start(store, self._name, self._clock.now_s()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
         self._tls.check_host(self._config.host)
         more: dict[str, Any] = {"plan": self._plan_group()} if self._secret else {}

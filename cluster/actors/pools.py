@@ -14,6 +14,7 @@ from cluster.actors.actors import RouterActor, WorkerActor, WorkerFactory
 from cluster.actors.placement import NoRoom, bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.actors.ranks import RankActor
 from cluster.config import ClusterConfig
+from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
 from cluster.store.host import STORE_HOST_NAME, StoreHost
 from workers.errors import InvalidConfig
@@ -26,6 +27,7 @@ class Pools:
     def __init__(self, config: ClusterConfig, here: bool = False) -> None:
         self._config = config
         self._here = here
+        self._clock = SteadyTime.here()
         self._ranks: dict[str, list[Any]] = {}
         """Held, as Ray ends an actor that nobody holds: the followers of each worker, and their placement group."""
         self._groups: dict[str, PlacementGroup] = {}
@@ -97,6 +99,7 @@ class Pools:
                 config.store,
                 config.ray.namespace,
                 config.tls,
+                self._clock,
                 factory,
                 secret,
             )

@@ -44,6 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="processes that compute the same model meanwhile, as the machine's other workers will; default: 0",
     )
+    parser.add_argument(
+        "--engine-only",
+        action="store_true",
+        help="leave out what serving adds to steps, which takes two more processes with the model",
+    )
     add_cluster_flags(parser)
     parser.set_defaults(run=run)
 
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise InvalidConfig(f"--out {args.out} names a folder that does not exist")
     progress = Progress()
-    found = measure(worker, args.rounds, args.beside, progress.say)
+    found = measure(worker, args.rounds, args.beside, not args.engine_only, progress.say)
     name = args.name or f"{found.info.name} {worker.dtype} on {worker.device}"
     _write(found.document(name), args.out)
     progress.say(summary(found))
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def summary(found: MeasuredWorker) -> str:
     """What was found, in a few lines."""
     over, fit = found.overheads, found.fit
-    cost = fit.cost
+    cost = found.cost
     decode = ", ".join(f"{batch}: {cost.step_s(0, 0, batch, batch * 512) * 1000:.2f} ms" for batch in (1, 8, 32))
     chunk = found.config.max_batch_tokens
     prefill = chunk / cost.step_s(chunk, chunk * (chunk + 1) // 2, 0, 0)

@@ -19,6 +19,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Ray kills actors when the host's memory is nearly full, whoever fills it: router and workers, for a stranger's sake.
     "RAY_memory_monitor_refresh_ms": "0",
+    # start_timeout_s decides: a dashboard is some ten processes, which a busy host starts slowly.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DEDUP_LOGS": "1",

@@ -60,4 +60,5 @@ def _router_status(status: RouterStatus) -> dict[str, Any]:
 
 def _worker_status(status: WorkerStatus) -> dict[str, Any]:
     """The generation is text: it takes more digits than a JavaScript number, or jq's, holds."""
-    return dataclasses.asdict(status) | {"counters": dict(status.counters), "generation": str(status.generation)}
+    written = dataclasses.asdict(status) | {"counters": dict(status.counters), "generation": str(status.generation)}
+    return written | {"load": status.load._asdict()}

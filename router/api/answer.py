@@ -60,11 +60,12 @@ class Shape(Protocol):
         """A chunk up to the opening bracket of its choices."""
         ...
 
-    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        """The entry of `choices` that shows one output; the choice's first, which may be long, when it is not announced yet.
+    def first_piece(self, choice: Choice, output: Output) -> Iterable[str]:
+        """The entry of `choices` that shows a choice's first output; may be long."""
+        ...
 
-        Empty when nothing is to be shown, which the first one never is.
-        """
+    def piece(self, choice: Choice, output: Output) -> str:
+        """The entry of `choices` that shows a later output; empty when there is nothing to show yet."""
         ...
 
     def extras(self, choice: Choice) -> Iterable[str]:
@@ -242,28 +243,31 @@ class ChunkWriter:
         self._shape = shape
         self._progress = progress
         self._head = "data: " + shape.head()
+        self._end = (',"usage":null' if job.include_usage else "") + "}\n\n"
 
     def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
         """One event in parts, to be taken before the next one is asked for; none when the output has nothing to show yet."""
-        job = self._job
-        is_first = not choice.is_announced
-        if is_first and not (output.token_ids or output.finish_reason):
+        if choice.is_announced:
+            if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
+                return ()
+            piece = self._shape.piece(choice, output)
+            return (f"{self._head}{piece}]{self._ending()}",) if piece else ()
+        if not (output.token_ids or output.finish_reason):
             return ()  # of the prompt only
-        if not is_first and not (output.text or output.finish_reason or output.logprobs or job.return_token_ids):
-            return ()
-        piece = self._shape.piece(choice, output)
-        if not piece:
-            return ()
-        about = self._shape.extras(choice) if is_first else ()
+        first, about = self._shape.first_piece(choice, output), self._shape.extras(choice)
         choice.is_announced = True
-        extras = ""
-        if job.continuous_usage:
-            extras += f',"usage":{sse.to_json(self._progress.usage())}'
-        elif job.include_usage:
-            extras += ',"usage":null'
-        if job.trace and not job.include_usage and not self._progress.num_unfinished:
-            extras += f',"baton":{sse.to_json(self._progress.trace())}'
-        return chain((self._head,), piece, ("]",), about, (f"{extras}}}\n\n",))
+        return chain((self._head,), first, ("]",), about, (self._ending(),))
+
+    def _ending(self) -> str:
+        """What follows the choices of a chunk: the same for most of them."""
+        job, progress = self._job, self._progress
+        is_traced = job.trace and not job.include_usage and not progress.num_unfinished
+        if not (job.continuous_usage or is_traced):
+            return self._end
+        extras = f',"usage":{sse.to_json(progress.usage())}' if job.continuous_usage else ""
+        if is_traced:
+            extras += f',"baton":{sse.to_json(progress.trace())}'
+        return f"{extras}}}\n\n"
 
     def last_chunk(self) -> str:
         """The chunk without choices that ends a stream with include_usage; otherwise empty."""

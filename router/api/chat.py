@@ -48,19 +48,19 @@ class ChatShape:
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
 
-    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        role = "" if choice.is_announced else '"role":"assistant",'
-        logprobs = (
-            "null" if self._job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
-        )
-        if self._job.speech.form.has_tags:
+    def first_piece(self, choice: Choice, output: Output) -> Iterable[str]:
+        return (self.piece(choice, output, '"role":"assistant",'),)
+
+    def piece(self, choice: Choice, output: Output, role: str = "") -> str:
+        job = self._job
+        if job.speech.form.has_tags:
             delta, end = self._read(choice, output)
             if not delta:
-                return ()
+                return ""
         else:
-            end = end_of_piece(self._job, output)
-            delta = f'{{{role}"content":{to_json(output.text)}}}'
-        return (f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}',)
+            delta, end = f'{{{role}"content":{to_json(output.text)}}}', end_of_piece(job, output)
+        logprobs = "null" if job.logprobs is None else to_json({"content": self._logprobs.content(output.logprobs)})
+        return f'{{"index":{choice.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{end}}}'
 
     def _read(self, choice: Choice, output: Output) -> tuple[str, str]:
         """Delta and end of a piece whose text is read; no delta: there is nothing to be shown yet."""

@@ -47,14 +47,12 @@ class CompletionShape:
     def head(self) -> str:
         return f'{to_json(self._fixed())[:-1]},"choices":['
 
-    def piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        if not choice.is_announced:
-            return self._first_piece(choice, output)
+    def piece(self, choice: Choice, output: Output) -> str:
         end, text = end_of_piece(self._job, output), to_json(output.text)
         logprobs = "null" if self._job.logprobs is None else to_json(self._scores(choice, [output]))
-        return (f'{{"index":{choice.index},"text":{text},"logprobs":{logprobs},"finish_reason":{end}}}',)
+        return f'{{"index":{choice.index},"text":{text},"logprobs":{logprobs},"finish_reason":{end}}}'
 
-    def _first_piece(self, choice: Choice, output: Output) -> Iterator[str]:
+    def first_piece(self, choice: Choice, output: Output) -> Iterator[str]:
         yield f'{{"index":{choice.index},"text":{to_json(self._echo(choice) + output.text)},"logprobs":'
         yield from json_parts(None if self._job.logprobs is None else self._scores(choice, [output]))
         yield f',"finish_reason":{end_of_piece(self._job, output)}'

@@ -23,13 +23,14 @@ class Generation:
     """The output streams of one job. What is not read waits in the streams, which bound it. Used by one task."""
 
     def __init__(self, streams: list[OutputStream], heartbeat_s: float | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         self._streams = streams
         self._wakes = [partial(self._wake, place) for place in range(len(streams))]
         self._ready = list(range(len(streams)))
         """Streams that may have something."""
         self._reader: asyncio.Future[None] | None = None
         self._heartbeat_s = heartbeat_s
-        self._written_s = asyncio.get_running_loop().time()
+        self._written_s = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self.is_heartbeat_due = False
         """Nothing was written for as long as a heartbeat's interval."""
@@ -58,23 +59,22 @@ class Generation:
     async def next_batch(self) -> list[tuple[int, Output]]:
         """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
         while True:
-            ready, self._ready = self._ready, []
             batch: list[tuple[int, Output]] = []
-            for place in ready:
-                output = self._streams[place].take(self._wakes[place])
-                if output is not None:
-                    batch.append((place, output))
-                    if output.finish_reason is None:
-                        self._ready.append(place)
+            if self._ready:
+                ready, self._ready = self._ready, []
+                for place in ready:
+                    output = self._streams[place].take(self._wakes[place])
+                    if output is not None:
+                        batch.append((place, output))
             if batch or self.is_heartbeat_due:
                 return batch
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
 
     def wrote(self) -> None:
         """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
         self.is_heartbeat_due = False
-        self._written_s = asyncio.get_running_loop().time()
+        self._written_s = self._loop.time()
 
     def close(self) -> None:
         """Closes every stream; once is enough."""
@@ -92,14 +92,13 @@ class Generation:
         """One timer per interval and job, not per output: it only looks when something was last written."""
         if self._heartbeat_s is None:
             return
-        loop = asyncio.get_running_loop()
-        left_s = self._written_s + self._heartbeat_s - loop.time()
+        left_s = self._written_s + self._heartbeat_s - self._loop.time()
         if left_s <= 0:
             self.is_heartbeat_due = True
             if self._reader is not None and not self._reader.done():
                 self._reader.set_result(None)
             left_s = self._heartbeat_s
-        self._timer = loop.call_later(left_s, self._watch_silence)
+        self._timer = self._loop.call_later(left_s, self._watch_silence)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], is_sent: Callable[[], bool]) -> T:

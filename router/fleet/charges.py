@@ -57,13 +57,16 @@ class Charges:
             self.num_blocks -= charge.num_blocks
             self.prefill_tokens -= charge.prefill_tokens
 
-    def settle(self, now: float) -> None:
-        """A load report arrived."""
+    def settle(self, now: float) -> bool:
+        """A load report arrived. True: it contains what was charged until now."""
+        has_settled = False
         while self._open:
             wire_id, oldest = next(iter(self._open.items()))
             if now - oldest.sent_s < self._settle_s:
-                return
+                break
             self._settle(wire_id)
+            has_settled = True
+        return has_settled
 
     def clear(self) -> None:
         for wire_id in [*self._open, *self._owed]:

@@ -134,9 +134,9 @@ class WorkerEntry:
         if load is not None:
             if load.step_s != self.load.step_s and load.step_s > 0:
                 self._show_step(load)
-            self.load = load
-            self.charges.settle(now)
-            self.show_load()
+            before, self.load = self.load, load
+            if self.charges.settle(now) or load.counts != before.counts or frame.status is not None:
+                self.show_load()
 
     def _show_step(self, load: Load) -> None:
         """Writes to the table how long the worker's last step took, for whoever learns from it."""

@@ -184,11 +184,12 @@ class Flights:
             self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
             return
         accepted = flight.accept(output)
+        if isinstance(accepted, Output):
+            self._deliver(flight, accepted, now)
+            if flight.incoming is not None:
+                self.migrations.check(flight, now)
+            return
         match accepted:
-            case Output():
-                self._deliver(flight, accepted, now)
-                if flight.incoming is not None:
-                    self.migrations.check(flight, now)
             case Mismatch.REPEAT:
                 self._counters["repeated_outputs"] += 1
             case Mismatch.CONFLICT:

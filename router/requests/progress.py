@@ -119,9 +119,9 @@ class Flight:
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first
         self.has_scores |= bool(output.prompt_logprobs)
-        accepted = Output(self.request.request_id, position, *output[2:])
+        accepted = Output._make((self.request.request_id, *output[1:]))
         if skip:
-            accepted = accepted._replace(token_ids=token_ids, logprobs=output.logprobs[skip:])
+            accepted = accepted._replace(position=position, token_ids=token_ids, logprobs=output.logprobs[skip:])
         if not is_first and (output.cached_tokens or output.handoff):
             accepted = accepted._replace(cached_tokens=0, handoff=None)
         return accepted

@@ -122,14 +122,9 @@ class FakeStream:
         self._request = request
         self._steps = iter(steps)
         self._next: Step | None = None
-        self._has_just_spoken = False
         self._is_over = False
 
     def take(self, wake: Callable[[], None]) -> Output | None:
-        if self._has_just_spoken:  # a step a turn of the loop
-            self._has_just_spoken = False
-            asyncio.get_running_loop().call_soon(wake)
-            return None
         step = self._next or next(self._steps)
         self._next = None
         if isinstance(step, Hang):
@@ -141,7 +136,8 @@ class FakeStream:
             self._is_over = True
             raise step
         self._is_over = step.finish_reason is not None
-        self._has_just_spoken = True
+        if not self._is_over:  # a step a turn of the loop
+            asyncio.get_running_loop().call_soon(wake)
         return step
 
     def close(self) -> None:

@@ -129,6 +129,12 @@ class Group:
         self.ranks[rank] = self.pool.take()
         self._start(rank)
 
+    def wait_whole(self) -> None:
+        """Until all ranks serve. Says who was lost and how its process ended, where they never do."""
+        if not self.runner.wait_serving(WAIT_S):
+            ended = {rank: process.process.exitcode for rank, process in self.ranks.items()}
+            raise AssertionError(f"the group is not whole: lost {self.lost}, exit codes {ended}")
+
     def wait_lost(self, count: int = 1) -> list[tuple[int, str]]:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.lost) >= count, WAIT_S), "no rank was found lost"

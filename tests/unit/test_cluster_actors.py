@@ -209,7 +209,7 @@ def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
     assert joined.returncode == 0, joined.stderr
     found = json.loads(joined.stdout)
     assert leaks(found["path"], found["folder"]) == []
-    assert [entry for entry in found["path"] if (Path(entry) / "cluster" / "actors.py").is_file()], "Baton is found"
+    assert [entry for entry in found["path"] if (Path(entry) / "cluster" / "cli.py").is_file()], "Baton is found"
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), PRIVATE_NAMES)

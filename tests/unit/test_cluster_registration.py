@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +20,7 @@ from cluster.membership.roles import (
     forget_role,
     resolve_role,
 )
+from cluster.membership.steady_time import SteadyTime
 from cluster.store.memory import MemoryStore
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
@@ -79,6 +82,15 @@ async def test_a_clock_that_was_set_back_gives_a_higher_number_all_the_same() ->
     store = MemoryStore()
     before = await number_start(store, "decode-0", 2000.0)
     assert await number_start(store, "decode-0", 1000.0) == before + 1
+
+
+async def test_a_clock_that_was_set_back_while_the_store_died_gives_a_higher_number_too() -> None:
+    clock = SteadyTime.here()
+    before = await number_start(MemoryStore(), "decode-0", clock.now_s())
+    year_ago = time.time() - 365 * 86400
+    after = await number_start(MemoryStore(), "decode-0", clock.now_s(wall=lambda: year_ago))
+    assert after >= before
+    assert replace(clock, boot_id="another host's").now_s(wall=lambda: year_ago) == year_ago
 
 
 async def test_an_older_start_can_neither_register_nor_keep_nor_remove_the_newer_ones_lease() -> None:

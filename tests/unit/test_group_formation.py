@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.errors import InvariantViolated
 from workers.group.formation import (
     AbortEpoch,
     BecameReady,
@@ -113,13 +111,6 @@ def test_a_rank_that_speaks_but_never_ends_its_step_is_expelled() -> None:
     (expel,) = formation.handle(Tick(), 52)
     assert isinstance(expel, Expel) and expel.rank == 2
     assert formation.handle(Tick(), 53) == []
-
-
-def test_an_illegal_move_raises_and_changes_nothing() -> None:
-    formation = group()
-    with pytest.raises(InvariantViolated):
-        formation._move(State.SERVING, 0)
-    assert formation.state is State.GATHERING
 
 
 EVENTS = st.one_of(

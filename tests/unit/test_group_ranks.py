@@ -290,6 +290,7 @@ def test_all_ranks_take_a_role_at_one_step_boundary_and_a_replacement_takes_it_t
         group.ranks[3].signal(KILL)
         group.wait_lost()
         group.replace(3)
+        group.wait_whole()
         assert only_tokens(generate(group.runner, work)) == golden
     finally:
         roles = group.stop()

@@ -8,7 +8,7 @@ import pytest
 from builders import fake_layout
 from handoff_wire import accepted, opening
 
-from workers.errors import InvariantViolated, Refusal
+from workers.errors import Refusal
 from workers.handoff.copier import describe_pieces
 from workers.handoff.protocol import source_session as src
 from workers.handoff.protocol import target_session as tgt
@@ -21,7 +21,7 @@ from workers.handoff.protocol.messages import (
     ReleaseHandoff,
     UseTransport,
 )
-from workers.handoff.protocol.transfer import LEGAL, Lease, Transfer, TransferState
+from workers.handoff.protocol.transfer import Lease, TransferState
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 
@@ -62,21 +62,21 @@ def test_a_lease_names_the_moment_to_look_again() -> None:
     assert lease.next_deadline_s == 15.5
 
 
-def test_illegal_moves_raise_and_change_nothing() -> None:
-    for state, legal in LEGAL.items():
-        for other in TransferState:
-            transfer = Transfer(Lease(5), state)
-            if other in legal:
-                transfer.move(other)
-                assert transfer.state is other
-            else:
-                with pytest.raises(InvariantViolated):
-                    transfer.move(other)
-                assert transfer.state is state
+def test_a_choice_that_was_not_offered_ends_it_and_what_comes_later_changes_nothing() -> None:
     session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
     reason = "the receiver chose 'telepathy', which was not offered"
     assert session.handle(UseTransport("telepathy"), 0) == [src.Send(CancelHandoff(reason)), src.Release(reason)]
     assert session.handle(ReleaseHandoff(), 0) == []
+
+
+def test_a_receiver_that_asks_for_everything_again_and_again_is_given_up() -> None:
+    session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
+    session.open(0)
+    for epoch in range(src.MAX_EPOCH + 1):
+        assert not any(isinstance(c, src.Release) for c in session.handle(UseTransport("grpc", epoch), 0))
+    reason = f"the receiver chose epoch {src.MAX_EPOCH + 1} of at most {src.MAX_EPOCH}"
+    again = session.handle(UseTransport("grpc", src.MAX_EPOCH + 1), 0)
+    assert again == [src.Send(CancelHandoff(reason)), src.Release(reason)]
 
 
 def test_a_release_of_what_never_started_is_a_failure() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from workers.errors import InvariantViolated
 from workers.handoff.mailbox import Letterbox, time_left
 from workers.wire.grpc_client import UNHEARD_S, Heard
 
 
 async def test_an_event_comes_in_order_and_nothing_comes_when_the_time_is_up() -> None:
-    box: Letterbox[str] = Letterbox(capacity=2)
+    box: Letterbox[str] = Letterbox(capacity=2, max_waiting=3)
     box.post("a")
     box.post("b")
     assert [await box.next(0.0), await box.next(-1.0), await box.next(0.0)] == ["a", "b", None]
@@ -17,6 +20,21 @@ async def test_an_event_comes_in_order_and_nothing_comes_when_the_time_is_up() -
     await asyncio.sleep(0)
     box.post("c")
     assert await waiting == "c"
+
+
+async def test_a_bound_that_does_not_hold_fails_the_reader_and_holds_up_no_poster() -> None:
+    box: Letterbox[int] = Letterbox(capacity=1, max_waiting=3)
+    for number in range(5):
+        box.post(number)
+    assert len(box) == 3
+    with pytest.raises(InvariantViolated, match="more than 3 events"):
+        await box.next()
+    empty: Letterbox[int] = Letterbox(capacity=1, max_waiting=0)
+    waiting = asyncio.ensure_future(empty.next())
+    await asyncio.sleep(0)
+    empty.post(1)
+    with pytest.raises(InvariantViolated):
+        await waiting
 
 
 def test_a_deadline_is_told_by_the_clock_of_whoever_asks() -> None:

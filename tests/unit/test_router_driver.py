@@ -218,7 +218,7 @@ def test_outputs_that_wait_become_one_and_each_is_copied_once() -> None:
     assert copied == [1] * 1000
 
 
-def test_a_reader_is_woken_once_and_only_while_it_waits() -> None:
+def test_a_reader_is_woken_once_for_all_that_comes_after_it_took_something() -> None:
     woken: list[int] = []
     left: list[str] = []
     stream = RequestStream("r", 8, left.append)
@@ -228,8 +228,9 @@ def test_a_reader_is_woken_once_and_only_while_it_waits() -> None:
     assert woken == [1]
     output = stream.take(lambda: woken.append(2))
     assert output is not None and output.token_ids == (1, 2)
-    stream.push(Output("r", 2, (3,), finish_reason=FinishReason.LENGTH))
-    assert woken == [1]
+    stream.push(Output("r", 2, (3,)))
+    stream.push(Output("r", 3, (4,), finish_reason=FinishReason.LENGTH))
+    assert woken == [1, 2]
     assert stream.take(lambda: None) is not None
     stream.close()
     assert left == []

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from cluster.sim.measuring.fake_workers import FakeModel
 from cluster.sim.measuring.overheads import HANDOFF_HOPS, ROUTER_HOPS, _made_of, measure_overheads
+from cluster.sim.measuring.serving import ServedPrompt, ServedStep, ServedTimes, measure_serving, with_serving
 from cluster.sim.measuring.skipping import SkippingRunner
 from cluster.sim.measuring.steps import StepKind, StepMeter, step_kinds, undisturbed
+from cluster.sim.measuring.worker_process import FakeModel
 from cluster.sim.profiles.files import load_profile
-from cluster.sim.profiles.fitted import MeasuredStep
+from cluster.sim.profiles.fitted import FittedCost, MeasuredStep, Parts
 from workers.config import WorkerConfig
 from workers.kv_memory.memory import KvLayout
 from workers.runner import Batch, FakeRunner
@@ -122,3 +123,35 @@ def test_kinds_fit_the_pool() -> None:
         assert all(kind.room_tokens(512) <= num_blocks * 64 for kind in kinds)
         assert max((kind.num_decodes for kind in kinds), default=0) <= 8
     assert StepKind(num_decodes=4, decode_context=512).num_skips(512) == 4
+
+
+def test_what_serving_adds_is_a_line_that_makes_nothing_cheaper() -> None:
+    cost = FittedCost(Parts(decode_step_s=1e-3, decode_s=1e-4, prefill_token_s=1e-5))
+    decodes = tuple(
+        ServedStep(batch, cost.step_s(0, 0, batch, 0) + 3e-4 + batch * 2e-5, cost.step_s(0, 0, batch, 0))
+        for batch in (1, 4, 16)
+    )
+    prompts = tuple(ServedPrompt(n, -(-n // 512), 1 + -(-n // 512) * 2e-3 + n * 1e-6, 1.0) for n in (128, 512, 1024))
+    parts = with_serving(cost, ServedTimes(decodes, prompts)).parts
+    assert parts.decode_step_s == pytest.approx(1.3e-3) and parts.decode_s == pytest.approx(1.2e-4)
+    assert parts.prefill_step_s == pytest.approx(2e-3) and parts.prefill_token_s == pytest.approx(1.1e-5)
+    assert with_serving(cost, ServedTimes()) == cost
+    faster = tuple(replace(each, served_s=each.engine_s / 2) for each in decodes)
+    sooner = tuple(replace(each, served_s=each.expected_s / 2) for each in prompts)
+    assert with_serving(cost, ServedTimes(faster, sooner)) == cost
+
+
+def test_real_workers_are_measured_as_a_router_sees_them() -> None:
+    cost = FittedCost(Parts(step_s=1e-6))
+    config = WorkerConfig(MODEL, max_num_seqs=4, max_batch_tokens=64, kv_memory_bytes=64 << 20)
+    found = measure_serving(config, cost, 0.0, 1000)
+    assert [each.num_decodes for each in found.decodes] == [1, 2, 4]
+    assert all(0 < each.engine_s < each.served_s < 10 for each in found.decodes)
+    assert [(each.num_tokens, each.num_steps) for each in found.prompts] == [
+        (16, 1),
+        (32, 1),
+        (64, 1),
+        (128, 2),
+        (192, 3),
+    ]
+    assert all(each.expected_s < each.served_s < 10 for each in found.prompts)

@@ -136,7 +136,7 @@ outputs = st.builds(Output, **progress, **no_end) | st.builds(
 )
 addresses = st.builds(WorkerAddress, worker_id=text, generation=u64, target=text)
 hints = st.builds(PrefixHint, addresses, u32)
-loads = st.builds(Load, *[u32] * 3, u64, u32, u32, f64)
+loads = st.builds(Load, *[u32] * 3, u64, u32, u32, f64, u32, u64, u32, u64)
 kv_events = st.builds(KvEvent, u64, tuples(u64), tuples(u64), st.booleans(), tuples(st.sampled_from(Tier)))
 models = st.builds(ModelInfo, text, text, u32, u32, u32)
 statuses = st.builds(

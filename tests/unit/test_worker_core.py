@@ -112,6 +112,20 @@ def test_what_is_not_taken_is_answered_at_once_with_the_reason() -> None:
     ]  # fmt: skip
 
 
+def test_what_an_engine_that_is_far_behind_does_not_take_is_refused_by_name() -> None:
+    story = WorkerStory()
+    story.attach(1)
+    number = story.submit(1, "r")
+    story.tell(events.NotAdded(number))
+    assert story.last(1).refusal is Refusal.QUEUE_FULL and story.core.is_idle
+    (opened,) = story.ask(1, Prompt(PROMPT), 2)
+    assert isinstance(opened, events.AcceptHandoff)
+    story.tell(events.HandoffBegun(1))
+    story.tell(events.NotAdded(story.taken(Add)[-1].sequence_id))
+    (broken,) = story.fed(1)
+    assert isinstance(broken, Broken) and broken.is_ours
+
+
 # ---- what the worker is ----
 
 
@@ -251,6 +265,17 @@ def test_a_dump_goes_to_the_router_that_asked_and_the_others_go_on_with_events()
     for heard in (first, second):
         assert [event.sequence for event in heard] == list(range(1, len(heard) + 1))  # no gap
         assert [event.reset for event in heard] == [True] + [False] * (len(heard) - 1)
+
+
+def test_a_dump_that_is_on_its_way_is_not_asked_for_again() -> None:
+    story = WorkerStory()
+    story.attach(1, dump=None)
+    for _ in range(3):
+        story.ask_for_dump(1)
+    assert story.taken(DumpKv) == [DumpKv(1)]
+    story.step(dump=(1,), askers=[1])
+    story.ask_for_dump(1)
+    assert len(story.taken(DumpKv)) == 2
 
 
 def test_a_router_that_is_too_far_behind_for_events_gets_one_dump() -> None:

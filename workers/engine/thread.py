@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_COMMANDS = 4096
+"""While so many wait, the step under way has taken so long that no new sequence is taken."""
+
 STALL_CHECK_S = 0.5
 """A thread whose sequences all wait for somebody else looks again after this long at the latest."""
 
@@ -45,8 +48,8 @@ class EngineThread:
     """`on_report` is called on `loop` after every step that changed something, `on_layers` in the middle of a step that fills
     layers for another worker. Commands take effect in order.
 
-    The command queue is bounded by the callers: each sequence has at most a handful of commands, and the number of
-    sequences is bounded by the scheduler's queue.
+    At most MAX_COMMANDS wait to be taken, and for each sequence that was added the few that concern it: those are always taken, so
+    nobody who waits for what they bring about waits in vain.
     """
 
     def __init__(
@@ -69,11 +72,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        self._engine.on_tiers_ready(lambda: self.post(Wake()))
+        self._engine.on_tiers_ready(lambda: self._commands.put(Wake()))
         self._thread.start()
 
-    def post(self, command: EngineCommand) -> None:
+    def post(self, command: EngineCommand) -> bool:
+        """False, and nothing happens: a new sequence, and too many commands wait."""
+        if isinstance(command, Add | AddMigrant) and self._commands.qsize() >= MAX_COMMANDS:
+            return False
         self._commands.put(command)
+        return True
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the thread after the step under way."""

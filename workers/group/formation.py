@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from workers.errors import InvariantViolated
+from workers.state_table import Rule, StateTable
 
 
 class State(Enum):
@@ -15,13 +15,6 @@ class State(Enum):
     """All ranks meet in the store."""
     SERVING = auto()
     """Steps run."""
-
-
-_LEGAL: dict[State, frozenset[State]] = {
-    State.GATHERING: frozenset({State.FORMING}),
-    State.FORMING: frozenset({State.SERVING, State.GATHERING}),
-    State.SERVING: frozenset({State.GATHERING}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +104,17 @@ class Expel:
 Command = FormEpoch | AbortEpoch | Serve | ReportLost | Expel
 
 
+class Turn(Enum):
+    """What the events amount to."""
+
+    ALL_READY = auto()
+    """Every rank is there and idle."""
+    ALL_FORMED = auto()
+    """Every rank has met the others."""
+    BREAK = auto()
+    """A rank is lost, or its part has failed or takes too long."""
+
+
 @dataclass(slots=True)
 class Formation:
     """Progress of a group of `size` ranks, `tensor` of which share a pool. Its owner serializes the calls of `handle`."""
@@ -141,11 +145,12 @@ class Formation:
             case BecameReady(rank):
                 if rank in self.members:
                     self.ready.add(rank)
-                return self._form(now)
+                is_whole = self.state is State.GATHERING and len(self.ready) >= self.size
+                return self._take(Turn.ALL_READY, now) if is_whole else []
             case HasFormed(rank, epoch):
                 return self._has_formed(rank, epoch, now)
             case Broke(_, epoch, message):
-                return self._break(message, now) if epoch == self.epoch else []
+                return self._take(Turn.BREAK, now, message) if epoch == self.epoch else []
             case Gone(rank, reason):
                 return self._lose(rank, reason, now) if rank in self.members else []
             case StepBegan(number):
@@ -163,52 +168,61 @@ class Formation:
         self.lost_pools.clear()
         return lost
 
-    def _form(self, now: float) -> list[Command]:
-        if self.state is not State.GATHERING or len(self.ready) < self.size:
-            return []
-        self._move(State.FORMING, now)
+    def _take(self, turn: Turn, now: float, message: str = "") -> list[Command]:
+        step = FORMATION.step(self.state, turn)
+        if step.to is not self.state:
+            self.state, self._since_s = step.to, now
+        commands: list[Command] = step.action(self, message) if step.action else []
+        return commands
+
+    def _form(self, message: str) -> list[Command]:
+        """Have all ranks meet in the next epoch."""
         self.epoch += 1
         self.ready.clear()
         self._formed.clear()
         self._computing.clear()
         return [FormEpoch(self.epoch)]
 
+    def _serve(self, message: str) -> list[Command]:
+        """Steps may run."""
+        return [Serve(self.epoch)]
+
+    def _abort(self, message: str) -> list[Command]:
+        """Have all ranks leave the epoch."""
+        return [AbortEpoch(self.epoch, message)]
+
     def _has_formed(self, rank: int, epoch: int, now: float) -> list[Command]:
         if self.state is not State.FORMING or epoch != self.epoch:
             return []
         self._formed.add(rank)
-        if len(self._formed) < self.size:
-            return []
-        self._move(State.SERVING, now)
-        return [Serve(epoch)]
-
-    def _break(self, message: str, now: float) -> list[Command]:
-        if self.state is State.GATHERING:
-            return []
-        self._move(State.GATHERING, now)
-        return [AbortEpoch(self.epoch, message)]
+        return self._take(Turn.ALL_FORMED, now) if len(self._formed) == self.size else []
 
     def _lose(self, rank: int, reason: str, now: float) -> list[Command]:
         self.members.discard(rank)
         self.ready.discard(rank)
         self.lost_pools.add(rank // self.tensor)
-        return [ReportLost(rank, reason), *self._break(f"rank {rank} is lost: {reason}", now)]
+        return [ReportLost(rank, reason), *self._take(Turn.BREAK, now, f"rank {rank} is lost: {reason}")]
 
     def _look(self, now: float) -> list[Command]:
         elapsed = now - self._since_s
         if self.state is State.FORMING and elapsed > self.form_timeout_s:
-            return self._break(f"the ranks did not meet within {self.form_timeout_s} s", now)
+            return self._take(Turn.BREAK, now, f"the ranks did not meet within {self.form_timeout_s} s")
         if self.state is State.SERVING and self._computing and elapsed > self.step_timeout_s:
             # its peers wait for it and are late too: only one that has not even failed when the epoch ends is at fault
-            return self._break(f"step {self._step} did not end within {self.step_timeout_s} s", now)
+            return self._take(Turn.BREAK, now, f"step {self._step} did not end within {self.step_timeout_s} s")
         if self.state is State.GATHERING and self.epoch and elapsed > self.step_timeout_s:
             stuck = sorted(self._computing & self.members - self.ready - {0})
             self._computing -= set(stuck)
             return [Expel(rank, f"it did not leave epoch {self.epoch}") for rank in stuck]
         return []
 
-    def _move(self, state: State, now: float) -> None:
-        if state not in _LEGAL[self.state]:
-            raise InvariantViolated(f"a group cannot go from {self.state.name} to {state.name}")
-        self.state = state
-        self._since_s = now
+
+FORMATION: StateTable[State] = StateTable(
+    "a group of ranks",
+    (
+        Rule((State.GATHERING,), (Turn.ALL_READY,), State.FORMING, Formation._form),
+        Rule((State.FORMING,), (Turn.ALL_FORMED,), State.SERVING, Formation._serve),
+        Rule((State.FORMING, State.SERVING), (Turn.BREAK,), State.GATHERING, Formation._abort),
+        Rule((State.GATHERING,), (Turn.BREAK,), None),
+    ),
+)

@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from typing import Generic, TypeVar
 
+from workers.errors import InvariantViolated
+
 E = TypeVar("E")
 
 
@@ -13,11 +15,13 @@ class Letterbox(Generic[E]):
     """Events in order, for one reader on one event loop.
 
     `put` waits while `capacity` events wait to be read. `post` does not, so it is for events whose number something else
-    bounds: the answers to the reader's own commands.
+    bounds: the answers to the reader's own commands. `max_waiting` says that bound; when it does not hold, which is a fault of
+    ours, no poster waits or fails: the reader does.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, max_waiting: int) -> None:
+        self._capacity, self._max_waiting = capacity, max_waiting
+        self._is_overrun = False
         self._events: deque[E] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -26,7 +30,10 @@ class Letterbox(Generic[E]):
         return len(self._events)
 
     def post(self, event: E) -> None:
-        self._events.append(event)
+        if len(self._events) < self._max_waiting:
+            self._events.append(event)
+        else:
+            self._is_overrun = True
         _wake(self._reader)
 
     async def put(self, event: E) -> None:
@@ -37,7 +44,9 @@ class Letterbox(Generic[E]):
         self.post(event)
 
     def next_now(self) -> E | None:
-        """The next event, if one waits."""
+        """The next event, if one waits. Raises InvariantViolated when more waited than can be."""
+        if self._is_overrun:
+            raise InvariantViolated(f"more than {self._max_waiting} events of a handoff waited to be read")
         if not self._events:
             return None
         event = self._events.popleft()
@@ -45,8 +54,8 @@ class Letterbox(Generic[E]):
         return event
 
     async def next(self, timeout_s: float | None = None) -> E | None:
-        """The next event; None when it has not come within `timeout_s` (None: waits for ever)."""
-        if not self._events:
+        """The next event; None when it has not come within `timeout_s` (None: waits for ever). Raises as `next_now`."""
+        if not self._events and not self._is_overrun:
             loop = asyncio.get_running_loop()
             self._reader = reader = loop.create_future()
             timer = None

@@ -13,8 +13,9 @@ from workers.errors import TransferFailed
 from workers.handoff.copier import INLINE_BYTES, describe_pieces
 from workers.handoff.mailbox import Letterbox, time_left
 from workers.handoff.protobuf import down_from_pb, then_to_pb, up_to_pb
-from workers.handoff.protocol.messages import Done, HandoffUp
+from workers.handoff.protocol.messages import Done, HandoffUp, KvPieces
 from workers.handoff.protocol.source_session import (
+    MAX_EPOCH,
     Broken,
     Described,
     Filled,
@@ -92,17 +93,18 @@ class SourceDriver:
         self._transfer_id = transfer_id
         self._generation = generation
         self._clock = clock
-        self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS)
+        # Each piece fills once, and is described and sent at most once an epoch.
+        most = MAX_EVENTS + 4 * (MAX_EPOCH + 1) * (session.cut.num_pieces + 1)
+        self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS, most)
         self._takes_batches = takes_batches
-        self._out: Letterbox[HandoffUp | None] = Letterbox(MAX_EVENTS)
-        """Bounded by the window, one heartbeat a second and the lease."""
+        self._out: Letterbox[HandoffUp | None] = Letterbox(MAX_EVENTS, most)
         self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0
         self.checksum_s = 0.0
         self.reason = ""
 
     def post(self, event: SourceEvent) -> None:
-        """An event from the export or from the worker; bounded by the pieces of the transfer."""
+        """An event from the export or from the worker; bounded by the pieces of the transfer, for each is said once."""
         self._events.post(event)
 
     async def run(self, incoming: AsyncIterator[pb.HandoffDown], export: Export) -> None:
@@ -115,7 +117,9 @@ class SourceDriver:
                 while pending:
                     match pending.popleft():
                         case Send(message):
-                            self._out.post(message)
+                            # What waits for a receiver that does not read says as much as a heartbeat.
+                            if not (self._out and isinstance(message, KvPieces) and not message.pieces):
+                                self._out.post(message)
                         case SendPieces() as command:
                             for known in self._start_sending(command):  # before whatever waits to be said after it
                                 pending += self._session.handle(known, self._clock())

@@ -16,6 +16,7 @@ from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.protobuf import down_to_pb, up_from_pb
 from workers.handoff.protocol.messages import Done, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
+    MAX_DEGRADATIONS,
     Broken,
     Close,
     Closed,
@@ -73,7 +74,9 @@ class TargetDriver:
         self._transfer_id = transfer_id
         self._clock = clock
         self._generation = session.opening.target.generation
-        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS)
+        # Each piece is collected at most once an epoch.
+        most = MAX_EVENTS + 4 * (MAX_DEGRADATIONS + 1) * (session.cut.num_pieces + 1)
+        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS, most)
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()

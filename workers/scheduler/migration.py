@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workers.errors import Refusal, Refused
 from workers.scheduler.scheduler import Scheduler
-from workers.scheduler.sequence import Export, Sequence, State
+from workers.scheduler.sequence import Export, Sequence, State, Turn
 
 MAX_BLOCKS_PER_STEP = 32
 """A pool in device memory copies what is announced, so a long sequence is announced over several steps."""
@@ -61,7 +61,7 @@ def advance_export(sequence: Sequence, block_size: int) -> Ready | None:
     export.num_filled = min(max(full, first), first + MAX_BLOCKS_PER_STEP)
     is_caught_up = export.num_filled >= full
     if export.is_due and is_caught_up:
-        sequence.move(State.MOVING)
+        sequence.take(Turn.HALT)
         end = -(-sequence.num_computed // block_size)
         return Ready(first, end, True, True)
     if sequence.num_computed + 1 > export.num_blocks * block_size:
@@ -74,7 +74,7 @@ def resume(sequence: Sequence) -> None:
     """The migration came to nothing: the sequence goes on here as if it had never been tried."""
     sequence.export = None
     if sequence.state is State.MOVING:
-        sequence.move(State.DECODING)
+        sequence.take(Turn.RESUME)
 
 
 def reserve_migrant(scheduler: Scheduler, sequence: Sequence, longest: int) -> None:

@@ -11,7 +11,7 @@ from workers.kv_cache.manager import BlockTable, KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
 from workers.scheduler.preemption import choose_victim
-from workers.scheduler.sequence import Kind, Sequence, State
+from workers.scheduler.sequence import Effect, Kind, Sequence, State, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Scheduler:
                 self.kv.plan_pull(sequence.table, sequence.hint.num_blocks)
             self.kv.promote(sequence.table)
             if not _is_promoted(sequence):
-                sequence.move(State.PROMOTING)
+                sequence.take(Turn.PROMOTE)
                 promotions.append(sequence)
                 continue
             self._begin(sequence, transfers)
@@ -113,7 +113,7 @@ class Scheduler:
         self.counters.prefill_tokens += num_tokens
         self.kv.publish_prompt(sequence.table, sequence.num_computed)
         if sequence.num_computed == sequence.num_prompt:
-            sequence.move(State.HELD if sequence.kind is Kind.SOURCE else State.DECODING)
+            sequence.take(Turn.HOLD if sequence.kind is Kind.SOURCE else Turn.GO_ON)
 
     def computed_decode(self, sequence: Sequence) -> None:
         sequence.num_computed += 1
@@ -144,7 +144,7 @@ class Scheduler:
 
         Full prompt blocks were written by the prefill path wherever they come from, so they may be published.
         """
-        sequence.move(State.DECODING)
+        sequence.take(Turn.LAND)
         sequence.num_computed = num_computed
         if sequence.kind is Kind.MIGRANT:
             sequence.kind = Kind.LOCAL
@@ -158,7 +158,7 @@ class Scheduler:
         if not self._admit(sequence, room=num_tokens - sequence.num_prompt):
             raise Refused(Refusal.QUEUE_FULL, "the worker's KV pool is full", 1.0)
         self.active.append(sequence)
-        sequence.move(State.TRANSFERRING)
+        sequence.take(Turn.DELEGATE)
 
     def pulled(self, sequence: Sequence, num_blocks: int) -> None:
         """Of the blocks asked of another worker so many are in place and verified; nobody writes into them any more."""
@@ -167,8 +167,7 @@ class Scheduler:
 
     def prefill_here(self, sequence: Sequence) -> None:
         """No transfer came about: the reserved blocks are computed locally."""
-        sequence.move(State.PREFILLING)
-        sequence.kind = Kind.LOCAL
+        self._take(sequence, Turn.FALL_BACK)
 
     def lose_pool(self, pool: int) -> list[Sequence]:
         """The content of a pool's blocks is gone: what ran there starts again and replays its known tokens.
@@ -180,24 +179,19 @@ class Scheduler:
         stuck = []
         for sequence in affected:
             if sequence.state in (State.DECODING, State.PREFILLING) and sequence.kind is not Kind.SOURCE:
-                self._preempt(sequence)
+                self._take(sequence, Turn.PREEMPT)
             else:
                 stuck.append(sequence)
         return stuck
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence in any state and frees its blocks."""
+        self._take(sequence, Turn.FINISH)
         sequence.export = None
-        if sequence.state is State.WAITING:
-            self.waiting.remove(sequence)
-        else:
-            self.active.remove(sequence)
-            self.kv.release(sequence.table)
-        sequence.move(State.FINISHED)
 
     def end(self, sequence: Sequence) -> None:
         """Ends a sequence that a step is running; its blocks are freed by `finish` when that step is done."""
-        sequence.move(State.ENDING)
+        sequence.take(Turn.END)
 
     def _schedule_decodes(self, budget: int) -> list[SequenceSlice]:
         chosen: dict[int, SequenceSlice] = {}
@@ -211,7 +205,7 @@ class Scheduler:
                     pool = self.kv.pool_of(sequence.table)
                     victim = choose_victim(s for s in self.active if self.kv.pool_of(s.table) == pool)
                     chosen.pop(victim.sequence_id, None)
-                    self._preempt(victim)
+                    self._take(victim, Turn.PREEMPT)
                 else:
                     chosen[sequence.sequence_id] = sequence.decode_slice()
                     break
@@ -245,10 +239,10 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.counters.cached_tokens += sequence.num_computed
         if self._may_go_elsewhere(sequence):
-            sequence.move(State.TRANSFERRING)
+            sequence.take(Turn.DELEGATE)
             transfers.append(sequence)
         else:
-            sequence.move(State.PREFILLING)
+            sequence.take(Turn.COMPUTE)
 
     def _may_go_elsewhere(self, sequence: Sequence) -> bool:
         """Whether another worker computes what is not yet computed of its prompt, or would if no cache had a part of it."""
@@ -258,18 +252,34 @@ class Scheduler:
             and sequence.num_uncomputed_prompt > self.limits.local_prefill_tokens
         )
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Frees the blocks; the prompt is computed again and the known tokens are replayed. Ends a migration."""
-        sequence.export = None
+    def _take(self, sequence: Sequence, turn: Turn) -> None:
+        """Raises InvariantViolated, and changes nothing, when that must not happen to it."""
+        match sequence.take(turn):
+            case Effect.LEAVE_QUEUE:
+                self.waiting.remove(sequence)
+            case Effect.FREE:
+                self._free(sequence)
+            case Effect.START_AGAIN:
+                self._free(sequence)
+                self._start_again(sequence)
+            case Effect.STAY:
+                sequence.kind = Kind.LOCAL
+            case None:
+                pass
+
+    def _free(self, sequence: Sequence) -> None:
         self.active.remove(sequence)
         self.kv.release(sequence.table)
+
+    def _start_again(self, sequence: Sequence) -> None:
+        """The prompt is computed again and the known tokens are replayed. Ends a migration."""
+        sequence.export = None
         sequence.table = BlockTable()
         sequence.num_computed = sequence.num_drawn = 0
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
         if sequence.kind is Kind.TARGET:
             sequence.kind = Kind.LOCAL
-        sequence.move(State.WAITING)
         self._enqueue(sequence)
 
     def _enqueue(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""One request's progress through the engine; plain data with a table of legal states."""
+"""One request's progress through the engine: plain data, and a table of what leads from state to state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from workers.errors import InvariantViolated
 from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import SampleSpec, SequenceSlice
 from workers.sampling.edits import EditTracker, LogitEdits, changes_logits
+from workers.state_table import Rule, StateTable
 from workers.status import PrefixHint
 
 
@@ -33,17 +33,64 @@ class State(Enum):
     FINISHED = auto()
 
 
-_LEGAL: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.PROMOTING, State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
-    State.PROMOTING: frozenset({State.TRANSFERRING, State.PREFILLING, State.FINISHED}),
-    State.TRANSFERRING: frozenset({State.DECODING, State.PREFILLING, State.FINISHED}),
-    State.PREFILLING: frozenset({State.DECODING, State.HELD, State.WAITING, State.ENDING, State.FINISHED}),
-    State.DECODING: frozenset({State.WAITING, State.MOVING, State.ENDING, State.FINISHED}),
-    State.MOVING: frozenset({State.DECODING, State.FINISHED}),
-    State.HELD: frozenset({State.FINISHED}),
-    State.ENDING: frozenset({State.FINISHED}),
-    State.FINISHED: frozenset(),
-}
+class Turn(Enum):
+    """What happens to a sequence."""
+
+    PROMOTE = auto()
+    """It has its blocks, and waits for lower tiers or another worker to fill the first of them."""
+    DELEGATE = auto()
+    """It has its blocks, and another worker computes its prompt into them."""
+    COMPUTE = auto()
+    """It has its blocks, and its prompt is computed here."""
+    FALL_BACK = auto()
+    """The other worker does not compute its prompt."""
+    LAND = auto()
+    """What another worker computed is in its blocks."""
+    GO_ON = auto()
+    """Its prompt has been computed, and it decodes here."""
+    HOLD = auto()
+    """Its prompt has been computed for another worker."""
+    PREEMPT = auto()
+    """Others need its blocks, or what they held is lost."""
+    HALT = auto()
+    """Another worker has nearly all of it."""
+    RESUME = auto()
+    """The other worker does not take it over."""
+    END = auto()
+    """It has ended in a step that is still running."""
+    FINISH = auto()
+    """It has ended, or nobody wants it any more."""
+
+
+class Effect(Enum):
+    """What the scheduler does about it."""
+
+    LEAVE_QUEUE = "it leaves the queue"
+    FREE = "its blocks are freed"
+    START_AGAIN = "its blocks are freed, and it queues to start again with the tokens that it has"
+    STAY = "it is computed here from now on"
+
+
+_RUNS = (State.PREFILLING, State.DECODING)
+_HAS_BLOCKS = (State.PROMOTING, State.TRANSFERRING, *_RUNS, State.MOVING, State.HELD, State.ENDING)
+SEQUENCE: StateTable[State] = StateTable(
+    "a sequence",
+    (
+        Rule((State.WAITING,), (Turn.PROMOTE,), State.PROMOTING),
+        Rule((State.WAITING, State.PROMOTING), (Turn.DELEGATE,), State.TRANSFERRING),
+        Rule((State.WAITING, State.PROMOTING), (Turn.COMPUTE,), State.PREFILLING),
+        Rule((State.TRANSFERRING,), (Turn.FALL_BACK,), State.PREFILLING, Effect.STAY),
+        Rule((State.TRANSFERRING,), (Turn.LAND,), State.DECODING),
+        Rule((State.PREFILLING,), (Turn.GO_ON,), State.DECODING),
+        Rule((State.PREFILLING,), (Turn.HOLD,), State.HELD),
+        Rule(_RUNS, (Turn.PREEMPT,), State.WAITING, Effect.START_AGAIN),
+        Rule((State.DECODING,), (Turn.HALT,), State.MOVING),
+        Rule((State.MOVING,), (Turn.RESUME,), State.DECODING),
+        Rule(_RUNS, (Turn.END,), State.ENDING),
+        Rule((State.WAITING,), (Turn.FINISH,), State.FINISHED, Effect.LEAVE_QUEUE),
+        Rule(_HAS_BLOCKS, (Turn.FINISH,), State.FINISHED, Effect.FREE),
+    ),
+)
 
 
 class Kind(Enum):
@@ -120,11 +167,12 @@ class Sequence:
     def num_uncomputed_prompt(self) -> int:
         return max(0, self.num_prompt - self.num_computed)
 
-    def move(self, state: State) -> None:
-        """Raises InvariantViolated, and changes nothing, when the table does not allow it."""
-        if state not in _LEGAL[self.state]:
-            raise InvariantViolated(f"sequence {self.sequence_id} cannot go from {self.state.name} to {state.name}")
-        self.state = state
+    def take(self, turn: Turn) -> Effect | None:
+        """What is to be done about it. Raises InvariantViolated, and changes nothing, when the table has no rule for it."""
+        step = SEQUENCE.step(self.state, turn)
+        self.state = step.to
+        effect: Effect | None = step.action
+        return effect
 
     def sample_spec(self, num_ahead: int = 0) -> SampleSpec:
         """How to draw output token number `num_drawn`, or one so many further on."""

@@ -24,7 +24,7 @@ from workers.serving import events
 from workers.serving.exports import Exports
 from workers.serving.fetches import Fetches
 from workers.serving.observer import Observer, Unobserved
-from workers.serving.requests import Requests
+from workers.serving.requests import QUEUE_IS_FULL, Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Load, WorkerStatus
@@ -89,6 +89,9 @@ class WorkerCore:
             case events.RouterLost(session):
                 self._sessions.lose(session)
                 out += self._requests.lose_router(session, now)
+            case events.NotAdded(sequence_id):
+                out += self._requests.not_added(sequence_id, now)
+                out += self._exports.failed(sequence_id, QUEUE_IS_FULL)
             case events.LayersReported(layers):
                 out += self._exports.layers_filled(layers)
             case events.HandoffAsked():

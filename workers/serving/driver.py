@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from workers.config import WorkerConfig
-from workers.engine.commands import EngineCommand
+from workers.engine.commands import Add, AddMigrant, EngineCommand
 from workers.engine.results import LayersFilled, Report
 from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
@@ -47,7 +47,7 @@ class RanksView:
 class WorkerDriver:
     """Connects routers, handoffs and the engine thread through the core.
 
-    `post` hands a command to the engine thread; what it reports comes to `on_report` and `on_layers`. `clock` is
+    `post` hands a command to the engine thread, which may have no room for a new sequence (False); what it reports comes to `on_report` and `on_layers`. `clock` is
     time.monotonic, or a virtual one that the event loop goes by as well.
     """
 
@@ -58,7 +58,7 @@ class WorkerDriver:
         model: ModelInfo,
         memory: KvMemory,
         transports: Mapping[str, Transport],
-        post: Callable[[EngineCommand], None],
+        post: Callable[[EngineCommand], bool],
         clock: Callable[[], float],
         on_role_change: Callable[[Role, int], None] | None = None,
         ranks: RanksView | None = None,
@@ -109,7 +109,9 @@ class WorkerDriver:
             case events.WriteFrame(session, frame):
                 self.streams.write(session, frame)
             case events.Post(engine_command):
-                self._post(engine_command)
+                if not self._post(engine_command):
+                    assert isinstance(engine_command, Add | AddMigrant)
+                    asyncio.get_running_loop().call_soon(self._handle, events.NotAdded(engine_command.sequence_id))
             case events.Feed():
                 self._handoffs.feed(command)
             case events.Receive():

@@ -66,6 +66,13 @@ class StepReported:
 
 
 @dataclass(frozen=True, slots=True)
+class NotAdded:
+    """The engine thread did not take a sequence: too many commands wait for it."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayersReported:
     """What the engine thread says in mid-step."""
 
@@ -156,6 +163,7 @@ Event = (
     | RouterLeft
     | RouterLost
     | StepReported
+    | NotAdded
     | LayersReported
     | HandoffAsked
     | HandoffBegun

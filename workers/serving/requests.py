@@ -21,6 +21,8 @@ from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.wire.attach import Adopt, Submit
 
+QUEUE_IS_FULL = "the worker is so far behind that it takes no new request"
+
 
 class Requests:
     """`new_number` gives a number that no sequence has. What routers are to hear is said to `sessions`."""
@@ -147,6 +149,13 @@ class Requests:
         elif not can_be_taken_up:
             return self._give_up_orphans([served])
         return []
+
+    def not_added(self, sequence_id: int, now: float) -> list[Post]:
+        """The engine did not take a request; whoever owns it may try again."""
+        served = self._table.get(sequence_id)
+        if served is None:
+            return []
+        return self.deliver(served, error_output(served.request, Refusal.QUEUE_FULL, QUEUE_IS_FULL), now)
 
     def end_all(self, refusal: Refusal, message: str, now: float) -> list[Post]:
         """Ends every request that runs, so that routers run it elsewhere."""

@@ -173,7 +173,7 @@ class Sessions:
     def ask_for_dump(self, number: int) -> list[Post]:
         """What changes in the cache is not said until the dump comes, which contains it."""
         session = self._sessions.get(number)
-        if session is None:
+        if session is None or session.is_dump_asked:  # the one that is on its way will do
             return []
         session.cache_place, session.dump, session.is_dump_asked = None, None, True
         return [Post(DumpKv(session.number))]

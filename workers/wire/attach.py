@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from workers.request import Output, Request
 from workers.status import KvEvent, Load, PrefixHint, Role, WorkerAddress, WorkerStatus
@@ -74,9 +74,8 @@ class DumpRequest:
 RouterMessage = Hello | Submit | Cancel | Adopt | DumpRequest
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerFrame:
-    """What one engine step of a worker means for one router.
+class WorkerFrame(NamedTuple):
+    """What one engine step of a worker means for one router. A tuple, as Output is: one is made for every step.
 
     `load` None: unchanged. `status` comes with the first frame, after a role switch, and about once a second.
     """

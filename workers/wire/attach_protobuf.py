@@ -33,7 +33,7 @@ def hint_from_pb(message: pb.PrefixHint) -> PrefixHint:
 
 
 def load_to_pb(load: Load) -> pb.Load:
-    return pb.Load(**fields_of(load))
+    return pb.Load(**load._asdict())
 
 
 def load_from_pb(message: pb.Load) -> Load:

@@ -164,16 +164,12 @@ def output_from_pb(message: pb.Output) -> Output:
     """Runs once a token and sequence: most outputs are a token and its text."""
     ids = message.token_ids
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
-    finish = message.finish_reason
-    if not (
-        finish or message.logprobs or message.prompt_logprobs or message.position == 0 or message.HasField("handoff")
-    ):
-        return Output(
-            message.request_id, message.position, token_ids, message.text, cached_tokens=message.cached_tokens
-        )
+    finish, position = message.finish_reason, message.position
+    if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
+        return Output(message.request_id, position, token_ids, message.text, cached_tokens=message.cached_tokens)
     return Output(
         request_id=message.request_id,
-        position=message.position,
+        position=position,
         token_ids=token_ids,
         text=message.text,
         logprobs=tuple(token_logprob_from_pb(entry) for entry in message.logprobs) if message.logprobs else (),

@@ -15,11 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from cluster.sim.measuring.busy import busy_neighbours
-from cluster.sim.measuring.overheads import Overheads, measure_overheads
+from cluster.sim.measuring.overheads import HANDOFF_HOPS, Overheads, measure_overheads
 from cluster.sim.measuring.ranks import loaded
+from cluster.sim.measuring.serving import ServedTimes, measure_serving, with_serving
 from cluster.sim.measuring.steps import StepMeter, step_kinds, undisturbed
 from cluster.sim.profiles.files import FORMAT
-from cluster.sim.profiles.fitted import Fit, MeasuredStep, fit
+from cluster.sim.profiles.fitted import Fit, FittedCost, MeasuredStep, fit
 from workers.config import WorkerConfig
 from workers.kv_memory.memory import KvLayout
 from workers.model.checkpoint.ernie_config import ErnieConfig
@@ -35,9 +36,15 @@ class MeasuredWorker:
     layout: KvLayout
     steps: tuple[MeasuredStep, ...]
     fit: Fit
+    serving: ServedTimes
     overheads: Overheads
     num_beside: int
     seconds: float
+
+    @property
+    def cost(self) -> FittedCost:
+        """Of a step in a worker that serves."""
+        return with_serving(self.fit.cost, self.serving)
 
     def document(self, name: str) -> dict[str, Any]:
         """What `baton profile` writes and cluster.sim.profiles.files reads."""
@@ -47,7 +54,7 @@ class MeasuredWorker:
             "kind": "fitted",
             "name": name,
             "model": self.info.name,
-            "parts": asdict(self.fit.cost.parts),
+            "parts": asdict(self.cost.parts),
             "kv_bytes_per_token": self.layout.block_bytes // self.layout.block_size,
             "block_size": self.layout.block_size,
             "num_blocks": self.layout.num_blocks,
@@ -72,6 +79,7 @@ class MeasuredWorker:
                 "large_error": round(self.fit.large_error, 4),
                 "worst_step": asdict(self.fit.worst),
                 "steps": [asdict(step) for step in self.steps],
+                "serving": asdict(self.serving),
                 "transport": over.transport,
                 "overheads": [
                     {"prompt_tokens": length, "here_s": here, "handed_over_s": away}
@@ -81,7 +89,9 @@ class MeasuredWorker:
         }
 
 
-def measure(config: WorkerConfig, num_rounds: int, num_beside: int, say: Callable[[str], None]) -> MeasuredWorker:
+def measure(
+    config: WorkerConfig, num_rounds: int, num_beside: int, is_served: bool, say: Callable[[str], None]
+) -> MeasuredWorker:
     """Raises InvalidConfig, PoorFit or another BatonError in one sentence."""
     started = time.monotonic()
     moe = ErnieConfig.load(Path(config.model)).moe
@@ -106,10 +116,17 @@ def measure(config: WorkerConfig, num_rounds: int, num_beside: int, say: Callabl
                     rounds[-1].append(meter.measure(kind))
                     bar.update()
         steps = undisturbed(rounds)
-    say("fitting")
-    fitted = fit(steps, 0.0 if moe is None else moe.num_experts_per_token / moe.num_experts)
-    overheads = measure_overheads(config.model, layout, info.max_model_len, info.vocab_size, 15, say)
-    return MeasuredWorker(config, info, layout, steps, fitted, overheads, num_beside, time.monotonic() - started)
+        say("fitting")
+        fitted = fit(steps, 0.0 if moe is None else moe.num_experts_per_token / moe.num_experts)
+        overheads = measure_overheads(config.model, layout, info.max_model_len, info.vocab_size, 15, say)
+        serving = ServedTimes()
+        if is_served and config.parallel.size == 1:
+            say("measuring what serving adds to steps")
+            message_s = HANDOFF_HOPS * overheads.control_latency_s + 2 * overheads.router_s
+            serving = measure_serving(config, fitted.cost, message_s, info.vocab_size)
+    return MeasuredWorker(
+        config, info, layout, steps, fitted, serving, overheads, num_beside, time.monotonic() - started
+    )
 
 
 def _cpu_name() -> str:

@@ -11,23 +11,20 @@ import http.client
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from cluster.sim.measuring.worker_process import worker_process
 from router.config import RouterConfig
 from router.server import RouterServer
 from workers.errors import BatonError
 from workers.kv_memory.memory import KvLayout
 from workers.runner import BLOCK_SIZE
-from workers.status import WorkerAddress
 
 ROUTER_HOPS = 4
 """Client to router, router to worker, and both back: what a simulation charges `router_s` for."""
@@ -65,10 +62,10 @@ def measure_overheads(
     with ExitStack() as stack:
         say("starting a router and workers that compute nothing")
         here, prefill = stack.enter_context(
-            _workers({**spec, "workers": [["mixed-0", "mixed"], ["prefill-0", "prefill"]]})
+            worker_process({**spec, "workers": [["mixed-0", "mixed"], ["prefill-0", "prefill"]]})
         )
-        (decode,) = stack.enter_context(_workers({**spec, "workers": [["decode-0", "decode"]]}))
-        router = RouterServer(RouterConfig(model, port=0), "profile")
+        (decode,) = stack.enter_context(worker_process({**spec, "workers": [["decode-0", "decode"]]}))
+        router = RouterServer(RouterConfig(model, port=0, max_local_prefill_tokens=0), "profile")
         url = asyncio.run(router.start())
         stack.callback(lambda: asyncio.run(router.stop()))
         client = _Client(url, vocab_size)
@@ -133,26 +130,6 @@ class _Client:
         choices = json.loads(text).get("baton", {}).get("choices", ())
         self.transport = choices[0].get("transport", "") if choices else self.transport
         return elapsed
-
-
-@contextmanager
-def _workers(spec: dict[str, Any]) -> Any:
-    """Addresses of workers in a process of their own."""
-    command = [sys.executable, "-m", "cluster.sim.measuring.fake_workers", json.dumps(spec)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None and process.stdin is not None
-    try:
-        line = process.stdout.readline()
-        if not line:
-            raise BatonError("a worker process ended before it served; run with --debug on a machine with free memory")
-        yield [WorkerAddress(*fields) for fields in json.loads(line)]
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(router: RouterServer, num_workers: int) -> None:

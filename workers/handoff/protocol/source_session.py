@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
-from workers.errors import InvariantViolated
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     Done,
@@ -23,8 +23,12 @@ from workers.handoff.protocol.messages import (
     TransportBroken,
     UseTransport,
 )
-from workers.handoff.protocol.transfer import Due, Lease, Transfer, TransferState
+from workers.handoff.protocol.transfer import LIVE, OVER, Due, Lease, Silent, TransferState
 from workers.kv_memory.pieces import Cut
+from workers.state_table import Rule, StateTable
+
+MAX_EPOCH = 15
+"""A receiver that asks for everything again more often than this is given up, so that what is sent for it has a bound."""
 
 # ---- events that are not messages of the receiver ----
 
@@ -64,6 +68,13 @@ class Broken:
 
 
 SourceEvent = HandoffDown | Filled | Done | Described | Sent | Broken | Due
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The receiver does what it must not do. An event of the session's own, as Silent is."""
+
+    reason: str
 
 
 # ---- commands ----
@@ -109,7 +120,8 @@ class SourceSession:
     accepted: HandoffAccepted
     ttl_s: float
     window_bytes: int
-    transfer: Transfer = field(init=False)
+    lease: Lease = field(init=False)
+    state: TransferState = TransferState.RESERVED
     transport: str = ""
     epoch: int = 0
     acknowledged: set[int] = field(default_factory=set)
@@ -127,75 +139,42 @@ class SourceSession:
     _reason: str = ""
 
     def __post_init__(self) -> None:
-        self.transfer = Transfer(Lease(self.ttl_s))
-
-    @property
-    def state(self) -> TransferState:
-        return self.transfer.state
+        self.lease = Lease(self.ttl_s)
 
     def next_deadline_s(self) -> float | None:
         """When `handle(Due(), now)` is to be called at the latest; None: nothing is due before the next event."""
-        return None if self.transfer.is_over else self.transfer.lease.next_deadline_s
+        return None if SOURCE.is_final(self.state) else self.lease.next_deadline_s
 
     def open(self, now: float) -> list[SourceCommand]:
         """The first commands; call once."""
-        self.transfer.lease.begin(now)
+        self.lease.begin(now)
         return [Send(self.accepted), StartExport()]
 
     def handle(self, event: SourceEvent, now: float) -> list[SourceCommand]:
         """Commands in the order they are to be executed. After the end only the sends under way are waited for."""
-        if isinstance(event, Sent):
-            return self._on_sent(event, now)
-        if self.transfer.is_over:
-            return []
         if isinstance(event, HandoffDown):
-            self.transfer.lease.heard(now)
-        commands = self._react(event, now)
+            self.lease.heard(now)
+        commands = self._take(event, now)
         if any(isinstance(command, Send) for command in commands):
-            self.transfer.lease.spoke(now)
+            self.lease.spoke(now)
         return commands
 
-    def _react(self, event: SourceEvent, now: float) -> list[SourceCommand]:
-        match event:
-            case UseTransport():
-                return self._on_use(event)
-            case PieceAck(pieces):
-                for piece in pieces:
-                    if piece in self._in_flight:
-                        self._bytes_in_flight -= self._in_flight.pop(piece)
-                        self.acknowledged.add(piece)
-                        del self._homes[piece]
-                return self._pump()
-            case Filled():
-                return self._on_filled(event)
-            case Described(epoch, pieces):
-                return [Send(KvPieces(pieces, epoch))] if epoch == self.epoch and pieces else []
-            case PrefillDone() | SequenceMoved() | PrefixDone():
-                return [Send(event)]
-            case ReleaseHandoff():
-                if self.state is TransferState.RESERVED:
-                    return self._end(TransferState.FAILED, "the receiver released a transfer that never started")
-                return self._end(TransferState.LANDED, "")
-            case CancelHandoff(reason):
-                return self._end(TransferState.FAILED, f"the receiver cancelled: {reason}")
-            case OpenHandoff():
-                return self._give_up(TransferState.FAILED, "the receiver opened the transfer twice")
-            case Broken(reason, is_ours):
-                end = self._give_up if is_ours else self._end
-                return end(TransferState.FAILED, reason)
-            case Due():
-                return self._on_due(now)
-            case Sent():
-                raise InvariantViolated("Sent is handled before")
+    def _take(self, event: SourceEvent | GaveUp | Silent, now: float) -> list[SourceCommand]:
+        step = SOURCE.step(self.state, type(event))
+        self.state = step.to
+        commands: list[SourceCommand] = step.action(self, event, now) if step.action else []
+        return commands
 
-    def _on_use(self, event: UseTransport) -> list[SourceCommand]:
+    # ---- actions of the table ----
+
+    def _use(self, event: UseTransport, now: float) -> list[SourceCommand]:
+        """Send what has filled over the transport that was chosen, and what is not acknowledged once more."""
         if event.transport not in {offer.transport for offer in self.accepted.offers}:
-            reason = f"the receiver chose {event.transport!r}, which was not offered"
-            return self._give_up(TransferState.FAILED, reason)
-        if self.state is TransferState.RESERVED:
-            self.transfer.move(TransferState.SENDING)
-        elif event.epoch <= self.epoch:
-            return self._give_up(TransferState.FAILED, f"the receiver chose epoch {event.epoch} after {self.epoch}")
+            return self._take(GaveUp(f"the receiver chose {event.transport!r}, which was not offered"), now)
+        if self.transport and event.epoch <= self.epoch:
+            return self._take(GaveUp(f"the receiver chose epoch {event.epoch} after {self.epoch}"), now)
+        if event.epoch > MAX_EPOCH:
+            return self._take(GaveUp(f"the receiver chose epoch {event.epoch} of at most {MAX_EPOCH}"), now)
         self.transport, self.epoch = event.transport, event.epoch
         self.num_resent += len(self._in_flight)
         self._queue.extendleft(sorted(self._in_flight, reverse=True))
@@ -203,10 +182,19 @@ class SourceSession:
         self._bytes_in_flight = 0
         return self._pump()
 
-    def _on_filled(self, event: Filled) -> list[SourceCommand]:
-        """Queues the pieces that are complete now: those whose last layer is among the filled ones."""
+    def _acknowledge(self, event: PieceAck, now: float) -> list[SourceCommand]:
+        """Forget what has arrived, and send what the window has room for."""
+        for piece in event.pieces:
+            if piece in self._in_flight:
+                self._bytes_in_flight -= self._in_flight.pop(piece)
+                self.acknowledged.add(piece)
+                del self._homes[piece]
+        return self._pump()
+
+    def _fill(self, event: Filled, now: float) -> list[SourceCommand]:
+        """Queue the pieces that are complete now, and send what the window has room for."""
         cut = self.cut
-        complete = cut.pieces_before_layer(event.num_layers)
+        complete = cut.pieces_before_layer(event.num_layers)  # those whose last layer is among the filled ones
         end = min(event.end, cut.first_block + cut.num_blocks)
         for block in range(max(event.first, cut.first_block), end):
             ready = self._num_ready.get(block, 0)
@@ -216,6 +204,56 @@ class SourceSession:
                 self._queue.append(piece)
             self._num_ready[block] = max(ready, complete)
         return self._pump()
+
+    def _announce(self, event: Described, now: float) -> list[SourceCommand]:
+        """Tell the receiver of the pieces, unless they are of an epoch that is over."""
+        return [Send(KvPieces(event.pieces, event.epoch))] if event.epoch == self.epoch and event.pieces else []
+
+    def _tell(self, event: Done, now: float) -> list[SourceCommand]:
+        """Tell the receiver."""
+        return [Send(event)]
+
+    def _sent(self, event: Sent, now: float) -> list[SourceCommand]:
+        """Tell the receiver when the transport of this epoch is broken."""
+        self.num_sending -= 1
+        return [Send(TransportBroken(event.epoch, event.reason))] if event.reason and event.epoch == self.epoch else []
+
+    def _sent_late(self, event: Sent, now: float) -> list[SourceCommand]:
+        """Release the blocks, if it was the last send under way."""
+        self.num_sending -= 1
+        return self._settle()
+
+    def _keep_alive(self, event: Due, now: float) -> list[SourceCommand]:
+        """Say that this end is alive, or find that the other is silent."""
+        if now >= self.lease.expires_s:
+            return self._take(Silent(f"the receiver has been silent for {self.ttl_s:g} s"), now)
+        return [Send(KvPieces(epoch=self.epoch))] if now >= self.lease.heartbeat_due_s else []
+
+    def _land(self, event: ReleaseHandoff, now: float) -> list[SourceCommand]:
+        """Release the blocks, once nothing is being sent."""
+        return self._settle()
+
+    def _released_early(self, event: ReleaseHandoff, now: float) -> list[SourceCommand]:
+        """Release the blocks of a transfer that never started."""
+        return self._settle("the receiver released a transfer that never started")
+
+    def _cancelled(self, event: CancelHandoff, now: float) -> list[SourceCommand]:
+        """Release the blocks, once nothing is being sent."""
+        return self._settle(f"the receiver cancelled: {event.reason}")
+
+    def _broke(self, event: Broken, now: float) -> list[SourceCommand]:
+        """Tell the receiver if it does not know yet; release the blocks, once nothing is being sent."""
+        return self._give_up(event, now) if event.is_ours else self._settle(event.reason)
+
+    def _opened_twice(self, event: OpenHandoff, now: float) -> list[SourceCommand]:
+        """Tell the receiver; release the blocks, once nothing is being sent."""
+        return self._give_up(GaveUp("the receiver opened the transfer twice"), now)
+
+    def _give_up(self, event: GaveUp | Silent | Broken, now: float) -> list[SourceCommand]:
+        """Tell the receiver, which may still listen; release the blocks, once nothing is being sent."""
+        return [Send(CancelHandoff(event.reason)), *self._settle(event.reason)]
+
+    # ---- what they have in common ----
 
     def _pump(self) -> list[SourceCommand]:
         """Sends what is complete, as far as the window allows; re-sends come first."""
@@ -233,32 +271,38 @@ class SourceSession:
         self.num_sending += 1
         return [SendPieces(self.epoch, self.transport, tuple(batch))]
 
-    def _on_sent(self, event: Sent, now: float) -> list[SourceCommand]:
-        self.num_sending -= 1
-        if self.transfer.is_over:
-            return self._settle()
-        if event.reason and event.epoch == self.epoch:
-            self.transfer.lease.spoke(now)
-            return [Send(TransportBroken(event.epoch, event.reason))]
-        return []
-
-    def _on_due(self, now: float) -> list[SourceCommand]:
-        lease = self.transfer.lease
-        if now >= lease.expires_s:
-            return self._give_up(TransferState.EXPIRED, f"the receiver has been silent for {lease.ttl_s:g} s")
-        return [Send(KvPieces(epoch=self.epoch))] if now >= lease.heartbeat_due_s else []
-
-    def _give_up(self, state: TransferState, reason: str) -> list[SourceCommand]:
-        """Ends it and tells the receiver, which may still listen."""
-        return [Send(CancelHandoff(reason)), *self._end(state, reason)]
-
-    def _end(self, state: TransferState, reason: str) -> list[SourceCommand]:
-        self.transfer.move(state)
-        self._reason = reason
-        return self._settle()
-
-    def _settle(self) -> list[SourceCommand]:
+    def _settle(self, reason: str = "") -> list[SourceCommand]:
+        self._reason = self._reason or reason
         if self.num_sending or self.is_released:
             return []
         self.is_released = True
         return [Release(self._reason)]
+
+
+_LATE: tuple[Any, ...] = (
+    UseTransport, PieceAck, ReleaseHandoff, CancelHandoff, OpenHandoff, Filled, PrefillDone, SequenceMoved, PrefixDone,
+    Described, Broken, Due,
+)  # fmt: skip
+_S = TransferState
+SOURCE: StateTable[TransferState] = StateTable(
+    "the sending end of a handoff",
+    (
+        Rule(LIVE, (UseTransport,), _S.SENDING, SourceSession._use),
+        Rule(LIVE, (PieceAck,), None, SourceSession._acknowledge),
+        Rule(LIVE, (Filled,), None, SourceSession._fill),
+        Rule(LIVE, (Described,), None, SourceSession._announce),
+        Rule(LIVE, (PrefillDone, SequenceMoved, PrefixDone), None, SourceSession._tell),
+        Rule(LIVE, (Sent,), None, SourceSession._sent),
+        Rule(LIVE, (Due,), None, SourceSession._keep_alive),
+        Rule((_S.SENDING,), (ReleaseHandoff,), _S.LANDED, SourceSession._land),
+        Rule((_S.RESERVED,), (ReleaseHandoff,), _S.FAILED, SourceSession._released_early),
+        Rule(LIVE, (CancelHandoff,), _S.FAILED, SourceSession._cancelled),
+        Rule(LIVE, (Broken,), _S.FAILED, SourceSession._broke),
+        Rule(LIVE, (OpenHandoff,), _S.FAILED, SourceSession._opened_twice),
+        Rule(LIVE, (GaveUp,), _S.FAILED, SourceSession._give_up),
+        Rule(LIVE, (Silent,), _S.EXPIRED, SourceSession._give_up),
+        Rule(OVER, (Sent,), None, SourceSession._sent_late),
+        Rule(OVER, _LATE, None),
+    ),
+)
+"""What comes late, after the end, changes nothing, but that the last send under way is waited for."""

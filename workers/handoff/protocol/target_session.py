@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from workers.errors import Refusal
 from workers.handoff.protocol.messages import (
@@ -28,9 +29,10 @@ from workers.handoff.protocol.messages import (
     UseTransport,
 )
 from workers.handoff.protocol.recovery import Plan, Way
-from workers.handoff.protocol.transfer import Due, Lease, Transfer, TransferState
+from workers.handoff.protocol.transfer import LIVE, OVER, Due, Lease, Silent, TransferState
 from workers.kv_memory.memory import KvLayout, same_shape
 from workers.kv_memory.pieces import Cut
+from workers.state_table import Rule, StateTable
 from workers.transports.negotiate import negotiate
 
 MAX_DEGRADATIONS = 3
@@ -79,6 +81,23 @@ class Broken:
 
 
 TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | Broken | Due
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The sender's pool is reached over the transport in use. An event of the session's own, as the next two and Silent are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Every piece that the sender counts is in place and verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The sender does what it must not do, or nothing is left to try."""
+
+    reason: str
 
 
 # ---- commands ----
@@ -142,7 +161,8 @@ class TargetSession:
     cut: Cut
     opening: OpenHandoff
     ttl_s: float
-    transfer: Transfer = field(init=False)
+    lease: Lease = field(init=False)
+    state: TransferState = TransferState.RESERVED
     offers: list[Offer] = field(default_factory=list)
     """What is left to try, the one in use first."""
     source_layout: KvLayout | None = None
@@ -158,11 +178,7 @@ class TargetSession:
     _has_ended: bool = False
 
     def __post_init__(self) -> None:
-        self.transfer = Transfer(Lease(self.ttl_s))
-
-    @property
-    def state(self) -> TransferState:
-        return self.transfer.state
+        self.lease = Lease(self.ttl_s)
 
     @property
     def transport(self) -> str:
@@ -179,81 +195,160 @@ class TargetSession:
 
     def next_deadline_s(self) -> float | None:
         """When `handle(Due(), now)` is to be called at the latest; None: nothing is due before the next event."""
-        return None if self.transfer.is_over else self.transfer.lease.next_deadline_s
+        return None if TARGET.is_final(self.state) else self.lease.next_deadline_s
 
     def open(self, now: float) -> list[TargetCommand]:
         """The first command; call once."""
-        self.transfer.lease.begin(now)
+        self.lease.begin(now)
         return [Send(self.opening)]
 
     def handle(self, event: TargetEvent, now: float) -> list[TargetCommand]:
         """Commands in the order they are to be executed. After the end only Closed is waited for."""
-        if self.transfer.is_over:
-            return self._settle() if isinstance(event, Closed) else []
         if isinstance(event, HandoffUp):
-            self.transfer.lease.heard(now)
-        commands = self._react(event, now)
+            self.lease.heard(now)
+        commands = self._take(event, now)
         if any(isinstance(command, Send) for command in commands):
-            self.transfer.lease.spoke(now)
+            self.lease.spoke(now)
         return commands
 
-    def _react(self, event: TargetEvent, now: float) -> list[TargetCommand]:
-        match event:
-            case HandoffAccepted():
-                return self._on_accepted(event)
-            case Connected(epoch):
-                return self._on_connected() if self.is_connecting and epoch == self.epoch else []
-            case ConnectFailed(epoch, reason):
-                return self._degrade(reason, now) if self.is_connecting and epoch == self.epoch else []
-            case KvPieces():
-                return self._on_pieces(event)
-            case Collected():
-                return self._on_collected(event, now)
-            case TransportBroken(epoch, reason):
-                return self._degrade(reason, now) if epoch == self.epoch and not self.is_connecting else []
-            case PrefillDone() | SequenceMoved() | PrefixDone():
-                return self._on_done(event)
-            case HandoffRefused(refusal, message):
-                return self._fail(message, refusal)
-            case CancelHandoff(reason):
-                return self._fail(f"the sender gave up: {reason}", Refusal.INTERNAL)
-            case Broken(reason, refusal, is_ours):
-                return self._give_up(reason, refusal) if is_ours else self._fail(reason, refusal)
-            case Due():
-                return self._on_due(now)
-            case Closed():
-                return []
+    def _take(self, event: TargetEvent | Reached | Complete | GaveUp | Silent, now: float) -> list[TargetCommand]:
+        step = TARGET.step(self.state, type(event))
+        self.state = step.to
+        commands: list[TargetCommand] = step.action(self, event, now) if step.action else []
+        return commands
 
-    def _on_accepted(self, event: HandoffAccepted) -> list[TargetCommand]:
+    # ---- actions of the table ----
+
+    def _accept(self, event: HandoffAccepted, now: float) -> list[TargetCommand]:
+        """Connect over the best transport that both ends have."""
         if self.offers:
-            return self._give_up("the sender accepted twice", Refusal.INTERNAL)
+            return self._take(GaveUp("the sender said HandoffAccepted out of turn"), now)
         if not same_shape(event.layout, self.opening.layout):
-            return self._give_up("the sender has another KV layout", Refusal.INTERNAL)
+            return self._take(GaveUp("the sender has another KV layout"), now)
         self.source_layout = event.layout
         offered = {offer.transport: offer.data for offer in event.offers}
         mine = self.opening.transports
         usable = negotiate(mine, offered, event.host, self.opening.host)
         self.offers = [Offer(name, offered[name]) for name in usable]
         if not self.offers:
-            return self._give_up(f"no common transport: {mine} here, {tuple(offered)} there", Refusal.INTERNAL)
+            return self._take(GaveUp(f"no common transport: {mine} here, {tuple(offered)} there"), now)
         return self._connect()
+
+    def _connected(self, event: Connected, now: float) -> list[TargetCommand]:
+        """Go on, unless it was for an epoch that is over."""
+        if not self.is_connecting or event.epoch != self.epoch:
+            return []
+        self.is_connecting = False
+        return self._take(Reached(), now)
+
+    def _use(self, event: Reached, now: float) -> list[TargetCommand]:
+        """Ask for the pieces over the transport that is connected."""
+        return [Send(UseTransport(self.transport, self.epoch)), *self._land_if_complete(now)]
+
+    def _connect_failed(self, event: ConnectFailed, now: float) -> list[TargetCommand]:
+        """Try the next transport, or give up."""
+        return self._degrade(event.reason, now) if self.is_connecting and event.epoch == self.epoch else []
+
+    def _transport_broke(self, event: TransportBroken, now: float) -> list[TargetCommand]:
+        """Ask for what is missing over the next transport, or give up."""
+        return self._degrade(event.reason, now) if event.epoch == self.epoch and not self.is_connecting else []
+
+    def _collect(self, event: KvPieces, now: float) -> list[TargetCommand]:
+        """Have the pieces put in place and verified, unless they are of an epoch that is over."""
+        # What the sender announced before it heard of a new choice comes again in the new epoch.
+        if event.epoch != self.epoch or self.is_connecting:
+            return []
+        fresh: list[KvPiece] = []
+        for piece in event.pieces:
+            try:
+                slot = self.cut.slot(piece.piece)
+            except IndexError as error:
+                return self._take(GaveUp(str(error)), now)
+            if (slot.block, slot.first_layer, slot.num_layers) != (piece.block, piece.first_layer, piece.num_layers):
+                return self._take(GaveUp(f"piece {piece.piece} names another place than the layout"), now)
+            if piece.piece not in self.landed and piece.piece not in self.collecting:
+                fresh.append(piece)
+        self.collecting.update(piece.piece for piece in fresh)
+        return [Collect(tuple(fresh))] if fresh else []
+
+    def _collected(self, event: Collected, now: float) -> list[TargetCommand]:
+        """Acknowledge what is in place, and ask again for what is lost or wrong."""
+        self.collecting.difference_update(event.good, event.bad)
+        self.landed.update(event.good)
+        self.num_resent += len(event.bad)
+        commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
+        if event.bad and not self.is_connecting:
+            return commands + self._degrade(event.reason, now)
+        # A release says more than an acknowledgement, whose write would only hold up a sequence that waits to go on.
+        return self._land_if_complete(now) or commands
+
+    def _count(self, event: Done, now: float) -> list[TargetCommand]:
+        """Remember how many pieces there are."""
+        if not isinstance(event, _DONE_OF[type(self.opening.subject)]):
+            return self._take(GaveUp(f"the sender ended with {type(event).__name__}"), now)
+        bound = self.cut.num_pieces
+        is_whole = not isinstance(event, PrefillDone) or event.num_pieces == bound
+        if not is_whole or not 0 <= event.num_pieces <= bound or event.num_pieces % self.cut.pieces_per_block:
+            return self._take(GaveUp(f"the sender counts {event.num_pieces} pieces, we count {bound}"), now)
+        self.done = event
+        return self._land_if_complete(now)
+
+    def _keep_alive(self, event: Due, now: float) -> list[TargetCommand]:
+        """Say that this end is alive, or find that the other is silent."""
+        if now >= self.lease.expires_s:
+            return self._take(Silent(f"the sender has been silent for {self.ttl_s:g} s"), now)
+        return [Send(PieceAck())] if now >= self.lease.heartbeat_due_s else []
+
+    def _land(self, event: Complete, now: float) -> list[TargetCommand]:
+        """Hand over what has landed, and have the sender release its blocks."""
+        assert self.done is not None
+        self._has_ended = True
+        return [Land(self.done), Send(ReleaseHandoff())]
+
+    def _out_of_turn(self, event: HandoffUp, now: float) -> list[TargetCommand]:
+        """Tell the sender, which may still listen; close, and fail."""
+        return self._give_up(GaveUp(f"the sender said {type(event).__name__} out of turn"), now)
+
+    def _refused(self, event: HandoffRefused, now: float) -> list[TargetCommand]:
+        """Close, and fail as the sender says."""
+        return self._close(event.message, event.refusal)
+
+    def _cancelled(self, event: CancelHandoff, now: float) -> list[TargetCommand]:
+        """Close, and fail."""
+        return self._close(f"the sender gave up: {event.reason}", Refusal.INTERNAL)
+
+    def _broke(self, event: Broken, now: float) -> list[TargetCommand]:
+        """Tell the sender if it does not know yet; close, and fail."""
+        told: list[TargetCommand] = [Send(CancelHandoff(event.reason))] if event.is_ours else []
+        return told + self._close(event.reason, event.refusal)
+
+    def _give_up(self, event: GaveUp, now: float) -> list[TargetCommand]:
+        """Tell the sender, which may still listen; close, and fail."""
+        return [Send(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.INTERNAL)]
+
+    def _expire(self, event: Silent, now: float) -> list[TargetCommand]:
+        """Tell the sender, which may still listen; close, and fail."""
+        return [Send(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.WORKER_LOST)]
+
+    def _fail(self, event: Closed, now: float) -> list[TargetCommand]:
+        """Say that it has failed, now that nothing writes into the blocks any more."""
+        if self._has_ended or self._failure is None:
+            return []
+        self._has_ended = True
+        return [self._failure]
+
+    # ---- what they have in common ----
 
     def _connect(self) -> list[TargetCommand]:
         self.is_connecting = True
         assert self.source_layout is not None
         return [Connect(self.offers[0], self.epoch, self.source_layout)]
 
-    def _on_connected(self) -> list[TargetCommand]:
-        self.is_connecting = False
-        if self.state is TransferState.RESERVED:
-            self.transfer.move(TransferState.SENDING)
-        return [Send(UseTransport(self.transport, self.epoch)), *self._maybe_land()]
-
     def _degrade(self, reason: str, now: float) -> list[TargetCommand]:
         if self.epoch == MAX_DEGRADATIONS:
-            return self._give_up(f"gave up after {MAX_DEGRADATIONS} re-sends: {reason}", Refusal.INTERNAL)
+            return self._take(GaveUp(f"gave up after {MAX_DEGRADATIONS} re-sends: {reason}"), now)
         if len(self.offers) == 1 and self.is_connecting:
-            return self._give_up(reason, Refusal.INTERNAL)
+            return self._take(GaveUp(reason), now)
         if self.plan is not None:
             sizes = [self.cut.piece_bytes(piece) for piece in range(self.cut.num_pieces)]
             choice = self.plan.after_fault(
@@ -264,79 +359,54 @@ class TargetSession:
                 is_computed=self.done is not None,
             )
             if choice.way is not Way.NEXT_TRANSPORT:
-                return self._give_up(f"{reason}; sending again would take too long", Refusal.INTERNAL)
+                return self._take(GaveUp(f"{reason}; sending again would take too long"), now)
         if len(self.offers) > 1:
             self.offers.pop(0)
         self.epoch += 1
         return self._connect()
 
-    def _on_pieces(self, event: KvPieces) -> list[TargetCommand]:
-        # What the sender announced before it heard of a new choice comes again in the new epoch.
-        if event.epoch != self.epoch or self.is_connecting:
-            return []
-        fresh: list[KvPiece] = []
-        for piece in event.pieces:
-            try:
-                slot = self.cut.slot(piece.piece)
-            except IndexError as error:
-                return self._give_up(str(error), Refusal.INTERNAL)
-            if (slot.block, slot.first_layer, slot.num_layers) != (piece.block, piece.first_layer, piece.num_layers):
-                return self._give_up(f"piece {piece.piece} names another place than the layout", Refusal.INTERNAL)
-            if piece.piece not in self.landed and piece.piece not in self.collecting:
-                fresh.append(piece)
-        self.collecting.update(piece.piece for piece in fresh)
-        return [Collect(tuple(fresh))] if fresh else []
-
-    def _on_collected(self, event: Collected, now: float) -> list[TargetCommand]:
-        self.collecting.difference_update(event.good, event.bad)
-        self.landed.update(event.good)
-        self.num_resent += len(event.bad)
-        commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
-        if event.bad and not self.is_connecting:
-            return commands + self._degrade(event.reason, now)
-        # A release says more than an acknowledgement, whose write would only hold up a sequence that waits to go on.
-        return self._maybe_land() or commands
-
-    def _on_done(self, event: Done) -> list[TargetCommand]:
-        if not isinstance(event, _DONE_OF[type(self.opening.subject)]):
-            return self._give_up(f"the sender ended with {type(event).__name__}", Refusal.INTERNAL)
-        bound = self.cut.num_pieces
-        is_whole = not isinstance(event, PrefillDone) or event.num_pieces == bound
-        if not is_whole or not 0 <= event.num_pieces <= bound or event.num_pieces % self.cut.pieces_per_block:
-            return self._give_up(f"the sender counts {event.num_pieces} pieces, we count {bound}", Refusal.INTERNAL)
-        self.done = event
-        return self._maybe_land()
-
-    def _maybe_land(self) -> list[TargetCommand]:
+    def _land_if_complete(self, now: float) -> list[TargetCommand]:
         is_receiving = self.state is TransferState.SENDING and not self.is_connecting
         if not is_receiving or self.done is None or self.collecting or self.num_missing > 0:
             return []
         if self.landed and max(self.landed) >= self.done.num_pieces:
-            return self._give_up("the sender announced more pieces than it counts", Refusal.INTERNAL)
-        self.transfer.move(TransferState.LANDED)
-        self._has_ended = True
-        return [Land(self.done), Send(ReleaseHandoff())]
+            return self._take(GaveUp("the sender announced more pieces than it counts"), now)
+        return self._take(Complete(), now)
 
-    def _on_due(self, now: float) -> list[TargetCommand]:
-        lease = self.transfer.lease
-        if now >= lease.expires_s:
-            reason = f"the sender has been silent for {lease.ttl_s:g} s"
-            return self._give_up(reason, Refusal.WORKER_LOST, TransferState.EXPIRED)
-        return [Send(PieceAck())] if now >= lease.heartbeat_due_s else []
-
-    def _give_up(
-        self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED
-    ) -> list[TargetCommand]:
-        """Fails and tells the sender, which may still listen."""
-        return [Send(CancelHandoff(reason)), *self._fail(reason, refusal, state)]
-
-    def _fail(self, reason: str, refusal: Refusal, state: TransferState = TransferState.FAILED) -> list[TargetCommand]:
+    def _close(self, reason: str, refusal: Refusal) -> list[TargetCommand]:
         self._failure = Fail(reason, refusal)
-        self.transfer.move(state)
         return [Close()]
 
-    def _settle(self) -> list[TargetCommand]:
-        if self._has_ended or self._failure is None:
-            return []
-        self._has_ended = True
-        return [self._failure]
+
+_LATE: tuple[Any, ...] = (
+    HandoffAccepted, Connected, ConnectFailed, KvPieces, Collected, TransportBroken, PrefillDone, SequenceMoved, PrefixDone,
+    HandoffRefused, CancelHandoff, Broken, Due,
+)  # fmt: skip
+_S = TransferState
+TARGET: StateTable[TransferState] = StateTable(
+    "the receiving end of a handoff",
+    (
+        Rule((_S.RESERVED,), (HandoffAccepted,), None, TargetSession._accept),
+        Rule(LIVE, (Connected,), None, TargetSession._connected),
+        Rule(LIVE, (ConnectFailed,), None, TargetSession._connect_failed),
+        Rule(LIVE, (Reached,), _S.SENDING, TargetSession._use),
+        Rule((_S.RESERVED,), (KvPieces,), None),
+        Rule((_S.SENDING,), (KvPieces,), None, TargetSession._collect),
+        Rule((_S.SENDING,), (Collected,), None, TargetSession._collected),
+        Rule((_S.SENDING,), (TransportBroken,), None, TargetSession._transport_broke),
+        Rule(LIVE, (PrefillDone, SequenceMoved, PrefixDone), None, TargetSession._count),
+        Rule(LIVE, (Due,), None, TargetSession._keep_alive),
+        Rule((_S.SENDING,), (Complete,), _S.LANDED, TargetSession._land),
+        Rule((_S.RESERVED,), (TransportBroken,), _S.FAILED, TargetSession._out_of_turn),
+        Rule((_S.SENDING,), (HandoffAccepted,), _S.FAILED, TargetSession._out_of_turn),
+        Rule(LIVE, (HandoffRefused,), _S.FAILED, TargetSession._refused),
+        Rule(LIVE, (CancelHandoff,), _S.FAILED, TargetSession._cancelled),
+        Rule(LIVE, (Broken,), _S.FAILED, TargetSession._broke),
+        Rule(LIVE, (GaveUp,), _S.FAILED, TargetSession._give_up),
+        Rule(LIVE, (Silent,), _S.EXPIRED, TargetSession._expire),
+        Rule((_S.FAILED, _S.EXPIRED), (Closed,), None, TargetSession._fail),
+        Rule((_S.LANDED,), (Closed,), None),
+        Rule(OVER, _LATE, None),
+    ),
+)
+"""What comes late, after the end, changes nothing, but that what writes into the blocks is waited for."""

@@ -1,11 +1,12 @@
-"""The one state machine of a KV transfer, the same at both ends: its states, the legal moves between them, and its lease. No I/O, no clock."""
+"""What both ends of a KV transfer share: its states, its lease, and the events that either knows. No I/O, no clock.
+
+What leads from state to state is a table at each end: `SOURCE` in source_session.py, `TARGET` in target_session.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
-
-from workers.errors import InvariantViolated
 
 HEARTBEAT_S = 1.0
 """Each end says at least this often that it is alive."""
@@ -24,13 +25,8 @@ class TransferState(Enum):
     """The other end has been silent for longer than its lease."""
 
 
-LEGAL: dict[TransferState, frozenset[TransferState]] = {
-    TransferState.RESERVED: frozenset({TransferState.SENDING, TransferState.FAILED, TransferState.EXPIRED}),
-    TransferState.SENDING: frozenset({TransferState.LANDED, TransferState.FAILED, TransferState.EXPIRED}),
-    TransferState.LANDED: frozenset(),
-    TransferState.FAILED: frozenset(),
-    TransferState.EXPIRED: frozenset(),
-}
+LIVE = (TransferState.RESERVED, TransferState.SENDING)
+OVER = (TransferState.LANDED, TransferState.FAILED, TransferState.EXPIRED)
 
 
 @dataclass(slots=True)
@@ -65,28 +61,16 @@ class Lease:
         return min(self.expires_s, self.heartbeat_due_s)
 
 
-@dataclass(slots=True)
-class Transfer:
-    """State and lease of one end of a transfer."""
-
-    lease: Lease
-    state: TransferState = field(default=TransferState.RESERVED)
-
-    @property
-    def is_over(self) -> bool:
-        """No move leads on from here."""
-        return not LEGAL[self.state]
-
-    def move(self, state: TransferState) -> None:
-        """Raises InvariantViolated, and changes nothing, when the table does not allow it."""
-        if state not in LEGAL[self.state]:
-            raise InvariantViolated(f"a transfer cannot go from {self.state.name} to {state.name}")
-        self.state = state
-
-
 # ---- events that both ends know ----
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
     """The deadline that the session named has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """The other end has been silent for the length of the lease."""
+
+    reason: str

@@ -173,6 +173,10 @@ class Communicator:
         for _, pending in (self.all_to_all(ones_G1, each, each), self.all_gather(ones_G1[:1])):
             pending.settle()
 
+    def let_go(self) -> None:
+        """Of the group, once its epoch is over and nothing is started any more: whoever holds it last waits for its end."""
+        self._group = None
+
     def require_alive(self) -> None:
         """Raises RankLost when the epoch was aborted."""
         if self._aborted.is_set():
@@ -264,8 +268,10 @@ class WorldEpoch:
         deadline_s = time.monotonic() + _ABORT_S
         for thread in self._start_aborts():
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        for group in self._groups:
-            bury(group)
+        groups = self._groups
+        self.world.let_go()
+        self.tensor.let_go()
+        bury(groups)
 
     def interrupt(self) -> None:
         """As `abort`, at once and for another thread than the one that computes, which may be waiting for the device."""
@@ -275,7 +281,8 @@ class WorldEpoch:
 
     @property
     def _groups(self) -> list[Any]:
-        return list({id(c._group): c._group for c in (self.world, self.tensor)}.values())
+        groups = {id(c._group): c._group for c in (self.world, self.tensor)}
+        return [group for group in groups.values() if group is not None]
 
     def _start_aborts(self) -> list[threading.Thread]:
         """All groups at the same time: one communicator's abort may wait for the device, and so for the kernel of another."""

@@ -45,6 +45,6 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
     return group
 
 
-def bury(group: Any) -> None:
-    """Lets go of a group on a thread of its own: its end waits for operations that wait for a hung rank."""
-    threading.Thread(target=lambda held: held.clear(), args=([group],), name="bury", daemon=True).start()
+def bury(groups: list[Any]) -> None:
+    """Lets go of groups that nothing else holds, on a thread of its own: their end waits for operations that wait for a hung rank."""
+    threading.Thread(target=groups.clear, name="bury", daemon=True).start()
