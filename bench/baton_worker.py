@@ -20,7 +20,7 @@ from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.machine import native_build
 from workers.model.checkpoint.ernie_config import ErnieConfig
-from workers.model.loaded import Checkpoint
+from workers.model.loading import ServedModel
 from workers.request import Request, SamplingParams
 from workers.runner import Batch, LayerHook, Runner, Sampled
 from workers.status import ModelInfo
@@ -48,7 +48,7 @@ class TimedRunner(SkippingRunner):
 class TimedModel:
     """A loaded model whose runner is timed (workers.worker.LoadedModel)."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: ServedModel) -> None:
         self._checkpoint = checkpoint
         self.runner: Any = TimedRunner(checkpoint.runner)
 
@@ -69,11 +69,11 @@ class KernelNames(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.said: list[str] = []
+        self.pending: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("computing"):
-            self.said.append(record.getMessage())
+            self.pending.append(record.getMessage())
 
 
 class BatonEngine:
@@ -96,7 +96,7 @@ class BatonEngine:
         product = logging.getLogger("workers")
         product.setLevel(logging.INFO)
         product.addHandler(self._names)
-        self._model = TimedModel(Checkpoint.load(config))
+        self._model = TimedModel(ServedModel.load(config))
         product.removeHandler(self._names)
         self._engine: Engine = make_engine(config, self._model)
         self._next_id = 0

@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from router.api.config import ApiConfig
 from router.api.schema import (
     MAX_VALUES,
     ChatBody,
@@ -22,6 +21,7 @@ from router.api.schema import (
     StreamOptions,
     TokenizeBody,
 )
+from router.config import ApiConfig
 from workers.request import MAX_BAD_WORD_TOKENS, MAX_ENTRIES, MAX_STOP_CHARACTERS
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {

@@ -87,7 +87,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     from workers.group.memory import take_heads
     from workers.group.runner import GroupRunner
     from workers.model.cpu.runner import TorchRunner
-    from workers.model.loaded import Checkpoint
+    from workers.model.loading import ServedModel
     from workers.text.tokenizer import Tokenizer
     from workers.worker import make_engine
 
@@ -95,7 +95,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     config = config_of(args)
     tokenizer = Tokenizer.load(config.model)
     ranks = GroupRunner.load(config, host=LEADER, port=PORT, token="cable")
-    group = Checkpoint(ranks, tokenizer, "group")
+    group = ServedModel(ranks, tokenizer, "group")
     assert ranks.wait_serving(120), "the ranks did not meet"
     before = interface_bytes()
     tokens, seconds, steps = generate(make_engine(config, group))
@@ -106,7 +106,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     memory.expose(range(layout.num_blocks))
     expose_s = time.perf_counter() - began
     alone = TorchRunner.load(replace(config, parallel=type(config.parallel)()))
-    golden, _, _ = generate(make_engine(config, Checkpoint(alone, tokenizer, "alone")))
+    golden, _, _ = generate(make_engine(config, ServedModel(alone, tokenizer, "alone")))
     blocks = {memory.block(at, 0, layout.num_layers).tobytes() for at in range(layout.num_blocks)}
     golden_blocks = [
         block.tobytes()

@@ -34,25 +34,23 @@ from workers.handoff.protocol.messages import (
     Offer,
     OpenHandoff,
     PrefillDone,
-    Prompt,
+    PromptSubject,
     ReleaseHandoff,
     UseTransport,
 )
 from workers.handoff.protocol.source_session import Described, Filled, SendPieces, Sent, SourceSession
 from workers.handoff.protocol.target_session import Collect, Collected, Connected, Land, TargetSession
-from workers.handoff.source_driver import Export, Feed
+from workers.handoff.source_driver import ExportFeed, HandoffExport
 from workers.handoff.transfers import Transfers
-from workers.identity import Identity
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE
-from workers.status import Role, WorkerAddress
+from workers.status import Identity, Role, WorkerAddress
 from workers.transports.factory import make_transports
-from workers.wire.grpc_options import HANDOFF_CHANNEL, SERVER
-from workers.wire.seal import Sealer, Unsealer
+from workers.wire.streams import HANDOFF_CHANNEL, SERVER, Sealer, Unsealer
 
 FLOOR = "baton.bench.Floor"
 HOST = "127.0.0.1"
@@ -68,7 +66,7 @@ class Computed:
 
     is_paced = False
 
-    def __init__(self, cut: Cut, feed: Feed) -> None:
+    def __init__(self, cut: Cut, feed: ExportFeed) -> None:
         self._cut, self._feed = cut, feed
 
     def start(self) -> None:
@@ -98,7 +96,7 @@ def transfers_of(name: str, generation: int, target: str, memory: KvMemory) -> T
     made = make_transports(["shm"], memory, worker_id=name, host=socket.gethostname(), listen_host=HOST, timeout_s=30.0)
     identity = Identity(name, Role.MIXED, generation, target)
 
-    def open_export(opening: OpenHandoff, generation: int, feed: Feed) -> Export:
+    def open_export(opening: OpenHandoff, generation: int, feed: ExportFeed) -> HandoffExport:
         return Computed(Cut(memory.layout, opening.first_block, opening.num_blocks), feed)
 
     return Transfers(config, identity, memory, "bench", made, open_export, Counter(), time.monotonic)
@@ -179,7 +177,7 @@ async def measure(tokens: int, repeats: int) -> dict[str, dict[str, float]]:
     request = Request("r", tuple(range(10, 10 + tokens)), SamplingParams(max_tokens=2, seed=0))
 
     async def handoff() -> None:
-        await transfers.receive(peer.address, Prompt(request), 0, blocks)
+        await transfers.receive(peer.address, PromptSubject(request), 0, blocks)
 
     channel = grpc.aio.insecure_channel(peer.address.target, options=HANDOFF_CHANNEL)
     stream = channel.stream_stream(f"/{FLOOR}/Echo")
@@ -215,7 +213,7 @@ def parts(tokens: int, repeats: int) -> dict[str, float]:
     blocks = tuple(range(num_blocks))
     request = Request("r", tuple(range(10, 10 + tokens)), SamplingParams(max_tokens=2, seed=0))
     us = WorkerAddress("decode-0", 1, "127.0.0.1:5555")
-    opening = OpenHandoff(us, HOST, 1, "bench", layout, Prompt(request), 0, num_blocks, ("shm",))
+    opening = OpenHandoff(us, HOST, 1, "bench", layout, PromptSubject(request), 0, num_blocks, ("shm",))
     accepted = HandoffAccepted((Offer("shm", b"x" * 120),), layout, HOST)
     found: dict[str, float] = {}
 

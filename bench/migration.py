@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # this checkout is measured, whatever is in
 
 from machine_facts import ForeignLoad, machine_facts  # noqa: E402
 
-from router.api.generation import Generation  # noqa: E402
+from router.api.job_run import JobOutputs  # noqa: E402
 from router.config import RouterConfig  # noqa: E402
 from router.driver import RouterDriver  # noqa: E402
 from workers.config import WorkerConfig  # noqa: E402
@@ -58,7 +58,7 @@ class Stream:
     async def follow(self, outputs: Any, where: Callable[[], str]) -> None:
         """`where` says which worker the stream runs on."""
         worker = ""
-        generation, is_over = Generation([outputs]), False
+        generation, is_over = JobOutputs([outputs]), False
         while not is_over:
             ((_, output),) = await generation.next_batch()
             is_over = output.finish_reason is not None

@@ -22,15 +22,15 @@ import uvloop
 from machine_facts import machine_facts
 
 from router.api.answer import Answer, Services
+from router.api.bodies import OpenBodies
 from router.api.chat import ChatShape
-from router.api.config import ApiConfig
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.translate import translate_chat
-from router.config import RouterConfig
+from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
-from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, Send, Tick, WorkersChanged
+from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, SendMessage, Tick, WorkersChanged
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, Output, Request, SamplingParams
@@ -38,7 +38,7 @@ from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, Worker
 from workers.text.tokenizer import Tokenizer
 from workers.wire.attach import Cancel, DumpRequest, Submit, WorkerFrame
 from workers.wire.attach_protobuf import frame_from_pb, frame_to_pb
-from workers.wire.seal import Sealer, Unsealer
+from workers.wire.streams import Sealer, Unsealer
 
 BLOCK_SIZE = 64
 MODEL = ModelInfo("model", "fingerprint", 100_000, 1 << 18, BLOCK_SIZE)
@@ -84,7 +84,7 @@ class Fleet:
         self._num_arrived += 1
         request = Request(f"r{self._num_arrived}", prompt, SamplingParams(max_tokens=256, seed=1))
         for command in self.core.handle(RequestArrived(request), self.now):
-            if isinstance(command, Send) and isinstance(command.message, Submit):
+            if isinstance(command, SendMessage) and isinstance(command.message, Submit):
                 return request.request_id, command.worker_id, command.message.request.request_id
         raise AssertionError("the request was not sent")
 
@@ -167,7 +167,8 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     status = WorkerStatus("decode-0", GENERATION, Role.MIXED, MODEL, ROOM)
     link.put(link.sealed(WorkerFrame(GENERATION, status=status)))
     await settle()
-    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), ApiConfig(), Metrics(driver))
+    config = ApiConfig()
+    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), config, Metrics(driver), OpenBodies(config))
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     sent = due = 0
     is_sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()

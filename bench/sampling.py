@@ -20,7 +20,7 @@ import torch
 
 from workers.model.native.build import build, default_cache_folder
 from workers.model.native.draw import NativeRowKernel
-from workers.model.native.library import Dimensions, Library, Part
+from workers.model.native.library import Dimensions, Library, WeightPart
 from workers.request import SamplingParams
 from workers.runner import SampleSpec
 from workers.sampling.edits import EditTracker, changes_logits
@@ -80,9 +80,9 @@ class Head:
         self.model = library.create(dimensions, is_bf16=True)
         for first in range(0, vocab, 4096):
             rows = torch.randn(min(4096, vocab - first), hidden).bfloat16()
-            library.take(self.model, Part.EMBEDDING, 0, 0, first, len(rows), rows.data_ptr())
+            library.take(self.model, WeightPart.EMBEDDING, 0, 0, first, len(rows), rows.data_ptr())
         ones = torch.ones(hidden, dtype=torch.bfloat16)
-        library.take(self.model, Part.NORM, 0, 0, 0, hidden, ones.data_ptr())
+        library.take(self.model, WeightPart.NORM, 0, 0, 0, hidden, ones.data_ptr())
         self._hidden = hidden
 
     def run(self, num_rows: int, logits_RV: torch.Tensor | None) -> None:

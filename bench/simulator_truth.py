@@ -26,7 +26,7 @@ from traces import TraceRequest, generate, scale
 
 from cluster.cli import main as baton
 from cluster.config import ClusterConfig
-from cluster.console.progress import Progress
+from cluster.console.output import StepPrinter
 from cluster.lifecycle import launched
 from cluster.ray_session.folders import make_folder
 from cluster.settings import build
@@ -97,7 +97,7 @@ async def measure(args: argparse.Namespace, traces: dict[float, list[TraceReques
         },
     )
     found: dict[float, list[Times]] = {rate: [] for rate in traces}
-    progress = Progress()
+    progress = StepPrinter()
     async with launched(config, progress, make_folder()) as cluster:
         vocab_size = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
         settings = argparse.Namespace(concurrency=1024, api_key="", seed=0)

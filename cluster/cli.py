@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Sequence
 
 from cluster.commands import admin, chat, demo, drain, info, join, plan, profile, serve, stop, tls
+from cluster.commands.flags import INTERRUPTED
 from workers.errors import BatonError
 
 OPERATOR_ERROR = 2
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

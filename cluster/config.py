@@ -11,12 +11,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from cluster.membership.roles import check_roles
 from cluster.settings import build, from_environment, json_schema, lay, override
-from cluster.store.store import check_store_url, has_credentials
+from cluster.store.store import StoreConfig
 from router.config import RouterConfig
-from workers.bounds import Delay, Natural, Seconds, Share, Text
-from workers.config import WorkerConfig
+from workers.config import Delay, Natural, Seconds, Share, Text, WorkerConfig
 from workers.errors import InvalidConfig
 from workers.status import Role
 from workers.trust.config import TlsConfig
@@ -24,6 +22,14 @@ from workers.trust.config import TlsConfig
 MIN_OBJECT_STORE_BYTES = 75 * 2**20
 """Ray refuses less."""
 MAX_WORKERS = 1024
+
+
+def check_roles(num_prefill: int, num_decode: int, num_mixed: int) -> None:
+    """Raises InvalidConfig unless the pools together can serve a request."""
+    if num_prefill + num_mixed == 0:
+        raise InvalidConfig("no worker could prefill: set pools.prefill or pools.mixed to at least 1")
+    if num_decode + num_mixed == 0:
+        raise InvalidConfig("no worker could decode: set pools.decode or pools.mixed to at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,46 +58,6 @@ class PoolsConfig:
         """Id and role of every worker, prefill first."""
         counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
         return tuple((f"{role.value}-{at}", role) for role, count in counts for at in range(count))
-
-
-@dataclass(frozen=True, slots=True)
-class StoreConfig:
-    """Where leases, desired roles and generations live."""
-
-    url: str = field(default="memory", repr=False)
-    """"memory": in an actor of this cluster (`store`); redis://HOST:PORT/DB: in Redis, shared between hosts."""
-    username: str = ""
-    """Redis user; empty: the default one."""
-    password_file: str = ""
-    """Holds the password of Redis; only the user of Baton may read it. A password in the URL belongs in the environment or a file."""
-    ca_file: str = ""
-    """Certificates (PEM) that a rediss:// server is checked with; empty: the system's."""
-    cert_file: str = ""
-    """This client's own certificate (PEM), where Redis asks for one."""
-    key_file: str = ""
-    """The key of cert_file."""
-    secret_file: str = ""
-    """Holds the secret that the cluster's entries in Redis are signed with, the same on every host. Empty: `baton serve` makes one,
-    which `baton worker` and `baton router` of the same user find on the same host."""
-    cluster: str = "baton"
-    """Prefix of the keys in Redis; two clusters on one Redis need two names."""
-    lease_ttl_s: Annotated[float, Ge(0.5), Le(300)] = 4.0
-    """A worker that has not renewed its lease for this long is taken out; it renews three times as often."""
-
-    def __post_init__(self) -> None:
-        check_store_url(self.url)
-        if (self.ca_file or self.cert_file) and not self.url.startswith("rediss://"):
-            raise InvalidConfig("store.ca_file and store.cert_file are for a store.url that begins with rediss://")
-        if bool(self.cert_file) != bool(self.key_file):
-            raise InvalidConfig("store.cert_file and store.key_file belong together: set both or neither")
-        if self.username and not self.password_file:
-            raise InvalidConfig("store.username needs store.password_file, or both belong in store.url")
-        if self.password_file and has_credentials(self.url):
-            raise InvalidConfig("store.url names a user or a password, and so does store.password_file: keep one")
-        if not self.cluster or not set(self.cluster) <= set(
-            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
-        ):
-            raise InvalidConfig(f"store.cluster takes letters, digits, '-', '_' and '.'; it is {self.cluster!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.actors.held_ports import PortHolder
 from cluster.config import ClusterConfig
-from cluster.console.progress import Progress
+from cluster.console.output import StepPrinter
 from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_cache_folder,
@@ -31,10 +31,9 @@ from cluster.preflight import (
 from cluster.ray_session.deaths import vital_processes, watch
 from cluster.ray_session.folders import end_local, make_folder, remove_stale, secret_file
 from cluster.ray_session.janitor import dismiss, engage
-from cluster.ray_session.joining import join_ray
-from cluster.ray_session.local import RaySession, start_ray
 from cluster.ray_session.running import note
-from cluster.store.host import STORE_HOST_NAME
+from cluster.ray_session.session import RaySession, join_ray, start_ray
+from cluster.store.actor_store import STORE_HOST_NAME
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import usable_cpus
 
@@ -103,7 +102,7 @@ async def preflight(config: ClusterConfig) -> None:
 
 
 @asynccontextmanager
-async def launched(config: ClusterConfig, progress: Progress, folder: str = "") -> AsyncIterator[Cluster]:
+async def launched(config: ClusterConfig, progress: StepPrinter, folder: str = "") -> AsyncIterator[Cluster]:
     """A cluster that serves; left, it is gone with every process and file. Raises InvalidConfig, RayFailed, ActorFailed,
     StartFailed.
 
@@ -156,7 +155,7 @@ def with_secret(config: ClusterConfig, path: str) -> ClusterConfig:
     return replace(config, store=replace(config.store, secret_file=path))
 
 
-async def _connect(config: ClusterConfig, folder: str, progress: Progress) -> RaySession:
+async def _connect(config: ClusterConfig, folder: str, progress: StepPrinter) -> RaySession:
     if config.ray.address:
         with progress.step(f"joining Ray at {config.ray.address}"):
             return await bounded(
@@ -184,10 +183,10 @@ def rearm_signals() -> None:
                 signal.siginterrupt(number, False)
 
 
-async def _populate(cluster: Cluster, progress: Progress) -> None:
+async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     """The store first, as every other actor needs the store; then workers and routers at the same time."""
     from cluster.actors.pools import Pools
-    from cluster.membership.roles import forget_draining, forget_role
+    from cluster.membership.membership import forget_draining, forget_role
     from cluster.ray_session.failures import told
     from cluster.store.open import open_store
 
@@ -299,7 +298,7 @@ async def _until_ready(url: str) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -> None:
+async def _take_down(cluster: Cluster | None, folder: str, progress: StepPrinter) -> None:
     """Routers first, so that no request reaches a worker that leaves; then workers; then Ray itself."""
     if cluster is not None:
         config = cluster.config
@@ -322,7 +321,7 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: Progress) -
         progress.say(f"could not end these processes: {', '.join(str(process.pid) for process in left)}")
 
 
-async def leave(actor: Any, name: str, timeout_s: float, progress: Progress) -> None:
+async def leave(actor: Any, name: str, timeout_s: float, progress: StepPrinter) -> None:
     """Lets a worker's requests move to others before it goes; a router has none to move."""
     if not hasattr(actor, "leave"):
         return

@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 from cluster.preflight import check_model
 from cluster.settings import build
-from router.api.config import ApiConfig
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
 from router.api.translate import make_job
+from router.config import ApiConfig
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
-from workers.model.loaded import Checkpoint
+from workers.model.loading import ServedModel
 from workers.request import Output, Request, SamplingParams, TokenLogprob
 from workers.worker import make_engine
 
-__all__ = ["LLM", "Completion", "Generation", "SamplingParams"]
+__all__ = ["LLM", "Completion", "PromptCompletions", "SamplingParams"]
 
 Message = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ class Completion:
 
 
 @dataclass(slots=True)
-class Generation:
+class PromptCompletions:
     """A prompt and its choices."""
 
     prompt: str | None
@@ -67,7 +67,7 @@ class LLM:
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         check_model(model)
-        self._checkpoint = Checkpoint.load(self._config)
+        self._checkpoint = ServedModel.load(self._config)
         self._engine = make_engine(self._config, self._checkpoint)
         self._lock = threading.Lock()
         """Held by the call whose sequences are in the engine."""
@@ -84,7 +84,7 @@ class LLM:
         *,
         n: int = 1,
         progress: bool = True,
-    ) -> list[Generation]:
+    ) -> list[PromptCompletions]:
         """Completes prompts (texts or token ids), `n` choices each, in the order given.
 
         `params` is one SamplingParams for all or one a prompt; their fields may be spelled as in a request body, such as
@@ -110,7 +110,7 @@ class LLM:
         progress: bool = True,
         add_generation_prompt: bool = True,
         **template_settings: Any,
-    ) -> list[Generation]:
+    ) -> list[PromptCompletions]:
         """Answers one conversation (a list of messages) or several, through the model's chat template.
 
         Raises InvalidRequest before anything runs.
@@ -145,7 +145,7 @@ class LLM:
         progress: bool,
         default_tokens: int,
         param: str,
-    ) -> list[Generation]:
+    ) -> list[PromptCompletions]:
         """Reads each prompt's parameters as an HTTP body's, then runs all of them."""
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
@@ -154,7 +154,9 @@ class LLM:
             )
         generations, requests = [], []
         for prompt, own in zip(prompts, each, strict=True):
-            generation = Generation(prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)])
+            generation = PromptCompletions(
+                prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)]
+            )
             generations.append(generation)
             body = _as_body(own, n)
             generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
@@ -167,9 +169,9 @@ class LLM:
             self._run(requests, progress)
         return generations
 
-    def _run(self, requests: list[tuple[Request, Generation, Completion]], progress: bool) -> None:
+    def _run(self, requests: list[tuple[Request, PromptCompletions, Completion]], progress: bool) -> None:
         """Steps until all are done; whatever ends it early, what is left is cancelled and leaves the engine usable."""
-        owners: dict[int, tuple[Request, Generation, Completion]] = {}
+        owners: dict[int, tuple[Request, PromptCompletions, Completion]] = {}
         num_tokens = 0
         try:
             for owner in requests:
@@ -190,7 +192,7 @@ class LLM:
                 self._engine.cancel(sequence_id)
             self._engine.take_early()  # what an interrupted step had to say belongs to nobody any more
 
-    def _absorb(self, owner: tuple[Request, Generation, Completion], output: Output) -> bool:
+    def _absorb(self, owner: tuple[Request, PromptCompletions, Completion], output: Output) -> bool:
         """Adds an output to its choice; True when the choice has ended."""
         _, generation, choice = owner
         choice.text += output.text

@@ -16,7 +16,7 @@ from router.events import (
     FrameArrived,
     RequestArrived,
     RequestCancelled,
-    Send,
+    SendMessage,
     ShutDown,
     Tick,
     WorkerDetached,
@@ -24,12 +24,12 @@ from router.events import (
 )
 from router.fleet.fleet import FIRST_RECONNECT_S, Fleet, reconnect_delay_s
 from router.fleet.prefix_index import PrefixIndex
-from router.fleet.view import Backlog, WorkerEntry
+from router.fleet.worker_entry import Backlog, WorkerEntry
 from router.forecast.forecasts import Forecasts
 from router.policies.policy import Policy
 from router.requests.dispatch import Dispatcher
-from router.requests.flights import Flights
-from router.requests.mover import Mover
+from router.requests.flights import InFlightRequests
+from router.requests.move_planner import Mover
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
 
@@ -48,7 +48,7 @@ class RouterCore:
         self.fleet = Fleet(*times, backlog, self.forecasts.steps)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config)
-        self.flights = Flights(config, self.fleet, dispatcher, self._out, self.counters)
+        self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
         self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -90,7 +90,7 @@ class RouterCore:
             self._lose(entry, fault, now, FIRST_RECONNECT_S)
             return
         was_up, before = entry.is_up, entry.generation
-        self.fleet.hear(entry, frame, now)
+        self.fleet.apply_frame(entry, frame, now)
         if frame.status is not None and self.fleet.check_model(entry, self.flights.num_running == 0, now):
             self.counters["models_taken_over"] += 1
             self.flights.change_model(now)
@@ -104,7 +104,7 @@ class RouterCore:
             self.index.take_in()
         if frame.kv_events and any([self.index.apply(entry.row, kv_event) for kv_event in frame.kv_events]):
             self.counters["prefix_index_gaps"] += 1
-            self._out.append(Send(event.worker_id, event.connection, DumpRequest()))
+            self._out.append(SendMessage(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
             self.flights.take(output, entry.worker_id, now)
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import assert_never
 
-from router.backend import RouterStatus, WorkerView
+from router.backend import RequestStream, RouterStatus, WorkerView
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
@@ -22,16 +22,15 @@ from router.events import (
     Reject,
     RequestArrived,
     RequestCancelled,
-    Send,
+    SendMessage,
     ShutDown,
     Tick,
     WorkerDetached,
     WorkersChanged,
 )
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
-from router.stream import RequestStream
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -203,7 +202,7 @@ class RouterDriver:
             match command:
                 case Deliver(output):
                     self._deliver(output, brought_up)
-                case Send(worker_id, connection, message):
+                case SendMessage(worker_id, connection, message):
                     link = self._links.get(connection)
                     if link is None or not link.send(message):
                         brought_up.append(WorkerDetached(worker_id, connection, "its send queue is full"))

@@ -88,7 +88,7 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendMessage:
     worker_id: str
     connection: int
     message: Submit | Cancel | Adopt | DumpRequest
@@ -111,4 +111,4 @@ class Reject:
     retry_after_s: float | None = None
 
 
-Command = Attach | Detach | Send | Deliver | Reject
+Command = Attach | Detach | SendMessage | Deliver | Reject

@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.api.problems import Problem, rejected
-from router.http_config import HttpConfig
+from router.config import HttpConfig
 
 
 class Phase(Enum):

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from router.http_config import HttpConfig
+from router.config import HttpConfig
 from router.http_protocol import BoundedProtocol
 
 

@@ -12,10 +12,9 @@ from dataclasses import replace
 import uvloop
 
 from router.api.app import create_app
-from router.api.config import load_sampling_defaults
-from router.api.draining import Draining
+from router.api.middleware import Draining
 from router.backend import RouterStatus
-from router.config import RouterConfig
+from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
 from workers.errors import InvalidConfig, Refusal, Refused

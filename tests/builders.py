@@ -9,11 +9,12 @@ from pathlib import Path
 
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
-from workers.engine.results import StepResult
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import StepResult
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import HandoffReport, Output, Request, SamplingParams
-from workers.runner import BLOCK_SIZE, FakeRunner, Runner
+from workers.runner import BLOCK_SIZE, Runner
 from workers.scheduler.scheduler import Limits
 from workers.scheduler.sequence import Kind
 from workers.status import ModelInfo

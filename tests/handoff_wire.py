@@ -10,7 +10,7 @@ from builders import fake_layout, make_request
 from workers.handoff.copier import describe_pieces, verify_pieces
 from workers.handoff.protocol import source_session as src
 from workers.handoff.protocol import target_session as tgt
-from workers.handoff.protocol.messages import HandoffAccepted, Offer, OpenHandoff, PrefillDone, Prompt, Subject
+from workers.handoff.protocol.messages import HandoffAccepted, Offer, OpenHandoff, PrefillDone, PromptSubject, Subject
 from workers.handoff.protocol.transfer import Due
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
@@ -20,7 +20,7 @@ from workers.transports.contract import View
 DONE = PrefillDone(7, None, 4, 0, 0.1)
 
 
-PROMPT = Prompt(make_request(range(5, 261)))
+PROMPT = PromptSubject(make_request(range(5, 261)))
 
 
 def opening(transports: tuple[str, ...] = ("shm", "grpc"), subject: Subject = PROMPT) -> OpenHandoff:
@@ -85,7 +85,7 @@ class Wire:
     def do_source(self, commands: list[src.SourceCommand]) -> None:
         for command in commands:
             match command:
-                case src.Send(message):
+                case src.SendUp(message):
                     self.up.append(message)
                 case src.SendPieces(epoch, _, pieces):
                     self.sent_pieces += [number for number, _ in pieces]
@@ -109,7 +109,7 @@ class Wire:
     def do_target(self, commands: list[tgt.TargetCommand]) -> None:
         for command in commands:
             match command:
-                case tgt.Send(message):
+                case tgt.SendDown(message):
                     self.down.append(message)
                 case tgt.Connect(offer, epoch, _):
                     is_broken = offer.transport in self.broken
@@ -126,7 +126,7 @@ class Wire:
                     good = verify_pieces(there, self.place)
                     bad = tuple(p.piece for p in pieces if p.piece not in good)
                     self.tell_target(tgt.Collected(good, bad, "spoiled" if bad else ""))
-                case tgt.Close():
+                case tgt.CloseInbox():
                     self.tell_target(tgt.Closed())
                 case tgt.Land() | tgt.Fail():
                     self.outcome.append(command)

@@ -8,9 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers.machine.instruction_sets import InstructionSet
-from workers.machine.native_build import SHARED, NativeSource
-from workers.model.native.library import _SIGNATURES, Dimensions, Step
+from workers.machine.native_build import SHARED, InstructionSet, NativeSource
+from workers.model.native.library import _SIGNATURES, Dimensions, StepArguments
 
 STUB = Path(__file__).parent / "kernels_stub.cpp"
 
@@ -21,9 +20,9 @@ def instruction_set(name: str, *flags: str) -> InstructionSet:
 
 
 def write_stub(main: Path, **sizes: int) -> None:
-    """`sizes`: what the library says that Dimensions and Step take, where that is not what Python declares."""
+    """`sizes`: what the library says that Dimensions and StepArguments take, where that is not what Python declares."""
     text = STUB.read_text()
-    names = {"dimensions": ctypes.sizeof(Dimensions), "step": ctypes.sizeof(Step)} | sizes
+    names = {"dimensions": ctypes.sizeof(Dimensions), "step": ctypes.sizeof(StepArguments)} | sizes
     lines = [f"#define {name.upper()}_BYTES {size}" for name, size in names.items()]
     missing = sorted(set(_SIGNATURES) - set(re.findall(r"baton_\w+", text)))
     lines += [f'extern "C" __attribute__((visibility("default"))) long {name}() {{ return 0; }}' for name in missing]

@@ -5,7 +5,17 @@ from __future__ import annotations
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import make_policy
-from router.events import Attach, Command, Deliver, Event, FrameArrived, Send, Tick, WorkerDetached, WorkersChanged
+from router.events import (
+    Attach,
+    Command,
+    Deliver,
+    Event,
+    FrameArrived,
+    SendMessage,
+    Tick,
+    WorkerDetached,
+    WorkersChanged,
+)
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
@@ -83,7 +93,7 @@ class Story:
 
 
 def submits(commands: list[Command]) -> list[tuple[str, Submit]]:
-    return [(c.worker_id, c.message) for c in commands if isinstance(c, Send) and isinstance(c.message, Submit)]
+    return [(c.worker_id, c.message) for c in commands if isinstance(c, SendMessage) and isinstance(c.message, Submit)]
 
 
 def the_submit(commands: list[Command]) -> tuple[str, Submit]:
@@ -96,7 +106,11 @@ def outputs(commands: list[Command]) -> list[Output]:
 
 
 def messages(commands: list[Command], kind: type) -> list[object]:
-    return [command.message for command in commands if isinstance(command, Send) and isinstance(command.message, kind)]
+    return [
+        command.message
+        for command in commands
+        if isinstance(command, SendMessage) and isinstance(command.message, kind)
+    ]
 
 
 PD = (("d-0", Role.DECODE), ("d-1", Role.DECODE), ("p-0", Role.PREFILL), ("p-1", Role.PREFILL))

@@ -15,9 +15,9 @@ from workers.config import WorkerConfig
 from workers.pb import worker_pb2_grpc
 from workers.request import Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
-from workers.wire.attach import Hello, RouterMessage, Submit, WorkerFrame
+from workers.wire.attach import RouterHello, RouterMessage, Submit, WorkerFrame
 from workers.wire.attach_protobuf import frame_from_pb, router_message_to_pb
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 from workers.worker import Worker
 
 CONFIG = WorkerConfig(
@@ -46,7 +46,7 @@ class Attached:
         self._sealer = Sealer()
 
     async def start(self) -> Attached:
-        await self.send(Hello(f"test-{next(_NUMBERS)}"))
+        await self.send(RouterHello(f"test-{next(_NUMBERS)}"))
         self._reader = asyncio.create_task(self._read())
         await self.until(lambda: self.status is not None)
         return self

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workers.machine import native_build
-from workers.machine.instruction_sets import InstructionSet
-from workers.machine.native_build import COMPILERS, NativeSource, compile_library, default_cache_folder
+from workers.machine.native_build import COMPILERS, InstructionSet, NativeSource, compile_library, default_cache_folder
 
 
 def find_sanitized(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,57 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
     assert not offenders
 
 
+FLOORS = {
+    "workers": (
+        "errors", "state_table", "checkpoint_files", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "kv_cache", "scheduler",
+        "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "serving",
+        "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
+        "model", "group", "worker", "group_worker",
+    ),
+    "router": (
+        "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "config", "wishes", "events", "fleet",
+        "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server",
+    ),
+    "cluster": (
+        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
+        "commands", "cli",
+    ),
+}  # fmt: skip
+"""The rooms of each package, values below and assemblies above: a room imports from itself and from those before it."""
+
+
+def floor_of(path: Path) -> tuple[str, int]:
+    """The package of a file, and the number of its room there; of two rooms that hold it the inner one counts."""
+    package, *rest = path.relative_to(ROOT).with_suffix("").parts
+    places = {"/".join(rest[:length]) for length in range(1, len(rest) + 1)} & set(FLOORS[package])
+    assert places, f"{path.relative_to(ROOT)} stands in no room: give it one, or add a room to FLOORS"
+    return package, FLOORS[package].index(max(places, key=len))
+
+
+def modules_of(path: Path) -> set[Path]:
+    """Files of the repository that a file imports, wherever in the file, also for type checkers only."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    files = {ROOT / (name.replace(".", "/") + ".py") for name in names}
+    return {file for file in files if file.is_file()}
+
+
+def test_a_room_imports_only_rooms_below_it() -> None:
+    offenders = []
+    for path in sources(*ROOMS):
+        if path.name == "__init__.py":
+            continue
+        package, floor = floor_of(path)
+        for module in modules_of(path):
+            if module.is_relative_to(ROOT / package) and floor_of(module)[1] > floor:
+                offenders.append(f"{path.relative_to(ROOT)} imports {module.relative_to(ROOT)}, which stands above it")
+    assert not offenders
+
+
 def test_tensors_stay_in_the_model_room() -> None:
     allowed = {ROOT / "workers" / "model", ROOT / "workers" / "sampling"}
     # These hand bytes to torch.distributed and to the device; they see no tensor of a model.
@@ -54,7 +106,7 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
         ROOT / "workers" / f"{name}.py"
         for name in (
             "wire/attach_protobuf", "wire/request_protobuf", "wire/grpc_client", "worker", "serving/server", "serving/streams",
-            "group/protobuf", "group/step_codec", "handoff/protobuf", "handoff/peers", "handoff/service", "handoff/source_driver",
+            "group/channel", "group/step_codec", "handoff/protobuf", "handoff/transfers", "handoff/service", "handoff/source_driver",
             "handoff/target_driver",
         )
     }  # fmt: skip
@@ -68,13 +120,8 @@ PURE = (
     "workers/state_table.py",
     "workers/scheduler",
     "workers/kv_cache",
-    "workers/handoff/protocol/transfer.py",
+    "workers/handoff/protocol",
     "workers/kv_memory/pieces.py",
-    "workers/handoff/protocol/recovery.py",
-    "workers/transports/negotiate.py",
-    "workers/handoff/protocol/source_session.py",
-    "workers/handoff/protocol/target_session.py",
-    "workers/handoff/protocol/worth.py",
     "workers/group/balance.py",
     "workers/group/formation.py",
     "workers/group/messages.py",
@@ -89,27 +136,15 @@ PURE = (
     "workers/serving/requests.py",
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
-    "workers/engine/commands.py",
+    "workers/engine/messages.py",
     "workers/engine/leaping.py",
-    "workers/engine/results.py",
     "router/core.py",
-    "router/requests/flights.py",
-    "router/requests/dispatch.py",
-    "router/fleet/fleet.py",
-    "router/requests/progress.py",
-    "router/fleet/view.py",
-    "router/fleet/worker_table.py",
-    "router/fleet/charges.py",
-    "router/requests/migrations.py",
-    "router/requests/mover.py",
-    "router/requests/admission.py",
-    "router/requests/retry.py",
-    "router/fleet/prefix_index.py",
+    "router/requests",
+    "router/fleet",
     "router/policies",
     "router/forecast",
     "router/wishes.py",
     "cluster/membership/membership.py",
-    "cluster/membership/roles.py",
     "cluster/actors/placement.py",
     "cluster/sim/planning/plan.py",
     "cluster/sim/planning/question.py",
@@ -261,3 +296,19 @@ def test_the_simulator_writes_nothing_of_the_product_again() -> None:
         if name in product
     }
     assert not twins
+
+
+def test_docs_name_only_files_that_exist() -> None:
+    """In backquotes with their suffix, by path or by the end of one; and what links lead to."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    known = {"/" + name for name in listed.split("\0")}
+    missing = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        if page.name == "benchmarks-history.md":  # it names what was there then
+            continue
+        text = page.read_text()
+        named = set(re.findall(r"`([\w./-]+\.(?:py|md|h|cpp|proto|svg))`", text))
+        missing += [(page.name, name) for name in sorted(named) if not any(k.endswith("/" + name) for k in known)]
+        links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+        missing += [(page.name, link) for link in sorted(filter(None, links)) if not (page.parent / link).exists()]
+    assert not missing

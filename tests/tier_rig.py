@@ -12,11 +12,11 @@ from typing import Any
 from builders import fake_layout, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
 
 from workers.engine.engine import Engine
-from workers.kv_tiers.folder import BlockFolder
-from workers.kv_tiers.record import Format, fingerprint_bytes
+from workers.engine.fake_runner import FakeRunner
+from workers.kv_tiers.folder import BlockFolder, Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 from workers.status import KvEvent
 
 LAYOUT = fake_layout()

@@ -8,14 +8,12 @@ from itertools import pairwise
 from builders import fake_layout, make_request
 
 from workers.config import WorkerConfig
-from workers.engine.commands import EngineCommand
-from workers.engine.results import Report, StepResult
+from workers.engine.messages import EngineCommand, Report, StepResult
 from workers.handoff.protocol.messages import OpenHandoff, Subject
-from workers.identity import Identity
 from workers.request import FinishReason, Output, Request
 from workers.serving import events
 from workers.serving.core import WorkerCore
-from workers.status import KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.status import Identity, KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 
 GENERATION = 1 << 32

@@ -6,17 +6,31 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from workers.bounds import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig
-from workers.transports.negotiate import BEST_FIRST
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Seconds = Annotated[float, Gt(0)]
+"""A time that must pass."""
+Delay = Annotated[float, Ge(0)]
+"""A time that may be none at all."""
+Port = Annotated[int, Ge(0), Lt(65536)]
+"""A TCP port; 0: any free one."""
+Text = Annotated[str, MinLen(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+
 
 InstructionSet = Literal["amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon"]
 """Those that the C++ kernels are written for, better ones first."""
 
 MAX_DIRECT_RANKS = 16
 """torch's device-side exchange (all_to_all_vdev_2d_offset) takes no larger groups."""
+
+BEST_FIRST = ("loopback", "cuda_ipc", "shm", "nccl", "nixl", "tcp", "gloo", "grpc")
+"""Every transport, the fastest first: memory of one process, device, host; then networks as measured (docs/benchmarks.md)."""
+SAME_HOST = frozenset({"loopback", "cuda_ipc", "shm"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from workers.config import WorkerConfig
 from workers.errors import RankLost
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan, GroupWatch
-from workers.model.loaded import Checkpoint
+from workers.model.loading import ServedModel
 from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
 from workers.text.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class GroupWorker(Worker):
         await watch.wait_formed(self.group)
         return model
 
-    def _load_leader(self, watch: GroupWatch) -> Checkpoint:
+    def _load_leader(self, watch: GroupWatch) -> ServedModel:
         config, plan = self._config, self._plan
         tokenizer = Tokenizer.load(config.model)
         self._group = GroupRunner.load(
@@ -90,7 +90,7 @@ class GroupWorker(Worker):
             on_listening=plan.on_listening,
             on_lost=watch.lost,
         )
-        return Checkpoint(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
+        return ServedModel(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
 
     def _ranks_view(self) -> RanksView:
         assert self._watch is not None

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from workers.kv_memory.memory import KvMemory
-from workers.prompt_scores import PromptScores
-from workers.request import SamplingParams, TokenLogprob
-from workers.sampling.edits import LogitEdits
+from workers.request import PromptScores, SamplingParams, TokenLogprob
 
 BLOCK_SIZE = 64
 """Tokens per KV block; equals the prefill tile so that a block's bits do not depend on chunking."""
+
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitEdits:
+    """For one draw: `biases` are added to the logits of `bias_ids`, those of `banned_ids` become -inf, then come the penalties.
+
+    No token stands in `bias_ids` or in `seen_ids` twice. `seen_ids` are the tokens that a penalty reads: those of the output, and
+    with a repetition penalty those of the prompt; `seen_counts` says how often each stands in the output. The arrays may change
+    once the draw is done.
+    """
+
+    bias_ids: Ids
+    biases: npt.NDArray[np.float32]
+    banned_ids: Ids
+    seen_ids: Ids
+    seen_counts: Ids
 
 
 # The next three are made for every token of every sequence, and a frozen dataclass takes three times as long to make. Nobody
@@ -63,7 +79,7 @@ class SequenceSlice:
     next_token_id: int | None = None
     """With prompt_logprobs: the prompt token after the slice's last one (None at the prompt's end)."""
     is_late: bool = False
-    """A decode slice whose token the step before is still drawing (workers.launching); `token_ids` holds a 0."""
+    """A decode slice whose token the step before is still drawing (LaunchingRunner); `token_ids` holds a 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,60 +143,16 @@ class Runner(Protocol):
         ...
 
 
-class FakeRunner:
-    """A runner without a model: the next token is a hash of the tokens found in the KV blocks.
+@runtime_checkable
+class LaunchingRunner(Runner, Protocol):
+    """A Runner whose steps run in the order of their launches. `execute(batch, hook)` is `finish(launch(batch, None, hook))`.
 
-    A missing, stale or misplaced block therefore changes the tokens, so schedulers, transfers and recovery can be
-    tested in microseconds. Each KV slot of 8 bytes holds position * 2^32 + token + 1.
+    A slice that `is_late` takes the token that the step `after` draws for its sequence: a step that was launched
+    directly before this one and need not be finished yet. Steps are finished in the order of their launches, each once;
+    one whose launch raised counts as never launched. What a handle is, the runner alone knows. `on_layer` is called, on
+    whichever thread, before `finish` returns or raises, and not after a launch that has raised.
     """
 
-    def __init__(self, kv_memory: KvMemory, vocab_size: int = 1000) -> None:
-        self._memory = kv_memory
-        self._vocab_size = vocab_size
-        self._slots = kv_memory.bytes.view(np.int64).reshape(kv_memory.layout.num_blocks, -1)
-        self.num_steps = 0
-        self.num_pools = 1
+    def launch(self, batch: Batch, after: Any = None, on_layer: LayerHook | None = None) -> Any: ...
 
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def kv_memory(self) -> KvMemory:
-        return self._memory
-
-    def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
-        """Computes as the protocol says; a block table too short for its slice raises IndexError.
-
-        All it writes lies at the beginning of a block: its other layers are filled as well as they ever will be.
-        """
-        self.num_steps += 1
-        for piece in (*batch.prefill, *batch.decode):
-            self._write(piece)
-        if on_layer is not None:
-            for layer in range(on_layer.every, self._memory.layout.num_layers, on_layer.every):
-                on_layer.call(layer)
-        return [self._draw(piece) for piece in (*batch.prefill, *batch.decode)]
-
-    def _write(self, piece: SequenceSlice) -> None:
-        for offset, token in enumerate(piece.token_ids):
-            position = piece.start + offset
-            block = piece.block_table[position // BLOCK_SIZE]
-            self._slots[block, position % BLOCK_SIZE] = (position << 32) + token + 1
-
-    def _draw(self, piece: SequenceSlice) -> Sampled:
-        if piece.sample is None:
-            return Sampled(piece.sequence_id, None)
-        if piece.sample.forced_token_id is not None:
-            return Sampled(piece.sequence_id, piece.sample.forced_token_id)
-        end = piece.start + len(piece.token_ids)
-        blocks = list(piece.block_table[: -(-end // BLOCK_SIZE)])
-        seen = self._slots[blocks, :BLOCK_SIZE].reshape(-1)[:end]
-        spec = piece.sample
-        salt = f"{spec.params.seed}/{spec.choice_index}/{spec.position}" if spec.params.temperature else ""
-        if spec.params.repetition_penalty != 1:
-            salt += f"/{list(spec.output_token_ids)}"
-        digest = hashlib.blake2b(seen.tobytes() + salt.encode(), digest_size=8).digest()
-        token = int.from_bytes(digest, "little") % (self._vocab_size - 10) + 10
-        logprob = None if spec.params.logprobs is None else TokenLogprob(token, -0.5)
-        return Sampled(piece.sequence_id, token, logprob)
+    def finish(self, launched: Any) -> list[Sampled]: ...

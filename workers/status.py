@@ -161,3 +161,21 @@ class WorkerStatus:
     """Sequences that run at once; what comes beyond waits there. 0: not said."""
     max_batch_tokens: int = 0
     """Tokens that one step computes at most, of prompts and of decoding sequences. 0: not said."""
+
+
+@dataclass(slots=True)
+class Identity:
+    """Who the worker is now; the worker owns it, others read."""
+
+    worker_id: str
+    role: Role
+    generation: int
+    target: str = ""
+    is_draining: bool = False
+    """Takes no new work."""
+    is_rebuilding: bool = False
+    """A rank is missing; nothing new is accepted."""
+
+    @property
+    def address(self) -> WorkerAddress:
+        return WorkerAddress(self.worker_id, self.generation, self.target)

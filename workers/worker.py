@@ -13,7 +13,6 @@ import grpc
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.thread import EngineThread
-from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.opening import open_tiers
 from workers.pb import worker_pb2_grpc
@@ -22,12 +21,12 @@ from workers.runner import Runner
 from workers.scheduler.scheduler import Limits
 from workers.serving.driver import RanksView, WorkerDriver
 from workers.serving.server import WorkerServer
-from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
+from workers.status import Identity, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation
 from workers.text.output import Detokenizer
-from workers.transports.data_path import DataPath, make_data_path
+from workers.transports.factory import DataPath, make_data_path
 from workers.trust.channels import bind, make_server
 from workers.trust.credentials import Credentials
-from workers.wire.grpc_options import SERVER
+from workers.wire.streams import SERVER
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +67,11 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
 
 def load_checkpoint(config: WorkerConfig) -> LoadedModel:
     """Loads config.model. Raises InvalidConfig with one sentence when that cannot work."""
-    from workers.model.loaded import Checkpoint  # torch takes seconds to import; a worker needs it, its callers do not
+    from workers.model.loading import (
+        ServedModel,  # torch takes seconds to import; a worker needs it, its callers do not
+    )
 
-    return Checkpoint.load(config)
+    return ServedModel.load(config)
 
 
 class Worker:

@@ -13,15 +13,19 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
-from cluster.config import StoreConfig
-from cluster.membership.following import follow_members
-from cluster.membership.membership import ROUTERS, Registration, Superseded
-from cluster.membership.registration import Registrar, number_start
-from cluster.membership.roles import desired_draining, desired_role
+from cluster.membership.membership import (
+    DOUBT_LEASES,
+    ROUTERS,
+    Registration,
+    Superseded,
+    desired_draining,
+    desired_role,
+)
+from cluster.membership.registration import Registrar, follow_members, number_start
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
 from cluster.store.open import open_store
-from cluster.store.store import Store, StoreUnavailable
+from cluster.store.store import Store, StoreConfig, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
@@ -34,8 +38,6 @@ from workers.trust.credentials import credentials_of
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DOUBT_LEASES = 10
-"""A router keeps workers that vanish by the mass for so many leases."""
 RETRY_START_S = 5.0
 """A start that failed is told to whoever waits in ready(), and after this long tried again in a new process."""
 

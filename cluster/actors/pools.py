@@ -16,7 +16,7 @@ from cluster.actors.ranks import RankActor
 from cluster.config import ClusterConfig
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
-from cluster.store.host import STORE_HOST_NAME, StoreHost
+from cluster.store.actor_store import STORE_HOST_NAME, StoreHost
 from workers.errors import InvalidConfig
 from workers.status import Role
 

@@ -22,8 +22,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_status(args: argparse.Namespace) -> int:
+    from cluster.console.output import status_table
     from cluster.console.router_client import RouterClient
-    from cluster.console.status_table import status_table
 
     with RouterClient(*client_target(args), timeout_s=10.0) as router:
         status = router.status()
@@ -32,8 +32,8 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_switch(args: argparse.Namespace) -> int:
+    from cluster.console.output import generation_text
     from cluster.console.router_client import RouterClient
-    from cluster.console.status_table import generation_text
 
     with RouterClient(*client_target(args)) as router:
         worker = router.set_role(args.worker, args.role, args.force)

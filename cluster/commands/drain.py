@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    from cluster.console.progress import Progress
+    from cluster.console.output import StepPrinter
     from cluster.console.router_client import RouterClient
 
     with RouterClient(*client_target(args)) as router:
@@ -47,7 +47,7 @@ def run_drain(args: argparse.Namespace) -> int:
             print(f"{args.worker} takes work again")
             return 0
         deadline = time.monotonic() + args.timeout
-        progress, told = Progress(), ""
+        progress, told = StepPrinter(), ""
         while (left := what_is_left(router.status(), args.worker)) != "":
             if time.monotonic() >= deadline:
                 raise DrainTimeout(

@@ -13,6 +13,8 @@ from workers.errors import InvalidConfig
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
+INTERRUPTED = 130
+"""The exit code of a command that a signal ended."""
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
 _URL_HELP = f"the router; default: $BATON_URL, else this host's cluster, else {DEFAULT_URL}"

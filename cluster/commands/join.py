@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.progress import Progress
+from cluster.console.output import StepPrinter
 
 if TYPE_CHECKING:
     from cluster.actors.pools import Pools
@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_worker(args: argparse.Namespace) -> int:
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.identity.folder import members
     from cluster.preflight import check_cache_folder, check_disk_tier, check_gpus, check_layout, check_model
     from workers.status import Role
@@ -56,7 +56,7 @@ def run_worker(args: argparse.Namespace) -> int:
     check_gpus(config)
     if args.worker_host:
         config = replace(config, worker=replace(config.worker, host=args.worker_host))
-    progress = Progress()
+    progress = StepPrinter()
 
     def create(pools: Pools) -> Any:
         return pools.create_worker(args.name, Role(args.role))
@@ -66,14 +66,14 @@ def run_worker(args: argparse.Namespace) -> int:
 
 
 def run_router(args: argparse.Namespace) -> int:
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.identity.folder import members
     from cluster.preflight import check_port, check_tokenizer
 
     config = config_from(args)
     check_tokenizer(config.router.model)
     check_port(config.router.host, config.router.port, "--port")
-    progress = Progress()
+    progress = StepPrinter()
 
     def create(pools: Pools) -> Any:
         return pools.create_router(args.name)
@@ -83,19 +83,18 @@ def run_router(args: argparse.Namespace) -> int:
 
 
 async def _attach(
-    config: ClusterConfig, name: str, own: list[tuple[Party, ...]], create: Any, progress: Progress
+    config: ClusterConfig, name: str, own: list[tuple[Party, ...]], create: Any, progress: StepPrinter
 ) -> int:
     """Creates the actor, shows what becomes of it until cancelled, then removes it."""
     from cluster.actors.pools import Pools
-    from cluster.commands.watching import tell_changes
+    from cluster.commands.running import tell_changes
     from cluster.identity.local import join, needs_certificates
     from cluster.lifecycle import bounded, leave, rearm_signals, remove_actors, stop_actors, wait_ready, with_secret
     from cluster.preflight import check_store
     from cluster.ray_session.failures import told
-    from cluster.ray_session.joining import join_ray
-    from cluster.ray_session.local import LOOPBACK
     from cluster.ray_session.running import with_ray
-    from cluster.store.host import STORE_HOST_NAME
+    from cluster.ray_session.session import LOOPBACK, join_ray
+    from cluster.store.actor_store import STORE_HOST_NAME
     from cluster.store.open import open_store
 
     await check_store(config.store)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         new_figure(1, 1)  # said now rather than after minutes
     candidates = candidates_of(args)
 
-    from cluster.console.progress import Progress
+    from cluster.console.output import StepPrinter
     from cluster.sim.planning.plan import make_plan
     from cluster.sim.planning.question import busiest
     from cluster.sim.planning.simulated import Simulated
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     begin_s = whole[first].at_s
     used = [replace(request, at_s=request.at_s - begin_s) for request in whole[first:last]]
     trace = list(scaled(used, 1, args.speed))
-    progress = Progress()
+    progress = StepPrinter()
     simulated = Simulated(trace, slo, args.seed, progress.say)
     try:
         plan = make_plan(

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidConfig(f"--rounds must be from 1 to 1000; it is {args.rounds}")
     if not 0 <= args.beside <= MAX_BESIDE:
         raise InvalidConfig(f"--beside must be from 0 to {MAX_BESIDE}; it is {args.beside}")
-    from cluster.console.progress import Progress
+    from cluster.console.output import StepPrinter
     from cluster.preflight import check_model
     from cluster.sim.measuring.measuring import measure
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_model(worker.model)
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise InvalidConfig(f"--out {args.out} names a folder that does not exist")
-    progress = Progress()
+    progress = StepPrinter()
     found = measure(worker, args.rounds, args.beside, not args.engine_only, progress.say)
     name = args.name or f"{found.info.name} {worker.dtype} on {worker.device}"
     _write(found.document(name), args.out)

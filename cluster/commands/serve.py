@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cluster.commands.detaching import Detached, detach, log_file
 from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
-from cluster.console.progress import Progress
+from cluster.console.output import StepPrinter
 from workers.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -51,20 +51,20 @@ def run(args: argparse.Namespace) -> int:
     detached = detach() if args.detach else None
     if isinstance(detached, int):
         return detached
-    from cluster.commands.signals import run_until_stopped
+    from cluster.commands.running import run_until_stopped
     from cluster.ray_session.folders import make_folder
 
     config = config_from(args)
     if detached and config.ray.address:
         raise InvalidConfig("--detach keeps a Ray of its own; with --ray-address use a supervisor, such as systemd")
-    progress = Progress()
+    progress = StepPrinter()
     folder = "" if config.ray.address else make_folder()
 
     return run_until_stopped(_serve(config, progress, folder, detached), folder, progress)
 
 
-async def _serve(config: ClusterConfig, progress: Progress, folder: str, detached: Detached | None) -> int:
-    from cluster.commands.watching import tell_changes
+async def _serve(config: ClusterConfig, progress: StepPrinter, folder: str, detached: Detached | None) -> int:
+    from cluster.commands.running import tell_changes
     from cluster.lifecycle import launched
 
     async with launched(config, progress, folder) as cluster:

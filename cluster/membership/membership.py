@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from cluster.store.store import Snapshot
+from cluster.store.store import Snapshot, Store
 from workers.errors import BatonError
 from workers.status import Role, WorkerAddress
 
@@ -22,6 +22,8 @@ ROLES = "roles/"
 
 MAX_RECORD_CHARACTERS = 4096
 """Of a registration."""
+DOUBT_LEASES = 10
+"""A router keeps workers that vanish by the mass for so many leases."""
 
 
 class Superseded(BatonError):
@@ -157,3 +159,49 @@ class Membership:
         if len(self._vanished) > len(registrations):
             self._keep({name: registration for name, (registration, _) in self._vanished.items()}, now + self._doubt_s)
             self._vanished = {}
+
+
+def resolve_role(configured: Role, remembered: str | None) -> Role:
+    """A remembered role wins; one that this version does not know is as good as none."""
+    if remembered is not None and remembered in {role.value for role in Role}:
+        return Role(remembered)
+    return configured
+
+
+async def desired_role(store: Store, worker_id: str, configured: Role) -> Role:
+    """The role that a worker must start in, so that a restart does not undo a switch."""
+    entry = await store.get(ROLES + worker_id)
+    return resolve_role(configured, entry.value if entry else None)
+
+
+async def remember_role(store: Store, worker_id: str, role: Role, configured: Role) -> None:
+    """Makes `role` the one that the worker comes back in; only a role that differs from the configured one is kept."""
+    entry = await store.get(ROLES + worker_id)
+    if role is configured:
+        if entry is not None:
+            await store.delete(entry.key, entry.version)
+    elif entry is None or entry.value != role.value:
+        await store.put(ROLES + worker_id, role.value)
+
+
+async def forget_role(store: Store, worker_id: str) -> None:
+    """Undoes earlier switches: the worker's next start takes its configured role."""
+    await store.delete(ROLES + worker_id)
+
+
+async def desired_draining(store: Store, worker_id: str) -> bool:
+    """Whether a worker must start without taking work, so that a restart does not undo a drain."""
+    return await store.get(DRAINS + worker_id) is not None
+
+
+async def remember_draining(store: Store, worker_id: str, is_draining: bool) -> None:
+    """Makes it what the worker comes back as."""
+    if is_draining:
+        await store.put(DRAINS + worker_id, "true")
+    else:
+        await store.delete(DRAINS + worker_id)
+
+
+async def forget_draining(store: Store, worker_id: str) -> None:
+    """The worker's next start takes work."""
+    await store.delete(DRAINS + worker_id)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 
-from cluster.membership.membership import STARTS, Registration, Superseded
-from cluster.membership.roles import remember_draining, remember_role
+from cluster.membership.membership import (
+    STARTS,
+    WORKERS,
+    Membership,
+    Registration,
+    Superseded,
+    Tick,
+    remember_draining,
+    remember_role,
+)
 from cluster.store.store import ABSENT, Entry, Store, StoreUnavailable
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
@@ -144,3 +154,39 @@ async def keep_start(store: Store, worker_id: str, number: int) -> None:
             is not None
         ):
             return
+
+
+async def follow_members(
+    store: Store, grace_s: float, doubt_s: float = 0.0
+) -> AsyncGenerator[tuple[Registration, ...], None]:
+    """Yields the members at once, then after each change: of the store, or by a grace period that ends. Never ends itself."""
+    membership = Membership(grace_s, doubt_s)
+    known: frozenset[str] = frozenset()
+    async with aclosing(store.watch(WORKERS)) as snapshots:
+        upcoming = asyncio.ensure_future(anext(snapshots))
+        try:
+            membership.handle(await upcoming, time.monotonic())
+            known = _name_refused(membership.refused, known)
+            upcoming = asyncio.ensure_future(anext(snapshots))
+            yield membership.workers
+            while True:
+                wait_s = None if membership.deadline is None else max(0.0, membership.deadline - time.monotonic())
+                done, _ = await asyncio.wait({upcoming}, timeout=wait_s)
+                event = upcoming.result() if done else Tick()
+                if done:
+                    upcoming = asyncio.ensure_future(anext(snapshots))
+                is_changed = membership.handle(event, time.monotonic()) is not None
+                known = _name_refused(membership.refused, known)
+                if is_changed:
+                    yield membership.workers
+        finally:
+            upcoming.cancel()
+            with suppress(asyncio.CancelledError):
+                await upcoming
+
+
+def _name_refused(refused: frozenset[str], known: frozenset[str]) -> frozenset[str]:
+    """Logs those that are new; returns what is to be known next time."""
+    for key in sorted(refused - known):
+        log.warning("the store's entry %.100r is no registration of a worker and does not count", key)
+    return refused

@@ -82,17 +82,19 @@ class Receiving:
         if self._command.patience_s is not None:
             self._patience = self._timeline.after(self._command.patience_s, self._lose_patience)
         if self._source is None or self._source.is_dead:
-            self._timeline.after(self._worker.latency_s, self.feed, target_end.Broken("the sender cannot be reached"))
+            self._timeline.after(
+                self._worker.latency_s, self.feed, target_end.HandoffLost("the sender cannot be reached")
+            )
         self._carry_out(self._session.open(self._timeline.now))
 
     def stop(self) -> None:
         """As StopReceiving."""
         self._is_stopped = True
-        self.feed(target_end.Broken("the request was cancelled", Refusal.SHUTTING_DOWN, is_ours=True))
+        self.feed(target_end.HandoffLost("the request was cancelled", Refusal.SHUTTING_DOWN, is_ours=True))
 
     def _lose_patience(self) -> None:
         self._has_lost_patience = True
-        self.feed(target_end.Broken("it took too long", Refusal.SHUTTING_DOWN, is_ours=True))
+        self.feed(target_end.HandoffLost("it took too long", Refusal.SHUTTING_DOWN, is_ours=True))
 
     def feed(self, event: target_end.TargetEvent) -> None:
         """An event of the session, at the receiver's own time."""
@@ -108,7 +110,7 @@ class Receiving:
         pending = deque(commands)
         while pending:
             match pending.popleft():
-                case target_end.Send(message):
+                case target_end.SendDown(message):
                     self._say(message)
                 case target_end.Connect(_, epoch, _):
                     self._close_inbox()
@@ -118,7 +120,7 @@ class Receiving:
                         self._busy_since_s = self._timeline.now
                     self._collects.append(pieces)
                     self._timeline.soon(self._look)
-                case target_end.Close():
+                case target_end.CloseInbox():
                     self._close_inbox()
                     self._timeline.soon(self.feed, target_end.Closed())
                 case target_end.Land(done):
@@ -145,14 +147,14 @@ class Receiving:
 
     def _damaged_below(self, reason: str) -> None:
         if self._sending is not None:
-            self._sending.feed(source_end.Broken(reason, is_ours=True))
+            self._sending.feed(source_end.HandoffBroken(reason, is_ours=True))
 
     def answered(self, sending: Sending) -> None:
         """The sender serves it."""
         self._sending = sending
 
     def damaged_above(self, reason: str) -> None:
-        self.feed(target_end.Broken(reason, is_ours=True))
+        self.feed(target_end.HandoffLost(reason, is_ours=True))
 
     # ---- the data path ----
 
@@ -229,12 +231,12 @@ class Receiving:
             if timer is not None:
                 timer.cancel()
         if self._sending is not None:
-            broken = source_end.Broken("the receiver closed the stream")
+            broken = source_end.HandoffBroken("the receiver closed the stream")
             self._timeline.after(self._worker.latency_s, self._sending.feed, broken)
 
     def broken(self, reason: str) -> None:
         """The sender's process is gone."""
-        self._timeline.after(self._worker.latency_s, self.feed, target_end.Broken(reason))
+        self._timeline.after(self._worker.latency_s, self.feed, target_end.HandoffLost(reason))
 
     def _handoff(self, done: Done) -> Handoff:
         session, now = self._session, self._timeline.now
@@ -298,7 +300,7 @@ class Sending:
         pending = deque(commands)
         while pending:
             match pending.popleft():
-                case source_end.Send(message):
+                case source_end.SendUp(message):
                     self._say(message)
                 case source_end.SendPieces() as command:
                     pending += self._session.handle(self._send_pieces(command), self._timeline.now)

@@ -12,7 +12,7 @@ Call = Callable[..., None]
 
 class Pipe:
     """One direction of one stream between two nodes: messages arrive in order. One that is lost is noticed when the next arrives, and
-    ends the stream (`on_damage`), as workers.wire.seal has it."""
+    ends the stream (`on_damage`), as workers.wire.streams has it."""
 
     __slots__ = ("_is_damaged", "_last_s", "_network", "is_closed", "on_damage", "source", "target")
 

@@ -10,18 +10,18 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import make_policy
 from workers.config import WorkerConfig
-from workers.engine.commands import EngineCommand
 from workers.engine.engine import Engine
-from workers.engine.results import LayersFilled, Report, StepResult
+from workers.engine.messages import EngineCommand, LayersFilled, Report, StepResult
 from workers.engine.thread import STALL_CHECK_S, carry_out, report_of
 from workers.errors import InvalidConfig, InvariantViolated, Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
 from workers.handoff.protocol import source_session as source_end
 from workers.handoff.protocol import target_session as target_end
 from workers.handoff.protocol.messages import (
     Done,
+    Handoff,
     HandoffAccepted,
     HandoffDown,
+    HandoffFailed,
     HandoffRefused,
     HandoffUp,
     KvPiece,
@@ -32,7 +32,6 @@ from workers.handoff.protocol.messages import (
 from workers.handoff.protocol.source_session import SourceSession
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.protocol.transfer import Due, TransferState
-from workers.identity import Identity
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
@@ -41,7 +40,7 @@ from workers.scheduler.scheduler import Limits
 from workers.scheduler.sequence import Sequence, State
 from workers.serving import events as worker_events
 from workers.serving.core import WorkerCore
-from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
+from workers.status import Identity, Load, ModelInfo, Role, WorkerAddress, WorkerStatus, first_generation, starts_of
 from workers.wire.attach import Submit, WorkerFrame
 
 __all__ = [

@@ -92,7 +92,7 @@ class SimRouter:
         match command:
             case router_events.Deliver(output):
                 self.world.delivered(self, output)
-            case router_events.Send(worker_id, connection, message):
+            case router_events.SendMessage(worker_id, connection, message):
                 self._send(worker_id, connection, message)
             case router_events.Attach():
                 self._attach(command)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
+from cluster.membership.membership import DOUBT_LEASES
 from cluster.sim.clients import Clients, Targets
 from cluster.sim.faults import Fault
 from cluster.sim.invariants import check_idle, check_router, check_worker
@@ -33,7 +34,6 @@ from cluster.sim.worker import SimWorker
 
 WARM_UP_S = 1.0
 """Workers register and routers connect before the trace begins."""
-DOUBT_LEASES = 10
 QUIET_S = 0.25
 """Before a fault steps are taken one by one, so that what was said before it has arrived."""
 

@@ -196,7 +196,7 @@ class SimWorker:
             case worker_events.AcceptHandoff() | worker_events.RefuseHandoff():
                 self._answer = command
             case worker_events.FailHandoffs(reason):
-                broken = source_end.Broken(reason, is_ours=True)
+                broken = source_end.HandoffBroken(reason, is_ours=True)
                 for sending in self.sending.values():
                     self.world.timeline.soon(sending.feed, broken)
             case worker_events.EndStream(session):

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.config import StoreConfig
 from cluster.secret_files import read_secret
 from cluster.store.signed import SignedStore
-from cluster.store.store import Store, StoreUnavailable
+from cluster.store.store import Store, StoreConfig, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +27,7 @@ def open_store(config: StoreConfig, namespace: str, say: Callable[[str], None] =
         return SignedStore(redis, cluster_secret(config), say)
     import ray
 
-    from cluster.store.actor_store import ActorStore
-    from cluster.store.host import STORE_HOST_NAME
+    from cluster.store.actor_store import STORE_HOST_NAME, ActorStore
 
     try:
         # Ray's token guards this one.

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -18,19 +19,36 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
-from router.api.config import ApiConfig
-from router.api.generation import Generation, unless_disconnected
-from router.api.long_work import offload
+from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
 from router.api.problems import describe, note_refusal
-from router.api.progress import Choice, Progress
 from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
+from router.config import ApiConfig
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
+
+T = TypeVar("T")
+
+HUGE_BYTES = 256 << 10
+NUM_HUGE = 2
+"""Huge requests that are read at once: a prompt takes tens of times its own size while it is tokenized."""
+
+_huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
+
+
+async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
+    """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
+
+    In a thread it must let go of the interpreter's lock every few milliseconds, as Python code and tokenizers do.
+    """
+    if num_bytes <= inline_bytes:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +90,7 @@ class Shape(Protocol):
         """Top-level fields of a choice's first chunk, each with a leading comma; may be long."""
         ...
 
-    def whole(self, progress: Progress) -> dict[str, Any]:
+    def whole(self, progress: JobProgress) -> dict[str, Any]:
         """The answer of a finished job, without usage and trace, for `sse.json_parts`."""
         ...
 
@@ -122,11 +140,11 @@ class Answer(Response):
         if span.traceparent:
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
-            generation = await Generation.open(services.backend, requests, heartbeat_s)
+            generation = await JobOutputs.open(services.backend, requests, heartbeat_s)
         except BaseException as error:
             span.end(repr(error))
             raise
-        progress = Progress(job, services.metrics, start_s)
+        progress = JobProgress(job, services.metrics, start_s)
         try:
             if job.stream:
                 await self._send_stream(generation, progress, scope, send)
@@ -139,7 +157,7 @@ class Answer(Response):
             generation.close()
 
     async def _send_whole(
-        self, generation: Generation, progress: Progress, scope: Scope, receive: Receive, send: Send
+        self, generation: JobOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
     ) -> None:
         while progress.num_unfinished:
             for index, output in await generation.next_batch():
@@ -157,7 +175,7 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_stream(self, generation: Generation, progress: Progress, scope: Scope, send: Send) -> None:
+    async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
         is_open = False
 
@@ -238,7 +256,7 @@ async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
 class ChunkWriter:
     """Writes the chunks of one stream from prepared pieces: only what changes is encoded per output."""
 
-    def __init__(self, job: Job, shape: Shape, progress: Progress) -> None:
+    def __init__(self, job: Job, shape: Shape, progress: JobProgress) -> None:
         self._job = job
         self._shape = shape
         self._progress = progress

@@ -11,16 +11,15 @@ from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
-from router.api.config import ApiConfig
 from router.api.door import MONITOR_PATHS
-from router.api.draining import Draining, DrainingGate
 from router.api.health import health_routes
 from router.api.metrics import Metrics
-from router.api.middleware import Gate
+from router.api.middleware import Draining, DrainingGate, Gate
 from router.api.models import model_routes
 from router.api.problems import answer_problem
 from router.api.tokenization import tokenization_routes
 from router.backend import Backend
+from router.config import ApiConfig
 from workers.errors import BatonError
 from workers.text.tokenizer import Tokenizer
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 from fastapi import Request as HttpRequest
 
-from router.api.config import ApiConfig
 from router.api.middleware import too_large
+from router.config import ApiConfig
 from workers.errors import Refusal, Refused
 
 SMALL_BYTES = 64 << 10

@@ -9,10 +9,9 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
-from router.api.logprobs import LogprobWriter
+from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
+from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
-from router.api.progress import Choice, Progress
 from router.api.schema import ChatBody
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
@@ -79,7 +78,7 @@ class ChatShape:
     def extras(self, choice: Choice) -> Iterable[str]:
         return more_fields(self._about_prompt(choice)) if choice.index == 0 else ()
 
-    def whole(self, progress: Progress) -> dict[str, Any]:
+    def whole(self, progress: JobProgress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
         if self._job.speech.form.has_tags:  # now: usage counts what is read
             read = [whole_message(self._job, choice) for choice in progress.choices]

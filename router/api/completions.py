@@ -9,9 +9,15 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
-from router.api.choice_fields import about_prompt, end_of_choice, end_of_piece, more_fields
-from router.api.logprobs import CompletionLogprobs, LogprobWriter
-from router.api.progress import Choice, Progress
+from router.api.choice_fields import (
+    CompletionLogprobs,
+    LogprobWriter,
+    about_prompt,
+    end_of_choice,
+    end_of_piece,
+    more_fields,
+)
+from router.api.job_run import Choice, JobProgress
 from router.api.schema import CompletionBody
 from router.api.sse import json_parts, lazy_each, to_json
 from router.api.translate import Job, translate_completion
@@ -62,7 +68,7 @@ class CompletionShape:
     def extras(self, choice: Choice) -> Iterable[str]:
         return ()
 
-    def whole(self, progress: Progress) -> dict[str, Any]:
+    def whole(self, progress: JobProgress) -> dict[str, Any]:
         return {**self._fixed(), "choices": lazy_each(self._choice(choice) for choice in progress.choices)}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from router.api.config import ApiConfig, is_loopback
 from router.api.problems import rejected
+from router.config import ApiConfig, is_loopback
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/version"))
 """Of orchestrators; they tell nothing."""

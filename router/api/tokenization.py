@@ -8,8 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services
-from router.api.long_work import offload
+from router.api.answer import Services, offload
 from router.api.prompts import check_token_ids, encode_chat, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
 from router.api.sse import json_parts

@@ -9,12 +9,12 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from router.api.config import ApiConfig
 from router.api.formats.formats import OutputFormat, output_format
 from router.api.problems import rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.tools import MAX_TOOLS, read_thinking, read_tools
+from router.config import ApiConfig
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo

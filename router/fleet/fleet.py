@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from router.events import Attach
-from router.fleet.charges import Charges
-from router.fleet.view import Backlog, WorkerEntry
+from router.fleet.worker_entry import Backlog, OptimisticLoad, WorkerEntry
 from router.fleet.worker_table import WorkerTable
 from router.forecast.steps import StepTimes
 from workers.errors import InvalidRequest
@@ -45,7 +44,7 @@ class Fleet:
         """The others."""
         self._strangers: dict[str, WorkerEntry] = {}
         """Those with a stream that are no members any more."""
-        self._to_leave: dict[str, WorkerEntry] = {}
+        self._must_move: dict[str, WorkerEntry] = {}
         """Those that must be left, where something runs; perhaps others, too."""
         self._num_connections = 0
         self.table = WorkerTable()
@@ -82,7 +81,7 @@ class Fleet:
             known = self._entries.get(worker_id)
             if known is None:
                 row = self.table.add(worker_id)
-                entry = WorkerEntry(address, Charges(self._settle_s), self.table, row, self._backlog)
+                entry = WorkerEntry(address, OptimisticLoad(self._settle_s), self.table, row, self._backlog)
                 entry.show_load()
                 self._entries[worker_id] = self._closed[worker_id] = entry
                 continue
@@ -93,7 +92,7 @@ class Fleet:
         for entry in self:
             entry.is_member = entry.worker_id in members
             entry.show_roles()
-            self.note_leaving(entry)
+            self.note_must_move(entry)
         self._strangers = {e.worker_id: e for e in self if not e.is_member and e.connection is not None}
         return moved
 
@@ -114,13 +113,13 @@ class Fleet:
                 attaches.append(Attach(entry.worker_id, entry.connection, entry.address.target))
         return attaches
 
-    def hear(self, entry: WorkerEntry, frame: WorkerFrame, now: float) -> None:
+    def apply_frame(self, entry: WorkerEntry, frame: WorkerFrame, now: float) -> None:
         """A frame came on the worker's current connection."""
         entry.update(frame, now)
         entry.heard_awake_s = self._awake_s
         self._open.move_to_end(entry.worker_id)
         if frame.status is not None:
-            self.note_leaving(entry)
+            self.note_must_move(entry)
             kind = self._step_times.kind_of(frame.status)
             self.table.batch_tokens[entry.row] = frame.status.max_batch_tokens
             if kind != entry.kind:
@@ -154,17 +153,17 @@ class Fleet:
         """Workers that are no members any more and run nothing of this router's."""
         return [entry for entry in self._strangers.values() if not entry.attempts]
 
-    def note_leaving(self, entry: WorkerEntry) -> None:
+    def note_must_move(self, entry: WorkerEntry) -> None:
         """Something runs there, or it has changed: perhaps what runs there must go elsewhere."""
-        if entry.attempts and entry.must_be_left:
-            self._to_leave[entry.worker_id] = entry
+        if entry.attempts and entry.must_move_decodes:
+            self._must_move[entry.worker_id] = entry
 
     def to_leave(self) -> list[WorkerEntry]:
         """Workers whose running requests shall go on elsewhere."""
-        self._to_leave = {
-            name: entry for name, entry in self._to_leave.items() if entry.attempts and entry.must_be_left
+        self._must_move = {
+            name: entry for name, entry in self._must_move.items() if entry.attempts and entry.must_move_decodes
         }
-        return list(self._to_leave.values())
+        return list(self._must_move.values())
 
     def check_model(self, entry: WorkerEntry, is_idle: bool, now: float) -> bool:
         """Compares the model of a worker that has reported with the served one. True: its model is served instead from now on.

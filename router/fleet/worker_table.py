@@ -22,7 +22,7 @@ _COLUMNS = (
 
 
 class WorkerTable:
-    """One row a worker; a row that is free takes no requests. Rows are written by `router.fleet.view` as each worker's state changes."""
+    """One row a worker; a row that is free takes no requests. Rows are written by `router.fleet.worker_entry` as each worker's state changes."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []

@@ -6,15 +6,14 @@ import numpy as np
 import xxhash
 
 from router.config import RouterConfig
-from router.events import Send
-from router.fleet.charges import Charge
+from router.events import SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.prefix_index import Prefixes, PrefixIndex
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import Charge, WorkerEntry
 from router.fleet.worker_table import ANYTHING
 from router.forecast.forecasts import Forecasts
 from router.policies.policy import Candidates, Demand, Policy, Route
-from router.requests.progress import Flight
+from router.requests.in_flight import InFlightRequest
 from workers.errors import InvariantViolated
 from workers.request import Output
 from workers.status import PrefixHint
@@ -41,7 +40,7 @@ class Dispatcher:
         self._matched_key = (-1, -1)
         self._matched = index.match((), 0)
 
-    def route(self, flight: Flight, now: float) -> Route | None:
+    def route(self, flight: InFlightRequest, now: float) -> Route | None:
         """Where the request would go now; None: nowhere, and the table is told what it waits for."""
         table, demand, prefixes = self._fleet.table, self._demand(flight, now), self._prefixes(flight)
         has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
@@ -80,7 +79,7 @@ class Dispatcher:
             table.wanted_blocks = demand.num_prompt_blocks - most_cached if lacks_blocks else ANYTHING
         return route
 
-    def submit(self, flight: Flight, route: Route, now: float) -> Send:
+    def submit(self, flight: InFlightRequest, route: Route, now: float) -> SendMessage:
         """Begins the request's next attempt."""
         decode = self._fleet.at(route.decode)
         prefillers = [self._fleet.at(row) for row in route.prefill]
@@ -101,9 +100,11 @@ class Dispatcher:
             prefix=hint,
             name=flight.request.request_id,
         )
-        return Send(decode.worker_id, decode.connection, submit)
+        return SendMessage(decode.worker_id, decode.connection, submit)
 
-    def submit_migration(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> Send:
+    def submit_migration(
+        self, flight: InFlightRequest, source: WorkerEntry, target: WorkerEntry, now: float
+    ) -> SendMessage:
         """Begins a second attempt, which takes the running one over from `source`."""
         if target.connection is None:
             raise InvariantViolated(f"a request shall move to {target.worker_id}, which has no stream")
@@ -115,13 +116,13 @@ class Dispatcher:
         request = flight.attempt_request(incoming.wire_id)
         name = flight.request.request_id
         submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
-        return Send(target.worker_id, target.connection, submit)
+        return SendMessage(target.worker_id, target.connection, submit)
 
-    def num_blocks(self, flight: Flight) -> int:
+    def num_blocks(self, flight: InFlightRequest) -> int:
         """KV blocks that the request is taken to need in the end."""
         return self._demand(flight).num_blocks
 
-    def release(self, flight: Flight) -> None:
+    def release(self, flight: InFlightRequest) -> None:
         """The workers' own reports contain the request by now."""
         for worker_id in {flight.worker_id, flight.prefill_worker_id}:
             entry = self._fleet.get(worker_id)
@@ -134,13 +135,13 @@ class Dispatcher:
         if entry is not None:
             entry.end_attempt(wire_id)
 
-    def note_running(self, flight: Flight) -> None:
+    def note_running(self, flight: InFlightRequest) -> None:
         """The running attempt is on a worker that may have to be left by now."""
         entry = self._fleet.get(flight.worker_id)
         if entry is not None:
-            self._fleet.note_leaving(entry)
+            self._fleet.note_must_move(entry)
 
-    def _prefixes(self, flight: Flight) -> Prefixes:
+    def _prefixes(self, flight: InFlightRequest) -> Prefixes:
         """What each worker caches of the prompt; found once for all that is asked of one request, and for its other choices."""
         key = (self._index.version, len(self._fleet.table))
         if self._matched_hashes is not flight.hashes or self._matched_key != key:
@@ -148,7 +149,7 @@ class Dispatcher:
             self._matched_hashes, self._matched_key = flight.hashes, key
         return self._matched
 
-    def _prefix_hint(self, flight: Flight, computes: WorkerEntry) -> PrefixHint | None:
+    def _prefix_hint(self, flight: InFlightRequest, computes: WorkerEntry) -> PrefixHint | None:
         """Who holds more of the prompt than the worker that is to compute it, if the difference is worth the effort."""
         if not self._pull_min_blocks or not flight.hashes:
             return None
@@ -161,7 +162,7 @@ class Dispatcher:
             return None
         return PrefixHint(self._fleet.at(holder).current_address(), num_blocks)
 
-    def _time_left(self, flight: Flight, now: float) -> tuple[float, float]:
+    def _time_left(self, flight: InFlightRequest, now: float) -> tuple[float, float]:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
         age_s = now - flight.arrived_s
         due_s = 0.0
@@ -169,7 +170,7 @@ class Dispatcher:
             due_s = max(1e-3, self._first_token_deadline_s - age_s)
         return max(1e-3, self._request_timeout_s - age_s), due_s
 
-    def note_answer(self, flight: Flight, output: Output, now: float) -> None:
+    def note_answer(self, flight: InFlightRequest, output: Output, now: float) -> None:
         """A first output has come: what it says of the times that were foretold."""
         if output.handoff is None:
             return
@@ -180,7 +181,7 @@ class Dispatcher:
         if flight.foretold_ttft_s and report.attempts == 1 and flight.num_attempts == 1:
             self._forecasts.ttft.note(flight.foretold_ttft_s, now - flight.submitted_s)
 
-    def _demand(self, flight: Flight, now: float | None = None) -> Demand:
+    def _demand(self, flight: InFlightRequest, now: float | None = None) -> Demand:
         """`now` None: whatever is left of the time until the first token is due."""
         model = self._fleet.model
         if model is None:
@@ -198,7 +199,7 @@ class Dispatcher:
             session=wishes.session,
         )
 
-    def _charge(self, flight: Flight, decode: WorkerEntry, prefill: WorkerEntry, now: float) -> None:
+    def _charge(self, flight: InFlightRequest, decode: WorkerEntry, prefill: WorkerEntry, now: float) -> None:
         """Counts the request on its workers, and keeps its cached blocks longest in the index."""
         demand, cached = self._demand(flight), self._prefixes(flight).cached
         num_cached = int(cached[prefill.row])

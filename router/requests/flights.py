@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 
 from router.config import RouterConfig
-from router.events import Command, Deliver, Reject, Send
+from router.events import Command, Deliver, Reject, SendMessage
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
+from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
 from router.requests.migrations import Migrations
-from router.requests.progress import Flight, Incoming, Mismatch
-from router.requests.retry import TREATMENTS, RetryPolicy, Treatment
 from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.kv_cache.block_hash import block_hashes
@@ -24,7 +23,7 @@ from workers.request import FinishReason, Output, Request
 from workers.wire.attach import Cancel
 
 
-class Flights:
+class InFlightRequests:
     """All requests that have not ended. Appends its commands to `out`, its surprises to `counters`."""
 
     def __init__(
@@ -42,15 +41,15 @@ class Flights:
         self._dispatcher = dispatcher
         self._out = out
         self._counters = counters
-        self._flights: dict[str, Flight] = {}
-        self._attempts: dict[str, Flight] = {}
+        self._flights: dict[str, InFlightRequest] = {}
+        self._attempts: dict[str, InFlightRequest] = {}
         self._queue = AdmissionQueue(config.max_queue)
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
         self._left: dict[str, dict[str, str]] = {}
         """By worker whose stream is lost: the attempts that may still run there, with their requests."""
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
-        self._blocked: Flight | None = None
+        self._blocked: InFlightRequest | None = None
         """It goes next, and nobody took it when it was last tried."""
         self._hashed: tuple[tuple[int, ...], int] = ((), 0)
         self._hashes: list[int] = []
@@ -72,7 +71,7 @@ class Flights:
     def num_running(self) -> int:
         return len(self._attempts)
 
-    def running_on(self, entry: WorkerEntry) -> list[Flight]:
+    def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
         return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
 
@@ -86,12 +85,12 @@ class Flights:
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        flight = Flight(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
+        flight = InFlightRequest(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
         self._hash(flight)
         self._flights[request.request_id] = flight
         self._queue.push(request.request_id, request.priority, flight.order)
 
-    def _hash(self, flight: Flight) -> None:
+    def _hash(self, flight: InFlightRequest) -> None:
         """The choices of a client's request come one after another with the same prompt: it is hashed once."""
         model, prompt = self._fleet.model, flight.request.prompt_token_ids
         if model is None or flight.block_size == model.block_size:
@@ -201,14 +200,14 @@ class Flights:
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
 
-    def _leave(self, flight: Flight, now: float) -> None:
+    def _leave(self, flight: InFlightRequest, now: float) -> None:
         """The worker has handed the sequence over and says no more of it."""
         if flight.incoming is not None:
             self.migrations.switch(flight, now)
         else:
             self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
 
-    def _go_on(self, flight: Flight, incoming: Incoming, now: float) -> None:
+    def _go_on(self, flight: InFlightRequest, incoming: MigrationAttempt, now: float) -> None:
         """The second attempt is the running one; its outputs so far follow."""
         self._end_attempt(flight)
         flight.go_on(incoming)
@@ -217,7 +216,7 @@ class Flights:
         for output in incoming.buffered:
             self.take(output, incoming.worker_id, now)
 
-    def _deliver(self, flight: Flight, output: Output, now: float) -> None:
+    def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
         if output.token_ids and flight.history.num_setbacks:
             flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
@@ -231,7 +230,7 @@ class Flights:
 
     # ---- trouble ----
 
-    def lose_worker(self, worker_id: str, running: list[Flight], message: str, now: float) -> None:
+    def lose_worker(self, worker_id: str, running: list[InFlightRequest], message: str, now: float) -> None:
         """A worker's stream is gone, and with it what was `running` there."""
         left = {flight.wire_id: flight.request.request_id for flight in running} | self.migrations.lose_worker(
             worker_id, now
@@ -271,7 +270,7 @@ class Flights:
         """Nobody wants what may still run there."""
         entry = self._fleet.get(worker_id)
         if entry is not None and entry.connection is not None:
-            self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(wire_id)))
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -300,9 +299,9 @@ class Flights:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
                 self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
 
-    def _too_old(self, now: float) -> list[Flight]:
+    def _too_old(self, now: float) -> list[InFlightRequest]:
         """They are kept in the order in which they arrived, so those that live too long come first."""
-        old: list[Flight] = []
+        old: list[InFlightRequest] = []
         for flight in self._flights.values():
             self.num_visited += 1
             if now - flight.arrived_s <= self._config.request_timeout_s:
@@ -317,7 +316,7 @@ class Flights:
             self._cancel_attempt(flight)
             self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down", now)
 
-    def _set_back(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+    def _set_back(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
         """An attempt has failed: runs the request again, or gives it up."""
         if flight.incoming is not None and flight.incoming.buffered:
             self.migrations.switch(flight, now)  # it had moved just in time
@@ -335,7 +334,7 @@ class Flights:
         flight.queued_s = now
         self._queue.push(flight.request.request_id, flight.request.priority, flight.order, now + delay_s)
 
-    def _fail(self, flight: Flight, refusal: Refusal, message: str, now: float) -> None:
+    def _fail(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
         """Ends a request for good with an error."""
         self._counters[f"failed_{refusal}"] += 1
         name, position = flight.request.request_id, len(flight.delivered)
@@ -343,20 +342,20 @@ class Flights:
         self._out.append(Deliver(error))
         self._forget(flight, now)
 
-    def _cancel_attempt(self, flight: Flight) -> None:
+    def _cancel_attempt(self, flight: InFlightRequest) -> None:
         entry = self._fleet.get(flight.worker_id)
         if flight.wire_id and entry is not None and entry.connection is not None:
-            self._out.append(Send(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
         self._end_attempt(flight)
 
-    def _end_attempt(self, flight: Flight) -> None:
+    def _end_attempt(self, flight: InFlightRequest) -> None:
         if flight.wire_id:
             del self._attempts[flight.wire_id]
             self._dispatcher.release(flight)
             self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
-    def _forget(self, flight: Flight, now: float) -> None:
+    def _forget(self, flight: InFlightRequest, now: float) -> None:
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
         if flight.left is not None:

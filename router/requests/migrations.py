@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.config import RouterConfig
-from router.events import Command, Send
+from router.events import Command, SendMessage
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
+from router.fleet.worker_entry import WorkerEntry
 from router.requests.dispatch import Dispatcher
-from router.requests.progress import Flight, Incoming
+from router.requests.in_flight import InFlightRequest, MigrationAttempt
 from workers.request import FinishReason, Output
 from workers.wire.attach import Adopt, Cancel
 
@@ -41,7 +41,7 @@ class Migrations:
         dispatcher: Dispatcher,
         out: list[Command],
         counters: Counter[str],
-        on_switch: Callable[[Flight, Incoming, float], None],
+        on_switch: Callable[[InFlightRequest, MigrationAttempt, float], None],
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -49,7 +49,7 @@ class Migrations:
         self._out = out
         self._counters = counters
         self._on_switch = on_switch
-        self._incoming: dict[str, Flight] = {}
+        self._incoming: dict[str, InFlightRequest] = {}
         self._adopted: set[str] = set()
         """Those of `_incoming` that moved nothing anywhere: they were there before."""
         self._departures: dict[str, _Departure] = {}
@@ -62,14 +62,14 @@ class Migrations:
         """The workers that sequences are being moved away from, once for each of these."""
         return [flight.worker_id for wire_id, flight in self._incoming.items() if wire_id not in self._adopted]
 
-    def begin(self, flight: Flight, source: WorkerEntry, target: WorkerEntry, now: float) -> None:
+    def begin(self, flight: InFlightRequest, source: WorkerEntry, target: WorkerEntry, now: float) -> None:
         """Asks `target` to take the running attempt over from `source`."""
         self._out.append(self._dispatcher.submit_migration(flight, source, target, now))
         assert flight.incoming is not None
         self._incoming[flight.incoming.wire_id] = flight
         self._counters["migrations_begun"] += 1
 
-    def take_back(self, flight: Flight, worker: WorkerEntry, now: float) -> None:
+    def take_back(self, flight: InFlightRequest, worker: WorkerEntry, now: float) -> None:
         """A worker whose stream was lost may still run the request, which runs elsewhere again: whichever is further goes on."""
         if worker.connection is None:
             return
@@ -78,7 +78,7 @@ class Migrations:
         self._incoming[incoming.wire_id] = flight
         self._adopted.add(incoming.wire_id)
         adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
-        self._out.append(Send(worker.worker_id, worker.connection, adopt))
+        self._out.append(SendMessage(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
 
     def take(self, output: Output, worker_id: str, now: float) -> bool:
@@ -100,14 +100,14 @@ class Migrations:
             self.check(flight, now)
         return True
 
-    def check(self, flight: Flight, now: float) -> None:
+    def check(self, flight: InFlightRequest, now: float) -> None:
         """Switches over as soon as the client has every token that comes before those of the new home."""
         incoming = flight.incoming
         if incoming is not None and incoming.buffered and incoming.buffered[0].position <= len(flight.delivered):
             self._departures[flight.wire_id] = _Departure(flight.worker_id, now)
             self.switch(flight, now)
 
-    def switch(self, flight: Flight, now: float) -> None:
+    def switch(self, flight: InFlightRequest, now: float) -> None:
         """The second attempt is the only one from now on."""
         incoming = flight.incoming
         assert incoming is not None
@@ -115,7 +115,7 @@ class Migrations:
         self._counters["migrations_done"] += 1
         self._on_switch(flight, incoming, now)
 
-    def drop(self, flight: Flight, now: float, is_known: bool = False) -> None:
+    def drop(self, flight: InFlightRequest, now: float, is_known: bool = False) -> None:
         """Gives a migration up; the first attempt goes on. `is_known`: the target knows."""
         incoming = flight.incoming
         if incoming is None:
@@ -126,7 +126,7 @@ class Migrations:
         if not is_known:
             self._cancel(incoming.worker_id, incoming.wire_id)
 
-    def _end(self, flight: Flight, incoming: Incoming) -> None:
+    def _end(self, flight: InFlightRequest, incoming: MigrationAttempt) -> None:
         del self._incoming[incoming.wire_id]
         self._adopted.discard(incoming.wire_id)
         flight.incoming = None
@@ -170,4 +170,4 @@ class Migrations:
     def _cancel(self, worker_id: str, wire_id: str) -> None:
         entry = self._fleet.get(worker_id)
         if entry is not None and entry.connection is not None:
-            self._out.append(Send(entry.worker_id, entry.connection, Cancel(wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(wire_id)))

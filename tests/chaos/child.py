@@ -26,8 +26,9 @@ from chaos.faults import Kind
 from chaos.faulty_transport import DataFault, FaultBook, faulty_data_path
 from cluster.identity.folder import config_of
 from workers.config import WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.errors import TransferFailed
-from workers.runner import Batch, FakeRunner, Sampled
+from workers.runner import Batch, Sampled
 from workers.status import Role
 from workers.trust import parties
 from workers.trust.credentials import Credentials

@@ -23,7 +23,7 @@ from workers.transports.contract import (
     Transport,
     View,
 )
-from workers.transports.data_path import make_data_path
+from workers.transports.factory import make_data_path
 from workers.trust.credentials import Credentials
 
 PULL = frozenset({"loopback", "shm", "nixl"})

@@ -32,7 +32,7 @@ PARALLEL = (
 )
 RAYLET = """
 import sys
-from cluster.ray_session.local import loopback_only
+from cluster.ray_session.session import loopback_only
 from ray.scripts.scripts import cli
 with loopback_only():
     cli(["start", "--address", sys.argv[1], "--node-ip-address", "127.0.0.1", "--num-cpus", "1",

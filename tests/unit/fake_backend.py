@@ -16,15 +16,13 @@ import numpy as np
 import openai
 
 from router.api.app import create_app
-from router.api.config import ApiConfig
 from router.backend import RouterStatus, WorkerView
+from router.config import ApiConfig, HttpConfig
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
-from router.http_config import HttpConfig
 from router.http_server import HttpServer
 from workers.errors import InvalidRequest
-from workers.prompt_scores import PromptScores
-from workers.request import FinishReason, HandoffReport, Output, Request, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
 from workers.status import Load, ModelInfo, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 

@@ -15,7 +15,7 @@ from workers.request import FinishReason, HandoffReport, Output, Request
 from workers.status import Load, ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.wire import attach_protobuf as wire
 from workers.wire.attach import Cancel, Submit, WorkerFrame
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 
 MODEL = ModelInfo("fake", "fake-model", vocab_size=1000, max_model_len=4096, block_size=4)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from workers.config import WorkerConfig
 from workers.group.runner import GroupRunner
-from workers.model.rank_loading import RankLoader, rank_loader
+from workers.model.loading import RankLoader, rank_loader
 
 TOKEN = "a group of tests"
 WAIT_S = 60.0

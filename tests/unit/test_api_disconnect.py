@@ -13,7 +13,7 @@ import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, speak
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.api.generation import Generation
+from router.api.job_run import JobOutputs
 from workers.request import Output, Request, SamplingParams
 
 
@@ -118,7 +118,7 @@ def test_a_client_that_goes_away_is_counted_as_such() -> None:
 async def test_closing_a_job_closes_all_its_streams_once(api: Api) -> None:
     requests = tuple(Request(name, (5,), SamplingParams(seed=1)) for name in ("a", "b"))
     api.backend.script = stall(1)
-    generation = await Generation.open(api.backend, requests)
+    generation = await JobOutputs.open(api.backend, requests)
     assert [place for place, _ in await generation.next_batch()] == [0, 1]
     generation.close()
     generation.close()

@@ -16,10 +16,9 @@ from starlette.datastructures import Headers
 
 from cluster.cli import make_parser
 from cluster.commands.flags import client_target, config_from
-from router.api.config import ApiConfig, hashed, is_loopback
 from router.api.door import Door
 from router.api.problems import Rejected
-from router.config import RouterConfig
+from router.config import ApiConfig, RouterConfig, hashed, is_loopback
 from workers.errors import InvalidConfig
 
 OPEN = ("/health", "/ready", "/version")

@@ -10,7 +10,7 @@ from fake_backend import MESSAGES, MODEL, Api, open_api
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.settings import build
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.status import Role
 

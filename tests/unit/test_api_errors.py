@@ -9,8 +9,8 @@ import openai
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Step, error_of, speak
 
-from router.api.config import ApiConfig
 from router.api.problems import REFUSALS, SENTENCES
+from router.config import ApiConfig
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import FinishReason, Output, Request
 

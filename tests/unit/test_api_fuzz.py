@@ -11,8 +11,8 @@ from fake_backend import MODEL, Api, error_of, open_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.api.config import ApiConfig
 from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.config import ApiConfig
 
 BODIES = {
     "/v1/chat/completions": ChatBody,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from fake_backend import CHECKPOINT, MODEL, Api
 
-from router.api.config import ApiConfig
 from router.api.schema import MAX_VALUES
 from router.api.tokenization import MAX_TOKENIZE_CHARACTERS
+from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
 
 API_CONFIG = ApiConfig(offload_bytes=512)

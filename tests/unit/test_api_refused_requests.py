@@ -8,7 +8,7 @@ import openai
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, error_of
 
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 
 API_CONFIG = ApiConfig(max_body_bytes=8192, max_n=4, max_prompts=3, max_choices=6, offload_bytes=1024)
 

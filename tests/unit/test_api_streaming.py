@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
 
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 from workers.request import FinishReason, Output, Request
 
 SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from fake_backend import CHECKPOINT, Api, FakeBackend, Script, error_of, open_api, say
 
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 from workers.request import FinishReason
 from workers.text.tokenizer import Tokenizer
 

@@ -44,11 +44,12 @@ from worker_process import Program, WorkerFailed, WorkerProcess  # noqa: E402
 from workloads import LONG, LONG_POOL_TOKENS, PREFILLS, SHORT, Workload  # noqa: E402
 
 import workers  # noqa: E402
+from workers.engine.fake_runner import FakeRunner  # noqa: E402
 from workers.kv_memory.memory import KvLayout, KvMemory  # noqa: E402
 from workers.model.checkpoint.ernie_config import ErnieConfig  # noqa: E402
 from workers.model.checkpoint.weights import Checkpoint  # noqa: E402
 from workers.request import SamplingParams  # noqa: E402
-from workers.runner import Batch, FakeRunner, SampleSpec, SequenceSlice  # noqa: E402
+from workers.runner import Batch, SampleSpec, SequenceSlice  # noqa: E402
 from workers.text.tokenizer import Tokenizer  # noqa: E402
 
 TINY_MOE = Shape("tiny", 300, 32, 3, 4, 2, 8, 64, 4, 2, 16, 2)

@@ -10,12 +10,13 @@ import pytest
 from builders import REPORT, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 
 from workers.engine.engine import Engine
-from workers.engine.results import StepResult
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import StepResult
 from workers.errors import RankLost
 from workers.kv_memory.memory import BITE_BYTES, KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner, Sampled
+from workers.runner import BLOCK_SIZE, Sampled
 from workers.scheduler.sequence import Kind
 
 NUM_BLOCKS = 24
@@ -91,7 +92,7 @@ def transferring(bench: Bench, request: Request = LONG) -> None:
 
 def fill(bench: Bench, request: Request) -> None:
     """What a transfer would have placed."""
-    live = bench.engine._roster.lives[7]
+    live = bench.engine._sequences.lives[7]
     for position, token in enumerate(request.prompt_token_ids):
         block = live.sequence.table.blocks[position // BLOCK_SIZE]
         slots = bench.memory.bytes.view(np.int64).reshape(NUM_BLOCKS, -1)

@@ -35,13 +35,13 @@ from cluster.ray_session import processes
 from cluster.ray_session.defaults import PRIVATE_NAMES
 from cluster.ray_session.failures import ActorFailed, explain, told
 from cluster.ray_session.folders import end_local, make_folder
-from cluster.ray_session.local import start_ray
 from cluster.ray_session.running import note, with_ray
+from cluster.ray_session.session import start_ray
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store
 from workers.config import WorkerConfig
-from workers.engine.commands import DumpKv
+from workers.engine.messages import DumpKv
 from workers.errors import InvalidConfig
 from workers.status import Role, starts_of
 from workers.worker import Worker
@@ -199,7 +199,7 @@ def test_nothing_is_imported_from_the_folder_that_ray_is_started_or_joined_in(
     found = ray.get(ray.remote(look_around).remote(), timeout=BOUND_S)
     assert leaks(found["path"], found["folder"]) == []
     script = (
-        "import json, os, sys, ray; from cluster.ray_session.joining import join_ray; join_ray(sys.argv[1], 'guest');"
+        "import json, os, sys, ray; from cluster.ray_session.session import join_ray; join_ray(sys.argv[1], 'guest');"
         "look = ray.remote(lambda: {'path': sys.path, 'folder': os.getcwd()});"
         "print(json.dumps(ray.get(look.remote(), timeout=60)))"
     )

@@ -14,7 +14,7 @@ import pytest
 from cluster.actors.pools import Pools
 from cluster.config import ClusterConfig, load_config, schema
 from cluster.settings import build
-from router.api.config import hashed
+from router.config import hashed
 from workers.errors import InvalidConfig
 from workers.request import SamplingParams
 from workers.status import Role

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.actors.placement import bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.config import ClusterConfig, load_config
-from cluster.console.status_table import status_table
+from cluster.console.output import status_table
 from cluster.lifecycle import preflight
 from cluster.preflight import check_layout, weight_bytes
 from workers.errors import InvalidConfig

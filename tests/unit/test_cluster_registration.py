@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.membership.following import follow_members
-from cluster.membership.membership import Registration, Superseded
-from cluster.membership.registration import MAX_START, Registrar, number_start
-from cluster.membership.roles import (
-    check_roles,
+from cluster.config import check_roles
+from cluster.membership.membership import (
+    Registration,
+    Superseded,
     desired_draining,
     desired_role,
     forget_draining,
     forget_role,
     resolve_role,
 )
+from cluster.membership.registration import MAX_START, Registrar, follow_members, number_start
 from cluster.membership.steady_time import SteadyTime
 from cluster.store.memory import MemoryStore
 from workers.errors import InvalidConfig

@@ -13,8 +13,8 @@ from test_tokenizer import SPECIAL, make_byte_fallback_checkpoint
 from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
-from router.api.config import ApiConfig
 from router.api.prompts import encode_chat, render_chat
+from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
 
 END = "<|end_of_sentence|>"

@@ -22,10 +22,9 @@ from test_worker import Attached, tokens
 from tests.unit.model_configs import decode, prefill, random_tokens, small_dense
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
-from workers.engine.results import LayersFilled
+from workers.engine.messages import LayersFilled
 from workers.model.cuda.copy_engine import HostCopies, Mark, Reached
-from workers.model.cuda.launched import LaunchedStep
-from workers.model.cuda.runner import CudaRunner
+from workers.model.cuda.runner import CudaRunner, LaunchedStep
 from workers.request import Request
 from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind

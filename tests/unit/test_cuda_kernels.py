@@ -23,9 +23,8 @@ from workers.model.cuda.layers import Experts
 from workers.model.cuda.step_inputs import ROW_COLUMNS, Upload, fill_decode_rows
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool
-from workers.model.decoder.layers import RMSNorm
+from workers.model.decoder.layers import RMSNorm, RotaryEmbedding, rotate
 from workers.model.decoder.moe import Router
-from workers.model.decoder.rope import RotaryEmbedding, rotate
 from workers.model.decoder.step_plan import plan_step
 from workers.model.parallel.expert_dispatch import combine as reference_combine
 from workers.model.parallel.expert_dispatch import dispatch

@@ -24,11 +24,11 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine.results import StepResult
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refused
 from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason, Request
-from workers.runner import FakeRunner
 from workers.scheduler.sequence import Kind
 
 

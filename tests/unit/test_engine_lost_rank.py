@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
 
-from workers.engine.results import ExportEnded, PrefixHeld
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import ExportEnded, PrefixHeld
 from workers.errors import RankLost, Refusal
 from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 from workers.status import PrefixHint, WorkerAddress
 
 PROMPT = make_request(range(10, 10 + 3 * BLOCK_SIZE + 9), 40)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine.engine import Engine
-from workers.engine.results import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
+from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import BlocksFinal, ExportEnded, Halted, StepResult, TransferWanted
 from workers.errors import Refusal, Refused
 from workers.request import FinishReason, Output, Request
-from workers.runner import FakeRunner
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Move:
     def land(self) -> None:
         assert self.halted is not None
         self.target.incoming.moved_in(9, self.halted.known_token_ids, self.halted.num_computed)
-        self.source.moves.depart(self.halted.sequence_id)
+        self.source.moves.end(self.halted.sequence_id)
         self.take(self.source.step())
 
     def finish(self) -> list[tuple[int, Output]]:
@@ -211,7 +211,7 @@ def test_a_sequence_that_ends_or_is_cancelled_while_it_moves_ends_the_migration(
     other.source.cancel(1)
     other.run(1)
     assert other.ended is not None and other.source.num_held_blocks == 0
-    other.source.moves.depart(1)
+    other.source.moves.end(1)
     assert not other.source.has_work
 
 

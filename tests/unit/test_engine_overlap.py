@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine.engine import Engine
+from workers.engine.fake_runner import LateFakeRunner, Postponed
 from workers.kv_memory.memory import KvMemory
-from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, LayerHook, Sampled
 from workers.scheduler.sequence import Kind
@@ -233,7 +233,7 @@ def jobs(draw: st.DrawFn) -> tuple[int, Request, int, Kind]:
 
 def place_by_hand(engine: Engine, runner: LateFakeRunner, sequence_id: int, request: Request, first: int) -> None:
     """Writes the prompt into the blocks as a transfer does: at once, whatever steps are running."""
-    blocks = engine._roster.lives[sequence_id].sequence.table.blocks
+    blocks = engine._sequences.lives[sequence_id].sequence.table.blocks
     alone = fake_runner()
     computed = make_engine(alone, prefix_cache=False)
     computed.add(0, replace(request, replay_token_ids=()), Kind.SOURCE)

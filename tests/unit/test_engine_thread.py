@@ -6,7 +6,7 @@ import asyncio
 
 from builders import make_engine, make_request
 
-from workers.engine.commands import Add, AddMigrant, CancelSequence
+from workers.engine.messages import AddMigrant, AddSequence, CancelSequence
 from workers.engine.thread import MAX_COMMANDS, EngineThread
 from workers.scheduler.sequence import Kind
 
@@ -17,8 +17,8 @@ async def test_new_sequences_are_refused_while_many_commands_wait_and_those_that
     )  # as in a step that does not end
     request = make_request(range(5, 10), 2)
     for number in range(MAX_COMMANDS // 2):
-        assert thread.post(Add(number, request, Kind.LOCAL)) and thread.post(CancelSequence(number))
-    assert not thread.post(Add(MAX_COMMANDS, request, Kind.LOCAL)) and not thread.post(
+        assert thread.post(AddSequence(number, request, Kind.LOCAL)) and thread.post(CancelSequence(number))
+    assert not thread.post(AddSequence(MAX_COMMANDS, request, Kind.LOCAL)) and not thread.post(
         AddMigrant(MAX_COMMANDS, request)
     )
     assert thread.post(CancelSequence(1))

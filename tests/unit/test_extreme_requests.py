@@ -7,7 +7,7 @@ import json
 from fake_backend import MODEL, open_api
 from test_bench_serve import load
 
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 
 extremes = load("extreme_requests")
 

@@ -11,16 +11,16 @@ import torch
 
 from tests.builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, tokens_of
 from workers.config import ParallelConfig, WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.errors import RankLost, TransferFailed
 from workers.group.memory import GroupKvMemory, RemotePart, put_heads, take_heads
 from workers.group.messages import Blocks, GetBlocks, PutBlocks
-from workers.kv_memory.joined import JoinedKvMemory
-from workers.kv_memory.memory import KvLayout, KvMemory, MappedKvMemory, SharedHandle
+from workers.kv_memory.memory import JoinedKvMemory, KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_tiers.opening import host_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.model.decoder.kv_tensors import KvPool
 from workers.model.parallel.layout import Share
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 
 LAYOUT = KvLayout(6, 2, num_kv_heads=4, block_size=BLOCK_SIZE, head_dim=8, dtype="float32", itemsize=4)
 

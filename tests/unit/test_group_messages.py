@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.group.channel import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
 from workers.group.messages import (
     BadMessage,
     Beat,
@@ -23,13 +24,11 @@ from workers.group.messages import (
     Step,
     Welcome,
 )  # fmt: skip
-from workers.group.protobuf import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
 from workers.group.step_codec import BatchReader, BatchWriter, decode_results, encode_results, split_by_pool
 from workers.pb import group_pb2 as pb
-from workers.prompt_scores import PromptScores
-from workers.request import SamplingParams, TokenLogprob
-from workers.runner import Batch, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.edits import LogitEdits, edits_of
+from workers.request import PromptScores, SamplingParams, TokenLogprob
+from workers.runner import Batch, LogitEdits, Sampled, SampleSpec, SequenceSlice
+from workers.sampling.edits import edits_of
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, "token", 99, "host", ""),

@@ -114,19 +114,19 @@ class Group:
 
 class Server:
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.pending: list[str] = []
         self.changed = asyncio.Event()
 
     def suspend(self, reason: str) -> None:
-        self.said.append(reason)
+        self.pending.append(reason)
         self.changed.set()
 
     def resume(self) -> None:
-        self.said.append("resumed")
+        self.pending.append("resumed")
         self.changed.set()
 
     async def until(self, count: int) -> None:
-        while len(self.said) < count:
+        while len(self.pending) < count:
             self.changed.clear()
             await asyncio.wait_for(self.changed.wait(), 30)
 

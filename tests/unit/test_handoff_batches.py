@@ -20,13 +20,13 @@ from workers.handoff.protocol.messages import (
     UseTransport,
 )
 from workers.handoff.protocol.source_session import Filled, SourceSession
-from workers.handoff.source_driver import MAX_BATCH, Feed, SourceDriver
+from workers.handoff.source_driver import MAX_BATCH, ExportFeed, SourceDriver
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
-from workers.transports.loopback import LoopbackTransport
-from workers.wire.seal import Sealer
+from workers.transports.same_host import LoopbackTransport
+from workers.wire.streams import Sealer
 
 RECEIVER = WorkerAddress("decode-0", 1, "127.0.0.1:1")
 LAYOUT = fake_layout()
@@ -35,7 +35,7 @@ LAYOUT = fake_layout()
 class Prompt:
     """An export that `compute` fills, as an engine does: the last blocks and the first token in one report."""
 
-    def __init__(self, cut: Cut, feed: Feed) -> None:
+    def __init__(self, cut: Cut, feed: ExportFeed) -> None:
         self._cut, self._feed = cut, feed
 
     is_paced = False

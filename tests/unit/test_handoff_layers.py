@@ -6,11 +6,11 @@ import pytest
 from builders import fake_layout, make_engine, make_request
 
 from tests.unit.model_configs import load, moe_with_shared_experts, prefill, random_tokens
-from workers.engine.results import LayersFilled
+from workers.engine.fake_runner import FakeRunner, LateFakeRunner
+from workers.engine.messages import LayersFilled
 from workers.kv_memory.memory import KvLayout, KvMemory
-from workers.launching import LateFakeRunner
 from workers.model.cpu.runner import TorchRunner
-from workers.runner import Batch, FakeRunner, LayerHook
+from workers.runner import Batch, LayerHook
 from workers.scheduler.sequence import Kind
 
 LAYOUT = KvLayout(16, 4, 8, 64, 128, "float32", 4)

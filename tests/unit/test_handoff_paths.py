@@ -26,10 +26,10 @@ from workers.handoff.protocol.messages import (
     OpenHandoff,
     PieceAck,
     PrefillDone,
-    Prefix,
-    Prompt,
+    PrefixSubject,
+    PromptSubject,
     ReleaseHandoff,
-    Running,
+    RunningSubject,
     Subject,
     TransportBroken,
     UseTransport,
@@ -39,12 +39,12 @@ from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import Role, WorkerAddress
-from workers.transports.shm import ShmTransport
+from workers.transports.same_host import ShmTransport
 from workers.wire.attach import Cancel
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 
 REQUEST = make_request(range(5, 205), 12)
-PROMPT = Prompt(REQUEST)
+PROMPT = PromptSubject(REQUEST)
 NUM_BLOCKS = 4
 ME = WorkerAddress("by-hand", 7, "127.0.0.1:1")
 
@@ -191,7 +191,8 @@ async def test_a_receiver_that_falls_silent_expires() -> None:
 
 
 @pytest.mark.parametrize(
-    ("subject", "reason"), [(Running("r"), "no request r runs here"), (Prefix((1, 2)), "2 blocks come with 0 tokens")]
+    ("subject", "reason"),
+    [(RunningSubject("r"), "no request r runs here"), (PrefixSubject((1, 2)), "2 blocks come with 0 tokens")],
 )
 async def test_what_a_worker_cannot_give_is_refused_with_the_reason(subject: Subject, reason: str) -> None:
     async with (
@@ -235,7 +236,7 @@ class Sender(worker_pb2_grpc.WorkerServicer):
     ) -> AsyncIterator[pb.HandoffUp]:
         first = await anext(request_iterator)
         opening = down_from_pb(first)
-        assert isinstance(opening, OpenHandoff) and isinstance(opening.subject, Prompt)
+        assert isinstance(opening, OpenHandoff) and isinstance(opening.subject, PromptSubject)
         sealer = Sealer()
 
         def say(message: HandoffUp) -> pb.HandoffUp:

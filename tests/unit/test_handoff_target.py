@@ -11,8 +11,7 @@ import pytest
 from builders import fake_layout, make_request
 
 from workers.errors import Refusal
-from workers.handoff.outcome import HandoffFailed
-from workers.handoff.protocol.messages import OpenHandoff, Prompt
+from workers.handoff.protocol.messages import HandoffFailed, OpenHandoff, PromptSubject
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.target_driver import TargetDriver
 from workers.kv_memory.memory import KvMemory
@@ -29,7 +28,7 @@ def driver() -> TargetDriver:
         source_generation=1,
         model_fingerprint="f",
         layout=fake_layout(),
-        subject=Prompt(make_request(range(5, 105))),
+        subject=PromptSubject(make_request(range(5, 105))),
         first_block=0,
         num_blocks=2,
         transports=("shm",),

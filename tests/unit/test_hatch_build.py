@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from kernels_stub import write_stub
 
-from workers.kv_memory.native.library import CHECKSUM
-from workers.machine.instruction_sets import supported
-from workers.machine.native_build import NativeSource, is_built_from
+from workers.kv_memory.checksum import CHECKSUM
+from workers.machine.native_build import NativeSource, is_built_from, supported
 from workers.model.native.build import KERNELS
 
 pytest.importorskip("hatchling", reason="wheels are built by hatchling")

@@ -17,16 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer
 
-from cluster.config import StoreConfig
-from cluster.membership.membership import Registration
+from cluster.membership.membership import Registration, desired_role
 from cluster.membership.registration import Registrar, number_start
-from cluster.membership.roles import desired_role
 from cluster.preflight import check_store
 from cluster.secret_files import make_secret, read_secret
 from cluster.store.open import open_store
 from cluster.store.redis_store import RedisStore
 from cluster.store.signed import SignedStore
-from cluster.store.store import Entry, Store
+from cluster.store.store import Entry, Store, StoreConfig
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
 
@@ -41,9 +39,9 @@ class Attacked:
 
     def __init__(self, server: RedisServer) -> None:
         self.cluster = uuid.uuid4().hex
-        self.said: list[str] = []
+        self.pending: list[str] = []
         self.raw = RedisStore(server.url, self.cluster)
-        self.store = SignedStore(self.raw, SECRET, self.said.append)
+        self.store = SignedStore(self.raw, SECRET, self.pending.append)
         self.attacker: Any = redis.Redis.from_url(server.url)
         self.space = f"baton:{{{self.cluster}}}:"
 

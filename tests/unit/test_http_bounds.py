@@ -14,8 +14,7 @@ import httpx
 import pytest
 from fake_backend import Api, FakeBackend, Hang, Step, open_api, speak
 
-from router.api.config import ApiConfig
-from router.http_config import HttpConfig
+from router.config import ApiConfig, HttpConfig
 from workers.request import Output, Request
 
 PATIENT = HttpConfig(max_header_bytes=8192, max_headers=32)

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 import xxhash
 
-from workers.kv_memory.checksum import MIN_NATIVE_BYTES, View, checksums, copy_and_checksum, native_copy
-from workers.kv_memory.native import library as loading
-from workers.kv_memory.native.library import CHECKSUM, Library, library
-from workers.machine.instruction_sets import InstructionSet, supported
-from workers.machine.native_build import BuildFailed, compile_library
+from workers.kv_memory import checksum as loading
+from workers.kv_memory.checksum import (
+    CHECKSUM,
+    MIN_NATIVE_BYTES,
+    Library,
+    View,
+    checksums,
+    copy_and_checksum,
+    library,
+    native_copy,
+)
+from workers.machine.native_build import BuildFailed, InstructionSet, compile_library, supported
 
 GUARD = 0xA5
 

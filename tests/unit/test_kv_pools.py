@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import fake_layout, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
+from workers.engine.fake_runner import FakeRunner
 from workers.errors import PoolsLost
 from workers.group.step_codec import split_by_pool
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_memory.memory import KvMemory
 from workers.request import FinishReason, HandoffReport
-from workers.runner import Batch, FakeRunner, Sampled
+from workers.runner import Batch, Sampled
 from workers.scheduler.sequence import Kind
 
 

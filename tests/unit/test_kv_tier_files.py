@@ -21,8 +21,16 @@ from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, file_of, files_in, 
 
 from workers.errors import InvalidConfig
 from workers.kv_cache.block_hash import PromptBlocks, block_hashes
-from workers.kv_tiers.folder import BlockFolder, Scanned
-from workers.kv_tiers.record import BadRecord, Format, checksum, decode_header, encode_header, fingerprint_bytes
+from workers.kv_tiers.folder import (
+    BadRecord,
+    BlockFolder,
+    Format,
+    Scanned,
+    checksum,
+    decode_header,
+    encode_header,
+    fingerprint_bytes,
+)
 from workers.runner import BLOCK_SIZE
 from workers.status import Role, Tier
 from workers.worker import Worker

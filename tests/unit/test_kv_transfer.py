@@ -13,19 +13,19 @@ from workers.errors import Refusal
 from workers.handoff.copier import describe_pieces
 from workers.handoff.protocol import source_session as src
 from workers.handoff.protocol import target_session as tgt
+from workers.handoff.protocol.choices import Measured, Plan
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     HandoffAccepted,
     KvPieces,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Running,
+    PrefixSubject,
+    RunningSubject,
     SequenceMoved,
     Subject,
     TransportBroken,
 )
-from workers.handoff.protocol.recovery import Measured, Plan
 from workers.handoff.protocol.transfer import TransferState
 from workers.kv_memory.memory import KvLayout
 
@@ -188,11 +188,11 @@ def test_heartbeats_keep_a_slow_prefill_alive() -> None:
 @pytest.mark.parametrize(
     ("subject", "done", "lands"),
     [
-        (Running("r"), SequenceMoved((7, 8), 150, 3), True),
-        (Prefix((1, 2, 3, 4)), PrefixDone(3, 3), True),
-        (Prefix((1, 2, 3, 4)), PrefixDone(0, 0), True),
-        (Running("r"), SequenceMoved((7,), 900, 5), False),
-        (Running("r"), PrefillDone(7, None, 4, 0, 0.1), False),
+        (RunningSubject("r"), SequenceMoved((7, 8), 150, 3), True),
+        (PrefixSubject((1, 2, 3, 4)), PrefixDone(3, 3), True),
+        (PrefixSubject((1, 2, 3, 4)), PrefixDone(0, 0), True),
+        (RunningSubject("r"), SequenceMoved((7,), 900, 5), False),
+        (RunningSubject("r"), PrefillDone(7, None, 4, 0, 0.1), False),
         (PROMPT, PrefillDone(7, None, 3, 0, 0.1), False),
     ],
 )
@@ -234,8 +234,8 @@ def test_whatever_is_spoiled_duplicated_or_cut_off_nothing_lands_wrong(data: st.
             wire.is_cut = data.draw(st.booleans())
             wire.wait(1)
         elif action == "break":
-            wire.tell_target(tgt.Broken("cut"))
-            wire.tell_source(src.Broken("cut"))
+            wire.tell_target(tgt.HandoffLost("cut"))
+            wire.tell_source(src.HandoffBroken("cut"))
             break
     wire.finish_prefill()
     wire.run()

@@ -33,12 +33,12 @@ def test_a_failed_target_waits_for_what_writes_before_it_says_so() -> None:
     session.handle(tgt.Connected(0), 0)
     pieces = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
     assert isinstance(session.handle(KvPieces(pieces), 0)[0], tgt.Collect)
-    cancelled = tgt.Broken("cancelled", Refusal.SHUTTING_DOWN, is_ours=True)
-    assert session.handle(cancelled, 0) == [tgt.Send(CancelHandoff("cancelled")), tgt.Close()]
+    cancelled = tgt.HandoffLost("cancelled", Refusal.SHUTTING_DOWN, is_ours=True)
+    assert session.handle(cancelled, 0) == [tgt.SendDown(CancelHandoff("cancelled")), tgt.CloseInbox()]
     assert session.state is TransferState.FAILED and session.next_deadline_s() is None
     assert session.handle(tgt.Collected((0,)), 0) == []
     assert session.handle(tgt.Closed(), 0) == [tgt.Fail("cancelled", Refusal.SHUTTING_DOWN)]
-    assert session.handle(tgt.Closed(), 0) == session.handle(tgt.Broken("again"), 0) == []
+    assert session.handle(tgt.Closed(), 0) == session.handle(tgt.HandoffLost("again"), 0) == []
 
 
 @pytest.mark.parametrize("piece", [{"piece": 9}, {"block": 2}, {"num_layers": 1}])
@@ -49,7 +49,7 @@ def test_a_piece_for_another_place_fails_the_transfer(piece: dict[str, int]) -> 
     session.handle(tgt.Connected(0), 0)
     (good,) = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
     commands = session.handle(KvPieces((replace(good, **piece),)), 0)  # type: ignore[arg-type]
-    assert [type(c) for c in commands] == [tgt.Send, tgt.Close] and session.state is TransferState.FAILED
+    assert [type(c) for c in commands] == [tgt.SendDown, tgt.CloseInbox] and session.state is TransferState.FAILED
 
 
 def test_a_lease_names_the_moment_to_look_again() -> None:
@@ -65,7 +65,7 @@ def test_a_lease_names_the_moment_to_look_again() -> None:
 def test_a_choice_that_was_not_offered_ends_it_and_what_comes_later_changes_nothing() -> None:
     session = src.SourceSession(Cut(fake_layout(), 0, 1), accepted("grpc"), 5, 1)
     reason = "the receiver chose 'telepathy', which was not offered"
-    assert session.handle(UseTransport("telepathy"), 0) == [src.Send(CancelHandoff(reason)), src.Release(reason)]
+    assert session.handle(UseTransport("telepathy"), 0) == [src.SendUp(CancelHandoff(reason)), src.Release(reason)]
     assert session.handle(ReleaseHandoff(), 0) == []
 
 
@@ -76,7 +76,7 @@ def test_a_receiver_that_asks_for_everything_again_and_again_is_given_up() -> No
         assert not any(isinstance(c, src.Release) for c in session.handle(UseTransport("grpc", epoch), 0))
     reason = f"the receiver chose epoch {src.MAX_EPOCH + 1} of at most {src.MAX_EPOCH}"
     again = session.handle(UseTransport("grpc", src.MAX_EPOCH + 1), 0)
-    assert again == [src.Send(CancelHandoff(reason)), src.Release(reason)]
+    assert again == [src.SendUp(CancelHandoff(reason)), src.Release(reason)]
 
 
 def test_a_release_of_what_never_started_is_a_failure() -> None:
@@ -89,7 +89,7 @@ def test_a_refusal_reaches_the_caller_with_its_reason() -> None:
     session = tgt.TargetSession(Cut(fake_layout(), 0, 1), opening(), 5)
     session.open(0)
     refusal = HandoffRefused(Refusal.WRONG_ROLE, "decode-3 is a decode worker")
-    assert session.handle(refusal, 0) == [tgt.Close()]
+    assert session.handle(refusal, 0) == [tgt.CloseInbox()]
     assert session.handle(tgt.Closed(), 0) == [tgt.Fail("decode-3 is a decode worker", Refusal.WRONG_ROLE)]
 
 

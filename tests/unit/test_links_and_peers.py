@@ -7,19 +7,19 @@ from collections import Counter
 import pytest
 from transport_ends import HOST, LAYOUT, whole_blocks
 
-from workers.engine.results import BlocksFilled
+from workers.engine.messages import BlocksFilled
 from workers.errors import TransferFailed
-from workers.handoff.peers import Peers
-from workers.handoff.protocol.messages import OpenHandoff, Prompt
+from workers.handoff.protocol.messages import OpenHandoff, PromptSubject
+from workers.handoff.transfers import Peers
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request, SamplingParams
 from workers.serving.exports import Exports
 from workers.serving.observer import Unobserved
 from workers.status import WorkerAddress
+from workers.transports.channels import SenderLinks
 from workers.transports.contract import OutgoingPiece
-from workers.transports.links import Links
 from workers.transports.tcp import TcpTransport
-from workers.wire import grpc_options
+from workers.wire import streams as grpc_options
 
 
 def at(port: int) -> WorkerAddress:
@@ -50,7 +50,7 @@ class Quiet:
 
 
 def test_the_link_that_was_quiet_for_longest_makes_room_and_one_that_sends_does_not() -> None:
-    links: Links[Quiet] = Links(max_links=3, quiet_s=0.0)
+    links: SenderLinks[Quiet] = SenderLinks(max_links=3, quiet_s=0.0)
     kept = [Quiet() for _ in range(3)]
     for number, link in enumerate(kept):
         assert links.put(("decode", number), link) is None
@@ -63,7 +63,7 @@ def test_the_link_that_was_quiet_for_longest_makes_room_and_one_that_sends_does_
 
 
 def test_links_that_were_all_used_a_moment_ago_stay() -> None:
-    links: Links[Quiet] = Links(max_links=1, quiet_s=3600.0)
+    links: SenderLinks[Quiet] = SenderLinks(max_links=1, quiet_s=3600.0)
     link = Quiet()
     links.put(("decode", 0), link)
     with pytest.raises(TransferFailed, match="in use"):
@@ -74,7 +74,7 @@ def test_links_that_were_all_used_a_moment_ago_stay() -> None:
 async def test_one_receiver_more_than_there_is_room_for_is_served_over_tcp() -> None:
     memory = KvMemory(LAYOUT)
     memory.bytes[:] = 7
-    source = TcpTransport("127.0.0.1", 20.0, links=Links(max_links=2, quiet_s=0.0))
+    source = TcpTransport("127.0.0.1", 20.0, links=SenderLinks(max_links=2, quiet_s=0.0))
     address = WorkerAddress("prefill-0", 1, "127.0.0.1:1")
     targets = [TcpTransport("127.0.0.1", 20.0) for _ in range(3)]
     (piece,) = whole_blocks([1])
@@ -103,7 +103,7 @@ def test_a_prompt_of_many_chunks_is_told_of_each_block_once() -> None:
     layout = KvLayout(64, 1, 1, 64, 16, "float32", 4)
     request = Request("r", tuple(range(32 * 64)), SamplingParams(max_tokens=1))
     target = WorkerAddress("decode-0", 1, "127.0.0.1:1")
-    opening = OpenHandoff(target, HOST, 1, "f", layout, Prompt(request), 0, 32, ("shm",))
+    opening = OpenHandoff(target, HOST, 1, "f", layout, PromptSubject(request), 0, 32, ("shm",))
     exports = Exports(layout, 1.0, lambda name: None, lambda: 9, Counter(), Unobserved())
     exports.open(1, opening)
     exports.begin(1)

@@ -15,9 +15,15 @@ from cluster.settings import build
 from workers.config import InstructionSet as Setting
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.kv_memory.native.library import CHECKSUM
-from workers.machine.instruction_sets import InstructionSet, cpu_flags
-from workers.machine.native_build import BuildFailed, NativeSource, compile_library, find_library
+from workers.kv_memory.checksum import CHECKSUM
+from workers.machine.native_build import (
+    BuildFailed,
+    InstructionSet,
+    NativeSource,
+    compile_library,
+    cpu_flags,
+    find_library,
+)
 from workers.model.native.build import KERNELS, choices, supported
 from workers.model.native.loading import check, load
 

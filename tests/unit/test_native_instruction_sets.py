@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.builds import EMULATED, Build, Missing, by_case, native, sanitized
-from workers.machine.instruction_sets import AVX2
+from workers.machine.native_build import AVX2
 from workers.model.native.build import supported
 
 pytestmark = pytest.mark.skipif(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from workers.transports.negotiate import BEST_FIRST, SAME_HOST, negotiate
+from workers.config import BEST_FIRST, SAME_HOST
+from workers.handoff.protocol.choices import negotiate
 
 ALL = dict.fromkeys(BEST_FIRST, b"offer")
 

@@ -19,12 +19,12 @@ from builders import (
 )
 
 from workers.engine.engine import MODEL_FAILED, Engine
+from workers.engine.fake_runner import FakeRunner, LateFakeRunner, Postponed
 from workers.engine.isolation import MAX_TRIES, isolate
 from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal
 from workers.kv_memory.memory import KvMemory
-from workers.launching import LateFakeRunner, Postponed
 from workers.request import FinishReason, Output, Request
-from workers.runner import Batch, FakeRunner, LayerHook, Sampled, SequenceSlice
+from workers.runner import Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.sequence import Kind
 
 POISON = 666

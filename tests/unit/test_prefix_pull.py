@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from workers.engine.engine import Engine
 from workers.errors import Refused
-from workers.handoff.protocol.messages import Prefix
-from workers.handoff.protocol.worth import MEMORY_S, PullRates, is_worth_pulling
+from workers.handoff.protocol.choices import MEMORY_S, PullRates, is_worth_pulling
+from workers.handoff.protocol.messages import PrefixSubject, keys_of, subject_of
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
 from workers.kv_tiers.tiers import KvTiers
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
-from workers.serving.prefix_subject import keys_of, subject_of
 from workers.status import PrefixHint, WorkerAddress
 
 PROMPT = make_request(range(5, 5 + 8 * BLOCK_SIZE + 9), 16, request_id="r")
@@ -63,7 +62,7 @@ def test_what_is_asked_for_is_what_the_holder_hears(count: int, first: int) -> N
 
 def test_hashes_without_their_tokens_are_refused() -> None:
     with pytest.raises(Refused, match="come with 0 tokens"):
-        keys_of(Prefix((1, 2)))
+        keys_of(PrefixSubject((1, 2)))
 
 
 def hold(engine: Engine, export_id: int, keys: tuple[BlockKey, ...]) -> tuple[int, ...]:

@@ -11,16 +11,16 @@ import pytest
 from builders import EOS, PlainDetokenizer, fake_layout, make_request
 from fake_backend import MODEL, Api, score_prompt
 
-from router.api.logprobs import write_prompt_logprobs
-from router.api.progress import Choice
+from router.api.choice_fields import write_prompt_logprobs
+from router.api.job_run import Choice
 from router.api.prompts import Prompt
 from router.api.sse import json_parts, to_json
-from router.stream import RequestStream
+from router.backend import RequestStream
 from workers.engine.engine import Engine
+from workers.engine.fake_runner import FakeRunner
 from workers.kv_memory.memory import KvMemory
-from workers.prompt_scores import PromptScores, join
-from workers.request import MAX_SCORES, Output, Request
-from workers.runner import Batch, FakeRunner, LayerHook, Sampled, SequenceSlice
+from workers.request import MAX_SCORES, Output, PromptScores, Request, join
+from workers.runner import Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.scheduler import Limits
 from workers.serving.sessions import MAX_FRAME_BYTES, CacheEvents, Session
 from workers.status import Load

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.handoff.protocol.recovery import Choice, Measured, Situation, Way, choose
+from workers.handoff.protocol.choices import Measured, RecoveryChoice, Situation, Way, choose
 
 MEASURED = Measured(bandwidth=100.0, own_rate=10.0, source_rates={"prefill-1": 20.0})
 FAULT = Situation(
@@ -26,25 +26,27 @@ FAULT = Situation(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, Choice(Way.NEXT_TRANSPORT, 2.0, True)),
-        ({"can_resend": False}, Choice(Way.NEXT_SOURCE, 15.0, True)),
-        ({"can_resend": False, "others": ()}, Choice(Way.LOCAL, 10.0, True)),
-        ({"can_resend": False, "remaining_s": 12.0}, Choice(Way.LOCAL, 10.0, True)),
-        ({"source_left_s": 30.0, "remaining_s": 20.0}, Choice(Way.NEXT_SOURCE, 15.0, True)),
-        ({"source_left_s": 30.0, "remaining_s": 12.0}, Choice(Way.LOCAL, 10.0, True)),
-        ({"remaining_s": 1.0}, Choice(Way.NEXT_TRANSPORT, 2.0, False)),
-        ({"remaining_s": 1.0, "missing_bytes": 100_000}, Choice(Way.LOCAL, 10.0, False)),
-        ({"remaining_s": -3.0, "can_resend": False}, Choice(Way.LOCAL, 10.0, False)),
+        ({}, RecoveryChoice(Way.NEXT_TRANSPORT, 2.0, True)),
+        ({"can_resend": False}, RecoveryChoice(Way.NEXT_SOURCE, 15.0, True)),
+        ({"can_resend": False, "others": ()}, RecoveryChoice(Way.LOCAL, 10.0, True)),
+        ({"can_resend": False, "remaining_s": 12.0}, RecoveryChoice(Way.LOCAL, 10.0, True)),
+        ({"source_left_s": 30.0, "remaining_s": 20.0}, RecoveryChoice(Way.NEXT_SOURCE, 15.0, True)),
+        ({"source_left_s": 30.0, "remaining_s": 12.0}, RecoveryChoice(Way.LOCAL, 10.0, True)),
+        ({"remaining_s": 1.0}, RecoveryChoice(Way.NEXT_TRANSPORT, 2.0, False)),
+        ({"remaining_s": 1.0, "missing_bytes": 100_000}, RecoveryChoice(Way.LOCAL, 10.0, False)),
+        ({"remaining_s": -3.0, "can_resend": False}, RecoveryChoice(Way.LOCAL, 10.0, False)),
     ],
 )
-def test_the_first_way_that_fits_is_taken_else_the_fastest(change: dict[str, object], expected: Choice) -> None:
+def test_the_first_way_that_fits_is_taken_else_the_fastest(change: dict[str, object], expected: RecoveryChoice) -> None:
     assert choose(replace(FAULT, **change), MEASURED) == expected  # type: ignore[arg-type]
 
 
 def test_what_was_never_measured_is_given_a_chance() -> None:
     assert choose(replace(FAULT, can_resend=False, remaining_s=1.0), Measured()).way is Way.NEXT_SOURCE
     unknown = Measured(bandwidth=100.0, own_rate=10.0)
-    assert choose(replace(FAULT, can_resend=False, remaining_s=12.0), unknown) == Choice(Way.NEXT_SOURCE, 10.0, True)
+    assert choose(replace(FAULT, can_resend=False, remaining_s=12.0), unknown) == RecoveryChoice(
+        Way.NEXT_SOURCE, 10.0, True
+    )
 
 
 def test_measurements_are_smoothed_and_bounded() -> None:

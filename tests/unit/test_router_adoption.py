@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
 
-from router.events import RequestArrived, RequestCancelled, Send
+from router.events import RequestArrived, RequestCancelled, SendMessage
 from workers.errors import Refusal
 from workers.status import Role
 from workers.wire.attach import Adopt, Cancel
@@ -75,5 +75,5 @@ def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_h
     story.after(1.0)
     _, submit = the_submit(story.report("m-0", Role.MIXED))
     assert (submit.name, submit.request.request_id, submit.request.replay_token_ids) == ("r", "r#2", (5,))
-    assert [c for c in story.commands if isinstance(c, Send) and isinstance(c.message, Adopt | Cancel)] == []
+    assert [c for c in story.commands if isinstance(c, SendMessage) and isinstance(c.message, Adopt | Cancel)] == []
     assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from router_story import FREE, GENERATION, MODEL, Story, request, submits, the_submit
 
-from router.api.generation import Generation
+from router.api.job_run import JobOutputs
+from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver
 from router.events import RequestArrived, Tick
 from router.fleet.fleet import Fleet
-from router.fleet.view import WorkerEntry
-from router.stream import RequestStream
+from router.fleet.worker_entry import WorkerEntry
 from workers.kv_cache import block_hash
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
@@ -59,7 +59,7 @@ async def test_a_job_of_many_choices_is_read_by_one_task_that_each_output_wakes_
     streams = [RequestStream(f"r{index}", 100, lambda request_id: None) for index in range(8)]
     backend: Any = type("Backend", (), {"submit": lambda self, request: streams[int(request.request_id[1:])]})()
     num_tasks = len(asyncio.all_tasks())
-    generation = await Generation.open(backend, tuple(request(f"r{index}") for index in range(8)))
+    generation = await JobOutputs.open(backend, tuple(request(f"r{index}") for index in range(8)))
     reading = asyncio.create_task(generation.next_batch())
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == num_tasks + 1

@@ -11,9 +11,9 @@ import pytest
 from fake_worker import FakeWorker, golden_text, golden_tokens
 from stream_reader import Reader
 
+from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver
-from router.stream import RequestStream
 from router.wishes import Wishes
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import FinishReason, Output, Request, SamplingParams

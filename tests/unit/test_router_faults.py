@@ -20,7 +20,7 @@ from router.events import (
     Reject,
     RequestArrived,
     RequestCancelled,
-    Send,
+    SendMessage,
     Tick,
     WorkerDetached,
     WorkersChanged,
@@ -137,7 +137,7 @@ class World:
                     if self.workers[name].connection == connection:
                         self.workers[name].connection = None
                         self.clear(name)
-                case Send(name, connection, message):
+                case SendMessage(name, connection, message):
                     worker = self.workers[name]
                     if worker.connection == connection and isinstance(message, Submit):
                         request = message.request

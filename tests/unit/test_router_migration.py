@@ -5,7 +5,7 @@ from __future__ import annotations
 from router_story import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
-from router.requests.rebalance import RebalanceLimits, Rebalancer
+from router.requests.move_planner import RebalanceLimits, Rebalancer
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 from workers.status import Load, Role, WorkerStatus

@@ -7,8 +7,7 @@ from router_story import GENERATION, MIXED, Story, messages, outputs, request, t
 
 from router.events import RequestArrived
 from workers.errors import Refusal
-from workers.prompt_scores import PromptScores
-from workers.request import HandoffReport, Output, TokenLogprob
+from workers.request import HandoffReport, Output, PromptScores, TokenLogprob
 from workers.status import Role
 from workers.wire.attach import Cancel, WorkerFrame
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.requests.retry import RetryHistory, RetryPolicy
+from router.requests.in_flight import RetryHistory, RetryPolicy
 from workers.errors import Refusal
 
 POLICY = RetryPolicy(max_attempts=5, patience_s=60.0)

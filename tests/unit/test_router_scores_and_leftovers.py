@@ -20,8 +20,7 @@ from router_story import (
 
 from router.events import RequestArrived, RequestCancelled
 from workers.errors import Refusal
-from workers.prompt_scores import PromptScores
-from workers.request import Output, Request
+from workers.request import Output, PromptScores, Request
 from workers.status import Role, WorkerStatus, first_generation
 from workers.wire.attach import Adopt, Cancel, WorkerFrame
 

@@ -16,8 +16,7 @@ from fake_worker import FakeWorker, golden_text
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
-from router.api.config import ApiConfig
-from router.config import RouterConfig
+from router.config import ApiConfig, RouterConfig
 from router.driver import RouterDriver
 from router.server import RouterServer, bind
 from workers.errors import InvalidConfig, Refused

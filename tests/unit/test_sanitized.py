@@ -23,7 +23,7 @@ def test_a_read_beyond_a_buffer_ends_the_process_and_is_named(tmp_path: Path) ->
     test = tmp_path / "test_overrun.py"
     test.write_text(
         "import numpy as np\n"
-        "from workers.kv_memory.native.library import library\n"
+        "from workers.kv_memory.checksum import library\n"
         "def test_overrun():\n"
         "    view = np.zeros(1000, np.uint8)\n"
         "    library().checksums([view.ctypes.data], [view.nbytes + 64])\n"

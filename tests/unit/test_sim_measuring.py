@@ -18,8 +18,9 @@ from cluster.sim.measuring.worker_process import FakeModel
 from cluster.sim.profiles.files import load_profile
 from cluster.sim.profiles.fitted import FittedCost, MeasuredStep, Parts
 from workers.config import WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.kv_memory.memory import KvLayout
-from workers.runner import Batch, FakeRunner
+from workers.runner import Batch
 from workers.text.tokenizer import Tokenizer
 
 MODEL = "models/ernie-4.5-tiny"

@@ -110,14 +110,14 @@ def session(now: float = 0.0) -> target_session.TargetSession:
 def test_a_sender_that_speaks_out_of_turn_fails_its_transfer_and_nothing_else() -> None:
     receiving = session()
     (cancel, close) = receiving.handle(TransportBroken(0, "nothing was asked for"), 0)
-    assert isinstance(cancel, target_session.Send) and isinstance(cancel.message, CancelHandoff)
-    assert isinstance(close, target_session.Close) and receiving.state is TransferState.FAILED
+    assert isinstance(cancel, target_session.SendDown) and isinstance(cancel.message, CancelHandoff)
+    assert isinstance(close, target_session.CloseInbox) and receiving.state is TransferState.FAILED
     early = session()
     assert early.handle(KvPieces((KvPiece(0, 0, 0, 1, 0, 0),)), 0) == []  # before anything was accepted: no inbox
     assert early.state is TransferState.RESERVED
     twice = session()
     accepted = HandoffAccepted((), fake_layout(), "there")
-    assert isinstance(twice.handle(accepted, 0)[0], target_session.Send) and twice.state is TransferState.FAILED
+    assert isinstance(twice.handle(accepted, 0)[0], target_session.SendDown) and twice.state is TransferState.FAILED
 
 
 def test_a_group_serves_only_when_all_have_met() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from workers.errors import InvalidRequest
 from workers.request import MAX_BAD_WORD_TOKENS, MAX_ENTRIES, MAX_STOP_CHARACTERS, SamplingParams
-from workers.text.stop import StopMatch, StopStrings, _Automaton
+from workers.text.output import StopMatch, StopStrings, _Automaton
 
 WORDS = st.text("ab€", min_size=1, max_size=5)
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import InvariantViolated
-from workers.kv_cache import ledger as ledgers
+from workers.kv_cache import prefix_cache as ledgers
 from workers.kv_cache.block_hash import BlockKey, token_bytes
-from workers.kv_cache.ledger import MAX_PENDING_CHANGES, Ledger
+from workers.kv_cache.prefix_cache import MAX_PENDING_CHANGES, Ledger
 from workers.kv_cache.tier_book import Delete, Keep, Spill, TierBook
 from workers.status import KvEvent, Tier
 

@@ -18,7 +18,7 @@ from running_workers import CONFIG, pair, running
 from starlette.testclient import TestClient
 
 from router.api.app import create_app
-from router.api.config import ApiConfig
+from router.config import ApiConfig
 from workers.request import Request
 from workers.status import Role, WorkerAddress
 from workers.text.tokenizer import Tokenizer

@@ -17,10 +17,9 @@ from workers.pb import worker_pb2 as pb
 from workers.status import Role, WorkerAddress
 from workers.trust.parties import ADMIN, OBSERVER, Party, router, worker
 from workers.trust.rules import CALLERS
-from workers.wire.attach import Hello
+from workers.wire.attach import RouterHello
 from workers.wire.attach_protobuf import router_message_to_pb
-from workers.wire.grpc_options import ROUTER_CHANNEL
-from workers.wire.seal import Sealer
+from workers.wire.streams import ROUTER_CHANNEL, Sealer
 from workers.worker import Worker
 
 REFUSED = {
@@ -133,7 +132,7 @@ async def test_who_may_call_what(served: WorkerAddress) -> None:
 async def test_a_router_attaches_under_its_own_name_only(served: WorkerAddress) -> None:
     for hello, code in (("router-1", grpc.StatusCode.OK), ("router-0", grpc.StatusCode.PERMISSION_DENIED)):
         async with channels(served.target)["router"] as channel:
-            message = Sealer().seal(router_message_to_pb(Hello(hello)))
+            message = Sealer().seal(router_message_to_pb(RouterHello(hello)))
 
             async def said(first: bytes = message.SerializeToString()) -> AsyncIterator[bytes]:
                 yield first

@@ -23,11 +23,11 @@ from workers.handoff.protocol.messages import (
     OpenHandoff,
     PieceAck,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Prompt,
+    PrefixSubject,
+    PromptSubject,
     ReleaseHandoff,
-    Running,
+    RunningSubject,
     SequenceMoved,
     TransportBroken,
     UseTransport,
@@ -35,12 +35,11 @@ from workers.handoff.protocol.messages import (
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
-from workers.prompt_scores import PromptScores
-from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 from workers.wire import attach_protobuf as wire
 from workers.wire import request_protobuf as wire_request
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, Migration, Submit, WorkerFrame
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Migration, RouterHello, Submit, WorkerFrame
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -154,9 +153,9 @@ statuses = st.builds(
 )
 layouts = st.builds(KvLayout, *[u32] * 5, text, u32)
 subjects = (
-    st.builds(Prompt, requests, st.none() | hints)
-    | st.builds(Running, text)
-    | st.builds(Prefix, tuples(u64), tuples(u32), u64)
+    st.builds(PromptSubject, requests, st.none() | hints)
+    | st.builds(RunningSubject, text)
+    | st.builds(PrefixSubject, tuples(u64), tuples(u32), u64)
 )
 pieces = st.builds(KvPiece, *[u32] * 5, u64)
 openings = st.builds(OpenHandoff, addresses, text, u64, text, layouts, subjects, u32, u32, tuples(text))
@@ -193,7 +192,7 @@ router_messages = (
     | st.builds(Adopt, text, text, u32)
     | st.builds(Cancel, text)
     | st.just(DumpRequest())
-    | st.builds(Hello, text)
+    | st.builds(RouterHello, text)
 )
 
 PAIRS: dict[str, tuple[st.SearchStrategy[Any], Any, Any]] = {

@@ -15,7 +15,7 @@ from workers.errors import StreamDamaged
 from workers.handoff.protobuf import down_from_pb, up_from_pb
 from workers.pb import worker_pb2 as pb
 from workers.wire import attach_protobuf as wire
-from workers.wire.seal import Sealer, Unsealer, verified
+from workers.wire.streams import Sealer, Unsealer, verified
 
 
 def frames(num: int = 4) -> list[bytes]:

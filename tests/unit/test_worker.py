@@ -19,9 +19,9 @@ from workers.request import FinishReason
 from workers.serving.core import WorkerCore
 from workers.serving.events import Tick
 from workers.status import Role, WorkerAddress
-from workers.wire.attach import Cancel, Hello, Submit
+from workers.wire.attach import Cancel, RouterHello, Submit
 from workers.wire.attach_protobuf import router_message_to_pb, status_from_pb
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 from workers.worker import Worker
 
 
@@ -206,7 +206,7 @@ async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits(
     ):
         call = worker_pb2_grpc.WorkerStub(channel).Attach()
         sealer = Sealer()
-        await call.write(sealer.seal(router_message_to_pb(Hello("stopped"))))
+        await call.write(sealer.seal(router_message_to_pb(RouterHello("stopped"))))
         for index in range(12):
             request = make_request([index + 5] * 5, 3800, request_id=f"r{index}")
             await call.write(sealer.seal(router_message_to_pb(Submit(request, address.generation))))

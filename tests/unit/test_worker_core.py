@@ -5,43 +5,48 @@ from __future__ import annotations
 from builders import make_request
 from worker_story import GENERATION, LAYOUT, PEER, WorkerStory
 
-from workers.engine.commands import (
-    Add,
+from workers.engine.messages import (
     AddMigrant,
+    AddSequence,
+    BeginMove,
+    BlocksFilled,
+    BlocksFinal,
     CancelSequence,
-    Depart,
     DumpKv,
-    Export,
+    EndMove,
     ForgetCache,
     Halt,
+    Halted,
     HoldPrefix,
     Landed,
+    LayersFilled,
     MovedIn,
+    Prefilled,
+    PrefixHeld,
     Pulled,
+    PullWanted,
     ReleasePrefix,
     Resume,
     TransferLost,
-)
-from workers.engine.results import (
-    BlocksFilled,
-    BlocksFinal,
-    Halted,
-    LayersFilled,
-    Prefilled,
-    PrefixHeld,
-    PullWanted,
     TransferWanted,
 )
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
-from workers.handoff.protocol.source_session import Broken, Filled
+from workers.handoff.protocol.messages import (
+    Handoff,
+    HandoffFailed,
+    PrefillDone,
+    PrefixDone,
+    PromptSubject,
+    RunningSubject,
+    SequenceMoved,
+    subject_of,
+)
+from workers.handoff.protocol.source_session import Filled, HandoffBroken
 from workers.kv_cache.block_hash import PromptBlocks
 from workers.request import FinishReason, Output, error_output
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.scheduler.sequence import Kind
 from workers.serving import events
-from workers.serving.prefix_subject import subject_of
 from workers.serving.sessions import LOAD_INTERVAL_S, MAX_CACHE_EVENTS
 from workers.status import Load, PrefixHint, Role, WorkerAddress
 from workers.wire.attach import Migration
@@ -61,7 +66,7 @@ def test_a_request_goes_to_the_engine_and_its_outputs_to_its_own_router() -> Non
     story.attach(1)
     story.attach(2)
     a, b = story.submit(1, "r"), story.submit(2, "r")  # two routers may use one name
-    assert [type(c) for c in story.posted[-2:]] == [Add, Add] and a != b
+    assert [type(c) for c in story.posted[-2:]] == [AddSequence, AddSequence] and a != b
     story.say(a, "r", 0, 11)
     story.say(b, "r", 0, 21)
     story.say(a, "r", 1, 12, ends=FinishReason.LENGTH)
@@ -118,12 +123,12 @@ def test_what_an_engine_that_is_far_behind_does_not_take_is_refused_by_name() ->
     number = story.submit(1, "r")
     story.tell(events.NotAdded(number))
     assert story.last(1).refusal is Refusal.QUEUE_FULL and story.core.is_idle
-    (opened,) = story.ask(1, Prompt(PROMPT), 2)
+    (opened,) = story.ask(1, PromptSubject(PROMPT), 2)
     assert isinstance(opened, events.AcceptHandoff)
     story.tell(events.HandoffBegun(1))
-    story.tell(events.NotAdded(story.taken(Add)[-1].sequence_id))
+    story.tell(events.NotAdded(story.taken(AddSequence)[-1].sequence_id))
     (broken,) = story.fed(1)
-    assert isinstance(broken, Broken) and broken.is_ours
+    assert isinstance(broken, HandoffBroken) and broken.is_ours
 
 
 # ---- what the worker is ----
@@ -328,7 +333,7 @@ def test_a_prompt_is_asked_of_one_worker_after_another_and_then_computed_here() 
     story = WorkerStory(Role.DECODE)
     story.attach(1)
     number = story.submit(1, PROMPT, PEER, OTHER)
-    assert story.posted[-1] == Add(number, PROMPT, Kind.TARGET, None)
+    assert story.posted[-1] == AddSequence(number, PROMPT, Kind.TARGET, None)
     story.step(transfers=[wanted(number)])
     for source in (PEER, OTHER):
         ask = story.others[-1]
@@ -345,7 +350,7 @@ def test_a_prompt_that_landed_is_told_to_the_engine_with_how_it_came() -> None:
     number = story.submit(1, make_request(range(5, 105), replay=(7, 8)), PEER)
     story.step(transfers=[wanted(number)])
     ask = story.others[-1]
-    assert isinstance(ask, events.Receive) and isinstance(ask.subject, Prompt)
+    assert isinstance(ask, events.Receive) and isinstance(ask.subject, PromptSubject)
     assert ask.subject.request.replay_token_ids == ()  # the decode worker's business
     story.tell(events.HandoffEnded(number, landed()))
     (told,) = story.taken(Landed)
@@ -386,7 +391,7 @@ def test_a_running_sequence_is_taken_over_from_where_it_runs() -> None:
     assert isinstance(story.posted[-1], AddMigrant)
     story.step(transfers=[wanted(number)])
     ask = story.others[-1]
-    assert isinstance(ask, events.Receive) and ask.subject == Running("r#1") and ask.source == OTHER
+    assert isinstance(ask, events.Receive) and ask.subject == RunningSubject("r#1") and ask.source == OTHER
     story.tell(events.HandoffEnded(number, Handoff(SequenceMoved((7, 8), 101, 4), "shm", 4096, 0.01)))
     assert story.posted[-1] == MovedIn(number, (7, 8), 101)
     assert story.core.counters["migrations_in"] == 1
@@ -413,10 +418,10 @@ def test_a_prefix_is_pulled_only_where_that_beats_computing_and_not_waited_for_l
 def test_a_prompt_is_computed_for_another_worker_and_held_until_it_is_released() -> None:
     story = WorkerStory(Role.PREFILL)
     hint = PrefixHint(OTHER, 1)
-    assert story.ask(1, Prompt(PROMPT, hint), 2) == [events.AcceptHandoff(1, is_paced=False)]
+    assert story.ask(1, PromptSubject(PROMPT, hint), 2) == [events.AcceptHandoff(1, is_paced=False)]
     assert not story.posted  # nothing is computed before the receiver is connected to
     story.tell(events.HandoffBegun(1))
-    (add,) = story.taken(Add)
+    (add,) = story.taken(AddSequence)
     assert (add.kind, add.hint) == (Kind.SOURCE, hint)
     number = add.sequence_id
     story.tell(events.LayersReported(LayersFilled(number, (8, 9), 0, 1, 1)))
@@ -432,11 +437,11 @@ def test_a_prompt_is_computed_for_another_worker_and_held_until_it_is_released()
 
 def test_a_prompt_that_the_engine_refuses_breaks_its_handoff() -> None:
     story = WorkerStory(Role.PREFILL)
-    story.ask(1, Prompt(PROMPT), 2)
+    story.ask(1, PromptSubject(PROMPT), 2)
     story.tell(events.HandoffBegun(1))
-    number = story.taken(Add)[0].sequence_id
+    number = story.taken(AddSequence)[0].sequence_id
     story.step((number, error_output(PROMPT, Refusal.QUEUE_FULL, "512 wait")))
-    assert story.fed(1) == [Broken("512 wait", is_ours=True)]
+    assert story.fed(1) == [HandoffBroken("512 wait", is_ours=True)]
 
 
 def test_who_may_not_have_a_handoff_is_told_why() -> None:
@@ -448,17 +453,17 @@ def test_who_may_not_have_a_handoff_is_told_why() -> None:
         assert isinstance(answer, events.RefuseHandoff)
         refusals.append(answer.refusal)
 
-    refused(Prompt(PROMPT), 2, source_generation=GENERATION - 1)
-    refused(Prompt(PROMPT), 2, fingerprint="another")
-    refused(Prompt(PROMPT), 3)
-    refused(Running("nobody"), 2)
+    refused(PromptSubject(PROMPT), 2, source_generation=GENERATION - 1)
+    refused(PromptSubject(PROMPT), 2, fingerprint="another")
+    refused(PromptSubject(PROMPT), 3)
+    refused(RunningSubject("nobody"), 2)
     story.tell(events.SetDrain(True))
-    refused(Prompt(PROMPT), 2)
+    refused(PromptSubject(PROMPT), 2)
     story.tell(events.SwitchRole(Role.DECODE))
     story.tell(events.SetDrain(False))
-    refused(Prompt(PROMPT), 2)
+    refused(PromptSubject(PROMPT), 2)
     story.tell(events.Suspend("a rank"))
-    refused(Prompt(PROMPT), 2)
+    refused(PromptSubject(PROMPT), 2)
     assert refusals == [
         Refusal.STALE_GENERATION, Refusal.INVALID, Refusal.INVALID, Refusal.NOT_MOVABLE,
         Refusal.DRAINING, Refusal.WRONG_ROLE, Refusal.SHUTTING_DOWN,
@@ -471,12 +476,12 @@ def moving(story: WorkerStory) -> int:
     story.attach(1)
     number = story.submit(1, "r#1")
     story.say(number, "r#1", 0, 11)
-    assert story.ask(4, Running("r#1"), 3) == [events.AcceptHandoff(4, is_paced=True)]
-    assert [c.refusal for c in story.ask(5, Running("r#1"), 3) if isinstance(c, events.RefuseHandoff)] == [
+    assert story.ask(4, RunningSubject("r#1"), 3) == [events.AcceptHandoff(4, is_paced=True)]
+    assert [c.refusal for c in story.ask(5, RunningSubject("r#1"), 3) if isinstance(c, events.RefuseHandoff)] == [
         Refusal.NOT_MOVABLE
     ]
     story.tell(events.HandoffBegun(4))
-    assert story.posted[-1] == Export(number, 0, 3)
+    assert story.posted[-1] == BeginMove(number, 0, 3)
     story.step(exports=[BlocksFinal(number, (1, 2, 3), 0, 1, is_all=True)])
     story.tell(events.HandoffAcknowledged(4, 0))
     assert not story.taken(Halt)  # the receiver does not have all that is final
@@ -492,7 +497,7 @@ def test_a_running_sequence_stands_still_when_its_receiver_has_caught_up_and_the
     story = WorkerStory()
     number = moving(story)
     story.tell(events.HandoffReleased(4, ""))
-    assert story.posted[-1] == Depart(number)
+    assert story.posted[-1] == EndMove(number)
     story.step((number, Output("r#1", 1, finish_reason=FinishReason.MOVED)))
     assert story.last(1).finish_reason is FinishReason.MOVED and story.core.is_idle
 
@@ -501,13 +506,15 @@ def test_a_sequence_that_has_stood_still_for_too_long_goes_on_here() -> None:
     story = WorkerStory(max_pause_s=2.0)
     number = moving(story)
     story.after(1.9)
-    assert not [event for event in story.fed(4) if isinstance(event, Broken)]
+    assert not [event for event in story.fed(4) if isinstance(event, HandoffBroken)]
     story.after(0.2)
-    assert [event.reason for event in story.fed(4) if isinstance(event, Broken)] == ["it has not landed within 2 s"]
+    assert [event.reason for event in story.fed(4) if isinstance(event, HandoffBroken)] == [
+        "it has not landed within 2 s"
+    ]
     story.tell(events.HandoffReleased(4, "it broke"))
     assert story.posted[-1] == Resume(number)
     story.after(5.0)
-    assert len([event for event in story.fed(4) if isinstance(event, Broken)]) == 1
+    assert len([event for event in story.fed(4) if isinstance(event, HandoffBroken)]) == 1
 
 
 def test_a_prefix_is_held_for_a_peer_until_it_is_released() -> None:

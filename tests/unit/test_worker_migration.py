@@ -14,9 +14,9 @@ from running_workers import CONFIG, Attached, running, tokens
 from workers.config import WorkerConfig
 from workers.errors import Refusal
 from workers.handoff.protocol.messages import SequenceMoved
-from workers.handoff.protocol.source_session import Broken as SourceBroken
+from workers.handoff.protocol.source_session import HandoffBroken as SourceBroken
 from workers.handoff.protocol.source_session import SourceSession
-from workers.handoff.protocol.target_session import Broken as TargetBroken
+from workers.handoff.protocol.target_session import HandoffLost as TargetBroken
 from workers.handoff.protocol.target_session import TargetSession
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, Runner, Sampled

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_story import WorkerStory
 
-from workers.engine.commands import Add, CancelSequence, Depart
+from workers.engine.messages import AddSequence, CancelSequence, EndMove
 from workers.errors import Refusal
-from workers.handoff.protocol.messages import Running
-from workers.prompt_scores import PromptScores
-from workers.request import FinishReason, Output, TokenLogprob
+from workers.handoff.protocol.messages import RunningSubject
+from workers.request import FinishReason, Output, PromptScores, TokenLogprob
 from workers.serving import events
 from workers.status import Role
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit
@@ -93,7 +92,7 @@ def test_what_is_run_again_and_cannot_go_on_replaces_what_was_left_behind(kept: 
     prompt = range(5, 105) if kept == 0 else range(6, 106)  # nothing is kept, or the name is all that is the same
     story.submit(2, make_request(prompt, 50, request_id="r#2", replay=(10, 11)), name="r")
     assert story.taken(CancelSequence) == [CancelSequence(number)]
-    again = story.taken(Add)[-1].sequence_id
+    again = story.taken(AddSequence)[-1].sequence_id
     story.say(again, "r#2", 2, 12)
     assert story.tokens(2, "r#2") == [12]
 
@@ -296,11 +295,11 @@ def test_a_request_that_was_taken_up_moves_on_under_its_new_name() -> None:
     story.lose(1)
     story.attach(2)
     story.adopt(2, "r", "r#2", 3)
-    (old,) = story.ask(1, Running("r#1"), 3)
+    (old,) = story.ask(1, RunningSubject("r#1"), 3)
     assert isinstance(old, events.RefuseHandoff) and old.refusal is Refusal.NOT_MOVABLE
-    assert story.ask(2, Running("r#2"), 3) == [events.AcceptHandoff(2, is_paced=True)]
+    assert story.ask(2, RunningSubject("r#2"), 3) == [events.AcceptHandoff(2, is_paced=True)]
     story.tell(events.HandoffReleased(2, ""))
-    assert story.posted[-1] == Depart(number)
+    assert story.posted[-1] == EndMove(number)
     story.step((number, Output("r#1", 3, finish_reason=FinishReason.MOVED)))
     assert (story.last(2).request_id, story.last(2).finish_reason) == ("r#2", FinishReason.MOVED)
 
@@ -475,7 +474,7 @@ def test_a_router_that_attaches_anew_goes_on_with_its_requests_though_its_old_st
         story.adopt(2, "r", "r#2", 2)
     story.say(number, "r#1", 4, 14, ends=FinishReason.STOP)
     assert story.tokens(2, "r#2") == [12, 13, 14] and story.core.is_idle
-    assert len(story.taken(Add)) == 1 and not story.taken(CancelSequence)
+    assert len(story.taken(AddSequence)) == 1 and not story.taken(CancelSequence)
 
 
 def test_what_an_old_stream_still_carries_is_not_heard_once_its_router_has_attached_anew() -> None:

@@ -8,24 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from workers.engine.incoming import Incoming
+from workers.engine.incoming import IncomingKv, Promotions
 from workers.engine.isolation import isolate
 from workers.engine.leaping import DrawRun, leap, leapers
-from workers.engine.live_sequences import Live, Roster
-from workers.engine.moves import Moves
-from workers.engine.outgoing import Outgoing
-from workers.engine.promotions import Promotions
-from workers.engine.results import StepResult
+from workers.engine.live_sequences import Live, LiveSequences
+from workers.engine.messages import StepResult
+from workers.engine.outgoing import Moves, OutgoingKv
 from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal, Refused
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_tiers.tiers import KvTiers
-from workers.launching import LaunchingRunner
 from workers.request import Request, refusal_output
-from workers.runner import BLOCK_SIZE, Batch, Runner, Sampled, SequenceSlice
+from workers.runner import BLOCK_SIZE, Batch, LaunchingRunner, Runner, Sampled, SequenceSlice
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.load import StepWork, has_work, load_of, work_of
-from workers.scheduler.scheduler import Limits, Scheduler, Step
+from workers.scheduler.scheduler import Limits, ScheduledStep, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
 from workers.status import Load, PrefixHint
 from workers.text.output import Detokenizer
@@ -61,7 +58,7 @@ class Engine:
 
     What concerns other workers goes through `incoming`, `outgoing` and `moves`: what they write here, copy from here, take over.
     `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens. With
-    `overlap_steps`, a runner that can launch (workers.launching) computes a step while the next one is scheduled.
+    `overlap_steps`, a runner that can launch (LaunchingRunner) computes a step while the next one is scheduled.
     """
 
     def __init__(
@@ -89,7 +86,7 @@ class Engine:
             else PooledKvCache(num_pools, num_blocks // num_pools, BLOCK_SIZE, prefix_cache)
         )
         self._scheduler = Scheduler(self._kv, limits)
-        self._roster = Roster(
+        self._sequences = LiveSequences(
             self._scheduler,
             make_detokenizer=make_detokenizer,
             eos_token_ids=eos_token_ids,
@@ -99,9 +96,9 @@ class Engine:
             clock=clock,
         )
         self._promotions = Promotions(tiers, self._scheduler)
-        self.incoming = Incoming(self._roster, runner.kv_memory)
-        self.outgoing = Outgoing(self._roster, runner.kv_memory)
-        self.moves = Moves(self._roster, runner.kv_memory)
+        self.incoming = IncomingKv(self._sequences, runner.kv_memory)
+        self.outgoing = OutgoingKv(self._sequences, runner.kv_memory)
+        self.moves = Moves(self._sequences, runner.kv_memory)
         self.last_step = StepWork()
         """The last one that computed anything."""
         self.prefill_tokens_per_s: float | None = None
@@ -111,31 +108,31 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
-        self._roster.check(request)
+        self._sequences.check(request)
 
     def add(self, sequence_id: int, request: Request, kind: Kind = Kind.LOCAL, hint: PrefixHint | None = None) -> None:
         """Queues a request under the caller's id. Raises InvalidRequest or Refused(QUEUE_FULL)."""
-        live = self._roster.arrive(sequence_id, request, kind, hint)
+        live = self._sequences.arrive(sequence_id, request, kind, hint)
         self._scheduler.add(live.sequence)
-        self._roster.lives[sequence_id] = live
+        self._sequences.lives[sequence_id] = live
 
     def refuse(self, sequence_id: int, request: Request, error: InvalidRequest | Refused) -> None:
         """Says in the next result that the request was not accepted."""
-        self._roster.said.outputs.append((sequence_id, refusal_output(request, error)))
+        self._sequences.pending.outputs.append((sequence_id, refusal_output(request, error)))
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence without further output and frees what it holds; unknown ids are ignored.
 
         Also releases a finished prefill that another worker has taken.
         """
-        live = self._roster.lives.get(sequence_id)
+        live = self._sequences.lives.get(sequence_id)
         if live is not None and not self.incoming.cancel(live):
-            self._roster.drop(live)
+            self._sequences.drop(live)
 
     @property
     def has_work(self) -> bool:
         """True when a step could compute, admit or report something."""
-        return self._roster.has_news or self._running is not None or self._takes_bites or has_work(self._scheduler)
+        return self._sequences.has_news or self._running is not None or self._takes_bites or has_work(self._scheduler)
 
     @property
     def _takes_bites(self) -> bool:
@@ -151,7 +148,7 @@ class Engine:
         """What is to be said without waiting for another step: refusals, first tokens that came from elsewhere, sequences that
         stand still for their receivers. None: nothing."""
         self.moves.advance()
-        return self._roster.take_said() if self._roster.has_news else None
+        return self._sequences.take_pending() if self._sequences.has_news else None
 
     def settle(self) -> None:
         """Waits for the step that runs, if one does; what it brings comes with the next result.
@@ -185,7 +182,7 @@ class Engine:
                 self._running = None if ahead is None else self._start(ahead, running)
             self._complete(running)
         self.moves.advance()
-        result = self._roster.take_said()
+        result = self._sequences.take_pending()
         if result.kv_event is None:
             result.kv_event = self._kv.take_event()
         if running is not None:
@@ -197,20 +194,20 @@ class Engine:
         """As workers.engine.leaping.leapers, of this engine as it is between two steps."""
         if self._running is not None or self._takes_bites or self._runner.num_pools > 1:
             return [], 0
-        return leapers(self._scheduler, self._roster)
+        return leapers(self._scheduler, self._sequences)
 
     def leap(self, decoding: list[Sequence], num_steps: int, draw: DrawRun, last_step_s: float) -> StepResult:
         """Takes so many of the steps that `leapers` has found at once; the last one took `last_step_s`."""
-        leap(self._scheduler, self._roster, decoding, num_steps, draw)
+        leap(self._scheduler, self._sequences, decoding, num_steps, draw)
         context = sum([sequence.num_computed - 1 for sequence in decoding])
         self.last_step, self.made_no_progress = StepWork(last_step_s, len(decoding), context), False
-        result = self._roster.take_said()
+        result = self._sequences.take_pending()
         result.kv_event = self._kv.take_event()
         return result
 
-    def _start(self, step: Step, after: _Running | None) -> _Running | None:
+    def _start(self, step: ScheduledStep, after: _Running | None) -> _Running | None:
         """Launches a step behind the one that runs, if any; None when it computes nothing."""
-        now, lives = self._clock(), self._roster.lives
+        now, lives = self._clock(), self._sequences.lives
         for sequence in step.promotions:
             self._promotions.begin(sequence, now)
             self.incoming.pull(sequence, self.prefill_tokens_per_s or 0.0)
@@ -304,7 +301,7 @@ class Engine:
         for place, why in found.failed.items():
             live = running.lives[again[place][0]]
             log.error("sequence %d fails", live.sequence.sequence_id, exc_info=why)
-            self._roster.fail(live, Refusal.INTERNAL, MODEL_FAILED)
+            self._sequences.fail(live, Refusal.INTERNAL, MODEL_FAILED)
         if found.lost is not None:
             self._lose(running, found.lost)
 
@@ -325,16 +322,16 @@ class Engine:
                 continue
             if index >= num_prefill:
                 self._scheduler.computed_decode(live.sequence)
-                self._roster.drew(live, sampled)
+                self._sequences.drew(live, sampled)
                 continue
             self._scheduler.computed_prefill(live.sequence, len(piece.token_ids))
             if live.answer is None:
                 self.outgoing.computed(live, piece, sampled)
                 continue
             if sampled.prompt_logprobs is not None:
-                self._roster.scored(live, sampled.prompt_logprobs)
+                self._sequences.scored(live, sampled.prompt_logprobs)
             if sampled.token_id is not None:
-                self._roster.drew(live, sampled)
+                self._sequences.drew(live, sampled)
 
     def _note_rate(self) -> None:
         step_s, num_tokens = self.last_step.step_s, self.last_step.step_prompt_tokens
@@ -366,7 +363,7 @@ class Engine:
 
         Everybody else goes on with events: none is lost for them, and none repeated.
         """
-        said = self._roster.said
+        said = self._sequences.pending
         if said.kv_dump is None:
             said.kv_event = self._kv.take_event()
             said.kv_dump = self._kv.dump()

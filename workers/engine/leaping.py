@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from workers.engine.live_sequences import Roster
+from workers.engine.live_sequences import LiveSequences
 from workers.request import SamplingParams
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence, State
@@ -19,16 +19,16 @@ _STANDS = (State.TRANSFERRING, State.HELD)
 """Sequences in these states take no part in steps, and change by a command alone."""
 
 
-def leapers(scheduler: Scheduler, roster: Roster) -> tuple[list[Sequence], int]:
+def leapers(scheduler: Scheduler, sequences: LiveSequences) -> tuple[list[Sequence], int]:
     """The sequences that decode, in order of service, and how many steps can be taken at once; (anything, 0): the next step is an ordinary one.
 
     Nobody waits, computes a prompt, moves or replays; no sequence can end; and blocks for all are there beside one for each sequence.
     """
-    if scheduler.waiting or roster.has_news:
+    if scheduler.waiting or sequences.has_news:
         return [], 0
     decoding: list[Sequence] = []
     num_steps = 1 << 30
-    lives = roster.lives
+    lives = sequences.lives
     for sequence in scheduler.active:
         if sequence.state is not State.DECODING:
             if sequence.state in _STANDS:
@@ -47,9 +47,11 @@ def leapers(scheduler: Scheduler, roster: Roster) -> tuple[list[Sequence], int]:
     return decoding, num_steps
 
 
-def leap(scheduler: Scheduler, roster: Roster, decoding: list[Sequence], num_steps: int, draw: DrawRun) -> None:
+def leap(
+    scheduler: Scheduler, sequences: LiveSequences, decoding: list[Sequence], num_steps: int, draw: DrawRun
+) -> None:
     """So many steps for what `leapers` has found; each sequence's tokens are said as one output."""
-    said, lives = roster.said, roster.lives
+    said, lives = sequences.pending, sequences.lives
     for sequence in decoding:
         answer = lives[sequence.sequence_id].answer
         assert answer is not None

@@ -1,15 +1,13 @@
-"""The sequences of one engine from arrival to end, and what is to be said of them; knows no runner, no steps and no other workers."""
+"""The sequences of one engine from arrival to end, and what their clients hear of each: every token once; knows no runner, no steps and no other workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from workers.engine.outputs import Answer
-from workers.engine.results import StepResult
+from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
-from workers.prompt_scores import PromptScores
-from workers.request import Request, error_output
+from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
@@ -17,12 +15,116 @@ from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
 
 
+class SequenceOutputs:
+    """Reads its sequence and changes nothing in it. Times are the engine's clock, in seconds."""
+
+    def __init__(self, sequence: Sequence, text: OutputState, worker_id: str, arrived_s: float) -> None:
+        self._sequence = sequence
+        self._text = text
+        self._worker_id = worker_id
+        self._num_texted = 0
+        """Tokens that `text` has seen; a replay after a preemption does not show them again."""
+        self._has_spoken = False
+        self._num_scored = 1
+        """Prompt tokens whose logprobs have been said; the first has none. A replay does not say them again."""
+        self._report: HandoffReport | None = None
+        self._landed_cached_tokens = 0
+        self._queue_s: float | None = None
+        """From its arrival until it had blocks."""
+        self._computed_from_s = arrived_s
+        """When this worker began to compute a prompt that did not come from elsewhere."""
+
+    def admitted(self, now: float) -> None:
+        """It has blocks; what comes after the first time is a preemption's business."""
+        if self._queue_s is None:
+            self._queue_s = max(0.0, now - self._computed_from_s)
+            self._computed_from_s = now
+
+    def landed(self, report: HandoffReport, cached_tokens: int) -> None:
+        """Its prompt was computed by another worker, which had so many of its tokens in a cache."""
+        self._report = report
+        self._landed_cached_tokens = cached_tokens
+
+    def computed_here(self, report: HandoffReport, now: float) -> None:
+        """No other worker could compute its prompt; this one begins to."""
+        self._report = report
+        self._computed_from_s = now
+
+    def continue_from(self, token_ids: tuple[int, ...]) -> None:
+        """The client heard the beginning from another worker: brings text and stop strings to where these tokens lead."""
+        for token_id in token_ids[self._num_texted :]:
+            self._text.push(token_id)
+        self._num_texted = len(token_ids)
+        self._has_spoken = True
+
+    def scored(self, scores: PromptScores) -> list[Output]:
+        """What is to be said when a chunk of the prompt has been computed: its logprobs, unless the client has them."""
+        request = self._sequence.request
+        if request.replay_token_ids:
+            return []
+        outputs = []
+        for start in range(max(self._num_scored, scores.first), scores.end, MAX_SCORES):
+            part = scores.part(start, start + MAX_SCORES)
+            outputs.append(Output(request.request_id, 0, prompt_logprobs=(part,)))
+            self._num_scored = part.end
+        return outputs
+
+    def push(self, position: int, sampled: Sampled, is_new: bool, now: float) -> Output | None:
+        """Accounts for the token at output position `position`, which is replayed unless it is new.
+
+        None when the client has it. An output with a finish reason ends the sequence.
+        """
+        assert sampled.token_id is not None
+        if position < self._num_texted:
+            return None
+        self._num_texted += 1
+        progress = self._text.push(sampled.token_id)
+        num_given = len(self._sequence.request.replay_token_ids)
+        if position < num_given and progress.finish_reason is None:
+            return None
+        output = Output(
+            request_id=self._sequence.request.request_id,
+            position=position if is_new else num_given,
+            token_ids=(sampled.token_id,) if is_new else (),
+            text=progress.text,
+            logprobs=(sampled.logprob,) if sampled.logprob is not None and is_new else (),
+            finish_reason=progress.finish_reason,
+            stop_reason=progress.stop_reason,
+        )
+        if not self._has_spoken:
+            self._has_spoken = True
+            output = self._first(output, now)
+        return output
+
+    @property
+    def can_run(self) -> int:
+        """So many tokens may be told as one output, with no look at each; none before the first token has been said."""
+        is_replaying = self._num_texted < self._sequence.num_drawn or not self._has_spoken
+        return 0 if is_replaying or self._sequence.request.params.logprobs is not None else self._text.can_run
+
+    def push_run(self, position: int, token_ids: tuple[int, ...]) -> Output:
+        """As `push`, for new tokens from `position` on, at most `can_run`."""
+        self._num_texted += len(token_ids)
+        return Output(self._sequence.request.request_id, position, token_ids, self._text.push_run(token_ids))
+
+    def _first(self, output: Output, now: float) -> Output:
+        """Adds what is said once: cached tokens, and how the prompt was computed."""
+        sequence, report = self._sequence, self._report
+        if report is None or report.transport == "local":
+            report = report or HandoffReport(self._worker_id, self._worker_id, "local")
+            report = replace(report, prefill_s=now - self._computed_from_s)
+        return output._replace(
+            cached_tokens=max(sequence.num_cached_tokens, self._landed_cached_tokens),
+            handoff=replace(report, queue_s=self._queue_s or 0.0),
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Live:
     """A sequence, and what the scheduler need not know of it."""
 
     sequence: Sequence
-    answer: Answer | None
+    answer: SequenceOutputs | None
     """None: its prompt is computed for another worker, which answers."""
     arrived_s: float
     is_cancelled: bool = False
@@ -36,7 +138,7 @@ class Live:
             self.answer.admitted(now)
 
 
-class Roster:
+class LiveSequences:
     """All that lives, by sequence id. `said` gathers what the engine's owner is to hear next.
 
     `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens.
@@ -56,7 +158,7 @@ class Roster:
         self.scheduler = scheduler
         self.clock = clock
         self.lives: dict[int, Live] = {}
-        self.said = StepResult()
+        self.pending = StepResult()
         self._make_detokenizer = make_detokenizer
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
@@ -112,7 +214,7 @@ class Roster:
         arrived_s, answer = self.clock(), None
         if kind is not Kind.SOURCE:
             text = OutputState(request, self._make_detokenizer(request), frozenset(self._eos), self._max_model_len)
-            answer = Answer(sequence, text, self._worker_id, arrived_s)
+            answer = SequenceOutputs(sequence, text, self._worker_id, arrived_s)
         return Live(sequence, answer, arrived_s)
 
     def drew(self, live: Live, sampled: Sampled) -> None:
@@ -122,19 +224,19 @@ class Roster:
         is_new = self.scheduler.drew(live.sequence, sampled.token_id)
         output = live.answer.push(position, sampled, is_new, self.clock())
         if output is not None:
-            self.said.outputs.append((live.sequence.sequence_id, output))
+            self.pending.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
 
     def scored(self, live: Live, scores: PromptScores) -> None:
         """Says what the tokens of a prompt scored that have been computed."""
         assert live.answer is not None
-        self.said.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
+        self.pending.outputs += [(live.sequence.sequence_id, output) for output in live.answer.scored(scores)]
 
     def fail(self, live: Live, refusal: Refusal, message: str) -> None:
         """Ends a sequence with an error."""
         sequence = live.sequence
-        self.said.outputs.append((sequence.sequence_id, error_output(sequence.request, refusal, message)))
+        self.pending.outputs.append((sequence.sequence_id, error_output(sequence.request, refusal, message)))
         self.drop(live)
 
     def drop(self, live: Live) -> None:
@@ -147,8 +249,8 @@ class Roster:
 
     @property
     def has_news(self) -> bool:
-        return self.said != StepResult()
+        return self.pending != StepResult()
 
-    def take_said(self) -> StepResult:
-        said, self.said = self.said, StepResult()
+    def take_pending(self) -> StepResult:
+        said, self.pending = self.pending, StepResult()
         return said

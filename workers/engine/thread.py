@@ -9,28 +9,30 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from workers.engine.commands import (
-    Add,
+from workers.engine.engine import Engine
+from workers.engine.messages import (
     AddMigrant,
+    AddSequence,
+    BeginMove,
     CancelSequence,
-    Depart,
     DumpKv,
+    EndMove,
     EngineCommand,
-    Export,
     ForgetCache,
     Halt,
     HoldPrefix,
     Landed,
+    LayersFilled,
     MovedIn,
     Pulled,
     ReleasePrefix,
+    Report,
     Resume,
-    Stop,
+    StepResult,
+    StopEngine,
     TransferLost,
     Wake,
 )
-from workers.engine.engine import Engine
-from workers.engine.results import LayersFilled, Report, StepResult
 from workers.errors import InvalidRequest, Refused
 
 log = logging.getLogger(__name__)
@@ -77,14 +79,14 @@ class EngineThread:
 
     def post(self, command: EngineCommand) -> bool:
         """False, and nothing happens: a new sequence, and too many commands wait."""
-        if isinstance(command, Add | AddMigrant) and self._commands.qsize() >= MAX_COMMANDS:
+        if isinstance(command, AddSequence | AddMigrant) and self._commands.qsize() >= MAX_COMMANDS:
             return False
         self._commands.put(command)
         return True
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the thread after the step under way."""
-        self._commands.put(Stop())
+        self._commands.put(StopEngine())
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             log.error("the engine thread did not end within %s s", timeout_s)
@@ -127,7 +129,7 @@ class EngineThread:
             except queue.Empty:
                 return True
             wait = False
-            if isinstance(command, Stop):
+            if isinstance(command, StopEngine):
                 return False
             carry_out(self._engine, command)
 
@@ -140,7 +142,7 @@ def report_of(engine: Engine, result: StepResult) -> Report:
 def carry_out(engine: Engine, command: EngineCommand) -> None:
     """Between two steps, on the thread that steps."""
     match command:
-        case Add():
+        case AddSequence():
             try:
                 engine.add(command.sequence_id, command.request, command.kind, command.hint)
             except (InvalidRequest, Refused) as error:
@@ -158,14 +160,14 @@ def carry_out(engine: Engine, command: EngineCommand) -> None:
                 engine.refuse(command.sequence_id, command.request, error)
         case MovedIn():
             engine.incoming.moved_in(command.sequence_id, command.known_token_ids, command.num_computed)
-        case Export():
+        case BeginMove():
             engine.export(command.sequence_id, command.first_block, command.num_blocks)
         case Halt():
             engine.moves.halt(command.sequence_id)
         case Resume():
             engine.moves.resume(command.sequence_id)
-        case Depart():
-            engine.moves.depart(command.sequence_id)
+        case EndMove():
+            engine.moves.end(command.sequence_id)
         case Pulled():
             engine.incoming.pulled(command.sequence_id, command.num_blocks)
         case HoldPrefix():
@@ -176,5 +178,5 @@ def carry_out(engine: Engine, command: EngineCommand) -> None:
             engine.dump_cache(asker)
         case ForgetCache():
             engine.forget_cache()
-        case Wake() | Stop():
+        case Wake() | StopEngine():
             pass

@@ -34,14 +34,13 @@ from workers.group.messages import (
     Welcome,
 )  # fmt: skip
 from workers.group.step_codec import BatchReader, encode_results
-from workers.kv_memory.joined import JoinedKvMemory
-from workers.kv_memory.memory import KvMemory, SharedHandle
+from workers.kv_memory.memory import JoinedKvMemory, KvMemory, SharedHandle
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, group_layout, own_layout
+from workers.model.loading import RankLoader, rank_loader
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.expert_placement import Placement
-from workers.model.rank_loading import RankLoader, rank_loader
 
 log = logging.getLogger(__name__)
 

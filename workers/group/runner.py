@@ -26,10 +26,10 @@ from workers.kv_memory.memory import KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, group_layout, initial_placement
+from workers.model.loading import RankLoader, rank_loader
 from workers.model.parallel.collectives import Links, start_store
 from workers.model.parallel.expert_placement import Placement
 from workers.model.parallel.layout import Layout
-from workers.model.rank_loading import RankLoader, rank_loader
 from workers.runner import Batch, LayerHook, Sampled
 from workers.status import ModelInfo, RankStatus
 
@@ -43,7 +43,7 @@ _EMPTY = Batch()
 
 
 class GroupRunner:
-    """Implements workers.runner.Runner, and what workers.model.loaded.Checkpoint needs, for a group of ranks."""
+    """Implements workers.runner.Runner, and what workers.model.loading.ServedModel needs, for a group of ranks."""
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 from workers.group.messages import BadMessage
 from workers.pb import group_pb2 as pb
 from workers.request import SamplingParams
-from workers.runner import BLOCK_SIZE, Batch, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.edits import LogitEdits, edits_of
+from workers.runner import BLOCK_SIZE, Batch, LogitEdits, Sampled, SampleSpec, SequenceSlice
+from workers.sampling.edits import edits_of
 from workers.wire.request_protobuf import (
     params_from_pb,
     params_to_pb,

@@ -10,8 +10,11 @@ from workers.errors import InvariantViolated
 
 E = TypeVar("E")
 
+MAX_EVENTS = 1024
+"""That may wait for a session at either end of a handoff."""
 
-class Letterbox(Generic[E]):
+
+class Mailbox(Generic[E]):
     """Events in order, for one reader on one event loop.
 
     `put` waits while `capacity` events wait to be read. `post` does not, so it is for events whose number something else

@@ -17,11 +17,11 @@ from workers.handoff.protocol.messages import (
     OpenHandoff,
     PieceAck,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Prompt,
+    PrefixSubject,
+    PromptSubject,
     ReleaseHandoff,
-    Running,
+    RunningSubject,
     SequenceMoved,
     Subject,
     TransportBroken,
@@ -57,13 +57,13 @@ def _fill_opening(message: pb.OpenHandoff, transfer_id: str, opening: OpenHandof
     message.transports.extend(opening.transports)
     message.takes_batches = opening.takes_batches
     match opening.subject:
-        case Prompt(request, hint):
+        case PromptSubject(request, hint):
             message.prompt.CopyFrom(request_to_pb(request))
             if hint is not None:
                 message.prefix_hint.CopyFrom(hint_to_pb(hint))
-        case Running(request_id):
+        case RunningSubject(request_id):
             message.running.CopyFrom(pb.RunningSubject(request_id=request_id))
-        case Prefix(hashes, token_ids, parent):
+        case PrefixSubject(hashes, token_ids, parent):
             message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes, token_ids=token_ids, parent=parent))
 
 
@@ -73,12 +73,12 @@ def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
     match message.WhichOneof("subject"):
         case "prompt":
             hint = hint_from_pb(message.prefix_hint) if message.HasField("prefix_hint") else None
-            subject = Prompt(request_from_pb(message.prompt), hint)
+            subject = PromptSubject(request_from_pb(message.prompt), hint)
         case "running":
-            subject = Running(message.running.request_id)
+            subject = RunningSubject(message.running.request_id)
         case "prefix":
             prefix = message.prefix
-            subject = Prefix(tuple(prefix.hashes), tuple(prefix.token_ids), prefix.parent)
+            subject = PrefixSubject(tuple(prefix.hashes), tuple(prefix.token_ids), prefix.parent)
         case kind:
             raise TransferFailed(f"the receiver asks for something of unknown kind {kind!r}")
     return OpenHandoff(

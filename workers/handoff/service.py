@@ -15,18 +15,18 @@ from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, StreamDamaged, TransferFailed
 from workers.handoff.protobuf import down_from_pb, up_to_pb
 from workers.handoff.protocol.messages import HandoffAccepted, HandoffRefused, Offer, OpenHandoff
-from workers.handoff.protocol.source_session import Broken, SourceSession
-from workers.handoff.source_driver import Export, Feed, SourceDriver
-from workers.identity import Identity
+from workers.handoff.protocol.source_session import HandoffBroken, SourceSession
+from workers.handoff.source_driver import ExportFeed, HandoffExport, SourceDriver
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
+from workers.status import Identity
 from workers.transports.contract import Transport
-from workers.wire.seal import Sealer, verified
+from workers.wire.streams import Sealer, verified
 
 log = logging.getLogger(__name__)
 
-OpenExport = Callable[[OpenHandoff, int, Feed], Export]
+OpenExport = Callable[[OpenHandoff, int, ExportFeed], HandoffExport]
 """`open_export(opening, generation, feed)`: `generation` is the receiver's as its envelope says, `feed` takes what there is to
 say, once it has been started. Raises Refused; what it returns is released exactly once, whatever happens."""
 
@@ -137,7 +137,7 @@ class Serving:
     def fail_all(self, message: str) -> list[asyncio.Task[None]]:
         """Gives up everything that is handed over from here; returns what has ended when nothing is read any more."""
         for driver in self._sources:
-            driver.post(Broken(message, is_ours=True))
+            driver.post(HandoffBroken(message, is_ours=True))
         return list(self._sources.values())
 
     def _source_ended(self, driver: SourceDriver, task: asyncio.Task[None]) -> None:

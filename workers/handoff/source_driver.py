@@ -11,17 +11,17 @@ from typing import Protocol
 
 from workers.errors import TransferFailed
 from workers.handoff.copier import INLINE_BYTES, describe_pieces
-from workers.handoff.mailbox import Letterbox, time_left
+from workers.handoff.mailbox import MAX_EVENTS, Mailbox, time_left
 from workers.handoff.protobuf import down_from_pb, then_to_pb, up_to_pb
 from workers.handoff.protocol.messages import Done, HandoffUp, KvPieces
 from workers.handoff.protocol.source_session import (
     MAX_EPOCH,
-    Broken,
     Described,
     Filled,
+    HandoffBroken,
     Release,
-    Send,
     SendPieces,
+    SendUp,
     Sent,
     SourceEvent,
     SourceSession,
@@ -32,20 +32,19 @@ from workers.kv_memory.memory import KvMemory
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, PulledTransport, Transport
-from workers.wire.seal import Sealer
+from workers.wire.streams import Sealer
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 1024
 MAX_BATCH = 8
 """Messages that one write carries beside its first."""
 
 
-Feed = Callable[[Filled | Done | Broken], None]
-"""Takes what fills a transfer, on the event loop: blocks (never to change again until `release`), then Done; or Broken at any moment."""
+ExportFeed = Callable[[Filled | Done | HandoffBroken], None]
+"""Takes what fills a transfer, on the event loop: blocks (never to change again until `release`), then Done; or HandoffBroken at any moment."""
 
 
-class Export(Protocol):
+class HandoffExport(Protocol):
     """What one transfer hands over."""
 
     @property
@@ -95,9 +94,9 @@ class SourceDriver:
         self._clock = clock
         # Each piece fills once, and is described and sent at most once an epoch.
         most = MAX_EVENTS + 4 * (MAX_EPOCH + 1) * (session.cut.num_pieces + 1)
-        self._events: Letterbox[SourceEvent] = Letterbox(MAX_EVENTS, most)
+        self._events: Mailbox[SourceEvent] = Mailbox(MAX_EVENTS, most)
         self._takes_batches = takes_batches
-        self._out: Letterbox[HandoffUp | None] = Letterbox(MAX_EVENTS, most)
+        self._out: Mailbox[HandoffUp | None] = Mailbox(MAX_EVENTS, most)
         self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0
         self.checksum_s = 0.0
@@ -107,7 +106,7 @@ class SourceDriver:
         """An event from the export or from the worker; bounded by the pieces of the transfer, for each is said once."""
         self._events.post(event)
 
-    async def run(self, incoming: AsyncIterator[pb.HandoffDown], export: Export) -> None:
+    async def run(self, incoming: AsyncIterator[pb.HandoffDown], export: HandoffExport) -> None:
         """Ends when the export is released."""
         reader = asyncio.create_task(self._read(incoming))
         is_released = False
@@ -116,7 +115,7 @@ class SourceDriver:
             while True:
                 while pending:
                     match pending.popleft():
-                        case Send(message):
+                        case SendUp(message):
                             # What waits for a receiver that does not read says as much as a heartbeat.
                             if not (self._out and isinstance(message, KvPieces) and not message.pieces):
                                 self._out.post(message)
@@ -159,7 +158,7 @@ class SourceDriver:
                 if is_last:
                     return
         finally:
-            self.post(Broken("the receiver closed the stream"))
+            self.post(HandoffBroken("the receiver closed the stream"))
 
     def _waiting(self) -> tuple[list[HandoffUp], bool]:
         """What is to be said at once, and whether nothing will follow it."""
@@ -177,11 +176,11 @@ class SourceDriver:
                 if (envelope.transfer_id, envelope.generation) != (self._transfer_id, self._target.generation):
                     raise TransferFailed("a message of another transfer or generation came in on this stream")
                 await self._events.put(down_from_pb(envelope))
-            await self._events.put(Broken("the receiver ended the stream"))
+            await self._events.put(HandoffBroken("the receiver ended the stream"))
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await self._events.put(Broken(str(error), is_ours=True))
+            await self._events.put(HandoffBroken(str(error), is_ours=True))
 
     def _start_sending(self, command: SendPieces) -> list[SourceEvent]:
         """Has the pieces sent; returns what is known at once, where that costs less than another task: that few bytes are

@@ -11,23 +11,22 @@ import grpc
 
 from workers.errors import Refusal, TransferFailed
 from workers.handoff.copier import INLINE_BYTES, verify_pieces
-from workers.handoff.mailbox import Letterbox, time_left
-from workers.handoff.outcome import Handoff, HandoffFailed
+from workers.handoff.mailbox import MAX_EVENTS, Mailbox, time_left
 from workers.handoff.protobuf import down_to_pb, up_from_pb
-from workers.handoff.protocol.messages import Done, HandoffRefused, KvPiece, KvPieces
+from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, HandoffRefused, KvPiece, KvPieces
 from workers.handoff.protocol.target_session import (
     MAX_DEGRADATIONS,
-    Broken,
-    Close,
     Closed,
+    CloseInbox,
     Collect,
     Collected,
     Connect,
     Connected,
     ConnectFailed,
     Fail,
+    HandoffLost,
     Land,
-    Send,
+    SendDown,
     TargetEvent,
     TargetSession,
 )
@@ -38,11 +37,10 @@ from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
 from workers.transports.contract import ImmediateInbox, Inbox, IncomingPiece, Transport, View
-from workers.wire.seal import Sealer, verified
+from workers.wire.streams import Sealer, verified
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 1024
 _STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, TimeoutError, asyncio.InvalidStateError)
 """What writing to a stream that breaks at this moment may raise; gRPC's own errors are not all of one family."""
 CLOSE_S = 1.0
@@ -76,7 +74,7 @@ class TargetDriver:
         self._generation = session.opening.target.generation
         # Each piece is collected at most once an epoch.
         most = MAX_EVENTS + 4 * (MAX_DEGRADATIONS + 1) * (session.cut.num_pieces + 1)
-        self._events: Letterbox[TargetEvent] = Letterbox(MAX_EVENTS, most)
+        self._events: Mailbox[TargetEvent] = Mailbox(MAX_EVENTS, most)
         self._inbox: Inbox | None = None
         self._switch: asyncio.Task[None] | None = None
         self._collects: set[asyncio.Task[None]] = set()
@@ -86,7 +84,7 @@ class TargetDriver:
 
     def cancel(self, reason: str = "the request was cancelled") -> None:
         """Asks the transfer to end; `outcome` comes once nothing writes into the blocks any more."""
-        self._events.post(Broken(reason, Refusal.SHUTTING_DOWN, is_ours=True))
+        self._events.post(HandoffLost(reason, Refusal.SHUTTING_DOWN, is_ours=True))
 
     async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         """Always sets `outcome`."""
@@ -104,7 +102,7 @@ class TargetDriver:
             while not self.outcome.done():
                 while pending:
                     match pending.popleft():
-                        case Send(message):
+                        case SendDown(message):
                             envelope = down_to_pb(self._transfer_id, self._generation, message)
                             await self._send(call, sealer.seal(envelope))
                         case Connect() as command:
@@ -115,7 +113,7 @@ class TargetDriver:
                                 self._collect(command)
                             else:
                                 pending += self._session.handle(collected, self._clock())
-                        case Close():
+                        case CloseInbox():
                             closing = asyncio.create_task(self._close())
                             closing.add_done_callback(lambda _: self._events.post(Closed()))
                         case Land(done):
@@ -158,7 +156,7 @@ class TargetDriver:
             async with asyncio.timeout(self._session.ttl_s):
                 await call.write(message)
         except _STREAM_ERRORS as error:
-            self._events.post(Broken(f"the stream to the sender broke: {type(error).__name__}"))
+            self._events.post(HandoffLost(f"the stream to the sender broke: {type(error).__name__}"))
 
     async def _hang_up(self, call: grpc.aio.StreamStreamCall, reader: asyncio.Task[None]) -> None:
         """Lets the last message reach the sender, which then ends the stream."""
@@ -184,14 +182,14 @@ class TargetDriver:
                     if isinstance(message, Done):
                         self._done_s = self._clock()
                     await self._events.put(message)
-            await self._events.put(Broken("the sender ended the stream"))
+            await self._events.put(HandoffLost("the sender ended the stream"))
         except asyncio.CancelledError:
             raise
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else error
-            await self._events.put(Broken(f"the sender was lost ({code})"))
+            await self._events.put(HandoffLost(f"the sender was lost ({code})"))
         except Exception as error:
-            await self._events.put(Broken(str(error), is_ours=True))
+            await self._events.put(HandoffLost(str(error), is_ours=True))
 
     # ---- the data path ----
 

@@ -7,25 +7,98 @@ import contextlib
 import logging
 import socket
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
-from workers.errors import Refusal, TransferFailed
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.peers import Peer, Peers
-from workers.handoff.protocol.messages import OpenHandoff, Subject
-from workers.handoff.protocol.recovery import Plan
+from workers.errors import InvalidConfig, Refusal, TransferFailed
+from workers.handoff.protocol.choices import Plan
+from workers.handoff.protocol.messages import Handoff, HandoffFailed, OpenHandoff, Subject
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.service import OpenExport, Serving
 from workers.handoff.target_driver import TargetDriver
-from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.kv_memory.prefault import Prefault
-from workers.status import WorkerAddress
+from workers.pb import worker_pb2_grpc
+from workers.status import Identity, WorkerAddress
 from workers.transports.contract import Sweeping, Transport
+from workers.trust import parties
+from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
+from workers.wire.streams import HANDOFF_CHANNEL
+
+MAX_CHANNELS = 256
+
+
+class PeerChannel:
+    """A channel to one worker and how many transfers use it."""
+
+    def __init__(self, key: tuple[str, str], credentials: Credentials | None) -> None:
+        self.key = key
+        worker_id, target = key
+        try:
+            self.channel = open_channel(target, HANDOFF_CHANNEL, credentials, parties.worker(worker_id))
+        except InvalidConfig as error:
+            raise TransferFailed(f"no worker has that id: {error}") from error
+        self.stub: worker_pb2_grpc.WorkerStub = worker_pb2_grpc.WorkerStub(self.channel)  # type: ignore[no-untyped-call]
+        self.num_users = 0
+
+
+class Peers:
+    """Beyond `max_channels` the one that is not in use and was taken longest ago is closed. Used from one event loop."""
+
+    def __init__(self, credentials: Credentials | None = None, max_channels: int = MAX_CHANNELS) -> None:
+        self._credentials = credentials
+        self._max_channels = max_channels
+        self._peers: OrderedDict[tuple[str, str], PeerChannel] = OrderedDict()
+
+    async def take(self, source: WorkerAddress) -> PeerChannel:
+        """A channel to that worker, in use until it is given back; connecting happens with the first call.
+
+        Raises TransferFailed when all channels are in use, or no worker can have that id.
+        """
+        key = _key(source)
+        peer = self._peers.get(key)
+        if peer is None:
+            idle = None
+            if len(self._peers) >= self._max_channels:
+                idle = next((other for other in self._peers.values() if not other.num_users), None)
+                if idle is None:
+                    raise TransferFailed(f"{self._max_channels} senders are connected and in use")
+                del self._peers[idle.key]
+            peer = self._peers[key] = PeerChannel(key, self._credentials)
+            peer.num_users += 1
+            if idle is not None:
+                try:
+                    await idle.channel.close()
+                except BaseException:
+                    self.give(peer)
+                    raise
+            return peer
+        peer.num_users += 1
+        self._peers.move_to_end(key)
+        return peer
+
+    def give(self, peer: PeerChannel) -> None:
+        """One transfer uses it less."""
+        peer.num_users -= 1
+
+    async def forget(self, source: WorkerAddress) -> None:
+        """Closes the channel to a peer that broke, so that its successor is dialled afresh."""
+        peer = self._peers.pop(_key(source), None)
+        if peer is not None:
+            await peer.channel.close()
+
+    async def close(self) -> None:
+        for peer in self._peers.values():
+            await peer.channel.close()
+        self._peers.clear()
+
+
+def _key(source: WorkerAddress) -> tuple[str, str]:
+    return source.worker_id, source.target
+
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +190,7 @@ class Transfers:
                 await self._forget(source)
             raise
 
-    def _target_ended(self, driver: TargetDriver, peer: Peer, task: asyncio.Task[None]) -> None:
+    def _target_ended(self, driver: TargetDriver, peer: PeerChannel, task: asyncio.Task[None]) -> None:
         self._targets.pop(driver)
         self._peers.give(peer)
         if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from workers.kv_cache.block_hash import BlockKey, Found, PromptBlocks
 from workers.kv_cache.block_pool import BlockPool, OutOfBlocks
-from workers.kv_cache.ledger import Ledger
-from workers.kv_cache.lower_tiers import LowerTiers, Promotion, Pull
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.prefix_cache import Ledger, PrefixCache
+from workers.kv_cache.tier_book import LowerTiers, Promotion, Pull
 from workers.status import KvEvent
 
 NO_SPARE: Mapping[int, int] = MappingProxyType({})

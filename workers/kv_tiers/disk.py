@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_tiers.folder import BlockFolder, Scanned
-from workers.kv_tiers.record import BadRecord
+from workers.kv_tiers.folder import BadRecord, BlockFolder, Scanned
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class DiskFailed:
     """The disk does not take more, or is gone: the tier is over."""
 
     reason: str
@@ -54,7 +53,7 @@ class ReadBlock:
     reason: str = ""
 
 
-Result = Written | Broken | ReadBlock | Scanned
+Result = Written | DiskFailed | ReadBlock | Scanned
 
 
 class DiskThread:
@@ -86,7 +85,7 @@ class DiskThread:
         return self._num_writes < self._max_writes
 
     def write(self, key: BlockKey, payload: npt.NDArray[np.uint8], checksum: int) -> None:
-        """Only when `can_write`; answered by Written or Broken. The payload must not change any more."""
+        """Only when `can_write`; answered by Written or DiskFailed. The payload must not change any more."""
         with self._moved:
             self._num_writes += 1
             self._changes.append(_Write(key, payload, checksum))
@@ -149,7 +148,7 @@ class DiskThread:
                 self._is_busy, self._scan = False, None
                 self._reads.clear()
                 self._changes.clear()
-                self._results.append(Broken(repr(error)))
+                self._results.append(DiskFailed(repr(error)))
                 self._moved.notify_all()
         finally:
             self._folder.close()
@@ -208,10 +207,10 @@ class DiskThread:
                 try:
                     self._folder.write(key, payload, checksum)
                 except OSError as error:
-                    return Broken(error.strerror or str(error))
+                    return DiskFailed(error.strerror or str(error))
                 except Exception as error:
                     log.exception("block %016x cannot be written", key.block_hash)
-                    return Broken(repr(error))
+                    return DiskFailed(repr(error))
                 return Written(key.block_hash)
             case _Delete(block_hash):
                 try:

@@ -8,8 +8,7 @@ from urllib.parse import quote
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
-from workers.kv_tiers.folder import BlockFolder
-from workers.kv_tiers.record import Format, fingerprint_bytes
+from workers.kv_tiers.folder import BlockFolder, Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.machine.limits import available_bytes
 

@@ -14,13 +14,11 @@ import numpy.typing as npt
 
 from workers.errors import RankLost
 from workers.kv_cache.block_hash import BlockKey
-from workers.kv_cache.ledger import Ledger
-from workers.kv_cache.lower_tiers import Promotion
-from workers.kv_cache.tier_book import Command, Delete, Keep, Spill, TierBook
+from workers.kv_cache.prefix_cache import Ledger
+from workers.kv_cache.tier_book import Command, Delete, Keep, Promotion, Spill, TierBook
 from workers.kv_memory.memory import KvMemory
-from workers.kv_tiers.disk import Broken, DiskThread, ReadBlock, Written
-from workers.kv_tiers.folder import BlockFolder, Scanned
-from workers.kv_tiers.record import checksum
+from workers.kv_tiers.disk import DiskFailed, DiskThread, ReadBlock, Written
+from workers.kv_tiers.folder import BlockFolder, Scanned, checksum
 from workers.status import Tier
 
 log = logging.getLogger(__name__)
@@ -35,7 +33,7 @@ View = npt.NDArray[np.uint8]
 
 
 class KvTiers:
-    """Implements workers.kv_cache.lower_tiers.LowerTiers. The engine's thread uses it.
+    """Implements workers.kv_cache.tier_book.LowerTiers. The engine's thread uses it.
 
     The host tier takes real memory as it fills. `folder` None or `num_disk_blocks` 0: no disk tier.
     """
@@ -208,7 +206,7 @@ class KvTiers:
                 case Scanned(hashes, num_refused):
                     self._counters["kv_disk_corrupt_blocks"] += num_refused
                     self._execute(self._book.restore(hashes), -1, [])
-                case Broken(reason):
+                case DiskFailed(reason):
                     self._switch_disk_off(reason)
                     return
 

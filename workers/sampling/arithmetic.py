@@ -8,8 +8,11 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,3 +82,12 @@ def log_total(total: Tensor) -> Tensor:
 def logarithm_of(value: float) -> float:
     """ln of one number between 1e-37 and 1e37, rounded to fp32 before and after."""
     return float(logarithm(torch.tensor([value], dtype=torch.float32)))
+
+
+Values = Sequence[object] | npt.NDArray[np.number]
+
+
+def on_device(values: Values, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The values as a tensor, copied from pinned memory when `device` is CUDA: a copy from other memory waits."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

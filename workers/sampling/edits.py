@@ -6,36 +6,15 @@ The work of one draw does not grow with the text before it: a token is counted o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from workers.request import SamplingParams
+from workers.runner import Ids, LogitEdits, SampleSpec
 
-if TYPE_CHECKING:
-    from workers.runner import SampleSpec
-
-Ids = npt.NDArray[np.int32]
 _NO_IDS: Ids = np.zeros(0, dtype=np.int32)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LogitEdits:
-    """For one draw: `biases` are added to the logits of `bias_ids`, those of `banned_ids` become -inf, then come the penalties.
-
-    No token stands in `bias_ids` or in `seen_ids` twice. `seen_ids` are the tokens that a penalty reads: those of the output, and
-    with a repetition penalty those of the prompt; `seen_counts` says how often each stands in the output. The arrays may change
-    once the draw is done.
-    """
-
-    bias_ids: Ids
-    biases: npt.NDArray[np.float32]
-    banned_ids: Ids
-    seen_ids: Ids
-    seen_counts: Ids
 
 
 def has_penalty(params: SamplingParams) -> bool:

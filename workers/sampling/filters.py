@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.request import SamplingParams
-from workers.sampling.arithmetic import logarithm_of, weights
-from workers.sampling.device import on_device
+from workers.sampling.arithmetic import logarithm_of, on_device, weights
 
 _SIGN_BITS = 31
 _SHORT = 1024

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.prompt_scores import PromptScores
-from workers.request import LOGPROB_FLOOR, TokenLogprob
-from workers.sampling.arithmetic import log_total, weights
-from workers.sampling.device import on_device
+from workers.request import LOGPROB_FLOOR, PromptScores, TokenLogprob
+from workers.sampling.arithmetic import log_total, on_device, weights
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:

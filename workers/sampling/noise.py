@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.sampling.arithmetic import logarithm, logarithm_from
-from workers.sampling.device import on_device
+from workers.sampling.arithmetic import logarithm, logarithm_from, on_device
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9

@@ -7,20 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from workers.prompt_scores import PromptScores
-from workers.request import TokenLogprob
-from workers.runner import SampleSpec
-from workers.sampling.adjustments import adjust
-from workers.sampling.device import on_device
+from workers.request import PromptScores, SamplingParams, TokenLogprob
+from workers.runner import LogitEdits, SampleSpec
+from workers.sampling.arithmetic import on_device
 from workers.sampling.edits import changes_logits, edits_of
 from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import score_tokens, token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
-from workers.sampling.row_kernel import RowKernel
+
+
+class RowKernel(Protocol):
+    """Rows are fp32 on the host. None stands for a row, or for rows among which is one, with a logit that is +inf or no number:
+    PyTorch decides there."""
+
+    def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
+        """The token of each row, and its logprobs where the spec asks for them. No spec has a forced token."""
+
+    def score_tokens(self, logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int) -> PromptScores | None:
+        """As workers.sampling.logprobs.score_tokens."""
+
+
+def adjust(row_V: Tensor, edits: LogitEdits, params: SamplingParams) -> None:
+    """Changes fp32 logits [V] in place: logit_bias, bad words and suppressed tokens, then penalties."""
+    device = row_V.device
+    if len(edits.bias_ids):
+        row_V[on_device(edits.bias_ids, device)] += on_device(edits.biases, device)
+    if len(edits.banned_ids):
+        row_V[on_device(edits.banned_ids, device)] = -torch.inf
+    if not len(edits.seen_ids):
+        return
+    seen = on_device(edits.seen_ids, device)
+    logits = row_V[seen]
+    if (
+        params.repetition_penalty != 1
+    ):  # Keskar et al. 2019, CTRL: positive logits are divided, negative ones multiplied
+        penalty = on_device([params.repetition_penalty], device, torch.float32)
+        logits = torch.where(logits > 0, logits / penalty, logits * penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        penalties = params.frequency_penalty * edits.seen_counts + params.presence_penalty * (edits.seen_counts > 0)
+        logits = logits - on_device(penalties, device, torch.float32)
+    row_V[seen] = logits
+
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows."""

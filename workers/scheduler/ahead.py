@@ -13,7 +13,8 @@ from dataclasses import MISSING, fields
 from workers.kv_cache.block_pool import OutOfBlocks
 from workers.request import SamplingParams
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.scheduler import Scheduler, Step
+from workers.scheduler.load import RUNS
+from workers.scheduler.scheduler import ScheduledStep, Scheduler
 from workers.scheduler.sequence import Kind, Sequence, State
 
 _HISTORY_FREE = {
@@ -26,7 +27,7 @@ _NEUTRAL = tuple((f.name, f.default) for f in fields(SamplingParams) if f.name n
 assert all(default is not MISSING for _, default in _NEUTRAL)
 
 
-def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
+def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None:
     """The step after `running`; None when it must wait for the tokens of that step.
 
     It must wait where a draw looks at all tokens before it, where no block is left (somebody may have to be preempted,
@@ -35,7 +36,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
     or waits for its prefix, which only an ordinary choice looks for.
     """
     pieces = {piece.sequence_id: piece for piece in (*running.prefill, *running.decode)}
-    active = sorted((s for s in scheduler.active if s.state in _RUNS), key=lambda s: s.rank)
+    active = sorted((s for s in scheduler.active if s.state in RUNS), key=lambda s: s.rank)
     if any((s.kind is Kind.SOURCE and s.sequence_id in pieces) or s.export is not None for s in active):
         return None
     if any(s.state is State.PROMOTING for s in scheduler.active):
@@ -65,10 +66,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> Step | None:
                 budget -= length
     promotions: list[Sequence] = []
     transfers = scheduler.admit(budget, prefill, promotions)
-    return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
-
-
-_RUNS = (State.DECODING, State.PREFILLING)
+    return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
 
 def _will_decode(sequence: Sequence, piece: SequenceSlice | None) -> bool:

@@ -9,13 +9,13 @@ from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, State
 from workers.status import Load
 
-_RUNS = (State.DECODING, State.PREFILLING)
+RUNS = (State.DECODING, State.PREFILLING)
 _WAITS_FOR_OTHERS = (State.PROMOTING, State.TRANSFERRING, State.MOVING, State.HELD)
 
 
 def has_work(scheduler: Scheduler) -> bool:
     """True when a step could compute or admit something, or end a wait."""
-    return bool(scheduler.waiting) or any(s.state in _RUNS or s.state is State.PROMOTING for s in scheduler.active)
+    return bool(scheduler.waiting) or any(s.state in RUNS or s.state is State.PROMOTING for s in scheduler.active)
 
 
 class StepWork(NamedTuple):
@@ -45,7 +45,7 @@ def load_of(scheduler: Scheduler, work: StepWork) -> Load:
     sequences, kv = scheduler.active, scheduler.kv
     return Load(
         num_waiting=len(scheduler.waiting),
-        num_running=sum(1 for s in sequences if s.state in _RUNS),
+        num_running=sum(1 for s in sequences if s.state in RUNS),
         num_transferring=sum(1 for s in sequences if s.state in _WAITS_FOR_OTHERS),
         waiting_prefill_tokens=sum(
             s.num_uncomputed_prompt

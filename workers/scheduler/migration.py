@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workers.errors import Refusal, Refused
 from workers.scheduler.scheduler import Scheduler
-from workers.scheduler.sequence import Export, Sequence, State, Turn
+from workers.scheduler.sequence import MoveProgress, Sequence, State, Turn
 
 MAX_BLOCKS_PER_STEP = 32
 """A pool in device memory copies what is announced, so a long sequence is announced over several steps."""
@@ -20,7 +20,7 @@ SPARE_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class ReadyToMove:
     """Entries first .. end-1 of the block table are final."""
 
     first: int
@@ -45,10 +45,10 @@ def begin_export(sequence: Sequence, first_block: int, num_blocks: int, block_si
         raise Refused(Refusal.INVALID, f"the receiver claims to hold all of the prompt of {name}")
     if sequence.num_computed >= num_blocks * block_size:
         raise Refused(Refusal.NOT_MOVABLE, f"{name} is longer than the {num_blocks} blocks that were reserved for it")
-    sequence.export = Export(num_blocks, first_block)
+    sequence.export = MoveProgress(num_blocks, first_block)
 
 
-def advance_export(sequence: Sequence, block_size: int) -> Ready | None:
+def advance_export(sequence: Sequence, block_size: int) -> ReadyToMove | None:
     """Called between steps for a sequence that is being copied: what can be announced now, and whether it stands still.
 
     Ends the export (`sequence.export` is None) when the sequence outgrows the reserved room before its copy is nearly done.
@@ -63,11 +63,11 @@ def advance_export(sequence: Sequence, block_size: int) -> Ready | None:
     if export.is_due and is_caught_up:
         sequence.take(Turn.HALT)
         end = -(-sequence.num_computed // block_size)
-        return Ready(first, end, True, True)
+        return ReadyToMove(first, end, True, True)
     if sequence.num_computed + 1 > export.num_blocks * block_size:
         sequence.export = None
         return None
-    return Ready(first, export.num_filled, is_caught_up, False) if is_first or export.num_filled > first else None
+    return ReadyToMove(first, export.num_filled, is_caught_up, False) if is_first or export.num_filled > first else None
 
 
 def resume(sequence: Sequence) -> None:

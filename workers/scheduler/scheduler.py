@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from workers.errors import InvariantViolated, Refusal, Refused
@@ -10,7 +11,6 @@ from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.manager import BlockTable, KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
-from workers.scheduler.preemption import choose_victim
 from workers.scheduler.sequence import Effect, Kind, Sequence, State, Turn
 
 
@@ -25,7 +25,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduledStep:
     """What one call of `schedule` decided."""
 
     batch: Batch
@@ -61,7 +61,7 @@ class Scheduler:
             raise Refused(Refusal.QUEUE_FULL, f"the worker's queue of {self.limits.max_queue} requests is full", 1.0)
         self._enqueue(sequence)
 
-    def schedule(self) -> Step:
+    def schedule(self) -> ScheduledStep:
         """Picks the next batch and reserves what it needs; an empty batch means nothing can run."""
         budget = self.limits.max_batch_tokens
         decode = self._schedule_decodes(budget)
@@ -74,7 +74,7 @@ class Scheduler:
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
             budget -= self._take_chunk(sequence, budget, prefill)
         transfers += self.admit(budget, prefill, promotions)
-        return Step(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
+        return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
     def admit(self, budget: int, prefill: list[SequenceSlice], promotions: list[Sequence]) -> list[Sequence]:
         """Starts waiting sequences; those returned have their prompt computed elsewhere, those in `promotions` wait for lower
@@ -292,3 +292,15 @@ def _is_promoted(sequence: Sequence) -> bool:
     table = sequence.table
     is_pulled = table.pull is None or table.pull.num_arrived is not None
     return is_pulled and (table.promotion is None or table.promotion.is_done)
+
+
+def choose_victim(active: Iterable[Sequence]) -> Sequence:
+    """The last in order of service among those whose blocks no other worker must read or write.
+
+    One that is being copied to another worker comes only when there is no other: its migration ends with it, and leaving
+    is what frees blocks soonest. There always is one: the sequence that asked for a block is itself a candidate.
+    """
+    candidates = [s for s in active if s.state in (State.DECODING, State.PREFILLING) and s.kind is not Kind.SOURCE]
+    if not candidates:
+        raise InvariantViolated("preemption was asked for while nothing can be preempted")
+    return max(candidates, key=lambda s: (s.export is None, s.rank))

@@ -9,8 +9,8 @@ from enum import Enum, auto
 from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
-from workers.runner import SampleSpec, SequenceSlice
-from workers.sampling.edits import EditTracker, LogitEdits, changes_logits
+from workers.runner import LogitEdits, SampleSpec, SequenceSlice
+from workers.sampling.edits import EditTracker, changes_logits
 from workers.state_table import Rule, StateTable
 from workers.status import PrefixHint
 
@@ -107,7 +107,7 @@ class Kind(Enum):
 
 
 @dataclass(slots=True)
-class Export:
+class MoveProgress:
     """The copying of a running sequence to another worker, which has room for entries 0 .. num_blocks-1 of its table."""
 
     num_blocks: int
@@ -147,7 +147,7 @@ class Sequence:
     num_preemptions: int = 0
     max_output_tokens: int = sys.maxsize
     """It ends with this many, if not before."""
-    export: Export | None = None
+    export: MoveProgress | None = None
     """Set while another worker copies this sequence."""
     hint: PrefixHint | None = None
     """Where the beginning of the prompt can be had."""

@@ -14,11 +14,9 @@ from dataclasses import replace
 from typing import assert_never
 
 from workers.config import WorkerConfig
-from workers.engine.commands import ForgetCache
-from workers.engine.results import Report, TransferWanted
+from workers.engine.messages import ForgetCache, Report, TransferWanted
 from workers.errors import Refusal, Refused
-from workers.handoff.protocol.recovery import Way
-from workers.identity import Identity
+from workers.handoff.protocol.choices import Way
 from workers.kv_memory.memory import KvLayout
 from workers.serving import events
 from workers.serving.exports import Exports
@@ -27,8 +25,8 @@ from workers.serving.observer import Observer, Unobserved
 from workers.serving.requests import QUEUE_IS_FULL, Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
-from workers.status import Load, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit
+from workers.status import Identity, Load, WorkerStatus
+from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +163,7 @@ class WorkerCore:
                 self._requests.adopt(session, message)
             case DumpRequest():
                 self._out += self._sessions.ask_for_dump(session)
-            case Hello(router_id):
+            case RouterHello(router_id):
                 log.warning("%s said hello twice", router_id)
             case _:
                 assert_never(message)

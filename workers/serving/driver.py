@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from workers.config import WorkerConfig
-from workers.engine.commands import Add, AddMigrant, EngineCommand
-from workers.engine.results import LayersFilled, Report
-from workers.identity import Identity
+from workers.engine.messages import AddMigrant, AddSequence, EngineCommand, LayersFilled, Report
 from workers.kv_memory.memory import KvMemory
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.serving.handoffs import Handoffs
 from workers.serving.streams import Streams
 from workers.serving.traces import RequestTraces
-from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
+from workers.status import Identity, Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.transports.contract import Transport
 from workers.trust.credentials import Credentials
 
@@ -110,7 +108,7 @@ class WorkerDriver:
                 self.streams.write(session, frame)
             case events.Post(engine_command):
                 if not self._post(engine_command):
-                    assert isinstance(engine_command, Add | AddMigrant)
+                    assert isinstance(engine_command, AddSequence | AddMigrant)
                     asyncio.get_running_loop().call_soon(self._handle, events.NotAdded(engine_command.sequence_id))
             case events.Feed():
                 self._handoffs.feed(command)

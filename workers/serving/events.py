@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.engine.commands import EngineCommand
-from workers.engine.results import LayersFilled, Report
+from workers.engine.messages import EngineCommand, LayersFilled, Report
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import Done, OpenHandoff, Subject
-from workers.handoff.protocol.recovery import Plan
-from workers.handoff.protocol.source_session import Broken, Filled
+from workers.handoff.protocol.choices import Plan
+from workers.handoff.protocol.messages import Done, Handoff, HandoffFailed, OpenHandoff, Subject
+from workers.handoff.protocol.source_session import Filled, HandoffBroken
 from workers.status import Role, WorkerAddress
 from workers.wire.attach import RouterMessage, WorkerFrame
 
@@ -232,7 +230,7 @@ class Feed:
     """Tell the sending end of a handoff what has filled, that all is done, or that it is given up."""
 
     transfer: int
-    event: Filled | Done | Broken
+    event: Filled | Done | HandoffBroken
 
 
 @dataclass(frozen=True, slots=True)

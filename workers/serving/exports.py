@@ -10,37 +10,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from workers.engine.commands import (
-    Add,
-    CancelSequence,
-    Depart,
-    Export,
-    Halt,
-    HoldPrefix,
-    ReleasePrefix,
-    Resume,
-)
-from workers.engine.results import (
+from workers.engine.messages import (
+    AddSequence,
+    BeginMove,
     BlocksFilled,
     BlocksFinal,
+    CancelSequence,
+    EndMove,
     ExportEnded,
     ExportEvent,
+    Halt,
     Halted,
+    HoldPrefix,
     LayersFilled,
     Prefilled,
     PrefixHeld,
+    ReleasePrefix,
+    Resume,
 )
 from workers.errors import Refusal, Refused
 from workers.handoff.protocol.messages import (
     OpenHandoff,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Prompt,
-    Running,
+    PrefixSubject,
+    PromptSubject,
+    RunningSubject,
     SequenceMoved,
+    keys_of,
 )
-from workers.handoff.protocol.source_session import Broken, Filled
+from workers.handoff.protocol.source_session import Filled, HandoffBroken
 from workers.kv_cache.block_hash import BlockKey
 from workers.kv_memory.memory import KvLayout
 from workers.kv_memory.pieces import Cut
@@ -48,7 +47,6 @@ from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Feed, Post
 from workers.serving.observer import Observer
-from workers.serving.prefix_subject import keys_of
 
 MAX_PREFIXES = 32
 """Prefixes handed over at once; the engine bounds their blocks, the lease their time."""
@@ -63,7 +61,7 @@ class _Export:
     transfer: int
     number: int
     cut: Cut
-    subject: Prompt | Running | Prefix
+    subject: PromptSubject | RunningSubject | PrefixSubject
     keys: tuple[BlockKey, ...] = ()
     num_filled: int = 0
     """Of a prompt: entries of the block table that are known to be complete."""
@@ -110,16 +108,16 @@ class Exports:
         """Checks what can be checked at once; reserves nothing. True: it goes by how far the receiver is. Raises Refused."""
         subject = opening.subject
         match subject:
-            case Prompt():
+            case PromptSubject():
                 export = self._open_prompt(transfer, opening, subject)
-            case Running():
+            case RunningSubject():
                 export = self._open_running(transfer, opening, subject)
-            case Prefix():
+            case PrefixSubject():
                 export = self._open_prefix(transfer, opening, subject)
         self._by_transfer[transfer] = export
-        return isinstance(subject, Running)
+        return isinstance(subject, RunningSubject)
 
-    def _open_prompt(self, transfer: int, opening: OpenHandoff, prompt: Prompt) -> _Export:
+    def _open_prompt(self, transfer: int, opening: OpenHandoff, prompt: PromptSubject) -> _Export:
         num_blocks = -(-len(prompt.request.prompt_token_ids) // BLOCK_SIZE)
         if not 0 <= opening.first_block < max(num_blocks, 1):
             raise Refused(Refusal.INVALID, "first_block is outside the prompt")
@@ -127,7 +125,7 @@ class Exports:
             raise Refused(Refusal.INVALID, f"the receiver reserved other than {num_blocks} blocks for the prompt")
         return _Export(transfer, self._new_number(), self._cut(opening), prompt)
 
-    def _open_running(self, transfer: int, opening: OpenHandoff, running: Running) -> _Export:
+    def _open_running(self, transfer: int, opening: OpenHandoff, running: RunningSubject) -> _Export:
         name = running.request_id
         sequence_id = self._find(name)
         if sequence_id is None:
@@ -137,8 +135,8 @@ class Exports:
         export = self._by_number[sequence_id] = _Export(transfer, sequence_id, self._cut(opening), running)
         return export
 
-    def _open_prefix(self, transfer: int, opening: OpenHandoff, prefix: Prefix) -> _Export:
-        if sum(isinstance(export.subject, Prefix) for export in self._by_number.values()) >= MAX_PREFIXES:
+    def _open_prefix(self, transfer: int, opening: OpenHandoff, prefix: PrefixSubject) -> _Export:
+        if sum(isinstance(export.subject, PrefixSubject) for export in self._by_number.values()) >= MAX_PREFIXES:
             self._counters["prefix_exports_refused"] += 1
             raise Refused(Refusal.QUEUE_FULL, f"{MAX_PREFIXES} prefixes are being handed over already")
         keys = keys_of(prefix)
@@ -156,13 +154,13 @@ class Exports:
             return []
         self._by_number[export.number] = export
         match export.subject:
-            case Prompt(request, hint):
+            case PromptSubject(request, hint):
                 self._observer.prefill_begun(export.number, request.traceparent)
-                return [Post(Add(export.number, request, Kind.SOURCE, hint))]
-            case Running():
+                return [Post(AddSequence(export.number, request, Kind.SOURCE, hint))]
+            case RunningSubject():
                 first = export.cut.first_block
-                return [Post(Export(export.number, first, first + export.cut.num_blocks))]
-            case Prefix():
+                return [Post(BeginMove(export.number, first, first + export.cut.num_blocks))]
+            case PrefixSubject():
                 return [Post(HoldPrefix(export.number, export.keys))]
 
     def acknowledged(self, transfer: int, num_pieces: int) -> Commands:
@@ -181,13 +179,13 @@ class Exports:
         number, is_known = export.number, self._by_number.pop(export.number, None) is not None
         self._pauses.pop(number, None)
         match export.subject:
-            case Prompt():
+            case PromptSubject():
                 self._observer.prefill_ended(number, reason)
                 return [Post(CancelSequence(number))] if is_known else []
-            case Running():
+            case RunningSubject():
                 self._counters["migrations_out" if not reason else "migrations_out_failed"] += 1
-                return [Post(Resume(number) if reason else Depart(number))]
-            case Prefix():
+                return [Post(Resume(number) if reason else EndMove(number))]
+            case PrefixSubject():
                 return [Post(ReleasePrefix(number))] if is_known else []
 
     # ---- the engine ----
@@ -219,9 +217,9 @@ class Exports:
     def failed(self, sequence_id: int, message: str) -> Commands:
         """The engine refused or failed a sequence that is no request of a router."""
         export = self._by_number.get(sequence_id)
-        if export is None or not isinstance(export.subject, Prompt):
+        if export is None or not isinstance(export.subject, PromptSubject):
             return []
-        return [Feed(export.transfer, Broken(message, is_ours=True))]
+        return [Feed(export.transfer, HandoffBroken(message, is_ours=True))]
 
     def held(self, event: PrefixHeld) -> Commands:
         """The engine holds these blocks, perhaps fewer than were asked for, perhaps none."""
@@ -254,7 +252,7 @@ class Exports:
                 self._pauses[number] = now + self._max_pause_s
                 return [Feed(export.transfer, SequenceMoved(known, num_computed, num_pieces))]
             case ExportEnded(_, reason):
-                return [Feed(export.transfer, Broken(reason, is_ours=True))]
+                return [Feed(export.transfer, HandoffBroken(reason, is_ours=True))]
 
     # ---- time ----
 
@@ -270,5 +268,5 @@ class Exports:
         while self.next_due_s <= now:
             number = next(iter(self._pauses))
             del self._pauses[number]
-            commands.append(Feed(self._by_number[number].transfer, Broken(reason, is_ours=True)))
+            commands.append(Feed(self._by_number[number].transfer, HandoffBroken(reason, is_ours=True)))
         return commands

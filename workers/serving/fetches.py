@@ -9,19 +9,24 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from workers.engine.commands import Landed, MovedIn, Pulled, TransferLost
-from workers.engine.results import PullWanted, TransferWanted
+from workers.engine.messages import Landed, MovedIn, Pulled, PullWanted, TransferLost, TransferWanted
 from workers.errors import Refusal
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import PrefillDone, PrefixDone, Prompt, Running, SequenceMoved
-from workers.handoff.protocol.recovery import Choice, Measured, Plan, Way
-from workers.handoff.protocol.worth import PullRates, is_worth_pulling
+from workers.handoff.protocol.choices import Measured, Plan, PullRates, RecoveryChoice, Way, is_worth_pulling
+from workers.handoff.protocol.messages import (
+    Handoff,
+    HandoffFailed,
+    PrefillDone,
+    PrefixDone,
+    PromptSubject,
+    RunningSubject,
+    SequenceMoved,
+    subject_of,
+)
 from workers.kv_memory.memory import KvLayout
 from workers.request import HandoffReport, Request
 from workers.runner import BLOCK_SIZE, Sampled
 from workers.serving.events import Post, Receive, StopReceiving
 from workers.serving.observer import Observer
-from workers.serving.prefix_subject import subject_of
 from workers.status import WorkerAddress
 from workers.wire.attach import Migration
 
@@ -100,7 +105,7 @@ class Fetches:
     def take_over(self, wanted: TransferWanted, migration: Migration) -> Commands:
         """A running sequence's blocks and state are to be sent here."""
         self._running[wanted.sequence_id] = _TakeOver(wanted, migration)
-        subject = Running(migration.request_id)
+        subject = RunningSubject(migration.request_id)
         return [Receive(wanted.sequence_id, migration.source, subject, wanted.first_block, wanted.blocks)]
 
     def pull(self, wanted: PullWanted, now: float) -> Commands:
@@ -162,7 +167,7 @@ class Fetches:
         traceparent = self._observer.handoff_begun(
             wanted.sequence_id, fetch.request.traceparent, fetch.source.worker_id, attempt
         )
-        subject = Prompt(replace(fetch.request, traceparent=traceparent), wanted.hint)
+        subject = PromptSubject(replace(fetch.request, traceparent=traceparent), wanted.hint)
         return [Receive(wanted.sequence_id, fetch.source, subject, wanted.first_block, wanted.blocks, fetch.plan)]
 
     def _compute_here(self, fetch: _Fetch) -> Commands:
@@ -187,7 +192,7 @@ class Fetches:
             return self.decline(sequence_id)
         return self._landed(fetch, outcome)
 
-    def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: Choice) -> None:
+    def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: RecoveryChoice) -> None:
         me, source = self._worker_id, fetch.source.worker_id
         log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.way)
         self._counters["handoffs_failed"] += 1

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 
 from workers.config import WorkerConfig
 from workers.errors import Refusal, Refused, TransferFailed
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.messages import OpenHandoff
-from workers.handoff.source_driver import Export
-from workers.handoff.source_driver import Feed as FeedTransfer
+from workers.handoff.protocol.messages import Handoff, HandoffFailed, OpenHandoff
+from workers.handoff.source_driver import ExportFeed as FeedTransfer
+from workers.handoff.source_driver import HandoffExport
 from workers.handoff.transfers import CLOSE_S, Transfers
-from workers.identity import Identity
 from workers.kv_memory.memory import KvMemory
 from workers.serving.events import (
     AcceptHandoff,
@@ -29,6 +27,7 @@ from workers.serving.events import (
     Receive,
     RefuseHandoff,
 )
+from workers.status import Identity
 from workers.transports.contract import Transport
 from workers.trust.credentials import Credentials
 
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class _Served:
-    """An Export that the core fills."""
+    """An HandoffExport that the core fills."""
 
     def __init__(self, owner: Handoffs, transfer: int, is_paced: bool) -> None:
         self._owner = owner
@@ -121,7 +120,7 @@ class Handoffs:
 
     # ---- served ----
 
-    def _open_export(self, opening: OpenHandoff, generation: int, feed: FeedTransfer) -> Export:
+    def _open_export(self, opening: OpenHandoff, generation: int, feed: FeedTransfer) -> HandoffExport:
         """As workers.handoff.service.OpenExport."""
         transfer = next(self._numbers)
         self.handle(HandoffAsked(transfer, opening, generation))
@@ -142,7 +141,7 @@ class Handoffs:
             feed(command.event)
 
     def released(self, transfer: int, reason: str) -> None:
-        """As Export.release."""
+        """As HandoffExport.release."""
         del self._feeds[transfer]
         self.handle(HandoffReleased(transfer, reason))
 

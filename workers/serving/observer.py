@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from workers.engine.results import Prefilled
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.recovery import Choice
+from workers.engine.messages import Prefilled
+from workers.handoff.protocol.choices import RecoveryChoice
+from workers.handoff.protocol.messages import Handoff, HandoffFailed
 from workers.request import Output
 
 
@@ -25,7 +25,9 @@ class Observer(Protocol):
         """A prompt is asked for elsewhere; returns the traceparent that goes with it."""
         ...
 
-    def handoff_ended(self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: Choice | None) -> None:
+    def handoff_ended(
+        self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: RecoveryChoice | None
+    ) -> None:
         """With how a failure is answered."""
         ...
 
@@ -53,7 +55,9 @@ class Unobserved:
     def handoff_begun(self, sequence_id: int, traceparent: str, source: str, attempt: int) -> str:
         return traceparent
 
-    def handoff_ended(self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: Choice | None) -> None:
+    def handoff_ended(
+        self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: RecoveryChoice | None
+    ) -> None:
         pass
 
     def prefill_begun(self, sequence_id: int, traceparent: str) -> None:

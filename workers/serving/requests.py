@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import inf
 
 from workers.config import WorkerConfig
-from workers.engine.commands import Add, AddMigrant, CancelSequence
+from workers.engine.messages import AddMigrant, AddSequence, CancelSequence
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
@@ -94,7 +94,7 @@ class Requests:
         if submit.migration is not None:
             return [*commands, Post(AddMigrant(sequence_id, request))]
         kind = Kind.TARGET if candidates else Kind.LOCAL
-        return [*commands, Post(Add(sequence_id, request, kind, submit.prefix))]
+        return [*commands, Post(AddSequence(sequence_id, request, kind, submit.prefix))]
 
     def cancel(self, session: int, attempt: str) -> list[Post]:
         """By its owner, or by anybody when it has none. Unknown names are ignored."""

@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from workers.identity import Identity
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.serving.driver import WorkerDriver
-from workers.status import Role
+from workers.status import Identity, Role
 from workers.trust.gate import may_be
 from workers.trust.parties import Kind
 from workers.wire.attach_protobuf import status_to_pb

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from workers.engine.commands import DumpKv
-from workers.identity import Identity
+from workers.engine.messages import DumpKv
 from workers.request import Output
 from workers.serving.events import CutStream, EndStream, Post, WriteFrame
-from workers.status import KvEvent, Load, WorkerStatus
+from workers.status import Identity, KvEvent, Load, WorkerStatus
 from workers.wire.attach import WorkerFrame
 
 STATUS_INTERVAL_S = 1.0

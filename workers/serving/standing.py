@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 
 from workers.errors import Refusal, Refused
-from workers.handoff.protocol.messages import OpenHandoff, Prompt
-from workers.identity import Identity
+from workers.handoff.protocol.messages import OpenHandoff, PromptSubject
 from workers.kv_memory.memory import KvLayout, same_shape
 from workers.serving.events import TellDrain, TellRole
-from workers.status import Role
+from workers.status import Identity, Role
 from workers.wire.attach import Submit
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class Standing:
 
     def check_handoff(self, opening: OpenHandoff, generation: int) -> None:
         """Whether something is handed over. `generation` is the receiver's as its envelope says. Raises Refused."""
-        me, is_prompt = self.identity, isinstance(opening.subject, Prompt)
+        me, is_prompt = self.identity, isinstance(opening.subject, PromptSubject)
         if opening.target.generation != generation:
             raise Refused(Refusal.STALE_GENERATION, "the receiver contradicts itself about its generation")
         if opening.source_generation != me.generation:

@@ -16,9 +16,9 @@ from workers.pb import worker_pb2 as pb
 from workers.serving.events import Event, FrameWanted, RouterAttached, RouterLeft, RouterLost, RouterSaid
 from workers.trust.gate import may_be
 from workers.trust.parties import Kind
-from workers.wire.attach import Hello, WorkerFrame
+from workers.wire.attach import RouterHello, WorkerFrame
 from workers.wire.attach_protobuf import frame_to_pb, router_message_from_pb
-from workers.wire.seal import Sealer, Unsealer, verified
+from workers.wire.streams import Sealer, Unsealer, verified
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Streams:
             if self._streams.pop(number, None) is not None:
                 self._handle(RouterLost(number))
 
-    async def _hello(self, messages: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext) -> Hello:
+    async def _hello(self, messages: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext) -> RouterHello:
         """The first message, of the router that the caller's certificate names; otherwise the call is aborted."""
         hello = None
         try:
@@ -102,9 +102,9 @@ class Streams:
             await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
         except (TimeoutError, ValueError):
             pass
-        if not isinstance(hello, Hello):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with Hello")
-        assert isinstance(hello, Hello)
+        if not isinstance(hello, RouterHello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with RouterHello")
+        assert isinstance(hello, RouterHello)
         if not may_be(context, Kind.ROUTER, hello.router_id):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is another router's")
         return hello

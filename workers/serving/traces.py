@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.engine.results import Prefilled
-from workers.handoff.outcome import Handoff, HandoffFailed
-from workers.handoff.protocol.recovery import Choice
+from workers.engine.messages import Prefilled
+from workers.handoff.protocol.choices import RecoveryChoice
+from workers.handoff.protocol.messages import Handoff, HandoffFailed
 from workers.request import Output
 from workers.tracing import NO_SPAN, Span, start_span
 
@@ -64,7 +64,9 @@ class RequestTraces:
         span = self._handoffs[sequence_id] = start_span("handoff", traceparent, attributes=attributes)
         return span.traceparent
 
-    def handoff_ended(self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: Choice | None) -> None:
+    def handoff_ended(
+        self, sequence_id: int, outcome: Handoff | HandoffFailed | None, choice: RecoveryChoice | None
+    ) -> None:
         span = self._handoffs.pop(sequence_id, NO_SPAN)
         if choice is not None:
             span.set(recovery=choice.way.value, expected_s=choice.expected_s, fits=choice.fits)

@@ -19,9 +19,8 @@ from workers.kv_memory.checksum import checksums
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
 from workers.transports.pair_group import RECEIVER, SENDER, GlooPair, PairGroup, host_store, reach_store
-from workers.transports.push import Inboxes, PushInbox
+from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
 from workers.transports.tcp import TcpChannel, TcpTransport
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, outlast
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import grpc
+
+from workers.config import BEST_FIRST, WorkerConfig
 from workers.errors import InvalidConfig, TransferFailed
+from workers.kv_memory.checksum import library
 from workers.kv_memory.memory import KvMemory
-from workers.kv_memory.native.library import library
-from workers.transports.contract import Transport
+from workers.transports.contract import ServedTransport, Transport
 from workers.transports.cuda_ipc import CudaIpcTransport
 from workers.transports.grpc_stream import GrpcTransport
-from workers.transports.loopback import LoopbackTransport
-from workers.transports.negotiate import BEST_FIRST
 from workers.transports.nixl import NixlTransport
 from workers.transports.nixl_agent import installed
-from workers.transports.shm import ShmTransport
+from workers.transports.same_host import LoopbackTransport, ShmTransport
 from workers.transports.tcp import TcpTransport
 from workers.trust.credentials import Credentials
 
@@ -74,4 +76,32 @@ def make_transports(
                 made[name] = GrpcTransport(timeout_s, credentials=credentials)
             case _:
                 raise InvalidConfig(f"no KV transport is called {name!r}: choose from {', '.join(BEST_FIRST)}")
+    return made
+
+
+DataPath = Callable[[WorkerConfig, KvMemory, str, grpc.aio.Server, Credentials | None], dict[str, Transport]]
+"""What makes the transports of the worker with this id."""
+
+
+def make_data_path(
+    config: WorkerConfig,
+    memory: KvMemory,
+    worker_id: str,
+    server: grpc.aio.Server,
+    credentials: Credentials | None = None,
+) -> dict[str, Transport]:
+    """The transports of config.transports that work here, best first. Call before the server starts."""
+    made = make_transports(
+        config.transports,
+        memory,
+        worker_id=worker_id,
+        host=socket.gethostname(),
+        listen_host=config.host,
+        timeout_s=config.transfer_timeout_s,
+        cache_folder=config.cache_folder,
+        credentials=credentials,
+    )
+    for transport in made.values():
+        if isinstance(transport, ServedTransport):
+            server.add_generic_rpc_handlers(transport.handlers())
     return made

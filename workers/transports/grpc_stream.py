@@ -12,18 +12,15 @@ import numpy as np
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels
+from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
-from workers.transports.links import Links
-from workers.transports.offers import decode, decode_hex, encode
-from workers.transports.push import Inboxes, PushInbox
-from workers.transports.tokens import TOKEN_BYTES, Tokens, peer_of
+from workers.transports.offers import TOKEN_BYTES, Tokens, decode, decode_hex, encode, peer_of
+from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
 from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
 from workers.trust.gate import may_be
-from workers.wire.grpc_options import kv_stream_channel
+from workers.wire.streams import kv_stream_channel
 
 CHUNK_BYTES = 1 << 20
 """Bytes of a piece in one message: gRPC moves larger ones more slowly."""
@@ -141,12 +138,12 @@ class GrpcTransport:
     name = "grpc"
 
     def __init__(
-        self, timeout_s: float, links: Links[_Link] | None = None, credentials: Credentials | None = None
+        self, timeout_s: float, links: SenderLinks[_Link] | None = None, credentials: Credentials | None = None
     ) -> None:
         self._timeout_s = timeout_s
         self._credentials = credentials
         self._tokens = Tokens()
-        self._links: Links[_Link] = links or Links()
+        self._links: SenderLinks[_Link] = links or SenderLinks()
         self._channels: Channels[GrpcChannel] = Channels()
         self._is_served = False
         self._is_closed = False

@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
-from workers.transports.channels import Channels
+from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.links import Links
-from workers.transports.offers import decode, decode_hex, encode
+from workers.transports.offers import TOKEN_BYTES, Peer, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import Inboxes, PushInbox
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
-from workers.transports.tokens import TOKEN_BYTES, Peer, Tokens, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class TcpTransport:
     extra_fields: tuple[tuple[str, type[int]], ...] = ()
 
     def __init__(
-        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: Links[OutgoingLink] | None = None
+        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: SenderLinks[OutgoingLink] | None = None
     ) -> None:
         self.listen_host = listen_host
         self.timeout_s = timeout_s
@@ -88,7 +86,7 @@ class TcpTransport:
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._arriving: dict[bytes, dict[int, socket.socket]] = {}
-        self._links: Links[OutgoingLink] = links or Links()
+        self._links: SenderLinks[OutgoingLink] = links or SenderLinks()
         self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
 

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from workers.errors import TransferFailed
 from workers.kv_memory.checksum import checksums
 from workers.transports.contract import OutgoingPiece
-from workers.transports.frames import HEADER_BYTES, Frame, pack, transfer_key, unpack
-from workers.transports.push import Inboxes
+from workers.transports.push import HEADER_BYTES, Frame, Inboxes, pack, transfer_key, unpack
 
 _SCRATCH_BYTES = 256 << 10
 _BUFFERS_PER_CALL = 64

@@ -11,7 +11,7 @@ from workers.status import KvEvent, Load, PrefixHint, Role, WorkerAddress, Worke
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class RouterHello:
     """The first message on a stream: who attaches."""
 
     router_id: str
@@ -71,7 +71,7 @@ class DumpRequest:
     """Send the whole set of prefix-cache hashes again, as a KvEvent with `reset`."""
 
 
-RouterMessage = Hello | Submit | Cancel | Adopt | DumpRequest
+RouterMessage = RouterHello | Submit | Cancel | Adopt | DumpRequest
 
 
 class WorkerFrame(NamedTuple):

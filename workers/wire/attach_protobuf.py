@@ -11,9 +11,15 @@ from functools import lru_cache
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, Migration, RouterMessage, Submit, WorkerFrame
-from workers.wire.fields import fields_of, from_fields
-from workers.wire.request_protobuf import output_from_pb, output_to_pb, request_from_pb, request_to_pb
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Migration, RouterHello, RouterMessage, Submit, WorkerFrame
+from workers.wire.request_protobuf import (
+    fields_of,
+    from_fields,
+    output_from_pb,
+    output_to_pb,
+    request_from_pb,
+    request_to_pb,
+)
 
 
 def address_to_pb(address: WorkerAddress) -> pb.WorkerAddress:
@@ -170,7 +176,7 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
             return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
-        case Hello(router_id):
+        case RouterHello(router_id):
             return pb.RouterMessage(hello=pb.Hello(router_id=router_id))
 
 
@@ -194,6 +200,6 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
         case "dump":
             return DumpRequest()
         case "hello":
-            return Hello(message.hello.router_id)
+            return RouterHello(message.hello.router_id)
         case other:
             raise ValueError(f"a router message of kind {other!r} is not known")

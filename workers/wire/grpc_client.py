@@ -19,9 +19,8 @@ from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
 from workers.wire import attach_protobuf
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Hello, RouterMessage, Submit, WorkerFrame
-from workers.wire.grpc_options import ROUTER_CHANNEL
-from workers.wire.seal import Sealer, verified
+from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit, WorkerFrame
+from workers.wire.streams import ROUTER_CHANNEL, Sealer, verified
 
 UNHEARD_S = 5.0
 """A worker says about once a second which message it has heard last; a sent one that it has not heard for so long is lost."""
@@ -66,7 +65,7 @@ class GrpcWorkerLink:
         """Must be made inside a running event loop."""
         self._target = worker.target
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
-        self._outgoing.put_nowait(Hello(router_id))
+        self._outgoing.put_nowait(RouterHello(router_id))
         self._is_open = True
         self._sealer = Sealer()
         self._clock = clock

@@ -11,17 +11,17 @@ from pathlib import Path
 from cluster.sim.measuring.skipping import SkippingRunner
 from workers.config import WorkerConfig
 from workers.errors import BatonError
-from workers.model.loaded import Checkpoint
+from workers.model.loading import ServedModel
 from workers.text.tokenizer import Tokenizer
 
 FORM_TIMEOUT_S = 300.0
 
 
 @contextmanager
-def loaded(config: WorkerConfig) -> Iterator[tuple[Checkpoint, SkippingRunner]]:
+def loaded(config: WorkerConfig) -> Iterator[tuple[ServedModel, SkippingRunner]]:
     """Raises InvalidConfig when the model cannot be served, BatonError when a group does not form."""
     if config.parallel.size == 1:
-        checkpoint = Checkpoint.load(config)
+        checkpoint = ServedModel.load(config)
         runner = SkippingRunner(checkpoint.runner, fills=config.device == "cpu")
         yield _around(checkpoint, config, runner), runner
         return
@@ -41,7 +41,7 @@ def loaded(config: WorkerConfig) -> Iterator[tuple[Checkpoint, SkippingRunner]]:
         if not group.wait_serving(FORM_TIMEOUT_S):
             raise BatonError(f"the {config.parallel.size} ranks did not form a group within {FORM_TIMEOUT_S:.0f} s")
         runner = SkippingRunner(group, fills=False)
-        checkpoint = Checkpoint(group, Tokenizer.load(config.model), Path(config.model).resolve().name)
+        checkpoint = ServedModel(group, Tokenizer.load(config.model), Path(config.model).resolve().name)
         yield _around(checkpoint, config, runner), runner
     finally:
         group.stop()
@@ -56,7 +56,7 @@ def serve_rank(config: WorkerConfig, rank: int, token: str, address: tuple[str, 
     Follower(config, rank, token).serve(*address)
 
 
-def _around(checkpoint: Checkpoint, config: WorkerConfig, runner: SkippingRunner) -> Checkpoint:
+def _around(checkpoint: ServedModel, config: WorkerConfig, runner: SkippingRunner) -> ServedModel:
     """The same checkpoint with the runner that can skip."""
     name = config.served_model_name or Path(config.model).resolve().name
-    return Checkpoint(runner, checkpoint.tokenizer, name)
+    return ServedModel(runner, checkpoint.tokenizer, name)

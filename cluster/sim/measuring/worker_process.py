@@ -16,10 +16,11 @@ from typing import Any
 
 from cluster.settings import build
 from workers.config import WorkerConfig
+from workers.engine.fake_runner import FakeRunner
 from workers.errors import BatonError
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.request import Request
-from workers.runner import BLOCK_SIZE, FakeRunner
+from workers.runner import BLOCK_SIZE
 from workers.status import ModelInfo, Role, WorkerAddress
 from workers.text.output import Detokenizer
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from workers.bounds import Count, Delay, Share, Text
+from workers.config import Count, Delay, Share, Text
 from workers.errors import InvalidConfig
 
 Rate = Annotated[float, Gt(0)]

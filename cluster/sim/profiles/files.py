@@ -15,7 +15,7 @@ from cluster.sim.profiles.models import published_model, weight_type
 from cluster.sim.profiles.profile import Profile
 from cluster.sim.profiles.published import profile_of, published_profile
 from cluster.sim.profiles.roofline import RooflineCost
-from workers.bounds import Count, Delay, Text
+from workers.config import Count, Delay, Text
 from workers.errors import InvalidConfig
 
 FORMAT = "baton-profile-1"

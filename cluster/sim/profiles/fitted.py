@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Ge, Lt
 
-from workers.bounds import Delay
+from workers.config import Delay
 from workers.errors import BatonError
 
 MAX_TYPICAL_ERROR = 0.10

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.errors import Refusal
+from workers.errors import Refusal, Refused, TransferFailed
+from workers.kv_cache.block_hash import BlockKey, token_bytes
 from workers.kv_memory.memory import KvLayout
 from workers.request import Request, TokenLogprob
+from workers.runner import BLOCK_SIZE
 from workers.status import PrefixHint, WorkerAddress
 
 # ---- what is handed over ----
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptSubject:
     """Compute this prompt and hand over its KV and its first token."""
 
     request: Request
@@ -22,14 +24,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningSubject:
     """Hand over a sequence that runs at the sender; `request_id` is as the router named it there."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class PrefixSubject:
     """Hand over the longest run of these prefix-cache blocks, from the first on, that the sender holds.
 
     `hashes` are those of workers.kv_cache.block_hash, of the blocks from `first_block` on.
@@ -42,7 +44,7 @@ class Prefix:
     """Hash of the block before the first one; 0: there is none."""
 
 
-Subject = Prompt | Running | Prefix
+Subject = PromptSubject | RunningSubject | PrefixSubject
 
 
 # ---- from the receiver to the sender ----
@@ -190,3 +192,47 @@ class HandoffRefused:
 
 
 HandoffUp = HandoffAccepted | KvPieces | TransportBroken | Done | HandoffRefused | CancelHandoff
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What landed. Times are measured at the receiver: `wait_s` from opening to the first announcement, `transfer_s` while
+    pieces were on their way or being verified, `exposed_s` from the done message to the last piece in its place."""
+
+    done: Done
+    transport: str
+    kv_bytes: int
+    transfer_s: float
+    wait_s: float = 0.0
+    exposed_s: float = 0.0
+    resends: int = 0
+    degradations: int = 0
+
+
+class HandoffFailed(TransferFailed):
+    """A transfer that did not land; `refusal` names why, the counts what was tried."""
+
+    def __init__(self, reason: str, refusal: Refusal, resends: int = 0, degradations: int = 0) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+        self.resends = resends
+        self.degradations = degradations
+
+
+def keys_of(subject: PrefixSubject) -> tuple[BlockKey, ...]:
+    """The blocks a receiver asks for. Raises Refused when hashes and tokens do not fit together."""
+    hashes, tokens = subject.hashes, subject.token_ids
+    if len(tokens) != len(hashes) * BLOCK_SIZE:
+        raise Refused(Refusal.INVALID, f"{len(hashes)} blocks come with {len(tokens)} tokens")
+    parents = (subject.parent, *hashes[:-1])
+    starts = range(0, len(tokens), BLOCK_SIZE)
+    return tuple(
+        BlockKey(block_hash, parent, token_bytes(tokens[start : start + BLOCK_SIZE]))
+        for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
+    )
+
+
+def subject_of(keys: tuple[BlockKey, ...]) -> PrefixSubject:
+    """How to ask for a run of blocks."""
+    tokens = tuple(token for key in keys for token in key.token_ids)
+    return PrefixSubject(tuple(key.block_hash for key in keys), tokens, keys[0].parent)

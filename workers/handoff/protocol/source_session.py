@@ -60,14 +60,14 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class HandoffBroken:
     """The stream ended, or the exporter gave up. With `is_ours` the receiver does not know yet and is told."""
 
     reason: str
     is_ours: bool = False
 
 
-SourceEvent = HandoffDown | Filled | Done | Described | Sent | Broken | Due
+SourceEvent = HandoffDown | Filled | Done | Described | Sent | HandoffBroken | Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class StartExport:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendUp:
     message: HandoffUp
 
 
@@ -106,7 +106,7 @@ class Release:
     reason: str = ""
 
 
-SourceCommand = StartExport | Send | SendPieces | Release
+SourceCommand = StartExport | SendUp | SendPieces | Release
 
 
 @dataclass(slots=True)
@@ -148,14 +148,14 @@ class SourceSession:
     def open(self, now: float) -> list[SourceCommand]:
         """The first commands; call once."""
         self.lease.begin(now)
-        return [Send(self.accepted), StartExport()]
+        return [SendUp(self.accepted), StartExport()]
 
     def handle(self, event: SourceEvent, now: float) -> list[SourceCommand]:
         """Commands in the order they are to be executed. After the end only the sends under way are waited for."""
         if isinstance(event, HandoffDown):
             self.lease.heard(now)
         commands = self._take(event, now)
-        if any(isinstance(command, Send) for command in commands):
+        if any(isinstance(command, SendUp) for command in commands):
             self.lease.spoke(now)
         return commands
 
@@ -168,7 +168,7 @@ class SourceSession:
     # ---- actions of the table ----
 
     def _use(self, event: UseTransport, now: float) -> list[SourceCommand]:
-        """Send what has filled over the transport that was chosen, and what is not acknowledged once more."""
+        """SendUp what has filled over the transport that was chosen, and what is not acknowledged once more."""
         if event.transport not in {offer.transport for offer in self.accepted.offers}:
             return self._take(GaveUp(f"the receiver chose {event.transport!r}, which was not offered"), now)
         if self.transport and event.epoch <= self.epoch:
@@ -207,16 +207,18 @@ class SourceSession:
 
     def _announce(self, event: Described, now: float) -> list[SourceCommand]:
         """Tell the receiver of the pieces, unless they are of an epoch that is over."""
-        return [Send(KvPieces(event.pieces, event.epoch))] if event.epoch == self.epoch and event.pieces else []
+        return [SendUp(KvPieces(event.pieces, event.epoch))] if event.epoch == self.epoch and event.pieces else []
 
     def _tell(self, event: Done, now: float) -> list[SourceCommand]:
         """Tell the receiver."""
-        return [Send(event)]
+        return [SendUp(event)]
 
     def _sent(self, event: Sent, now: float) -> list[SourceCommand]:
         """Tell the receiver when the transport of this epoch is broken."""
         self.num_sending -= 1
-        return [Send(TransportBroken(event.epoch, event.reason))] if event.reason and event.epoch == self.epoch else []
+        return (
+            [SendUp(TransportBroken(event.epoch, event.reason))] if event.reason and event.epoch == self.epoch else []
+        )
 
     def _sent_late(self, event: Sent, now: float) -> list[SourceCommand]:
         """Release the blocks, if it was the last send under way."""
@@ -227,7 +229,7 @@ class SourceSession:
         """Say that this end is alive, or find that the other is silent."""
         if now >= self.lease.expires_s:
             return self._take(Silent(f"the receiver has been silent for {self.ttl_s:g} s"), now)
-        return [Send(KvPieces(epoch=self.epoch))] if now >= self.lease.heartbeat_due_s else []
+        return [SendUp(KvPieces(epoch=self.epoch))] if now >= self.lease.heartbeat_due_s else []
 
     def _land(self, event: ReleaseHandoff, now: float) -> list[SourceCommand]:
         """Release the blocks, once nothing is being sent."""
@@ -241,7 +243,7 @@ class SourceSession:
         """Release the blocks, once nothing is being sent."""
         return self._settle(f"the receiver cancelled: {event.reason}")
 
-    def _broke(self, event: Broken, now: float) -> list[SourceCommand]:
+    def _broke(self, event: HandoffBroken, now: float) -> list[SourceCommand]:
         """Tell the receiver if it does not know yet; release the blocks, once nothing is being sent."""
         return self._give_up(event, now) if event.is_ours else self._settle(event.reason)
 
@@ -249,9 +251,9 @@ class SourceSession:
         """Tell the receiver; release the blocks, once nothing is being sent."""
         return self._give_up(GaveUp("the receiver opened the transfer twice"), now)
 
-    def _give_up(self, event: GaveUp | Silent | Broken, now: float) -> list[SourceCommand]:
+    def _give_up(self, event: GaveUp | Silent | HandoffBroken, now: float) -> list[SourceCommand]:
         """Tell the receiver, which may still listen; release the blocks, once nothing is being sent."""
-        return [Send(CancelHandoff(event.reason)), *self._settle(event.reason)]
+        return [SendUp(CancelHandoff(event.reason)), *self._settle(event.reason)]
 
     # ---- what they have in common ----
 
@@ -281,7 +283,7 @@ class SourceSession:
 
 _LATE: tuple[Any, ...] = (
     UseTransport, PieceAck, ReleaseHandoff, CancelHandoff, OpenHandoff, Filled, PrefillDone, SequenceMoved, PrefixDone,
-    Described, Broken, Due,
+    Described, HandoffBroken, Due,
 )  # fmt: skip
 _S = TransferState
 SOURCE: StateTable[TransferState] = StateTable(
@@ -297,7 +299,7 @@ SOURCE: StateTable[TransferState] = StateTable(
         Rule((_S.SENDING,), (ReleaseHandoff,), _S.LANDED, SourceSession._land),
         Rule((_S.RESERVED,), (ReleaseHandoff,), _S.FAILED, SourceSession._released_early),
         Rule(LIVE, (CancelHandoff,), _S.FAILED, SourceSession._cancelled),
-        Rule(LIVE, (Broken,), _S.FAILED, SourceSession._broke),
+        Rule(LIVE, (HandoffBroken,), _S.FAILED, SourceSession._broke),
         Rule(LIVE, (OpenHandoff,), _S.FAILED, SourceSession._opened_twice),
         Rule(LIVE, (GaveUp,), _S.FAILED, SourceSession._give_up),
         Rule(LIVE, (Silent,), _S.EXPIRED, SourceSession._give_up),

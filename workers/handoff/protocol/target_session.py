@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.errors import Refusal
+from workers.handoff.protocol.choices import Plan, Way, negotiate
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     Done,
@@ -19,26 +20,24 @@ from workers.handoff.protocol.messages import (
     OpenHandoff,
     PieceAck,
     PrefillDone,
-    Prefix,
     PrefixDone,
-    Prompt,
+    PrefixSubject,
+    PromptSubject,
     ReleaseHandoff,
-    Running,
+    RunningSubject,
     SequenceMoved,
     TransportBroken,
     UseTransport,
 )
-from workers.handoff.protocol.recovery import Plan, Way
 from workers.handoff.protocol.transfer import LIVE, OVER, Due, Lease, Silent, TransferState
 from workers.kv_memory.memory import KvLayout, same_shape
 from workers.kv_memory.pieces import Cut
 from workers.state_table import Rule, StateTable
-from workers.transports.negotiate import negotiate
 
 MAX_DEGRADATIONS = 3
 """How often a transfer may ask for its missing pieces again before it fails."""
 
-_DONE_OF: dict[type, type] = {Prompt: PrefillDone, Running: SequenceMoved, Prefix: PrefixDone}
+_DONE_OF: dict[type, type] = {PromptSubject: PrefillDone, RunningSubject: SequenceMoved, PrefixSubject: PrefixDone}
 
 
 # ---- events that are not messages of the sender ----
@@ -72,7 +71,7 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class HandoffLost:
     """The stream ended, or nobody wants the transfer any more. With `is_ours` the sender does not know yet and is told."""
 
     reason: str
@@ -80,7 +79,7 @@ class Broken:
     is_ours: bool = False
 
 
-TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | Broken | Due
+TargetEvent = HandoffUp | Connected | ConnectFailed | Collected | Closed | HandoffLost | Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class GaveUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendDown:
     message: HandoffDown
 
 
@@ -129,7 +128,7 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class CloseInbox:
     """Stop connecting and collecting; the answer is Closed, after the last Collected."""
 
 
@@ -146,7 +145,7 @@ class Fail:
     refusal: Refusal
 
 
-TargetCommand = Send | Connect | Collect | Close | Land | Fail
+TargetCommand = SendDown | Connect | Collect | CloseInbox | Land | Fail
 
 
 @dataclass(slots=True)
@@ -200,14 +199,14 @@ class TargetSession:
     def open(self, now: float) -> list[TargetCommand]:
         """The first command; call once."""
         self.lease.begin(now)
-        return [Send(self.opening)]
+        return [SendDown(self.opening)]
 
     def handle(self, event: TargetEvent, now: float) -> list[TargetCommand]:
         """Commands in the order they are to be executed. After the end only Closed is waited for."""
         if isinstance(event, HandoffUp):
             self.lease.heard(now)
         commands = self._take(event, now)
-        if any(isinstance(command, Send) for command in commands):
+        if any(isinstance(command, SendDown) for command in commands):
             self.lease.spoke(now)
         return commands
 
@@ -243,7 +242,7 @@ class TargetSession:
 
     def _use(self, event: Reached, now: float) -> list[TargetCommand]:
         """Ask for the pieces over the transport that is connected."""
-        return [Send(UseTransport(self.transport, self.epoch)), *self._land_if_complete(now)]
+        return [SendDown(UseTransport(self.transport, self.epoch)), *self._land_if_complete(now)]
 
     def _connect_failed(self, event: ConnectFailed, now: float) -> list[TargetCommand]:
         """Try the next transport, or give up."""
@@ -276,7 +275,7 @@ class TargetSession:
         self.collecting.difference_update(event.good, event.bad)
         self.landed.update(event.good)
         self.num_resent += len(event.bad)
-        commands: list[TargetCommand] = [Send(PieceAck(event.good))] if event.good else []
+        commands: list[TargetCommand] = [SendDown(PieceAck(event.good))] if event.good else []
         if event.bad and not self.is_connecting:
             return commands + self._degrade(event.reason, now)
         # A release says more than an acknowledgement, whose write would only hold up a sequence that waits to go on.
@@ -297,38 +296,38 @@ class TargetSession:
         """Say that this end is alive, or find that the other is silent."""
         if now >= self.lease.expires_s:
             return self._take(Silent(f"the sender has been silent for {self.ttl_s:g} s"), now)
-        return [Send(PieceAck())] if now >= self.lease.heartbeat_due_s else []
+        return [SendDown(PieceAck())] if now >= self.lease.heartbeat_due_s else []
 
     def _land(self, event: Complete, now: float) -> list[TargetCommand]:
         """Hand over what has landed, and have the sender release its blocks."""
         assert self.done is not None
         self._has_ended = True
-        return [Land(self.done), Send(ReleaseHandoff())]
+        return [Land(self.done), SendDown(ReleaseHandoff())]
 
     def _out_of_turn(self, event: HandoffUp, now: float) -> list[TargetCommand]:
         """Tell the sender, which may still listen; close, and fail."""
         return self._give_up(GaveUp(f"the sender said {type(event).__name__} out of turn"), now)
 
     def _refused(self, event: HandoffRefused, now: float) -> list[TargetCommand]:
-        """Close, and fail as the sender says."""
+        """CloseInbox, and fail as the sender says."""
         return self._close(event.message, event.refusal)
 
     def _cancelled(self, event: CancelHandoff, now: float) -> list[TargetCommand]:
-        """Close, and fail."""
+        """CloseInbox, and fail."""
         return self._close(f"the sender gave up: {event.reason}", Refusal.INTERNAL)
 
-    def _broke(self, event: Broken, now: float) -> list[TargetCommand]:
+    def _broke(self, event: HandoffLost, now: float) -> list[TargetCommand]:
         """Tell the sender if it does not know yet; close, and fail."""
-        told: list[TargetCommand] = [Send(CancelHandoff(event.reason))] if event.is_ours else []
+        told: list[TargetCommand] = [SendDown(CancelHandoff(event.reason))] if event.is_ours else []
         return told + self._close(event.reason, event.refusal)
 
     def _give_up(self, event: GaveUp, now: float) -> list[TargetCommand]:
         """Tell the sender, which may still listen; close, and fail."""
-        return [Send(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.INTERNAL)]
+        return [SendDown(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.INTERNAL)]
 
     def _expire(self, event: Silent, now: float) -> list[TargetCommand]:
         """Tell the sender, which may still listen; close, and fail."""
-        return [Send(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.WORKER_LOST)]
+        return [SendDown(CancelHandoff(event.reason)), *self._close(event.reason, Refusal.WORKER_LOST)]
 
     def _fail(self, event: Closed, now: float) -> list[TargetCommand]:
         """Say that it has failed, now that nothing writes into the blocks any more."""
@@ -375,12 +374,12 @@ class TargetSession:
 
     def _close(self, reason: str, refusal: Refusal) -> list[TargetCommand]:
         self._failure = Fail(reason, refusal)
-        return [Close()]
+        return [CloseInbox()]
 
 
 _LATE: tuple[Any, ...] = (
     HandoffAccepted, Connected, ConnectFailed, KvPieces, Collected, TransportBroken, PrefillDone, SequenceMoved, PrefixDone,
-    HandoffRefused, CancelHandoff, Broken, Due,
+    HandoffRefused, CancelHandoff, HandoffLost, Due,
 )  # fmt: skip
 _S = TransferState
 TARGET: StateTable[TransferState] = StateTable(
@@ -401,7 +400,7 @@ TARGET: StateTable[TransferState] = StateTable(
         Rule((_S.SENDING,), (HandoffAccepted,), _S.FAILED, TargetSession._out_of_turn),
         Rule(LIVE, (HandoffRefused,), _S.FAILED, TargetSession._refused),
         Rule(LIVE, (CancelHandoff,), _S.FAILED, TargetSession._cancelled),
-        Rule(LIVE, (Broken,), _S.FAILED, TargetSession._broke),
+        Rule(LIVE, (HandoffLost,), _S.FAILED, TargetSession._broke),
         Rule(LIVE, (GaveUp,), _S.FAILED, TargetSession._give_up),
         Rule(LIVE, (Silent,), _S.EXPIRED, TargetSession._expire),
         Rule((_S.FAILED, _S.EXPIRED), (Closed,), None, TargetSession._fail),

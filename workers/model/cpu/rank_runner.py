@@ -19,7 +19,7 @@ from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cpu.runner import TorchRunner, find_library, kernel_name, weights_dtype
 from workers.model.cpu.self_test import require_invariance
-from workers.model.decoder.ernie import Ernie, Part, mixture_index
+from workers.model.decoder.ernie import Ernie, RankPart, mixture_index
 from workers.model.decoder.kv_tensors import KvPool, choose_layout, kv_layout
 from workers.model.decoder.layers import compute_dtype
 from workers.model.decoder.model_runner import describe_model, require_bytes, served_len
@@ -199,7 +199,7 @@ def load_rank(config: WorkerConfig, rank: int, links: Links, placement: Placemen
         dimensions, layout, placement, dtype, copies_tied_head=library is None, packed_dtype=held_dtype
     )
     require_bytes(folder, needed_bytes, held_dtype, available_bytes(), served_dtype=dtype)
-    part = Part(layout, links, placement, config.parallel.exact_combine)
+    part = RankPart(layout, links, placement, config.parallel.exact_combine)
     model: Ernie | NativeRank
     with torch.inference_mode():
         if library is None:

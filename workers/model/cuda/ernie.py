@@ -3,11 +3,16 @@
 Rows that prefill and rows that decode never share a pass: each kind has its own tiles, so that a row's bits do not
 depend on its company. Shapes: T rows, D hidden, H query heads, K key-value heads, C channels of a head, V vocabulary, E
 experts, F expert width, R rows that are sampled.
+
+FlashAttention 3 is not part of torch's wheel, runs on compute capability 9 only, and its tiles begin where a chunk begins, so with it the bits of a row
+depend on how its prompt was cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,13 +21,46 @@ from torch import Tensor
 
 from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.cuda.device_pool import DevicePool, OnFilled
-from workers.model.cuda.flash import find_flash_attention
 from workers.model.cuda.kernels.decode_attention import decode_attention
 from workers.model.cuda.kernels.prefill_attention import prefill_attention
 from workers.model.cuda.kernels.rows import add_norm, rotate_and_store
 from workers.model.cuda.layers import Experts, FeedForward, Linear, MixtureOfExperts
-from workers.model.cuda.step_inputs import StepInputs
-from workers.model.decoder.rope import RotaryEmbedding
+from workers.model.cuda.step_inputs import PrefillInputs, StepInputs
+from workers.model.decoder.layers import RotaryEmbedding
+
+logger = logging.getLogger(__name__)
+
+Attention = Callable[[Tensor, Tensor, PrefillInputs], Tensor]
+"""(q [T, H, C], pool of one layer [blocks, 2, K, 64, C], inputs) gives the output [T, H*C]."""
+
+
+def find_flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | None:
+    """Paged FlashAttention 3 by way of torch.nn.attention.varlen, or None."""
+    if device.type != "cuda" or dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+        from torch.nn.attention.varlen import varlen_attn
+
+        if not {"block_table", "seqused_k"} <= set(inspect.signature(varlen_attn).parameters):
+            return None
+        activate_flash_attention_impl("FA3")
+    except Exception as error:  # whatever its package raises on import, prompts can be computed without it
+        logger.info("FlashAttention 3 is not available (%s); prompts run through Triton", error)
+        return None
+    return _attend
+
+
+def _attend(q_THC: Tensor, layer_pool: Tensor, inputs: PrefillInputs) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = (layer_pool[:, half].transpose(1, 2) for half in (0, 1))  # [blocks, 64, K, C], no copy
+    output: Tensor = varlen_attn(  # type: ignore[assignment]  # a pair only where aux is asked for
+        q_THC, keys, values, inputs.cuts, None, inputs.most_rows, inputs.longest,
+        window_size=(-1, 0), enable_gqa=True, seqused_k=inputs.ends, block_table=inputs.tables,
+    )  # fmt: skip
+    return output.flatten(1)
+
 
 _SPLITS, _MIN_SPLIT_BLOCKS = 16, 4
 """Decode attention cuts each sequence into at most 16 runs of at least 256 positions, in deterministic mode."""

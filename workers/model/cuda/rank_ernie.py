@@ -20,7 +20,7 @@ from workers.model.cuda.kernels.experts import choose_experts, combine
 from workers.model.cuda.kernels.rows import add_norm, rotate_and_store
 from workers.model.cuda.layers import Experts, FeedForward, Linear, MixtureOfExperts
 from workers.model.cuda.step_inputs import StepInputs
-from workers.model.decoder.ernie import Part, mixture_index
+from workers.model.decoder.ernie import RankPart, mixture_index
 from workers.model.decoder.moe import share_rows
 from workers.model.parallel.collectives import Links, Stages, add_up, finish
 from workers.model.parallel.direct_dispatch import DirectAllToAll, DirectBuffers
@@ -104,7 +104,7 @@ class RankErnie(CudaErnie):
         max_len: int,
         device: torch.device,
         deterministic: bool,
-        part: Part,
+        part: RankPart,
     ) -> None:
         heads, kv_heads = (part.layout.share(count).count for count in (config.num_heads, config.num_kv_heads))
         mine = replace(config, num_heads=heads, num_kv_heads=kv_heads)
@@ -173,7 +173,7 @@ class RankLoader(Loader):
         dtype: torch.dtype,
         device: torch.device,
         deterministic: bool,
-        part: Part,
+        part: RankPart,
     ) -> None:
         super().__init__(config, checkpoint, dtype, device, deterministic)
         self._checkpoint, self._part = checkpoint, part

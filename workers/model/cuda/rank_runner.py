@@ -21,13 +21,12 @@ from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
 from workers.model.cpu.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
-from workers.model.cuda.device_pool import DevicePool
+from workers.model.cuda.device_pool import DevicePool, StagedPart
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
 from workers.model.cuda.runner import as_current, free_bytes
-from workers.model.cuda.staged_part import StagedPart
 from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill_decode_rows
-from workers.model.decoder.ernie import Part
+from workers.model.decoder.ernie import RankPart
 from workers.model.decoder.kv_tensors import choose_layout
 from workers.model.decoder.model_runner import ModelRunner, require_bytes, served_len
 from workers.model.parallel.collectives import Links, Stages, finish, finish_both
@@ -212,7 +211,7 @@ class CudaRankRunner(ModelRunner[RankErnie]):
 
 
 class CudaRanks:
-    """Implements workers.model.rank_loading.RankLoader for one device; with Triton's interpreter that may be the CPU."""
+    """Implements workers.model.loading.RankLoader for one device; with Triton's interpreter that may be the CPU."""
 
     def __init__(self, device: torch.device, symmetric: Symmetric | None = None) -> None:
         """`symmetric`: in place of NVSHMEM's memory."""
@@ -238,7 +237,7 @@ class CudaRanks:
         dtype: torch.dtype = getattr(torch, config.dtype)
         is_direct = wants_direct(config, self._symmetric is not None or (device.type == "cuda" and is_available()))
         require_bytes(folder, self._weight_bytes(config), dtype, free_bytes(device))
-        part = Part(layout, links, placement, config.parallel.exact_combine)
+        part = RankPart(layout, links, placement, config.parallel.exact_combine)
         with torch.inference_mode(), as_current(device):
             model = RankErnie(dimensions, checkpoint, dtype, max_model_len, device, config.deterministic, part)
             pool = DevicePool(own_layout(config, dimensions, layout, num_blocks), device)

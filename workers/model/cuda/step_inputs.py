@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.runner import BLOCK_SIZE, SequenceSlice
-from workers.sampling.device import on_device
+from workers.sampling.arithmetic import on_device
 
 Integers = npt.NDArray[np.int32]
 ROW_COLUMNS = 3

@@ -17,9 +17,8 @@ from workers.model.checkpoint.ernie_config import ErnieConfig, MoeConfig
 from workers.model.checkpoint.weights import Checkpoint, give_back_free_memory
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool
-from workers.model.decoder.layers import FeedForward, Linear, RMSNorm
+from workers.model.decoder.layers import FeedForward, Linear, RMSNorm, RotaryEmbedding, rotate
 from workers.model.decoder.moe import MixtureOfExperts, Router
-from workers.model.decoder.rope import RotaryEmbedding, rotate
 from workers.model.decoder.step_plan import StepPlan, plan_step
 from workers.model.parallel.collectives import Links, Stages, add_up, finish, finish_both
 from workers.model.parallel.expert_dispatch import AllToAll, ExpertTable
@@ -48,7 +47,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RankPart:
     """What one rank of a group has of a model: its place, its process groups, the experts' slots."""
 
     layout: Layout = SINGLE
@@ -61,11 +60,16 @@ class Ernie:
     """A text model with its weights packed in `dtype`; of a group of ranks, one rank's part of it."""
 
     def __init__(
-        self, config: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, max_len: int, part: Part | None = None
+        self,
+        config: ErnieConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        max_len: int,
+        part: RankPart | None = None,
     ) -> None:
         """Takes its share of every weight in turn. Raises InvalidConfig when one is missing, misshapen or unknown."""
         self.config = config
-        part = part or Part()
+        part = part or RankPart()
         self._layout, self._links = part.layout, part.links
         self._dtype = dtype
         self._rope = RotaryEmbedding(config.head_dim, config.rope_theta, max_len)
@@ -174,7 +178,7 @@ class Ernie:
 class Loader:
     """Takes one rank's share of each weight from a checkpoint."""
 
-    def __init__(self, config: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, part: Part) -> None:
+    def __init__(self, config: ErnieConfig, checkpoint: Checkpoint, dtype: torch.dtype, part: RankPart) -> None:
         self._config, self._checkpoint, self._dtype, self._part = config, checkpoint, dtype, part
 
     def layer(self, index: int) -> Layer:

@@ -18,12 +18,10 @@ from workers.errors import InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, fingerprint
-from workers.prompt_scores import PromptScores, join
+from workers.request import PromptScores, join
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.arithmetic import DRAW_VERSION
-from workers.sampling.device import on_device
-from workers.sampling.row_kernel import RowKernel
-from workers.sampling.sampler import Drawn, is_plain, sample, scores_of
+from workers.sampling.arithmetic import DRAW_VERSION, on_device
+from workers.sampling.sampler import Drawn, RowKernel, is_plain, sample, scores_of
 from workers.status import ModelInfo
 
 _PROMPT_LOGPROB_ROWS = 64

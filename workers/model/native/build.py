@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workers.errors import InvalidConfig
-from workers.machine import instruction_sets
-from workers.machine.instruction_sets import AMX, AUTO, AVX2, AVX512, AVX512BF16, NEON, NEONBF16, InstructionSet
+from workers.machine import native_build
 from workers.machine.native_build import (
+    AMX,
+    AUTO,
+    AVX2,
+    AVX512,
+    AVX512BF16,
     COMPILERS,
+    NEON,
+    NEONBF16,
     SHARED,
     BuildFailed,
+    InstructionSet,
     NativeSource,
     default_cache_folder,
     find_library,
@@ -44,7 +51,7 @@ def source_hash() -> str:
 
 def supported(description: str | None = None, machine: str | None = None) -> tuple[InstructionSet, ...]:
     """The kernels' sets that a machine has, best first: the one at hand, or that of /proc/cpuinfo's text."""
-    return instruction_sets.supported(KERNELS.sets, description, machine)
+    return native_build.supported(KERNELS.sets, description, machine)
 
 
 def choices(
@@ -54,7 +61,7 @@ def choices(
 
     Raises InvalidConfig when the one asked for is unknown or beyond the processor, BuildFailed when there is none at all.
     """
-    able = instruction_sets.supported(source.sets, description, machine)
+    able = native_build.supported(source.sets, description, machine)
     if wanted != AUTO:
         every = [each.name for each in source.sets]
         if wanted not in every:

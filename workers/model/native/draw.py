@@ -15,10 +15,9 @@ from torch import Tensor
 
 from workers.errors import InvariantViolated
 from workers.model.native.library import Library
-from workers.prompt_scores import PromptScores
-from workers.request import LOGPROB_FLOOR, TokenLogprob
-from workers.runner import SampleSpec
-from workers.sampling.edits import LogitEdits, edits_of
+from workers.request import LOGPROB_FLOOR, PromptScores, TokenLogprob
+from workers.runner import LogitEdits, SampleSpec
+from workers.sampling.edits import edits_of
 from workers.sampling.filters import min_p_offset
 from workers.sampling.logprobs import floored
 from workers.sampling.noise import noise_key
@@ -35,7 +34,7 @@ _NO_EDITS = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class NativeRowKernel:
-    """Implements workers.sampling.row_kernel.RowKernel. Used by one thread at a time."""
+    """Implements workers.sampling.sampler.RowKernel. Used by one thread at a time."""
 
     def __init__(self, library: Library, model: ctypes.c_void_p | None = None) -> None:
         """Rows are shared out among the threads of `model`, which the caller keeps; without one the caller's draws them all."""

@@ -20,12 +20,11 @@ from torch import Tensor
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.decoder.kv_tensors import KvPool
-from workers.model.decoder.rope import frequencies
+from workers.model.decoder.layers import frequencies
 from workers.model.native.build import BuildFailed
 from workers.model.native.draw import NativeRowKernel
-from workers.model.native.library import Dimensions, Library, Part, Step
-from workers.model.native.load_jobs import run_all
-from workers.model.native.packed import PackedFile
+from workers.model.native.library import Dimensions, Library, StepArguments, WeightPart
+from workers.model.native.packed import PackedFile, run_all
 from workers.model.parallel.layout import SINGLE, Layout, Share
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, SequenceSlice
 
@@ -51,7 +50,7 @@ def require_supported(config: ErnieConfig, layout: Layout = SINGLE) -> None:
 class NativePlan:
     """A batch as the kernels take it."""
 
-    step: Step
+    step: StepArguments
     arrays: tuple[Any, ...]
     """What the step has addresses of."""
 
@@ -93,7 +92,7 @@ class NativeErnie:
         self.keeping: threading.Thread | None = None
         """Writes the packed weights, after a load from the checkpoint."""
         if not config.tie_word_embeddings:
-            library.take(self._model, Part.HEAD, 0, 0, 0, 0, 0)  # makes room for it
+            library.take(self._model, WeightPart.HEAD, 0, 0, 0, 0, 0)  # makes room for it
         if packed is not None and packed.read(library.weights(self._model)):
             library.have_all(self._model)
             return
@@ -132,7 +131,7 @@ class NativeErnie:
             *np.empty((2, rows[-1] * self.config.head_dim // 2), dtype=np.float32),
         ]
         sizes = (rows[-1], len(slices), len(arrays[3]), pool.num_blocks, pool.memory_heads)
-        return NativePlan(Step(*sizes, *(array.ctypes.data for array in arrays)), tuple(arrays))
+        return NativePlan(StepArguments(*sizes, *(array.ctypes.data for array in arrays)), tuple(arrays))
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of hidden states."""
@@ -158,17 +157,24 @@ class NativeErnie:
         heads, kv_heads = (self._layout.share(count) for count in (config.num_heads, config.num_kv_heads))
         tokens, columns = (self._layout.share(count) for count in (config.vocab_size, config.intermediate_size))
 
-        def take_vector(part: Part, name: str, *shape: int, layer: int = 0, exact: bool = False) -> None:
+        def take_vector(part: WeightPart, name: str, *shape: int, layer: int = 0, exact: bool = False) -> None:
             values = checkpoint.take(name, shape, torch.float32 if exact else self._dtype)
             self._library.take(self._model, part, layer, 0, 0, values.numel(), values.data_ptr())
 
         jobs: list[Callable[[], None]] = []
 
-        def put(part: Part, rows_OI: Tensor, layer: int, expert: int, first: int) -> None:
+        def put(part: WeightPart, rows_OI: Tensor, layer: int, expert: int, first: int) -> None:
             self._library.take(self._model, part, layer, expert, first, len(rows_OI), rows_OI.data_ptr())
 
         def take(
-            part: Part, name: str, share: Share, unit: int, *, layer: int = 0, expert: int = 0, exact: bool = False
+            part: WeightPart,
+            name: str,
+            share: Share,
+            unit: int,
+            *,
+            layer: int = 0,
+            expert: int = 0,
+            exact: bool = False,
         ) -> None:
             """Rows of a matrix with D columns, `unit` of them for each element of the share."""
             kind = torch.float32 if exact else self._dtype
@@ -180,7 +186,7 @@ class NativeErnie:
 
             jobs.extend(partial(pack, *run) for run in _runs(share.count * unit, D))
 
-        def take_columns(part: Part, name: str, share: Share, unit: int, *, layer: int, expert: int = 0) -> None:
+        def take_columns(part: WeightPart, name: str, share: Share, unit: int, *, layer: int, expert: int = 0) -> None:
             """The same of columns, of a matrix with D rows."""
             mine = slice(share.first * unit, (share.first + share.count) * unit)
 
@@ -191,23 +197,27 @@ class NativeErnie:
             jobs.extend(partial(pack, *run) for run in _runs(D, share.total * unit))
 
         def take_mlp(prefix: str, width: Share, layer: int, expert: int) -> None:
-            take(Part.GATE, f"{prefix}.gate_proj.weight", width, 1, layer=layer, expert=expert)
-            take(Part.UP, f"{prefix}.up_proj.weight", width, 1, layer=layer, expert=expert)
-            take_columns(Part.DOWN, f"{prefix}.down_proj.weight", width, 1, layer=layer, expert=expert)
+            take(WeightPart.GATE, f"{prefix}.gate_proj.weight", width, 1, layer=layer, expert=expert)
+            take(WeightPart.UP, f"{prefix}.up_proj.weight", width, 1, layer=layer, expert=expert)
+            take_columns(WeightPart.DOWN, f"{prefix}.down_proj.weight", width, 1, layer=layer, expert=expert)
 
         def skip_mlp(prefix: str, width: int) -> None:
             for name, shape in (("gate", (width, D)), ("up", (width, D)), ("down", (D, width))):
                 checkpoint.skip(f"{prefix}.{name}_proj.weight", shape)
 
-        take(Part.EMBEDDING, "model.embed_tokens.weight", tokens, 1)
+        take(WeightPart.EMBEDDING, "model.embed_tokens.weight", tokens, 1)
         num_mixtures = 0
         for layer in range(config.num_layers):
             name = f"model.layers.{layer}"
-            take_vector(Part.INPUT_NORM, f"{name}.input_layernorm.weight", D, layer=layer)
-            for part, key, share in ((Part.QUERY, "q", heads), (Part.KEY, "k", kv_heads), (Part.VALUE, "v", kv_heads)):
+            take_vector(WeightPart.INPUT_NORM, f"{name}.input_layernorm.weight", D, layer=layer)
+            for part, key, share in (
+                (WeightPart.QUERY, "q", heads),
+                (WeightPart.KEY, "k", kv_heads),
+                (WeightPart.VALUE, "v", kv_heads),
+            ):
                 take(part, f"{name}.self_attn.{key}_proj.weight", share, C, layer=layer)
-            take_columns(Part.OUTPUT, f"{name}.self_attn.o_proj.weight", heads, C, layer=layer)
-            take_vector(Part.MLP_NORM, f"{name}.post_attention_layernorm.weight", D, layer=layer)
+            take_columns(WeightPart.OUTPUT, f"{name}.self_attn.o_proj.weight", heads, C, layer=layer)
+            take_vector(WeightPart.MLP_NORM, f"{name}.post_attention_layernorm.weight", D, layer=layer)
             moe = config.moe
             if moe is None or not moe.has_layer(layer):
                 take_mlp(f"{name}.mlp", columns, layer, 0)
@@ -216,9 +226,9 @@ class NativeErnie:
             held = range(E) if self._held is None else self._held[num_mixtures]
             num_mixtures += 1
             take_vector(
-                Part.ROUTER_BIAS, f"{name}.mlp.moe_statics.e_score_correction_bias", 1, E, layer=layer, exact=True
+                WeightPart.ROUTER_BIAS, f"{name}.mlp.moe_statics.e_score_correction_bias", 1, E, layer=layer, exact=True
             )
-            take(Part.ROUTER, f"{name}.mlp.gate.weight", whole(E), 1, layer=layer, exact=True)
+            take(WeightPart.ROUTER, f"{name}.mlp.gate.weight", whole(E), 1, layer=layer, exact=True)
             for slot, expert in enumerate(held):
                 take_mlp(f"{name}.mlp.experts.{expert}", width, layer, slot)
             for expert in sorted(set(range(E)) - set(held)):
@@ -226,9 +236,9 @@ class NativeErnie:
             if moe.num_shared_experts:
                 shared = whole(width.total * moe.num_shared_experts)
                 take_mlp(f"{name}.mlp.shared_experts", shared, layer, len(held))
-        take_vector(Part.NORM, "model.norm.weight", D)
+        take_vector(WeightPart.NORM, "model.norm.weight", D)
         if not config.tie_word_embeddings:
-            take(Part.HEAD, "lm_head.weight", tokens, 1)
+            take(WeightPart.HEAD, "lm_head.weight", tokens, 1)
         run_all(jobs, self._num_threads)
         checkpoint.require_all_taken(unused=("lm_head.weight",) if config.tie_word_embeddings else ())
 

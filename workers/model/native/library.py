@@ -11,7 +11,7 @@ from workers.model.native.build import BuildFailed
 from workers.runner import LayerHook
 
 
-class Part(IntEnum):
+class WeightPart(IntEnum):
     """What a weight is to the model; the order is that of `enum class Part` in source/model.h."""
 
     EMBEDDING = 0
@@ -49,7 +49,7 @@ class Dimensions(ctypes.Structure):
     )  # fmt: skip
 
 
-class Step(ctypes.Structure):
+class StepArguments(ctypes.Structure):
     """`struct Step` of source/model.h."""
 
     _fields_ = (
@@ -123,7 +123,7 @@ class Library:
             raise BuildFailed(refusal.decode())
 
     def struct_bytes(self) -> tuple[int, int]:
-        """Sizes of Dimensions and Step as the library has them."""
+        """Sizes of Dimensions and StepArguments as the library has them."""
         sizes = (ctypes.c_int64 * 2)()
         self._functions.baton_struct_bytes(sizes)
         return sizes[0], sizes[1]
@@ -148,7 +148,7 @@ class Library:
         self._functions.baton_destroy(model)
 
     def take(
-        self, model: ctypes.c_void_p, part: Part, layer: int, expert: int, first: int, count: int, address: int
+        self, model: ctypes.c_void_p, part: WeightPart, layer: int, expert: int, first: int, count: int, address: int
     ) -> None:
         """Copies `count` rows of a weight, from row `first` on; a vector is one element a row."""
         _check(self._functions.baton_take(model, int(part), layer, expert, first, count, address))
@@ -166,14 +166,18 @@ class Library:
             found.append(memoryview((ctypes.c_char * num_bytes.value).from_address(address.value)).cast("B"))
         return tuple(found)
 
-    def forward(self, model: ctypes.c_void_p, step: Step, pool: int, x: int, on_layer: LayerHook | None = None) -> None:
+    def forward(
+        self, model: ctypes.c_void_p, step: StepArguments, pool: int, x: int, on_layer: LayerHook | None = None
+    ) -> None:
         every, call = (on_layer.every, _OnLayer(on_layer.call)) if on_layer is not None else (0, _OnLayer())
         _check(self._functions.baton_forward(model, ctypes.byref(step), pool, x, every, call))
 
-    def begin(self, model: ctypes.c_void_p, step: Step, x: int) -> None:
+    def begin(self, model: ctypes.c_void_p, step: StepArguments, x: int) -> None:
         _check(self._functions.baton_begin(model, ctypes.byref(step), x))
 
-    def attend(self, model: ctypes.c_void_p, step: Step, layer: int, pool: int, x: int, to: int | None) -> None:
+    def attend(
+        self, model: ctypes.c_void_p, step: StepArguments, layer: int, pool: int, x: int, to: int | None
+    ) -> None:
         _check(self._functions.baton_attend(model, ctypes.byref(step), layer, pool, x, to))
 
     def feed_forward(self, model: ctypes.c_void_p, layer: int, num_rows: int, x: int, to: int | None) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from workers.errors import InvariantViolated
-from workers.machine.instruction_sets import AUTO
-from workers.machine.native_build import COMPILERS, BuildFailed, NativeSource, find_library
+from workers.machine.native_build import AUTO, COMPILERS, BuildFailed, NativeSource, find_library
 from workers.model.native.build import KERNELS, choices
-from workers.model.native.library import Dimensions, Library, Part, Step
+from workers.model.native.library import Dimensions, Library, StepArguments, WeightPart
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def check(library: Library, instruction_set: str) -> None:
     """Raises BuildFailed when a library is not the one declared here, or computes a small product wrongly. Takes milliseconds."""
     if library.instruction_set != instruction_set:
         raise BuildFailed(f"the library is one for {library.instruction_set}")
-    declared = (ctypes.sizeof(Dimensions), ctypes.sizeof(Step))
+    declared = (ctypes.sizeof(Dimensions), ctypes.sizeof(StepArguments))
     if library.struct_bytes() != declared:
         raise BuildFailed(f"its structs take {library.struct_bytes()} bytes, those declared in Python {declared}")
     for dtype in (torch.float32, torch.bfloat16):
@@ -74,8 +73,8 @@ def _check_product(library: Library, dtype: torch.dtype) -> None:
     peaks_R = torch.empty(_ROWS)
     model = library.create(dimensions, dtype is torch.bfloat16)
     try:
-        library.take(model, Part.NORM, 0, 0, 0, _HIDDEN, norm_D.data_ptr())
-        library.take(model, Part.EMBEDDING, 0, 0, 0, _VOCAB, head_VD.data_ptr())
+        library.take(model, WeightPart.NORM, 0, 0, 0, _HIDDEN, norm_D.data_ptr())
+        library.take(model, WeightPart.EMBEDDING, 0, 0, 0, _VOCAB, head_VD.data_ptr())
         library.head(model, x_RD.data_ptr(), _ROWS, logits_RV.data_ptr(), best_R.ctypes.data, peaks_R.data_ptr())
     finally:
         library.destroy(model)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
-from workers.model.decoder.ernie import Part as RankPart
+from workers.model.decoder.ernie import RankPart as RankPart
 from workers.model.decoder.kv_tensors import KvPool
 from workers.model.decoder.moe import share_rows
 from workers.model.native.ernie import NativeErnie, NativePlan

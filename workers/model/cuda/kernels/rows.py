@@ -1,6 +1,6 @@
 """Element-wise work on rows, fused so that a row is read once: add and RMSNorm, rotary embedding and KV write, SwiGLU.
 
-The arithmetic and its roundings are those of workers.model.decoder.layers and workers.model.decoder.rope.
+The arithmetic and its roundings are those of workers.model.decoder.layers and workers.model.decoder.layers.
 Shapes: T rows, D hidden, F feed-forward width, H query heads, K key-value heads, C channels of a head, P = C/2 pairs.
 """
 

@@ -1,0 +1,103 @@
+"""Runs a command until Ctrl-C, SIGTERM or SIGHUP, and tells the operator meanwhile what becomes of the workers; a second signal ends everything at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from contextlib import aclosing, suppress
+from typing import Any
+
+from cluster.commands.flags import INTERRUPTED
+from cluster.config import ClusterConfig
+from cluster.console.output import StepPrinter, generation_text
+from cluster.membership.membership import Registration
+from cluster.membership.registration import follow_members
+from cluster.store.open import open_store
+from workers.machine.limits import memory_kills
+
+
+def run_until_stopped(command: Coroutine[Any, Any, int], folder: str, progress: StepPrinter) -> int:
+    """Runs `command`, which the first signal cancels: it cleans up and may return its exit code.
+
+    `folder` is that of a Ray which the command starts; whatever happens, nothing of that Ray is left afterwards.
+    """
+    try:
+        return asyncio.run(_run(command, folder, progress))
+    finally:
+        _end_ray(folder, 1.0)
+
+
+async def _run(command: Coroutine[Any, Any, int], folder: str, progress: StepPrinter) -> int:
+    task = asyncio.ensure_future(command)
+
+    def on_signal() -> None:
+        if task.cancelling():
+            _end_ray(folder, 0.0)
+            progress.say("stopped at once")
+            _leave()
+        progress.say("stopping; once more to stop at once")
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A closed terminal sends SIGHUP and would end this process alone; `nohup` has it ignored, and means that.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        # The thread that was starting Ray may wait long for processes that are gone; nobody needs its answer.
+        _end_ray(folder, 1.0)
+        _leave()
+        raise
+
+
+def _end_ray(folder: str, patience_s: float) -> None:
+    if folder:
+        from cluster.ray_session.folders import end_local
+
+        end_local(folder, patience_s)
+
+
+def _leave() -> None:
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
+async def tell_changes(config: ClusterConfig, progress: StepPrinter, only: str | None = None) -> None:
+    """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled."""
+    store = open_store(config.store, config.ray.namespace, progress.say)
+    known: dict[str, Registration] | None = None
+    kills = memory_kills()
+    async with aclosing(follow_members(store, config.store.lease_ttl_s)) as changes:
+        async for workers in changes:
+            now = {worker.address.worker_id: worker for worker in workers}
+            before = now if known is None else known
+            for worker_id in sorted(now.keys() | before.keys()):
+                line = describe(worker_id, before.get(worker_id), now.get(worker_id))
+                if line and only in (None, worker_id):
+                    progress.say(line)
+            known = now
+            if (killed_now := memory_kills()) > kills:
+                progress.say(
+                    "the kernel has ended a process here for want of memory; lower worker.kv_memory_bytes, or start fewer workers"
+                )
+                kills = killed_now
+
+
+def describe(worker_id: str, before: Registration | None, after: Registration | None) -> str:
+    """What became of a worker; empty when nothing did."""
+    if after is None:
+        return f"{worker_id} is gone"
+    generation = generation_text(after.address.generation)
+    if before is None:
+        return f"{worker_id} is there: {after.role}, generation {generation}"
+    if before.role != after.role:
+        return f"{worker_id} switched from {before.role} to {after.role}, generation {generation}"
+    if before.address != after.address:
+        return f"{worker_id} was started again: {after.role}, generation {generation}"
+    return ""

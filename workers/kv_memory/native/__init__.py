@@ -1,1 +1,0 @@
-"""XXH3-64 while copying, in C++."""
