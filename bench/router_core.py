@@ -98,12 +98,18 @@ class Fleet:
             self.core.handle(RequestCancelled(arrived[0]), self.now)
         times["hashing_s"] = [cpu_s(lambda: block_hashes(self.shared, BLOCK_SIZE)) for _ in range(5)]
         decode = next(iter(self.connections))
-        loads = [Load(num_running=n % 7, num_free_blocks=1 << 20, num_blocks=1 << 20) for n in range(200)]
+        steps = [(0.01 + n / 1e5, n % 60, 3000 * (n % 60), 512 * (n % 3), 1 << 20) for n in range(200)]
+        loads = [Load(0, n % 7, 0, 0, 1 << 20, 1 << 20, *steps[n]) for n in range(200)]
         frames = [FrameArrived(decode, self.connections[decode], WorkerFrame(GENERATION, load=load)) for load in loads]
         times["load_frame_s"] = [cpu_s(lambda f=frame: self.core.handle(f, self.now)) for frame in frames]  # type: ignore[misc]
+        times["tick_s"] = []
+        for n in range(5):  # each worker has reported a step since the tick before
+            load = Load(0, 1, 0, 0, 1 << 20, 1 << 20, *steps[n])
+            for name in self.connections:
+                self.frame(name, WorkerFrame(GENERATION, load=load))
+            times["tick_s"].append(cpu_s(lambda: self.core.handle(Tick(), self.now)))
         for name in self.connections:
             self.frame(name, WorkerFrame(GENERATION, load=ROOM))
-        times["tick_s"] = [cpu_s(lambda: self.core.handle(Tick(), self.now)) for _ in range(5)]
         driver = RouterDriver(RouterConfig(model="unused"), "router-0", Client())
         driver._core = self.core
         times["status_s"] = [cpu_s(driver.status) for _ in range(3)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.forecast.forecasts import ForecastStatus
+from router.policies.explain import Decision
+from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
 from workers.status import ModelInfo, Role, WorkerStatus
@@ -39,6 +41,11 @@ class RouterStatus:
 class OutputStream(Protocol):
     """Outputs of one accepted request, in order, without gap or repeat; ends after the one with a finish_reason."""
 
+    @property
+    def decision(self) -> Decision | None:
+        """How it was routed last, where that was asked for."""
+        ...
+
     def take(self, wake: Callable[[], None]) -> Output | None:
         """What waits, as one output. None: nothing does. `wake` is called once when there is more, until the end has been taken.
 
@@ -63,8 +70,8 @@ class Backend(Protocol):
         """True when a request could run now: some worker can decode. (It computes prompts itself when nobody else can.)"""
         ...
 
-    def submit(self, request: Request) -> OutputStream:
-        """Accepts a request at once or raises Refused (QUEUE_FULL, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> OutputStream:
+        """Accepts a request at once or raises Refused (QUEUE_FULL, TARGET_MISSED, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
         ...
 
     def status(self) -> RouterStatus: ...
@@ -90,6 +97,7 @@ class RequestStream:
     def __init__(self, request_id: str, max_tokens: int, on_close: Callable[[str], None]) -> None:
         """`max_tokens` may wait; `on_close` is called when the reader leaves before the end."""
         self.request_id = request_id
+        self.decision: Decision | None = None
         self._max_tokens = max_tokens
         self._on_close = on_close
         self._waiting: list[Output] = []

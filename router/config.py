@@ -156,6 +156,16 @@ class RouterConfig:
     """Who gets a request: kv_aware, session_affinity, prefix_affinity, least_loaded, round_robin or random."""
     policy_seed: Natural = 0
     """Of the policy `random`."""
+    admission: Literal["soft", "strict"] = "soft"
+    """What becomes of requests with targets: soft, the one whose first token is due first goes first; strict, besides, one whose
+    targets are out of reach by what was learnt of times is refused at once, with 429."""
+    ttft_target_s: Delay = 0.0
+    """When the first token is due after arrival, for requests that do not say `ttft`; 0: they have no target."""
+    tpot_target_s: Delay = 0.0
+    """What may pass between two tokens, on average, for requests that do not say `tpot`; 0: whatever it takes."""
+    patience_s: Seconds = 30.0
+    """A request without a `ttft`, or whose `ttft` has passed while it waited, stands in line as if its first token were due so long
+    after its arrival."""
     max_queue: Count = 2048
     """Requests waiting for a worker before QUEUE_FULL."""
     max_running: Count = 1024

@@ -18,6 +18,7 @@ from router.events import (
     Deliver,
     Detach,
     Event,
+    Explain,
     FrameArrived,
     Reject,
     RequestArrived,
@@ -31,6 +32,7 @@ from router.events import (
 from router.fleet.worker_entry import WorkerEntry
 from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
+from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
 from workers.request import Output, Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
@@ -111,13 +113,13 @@ class RouterDriver:
         while not self.is_ready():
             await self._status_changed.wait()
 
-    def submit(self, request: Request) -> RequestStream:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> RequestStream:
         name = request.request_id
         if name in self._streams:
             raise InvalidRequest(f"request id {name!r} is in use", "request_id")
         stream = self._streams[name] = RequestStream(name, self._config.max_buffered_tokens, self._leave)
         try:
-            rejection = self._handle(RequestArrived(request))
+            rejection = self._handle(RequestArrived(request, wishes))
         except BaseException:
             self._streams.pop(name, None)
             raise
@@ -214,6 +216,9 @@ class RouterDriver:
                     self._detach(connection)
                 case Reject():
                     rejection = command
+                case Explain(request_id, decision):
+                    if request_id in self._streams:
+                        self._streams[request_id].decision = decision
                 case _:
                     assert_never(command)
         return rejection

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import Output, Request
@@ -111,4 +112,12 @@ class Reject:
     retry_after_s: float | None = None
 
 
-Command = Attach | Detach | SendMessage | Deliver | Reject
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """How a request was routed, for a client that wants to know. It may come again: a request that is run again is routed again."""
+
+    request_id: str
+    decision: Decision
+
+
+Command = Attach | Detach | SendMessage | Deliver | Reject | Explain

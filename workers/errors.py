@@ -36,6 +36,7 @@ class Refusal(StrEnum):
     RATE_LIMITED = "rate_limited"
     NO_WORKERS = "no_workers"
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    TARGET_MISSED = "target_missed"
     WORKER_LOST = "worker_lost"
     WORKERS_DIED = "workers_died"
     """One worker after the other was lost while it ran the request, which may be the cause."""

@@ -103,6 +103,8 @@ class SimRouter:
                     stream.down.send(self.world.profile.router_s, stream.worker.hang_up, stream)
             case router_events.Reject():
                 self.world.rejected(self, command)
+            case router_events.Explain():
+                pass  # no simulated client asks
             case _:
                 assert_never(command)
 

@@ -26,6 +26,7 @@ from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
 from router.config import ApiConfig
+from router.policies.explain import route_of
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -140,18 +141,19 @@ class Answer(Response):
         if span.traceparent:
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
-            generation = await JobOutputs.open(services.backend, requests, heartbeat_s)
+            wishes = replace(job.wishes, explain=True) if span.traceparent else job.wishes
+            generation = await JobOutputs.open(services.backend, requests, heartbeat_s, wishes)
         except BaseException as error:
             span.end(repr(error))
             raise
-        progress = JobProgress(job, services.metrics, start_s)
+        progress = JobProgress(job, services.metrics, start_s, generation.decisions)
         try:
             if job.stream:
                 await self._send_stream(generation, progress, scope, send)
             else:
                 await self._send_whole(generation, progress, scope, receive, send)
         finally:
-            span.set(completion_tokens=progress.completion_tokens)
+            span.set(completion_tokens=progress.completion_tokens, **route_of(generation.decisions()))
             span.end("not finished" if progress.num_unfinished else "")
             progress.abandon()
             generation.close()

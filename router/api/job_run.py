@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from router.backend import Backend, OutputStream
+from router.policies.explain import Decision
+from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request
 
@@ -45,7 +47,11 @@ class JobOutputs:
 
     @classmethod
     async def open(
-        cls, backend: Backend, requests: tuple[Request, ...], heartbeat_s: float | None = None
+        cls,
+        backend: Backend,
+        requests: tuple[Request, ...],
+        heartbeat_s: float | None = None,
+        wishes: Wishes = NO_WISHES,
     ) -> JobOutputs:
         """Submits every request; when one is refused, those before it are closed and the refusal is raised.
 
@@ -54,7 +60,7 @@ class JobOutputs:
         streams: list[OutputStream] = []
         try:
             for number, request in enumerate(requests, 1):
-                streams.append(backend.submit(request))
+                streams.append(backend.submit(request, wishes))
                 if number % _SUBMITS_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
@@ -62,6 +68,10 @@ class JobOutputs:
                 stream.close()
             raise
         return cls(streams, heartbeat_s)
+
+    def decisions(self) -> list[Decision | None]:
+        """How each request was routed, as far as that was asked for."""
+        return [stream.decision for stream in self._streams]
 
     async def next_batch(self) -> list[tuple[int, Output]]:
         """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
@@ -162,10 +172,14 @@ class Choice:
 class JobProgress:
     """All choices of one job; the only place that changes them. Times are seconds of one monotonic clock."""
 
-    def __init__(self, job: Job, metrics: Metrics, now_s: float) -> None:
+    def __init__(
+        self, job: Job, metrics: Metrics, now_s: float, decisions: Callable[[], list[Decision | None]] = list
+    ) -> None:
+        """`decisions`: how the choices were routed."""
         self.job = job
         self._metrics = metrics
         self._start_s = now_s
+        self._decisions = decisions
         self._keep = not job.stream
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
@@ -260,8 +274,13 @@ class JobProgress:
         first = [choice.first_s for choice in self.choices if choice.first_s is not None]
         spans = [(choice.last_s - (choice.first_s or 0.0), choice.num_drawn - 1) for choice in self.choices]
         gaps = sum(count for _, count in spans if count > 0)
+        decisions = self._decisions() or [None] * len(self.choices)
+        routed = [None if decision is None else asdict(decision) for decision in decisions]
         return {
-            "choices": [_trace_choice(choice) for choice in self.choices],
+            "choices": [
+                _trace_choice(choice) | {"routing": routing}
+                for choice, routing in zip(self.choices, routed, strict=True)
+            ],
             "ttft_s": min(first) - self._start_s if first else None,
             "tpot_s": sum(span for span, count in spans if count > 0) / gaps if gaps else None,
             "total_s": max(choice.last_s for choice in self.choices) - self._start_s,

@@ -28,6 +28,7 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.INVALID: Row(400, "invalid_request_error", False),
     Refusal.QUEUE_FULL: Row(429, "rate_limit_error", True, 1.0),
     Refusal.RATE_LIMITED: Row(429, "rate_limit_error", True, 1.0),
+    Refusal.TARGET_MISSED: Row(429, "rate_limit_error", True, 1.0),
     Refusal.NO_WORKERS: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.DEADLINE_EXCEEDED: Row(504, "timeout_error", False),
     Refusal.WORKER_LOST: Row(503, "service_unavailable_error", True),

@@ -67,6 +67,11 @@ class GenerationBody(_Body):
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
     trace: StrictBool | None = None
+    ttft: Number | None = None
+    tpot: Number | None = None
+    session_id: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+    user: Any = None
 
 
 class ChatBody(GenerationBody):

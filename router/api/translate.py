@@ -15,6 +15,7 @@ from router.api.prompts import Prompt, check_length, check_token_ids, read_chat,
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.tools import MAX_TOOLS, read_thinking, read_tools
 from router.config import ApiConfig
+from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
@@ -22,6 +23,7 @@ from workers.text.tokenizer import Tokenizer
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
+_MAX_TARGET_S = 3600
 _MAX_BAD_WORD_CHARACTERS = 32 << 10
 """They are tokenized, each in two forms, before the request can be answered."""
 
@@ -65,6 +67,8 @@ class Job:
     tokens_as_ids: bool
     trace: bool
     speech: Speech
+    wishes: Wishes = NO_WISHES
+    """The same for all requests."""
 
 
 def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -189,8 +193,20 @@ def make_job(
         return_token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         trace=bool(body.trace),
+        wishes=_wishes(body),
         speech=speech,
     )
+
+
+def _wishes(body: GenerationBody) -> Wishes:
+    """Targets and session. `user` is any value for the API; it names a session where it is text and nothing better does."""
+    targets = {}
+    for name, value in (("ttft", body.ttft), ("tpot", body.tpot)):
+        if value is not None and not 0 < value <= _MAX_TARGET_S:
+            raise InvalidRequest(f"{name} must be above 0 and at most {_MAX_TARGET_S} seconds; it is {value:g}", name)
+        targets[f"{name}_s"] = float(value or 0.0)
+    session = body.session_id or body.prompt_cache_key or (body.user if isinstance(body.user, str) else "")
+    return Wishes(**targets, session=session_number(session), explain=bool(body.trace))
 
 
 def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defaults: SamplingParams) -> SamplingParams:

@@ -48,6 +48,8 @@ class Accuracy:
 
     def __init__(self) -> None:
         self._ratios: deque[float] = deque(maxlen=MAX_RATIOS)
+        self._num_noted = self._middle_at = 0
+        self._middle = 1.0
 
     def __len__(self) -> int:
         return len(self._ratios)
@@ -55,6 +57,15 @@ class Accuracy:
     def note(self, foretold_s: float, measured_s: float) -> None:
         if foretold_s > 0 and measured_s > 0:
             self._ratios.append(measured_s / foretold_s)
+            self._num_noted += 1
+
+    @property
+    def middle(self) -> float:
+        """The median of the last ratios, worked out now and then; 1 where nothing was measured."""
+        if self._num_noted >= self._middle_at:
+            self._middle_at = self._num_noted + 16
+            self._middle = self.quantiles()[1]
+        return self._middle
 
     def quantiles(self) -> tuple[float, float, float]:
         """p10, p50 and p90; 1 where nothing was measured."""

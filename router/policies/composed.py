@@ -8,7 +8,7 @@ import numpy as np
 
 from router.fleet.worker_table import Flags, Seconds
 from router.policies.outlook import Outlook
-from router.policies.policy import Candidates, Demand, Part, Route, Weighed, tie_break
+from router.policies.policy import Candidates, Demand, Part, Reason, Route, Weighed, tie_break
 from router.policies.scorers import Filter, Scorer
 
 
@@ -42,19 +42,17 @@ class ComposedPolicy:
         count = max(1, self.max_prefill_candidates)
         prefill = _first(outlook, others, self._cost(outlook, self.prefill), count) if others.any() else []
         is_local = not prefill or self._is_local(outlook, decode)
-        ttft_s, tpot_s = self._foretold(outlook, decode, prefill, is_local)
-        if is_local:
-            return Route(decode, (), ttft_s, tpot_s)
-        return Route(decode, tuple(prefill[: self.max_prefill_candidates]), ttft_s, tpot_s)
+        foretold = self._foretold(outlook, decode, prefill, is_local)
+        chosen = () if is_local else tuple(prefill[: self.max_prefill_candidates])
+        return Route(decode, chosen, *foretold, _reason(outlook, may, chosen[0] if chosen else decode))
 
-    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[Weighed, ...]:
-        """What each candidate costs, by part, the best first; for whoever asks why."""
+    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
         outlook = Outlook(demand, candidates)
         may = candidates.decodes
         for keeps in self.filters:
             may = keeps(outlook, may)
-        weighed = _weighed(outlook, candidates.decodes, may, self.decode)
-        return weighed + _weighed(outlook, candidates.prefills, candidates.prefills, self.prefill)
+        decode = _weighed(outlook, candidates.decodes, may, self.decode)
+        return decode, _weighed(outlook, candidates.prefills, candidates.prefills, self.prefill)
 
     def _cost(self, outlook: Outlook, scorers: tuple[Scorer, ...]) -> Seconds:
         cost = np.zeros(len(outlook.table))
@@ -70,6 +68,14 @@ class ComposedPolicy:
     def _foretold(self, outlook: Outlook, decode: int, prefill: list[int], is_local: bool) -> tuple[float, float]:
         ttft_s = outlook.prefill_s[decode] if is_local else outlook.prefill_s[prefill[0]] + outlook.handoff_s[decode]
         return float(ttft_s), float(outlook.tpot_s[decode])
+
+
+def _reason(outlook: Outlook, may: Flags, computes: int) -> Reason:
+    """`computes`: the worker that computes the prompt."""
+    cached = outlook.candidates.prefixes.cached
+    if may.sum() == 1 and outlook.candidates.prefills.sum() <= 1:
+        return Reason.ONLY_CANDIDATE
+    return Reason.CACHED_PREFIX if 0 < cached[computes] == cached.max() else Reason.LEAST_COST
 
 
 def _first(outlook: Outlook, may: Flags, cost: Seconds, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +69,16 @@ class Candidates:
     lower_tier_tokens: int = 0
 
 
+class Reason(StrEnum):
+    """Why a route was taken; each has a counter."""
+
+    ONLY_CANDIDATE = "only_candidate"
+    CACHED_PREFIX = "cached_prefix"
+    """It costs least, and whoever computes the prompt has most of it cached."""
+    LEAST_COST = "least_cost"
+    IN_TURN = "in_turn"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where a request goes, as rows. `prefill` is in order of preference; empty: the decode worker computes the prompt.
@@ -79,6 +90,7 @@ class Route:
     prefill: tuple[int, ...] = ()
     ttft_s: float = 0.0
     tpot_s: float = 0.0
+    reason: Reason = Reason.IN_TURN
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +120,8 @@ class Policy(Protocol):
 
     def route(self, demand: Demand, candidates: Candidates) -> Route | None: ...
 
-    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[Weighed, ...]:
-        """What each candidate costs; changes nothing."""
+    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
+        """What each candidate costs, those that would decode and those that would compute the prompt; changes nothing."""
         ...
 
 

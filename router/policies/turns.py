@@ -22,7 +22,7 @@ class RoundRobinPolicy:
         self._turn += route is not None
         return route
 
-    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[Weighed, ...]:
+    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
         return _alike(candidates)
 
 
@@ -40,7 +40,7 @@ class RandomPolicy:
         self._turn += route is not None
         return route
 
-    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[Weighed, ...]:
+    def weigh(self, demand: Demand, candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
         return _alike(candidates)
 
 
@@ -67,7 +67,10 @@ def _others(may: Flags, avoid: int) -> np.ndarray[tuple[int], np.dtype[np.int64]
     return rows[rows != avoid] if len(rows) > 1 else rows
 
 
-def _alike(candidates: Candidates) -> tuple[Weighed, ...]:
+def _alike(candidates: Candidates) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
     cached = candidates.prefixes.cached
-    rows = np.flatnonzero(candidates.decodes | candidates.prefills)
-    return tuple(Weighed(int(row), True, int(cached[row])) for row in rows)
+
+    def shown(may: Flags) -> tuple[Weighed, ...]:
+        return tuple(Weighed(int(row), True, int(cached[row])) for row in np.flatnonzero(may))
+
+    return shown(candidates.decodes), shown(candidates.prefills)

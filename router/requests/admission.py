@@ -11,12 +11,15 @@ class _Place:
     """One stay in the queue; a later stay of the same request has another ticket."""
 
     priority: int
+    due_s: float
     order: int
     ticket: int
+    patient_until_s: float
 
 
 class AdmissionQueue:
-    """A bounded queue: lower priority value first, then first come first served; some entries are not due yet.
+    """A bounded queue: lower priority value first, then whose first token is due first, then first come first served; some entries
+    are not ready yet. One that is late is in no hurry any more: those that can still be in time go first, for a while.
 
     `max_queue` bounds new requests only: one that is put back after a fault was admitted before, and the number of
     those is bounded by the requests that run.
@@ -25,7 +28,7 @@ class AdmissionQueue:
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
         self._places: dict[str, _Place] = {}
-        self._ready: list[tuple[int, int, int, str]] = []
+        self._ready: list[tuple[int, float, int, int, str]] = []
         self._delayed: list[tuple[float, int, str]] = []
         self._next_ticket = 0
 
@@ -43,11 +46,22 @@ class AdmissionQueue:
         """All waiting requests, in no particular order."""
         return list(self._places)
 
-    def push(self, request_id: str, priority: int, order: int, due_s: float = 0.0) -> None:
-        """Adds a request. `order` is its arrival number; before `due_s` (same clock as `now`) it is passed over."""
+    def push(
+        self,
+        request_id: str,
+        priority: int,
+        order: int,
+        ready_s: float = 0.0,
+        due_s: float = 0.0,
+        patient_until_s: float = 0.0,
+    ) -> None:
+        """Adds a request. `order` is its arrival number; before `ready_s` (times are of the clock of `now`) it is passed over.
+
+        `due_s` is when its first token is due. When that has passed it stands in line as if it were due at `patient_until_s`.
+        """
         self._next_ticket += 1
-        self._places[request_id] = _Place(priority, order, self._next_ticket)
-        heapq.heappush(self._delayed, (due_s, self._next_ticket, request_id))
+        self._places[request_id] = _Place(priority, due_s, order, self._next_ticket, patient_until_s)
+        heapq.heappush(self._delayed, (ready_s, self._next_ticket, request_id))
 
     def first(self, now: float) -> str | None:
         """The request to run next; it stays in the queue."""
@@ -55,13 +69,17 @@ class AdmissionQueue:
             _, ticket, request_id = heapq.heappop(self._delayed)
             place = self._places.get(request_id)
             if place is not None and place.ticket == ticket:
-                heapq.heappush(self._ready, (place.priority, place.order, ticket, request_id))
+                heapq.heappush(self._ready, (place.priority, place.due_s, place.order, ticket, request_id))
         while self._ready:
-            _, _, ticket, request_id = self._ready[0]
+            _, due_s, _, ticket, request_id = self._ready[0]
             place = self._places.get(request_id)
-            if place is not None and place.ticket == ticket:
+            if place is None or place.ticket != ticket:
+                heapq.heappop(self._ready)
+            elif due_s < now and due_s < place.patient_until_s:
+                later = (place.priority, place.patient_until_s, place.order, ticket, request_id)
+                heapq.heapreplace(self._ready, later)
+            else:
                 return request_id
-            heapq.heappop(self._ready)
         return None
 
     def remove(self, request_id: str) -> None:
@@ -69,7 +87,7 @@ class AdmissionQueue:
         self._places.pop(request_id, None)
         if len(self._ready) + len(self._delayed) > 2 * len(self._places) + 64:
             tickets = {place.ticket for place in self._places.values()}
-            self._ready = [entry for entry in self._ready if entry[2] in tickets]
+            self._ready = [entry for entry in self._ready if entry[3] in tickets]
             self._delayed = [entry for entry in self._delayed if entry[1] in tickets]
             heapq.heapify(self._ready)
             heapq.heapify(self._delayed)

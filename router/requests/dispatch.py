@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import xxhash
 
@@ -10,14 +12,20 @@ from router.events import SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.prefix_index import Prefixes, PrefixIndex
 from router.fleet.worker_entry import Charge, WorkerEntry
-from router.fleet.worker_table import ANYTHING
+from router.fleet.worker_table import ANYTHING, Flags
 from router.forecast.forecasts import Forecasts
+from router.policies.explain import Decision, explain
+from router.policies.outlook import Outlook
 from router.policies.policy import Candidates, Demand, Policy, Route
+from router.policies.promise import Promise, WaitingLine, promise
 from router.requests.in_flight import InFlightRequest
 from workers.errors import InvariantViolated
 from workers.request import Output
 from workers.status import PrefixHint
 from workers.wire.attach import Migration, Submit
+
+MIN_ANSWERS = 20
+"""So many first tokens say how well they are foretold."""
 
 
 class Dispatcher:
@@ -27,6 +35,7 @@ class Dispatcher:
         self, policy: Policy, fleet: Fleet, index: PrefixIndex, forecasts: Forecasts, config: RouterConfig
     ) -> None:
         self._policy = policy
+        self._policy_name = config.policy
         self._fleet = fleet
         self._index = index
         self._forecasts = forecasts
@@ -36,13 +45,49 @@ class Dispatcher:
         self._max_local_tokens = config.max_local_prefill_tokens
         self._request_timeout_s = config.request_timeout_s
         self._first_token_deadline_s = config.first_token_deadline_s
+        self.uncached_share = 1.0
+        """Of prompts, as it was lately."""
         self._matched_hashes: list[int] | None = None
         self._matched_key = (-1, -1)
         self._matched = index.match((), 0)
 
     def route(self, flight: InFlightRequest, now: float) -> Route | None:
         """Where the request would go now; None: nowhere, and the table is told what it waits for."""
-        table, demand, prefixes = self._fleet.table, self._demand(flight, now), self._prefixes(flight)
+        table, demand = self._fleet.table, self._demand(flight, now)
+        candidates, reachable, has_room = self._candidates(flight, demand)
+        route = self._policy.route(demand, candidates)
+        if route is None:
+            in_pool = candidates.prefixes.in_pool
+            lacks_blocks = bool((reachable & ~has_room).any())
+            table.wanted_blocks = demand.num_prompt_blocks - int(in_pool.max(initial=0)) if lacks_blocks else ANYTHING
+        return route
+
+    def explain(self, flight: InFlightRequest, route: Route, now: float) -> Decision:
+        """Why the route that was found just now is what it is."""
+        demand = self._demand(flight, now)
+        candidates, _, _ = self._candidates(flight, demand)
+        weighed = self._policy.weigh(demand, candidates)
+        return explain(self._policy_name, self._fleet.table.ids, route, now - flight.arrived_s, *weighed)
+
+    def promise(self, flight: InFlightRequest, line: WaitingLine, now: float) -> Promise | None:
+        """What can be promised to a request that has just come, behind `line`; None: nothing was measured yet."""
+        demand = self._demand(flight, now)
+        candidates, _, _ = self._candidates(flight, demand)
+        table = self._fleet.table
+        able = replace(candidates, prefills=table.can_prefill & bool(table.num_prefilling), decodes=table.can_decode)
+        if not table.num_prefilling:
+            able = replace(able, computes=table.can_decode)
+        return promise(Outlook(demand, able), line, self.ttft_scale)
+
+    @property
+    def ttft_scale(self) -> float:
+        """Measured first tokens over foretold ones, where there are enough to tell."""
+        accuracy = self._forecasts.ttft
+        return min(3.0, max(0.5, accuracy.middle)) if len(accuracy) >= MIN_ANSWERS else 1.0
+
+    def _candidates(self, flight: InFlightRequest, demand: Demand) -> tuple[Candidates, Flags, Flags]:
+        """With the workers that could take it if they had room, and those that have room."""
+        table, prefixes = self._fleet.table, self._prefixes(flight)
         has_room = table.can_decode & (table.takes_blocks + prefixes.in_pool >= demand.num_prompt_blocks)
         prefills = table.can_prefill & table.takes_prompt
         # Where nobody can prefill, those that decode compute prompts themselves. A prompt whose tokens are to be scored is
@@ -59,25 +104,13 @@ class Dispatcher:
             short = table.can_decode & ~table.can_prefill & table.takes_prompt & table.is_known
             short &= num_uncached <= self._max_local_tokens
         reachable = table.can_decode & (computes | short | (prefills.sum() > prefills))
-        decodes = has_room & reachable
-        handoffs = self._forecasts.handoffs
-        candidates = Candidates(
-            table,
-            decodes,
-            prefills,
-            computes,
-            short,
-            prefixes,
-            handoffs.fixed_s,
-            handoffs.block_s,
-            self._lower_tier_tokens,
+        handoffs, lower_tier_tokens = self._forecasts.handoffs, self._lower_tier_tokens
+        prices = handoffs.fixed_s, handoffs.block_s, lower_tier_tokens
+        return (
+            Candidates(table, has_room & reachable, prefills, computes, short, prefixes, *prices),
+            reachable,
+            has_room,
         )
-        route = self._policy.route(demand, candidates)
-        if route is None:
-            most_cached = int(prefixes.in_pool.max(initial=0))
-            lacks_blocks = bool((reachable & ~has_room).any())
-            table.wanted_blocks = demand.num_prompt_blocks - most_cached if lacks_blocks else ANYTHING
-        return route
 
     def submit(self, flight: InFlightRequest, route: Route, now: float) -> SendMessage:
         """Begins the request's next attempt."""
@@ -166,8 +199,9 @@ class Dispatcher:
         """Until the request's end and until its first token; 0 means no bound, so what has passed counts as nearly nothing."""
         age_s = now - flight.arrived_s
         due_s = 0.0
-        if self._first_token_deadline_s and not flight.is_started:
-            due_s = max(1e-3, self._first_token_deadline_s - age_s)
+        bounds = [bound_s for bound_s in (self._first_token_deadline_s, flight.wishes.ttft_s) if bound_s]
+        if bounds and not flight.is_started:
+            due_s = max(1e-3, min(bounds) - age_s)
         return max(1e-3, self._request_timeout_s - age_s), due_s
 
     def note_answer(self, flight: InFlightRequest, output: Output, now: float) -> None:
@@ -204,6 +238,7 @@ class Dispatcher:
         demand, cached = self._demand(flight), self._prefixes(flight).cached
         num_cached = int(cached[prefill.row])
         num_tokens = max(1, demand.num_prompt_tokens - num_cached * demand.block_size)
+        self.uncached_share += 0.05 * (num_tokens / demand.num_prompt_tokens - self.uncached_share)
         if prefill is decode:
             decode.charge(flight.wire_id, Charge(now, 1, demand.num_blocks, num_tokens))
         else:

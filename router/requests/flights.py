@@ -7,11 +7,15 @@ the wire, so what an earlier attempt still says is recognised and ignored. Knows
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from router.config import RouterConfig
-from router.events import Command, Deliver, Reject, SendMessage
+from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
+from router.forecast.pace import Pace
+from router.policies.policy import Route
+from router.policies.promise import WaitingLine
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
@@ -44,6 +48,9 @@ class InFlightRequests:
         self._flights: dict[str, InFlightRequest] = {}
         self._attempts: dict[str, InFlightRequest] = {}
         self._queue = AdmissionQueue(config.max_queue)
+        self._waiting_tokens = 0
+        """Of the prompts in the queue."""
+        self._finished = Pace()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
         self._left: dict[str, dict[str, str]] = {}
         """By worker whose stream is lost: the attempts that may still run there, with their requests."""
@@ -78,17 +85,55 @@ class InFlightRequests:
     # ---- arrival ----
 
     def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
-        rejection = self._rejection_of(request)
+        flight = InFlightRequest(
+            request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._with_defaults(wishes)
+        )
+        rejection = self._rejection_of(request) or self._out_of_reach(flight, now)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
             self._out.append(rejection)
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        flight = InFlightRequest(request, self._num_arrived, arrived_s=now, queued_s=now, wishes=wishes)
         self._hash(flight)
         self._flights[request.request_id] = flight
-        self._queue.push(request.request_id, request.priority, flight.order)
+        self._enqueue(flight)
+
+    def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
+        patient_until_s = flight.arrived_s + self._config.patience_s
+        due_s = flight.arrived_s + flight.wishes.ttft_s if flight.wishes.ttft_s else patient_until_s
+        name, priority = flight.request.request_id, flight.request.priority
+        self._queue.push(name, priority, flight.order, ready_s, due_s, patient_until_s)
+        self._waiting_tokens += len(flight.request.prompt_token_ids)
+
+    def _dequeue(self, flight: InFlightRequest) -> None:
+        if flight.request.request_id in self._queue:
+            self._queue.remove(flight.request.request_id)
+            self._waiting_tokens -= len(flight.request.prompt_token_ids)
+
+    def _out_of_reach(self, flight: InFlightRequest, now: float) -> Reject | None:
+        """Why a request with targets is refused at its arrival, where that is wanted: they cannot be met."""
+        wishes = flight.wishes
+        if self._config.admission != "strict" or not (wishes.ttft_s or wishes.tpot_s):
+            return None
+        self._hash(flight)
+        tokens = self._waiting_tokens * self._dispatcher.uncached_share
+        expected = self._dispatcher.promise(
+            flight, WaitingLine(len(self._queue), tokens, self._finished.per_s(now)), now
+        )
+        miss = expected.miss(wishes.ttft_s, wishes.tpot_s) if expected is not None else ""
+        if expected is None or not miss:
+            return None
+        retry_s = max(1.0, expected.ttft_s - wishes.ttft_s)
+        return Reject(flight.request.request_id, Refusal.TARGET_MISSED, miss, retry_after_s=retry_s)
+
+    def _with_defaults(self, wishes: Wishes) -> Wishes:
+        ttft_s, tpot_s = wishes.ttft_s or self._config.ttft_target_s, wishes.tpot_s or self._config.tpot_target_s
+        return (
+            wishes
+            if (ttft_s, tpot_s) == (wishes.ttft_s, wishes.tpot_s)
+            else replace(wishes, ttft_s=ttft_s, tpot_s=tpot_s)
+        )
 
     def _hash(self, flight: InFlightRequest) -> None:
         """The choices of a client's request come one after another with the same prompt: it is hashed once."""
@@ -159,14 +204,29 @@ class InFlightRequests:
                 return
             self._blocked = None
             self._unroutable_since_s = None
-            self._queue.remove(request_id)
+            self._dequeue(flight)
+            if self._is_hopeless(flight, route, now):
+                continue
+            if flight.wishes.explain:
+                self._out.append(Explain(request_id, self._dispatcher.explain(flight, route, now)))
             self._out.append(self._dispatcher.submit(flight, route, now))
             self._attempts[flight.wire_id] = flight
             if flight.left is not None and flight.left[0] != flight.worker_id:
                 self._end_left(*flight.left)
             flight.left = None
             self._counters["replayed_tokens"] += len(flight.delivered)
+            self._counters[f"routed_by_{route.reason}"] += 1
             self._counters["routed_remote_prefill" if route.prefill else "routed_local_prefill"] += 1
+
+    def _is_hopeless(self, flight: InFlightRequest, route: Route, now: float) -> bool:
+        """It was promised a first token in time, and none can come in time any more: no work is spent on it."""
+        ttft_s = flight.wishes.ttft_s
+        if self._config.admission != "strict" or not ttft_s or not route.ttft_s or flight.num_attempts:
+            return False
+        if now + route.ttft_s * self._dispatcher.ttft_scale <= flight.arrived_s + ttft_s:
+            return False
+        self._fail(flight, Refusal.TARGET_MISSED, f"its first token could not come within ttft = {ttft_s:g} s", now)
+        return True
 
     # ---- outputs ----
 
@@ -226,6 +286,7 @@ class InFlightRequests:
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
+            self._finished.note(now)
             self._forget(flight, now)
 
     # ---- trouble ----
@@ -332,7 +393,7 @@ class InFlightRequests:
         self._counters[f"reruns_{refusal}"] += 1
         flight.avoid_worker_id = flight.worker_id
         flight.queued_s = now
-        self._queue.push(flight.request.request_id, flight.request.priority, flight.order, now + delay_s)
+        self._enqueue(flight, now + delay_s)
 
     def _fail(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
         """Ends a request for good with an error."""
@@ -360,5 +421,5 @@ class InFlightRequests:
         self._end_attempt(flight)
         if flight.left is not None:
             self._end_left(*flight.left)
-        self._queue.remove(flight.request.request_id)
+        self._dequeue(flight)
         del self._flights[flight.request.request_id]

@@ -24,6 +24,7 @@ TREATMENTS: dict[Refusal, Treatment] = {
     Refusal.INVALID: Treatment.FINAL,
     Refusal.RATE_LIMITED: Treatment.FINAL,
     Refusal.DEADLINE_EXCEEDED: Treatment.FINAL,
+    Refusal.TARGET_MISSED: Treatment.FINAL,
     Refusal.WORKER_LOST: Treatment.FAULT,
     Refusal.WORKERS_DIED: Treatment.FINAL,
     Refusal.NO_WORKERS: Treatment.FAULT,

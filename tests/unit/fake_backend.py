@@ -21,12 +21,16 @@ from router.config import ApiConfig, HttpConfig
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
 from router.http_server import HttpServer
+from router.policies.explain import Decision
+from router.policies.policy import Reason
+from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidRequest
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
 from workers.status import Load, ModelInfo, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
+DECISION = Decision("kv_aware", "decode-0", ("prefill-0",), Reason.LEAST_COST, False, 0.5, 0.25, 0.02, 1, 1, (), ())
 MODEL = ModelInfo("ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16)
 WORDS = (" the", " is", " a", "é", "你", "好", "\n", "7", " day")
 """What the fake says; several of these are tokens that end inside a character."""
@@ -121,6 +125,7 @@ class FakeStream:
         self._steps = iter(steps)
         self._next: Step | None = None
         self._is_over = False
+        self.decision = DECISION if backend.wishes[-1].explain else None
 
     def take(self, wake: Callable[[], None]) -> Output | None:
         step = self._next or next(self._steps)
@@ -155,6 +160,7 @@ class FakeBackend:
         self.cached_tokens = 0
         self.refusals: dict[int, Exception] = {}
         self.requests: list[Request] = []
+        self.wishes: list[Wishes] = []
         self.cancelled: list[str] = []
         self._changed = threading.Condition()
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
@@ -167,12 +173,13 @@ class FakeBackend:
     def is_ready(self) -> bool:
         return self.ready
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> FakeStream:
         with self._changed:
             refusal = self.refusals.get(len(self.requests))
             if refusal is not None:
                 raise refusal
             self.requests.append(request)
+            self.wishes.append(wishes)
             self._changed.notify_all()
         return FakeStream(self, request, self.script(self, request))
 

@@ -170,6 +170,7 @@ def test_unknown_paths_do_not_become_metric_labels(api: Api) -> None:
 def test_a_trace_tells_where_each_choice_ran_and_how_long_it_took(api: Api) -> None:
     ask: dict[str, Any] = {"model": MODEL.name, "messages": MESSAGES, "max_tokens": 8, "extra_body": {"trace": True}}
     trace = api.client.chat.completions.create(n=2, **ask).baton
+    assert trace["choices"][1].pop("routing")["reason"] == "least_cost"
     assert trace["choices"][1] == {
         "index": 1,
         "prefill_worker": "prefill-0",

@@ -86,3 +86,42 @@ def test_a_worker_that_takes_the_row_of_another_does_not_inherit_its_speed() -> 
     entry = story.core.fleet.get("m-0")
     assert entry is not None and story.core.fleet.table.speeds[entry.row] == 1.0
     assert outputs(story.commands) == []
+
+
+# ---- prefill here or there ----
+
+
+def prefillers(story: Story, name: str, num_prompt: int) -> int:
+    """How many prefill workers a request of so many tokens is told of; 0: its decode worker computes the prompt."""
+    first = sum(map(ord, name)) * 7
+    _, submit = the_submit(story.tell(RequestArrived(request(name, tuple(range(first, first + num_prompt))))))
+    story.tell(RequestCancelled(name))
+    return len(submit.prefill_workers)
+
+
+def test_an_idle_decode_worker_computes_short_prompts_itself_and_a_busy_one_does_not() -> None:
+    story = Story(*PD)
+    assert prefillers(story, "unknown", 100) > 0, "before anything was measured prompts go where they always went"
+    learn(story)
+    assert prefillers(story, "idle", 100) == 0
+    assert prefillers(story, "long", 2049) > 0
+    busy = Load(0, 60, 0, 0, 1000, 1000, 0.02, 60, 60_000, 0, 0)
+    learn(story, num_ticks=3, d_0=busy, d_1=busy)
+    assert prefillers(story, "busy", 100) > 0, "sixty answers would wait for this prompt"
+
+
+def test_where_prefill_workers_have_long_lines_more_is_computed_where_it_decodes() -> None:
+    story = Story(*PD)
+    learn(story)
+    some = Load(0, 6, 0, 0, 1000, 1000, 0.0061, 6, 6000, 0, 0)
+    learn(story, num_ticks=3, d_0=some, d_1=some)
+    assert prefillers(story, "quiet", 1500) > 0
+    line = load(1, waiting=25_000)
+    learn(story, num_ticks=3, d_0=some, d_1=some, p_0=line, p_1=line)
+    assert prefillers(story, "crowded", 1500) == 0
+
+
+def test_an_operator_may_keep_prompts_off_decode_workers() -> None:
+    story = Story(*PD, max_local_prefill_tokens=0)
+    learn(story)
+    assert prefillers(story, "short", 3) > 0

@@ -102,11 +102,12 @@ async def test_each_fault_is_a_span_that_says_how_it_was_answered(exporter: InMe
 def test_the_request_span_takes_its_clients_trace_and_hands_it_on(exporter: InMemorySpanExporter) -> None:
     tokenizer = Tokenizer.load(str(CHECKPOINT))
     backend = FakeBackend(tokenizer)
-    client = TestClient(create_app(backend, tokenizer, ApiConfig()))
+    app = create_app(backend, tokenizer, ApiConfig())
+    client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 50_000))
     body = {"model": "ernie", "prompt": "hello", "max_tokens": 2}
     seen: list[str] = []
     submit = backend.submit
-    backend.submit = lambda request: (seen.append(request.traceparent), submit(request))[1]  # type: ignore[method-assign]
+    backend.submit = lambda request, wishes: (seen.append(request.traceparent), submit(request, wishes))[1]  # type: ignore[method-assign]
     assert backend.model is not None
     answer = client.post("/v1/completions", json={**body, "model": backend.model.name}, headers={"traceparent": PARENT})
     assert answer.status_code == 200
