@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SERVE := $(VENV)/.serve-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: serve test kernels-emulated chaos demo model lint protos clean
+.PHONY: serve test kernels-emulated chaos soak demo model lint protos clean
 
 serve: $(SERVE)
 	$(BIN)/baton serve
@@ -24,6 +24,10 @@ kernels-emulated: $(TEST)
 # Minutes: worker processes are killed, stopped and cut off at every step of a transfer. SEED=2 for another run.
 chaos: $(TEST)
 	PYTHONPATH=tests $(BIN)/python -m chaos --seed $(or $(SEED),1) --requests $(or $(REQUESTS),1000)
+
+# Thousands of small simulated clusters under random faults; a seed that fails is printed with the command that shows it again.
+soak: $(TEST)
+	$(BIN)/python -m cluster.sim.soak --seeds $(or $(SEEDS),1:3001)
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers

@@ -90,11 +90,20 @@ class SimStore:
 
 
 class Registered:
-    """Keeps one worker process in the store, as cluster.registration does: renews three times a lease, registers again when that fails."""
+    """Keeps one worker process in the store, as cluster.registration does: renews three times a lease, registers again when that fails.
+
+    `reaches()`: the network lets the worker through to the store.
+    """
 
     def __init__(
-        self, store: SimStore, registration: Registration, defer: Callable[..., bool], timeline: Timeline
+        self,
+        store: SimStore,
+        registration: Registration,
+        defer: Callable[..., bool],
+        reaches: Callable[[], bool],
+        timeline: Timeline,
     ) -> None:
+        self._reaches = reaches
         self._store = store
         self._registration = registration
         self._defer = defer
@@ -105,11 +114,11 @@ class Registered:
     def change(self, registration: Registration) -> None:
         """The worker has another role or generation."""
         self._registration = registration
-        self._is_written = self._store.write(registration)
+        self._is_written = self._reaches() and self._store.write(registration)
 
     def _renew(self) -> None:
         if self._defer(self._renew):
             return
-        if not (self._is_written and self._store.renew(self._registration)):
+        if self._reaches() and not (self._is_written and self._store.renew(self._registration)):
             self._is_written = self._store.write(self._registration)
         self._timeline.after(self._store.ttl_s / 3, self._renew)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, assert_never
 
 from cluster.sim.network import Network
 from cluster.sim.product import (
+    Adopt,
     Membership,
     MembershipTick,
     Output,
@@ -39,6 +40,8 @@ class World(Protocol):
 
     def submitted(self, request_name: str) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class SimRouter:
     """A process from its start to its end. `grace_s` and `doubt_s` are its membership's."""
@@ -51,6 +54,8 @@ class SimRouter:
         self.is_dead = False
         self._config = config
         self._streams: dict[int, Stream] = {}
+        self._known: set[str] = set()
+        """Workers that it has connected to before."""
         self._events: deque[router_events.Event] = deque()
         self._is_handling = False
 
@@ -99,6 +104,7 @@ class SimRouter:
             case router_events.Detach(_, connection):
                 stream = self._streams.pop(connection, None)
                 if stream is not None:
+                    self.world.note(f"{self.name} gives the stream of {stream.worker.name} up")
                     stream.up.is_closed = True
                     stream.down.send(self.world.profile.router_s, stream.worker.hang_up, stream)
             case router_events.Reject():
@@ -113,9 +119,23 @@ class SimRouter:
         if stream is None:
             self._events.append(router_events.WorkerDetached(worker_id, connection, "the stream is gone"))
             return
-        if isinstance(message, Submit) and message.migration is None:
-            self.world.submitted(message.name)
+        if isinstance(message, Submit):
+            self._note_submission(worker_id, message)
+        elif isinstance(message, Adopt):
+            self.world.note(
+                f"{self.name} asks {worker_id} to go on with {message.name} from token {message.position} on"
+            )
         stream.down.send(self.world.profile.router_s, stream.worker.hear, stream, message)
+
+    def _note_submission(self, worker_id: str, submit: Submit) -> None:
+        if submit.migration is not None:
+            moves = f"{submit.migration.source.worker_id} to {worker_id}"
+            self.world.note(f"{self.name} moves {submit.name} from {moves}")
+            return
+        self.world.submitted(submit.name)
+        if submit.request.request_id != f"{submit.name}#1":
+            num_known = len(submit.request.replay_token_ids)
+            self.world.note(f"{self.name} sends {submit.name} to {worker_id} again, with {num_known} tokens to replay")
 
     def _attach(self, command: router_events.Attach) -> None:
         worker = self.world.worker_at(command.target)
@@ -124,6 +144,9 @@ class SimRouter:
             detached = router_events.WorkerDetached(command.worker_id, command.connection, "nobody is there")
             self.world.timeline.after(latency_s, self.handle, detached)
             return
+        if worker.name in self._known:
+            self.world.note(f"{self.name} connects to {worker.name} again")
+        self._known.add(worker.name)
         stream = self._streams[command.connection] = Stream(self, worker, command.connection, self.world.network)
         stream.down.send(latency_s, worker.attach, stream)
 
@@ -135,6 +158,7 @@ class SimRouter:
         """A worker's stream is gone."""
         stream.up.is_closed = stream.down.is_closed = True
         if self._streams.pop(stream.connection, None) is not None:
+            self.world.note(f"{self.name} loses the stream of {stream.worker.name}: {reason}")
             self.handle(router_events.WorkerDetached(stream.worker.name, stream.connection, reason))
 
     # ---- clients and the store ----

@@ -34,6 +34,8 @@ from cluster.sim.worker import SimWorker
 
 WARM_UP_S = 1.0
 """Workers register and routers connect before the trace begins."""
+STORE = "store"
+"""The store's node, for cuts of the network."""
 QUIET_S = 0.25
 """Before a fault steps are taken one by one, so that what was said before it has arrived."""
 
@@ -123,7 +125,9 @@ class Simulation:
             worker.handle(worker_events.SetDrain(True, remember=False))
         worker.start()
         registration = Registration(worker.identity.address, role)
-        self._registered[name] = Registered(self.store, registration, worker.defer, self.timeline)
+        self._registered[name] = Registered(
+            self.store, registration, worker.defer, lambda: not self.network.is_cut(name, STORE), self.timeline
+        )
 
     def _start_router(self, name: str) -> None:
         ttl_s = self.settings.lease_ttl_s
@@ -151,7 +155,7 @@ class Simulation:
         self._roles[worker.name] = role
         self._note_generation(worker)
         self.record.switches.append(Switch(now - WARM_UP_S, worker.name, role.value, generation))
-        self._notice(now, f"{worker.name} is {role} now")
+        self.note(f"{worker.name} is {role} now")
         self.timeline.soon(self._registered[worker.name].change, Registration(worker.identity.address, role))
 
     def drain_changed(self, worker: SimWorker, is_draining: bool) -> None:
@@ -170,6 +174,10 @@ class Simulation:
     def rejected(self, router: SimRouter, rejection: router_events.Reject) -> None:
         self.clients.rejected(rejection.request_id, rejection.refusal.value)
 
+    def note(self, text: str) -> None:
+        """For the transcript, in the trace's time."""
+        self._notice(self.timeline.now - WARM_UP_S, text)
+
     def submitted(self, request_name: str) -> None:
         self.clients.submitted(request_name)
 
@@ -180,7 +188,7 @@ class Simulation:
         for worker in self.workers.values():
             worker.loop.catch_up()
         self.record.faults.append(FaultRecord(fault.at_s, fault.kind, fault.target, str(fault)))
-        self._notice(self.timeline.now, f"fault: {str(fault).split(' ', 1)[1]}")
+        self.note(f"fault: {str(fault).split(' ', 1)[1]}")
         after, network = self.timeline.after, self.network
         match fault.kind:
             case "kill":
@@ -240,7 +248,7 @@ class Simulation:
                 self.timeline.after(restart_s, self._restart, name)
 
     def _restart(self, name: str) -> None:
-        self._notice(self.timeline.now, f"{name} starts again")
+        self.note(f"{name} starts again")
         self._start_worker(name, self._roles[name])
 
     def _retire(self, worker: SimWorker) -> None:

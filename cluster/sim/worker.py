@@ -250,6 +250,7 @@ class SimWorker:
             counters=(*counters, *((name, float(value)) for name, value in sorted(self.core.counters.items()))),
             is_draining=me.is_draining,
             max_num_seqs=self.config.max_num_seqs,
+            max_batch_tokens=self.config.max_batch_tokens,
             is_rebuilding=me.is_rebuilding,
         )
 

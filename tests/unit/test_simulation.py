@@ -6,12 +6,14 @@ import random
 
 import pytest
 
+from cluster.sim import soak
 from cluster.sim.faults import random_faults
 from cluster.sim.load import TraceRequest
 from cluster.sim.profiles.profile import Profile
 from cluster.sim.record import RunRecord
 from cluster.sim.settings import Settings
-from cluster.sim.simulation import Simulation
+from cluster.sim.simulation import Notice, Simulation
+from cluster.sim.soak import try_seed
 from cluster.sim.traces.generated import Recipe, generate
 from workers.errors import InvariantViolated
 from workers.kv_cache.block_pool import BlockPool
@@ -44,11 +46,15 @@ def test_every_request_gets_its_own_tokens_and_leaves_nothing_behind() -> None:
     assert run.counters["cached_tokens"] > 0
 
 
-@pytest.mark.parametrize("split", [{"num_prefill": 1, "num_decode": 2}, {"num_mixed": 2}])
-def test_many_steps_at_once_change_no_outcome(split: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("split", "policy"),
+    [({"num_prefill": 1, "num_decode": 2}, "prefix_affinity"), ({"num_mixed": 2}, "least_loaded")],
+)
+def test_many_steps_at_once_change_no_outcome(split: dict[str, int], policy: str) -> None:
+    """Under policies that do not learn from how long steps take; those that do hear of fewer steps."""
     trace = small_trace(2, Recipe(requests=80, rate=10.0, prompt=1500, output=150, pause=1.0, hangups=0.1))
-    one_by_one = Simulation(Settings(**split, max_leap_s=0.0), trace).run()
-    together = Simulation(Settings(**split, max_leap_s=1.0), trace).run()
+    one_by_one = Simulation(Settings(**split, max_leap_s=0.0, router={"policy": policy}), trace).run()
+    together = Simulation(Settings(**split, max_leap_s=1.0, router={"policy": policy}), trace).run()
     assert outcomes(together) == outcomes(one_by_one)
     assert together.num_steps == one_by_one.num_steps
     assert together.num_events < one_by_one.num_events / 2
@@ -81,3 +87,20 @@ def test_a_pool_that_has_lost_count_of_a_block_is_found_out() -> None:
     for wrong in ([], held, [*held, *held], [*held, held[0], 3]):
         with pytest.raises(InvariantViolated):
             pool.check(wrong)
+
+
+def test_random_faults_break_no_promise() -> None:
+    """A slice of `make soak`."""
+    failures = [why for seed in range(1, 13) if (why := try_seed(seed))]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(settings: Settings, trace: object, faults: object, notice: Notice) -> None:
+        notice(1.0, "fault: kill decode-0")
+        raise InvariantViolated("a block is lost")
+
+    monkeypatch.setattr(soak, "Simulation", broken)
+    why = try_seed(12)
+    assert "python -m cluster.sim.soak --seed 12" in why
+    assert "fault: kill decode-0" in why and "a block is lost" in why

@@ -90,7 +90,7 @@ def _within(summary: Summary) -> str:
 
 def target_text(pair: tuple[float | None, float | None]) -> str:
     ttft, tpot = pair
-    parts = [f"TTFT {ttft:g} s"] * (ttft is not None) + [f"TPOT {(tpot or 0) * 1000:g} ms"] * (tpot is not None)
+    parts = [f"TTFT {ttft or 0:g} s"] * (ttft is not None) + [f"TPOT {(tpot or 0) * 1000:g} ms"] * (tpot is not None)
     return ", ".join(parts) or "no target"
 
 
