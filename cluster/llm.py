@@ -132,6 +132,7 @@ class LLM:
                     add_generation_prompt,
                     False,
                     template_settings,
+                    False,
                 )
             )
         return self._generate(read, params, n, progress, self._checkpoint.info.max_model_len, "messages")

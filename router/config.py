@@ -50,6 +50,9 @@ class ApiConfig:
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: Natural = 4 << 10
     """Bodies larger than this are validated and tokenized in a thread, so that other streams do not stall."""
+    allow_control_tokens: bool = False
+    """Whether control tokens that stand in a message's text, such as <|end_of_sentence|>, are tokens; otherwise they are letters.
+    In prompts of /v1/completions they always are tokens."""
     max_prompt_scores: Natural = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
@@ -169,6 +172,9 @@ class RouterConfig:
     """Requests on workers at once."""
     max_attempts: Count = 5
     """Attempts of one request in a row that bring no token before it is given up."""
+    max_lost_workers: Count = 2
+    """Workers that may be lost one after the other while they run one request, and before it gets another token: it may be what kills
+    them, and is given up."""
     retry_backoff_s: Delay = 0.1
     """Wait before the second re-run in a row (the first is immediate); doubles each time."""
     max_retry_backoff_s: Delay = 2.0

@@ -232,7 +232,7 @@ class RouterDriver:
                 del self._streams[output.request_id]
             return
         del self._streams[output.request_id]
-        stream.fail(Refusal.QUEUE_FULL, "outputs were read too slowly")
+        stream.fail(Refusal.DEADLINE_EXCEEDED, "outputs were read too slowly")
         events.append(RequestCancelled(output.request_id, "slow_client"))
 
     def _leave(self, request_id: str) -> None:

@@ -54,6 +54,7 @@ class RouterServer:
         """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, or
         sampling_defaults name tokens that the model does not have."""
         tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        await asyncio.to_thread(lambda: tokenizer.control)  # as long to make as the tokenizer
         if self._config.api.sampling_defaults == SamplingParams():
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))

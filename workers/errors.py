@@ -38,6 +38,8 @@ class Refusal(StrEnum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
     TARGET_MISSED = "target_missed"
     WORKER_LOST = "worker_lost"
+    WORKERS_DIED = "workers_died"
+    """One worker after the other was lost while it ran the request, which may be the cause."""
     WRONG_ROLE = "wrong_role"
     STALE_GENERATION = "stale_generation"
     DRAINING = "draining"

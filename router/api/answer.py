@@ -55,6 +55,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_ENTRIES_AT_ONCE = 1000
 """Tokens and logprobs that the event loop writes itself."""
+_ENTRIES_PER_CHOICE = 4
+"""That a choice's other fields take as long to write as."""
 _BODY_CHARACTERS = 1 << 17
 """Of a long answer, at least so many are sent at once."""
 
@@ -140,7 +142,7 @@ class Answer(Response):
             requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
         try:
             wishes = replace(job.wishes, explain=True) if span.traceparent else job.wishes
-            generation = JobOutputs.open(services.backend, requests, heartbeat_s, wishes)
+            generation = await JobOutputs.open(services.backend, requests, heartbeat_s, wishes)
         except BaseException as error:
             span.end(repr(error))
             raise
@@ -229,7 +231,8 @@ def is_long(job: Job, choices: Iterable[Choice]) -> bool:
     if job.echo:
         per_prompt_token += 1 if job.logprobs is None else job.logprobs + 2
     num_entries = sum(
-        len(choice.prompt.token_ids) * per_prompt_token + choice.num_tokens * per_token for choice in choices
+        _ENTRIES_PER_CHOICE + len(choice.prompt.token_ids) * per_prompt_token + choice.num_tokens * per_token
+        for choice in choices
     )
     return num_entries > _MAX_ENTRIES_AT_ONCE
 

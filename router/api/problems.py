@@ -32,6 +32,7 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.NO_WORKERS: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.DEADLINE_EXCEEDED: Row(504, "timeout_error", False),
     Refusal.WORKER_LOST: Row(503, "service_unavailable_error", True),
+    Refusal.WORKERS_DIED: Row(500, "server_error", False),
     Refusal.WRONG_ROLE: Row(503, "service_unavailable_error", True),
     Refusal.STALE_GENERATION: Row(503, "service_unavailable_error", True),
     Refusal.DRAINING: Row(503, "service_unavailable_error", True, 1.0),
@@ -41,15 +42,18 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.INTERNAL: Row(500, "server_error", False),
 }
-"""A request that met an internal error may be the one that causes it: it is not to be sent again."""
+"""A request that met an internal error, or lost its workers, may be the one that causes it: it is not to be sent again."""
 
 
 SENTENCES: dict[Refusal, str] = {
+    Refusal.WORKERS_DIED: "workers were lost one after the other while they ran the request; it is not run again",
     Refusal.WORKER_LOST: "the workers that ran the request were lost; send it again",
     Refusal.WRONG_ROLE: "no worker could take the request; send it again",
     Refusal.STALE_GENERATION: "no worker could take the request; send it again",
     Refusal.DRAINING: "no worker could take the request; send it again later",
     Refusal.NOT_MOVABLE: "no worker could take the request; send it again",
+    Refusal.NOT_KEPT: "no worker could take the request; send it again",
+    Refusal.TAKEN_UP: "the request is answered elsewhere",
     Refusal.SHUTTING_DOWN: "the service is stopping; send the request again later",
     Refusal.INTERNAL: "an internal error ended the request",
 }

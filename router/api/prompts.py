@@ -82,16 +82,17 @@ def read_chat(
     add_generation_prompt: bool,
     add_special_tokens: bool,
     template_kwargs: Mapping[str, Any],
+    allow_control_tokens: bool,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Prompt:
     """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used, or Rejected when it is too long."""
-    text = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools)
-    check_length(tokenizer.least_tokens(text), info, "messages", at_least=True)
-    token_ids = tokenizer.encode(text, add_special_tokens)
+    conversation = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools)
+    check_length(tokenizer.least_tokens(conversation.text), info, "messages", at_least=True)
+    token_ids = encode_chat(conversation, tokenizer, add_special_tokens, allow_control_tokens)
     if not token_ids:
         raise InvalidRequest("messages give an empty prompt", "messages")
     check_length(len(token_ids), info, "messages")
-    return Prompt(tuple(token_ids), opens_reasoning=_opens_reasoning(text, messages))
+    return Prompt(tuple(token_ids), opens_reasoning=_opens_reasoning(conversation.text, messages))
 
 
 def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -102,14 +103,25 @@ def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
     return end.rfind(THINK[0]) > end.rfind(THINK[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that can be used, as the template sees them, and the text that it makes of them."""
+
+    messages: list[dict[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool
+    template_kwargs: Mapping[str, Any]
+    text: str
+
+
 def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
-    """One conversation as the text of a prompt. Raises InvalidRequest naming the message that cannot be used."""
+) -> Conversation:
+    """Reads messages and renders them. Raises InvalidRequest naming the message that cannot be used."""
     if not messages:
         raise InvalidRequest("messages must not be empty", "messages")
     for name in template_kwargs:
@@ -120,12 +132,25 @@ def render_chat(
         for place, message in enumerate(plain):
             if message["role"] == "tool" or message.get("tool_calls"):
                 raise InvalidRequest(f"messages[{place}]: this model's chat template knows no tools", "messages")
-    return tokenizer.render_chat(plain, tools, add_generation_prompt, **template_kwargs)
+    text = tokenizer.render_chat(plain, tools, add_generation_prompt, **template_kwargs)
+    return Conversation(plain, tools, add_generation_prompt, template_kwargs, text)
+
+
+def encode_chat(
+    conversation: Conversation, tokenizer: Tokenizer, add_special_tokens: bool, allow_control_tokens: bool
+) -> list[int]:
+    """Its tokens; control tokens that stand in messages are letters unless they are allowed."""
+    control, kwargs = tokenizer.control, conversation.template_kwargs
+    if allow_control_tokens or not control.is_in(conversation.messages):
+        return tokenizer.encode(conversation.text, add_special_tokens)
+    marked = control.marked(conversation.messages)
+    text = tokenizer.render_chat(marked, conversation.tools, conversation.add_generation_prompt, **kwargs)
+    return control.encode(text, add_special_tokens)
 
 
 def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; it is {role!r:.80}", "messages")
     for key in _UNSUPPORTED_KEYS:
         if message.get(key):

@@ -19,6 +19,9 @@ _MESSAGES = Field(max_length=8192)
 """Of a conversation: every one of them is read and rendered in Python."""
 MAX_VALUES = 512 << 10
 """Of one body, counted by its commas before it is read: the reader lets nothing else run meanwhile."""
+_MAX_WORK = 3 << 20
+"""What reading one body may take, about 0.1 s: a value counts 1, a bracket 10 and a name 20. What a text of 131,072 tokens holds of
+their signs stays below."""
 _COUNT_BYTES = 1 << 20
 _SHORT = Field(max_length=MAX_ENTRIES)
 """A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
@@ -165,9 +168,14 @@ AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
     """One body, read and checked. Raises InvalidRequest naming the first field that is wrong or not supported."""
-    num_values = sum(body.count(b",", start, start + _COUNT_BYTES) for start in range(0, len(body), _COUNT_BYTES))
+    num_values = _count(body, b",")
     if num_values > MAX_VALUES:
         raise InvalidRequest(f"the request body has more than {MAX_VALUES} values, or commas: send less at once")
+    num_brackets = _count(body, b"{") + _count(body, b"[")
+    if num_values + 10 * num_brackets + 20 * _count(body, b":") > _MAX_WORK:
+        raise InvalidRequest(
+            "the request body has too many names, lists and objects, or colons and brackets: send less at once"
+        )
     try:
         content = pydantic_core.from_json(body)
     except ValueError as error:
@@ -179,6 +187,10 @@ def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
         if value not in (None, False, [], {}, "") and value not in _HARMLESS[name]:
             raise InvalidRequest(f"{name} is not supported", name)
     return read_fields(kind, content)
+
+
+def _count(body: bytes, sign: bytes) -> int:
+    return sum(body.count(sign, start, start + _COUNT_BYTES) for start in range(0, len(body), _COUNT_BYTES))
 
 
 def read_fields(kind: type[AnyBody], content: dict[str, Any]) -> AnyBody:

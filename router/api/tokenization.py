@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.answer import Services, offload
-from router.api.prompts import check_token_ids, render_chat
+from router.api.prompts import check_token_ids, encode_chat, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
 from router.api.sse import json_parts
 from router.api.tools import read_tools
@@ -63,19 +63,20 @@ def _tokenize(services: Services, info: ModelInfo | None, raw: bytes) -> dict[st
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", "prompt")
     if body.messages is not None:
-        param, special = "messages", bool(body.add_special_tokens)
-        text = render_chat(
-            body.messages,
-            tokenizer,
-            body.add_generation_prompt is not False,
-            body.chat_template_kwargs or {},
-            use.tools if (use := read_tools(body.tools, None, None)) else None,
-        )
+        kwargs = body.chat_template_kwargs or {}
+        tools = use.tools if (use := read_tools(body.tools, None, None)) else None
+        chat = render_chat(body.messages, tokenizer, body.add_generation_prompt is not False, kwargs, tools)
+        _check_characters(chat.text, "messages")
+        tokens = encode_chat(chat, tokenizer, bool(body.add_special_tokens), services.config.allow_control_tokens)
     else:
-        param, special, text = "prompt", body.add_special_tokens is not False, body.prompt or ""
+        prompt = body.prompt or ""
+        _check_characters(prompt, "prompt")
+        tokens = tokenizer.encode(prompt, body.add_special_tokens is not False)
+    strings = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, "token_strs": strings}
+
+
+def _check_characters(text: str, param: str) -> None:
     if len(text) > MAX_TOKENIZE_CHARACTERS:
         what = f"{param} has {len(text)} characters, /tokenize takes {MAX_TOKENIZE_CHARACTERS}: send it in pieces"
         raise InvalidRequest(what, param)
-    tokens = tokenizer.encode(text, special)
-    strings = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, "token_strs": strings}

@@ -96,6 +96,7 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
         body.add_generation_prompt is not False,
         bool(body.add_special_tokens),
         kwargs,
+        config.allow_control_tokens,
         use.tools if use else None,
     )
     room = info.max_model_len - len(prompt.token_ids)

@@ -18,7 +18,7 @@ from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.admission import AdmissionQueue
 from router.requests.dispatch import Dispatcher
-from router.requests.in_flight import InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy
+from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
 from router.requests.migrations import Migrations
 from router.wishes import Wishes
 from workers.errors import Refusal
@@ -35,7 +35,11 @@ class InFlightRequests:
     ) -> None:
         self._config = config
         self._retry = RetryPolicy(
-            config.max_attempts, config.retry_backoff_s, config.max_retry_backoff_s, config.recovery_timeout_s
+            config.max_attempts,
+            config.max_lost_workers,
+            config.retry_backoff_s,
+            config.max_retry_backoff_s,
+            config.recovery_timeout_s,
         )
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -295,7 +299,11 @@ class InFlightRequests:
         if left:
             self._left[worker_id] = left
         for flight in running:
-            self._set_back(flight, Refusal.WORKER_LOST, message, now)
+            has_moved = flight.incoming is not None and bool(flight.incoming.buffered)
+            if not has_moved and flight.history.worker_lost(self._retry):
+                self._fail(flight, Refusal.WORKERS_DIED, message, now)
+            else:
+                self._set_back(flight, Refusal.WORKER_LOST, message, now)
 
     def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
         """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
@@ -305,6 +313,8 @@ class InFlightRequests:
             return
         for wire_id, request_id in left.items():
             flight = self._flights.get(request_id)
+            if flight is not None:
+                flight.history.worker_is_back()
             if (
                 flight is not None
                 and flight.wire_id
@@ -376,6 +386,8 @@ class InFlightRequests:
         self._end_attempt(flight)
         delay_s = flight.history.setback(refusal, self._retry, now)
         if delay_s is None:
+            if TREATMENTS[refusal] is Treatment.BUSY:  # it was accepted: that is no word for a client any more
+                refusal, message = Refusal.NO_WORKERS, "no worker could take the request in time; send it again later"
             self._fail(flight, refusal, message, now)
             return
         self._counters[f"reruns_{refusal}"] += 1

@@ -26,6 +26,7 @@ TREATMENTS: dict[Refusal, Treatment] = {
     Refusal.DEADLINE_EXCEEDED: Treatment.FINAL,
     Refusal.TARGET_MISSED: Treatment.FINAL,
     Refusal.WORKER_LOST: Treatment.FAULT,
+    Refusal.WORKERS_DIED: Treatment.FINAL,
     Refusal.NO_WORKERS: Treatment.FAULT,
     Refusal.QUEUE_FULL: Treatment.BUSY,
     Refusal.WRONG_ROLE: Treatment.BUSY,
@@ -44,11 +45,12 @@ class RetryPolicy:
     """Bounds of re-runs; times in seconds.
 
     `max_attempts` counts attempts in a row that brought no token: a request that makes progress may be re-run for ever,
-    one that kills its workers may not. A busy cluster is asked again until it has refused for `patience_s` without a break.
+    one that does not may not. One under which `max_lost_workers` in a row were lost may be what kills them. A busy cluster is asked again until it has refused for `patience_s` without a break.
     The first re-run is immediate, later ones wait `backoff_s`, doubled each time, at most `max_backoff_s`.
     """
 
     max_attempts: int = 5
+    max_lost_workers: int = 2
     backoff_s: float = 0.1
     max_backoff_s: float = 2.0
     patience_s: float = 60.0
@@ -60,6 +62,8 @@ class RetryHistory:
 
     num_setbacks: int = 0
     num_faults: int = 0
+    num_lost_workers: int = 0
+    """That have not come back with what they ran."""
     num_internal: int = 0
     busy_since_s: float = 0.0
     """When the last run of refusals by busy workers began; the time that an attempt ran on a worker is not such."""
@@ -68,7 +72,17 @@ class RetryHistory:
     def progress(self) -> None:
         self.num_setbacks = 0
         self.num_faults = 0
+        self.num_lost_workers = 0
         self.last_refusal = None
+
+    def worker_lost(self, policy: RetryPolicy) -> bool:
+        """A worker is gone while it ran the request. Returns whether that was one too many."""
+        self.num_lost_workers += 1
+        return self.num_lost_workers >= policy.max_lost_workers
+
+    def worker_is_back(self) -> None:
+        """It was the connection that was lost, and not the worker."""
+        self.num_lost_workers = max(0, self.num_lost_workers - 1)
 
     def setback(self, refusal: Refusal, policy: RetryPolicy, now: float) -> float | None:
         """Records a failed attempt. Returns the seconds to wait before the next one; None: give up."""

@@ -25,7 +25,7 @@ PATIENCE_S = 30.0
 """How long a quiet cluster may take to let go of everything."""
 
 
-PATIENT: dict[str, Any] = {"max_attempts": 100, "recovery_timeout_s": 120.0}
+PATIENT: dict[str, Any] = {"max_attempts": 100, "max_lost_workers": 100, "recovery_timeout_s": 120.0}
 """Bounds of the router above their defaults: here a request may be set back by its neighbours' faults again and again."""
 
 

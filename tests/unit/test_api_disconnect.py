@@ -118,7 +118,7 @@ def test_a_client_that_goes_away_is_counted_as_such() -> None:
 async def test_closing_a_job_closes_all_its_streams_once(api: Api) -> None:
     requests = tuple(Request(name, (5,), SamplingParams(seed=1)) for name in ("a", "b"))
     api.backend.script = stall(1)
-    generation = JobOutputs.open(api.backend, requests)
+    generation = await JobOutputs.open(api.backend, requests)
     assert [place for place, _ in await generation.next_batch()] == [0, 1]
     generation.close()
     generation.close()

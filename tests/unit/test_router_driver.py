@@ -117,7 +117,7 @@ async def test_a_reader_that_is_too_slow_is_cut_off() -> None:
         stream = Reader(driver.submit(request(max_tokens=64)))
         await worker.cancelled.wait()
         outputs = await read(stream)
-        assert outputs[-1].refusal is Refusal.QUEUE_FULL
+        assert outputs[-1].refusal is Refusal.DEADLINE_EXCEEDED
         assert outputs[0].token_ids == tuple(golden_tokens(request())[:4])
 
 

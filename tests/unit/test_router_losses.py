@@ -131,7 +131,8 @@ def test_busy_workers_are_asked_again_with_growing_pauses_until_patience_ends() 
             story.report("m-0", Role.MIXED)
         story.commands.clear()
     assert 5 < attempt < 20 and story.now > 110.0
-    assert outputs(story.commands)[-1].refusal is Refusal.QUEUE_FULL
+    (output,) = outputs(story.commands)
+    assert output.refusal is Refusal.NO_WORKERS, "it was accepted: it has not to hear now that the queue is full"
 
 
 def test_an_invalid_request_is_not_run_again() -> None:
@@ -149,8 +150,8 @@ def test_an_internal_error_is_run_again_once_and_elsewhere() -> None:
     assert [output.refusal for output in outputs(story.refuse(other, "r#2", Refusal.INTERNAL))] == [Refusal.INTERNAL]
 
 
-def test_a_request_that_kills_its_workers_is_given_up() -> None:
-    story = Story(*MIXED, max_attempts=3)
+def test_a_request_that_kills_its_workers_is_given_up_before_it_has_killed_them_all() -> None:
+    story = Story(*MIXED, max_lost_workers=3)
     story.tell(RequestArrived(request()))
     attempts = 0
     while not outputs(story.commands):
@@ -163,8 +164,27 @@ def test_a_request_that_kills_its_workers_is_given_up() -> None:
             story.after(0.2)
             for name, connection in story.connections.items():
                 if story.core.fleet.on_connection(name, connection):
-                    story.report(name, Role.MIXED)
-    assert attempts == 3 and outputs(story.commands)[0].refusal is Refusal.WORKER_LOST
+                    story.report(name, Role.MIXED, GENERATION + (attempts << 32))  # it was started again
+    assert attempts == 3 and outputs(story.commands)[0].refusal is Refusal.WORKERS_DIED
+
+
+def test_two_workers_are_what_a_request_may_cost() -> None:
+    story = Story(*MIXED)
+    story.tell(RequestArrived(request()))
+    story.output("m-0", "r#1", 0, 5)  # it had begun when the first one died
+    other, _ = the_submit(story.lose("m-0"))
+    assert [output.refusal for output in outputs(story.lose(other))] == [Refusal.WORKERS_DIED]
+
+
+def test_a_worker_that_is_back_with_what_it_ran_was_not_killed() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(RequestArrived(request()))
+    for attempt in range(1, 5):
+        assert not outputs(story.lose("m-0"))
+        story.after(3.0)
+        story.report("m-0", Role.MIXED)
+        story.after(3.0)
+        assert story.core.flights.num_running == 1, attempt
 
 
 def test_a_request_that_makes_progress_survives_any_number_of_losses() -> None:

@@ -5,9 +5,11 @@ The work of one draw does not grow with the text before it: a token is counted o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from workers.request import SamplingParams
 from workers.runner import Ids, LogitEdits, SampleSpec
@@ -34,11 +36,7 @@ class EditTracker:
     """Makes the edits of one sequence's draws, in the order of its tokens."""
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
-        biases: dict[int, float] = {}
-        for token, bias in params.logit_bias:
-            biases[token] = biases.get(token, 0.0) + bias
-        self._bias_ids = np.fromiter(biases, np.int32, len(biases))
-        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
+        self._bias_ids, self._biases = _biases(params.logit_bias)
         self._words = _BadWords(params.bad_words, prompt_token_ids)
         self._prompt = prompt_token_ids if params.repetition_penalty != 1 else ()
         self._counts = _Counts(self._prompt) if has_penalty(params) else None
@@ -90,13 +88,9 @@ class _Counts:
 class _BadWords:
     """Last tokens of the words whose other tokens end the text so far, which may begin in the prompt."""
 
-    def __init__(self, words: Iterable[Sequence[int]], prompt_token_ids: Sequence[int]) -> None:
-        last: dict[tuple[int, ...], list[int]] = {}
-        for word in words:
-            last.setdefault(tuple(word[:-1]), []).append(word[-1])
-        self._last = {beginning: np.array(tokens, dtype=np.int32) for beginning, tokens in last.items()}
-        self._lengths = sorted({len(beginning) for beginning in last})
-        longest = self._lengths[-1] if last else 0
+    def __init__(self, words: tuple[tuple[int, ...], ...], prompt_token_ids: Sequence[int]) -> None:
+        self._last, self._lengths = _last_tokens(words)
+        longest = self._lengths[-1] if self._lengths else 0
         self._prompt_tail = tuple(prompt_token_ids[-longest:]) if longest else ()
 
     def banned(self, output_token_ids: Sequence[int]) -> Ids:
@@ -109,3 +103,22 @@ class _BadWords:
         endings = (text[len(text) - length :] for length in self._lengths if length <= len(text))
         found = [self._last[ending] for ending in endings if ending in self._last]
         return np.concatenate(found) if found else _NO_IDS
+
+
+@lru_cache(maxsize=16)
+def _biases(pairs: tuple[tuple[int, float], ...]) -> tuple[Ids, npt.NDArray[np.float32]]:
+    """Kept, as `_last_tokens`, for the choices of one request, which have the same."""
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        biases[token] = biases.get(token, 0.0) + bias
+    return np.fromiter(biases, np.int32, len(biases)), np.fromiter(biases.values(), np.float32, len(biases))
+
+
+@lru_cache(maxsize=16)
+def _last_tokens(words: tuple[tuple[int, ...], ...]) -> tuple[dict[tuple[int, ...], Ids], list[int]]:
+    """By a word's other tokens, the last ones that are forbidden after them; and how many those others are, ascending."""
+    last: dict[tuple[int, ...], list[int]] = {}
+    for word in words:
+        last.setdefault(word[:-1], []).append(word[-1])
+    found = {beginning: np.array(tokens, dtype=np.int32) for beginning, tokens in last.items()}
+    return found, sorted({len(beginning) for beginning in last})

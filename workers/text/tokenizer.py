@@ -10,6 +10,7 @@ import codecs
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from workers.checkpoint_files import (
 )
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.model.checkpoint.ernie_config import MAX_VOCABULARY, eos_ids
+from workers.text.control_text import ControlText
 from workers.text.template_sandbox import TemplateSandbox, TooCostly
 
 
@@ -119,6 +121,11 @@ class Tokenizer:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    @cached_property
+    def control(self) -> ControlText:
+        """Made when it is first asked for, which takes as long as loading a vocabulary."""
+        return ControlText(self._backend)
 
     def _try(self, template: jinja2.Template) -> None:
         """Raises InvalidConfig when one short question takes more than a rendering's share; other refusals may be the question's."""
