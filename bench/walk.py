@@ -68,7 +68,13 @@ def serving(folder: Path, settings: list[str]) -> Iterator[str]:
     environment = {**os.environ, "PYTHONPATH": f"{HERE / 'walk_tracer'}{os.pathsep}{ROOT}", "BATON_WALK": str(folder)}
     baton = Path(sys.executable).with_name("baton")
     command = [str(baton), "serve", "--prefill", "1", "--decode", "1", "--no-dashboard", "--port", str(port)]
-    command += ["--set", "worker.prefix_cache=false", *(part for each in settings for part in ("--set", each))]
+    command += [
+        "--set",
+        "worker.prefix_cache=false",
+        "--set",
+        "router.max_local_prefill_tokens=0",
+        *(part for each in settings for part in ("--set", each)),
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     url = f"http://127.0.0.1:{port}"
