@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SERVE := $(VENV)/.serve-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: serve test kernels-emulated chaos soak demo model lint protos clean
+.PHONY: serve test kernels-emulated chaos soak demo model lint protos clean fuzz
 
 serve: $(SERVE)
 	$(BIN)/baton serve
@@ -28,6 +28,10 @@ chaos: $(TEST)
 # Thousands of small simulated clusters under random faults; a seed that fails is printed with the command that shows it again.
 soak: $(TEST)
 	$(BIN)/python -m cluster.sim.soak --seeds $(or $(SEEDS),1:3001)
+
+# What the fuzzers of `make test` do in seconds, for longer.
+fuzz: $(TEST)
+	BATON_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest --timeout 7200 tests/unit/test_hostile_peers.py tests/unit/test_sealed_lanes.py -k "touched or lane_ends or any_bytes"
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers

@@ -51,8 +51,8 @@ def pieces_of(layout: KvLayout, first_block: int, num_bytes: int) -> list[Incomi
 class Session:
     """Sender or receiver; which one, the commands say."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, seals: bool) -> None:
+        self._name, self._seals = name, seals
         self._memories: dict[str, KvMemory] = {}
         self._transports: dict[str, Transport] = {}
         self._channels: dict[str, Channel] = {}
@@ -69,7 +69,13 @@ class Session:
             memory = KvMemory(layout)
             memory.bytes[:] = 3 if worker_id == "prefill-0" else 0
             transport = make_transports(
-                [self._name], memory, worker_id=worker_id, host="here", listen_host="127.0.0.1", timeout_s=TIMEOUT_S
+                [self._name],
+                memory,
+                worker_id=worker_id,
+                host="here",
+                listen_host="127.0.0.1",
+                timeout_s=TIMEOUT_S,
+                seals=self._seals,
             )[self._name]
             server = grpc.aio.server()
             if isinstance(transport, GrpcTransport):
@@ -172,6 +178,8 @@ class Session:
         arrived, lost = await inbox.collect(announced)
         if lost or len(arrived) != len(rows):
             raise RuntimeError(f"{len(lost)} pieces were lost")
+        if getattr(inbox, "is_authenticated", False):
+            return
         found = [inbox.checksum(piece.piece) for piece in announced]
         if None in found:
             views = [place(piece.piece) for piece in announced]
@@ -191,8 +199,9 @@ async def _exactly(reader: asyncio.StreamReader, num_bytes: int) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("transport")
-    name = parser.parse_args().transport
-    asyncio.run(kv_lines.serve_async("this checkout", Session(name)))
+    parser.add_argument("--seal", action="store_true", help="encrypt, as between workers with certificates")
+    args = parser.parse_args()
+    asyncio.run(kv_lines.serve_async("this checkout", Session(args.transport, args.seal)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ INSTALL = (
     "python3 -m venv peers && peers/bin/pip install numpy && peers/bin/pip install --no-deps nixl nixl-cu12 && "
     "peers/bin/pip install torch==2.13.0 mooncake-transfer-engine-non-cuda (and, for Mooncake, Debian's libibverbs1 librdmacm1)"
 )
-BATON = ("baton shm", "baton nixl", "baton tcp", "baton grpc", "baton gloo")
+BATON = ("baton shm", "baton nixl", "baton tcp", "baton tcp sealed", "baton grpc", "baton gloo")
 REPEATS = {"64 B": 300, "21B block": 200, "64 KiB": 200, "1 MiB": 150, "16 MiB": 40, "256 MiB": 12}
 
 
@@ -40,6 +40,7 @@ def programs(peer_python: str) -> list[Program]:
         Program("baton nixl", own, "kv_baton_worker.py", ("nixl",), "pip install 'baton-serve[nixl]'"),
         Program("nixl", peer_python, peer, ("nixl",), INSTALL),
         Program("baton tcp", own, "kv_baton_worker.py", ("tcp",)),
+        Program("baton tcp sealed", own, "kv_baton_worker.py", ("tcp", "--seal")),
         Program("plain socket", own, "kv_plain_worker.py", ("socket",)),
         Program("nixl tcp", peer_python, peer, ("nixl", "--ucx-tls", "tcp"), INSTALL),
         Program("mooncake", peer_python, peer, ("mooncake",), INSTALL),

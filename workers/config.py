@@ -146,6 +146,8 @@ class WorkerConfig:
     """A decode worker computes a prompt with at most this many uncached tokens itself."""
     transports: tuple[str, ...] = ("loopback", "shm", "tcp", "grpc")
     """KV transports this worker may use, best first."""
+    kv_encryption: Literal["auto", "off"] = "auto"
+    """auto: KV over tcp is encrypted wherever workers have certificates (tls.mode), also on one host; off: it is not, which is for private networks. grpc is inside TLS as the control stream is; gloo, nccl and nixl never encrypt, memory needs not."""
     transfer_timeout_s: Seconds = 30.0
     """A handoff without any progress for this long has failed."""
     max_pause_s: Seconds = 2.0

@@ -15,6 +15,7 @@ from workers.config import WorkerConfig
 from workers.errors import RankLost
 from workers.group.runner import GroupRunner
 from workers.group.watch import GroupPlan, GroupWatch
+from workers.kv_memory.memory import KvMemory
 from workers.model.loading import ServedModel
 from workers.serving.driver import RanksView
 from workers.status import Role, WorkerAddress
@@ -91,6 +92,9 @@ class GroupWorker(Worker):
             on_lost=watch.lost,
         )
         return ServedModel(self._group, tokenizer, config.served_model_name or Path(config.model).resolve().name)
+
+    def _protect(self, memory: KvMemory) -> None:
+        """Its ranks write into it as well."""
 
     def _ranks_view(self) -> RanksView:
         assert self._watch is not None

@@ -120,6 +120,7 @@ class Worker:
             lambda layers: driver.on_layers(layers),
         )
         memory = model.runner.kv_memory
+        self._protect(memory)
         self._grpc = make_server(SERVER, self._credentials)
         transports = self._make_data_path(self._config, memory, self._identity.worker_id, self._grpc, self._credentials)
         driver = WorkerDriver(
@@ -147,6 +148,10 @@ class Worker:
 
     async def _load_model(self) -> LoadedModel:
         return await asyncio.to_thread(self._load, self._config)
+
+    def _protect(self, memory: KvMemory) -> None:
+        """Nobody but this process writes into the pool."""
+        memory.protect()
 
     def _ranks_view(self) -> RanksView:
         """What the status says of the worker's ranks."""

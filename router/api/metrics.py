@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from router.backend import Backend, RouterStatus
+from workers.config import BEST_FIRST
+from workers.handoff.protocol.choices import Way
 from workers.request import HandoffReport
 
 _API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
@@ -113,13 +115,15 @@ class Metrics:
         self._handoff_attempts.inc(max(0, report.attempts - 1))
         self._handoff_resends.inc(report.resends)
         self._handoff_degradations.inc(report.degradations)
+        # What a worker calls things makes no labels.
         if report.recovery:
-            self._recoveries.labels(report.recovery).inc()
+            self._recoveries.labels(report.recovery if report.recovery in set(Way) else "other").inc()
+        transport = report.transport if report.transport in BEST_FIRST else "other"
         if report.transport != "local":
-            self._handoff_wait.labels(report.transport).observe(report.wait_s)
-            self._handoff_exposed.labels(report.transport).observe(report.exposed_s)
-            self._handoff_bytes.labels(report.transport).inc(report.kv_bytes)
-            self._handoff_seconds.labels(report.transport).observe(report.transfer_s)
+            self._handoff_wait.labels(transport).observe(report.wait_s)
+            self._handoff_exposed.labels(transport).observe(report.exposed_s)
+            self._handoff_bytes.labels(transport).inc(report.kv_bytes)
+            self._handoff_seconds.labels(transport).observe(report.transfer_s)
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""

@@ -255,7 +255,7 @@ class InFlightRequests:
                 self._counters["conflicting_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._fail(flight, Refusal.INTERNAL, "a re-run brought other tokens than those already sent", now)
-            case Mismatch.GAP | Mismatch.UNCUTTABLE:
+            case Mismatch.GAP | Mismatch.UNCUTTABLE | Mismatch.IMPOSSIBLE:
                 self._counters[f"{accepted.value}_outputs"] += 1
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)

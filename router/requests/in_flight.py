@@ -113,13 +113,15 @@ class Mismatch(Enum):
     """Why an output cannot follow the tokens that were delivered.
 
     REPEAT: it brings nothing new. GAP: tokens before it are missing. UNCUTTABLE: it begins with delivered tokens, and
-    its text cannot be divided. CONFLICT: it says other tokens than those that the client has.
+    its text cannot be divided. CONFLICT: it says other tokens than those that the client has. IMPOSSIBLE: no worker that works says
+    this: more tokens than were asked for, or not a logprob for each.
     """
 
     REPEAT = "repeat"
     GAP = "gap"
     UNCUTTABLE = "uncuttable"
     CONFLICT = "conflict"
+    IMPOSSIBLE = "impossible"
 
 
 @dataclass(slots=True)
@@ -213,6 +215,9 @@ class InFlightRequest:
             if mismatch is not None:
                 return mismatch
             token_ids = token_ids[skip:]
+        is_too_long = position + len(token_ids) > self.request.params.max_tokens
+        if is_too_long or (output.logprobs and len(output.logprobs) != len(output.token_ids)):
+            return Mismatch.IMPOSSIBLE
         self.delivered.extend(token_ids)
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first

@@ -143,7 +143,7 @@ async def test_a_black_holed_port_costs_other_handoffs_over_tcp_nothing() -> Non
         try:
             good = source.offer(receiver, "host")
             assert good is not None
-            held = encode({"port": port, "lanes": 1, "token": "00" * 16, "proof": "00" * 16})
+            held = encode({"port": port, "lanes": 1, "token": "00" * 16, "secret": "00" * 32, "sealed": 0})
             hanging = asyncio.create_task(target.connect(sender(1), LAYOUT, held))
             await asyncio.sleep(0)
             channel = await target.connect(sender(0), LAYOUT, good)

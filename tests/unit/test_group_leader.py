@@ -78,9 +78,9 @@ def pair(step_timeout_s: float = BOUND_S, forms: bool = True) -> Iterator[Pair]:
     )
     parallel = ParallelConfig(expert_parallel=2, heartbeat_timeout_s=BOUND_S, step_timeout_s=step_timeout_s)
     leader = GroupLeader(parallel, callbacks, num_blocks=4, store=("127.0.0.1", 1), token=TOKEN)
-    rank = Channel.connect(*leader.start("127.0.0.1"), BOUND_S)
+    rank = Channel.connect(*leader.start("127.0.0.1"), BOUND_S, TOKEN)
     try:
-        rank.send(Hello(1, 2, TOKEN, 1, "here", ""))
+        rank.send(Hello(1, 2, 1, "here", ""))
         made = Pair(leader, rank, lost, has_lost)
         made.hear(Welcome)
         if forms:

@@ -31,7 +31,7 @@ from workers.runner import Batch, LogitEdits, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.edits import edits_of
 
 MESSAGES: tuple[Message, ...] = (
-    Hello(1, 4, "token", 99, "host", ""),
+    Hello(1, 4, 99, "host", ""),
     Welcome(17, [[0, 1], [1, 0]], 88, 5, 4096, "00ff"),
     Ready("weights", 12, shares_memory=False, offers_direct=True, kernels="torch"),
     GetBlocks([3, 4], 2, 7),

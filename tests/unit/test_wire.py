@@ -45,6 +45,7 @@ u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 i64 = st.integers(-(2**63), 2**63 - 1)
 f64 = st.floats(allow_nan=False, allow_infinity=False)
+seconds = st.floats(0, allow_nan=False, allow_infinity=False)
 f32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -104,15 +105,15 @@ reports = st.builds(
     decode_worker=text,
     transport=text,
     kv_bytes=u64,
-    transfer_s=f64,
-    prefill_s=f64,
+    transfer_s=seconds,
+    prefill_s=seconds,
     attempts=u32,
-    wait_s=f64,
-    exposed_s=f64,
+    wait_s=seconds,
+    exposed_s=seconds,
     resends=u32,
     degradations=u32,
     recovery=text,
-    queue_s=f64,
+    queue_s=seconds,
 )
 progress = {
     "request_id": text,
@@ -135,9 +136,9 @@ outputs = st.builds(Output, **progress, **no_end) | st.builds(
 )
 addresses = st.builds(WorkerAddress, worker_id=text, generation=u64, target=text)
 hints = st.builds(PrefixHint, addresses, u32)
-loads = st.builds(Load, *[u32] * 3, u64, u32, u32, f64, u32, u64, u32, u64)
+loads = st.builds(Load, *[u32] * 3, u64, u32, u32, seconds, u32, u64, u32, u64)
 kv_events = st.builds(KvEvent, u64, tuples(u64), tuples(u64), st.booleans(), tuples(st.sampled_from(Tier)))
-models = st.builds(ModelInfo, text, text, u32, u32, u32)
+models = st.builds(ModelInfo, text, text, *[st.integers(1, 2**32 - 1)] * 3)
 statuses = st.builds(
     WorkerStatus,
     text,
@@ -170,7 +171,7 @@ handoff_ups = (
     st.builds(HandoffAccepted, tuples(st.builds(Offer, text, st.binary(max_size=20))), layouts, text)
     | st.builds(KvPieces, tuples(pieces), u32)
     | st.builds(TransportBroken, u32, text)
-    | st.builds(PrefillDone, u32, st.none() | logprobs, u32, u32, f64)
+    | st.builds(PrefillDone, u32, st.none() | logprobs, u32, u32, seconds)
     | st.builds(SequenceMoved, tuples(u32), u32, u32)
     | st.builds(PrefixDone, u32, u32)
     | st.builds(HandoffRefused, st.sampled_from(Refusal), text)

@@ -109,7 +109,7 @@ class IncomingKv:
         if live is None:
             return
         assert sampled.token_id is not None
-        if not self._sequences.knows((sampled.token_id,)):
+        if not self._sequences.knows((sampled.token_id,)) or not 0 <= cached_tokens <= live.sequence.num_prompt:
             self.failed(sequence_id, report)
             return
 
@@ -163,6 +163,10 @@ class IncomingKv:
         table = live.sequence.table
         if not self._sequences.knows(known_token_ids):
             self._sequences.fail(live, Refusal.NOT_MOVABLE, "the state that came has token ids outside the vocabulary")
+            return
+        room = len(table.blocks) * self._scheduler.kv.block_size
+        if len(known_token_ids) > live.sequence.max_output_tokens or not 0 <= num_computed <= room:
+            self._sequences.fail(live, Refusal.NOT_MOVABLE, "the state that came is longer than the request may be")
             return
 
         def go_on(has_blocks: bool) -> None:

@@ -176,6 +176,8 @@ class LiveSequences:
             raise InvalidRequest(f"the prompt has token ids outside 0..{self._vocab_size - 1}", "prompt")
         if not self.knows(request.replay_token_ids):
             raise InvalidRequest(f"the tokens to be replayed have ids outside 0..{self._vocab_size - 1}", "prompt")
+        if len(request.replay_token_ids) > request.params.max_tokens:
+            raise InvalidRequest("more tokens are to be replayed than the request may have", "max_tokens")
         if num_prompt >= self._max_model_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens and the context holds {self._max_model_len} with the output",

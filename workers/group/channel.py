@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from workers.errors import RankLost
 from workers.group.messages import BadMessage, Message
 from workers.pb import group_pb2 as pb
+from workers.trust.proofs import CHALLENGE_BYTES, PROOF_BYTES, new_challenge, proof, proves
 
 MAX_FRAME_BYTES = 256 << 20
 """A step's tokens and its results are far smaller."""
@@ -92,12 +93,32 @@ class Channel:
         self._silence_s = silence_s
 
     @staticmethod
-    def connect(host: str, port: int, silence_s: float) -> Channel:
-        """Raises RankLost when nobody answers there."""
+    def connect(host: str, port: int, silence_s: float, token: str) -> Channel:
+        """Raises RankLost when nobody answers there who knows the group's token."""
         try:
-            return Channel(socket.create_connection((host, port), silence_s), silence_s)
+            channel = Channel(socket.create_connection((host, port), silence_s), silence_s)
         except OSError as error:
             raise RankLost(f"no leader at {host}:{port}: {error}") from error
+        secret, own = token.encode(), new_challenge()
+        try:
+            theirs = channel._read(CHALLENGE_BYTES)
+            channel._write(own + proof(secret, "rank", theirs, own))
+            if not proves(channel._read(PROOF_BYTES), secret, "leader", theirs, own):
+                raise RankLost("its leader is another group's")
+        except RankLost as error:
+            channel.close()
+            raise RankLost(f"{host}:{port} leads no group that this rank was started for: {error}") from error
+        return channel
+
+    def admit(self, token: str) -> None:
+        """As the leader, before any message. Raises RankLost, with the connection closed, unless a rank of the group has dialled."""
+        secret, own = token.encode(), new_challenge()
+        self._write(own)
+        theirs, shown = self._read(CHALLENGE_BYTES), self._read(PROOF_BYTES)
+        if not proves(shown, secret, "rank", own, theirs):
+            self.close()
+            raise RankLost("it was started for another group")
+        self._write(proof(secret, "leader", own, theirs))
 
     @property
     def own_host(self) -> str:
@@ -107,13 +128,7 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Raises RankLost when the connection is broken, or its reader took nothing for `silence_s`."""
-        frame = encode(message)
-        try:
-            with self._lock:
-                self._socket.sendall(frame)
-        except OSError as error:
-            self.close()
-            raise RankLost(f"the connection broke: {error}") from error
+        self._write(encode(message))
 
     def receive(self) -> Message:
         """The next message. Raises RankLost after a silence, or at the end of the connection."""
@@ -128,6 +143,14 @@ class Channel:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _write(self, data: bytes) -> None:
+        try:
+            with self._lock:
+                self._socket.sendall(data)
+        except OSError as error:
+            self.close()
+            raise RankLost(f"the connection broke: {error}") from error
 
     def _read(self, count: int) -> bytes:
         data = bytearray()

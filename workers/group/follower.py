@@ -79,7 +79,7 @@ class Follower:
         """
         timeout_s = self._config.parallel.heartbeat_timeout_s
         try:
-            channel = Channel.connect(host, port, timeout_s)
+            channel = Channel.connect(host, port, timeout_s, self._token)
         except RankLost as error:
             return str(error)
         self._channel = channel
@@ -88,7 +88,7 @@ class Follower:
         try:
             fingerprint = "" if self._member is None else self._member.runner.model_info.fingerprint
             size = self._config.parallel.size
-            channel.send(Hello(self._rank, size, self._token, os.getpid(), socket.gethostname(), fingerprint))
+            channel.send(Hello(self._rank, size, os.getpid(), socket.gethostname(), fingerprint))
             for target, arguments in ((self._receive, (channel, inbox)), (self._beat, (channel, ended))):
                 threading.Thread(target=target, args=arguments, name="group", daemon=True).start()
             while (message := inbox.get()) is not None:

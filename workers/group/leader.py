@@ -5,7 +5,6 @@ It runs in the process of rank 0 and knows no model: what rank 0 itself must do 
 
 from __future__ import annotations
 
-import hmac
 import logging
 import socket
 import threading
@@ -39,6 +38,8 @@ from workers.kv_memory.memory import SharedHandle
 
 log = logging.getLogger(__name__)
 
+MAX_GREETINGS = 64
+"""Connections that have not shown yet that they are of the group."""
 BEATS_PER_TIMEOUT = 4
 OWN_RANK = 0
 
@@ -86,6 +87,7 @@ class GroupLeader:
         self._blocks: dict[int, Blocks] = {}
         """Their answers."""
         self._hellos: dict[int, Hello] = {}
+        self._greeting = threading.Semaphore(MAX_GREETINGS)
         self._remote: set[int] = set()
         self._direct: set[int] = set()
         """Ranks that offer to bring rows to experts without the host in the next epoch."""
@@ -251,16 +253,23 @@ class GroupLeader:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            if not self._greeting.acquire(blocking=False):
+                connection.close()
+                continue
             channel = Channel(connection, self._parallel.heartbeat_timeout_s)
             threading.Thread(target=self._serve_rank, args=(channel,), name="group-rank", daemon=True).start()
 
     def _serve_rank(self, channel: Channel) -> None:
         """One rank, from its Hello to its end."""
         try:
+            channel.admit(self._token)
             hello = channel.receive()
-        except RankLost:
+        except RankLost as error:
+            log.warning("a connection to the group's leader was refused: %s", error)
             channel.close()
             return
+        finally:
+            self._greeting.release()
         refusal = self._refusal(hello)
         if refusal or not isinstance(hello, Hello):
             log.warning("a rank was declined: %s", refusal)
@@ -304,8 +313,6 @@ class GroupLeader:
     def _refusal(self, hello: Message) -> str:
         if not isinstance(hello, Hello):
             return "a rank begins with Hello"
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            return "this rank was started for another group"
         if hello.size != self._parallel.size or not 1 <= hello.rank < hello.size:
             return f"rank {hello.rank} of {hello.size} does not belong to a group of {self._parallel.size}"
         return ""

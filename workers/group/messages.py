@@ -13,11 +13,10 @@ class BadMessage(BatonError):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A rank introduces itself to the leader. `token` proves that it was started for this group."""
+    """A rank introduces itself to the leader, which knows already that it is one of this group."""
 
     rank: int
     size: int
-    token: str
     pid: int
     host: str
     fingerprint: str

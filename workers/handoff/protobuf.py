@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 from workers.errors import TransferFailed
 from workers.handoff.protocol.messages import (
@@ -202,6 +203,8 @@ def up_from_pb(envelope: pb.HandoffUp) -> HandoffUp:
             return TransportBroken(envelope.broken.epoch, envelope.broken.reason)
         case "done":
             done = envelope.done
+            if not 0.0 <= done.prefill_s < inf:
+                raise TransferFailed(f"the sender computed for {done.prefill_s} s")
             return PrefillDone(
                 token_id=done.token_id,
                 logprob=token_logprob_from_pb(done.logprob) if done.HasField("logprob") else None,

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ BITE_BYTES = 32 << 20
 NONCE_PAGE_BYTES = 4096
 """One page before the blocks holds a random nonce, so that a mapper knows it got the right memory."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_F_SEAL_FUTURE_WRITE = 0x0010
+"""Of Linux 5.1: what is mapped stays writable, and nobody can write in any other way from then on."""
 """A pool never changes its size, so a peer that maps it cannot be killed by SIGBUS."""
 
 
@@ -91,12 +94,18 @@ class KvMemory:
         self._fd = -1
         size = NONCE_PAGE_BYTES + layout.pool_bytes
         self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(self._fd, 0o600)
         os.ftruncate(self._fd, size)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
         self._map = mmap.mmap(self._fd, size)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._map[: len(self._nonce)] = self._nonce
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, offset=NONCE_PAGE_BYTES)
+
+    def protect(self) -> None:
+        """No other process can write into the pool from now on. Not for one that the ranks of a group share."""
+        with contextlib.suppress(OSError):  # a kernel that does not know it
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
 
     @property
     def copies(self) -> bool:
@@ -150,6 +159,30 @@ class KvMemory:
             self.close()
 
 
+def open_pool(handle: SharedHandle, mode: int) -> int:
+    """A descriptor of the pool: a sealed memfd of this user and of that size. Raises OSError.
+
+    What a peer names may be anything, also a pipe or a device: it is looked at before it is opened, and never waited for.
+    """
+    if handle.pid < 1 or handle.fd < 0:
+        raise OSError("no process and no file have such numbers")
+    seen = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = os.fstat(seen)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size != handle.num_bytes:
+            raise OSError("it is no file of this user and of the announced size")
+        fd = os.open(f"/proc/self/fd/{seen}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(seen)
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise OSError("it is not sealed against changes of its size")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 class MappedKvMemory:
     """A peer's pool mapped read-only. Raises TransferFailed when it is not there or not the right one."""
 
@@ -158,12 +191,10 @@ class MappedKvMemory:
         if handle.num_bytes != expected:
             raise TransferFailed(f"peer's pool has {handle.num_bytes} bytes, its layout says {expected}")
         try:
-            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_pool(handle, os.O_RDONLY)
         except OSError as error:
             raise TransferFailed(f"peer's pool cannot be opened: {error}") from error
         try:
-            if os.fstat(fd).st_size != expected or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise TransferFailed("peer's pool is not a sealed memfd of the announced size")
             mapped = mmap.mmap(fd, expected, prot=mmap.PROT_READ)
         except OSError as error:
             raise TransferFailed(f"peer's pool cannot be mapped: {error}") from error
@@ -196,9 +227,7 @@ class JoinedKvMemory(KvMemory):
         if handle.num_bytes != expected:
             raise TransferFailed(f"the group's pool has {handle.num_bytes} bytes, its layout says {expected}")
         try:
-            self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
-            if os.fstat(self._fd).st_size != expected or fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise OSError("it is not a sealed memfd of the announced size")
+            self._fd = open_pool(handle, os.O_RDWR)
             self._map = mmap.mmap(self._fd, expected)
         except OSError as error:
             self.close()

@@ -14,20 +14,18 @@ class Ints(_message.Message):
     def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("rank", "size", "token", "pid", "host", "fingerprint")
+    __slots__ = ("rank", "size", "pid", "host", "fingerprint")
     RANK_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     rank: int
     size: int
-    token: str
     pid: int
     host: str
     fingerprint: str
-    def __init__(self, rank: _Optional[int] = ..., size: _Optional[int] = ..., token: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., size: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("num_blocks", "slots", "pool_pid", "pool_fd", "pool_bytes", "pool_nonce")

@@ -231,8 +231,8 @@ class Exports:
         self._counters["prefix_exports_empty"] += not count
         commands: Commands = []
         if count:
-            table = (0,) * cut.first_block + event.blocks
-            filled = Filled(table, cut.first_block, cut.first_block + count, cut.layout.num_layers)
+            first = cut.first_block  # as far off as the receiver likes: nothing here grows with it
+            filled = Filled(event.blocks, first, first + count, cut.layout.num_layers, first)
             commands.append(Feed(export.transfer, filled))
         return [*commands, Feed(export.transfer, PrefixDone(count, count * cut.pieces_per_block))]
 

@@ -13,6 +13,9 @@ from workers.wire.attach import Submit
 
 log = logging.getLogger(__name__)
 
+MAX_BLOCKS = 1 << 24
+"""Entries of a block table that are spoken of: a thousand million tokens."""
+
 
 class Standing:
     """Owns the identity; others read it. `layout` and `fingerprint` are those of the model that it serves."""
@@ -93,5 +96,5 @@ class Standing:
             raise Refused(Refusal.WRONG_ROLE, f"{me.worker_id} is a {me.role} worker")
         if opening.model_fingerprint != self._fingerprint or not same_shape(opening.layout, self._layout):
             raise Refused(Refusal.INVALID, f"{me.worker_id} serves another model or KV layout")
-        if opening.first_block < 0 or opening.num_blocks < 0:
-            raise Refused(Refusal.INVALID, "blocks cannot be counted backwards")
+        if opening.first_block < 0 or opening.num_blocks < 0 or opening.first_block + opening.num_blocks > MAX_BLOCKS:
+            raise Refused(Refusal.INVALID, "no sequence has blocks of such numbers")

@@ -21,7 +21,7 @@ from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, View
 from workers.transports.pair_group import RECEIVER, SENDER, GlooPair, PairGroup, host_store, reach_store
 from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
-from workers.transports.tcp import TcpChannel, TcpTransport
+from workers.transports.tcp import Lane, TcpChannel, TcpTransport
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, outlast
 
 PIECES_PER_BATCH = 64
@@ -200,16 +200,18 @@ class GlooTransport(TcpTransport):
             self._store = host_store(self.listen_host, _STORE_S)
         return {"store": self._store.port}
 
-    def make_link(self, lanes: list[socket.socket], session: bytes) -> OutgoingLink:
-        return CollectiveLink(lanes, self.timeout_s, lambda: self.make_pair(self._store, session, SENDER))
+    def make_link(self, lanes: list[Lane], session: bytes) -> OutgoingLink:
+        connections = [lane.connection for lane in lanes]
+        return CollectiveLink(connections, self.timeout_s, lambda: self.make_pair(self._store, session, SENDER))
 
     async def make_channel(
         self,
         source: WorkerAddress,
         layout: KvLayout,
         offer: bytes,
-        lanes: list[socket.socket],
+        lanes: list[Lane],
         session: bytes,
+        is_sealed: bool,
         extra: dict[str, int],
     ) -> TcpChannel:
         host = source.target.rpartition(":")[0].strip("[]")
@@ -220,7 +222,7 @@ class GlooTransport(TcpTransport):
         def make_lane(connection: socket.socket, inboxes: Inboxes) -> CollectiveLane:
             return CollectiveLane(connection, inboxes, make_pair, layout.block_bytes)
 
-        channel = TcpChannel(source, offer, lanes, self.timeout_s, make_lane)
+        channel = TcpChannel(source, offer, [lane.connection for lane in lanes], self.timeout_s, make_lane)
         try:
             for lane in channel.lanes:
                 assert isinstance(lane, CollectiveLane)

@@ -68,6 +68,16 @@ class ImmediateInbox(Protocol):
         ...
 
 
+@runtime_checkable
+class SealedInbox(Protocol):
+    """An inbox whose pieces may need no checksum."""
+
+    @property
+    def is_authenticated(self) -> bool:
+        """What has arrived is, bit for bit, what the sender sent: it opened with a key that only these two ends have."""
+        ...
+
+
 class Channel(Protocol):
     """A connection from this receiver to one sender over one transport; shared by all transfers between the two."""
 

@@ -35,6 +35,7 @@ def make_transports(
     timeout_s: float,
     cache_folder: str = "",
     credentials: Credentials | None = None,
+    seals: bool = False,
 ) -> dict[str, Transport]:
     """{name: transport} in the order of `names`, for one worker process; close each when the worker stops.
 
@@ -52,7 +53,7 @@ def make_transports(
             case "shm":
                 made[name] = ShmTransport(memory, host)
             case "tcp":
-                made[name] = TcpTransport(listen_host, timeout_s)
+                made[name] = TcpTransport(listen_host, timeout_s, seals=seals)
             case "gloo":
                 from workers.transports.collective import GlooTransport  # torch takes seconds to import
 
@@ -100,6 +101,7 @@ def make_data_path(
         timeout_s=config.transfer_timeout_s,
         cache_folder=config.cache_folder,
         credentials=credentials,
+        seals=credentials is not None and config.kv_encryption == "auto",
     )
     for transport in made.values():
         if isinstance(transport, ServedTransport):

@@ -14,7 +14,7 @@ from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
 from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.offers import TOKEN_BYTES, Tokens, decode, decode_hex, encode, peer_of
+from workers.transports.offers import ID_BYTES, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import HEADER_BYTES, Frame, Inboxes, PushInbox, pack, transfer_key, unpack
 from workers.trust import parties
 from workers.trust.channels import open_channel
@@ -159,7 +159,7 @@ class GrpcTransport:
     def offer(self, target: WorkerAddress, host: str) -> bytes | None:
         if self._is_closed or not self._is_served:
             return None
-        return encode({"token": self._tokens.give(target).hex()})
+        return encode({"token": self._tokens.give(target).id.hex()})
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         link = self._links.use(peer_of(target))
@@ -170,7 +170,8 @@ class GrpcTransport:
     async def _serve(
         self, token: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes] | None:
-        peer = None if self._is_closed else self._tokens.owner(token)
+        owner = None if self._is_closed else self._tokens.called(token)
+        peer = owner and owner[0]
         if peer is None or not may_be(context, parties.Kind.WORKER, peer[0]):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such token")
             return None
@@ -194,7 +195,7 @@ class GrpcTransport:
     # ---- as the receiver ----
 
     async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> GrpcChannel:
-        token = decode_hex(decode(offer, {"token": str})["token"], TOKEN_BYTES)
+        token = decode_hex(decode(offer, {"token": str})["token"], ID_BYTES)
 
         async def make() -> GrpcChannel:
             channel = GrpcChannel(source, offer, self._timeout_s, self._credentials)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from workers.errors import TransferFailed
 from workers.status import WorkerAddress
+from workers.transports.sealing import SECRET_BYTES
 
 MAX_OFFER_BYTES = 16 << 10
 """NIXL's grow with the number of network devices, a few hundred bytes each."""
@@ -46,9 +48,9 @@ def decode_hex(text: Value, num_bytes: int) -> bytes:
     return token
 
 
-TOKEN_BYTES = 16
+ID_BYTES = 16
 MAX_TOKENS = 1024
-"""Secrets kept; the oldest goes first, and its owner has to ask for another offer."""
+"""Kept; the oldest goes first, and its owner has to ask for another offer."""
 
 Peer = tuple[str, int]
 """(worker id, generation)."""
@@ -58,29 +60,38 @@ def peer_of(address: WorkerAddress) -> Peer:
     return address.worker_id, address.generation
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """`id` may be said on any connection; `secret` travels on the control stream only, and is proven, never shown."""
+
+    id: bytes
+    secret: bytes
+
+
 class Tokens:
-    """One secret for each receiver and generation, the same one as long as it is kept."""
+    """One for each receiver and generation, the same one as long as it is kept. The control stream knows who the receiver is."""
 
     def __init__(self) -> None:
-        self._by_peer: dict[Peer, bytes] = {}
-        self._peers: dict[bytes, Peer] = {}
+        self._by_peer: dict[Peer, Token] = {}
+        self._peers: dict[bytes, tuple[Peer, Token]] = {}
 
-    def give(self, target: WorkerAddress) -> bytes:
+    def give(self, target: WorkerAddress) -> Token:
         peer = peer_of(target)
         token = self._by_peer.get(peer)
         if token is None:
-            token = secrets.token_bytes(TOKEN_BYTES)
-            self._by_peer[peer], self._peers[token] = token, peer
+            token = Token(secrets.token_bytes(ID_BYTES), secrets.token_bytes(SECRET_BYTES))
+            self._by_peer[peer], self._peers[token.id] = token, (peer, token)
             if len(self._by_peer) > MAX_TOKENS:
                 self._drop(next(iter(self._by_peer)))
         return token
 
-    def owner(self, token: bytes) -> Peer | None:
-        return self._peers.get(token)
+    def called(self, token_id: bytes) -> tuple[Peer, Token] | None:
+        """Whose it is; whoever names it has still to prove the secret."""
+        return self._peers.get(token_id)
 
     def forget(self, worker_id: str) -> None:
         for peer in [peer for peer in self._by_peer if peer[0] == worker_id]:
             self._drop(peer)
 
     def _drop(self, peer: Peer) -> None:
-        del self._peers[self._by_peer.pop(peer)]
+        del self._peers[self._by_peer.pop(peer).id]

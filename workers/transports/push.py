@@ -126,6 +126,11 @@ class PushInbox:
                 if waiter.progress == seen:
                     return
 
+    @property
+    def is_authenticated(self) -> bool:
+        """As contract.SealedInbox."""
+        return self._inboxes.is_authenticated
+
     def checksum(self, piece: int) -> int | None:
         return self._checksums.get(piece)
 
@@ -210,8 +215,9 @@ class PushInbox:
 class Inboxes:
     """All transfers of one channel. `abort` gives the channel up at once and may be called from any thread."""
 
-    def __init__(self, abort: Callable[[], None], timeout_s: float) -> None:
+    def __init__(self, abort: Callable[[], None], timeout_s: float, is_authenticated: bool = False) -> None:
         self.abort = abort
+        self.is_authenticated = is_authenticated
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._open: dict[bytes, PushInbox] = {}

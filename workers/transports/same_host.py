@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import threading
@@ -74,6 +75,7 @@ class LoopbackTransport:
 
 MAX_MAPS = 64
 """Pools kept mapped; the mapping that is unused and oldest goes first."""
+MAP_S = 5.0
 _FIELDS: dict[str, type[int] | type[str]] = {"pid": int, "fd": int, "num_bytes": int, "nonce": str}
 
 
@@ -106,13 +108,21 @@ class ShmTransport:
                 int(fields["num_bytes"]),
                 decode_hex(fields["nonce"], NONCE_BYTES),
             )
-            pool = MappedKvMemory(handle, layout)
+            pool = await self._map(handle, layout)
             await self._make_room()
-            kept = (source, handle.pid, PullChannel(lambda: pool, self._helpers))
+            kept = self._channels.pop(offer, None) or (source, handle.pid, PullChannel(lambda: pool, self._helpers))
         elif kept[0].worker_id != source.worker_id:
             raise TransferFailed(f"{source.worker_id} offers the pool of {kept[0].worker_id}")
         self._channels[offer] = kept
         return kept[2]
+
+    async def _map(self, handle: SharedHandle, layout: KvLayout) -> MappedKvMemory:
+        """On a helper thread: what a peer names may lie on a file system that hangs. Raises TransferFailed."""
+        try:
+            async with asyncio.timeout(MAP_S):
+                return await asyncio.to_thread(MappedKvMemory, handle, layout)
+        except TimeoutError as error:
+            raise TransferFailed("peer's pool does not open") from error
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         """The receiver copies; nothing to do here."""

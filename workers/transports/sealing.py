@@ -1,6 +1,6 @@
-"""Keys of a KV connection, from the secret of an offer, and what they do: both ends prove that they know it, and bytes travel sealed. Knows no sockets.
+"""Keys of a KV connection, from the secret of an offer, and what they do: bytes travel sealed. Knows no sockets.
 
-AES-256-GCM over segments of at most 64 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
+AES-128-GCM over segments of at most 64 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
 does not open, and neither does anything after it.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 from collections.abc import Iterator
 
 from cryptography.exceptions import InvalidTag
@@ -17,30 +16,20 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from workers.errors import TransferFailed
 
 SECRET_BYTES = 32
-PROOF_BYTES = 16
-CHALLENGE_BYTES = 16
+KEY_BYTES = 16
 SEGMENT_BYTES = 64 << 10
 """Stays in a core's second cache between the socket and the cipher."""
 TAG_BYTES = 16
 
 
-def new_challenge() -> bytes:
-    """Random bytes that the other end has to answer; never used twice."""
-    return secrets.token_bytes(CHALLENGE_BYTES)
+def session_key(secret: bytes, challenge: bytes) -> bytes:
+    """What both ends know of one connection, and nobody else; `challenge` is the receiver's."""
+    return hmac.digest(secret, b"session\0" + challenge, hashlib.sha256)
 
 
-def proof(secret: bytes, label: str, *parts: bytes) -> bytes:
-    """Shows that its maker knows the secret, for these parts (of fixed sizes) alone."""
-    return hmac.digest(secret, label.encode() + b"\0" + b"".join(parts), hashlib.sha256)[:PROOF_BYTES]
-
-
-def proves(shown: bytes, secret: bytes, label: str, *parts: bytes) -> bool:
-    return hmac.compare_digest(shown, proof(secret, label, *parts))
-
-
-def lane_key(secret: bytes, *parts: bytes) -> bytes:
-    """The key of one lane of one connection: `parts` hold a challenge of each end and the lane's number."""
-    return hmac.digest(secret, b"lane\0" + b"".join(parts), hashlib.sha256)
+def lane_key(session: bytes, challenge: bytes, call: bytes) -> bytes:
+    """Of one lane: `challenge` is the sender's, new with each, so no key is ever used twice."""
+    return hmac.digest(session, b"lane\0" + challenge + call, hashlib.sha256)[:KEY_BYTES]
 
 
 class Seal:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import KvLayout
 from workers.status import WorkerAddress
 from workers.transports.channels import Channels, SenderLinks
 from workers.transports.contract import OutgoingPiece, View
-from workers.transports.offers import TOKEN_BYTES, Peer, Tokens, decode, decode_hex, encode, peer_of
+from workers.transports.offers import ID_BYTES, Peer, Token, Tokens, decode, decode_hex, encode, peer_of
 from workers.transports.push import Inboxes, PushInbox
+from workers.transports.sealed_lanes import SealedLane, SealedLink
+from workers.transports.sealing import SECRET_BYTES, Seal, lane_key, session_key
 from workers.transports.tcp_lanes import IncomingLane, OutgoingLink, prepare
+from workers.trust.proofs import CHALLENGE_BYTES, PROOF_BYTES, new_challenge, proof, proves
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,20 @@ LANES = 1
 """Connections for each pair of workers and direction."""
 _MAX_HANDSHAKES = 64
 _HANDSHAKE_S = 5.0
-_HELLO = struct.Struct("<4s16s8sBB")
-_MAGIC = b"BTNh"
+_MAGIC = b"BTN3"
+_CALL = struct.Struct("<4s16s16sBB")
+"""Of the receiver: magic, id of the token, challenge, number of the lane and of lanes; its proof follows."""
+
+
+_FIELDS: dict[str, type[int] | type[str]] = {"port": int, "lanes": int, "token": str, "secret": str, "sealed": int}
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A connection whose ends know each other, and the key of what is sealed on it."""
+
+    connection: socket.socket
+    key: bytes
 
 
 class TcpChannel:
@@ -39,9 +54,10 @@ class TcpChannel:
         lanes: list[socket.socket],
         timeout_s: float,
         make_lane: Callable[[socket.socket, Inboxes], IncomingLane] = IncomingLane,
+        is_sealed: bool = False,
     ) -> None:
         self.source, self.offer = source, offer
-        self.inboxes = Inboxes(self._abort, timeout_s)
+        self.inboxes = Inboxes(self._abort, timeout_s, is_sealed)
         self.lanes = [make_lane(lane, self.inboxes) for lane in lanes]
         for lane in self.lanes:
             lane.start()
@@ -69,23 +85,31 @@ class TcpChannel:
 
 
 class TcpTransport:
-    """Listens on a port of its own once something is offered; a receiver shows the token of its offer to be let in."""
+    """Listens on a port of its own once something is offered; receiver and sender prove to each other that they know the offer's secret.
+
+    `seals`: what travels is encrypted and authenticated, with keys that only these two ends of this connection have.
+    """
 
     name = "tcp"
     extra_fields: tuple[tuple[str, type[int]], ...] = ()
 
     def __init__(
-        self, listen_host: str, timeout_s: float, num_lanes: int = LANES, links: SenderLinks[OutgoingLink] | None = None
+        self,
+        listen_host: str,
+        timeout_s: float,
+        num_lanes: int = LANES,
+        links: SenderLinks[OutgoingLink] | None = None,
+        seals: bool = False,
     ) -> None:
         self.listen_host = listen_host
+        self.seals = seals
         self.timeout_s = timeout_s
         self._num_lanes = num_lanes
         self._tokens = Tokens()
-        self._proof = secrets.token_bytes(TOKEN_BYTES)
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._arriving: dict[bytes, dict[int, socket.socket]] = {}
+        self._arriving: dict[bytes, dict[int, Lane]] = {}
         self._links: SenderLinks[OutgoingLink] = links or SenderLinks()
         self._channels: Channels[TcpChannel] = Channels()
         self._is_closed = False
@@ -106,7 +130,13 @@ class TcpTransport:
             self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
         token = self._tokens.give(target)
         port = self._listener.getsockname()[1]
-        fields = {"port": port, "lanes": self._num_lanes, "token": token.hex(), "proof": self._proof.hex()}
+        fields = {
+            "port": port,
+            "lanes": self._num_lanes,
+            "token": token.id.hex(),
+            "secret": token.secret.hex(),
+            "sealed": int(self.seals),
+        }
         try:
             return encode(fields | self.extra_offer())
         except TransferFailed as error:
@@ -117,8 +147,12 @@ class TcpTransport:
         """`extra_fields` of an offer. Raises TransferFailed when there can be none."""
         return {}
 
-    def make_link(self, lanes: list[socket.socket], session: bytes) -> OutgoingLink:
-        return OutgoingLink(lanes, self.timeout_s)
+    def make_link(self, lanes: list[Lane], session: bytes) -> OutgoingLink:
+        """`session` is known to both ends alone, and new with every connection."""
+        connections = [lane.connection for lane in lanes]
+        if self.seals:
+            return SealedLink(connections, self.timeout_s, [Seal(lane.key) for lane in lanes])
+        return OutgoingLink(connections, self.timeout_s)
 
     async def send(self, target: WorkerAddress, transfer_id: str, pieces: Sequence[OutgoingPiece]) -> None:
         link = self._links.use(peer_of(target))
@@ -149,24 +183,32 @@ class TcpTransport:
         try:
             async with asyncio.timeout(_HANDSHAKE_S):
                 accepted.setblocking(False)
-                magic, token, session, lane, num_lanes = _HELLO.unpack(await _read(accepted, _HELLO.size))
-                peer = self._tokens.owner(token)
-                if magic != _MAGIC or peer is None or num_lanes != self._num_lanes or lane >= num_lanes:
+                challenge = new_challenge()
+                await loop.sock_sendall(accepted, challenge)
+                call = await _read(accepted, _CALL.size)
+                shown = await _read(accepted, PROOF_BYTES)
+                magic, token_id, theirs, lane, num_lanes = _CALL.unpack(call)
+                owner = self._tokens.called(token_id)
+                if magic != _MAGIC or owner is None or num_lanes != self._num_lanes or lane >= num_lanes:
                     raise TransferFailed("a stranger connected")
+                peer, token = owner
+                if not proves(shown, token.secret, "receiver", challenge, call):
+                    raise TransferFailed("somebody connected who does not know the secret of the offer")
+                session = session_key(token.secret, theirs)
                 lanes = self._arriving.setdefault(session, {})
                 if len(self._arriving) > _MAX_HANDSHAKES:
                     for held in self._arriving.pop(next(iter(self._arriving))).values():
-                        held.close()
-                lanes[lane] = accepted
+                        held.connection.close()
+                lanes[lane] = Lane(accepted, lane_key(session, challenge, call))
                 if len(lanes) == num_lanes:
                     self._links.make_room(peer)
                     del self._arriving[session]
                     self._replace_link(peer, self.make_link([lanes[n] for n in range(num_lanes)], session))
-                await loop.sock_sendall(accepted, self._proof)
-        except (OSError, TimeoutError, TransferFailed, struct.error) as error:
+                await loop.sock_sendall(accepted, proof(token.secret, "sender", challenge, call))
+        except (OSError, TimeoutError, TransferFailed) as error:
             log.warning("a KV connection was refused: %s", error)
             for held in self._arriving.pop(session, {}).values():
-                held.close()
+                held.connection.close()
             accepted.close()
 
     def _replace_link(self, peer: Peer, link: OutgoingLink) -> None:
@@ -182,34 +224,38 @@ class TcpTransport:
     # ---- as the receiver ----
 
     async def connect(self, source: WorkerAddress, layout: KvLayout, offer: bytes) -> TcpChannel:
-        fields = decode(offer, {"port": int, "lanes": int, "token": str, "proof": str, **dict(self.extra_fields)})
-        token, proof = decode_hex(fields["token"], TOKEN_BYTES), decode_hex(fields["proof"], TOKEN_BYTES)
+        fields = decode(offer, _FIELDS | dict(self.extra_fields))
+        token = Token(decode_hex(fields["token"], ID_BYTES), decode_hex(fields["secret"], SECRET_BYTES))
+        is_sealed = bool(fields["sealed"])
+        if self.seals and not is_sealed:
+            raise TransferFailed(f"{source.worker_id} does not encrypt, and worker.kv_encryption is on here")
         port, num_lanes = int(fields["port"]), int(fields["lanes"])
         if not (0 < port < 1 << 16 and 0 < num_lanes <= 16):
             raise TransferFailed("an offer names no sensible port or number of lanes")
         extra = {name: int(fields[name]) for name, _ in self.extra_fields}
 
         async def make() -> TcpChannel:
-            session = secrets.token_bytes(8)
-            lanes = await self._dial_lanes(source, port, num_lanes, token, proof, session)
-            return await self.make_channel(source, layout, offer, lanes, session, extra)
+            challenge = new_challenge()
+            lanes = await self._dial_lanes(source, port, num_lanes, token, challenge)
+            session = session_key(token.secret, challenge)
+            return await self.make_channel(source, layout, offer, lanes, session, is_sealed, extra)
 
         return await self._channels.get(source, offer, make)
 
     async def _dial_lanes(
-        self, source: WorkerAddress, port: int, num_lanes: int, token: bytes, proof: bytes, session: bytes
-    ) -> list[socket.socket]:
+        self, source: WorkerAddress, port: int, num_lanes: int, token: Token, challenge: bytes
+    ) -> list[Lane]:
         """Raises TransferFailed."""
         host = source.target.rpartition(":")[0].strip("[]")
-        lanes: list[socket.socket] = []
+        lanes: list[Lane] = []
         try:
             async with asyncio.timeout(min(_HANDSHAKE_S, self.timeout_s)):
                 for lane in range(num_lanes):
-                    hello = _HELLO.pack(_MAGIC, token, session, lane, num_lanes)
-                    lanes.append(await _dial(host, port, hello, proof))
+                    call = _CALL.pack(_MAGIC, token.id, challenge, lane, num_lanes)
+                    lanes.append(await _dial(host, port, call, token, session_key(token.secret, challenge)))
         except (OSError, TimeoutError, TransferFailed) as error:
             for opened in lanes:
-                opened.close()
+                opened.connection.close()
             raise TransferFailed(f"no tcp connection to {source.worker_id}: {error or 'no answer'}") from error
         return lanes
 
@@ -218,12 +264,20 @@ class TcpTransport:
         source: WorkerAddress,
         layout: KvLayout,
         offer: bytes,
-        lanes: list[socket.socket],
+        lanes: list[Lane],
         session: bytes,
+        is_sealed: bool,
         extra: dict[str, int],
     ) -> TcpChannel:
         """Takes the lanes over. Raises TransferFailed."""
-        return TcpChannel(source, offer, lanes, self.timeout_s)
+        seals = {lane.connection: Seal(lane.key) for lane in lanes}
+
+        def make_lane(connection: socket.socket, inboxes: Inboxes) -> IncomingLane:
+            return (
+                SealedLane(connection, inboxes, seals[connection]) if is_sealed else IncomingLane(connection, inboxes)
+            )
+
+        return TcpChannel(source, offer, [lane.connection for lane in lanes], self.timeout_s, make_lane, is_sealed)
 
     # ---- both ----
 
@@ -245,7 +299,7 @@ class TcpTransport:
             self._listener.close()
             self._listener = None
         for held in (lane for lanes in self._arriving.values() for lane in lanes.values()):
-            held.close()
+            held.connection.close()
         self._arriving.clear()
         for peer, link in self._links:
             self._drop_link(peer, link)
@@ -264,8 +318,8 @@ async def _read(connection: socket.socket, num_bytes: int) -> bytes:
     return received
 
 
-async def _dial(host: str, port: int, hello: bytes, proof: bytes) -> socket.socket:
-    """A connection whose other end has taken our token and shown that it is the one that made the offer."""
+async def _dial(host: str, port: int, call: bytes, token: Token, session: bytes) -> Lane:
+    """A connection whose other end has shown, as we have, that it knows the secret of the offer."""
     loop = asyncio.get_running_loop()
     family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
     connection = socket.socket(family, kind, protocol)
@@ -273,11 +327,12 @@ async def _dial(host: str, port: int, hello: bytes, proof: bytes) -> socket.sock
         connection.setblocking(False)
         prepare(connection)
         await loop.sock_connect(connection, address)
-        await loop.sock_sendall(connection, hello)
-        if not secrets.compare_digest(await _read(connection, len(proof)), proof):
+        challenge = await _read(connection, CHALLENGE_BYTES)
+        await loop.sock_sendall(connection, call + proof(token.secret, "receiver", challenge, call))
+        if not proves(await _read(connection, PROOF_BYTES), token.secret, "sender", challenge, call):
             raise TransferFailed("somebody else listens there")
     except BaseException:
         with contextlib.suppress(OSError):
             connection.close()
         raise
-    return connection
+    return Lane(connection, lane_key(session, challenge, call))

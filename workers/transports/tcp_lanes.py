@@ -18,7 +18,7 @@ from workers.transports.push import HEADER_BYTES, Frame, Inboxes, pack, transfer
 _SCRATCH_BYTES = 256 << 10
 _BUFFERS_PER_CALL = 64
 """Headers and pieces that one call hands to the kernel."""
-_INLINE_BYTES = 64 << 10
+INLINE_BYTES = 64 << 10
 """Up to this many bytes are tried on the event loop first."""
 
 Buffer = memoryview
@@ -77,15 +77,19 @@ class OutgoingLink:
         try:
             if self.is_broken:
                 raise TransferFailed("the receiver is gone")
-            if num_bytes <= _INLINE_BYTES:
-                buffers = _send_some(lane, buffers)
-            if buffers:
-                await outlast(self.run(_send_all, lane, buffers))
+            await self.write(lane, buffers, num_bytes)
         except OSError as error:
             self.stop()
             raise TransferFailed(f"a tcp connection broke: {error}") from error
         finally:
             self._free.put_nowait(lane)
+
+    async def write(self, lane: socket.socket, buffers: list[Buffer], num_bytes: int) -> None:
+        """Has all buffers, headers and pieces, sent in this order. Raises OSError."""
+        if num_bytes <= INLINE_BYTES:
+            buffers = send_some(lane, buffers)
+        if buffers:
+            await outlast(self.run(send_all, lane, buffers))
 
     @property
     def is_sending(self) -> bool:
@@ -134,7 +138,7 @@ async def outlast(running: asyncio.Future[None]) -> None:
         raise
 
 
-def _send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
+def send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
     """What is left after the socket has taken what it can at once."""
     try:
         return _rest(buffers, lane.sendmsg(buffers[:_BUFFERS_PER_CALL], (), socket.MSG_DONTWAIT))
@@ -142,7 +146,7 @@ def _send_some(lane: socket.socket, buffers: list[Buffer]) -> list[Buffer]:
         return buffers
 
 
-def _send_all(lane: socket.socket, buffers: list[Buffer]) -> None:
+def send_all(lane: socket.socket, buffers: list[Buffer]) -> None:
     lane.setblocking(True)
     while buffers:
         sent = lane.sendmsg(buffers[:_BUFFERS_PER_CALL])
@@ -200,7 +204,7 @@ class IncomingLane:
             is_good, checksum = False, None
             try:
                 is_good = self.read(home.data)
-                if is_good and frame.length == frame.total:
+                if is_good and frame.length == frame.total and not self.inboxes.is_authenticated:
                     (checksum,) = checksums([home])  # now, while the piece is in this core's cache
             finally:
                 inbox.end(frame, is_good, checksum)

@@ -7,6 +7,7 @@ is unknown.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import inf, isfinite
 
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
@@ -43,7 +44,9 @@ def load_to_pb(load: Load) -> pb.Load:
 
 
 def load_from_pb(message: pb.Load) -> Load:
-    """By hand, and in the order of the fields: it comes with every step of every worker."""
+    """By hand, and in the order of the fields: it comes with every step of every worker. Raises ValueError."""
+    if not 0.0 <= message.step_s < inf:
+        raise ValueError(f"a step of {message.step_s} s")
     return Load(
         message.num_waiting,
         message.num_running,
@@ -76,7 +79,11 @@ def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
 
 
 def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
-    return from_fields(ModelInfo, message)
+    """Raises ValueError for a model that nothing can be computed of."""
+    model = from_fields(ModelInfo, message)
+    if min(model.vocab_size, model.max_model_len, model.block_size) < 1:
+        raise ValueError("a model without vocabulary, context or blocks")
+    return model
 
 
 def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
@@ -98,7 +105,19 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
     )
 
 
+MAX_COUNTERS = 512
+"""Of a worker's status; each becomes a metric."""
+
+
+def _counters_from_pb(message: pb.WorkerStatus) -> tuple[tuple[str, float], ...]:
+    counters = tuple((counter.name, counter.value) for counter in message.counters)
+    if len(counters) > MAX_COUNTERS or not all(isfinite(value) and len(name) <= 64 for name, value in counters):
+        raise ValueError("counters that cannot be counters")
+    return counters
+
+
 def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
+    """Raises ValueError for an unknown role, and for figures that no worker has."""
     return WorkerStatus(
         worker_id=message.worker_id,
         generation=message.generation,
@@ -108,7 +127,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         pid=message.pid,
         host=message.host,
         kv_block_bytes=message.kv_block_bytes,
-        counters=tuple((counter.name, counter.value) for counter in message.counters),
+        counters=_counters_from_pb(message),
         is_draining=message.is_draining,
         ranks=tuple(from_fields(RankStatus, rank) for rank in message.ranks),
         is_rebuilding=message.is_rebuilding,
@@ -124,12 +143,7 @@ def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
 
 
 def layout_from_pb(message: pb.KvLayout) -> KvLayout:
-    return _layout_of(message.SerializeToString(deterministic=True))
-
-
-@lru_cache(maxsize=64)
-def _layout_of(message: bytes) -> KvLayout:
-    return from_fields(KvLayout, pb.KvLayout.FromString(message))
+    return from_fields(KvLayout, message)
 
 
 def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:

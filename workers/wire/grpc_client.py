@@ -63,7 +63,7 @@ class GrpcWorkerLink:
         credentials: Credentials | None = None,
     ) -> None:
         """Must be made inside a running event loop."""
-        self._target = worker.target
+        self._target, self._worker_id = worker.target, worker.worker_id
         self._outgoing: asyncio.Queue[RouterMessage] = asyncio.Queue(max_pending_messages + 1)
         self._outgoing.put_nowait(RouterHello(router_id))
         self._is_open = True
@@ -79,13 +79,16 @@ class GrpcWorkerLink:
             async for message in verified(self._call):
                 if not self._heard.check(message.heard, self._sealer.number, self._clock()):
                     raise WorkerLost(f"{self._target} has not heard message {self._heard.expected}")
-                yield attach_protobuf.frame_from_pb(message)
+                frame = attach_protobuf.frame_from_pb(message)
+                if frame.status is not None and frame.status.worker_id != self._worker_id:
+                    raise ValueError(f"it calls itself {frame.status.worker_id!r:.80}")
+                yield frame
         except StreamDamaged as error:
             raise WorkerLost(f"{self._target}: {error}") from error
         except grpc.aio.AioRpcError as error:
             raise WorkerLost(_describe(self._target, error)) from error
         except ValueError as error:
-            raise WorkerLost(f"{self._target} sent a frame that this version does not know: {error}") from error
+            raise WorkerLost(f"{self._target} sent a frame that makes no sense here: {error}") from error
         except asyncio.CancelledError:
             if self._is_open:
                 raise
@@ -162,6 +165,8 @@ class GrpcWorkerClient:
             stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             try:
                 return attach_protobuf.status_from_pb(await getattr(stub, method)(request, timeout=self._timeout_s))
+            except ValueError as error:
+                raise WorkerLost(f"{worker.target} answered what makes no sense here: {error}") from error
             except grpc.aio.AioRpcError as error:
                 raise _error_from(worker.target, error) from error
 

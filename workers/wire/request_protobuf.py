@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from math import inf, isfinite
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,9 @@ def fields_of(value: DataclassInstance) -> dict[str, Any]:
 
 def from_fields(kind: type[T], message: Any) -> T:
     return kind(*_plan(kind)[1](message))
+
+
+_TIMES = tuple(field.name for field in fields(HandoffReport) if field.name.endswith("_s"))
 
 
 def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
@@ -124,7 +128,10 @@ def token_logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
 
 
 def token_logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
+    """Raises ValueError for what is no logarithm of a probability: JSON could not say it."""
     top = tuple((entry.token_id, entry.logprob) for entry in message.top)
+    if not all(map(isfinite, (message.logprob, *(logprob for _, logprob in top)))):
+        raise ValueError("a log-probability that is not finite")
     rank = message.rank if message.HasField("rank") else None
     return TokenLogprob(message.token_id, message.logprob, top, rank)
 
@@ -142,8 +149,10 @@ def scores_to_pb(scores: PromptScores) -> pb.PromptScores:
 
 
 def scores_from_pb(message: pb.PromptScores) -> PromptScores:
-    """Raises ValueError when the arrays do not belong together."""
+    """Raises ValueError when the arrays do not belong together, or hold what is no logarithm."""
     token_ids = np.frombuffer(message.token_ids, "<i4")
+    if not all(np.isfinite(np.frombuffer(part, "<f4")).all() for part in (message.logprobs, message.top_logprobs)):
+        raise ValueError("a log-probability that is not finite")
     shape = (len(token_ids), message.num_top)
     return PromptScores(
         message.first,
@@ -160,7 +169,11 @@ def handoff_report_to_pb(report: HandoffReport) -> pb.HandoffReport:
 
 
 def handoff_report_from_pb(message: pb.HandoffReport) -> HandoffReport:
-    return from_fields(HandoffReport, message)
+    """Raises ValueError for times that no clock shows."""
+    report = from_fields(HandoffReport, message)
+    if not all(0.0 <= value < inf for value in (getattr(report, name) for name in _TIMES)):
+        raise ValueError("a handoff that took no possible time")
+    return report
 
 
 def output_to_pb(output: Output) -> pb.Output:

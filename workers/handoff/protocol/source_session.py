@@ -35,12 +35,14 @@ MAX_EPOCH = 15
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """Entries first .. end-1 of the block table `blocks` hold the KV of their first `num_layers` layers for good."""
+    """Entries first .. end-1 of a block table hold the KV of their first `num_layers` layers for good. `blocks` are the table's
+    entries from `offset` on."""
 
     blocks: tuple[int, ...]
     first: int
     end: int
     num_layers: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ class SourceSession:
             ready = self._num_ready.get(block, 0)
             base = cut.pieces_before(block)
             for piece in range(base + ready, base + complete):
-                self._homes[piece] = event.blocks[block]
+                self._homes[piece] = event.blocks[block - event.offset]
                 self._queue.append(piece)
             self._num_ready[block] = max(ready, complete)
         return self._pump()

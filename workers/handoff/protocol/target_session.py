@@ -289,6 +289,8 @@ class TargetSession:
         is_whole = not isinstance(event, PrefillDone) or event.num_pieces == bound
         if not is_whole or not 0 <= event.num_pieces <= bound or event.num_pieces % self.cut.pieces_per_block:
             return self._take(GaveUp(f"the sender counts {event.num_pieces} pieces, we count {bound}"), now)
+        if not self._adds_up(event):
+            return self._take(GaveUp("the sender counts other blocks than pieces"), now)
         self.done = event
         return self._land_if_complete(now)
 
@@ -337,6 +339,18 @@ class TargetSession:
         return [self._failure]
 
     # ---- what they have in common ----
+
+    def _adds_up(self, done: Done) -> bool:
+        """Whether the pieces are all that is said to be in the blocks: what did not travel is never believed to be there."""
+        cut = self.cut
+        match done:
+            case SequenceMoved(_, num_computed, num_pieces):
+                end = -(-num_computed // cut.layout.block_size)
+                return end <= cut.first_block + cut.num_blocks and num_pieces == cut.pieces_before(end)
+            case PrefixDone(num_blocks, num_pieces):
+                return num_pieces == num_blocks * cut.pieces_per_block
+            case PrefillDone():
+                return True
 
     def _connect(self) -> list[TargetCommand]:
         self.is_connecting = True
