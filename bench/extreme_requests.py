@@ -106,7 +106,7 @@ class Extremes:
     def _values(self) -> dict[str, list[dict[str, Any]]]:
         text, ids = "the sky is blue and ", [5 + place % (self._vocab_size - 5) for place in range(self._full)]
         numbers = {
-            "temperature": (0, 1e-9, 2),
+            "temperature": (0, 1e-9, 2, 10**400),
             "top_p": (1e-9, 1),
             "top_k": (-1, 1, self._vocab_size, _INT64),
             "min_p": (0, 1),
@@ -116,7 +116,7 @@ class Extremes:
             "seed": (-_INT64 - 1, _INT64),
             "min_tokens": (3, _INT64),
             "priority": (-(2**31) + 1, 2**31 - 1),
-            "n": (self._config.max_n, self._config.max_n + 1, _INT64),
+            "n": (self._config.max_n, self._config.max_n + 1, 10**400),
             "max_tokens": (self._max_len - 64, _INT64),
             "max_completion_tokens": (self._max_len - 64, _INT64),
             "top_logprobs": (20, 21),
@@ -139,6 +139,9 @@ class Extremes:
             "force",
         )
         values |= {name: [{name: value} for value in (True, False)] for name in flags}
+        values |= {name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot")}
+        values |= {name: [{name: "x" * self._huge}] for name in ("session_id", "prompt_cache_key", "user")}
+        values["user"] += [{"user": self.unknown[2]}]
         half = MAX_ENTRIES // 2
         words = [[5 + place % 1000, *[7] * (MAX_BAD_WORD_TOKENS // half - 2), 9] for place in range(half)]
         function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
