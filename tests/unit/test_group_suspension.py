@@ -139,10 +139,10 @@ async def test_the_watch_suspends_at_once_tells_who_is_lost_and_resumes_when_the
     group.is_serving = False
     await asyncio.to_thread(watch.lost, 1, "no sign of life")
     await server.until(1)
-    assert server.said == ["rank 1: no sign of life"] and lost == [RANKS[1]]
+    assert server.pending == ["rank 1: no sign of life"] and lost == [RANKS[1]]
     group.is_serving = True
     await server.until(2)
-    assert server.said[1] == "resumed"
+    assert server.pending[1] == "resumed"
     counters = dict(watch.counters())
     assert (counters["ranks_lost"], counters["rebuilds"]) == (1, 1) and counters["rebuild_seconds"] > 0
     await watch.stop()
@@ -155,5 +155,5 @@ async def test_a_group_that_does_not_find_together_suspends_its_worker_though_no
     watch.start(server)
     group.is_serving = False
     await server.until(1)
-    assert server.said == ["its ranks do not find together"]
+    assert server.pending == ["its ranks do not find together"]
     await watch.stop()
