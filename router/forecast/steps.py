@@ -25,6 +25,9 @@ MAX_KINDS = 8
 """Further kinds are taken for one."""
 SLOWEST, FASTEST = 20.0, 0.05
 """Bounds of a worker's speed, as times its steps take in relation to its kind's."""
+IDLE_MEMORY = 0.9
+"""What each tick leaves of the logarithm of an idle worker's speed: after 2 s, at ten ticks a second, an eighth."""
+FORGOTTEN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class StepTimes:
 
     def learn(self, table: WorkerTable) -> None:
         """Takes the step that each worker has reported last, if it is a new one; vector operations over the workers that have."""
+        self._forget_idle(table)
         rows = np.flatnonzero(table.has_step)
         if not len(rows):
             return
@@ -86,6 +90,16 @@ class StepTimes:
         table.speeds[rows] = np.median(table.ratios[rows], axis=1)
         for kind in changed:
             self._show(table, kind)
+
+    def _forget_idle(self, table: WorkerTable) -> None:
+        """A worker without work shows no steps that could clear it of being slow: it comes to be tried again."""
+        is_idle = (table.num_sequences <= 0) & (table.prefill_tokens <= 0) & ~table.has_step & (table.num_steps > 0)
+        rows = np.flatnonzero(is_idle & (np.abs(table.speeds - 1.0) > FORGOTTEN))
+        if len(rows):
+            table.ratios[rows] **= IDLE_MEMORY
+            table.speeds[rows] = np.median(table.ratios[rows], axis=1)
+            coefficients = np.array([fit.coefficients for fit in self._fits])[table.kinds[rows]]
+            table.seconds[rows] = coefficients * table.speeds[rows, None]
 
     def _look_back(self, kind: int, work: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
         num_tokens, looked_back = float(work[:, 3].sum()), float(work[:, 4].sum())

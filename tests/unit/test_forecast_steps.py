@@ -93,6 +93,18 @@ def test_a_worker_that_becomes_slow_is_known_to_be_after_some_steps_and_so_is_it
     assert 0.85 < workers.table.speeds[2] < 1.15
 
 
+def test_a_slow_worker_without_work_comes_to_be_tried_again_and_one_that_computes_does_not() -> None:
+    workers = Workers(3)
+    workers.run(60)
+    workers.run(9, slow={1: 5.0, 2: 5.0})
+    workers.table.num_sequences[2] = 1  # in the middle of a long step
+    for _ in range(30):
+        workers.step(0)
+        workers.times.learn(workers.table)
+    assert workers.table.speeds[1] < 1.2 and error(workers.table, 1, DECODE) < 0.3
+    assert workers.table.speeds[2] > 4
+
+
 def test_outliers_move_neither_the_fit_nor_the_speed() -> None:
     calm, disturbed = Workers(3), Workers(3)
     for workers in (calm, disturbed):
