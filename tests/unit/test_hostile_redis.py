@@ -85,7 +85,9 @@ async def test_what_the_attacker_writes_names_no_worker_no_role_and_no_start(att
     registrar = await start(attacked.store)
     assert [entry.value for entry in await read(attacked.store)] == [registrar.registration.encode()]
     assert registrar.registration.role is Role.DECODE
-    named = [key for key in (KEY, "workers/decode-9", "starts/decode-0", "roles/decode-0") if key in str(attacked.pending)]
+    named = [
+        key for key in (KEY, "workers/decode-9", "starts/decode-0", "roles/decode-0") if key in str(attacked.pending)
+    ]
     assert len(named) == 4 and len(attacked.pending) == 4, "each is named once"
     assert attacked.store.num_refused > 4 and SECRET not in str(attacked.pending)
 
