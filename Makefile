@@ -43,8 +43,8 @@ protos: $(TEST)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/workers/pb/worker.proto proto/workers/pb/group.proto
 
 # Installing compiles the C++ (hatch_build.py), with zig from PyPI where there is no compiler.
-$(SERVE): pyproject.toml hatch_build.py workers/machine/native_build.py workers/machine/native_build.py \
-		workers/model/native/build.py workers/kv_memory/checksum.py \
+$(SERVE): pyproject.toml hatch_build.py workers/machine/native_build.py \
+		workers/model/native/build.py workers/kv_memory/native/build.py \
 		$(wildcard workers/model/native/source/* workers/kv_memory/native/source/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==2.13.0"

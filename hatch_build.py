@@ -22,7 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from workers.kv_memory.checksum import CHECKSUM  # noqa: E402
+from workers.kv_memory.native.build import CHECKSUM  # noqa: E402
 from workers.machine.native_build import COMPILERS, BuildFailed, InstructionSet, NativeSource, run_compiler, supported  # noqa: E402  # noqa: E402
 from workers.model.native.build import KERNELS  # noqa: E402
 

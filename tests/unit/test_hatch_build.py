@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kernels_stub import write_stub
 
-from workers.kv_memory.checksum import CHECKSUM
+from workers.kv_memory.native.build import CHECKSUM
 from workers.machine.native_build import NativeSource, is_built_from, supported
 from workers.model.native.build import KERNELS
 
@@ -95,3 +95,27 @@ def test_without_a_compiler_the_wheel_holds_python_only_and_the_build_says_so(tr
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert "NO C++ LIBRARIES ARE BUILT" in output
+
+
+ALONE = """
+import sys, types
+sys.path.insert(0, sys.argv[1])
+for name in ("hatchling", "hatchling.builders", "hatchling.builders.hooks", "hatchling.builders.hooks.plugin"):
+    sys.modules[name] = types.ModuleType(name)
+interface = sys.modules["hatchling.builders.hooks.plugin.interface"] = types.ModuleType("interface")
+interface.BuildHookInterface = list
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "workers", "hatch_build"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+import hatch_build
+print(len(hatch_build.SOURCES))
+"""
+
+
+def test_a_build_needs_nothing_that_is_not_installed_yet() -> None:
+    found = subprocess.run([sys.executable, "-c", ALONE, str(ROOT)], capture_output=True, text=True, check=False)
+    assert found.stdout == "2\n", found.stderr

@@ -15,7 +15,7 @@ from cluster.settings import build
 from workers.config import InstructionSet as Setting
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
-from workers.kv_memory.checksum import CHECKSUM
+from workers.kv_memory.native.build import CHECKSUM
 from workers.machine.native_build import (
     BuildFailed,
     InstructionSet,

@@ -12,26 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from workers.machine.native_build import (
-    AVX2,
-    AVX512,
-    PLAIN_ARM,
-    PLAIN_X86,
-    SHARED,
-    BuildFailed,
-    NativeSource,
-    find_library,
-    supported,
-)
+from workers.kv_memory.native.build import CHECKSUM
+from workers.machine.native_build import BuildFailed, find_library, supported
 
 log = logging.getLogger(__name__)
-
-CHECKSUM = NativeSource(
-    Path(__file__).parent / "native" / "source" / "checksum.cpp",
-    "checksum",
-    (AVX512, AVX2, PLAIN_X86, PLAIN_ARM),
-    ("-std=c++20", "-O3", *SHARED),
-)
 
 
 class Library:
