@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cluster.sim.network import Pipe
@@ -37,6 +38,41 @@ TRANSPORTS = ("nixl", "tcp")
 """The ways that simulated KV can travel; they cost the same."""
 
 
+class Deadline:
+    """Calls `fire` when the next deadline of a session is due, which may move at every event of it."""
+
+    def __init__(
+        self, worker: SimWorker, next_deadline_s: Callable[[], float | None], fire: Callable[[], None]
+    ) -> None:
+        self._worker, self._timeline = worker, worker.world.timeline
+        self._next_deadline_s, self._fire = next_deadline_s, fire
+        self._timer: Timer | None = None
+
+    def look(self) -> None:
+        """Something has happened to the session."""
+        due_s = self._next_deadline_s()
+        if self._timer is not None and due_s is not None and self._timer.at_s <= due_s:
+            return  # it looks again by itself
+        self.stop()
+        if due_s is not None:
+            self._timer = self._timeline.at(due_s, self._due)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _due(self) -> None:
+        if self._worker.defer(self._due):
+            return
+        self._timer = None
+        due_s = self._next_deadline_s()
+        if due_s is not None and due_s <= self._timeline.now:
+            self._fire()
+        else:
+            self.look()
+
+
 class Receiving:
     """A Receive that runs: the loop around one TargetSession."""
 
@@ -69,7 +105,7 @@ class Receiving:
         """Of this epoch."""
         self._collects: list[tuple[KvPiece, ...]] = []
         self._epoch = -1
-        self._timer: Timer | None = None
+        self._deadline = Deadline(worker, self._session.next_deadline_s, lambda: self.feed(Due()))
         self._is_over = False
         self._is_stopped = False
         self._patience: Timer | None = None
@@ -128,7 +164,8 @@ class Receiving:
                 case target_end.Fail(reason, refusal):
                     session = self._session
                     self._end(HandoffFailed(reason, refusal, session.num_resent, session.num_degradations))
-        self._set_timer()
+        if not self._is_over:
+            self._deadline.look()
 
     # ---- the control stream ----
 
@@ -203,33 +240,13 @@ class Receiving:
 
     # ---- time and end ----
 
-    def _set_timer(self) -> None:
-        due_s = self._session.next_deadline_s()
-        if self._timer is not None and due_s is not None and self._timer.at_s <= due_s:
-            return  # it looks again by itself
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due_s is not None and not self._is_over:
-            self._timer = self._timeline.at(due_s, self._due)
-
-    def _due(self) -> None:
-        if self._worker.defer(self._due):
-            return
-        self._timer = None
-        due_s = self._session.next_deadline_s()
-        if due_s is not None and due_s <= self._timeline.now:
-            self.feed(Due())
-        else:
-            self._set_timer()
-
     def abandon(self) -> None:
         """The receiver's process is gone."""
         self._is_over = True
         self._down.is_closed = True
-        for timer in (self._timer, self._patience):
-            if timer is not None:
-                timer.cancel()
+        self._deadline.stop()
+        if self._patience is not None:
+            self._patience.cancel()
         if self._sending is not None:
             broken = source_end.HandoffBroken("the receiver closed the stream")
             self._timeline.after(self._worker.latency_s, self._sending.feed, broken)
@@ -253,9 +270,9 @@ class Receiving:
 
     def _end(self, outcome: Handoff | HandoffFailed) -> None:
         self._is_over = True
-        for timer in (self._timer, self._patience):
-            if timer is not None:
-                timer.cancel()
+        self._deadline.stop()
+        if self._patience is not None:
+            self._patience.cancel()
         told: Handoff | HandoffFailed | None = outcome
         if isinstance(outcome, HandoffFailed):
             if self._is_stopped:
@@ -285,7 +302,7 @@ class Sending:
             worker.config.transfer_timeout_s,
             worker.config.transfer_window_bytes,
         )
-        self._timer: Timer | None = None
+        self._deadline = Deadline(worker, self._session.next_deadline_s, lambda: self.feed(Due()))
         self._is_over = False
 
     def start(self) -> None:
@@ -308,14 +325,14 @@ class Sending:
                     self._worker.handle(worker_events.HandoffBegun(self._transfer))
                 case source_end.Release(reason):
                     self._is_over = True
-                    if self._timer is not None:
-                        self._timer.cancel()
+                    self._deadline.stop()
                     self._worker.sent(self._transfer, reason)
                     return
         if self._is_paced and self._session.state is TransferState.SENDING:
             num_pieces = len(self._session.acknowledged)
             self._worker.handle(worker_events.HandoffAcknowledged(self._transfer, num_pieces))
-        self._set_timer()
+        if not self._is_over:
+            self._deadline.look()
 
     def _say(self, message: HandoffUp) -> None:
         self._up.send(self._worker.latency_s, self._receiving.feed, message)
@@ -340,32 +357,11 @@ class Sending:
             described.append(KvPiece(number, slot.block, slot.first_layer, slot.num_layers, block, 0))
         return source_end.Described(epoch, tuple(described))
 
-    def _set_timer(self) -> None:
-        due_s = self._session.next_deadline_s()
-        if self._timer is not None and due_s is not None and self._timer.at_s <= due_s:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due_s is not None and not self._is_over:
-            self._timer = self._timeline.at(due_s, self._due)
-
-    def _due(self) -> None:
-        if self._worker.defer(self._due):
-            return
-        self._timer = None
-        due_s = self._session.next_deadline_s()
-        if due_s is not None and due_s <= self._timeline.now:
-            self.feed(Due())
-        else:
-            self._set_timer()
-
     def abandon(self) -> None:
         """The sender's process is gone."""
         self._is_over = True
         self._up.is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._deadline.stop()
         self._receiving.broken("the sender was lost")
 
 
