@@ -6,10 +6,12 @@ next one under another prefix of the store. Weights and KV are not touched. Gloo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -57,7 +59,27 @@ def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
 
 def bury(groups: list[Any]) -> None:
     """Lets go of groups that nothing else holds, on a thread of its own: their end waits for operations that wait for a hung rank."""
-    threading.Thread(target=groups.clear, name="bury", daemon=True).start()
+    _beside(groups.clear, name="bury")
+
+
+_EXIT_S = 2.0
+"""How long a process that ends waits for threads inside torch: Python unwinds one that comes back later through C++ that may not throw, which aborts the process."""
+_inside_torch: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def _beside(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
+    """Starts a call into torch that may never return, on a thread that the end of the process waits for up to _EXIT_S."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    _inside_torch.add(thread)
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    deadline_s = time.monotonic() + _EXIT_S
+    for thread in list(_inside_torch):
+        thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
 _POLL_S = 0.1
@@ -289,8 +311,7 @@ class WorldEpoch:
                 found.append(error)
 
         # a constructor that waits for a rank that will not come cannot be interrupted: it is left behind
-        thread = threading.Thread(target=meet, name=f"join-{epoch}", daemon=True)
-        thread.start()
+        thread = _beside(meet, name=f"join-{epoch}")
         while thread.is_alive() and not aborted.is_set():
             thread.join(_POLL_S)
         outcome = found[0] if found else None
@@ -326,14 +347,7 @@ class WorldEpoch:
 
     def _start_aborts(self) -> list[threading.Thread]:
         """All groups at the same time: one communicator's abort may wait for the device, and so for the kernel of another."""
-        threads = [
-            threading.Thread(target=_abort, args=(group,), name="abort", daemon=True)
-            for group in self._groups
-            if hasattr(group, "abort")
-        ]
-        for thread in threads:
-            thread.start()
-        return threads
+        return [_beside(_abort, group, name="abort") for group in self._groups if hasattr(group, "abort")]
 
 
 def _abort(group: Any) -> None:
