@@ -206,9 +206,11 @@ class KvCacheManager:
     def publish_prompt(self, table: BlockTable, num_computed: int) -> None:
         """Makes the prompt's full blocks findable, as far as the prefill path has computed them."""
         full = min(num_computed // self.block_size, len(table.prompt.hashes))
-        for index in range(table.num_published, full):
-            self._cache.publish(table.blocks[index], table.prompt.key(index))
-        table.num_published = max(table.num_published, full)
+        first, chain = table.num_published, table.prompt.chain
+        if chain is not None and first < full:
+            for block, key in zip(table.blocks[first:full], chain.keys[first:full], strict=True):
+                self._cache.publish(block, key)
+            table.num_published = full
 
     def release(self, table: BlockTable) -> None:
         """Gives all blocks of a sequence back."""

@@ -29,11 +29,18 @@ class Ledger:
 
     def add(self, block_hash: int, tier: Tier) -> None:
         """The tier holds the block from now on."""
-        self._change(block_hash, self._tiers.get(block_hash, 0) | 1 << tier)
+        mask = self._tiers.get(block_hash, 0)
+        self._tell(block_hash, mask)
+        self._tiers[block_hash] = mask | 1 << tier
 
     def remove(self, block_hash: int, tier: Tier) -> None:
         """The tier does not hold the block any more."""
-        self._change(block_hash, self._tiers.get(block_hash, 0) & ~(1 << tier))
+        mask = self._tiers.get(block_hash, 0)
+        self._tell(block_hash, mask)
+        if mask & ~(1 << tier):
+            self._tiers[block_hash] = mask & ~(1 << tier)
+        else:
+            self._tiers.pop(block_hash, None)
 
     def best(self, block_hash: int) -> Tier | None:
         return _BEST[self._tiers.get(block_hash, 0)]
@@ -42,10 +49,13 @@ class Ledger:
         """What changed since the last call, numbered; None when nothing did."""
         if self._overflow:
             return self.dump()
+        if not self._told:
+            return None
         stored: dict[int, Tier] = {}
         removed: list[int] = []
+        tiers = self._tiers
         for block_hash, told in self._told.items():
-            now = self.best(block_hash)
+            now = _BEST[tiers.get(block_hash, 0)]
             if now is None and told is not None:
                 removed.append(block_hash)
             elif now is not None and now is not told:
@@ -70,17 +80,15 @@ class Ledger:
         tiers = () if is_plain else tuple(stored.values())
         return KvEvent(self._sequence, tuple(stored), removed, reset, tiers)
 
-    def _change(self, block_hash: int, mask: int) -> None:
+    def _tell(self, block_hash: int, mask: int) -> None:
+        """A block changes that these tiers hold by now."""
         if not self._overflow:
             # A change moves to the end: what became useful last is told last, and routers evict the first.
-            self._told[block_hash] = self._told.pop(block_hash, self.best(block_hash))
-            if len(self._told) > MAX_PENDING_CHANGES:
+            told = self._told
+            told[block_hash] = told.pop(block_hash, _BEST[mask])
+            if len(told) > MAX_PENDING_CHANGES:
                 self._overflow = True
-                self._told.clear()
-        if mask:
-            self._tiers[block_hash] = mask
-        else:
-            self._tiers.pop(block_hash, None)
+                told.clear()
 
 
 class PrefixCache:
@@ -126,11 +134,12 @@ class PrefixCache:
 
     def publish(self, block: int, key: BlockKey) -> None:
         """Makes a full, finished prompt block findable. The first block of a hash stays; a later twin is ignored."""
-        if key.block_hash in self._blocks or block in self._keys:
+        block_hash = key[0]
+        if block_hash in self._blocks or block in self._keys:
             return
-        self._blocks[key.block_hash] = block
+        self._blocks[block_hash] = block
         self._keys[block] = key
-        self._ledger.add(key.block_hash, Tier.POOL)
+        self._ledger.add(block_hash, Tier.POOL)
 
     def contains(self, block: int) -> bool:
         return block in self._keys
