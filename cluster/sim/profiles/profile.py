@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
 
 
 class StepCost(Protocol):
     """Seconds of one engine step. An attended count is the sum, over the step's tokens of that kind, of the context each attends to."""
 
     def step_s(self, prefill_tokens: int, prefill_attended: int, num_decodes: int, decode_attended: int) -> float:
-        """Above zero, and not less for more of anything."""
+        """Above zero, and not less for more of anything. `decode_attended` may be an array [N] instead: of so many steps, and so is the answer."""
         ...
 
 
@@ -63,3 +69,9 @@ class Profile:
     def step_s(self, prefill_tokens: int, prefill_attended: int, num_decodes: int, decode_attended: int) -> float:
         """Seconds of one engine step."""
         return self.cost.step_s(prefill_tokens, prefill_attended, num_decodes, decode_attended)
+
+    def decode_run_s(self, num_decodes: int, attended: Counts) -> Seconds:
+        """Seconds of steps that only decode, [N], by what each attends to, [N]: each as `step_s` has it, bit for bit."""
+        count: Any = attended
+        seconds: Any = self.cost.step_s(0, 0, num_decodes, count)
+        return np.asarray(seconds, np.float64)
