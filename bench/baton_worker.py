@@ -69,11 +69,11 @@ class KernelNames(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.pending: list[str] = []
+        self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("computing"):
-            self.pending.append(record.getMessage())
+            self.said.append(record.getMessage())
 
 
 class BatonEngine:
