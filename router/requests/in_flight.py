@@ -10,7 +10,6 @@ from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
 
-
 _new = tuple.__new__
 """Of a tuple with names, from all of its fields: several times as fast as calling its class."""
 

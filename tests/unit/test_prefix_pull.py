@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
