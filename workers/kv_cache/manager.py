@@ -245,12 +245,11 @@ class KvCacheManager:
 
     def _match_lower(self, prompt: PromptBlocks, first: int) -> list[BlockKey]:
         """The run of blocks from number `first` on that lower tiers hold, pinned there."""
-        run: list[BlockKey] = []
-        if self._tiers is not None:
-            if first < prompt.num_usable and self._tiers.holds(prompt.key(first)) is not None:
-                keys = prompt.keys(first, prompt.num_usable)
-                run = list(takewhile(lambda key: self._tiers.holds(key) is not None, keys))
-            self._tiers.pin(run)
+        tiers, run = self._tiers, list[BlockKey]()
+        if tiers is not None:
+            if first < prompt.num_usable and tiers.holds(prompt.key(first)) is not None:
+                run = list(takewhile(lambda key: tiers.holds(key) is not None, prompt.keys(first, prompt.num_usable)))
+            tiers.pin(run)
         return run
 
     def _evicted(self, blocks: list[int]) -> None:
