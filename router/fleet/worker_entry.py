@@ -310,6 +310,6 @@ def _are_tokens(outputs: Iterable[Output], vocab_size: int) -> bool:
                 return False
         for part in output.prompt_logprobs:
             for ids in (part.token_ids, part.top_ids):
-                if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+                if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
                     return False
     return True

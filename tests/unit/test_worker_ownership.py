@@ -338,7 +338,9 @@ def test_who_takes_a_request_up_permits_its_next_move_and_the_router_before_does
     story.tell(events.RouterSaid(2, Adopt("r", "r#2", 1, b"new")))
     (refused,) = story.ask(1, RunningSubject("r#2", make_permit(b"old", ASKER)), 3)
     assert isinstance(refused, events.RefuseHandoff)
-    assert story.ask(2, RunningSubject("r#2", make_permit(b"new", ASKER)), 3) == [events.AcceptHandoff(2, is_paced=True)]
+    assert story.ask(2, RunningSubject("r#2", make_permit(b"new", ASKER)), 3) == [
+        events.AcceptHandoff(2, is_paced=True)
+    ]
 
 
 # ---- whatever happens ----
