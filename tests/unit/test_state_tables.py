@@ -139,7 +139,7 @@ def test_a_group_serves_only_when_all_have_met() -> None:
 def request_in(state: served_request.State) -> tuple[RequestTable, ServedRequest]:
     """A table with one request that has come into this state, and the request."""
     table, ends = RequestTable(100, 10, 30.0), Output("a#1", 0, (7,), finish_reason=FinishReason.LENGTH)
-    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, 0)
+    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, b"", 0)
     table.add(served)
     if state in (served_request.State.UNHEARD, served_request.State.LEFT):
         table.keep(served, ends)

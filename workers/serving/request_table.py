@@ -12,6 +12,7 @@ from math import inf
 
 from workers.request import FinishReason, Output
 from workers.serving.served_request import SERVED_REQUEST, Effect, ServedRequest, State, Turn
+from workers.wire.attach import Adopt
 
 
 class RequestTable:
@@ -114,16 +115,16 @@ class RequestTable:
         too_many = list(self._orphans.values())[:num_too_many]
         return too_many + [each for each in lost if self._by_name.get(each.name) is not each and each not in too_many]
 
-    def adopt(self, name: str, position: int, owner: int, attempt: str, num_said: int) -> list[Output] | None:
-        """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, behind
-        the `num_said` outputs that it was told before, from output position `position` on. None, and nothing changes: it is
-        not here, or not kept from there.
+    def adopt(self, adopt: Adopt, owner: int, num_said: int) -> list[Output] | None:
+        """Gives a request to a session, which calls it `adopt.request_id` from now on; returns what the session is to hear at once,
+        behind the `num_said` outputs that it was told before, from output position `adopt.position` on. None, and nothing
+        changes: it is not here, or not kept from there.
         """
-        served = self._by_name.get(name)
-        outputs = None if served is None else served.since(position)
+        served, attempt = self._by_name.get(adopt.name), adopt.request_id
+        outputs = None if served is None else served.since(adopt.position)
         if served is None or outputs is None:
             return None
-        served.last_said = num_said + len(outputs)
+        served.last_said, served.key = num_said + len(outputs), adopt.key
         self._take(served, Turn.TAKE_UP, owner, attempt)
         return [output._replace(request_id=attempt) for output in outputs]
 

@@ -87,6 +87,8 @@ class ServedRequest:
     """When its first token is due; infinity when nobody said."""
     owner: int | None
     """The session that hears of it; None: it is an orphan."""
+    key: bytes
+    """Who has a permit made with it may take the request over."""
     end: int
     """Position that the next output has: tokens said here, or given with the request."""
     state: State = State.RUNNING
