@@ -30,6 +30,7 @@ RECONNECT_S = 600
 """How long nodes and actors wait for a head that is started again; what they do goes on meanwhile."""
 END_S = 20.0
 """How long Ray's processes may take to end by themselves."""
+ATTEMPTS = 3
 _KEPT_LINES = 20
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
@@ -168,23 +169,39 @@ class RayNode:
 @asynccontextmanager
 async def running_node(plan: NodePlan) -> AsyncIterator[RayNode]:
     """The node, from its start to the end of the context. Raises RayFailed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        *plan.arguments,
-        env={**os.environ, **plan.environment},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for this process, which lets its actors leave first
-    )
-    node = RayNode(process)
+    node = await _start(plan)
     try:
-        await node.until_started()
         yield node
     finally:
         await asyncio.shield(asyncio.ensure_future(node.end()))
+
+
+async def _start(plan: NodePlan) -> RayNode:
+    """Ray gives a raylet 30 s, which is not always enough for a host on which many start at once: it is tried ATTEMPTS times."""
+    failure = RayFailed("")
+    for _ in range(ATTEMPTS):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *plan.arguments,
+            env={**os.environ, **plan.environment},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for this process, which lets its actors leave first
+        )
+        node = RayNode(process)
+        try:
+            await node.until_started()
+            return node
+        except RayFailed as error:
+            failure = error
+            await node.end()
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(node.end()))
+            raise
+    raise failure
 
 
 async def while_it_lives(node: RayNode | None, work: asyncio.Future[None]) -> None:
