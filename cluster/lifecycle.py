@@ -367,16 +367,20 @@ async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:
         raise StartFailed(f"{what} within {timeout_s:g} s (start_timeout_s sets the limit)") from None
 
 
-async def patiently(attempt: Callable[[], Awaitable[object]], timeout_s: float) -> None:
-    """Repeats what fails because others are still starting, as containers of one deployment do. After `timeout_s` it raises what
-    the last attempt raised.
+async def patiently(attempt: Callable[[], Awaitable[object]], timeout_s: float, progress: StepPrinter) -> None:
+    """Repeats what fails because others are still starting, as containers of one deployment do, and says why it waits. After
+    `timeout_s` it raises what the last attempt raised.
     """
     deadline = asyncio.get_running_loop().time() + timeout_s
+    said = ""
     while True:
         try:
             await attempt()
             return
-        except BatonError:
+        except BatonError as error:
             if asyncio.get_running_loop().time() >= deadline:
                 raise
+            if str(error) != said:
+                said = str(error)
+                progress.say(f"  not yet: {said}")
         await asyncio.sleep(AGAIN_S)

@@ -121,7 +121,7 @@ async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -
             "--without-ray needs a certificate: make one with `baton tls` and name its files in tls.cert, tls.key and tls.ca"
         )
     with progress.step("waiting for the store"):
-        await patiently(lambda: check_store(config.store), config.start_timeout_s)
+        await patiently(lambda: check_store(config.store), config.start_timeout_s, progress)
     with progress.step(f"starting {name}"):
         router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls)
         url = await router.ready()
@@ -156,7 +156,7 @@ async def _attach(
 
     if starts_node:
         with progress.step("waiting for the store"):
-            await patiently(lambda: check_store(config.store), config.start_timeout_s)
+            await patiently(lambda: check_store(config.store), config.start_timeout_s, progress)
     else:
         await check_store(config.store)
     probes = Probes()
@@ -224,7 +224,7 @@ async def _joined(
         own_ip = config.worker.host if starts_node else ""
         if starts_node:
             with progress.step(f"waiting for Ray's head at {ray.address}"):
-                await patiently(lambda: asyncio.to_thread(check_listens, ray.address), config.start_timeout_s)
+                await patiently(lambda: asyncio.to_thread(check_listens, ray.address), config.start_timeout_s, progress)
             with progress.step(f"starting a node of Ray at {own_ip}"):
                 started = stack.enter_async_context(running_node(plan_member(ray, own_ip)))
                 node = await bounded(started, config.start_timeout_s, "Ray did not start a node")

@@ -22,7 +22,7 @@ import redis
 from cluster_process import MODEL, ROOT, free_port, wait_until
 from redis_server import RedisServer
 
-pytestmark = pytest.mark.timeout(290)
+pytestmark = pytest.mark.timeout(500)
 
 QUESTION = {"model": MODEL.name, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
 STORY = {"model": MODEL.name, "prompt": "A long story", "max_tokens": 1200, "temperature": 0, "ignore_eos": True}
