@@ -29,6 +29,12 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
     return np.array(token_ids, dtype="<i4").tobytes()
 
 
+def token_ids(written: bytes) -> list[int]:
+    """What `token_bytes` has written."""
+    ids: list[int] = np.frombuffer(written, "<i4").tolist()
+    return ids
+
+
 def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
     block_bytes = 4 * block_size
     digest = xxhash.xxh3_64_intdigest
@@ -43,7 +49,8 @@ def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
 class BlockKey(NamedTuple):
     """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first.
 
-    Many are kept, one a cached block, and compared: so it is a tuple, and the tokens are bytes, as `token_bytes` writes them.
+    Many are kept, one a cached block, and those of a long prompt are made and compared between two steps: so it is a tuple, and the
+    tokens are bytes, as `token_bytes` writes them.
     """
 
     block_hash: int
@@ -52,7 +59,7 @@ class BlockKey(NamedTuple):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(np.frombuffer(self.tokens, "<i4").tolist())
+        return tuple(token_ids(self.tokens))
 
     @property
     def num_tokens(self) -> int:
@@ -145,3 +152,7 @@ class PromptBlocks:
         """Of block number `index`."""
         assert self.chain is not None
         return self.chain.keys[index]
+
+    def keys(self, first: int, end: int) -> list[BlockKey]:
+        """Of the blocks number first .. end-1."""
+        return [] if self.chain is None else self.chain.keys[first:end]

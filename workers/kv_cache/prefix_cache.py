@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
@@ -27,18 +28,21 @@ class Ledger:
         self._overflow = False
         self._sequence = 0
 
-    def add(self, block_hash: int, tier: Tier) -> None:
-        """The tier holds the block from now on."""
-        mask = self._tiers.get(block_hash, 0)
-        self._tell(block_hash, mask)
-        self._tiers[block_hash] = mask | 1 << tier
+    def add(self, block_hashes: Iterable[int], tier: Tier) -> None:
+        """The tier holds the blocks from now on."""
+        tiers, bit = self._tiers, 1 << tier
+        for block_hash in block_hashes:
+            before = tiers.get(block_hash, 0)
+            self._note(block_hash, before)
+            tiers[block_hash] = before | bit
 
     def remove(self, block_hash: int, tier: Tier) -> None:
         """The tier does not hold the block any more."""
-        mask = self._tiers.get(block_hash, 0)
-        self._tell(block_hash, mask)
-        if mask & ~(1 << tier):
-            self._tiers[block_hash] = mask & ~(1 << tier)
+        before = self._tiers.get(block_hash, 0)
+        self._note(block_hash, before)
+        after = before & ~(1 << tier)
+        if after:
+            self._tiers[block_hash] = after
         else:
             self._tiers.pop(block_hash, None)
 
@@ -49,13 +53,10 @@ class Ledger:
         """What changed since the last call, numbered; None when nothing did."""
         if self._overflow:
             return self.dump()
-        if not self._told:
-            return None
         stored: dict[int, Tier] = {}
         removed: list[int] = []
-        tiers = self._tiers
         for block_hash, told in self._told.items():
-            now = _BEST[tiers.get(block_hash, 0)]
+            now = self.best(block_hash)
             if now is None and told is not None:
                 removed.append(block_hash)
             elif now is not None and now is not told:
@@ -80,12 +81,12 @@ class Ledger:
         tiers = () if is_plain else tuple(stored.values())
         return KvEvent(self._sequence, tuple(stored), removed, reset, tiers)
 
-    def _tell(self, block_hash: int, mask: int) -> None:
-        """A block changes that these tiers hold by now."""
+    def _note(self, block_hash: int, before: int) -> None:
+        """The block is about to change; `before` are its tiers until now."""
         if not self._overflow:
             # A change moves to the end: what became useful last is told last, and routers evict the first.
             told = self._told
-            told[block_hash] = told.pop(block_hash, _BEST[mask])
+            told[block_hash] = told.pop(block_hash, _BEST[before])
             if len(told) > MAX_PENDING_CHANGES:
                 self._overflow = True
                 told.clear()
@@ -132,14 +133,16 @@ class PrefixCache:
         block = self._blocks.get(key.block_hash)
         return block if block is not None and self._keys[block] == key else None
 
-    def publish(self, block: int, key: BlockKey) -> None:
-        """Makes a full, finished prompt block findable. The first block of a hash stays; a later twin is ignored."""
-        block_hash = key[0]
-        if block_hash in self._blocks or block in self._keys:
-            return
-        self._blocks[block_hash] = block
-        self._keys[block] = key
-        self._ledger.add(block_hash, Tier.POOL)
+    def publish(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Makes full, finished prompt blocks findable. The first block of a hash stays; a later twin is ignored."""
+        fresh = []
+        for block, key in zip(blocks, keys, strict=True):
+            block_hash = key.block_hash
+            if block_hash not in self._blocks and block not in self._keys:
+                self._blocks[block_hash] = block
+                self._keys[block] = key
+                fresh.append(block_hash)
+        self._ledger.add(fresh, Tier.POOL)
 
     def contains(self, block: int) -> bool:
         return block in self._keys
