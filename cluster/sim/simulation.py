@@ -77,7 +77,7 @@ class Simulation:
         self._num_unchecked = 0
         self._last_busy_event = 0.0
         self.clients = Clients(
-            self.timeline, self, iter(trace), Targets(settings.ttft_s, settings.tpot_s), self.profile.router_s
+            self.timeline, self, iter(trace), Targets(settings.ttft_s, settings.tpot_s), self.profile
         )
         num_seqs = settings.worker.get("max_num_seqs", self.profile.max_num_seqs)
         self.worker_config = WorkerConfig(

@@ -63,6 +63,10 @@ class Profile:
     """Of a worker's link in each direction, shared evenly by the transfers that are on it."""
     router_s: float = 0.0002
     """What the router adds to a message between client and worker: its own work and the network, one way."""
+    router_token_s: float = 0.0
+    """What each prompt token adds before the router has the request and its worker has it: JSON, tokenizing, the wire."""
+    connect_s: float = 0.0
+    """What a client's new connection adds before its request."""
     control_latency_s: float = 0.0002
     """Of a control message between two workers, one way."""
 
