@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from cluster.sim.model import BytelessMemory, EngineClock, TimedRunner, ends_of_run, make_detokenizer
 from cluster.sim.product import (
@@ -23,16 +24,29 @@ from cluster.sim.timeline import Timeline, Timer
 from cluster.sim.tokens import draw_run
 
 
+class StepUnderWay(NamedTuple):
+    """One of many steps that are under way, as a report of it would say; `number` is its own."""
+
+    number: tuple[int, int]
+    num_decodes: int
+    context: int
+    """Tokens whose KV it read."""
+    seconds: float
+
+
 class _Leap:
     """Many steps under way; nothing is done before they end, or until somebody has something to say to the engine."""
 
-    __slots__ = ("begun_s", "decoding", "ends", "timer")
+    __slots__ = ("begun_s", "context", "decoding", "ends", "number", "timer")
 
-    def __init__(self, begun_s: float, decoding: list[Sequence], ends: list[float], timer: Timer) -> None:
+    def __init__(self, number: int, begun_s: float, decoding: list[Sequence], ends: list[float], timer: Timer) -> None:
+        self.number = number
         self.begun_s = begun_s
         self.decoding = decoding
         self.ends = ends
         self.timer = timer
+        self.context = sum([sequence.num_computed for sequence in decoding])
+        """Tokens whose KV the first of the steps reads."""
 
 
 class EngineLoop:
@@ -83,6 +97,7 @@ class EngineLoop:
         self._is_turn_due = False
         self._is_stepping = False
         self._leap: _Leap | None = None
+        self._num_leaps = 0
         self._stall: Timer | None = None
         self._is_stopped = False
 
@@ -168,6 +183,19 @@ class EngineLoop:
 
     # ---- many steps at once ----
 
+    def step_before(self, at_s: float) -> StepUnderWay | None:
+        """Of many steps under way the last one that had ended by then. Single steps are reported one by one, and whoever learns from
+        them takes the last one."""
+        leap = self._leap
+        num_done = 0 if leap is None else bisect_right(leap.ends, at_s)
+        if leap is None or not num_done:
+            return None
+        before_s = leap.ends[num_done - 2] if num_done > 1 else leap.begun_s
+        count = len(leap.decoding)
+        return StepUnderWay(
+            (leap.number, num_done), count, leap.context + (num_done - 1) * count, leap.ends[num_done - 1] - before_s
+        )
+
     def _begin_leap(self) -> bool:
         now = self._timeline.now
         until_s = min(now + self._max_leap_s, self._leap_until(now))
@@ -186,7 +214,8 @@ class EngineLoop:
         if len(ends) < 2 or not all([reads_own(sequence, sequence.num_computed, len(ends)) for sequence in decoding]):
             return False
         self._is_stepping = True
-        self._leap = _Leap(now, decoding, ends, self._timeline.at(ends[-1], self._end_leap))
+        self._num_leaps += 1
+        self._leap = _Leap(self._num_leaps, now, decoding, ends, self._timeline.at(ends[-1], self._end_leap))
         return True
 
     def _cut_short(self, leap: _Leap) -> None:

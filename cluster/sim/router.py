@@ -73,8 +73,20 @@ class SimRouter:
     def _tick(self) -> None:
         if self.is_dead:
             return
+        self._hear_steps()
         self.handle(router_events.Tick())
         self.world.timeline.after(self._config.tick_s, self._tick)
+
+    def _hear_steps(self) -> None:
+        """Workers that take many steps at once would have told of each: what is learnt from is the last one that is here by now."""
+        fleet, by_s = self.core.fleet, self.world.timeline.now - self.world.profile.router_s
+        for stream in self._streams.values():
+            step = stream.worker.loop.step_before(by_s)
+            if step is not None and step.number != stream.heard:
+                stream.heard = step.number
+                entry = fleet.on_connection(stream.worker.name, stream.connection)
+                if entry is not None and entry.is_up:
+                    fleet.table.note_step(entry.row, step.num_decodes, step.context, 0, 0, step.seconds)
 
     # ---- the loop around the core ----
 
@@ -164,6 +176,7 @@ class SimRouter:
     # ---- clients and the store ----
 
     def submit(self, request: Request) -> None:
+        self._hear_steps()
         self.handle(router_events.RequestArrived(request))
 
     def cancel(self, request_id: str) -> None:

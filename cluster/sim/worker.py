@@ -52,13 +52,15 @@ class World(Protocol):
 class Stream:
     """An Attach stream between a router and a worker; each end closes it for itself."""
 
-    __slots__ = ("connection", "down", "router", "session", "up", "worker")
+    __slots__ = ("connection", "down", "heard", "router", "session", "up", "worker")
 
     def __init__(self, router: SimRouter, worker: SimWorker, connection: int, network: Network) -> None:
         self.router = router
         self.worker = worker
         self.connection = connection
         self.session = 0
+        self.heard = (0, 0)
+        """The last of the worker's steps under way that the router has learnt from."""
         self.down = Pipe(network, router.name, worker.name, self._damaged_below)
         self.up = Pipe(network, worker.name, router.name, self._damaged_above)
 

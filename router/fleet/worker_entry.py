@@ -216,9 +216,8 @@ class WorkerEntry:
 
     def _show_step(self, load: Load) -> None:
         """Writes to the table how long the worker's last step took, for whoever learns from it."""
-        work = 1, load.step_decodes, load.step_context, load.step_prompt_tokens, load.step_prompt_context
-        self.table.steps[self.row] = (*work, load.step_s)
-        self.table.has_step[self.row] = load.step_decodes + load.step_prompt_tokens > 0
+        work = load.step_decodes, load.step_context, load.step_prompt_tokens, load.step_prompt_context
+        self.table.note_step(self.row, *work, load.step_s)
 
     def _watch_preemptions(self, status: WorkerStatus, now: float) -> None:
         num_preemptions = next((value for name, value in status.counters if name == "preemptions"), 0.0)

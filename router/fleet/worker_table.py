@@ -85,6 +85,13 @@ class WorkerTable:
         self.takes_blocks[-1] = NOTHING
         return len(self.ids) - 1
 
+    def note_step(
+        self, row: int, decodes: int, context: int, prompt_tokens: int, prompt_context: int, seconds: float
+    ) -> None:
+        """A worker's last step, in the order of WORK, for whoever learns from it."""
+        self.steps[row] = (1, decodes, context, prompt_tokens, prompt_context, seconds)
+        self.has_step[row] = decodes + prompt_tokens > 0
+
     def remove(self, row: int) -> None:
         """The worker has been closed before: its row takes no requests."""
         self.ids[row] = ""

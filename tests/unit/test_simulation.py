@@ -62,6 +62,35 @@ def test_many_steps_at_once_change_no_outcome(split: dict[str, int], policy: str
     assert together.num_events < one_by_one.num_events / 2
 
 
+def test_forecasts_learn_the_same_from_many_steps_at_once() -> None:
+    """Where there is nothing to choose, the same steps are learnt from, and nothing differs; else choices differ as between two seeds."""
+    trace = small_trace(4, Recipe(requests=60, rate=5.0, prompt=1500, output=200, pause=1.0))
+    learnt = []
+    for leap_s in (0.0, 1.0):
+        simulation = Simulation(Settings(num_prefill=1, num_decode=1, max_leap_s=leap_s), trace)
+        run = simulation.run()
+        forecasts = simulation.routers["router-0"].core.forecasts
+        learnt.append(
+            (outcomes(run), forecasts.steps.forecasts(), forecasts.handoffs.fixed_s, forecasts.ttft.quantiles())
+        )
+    assert learnt[0] == learnt[1]
+    assert learnt[0][1][0].num_samples > 100
+
+
+def test_many_steps_at_once_change_little_where_policies_learn() -> None:
+    trace = small_trace(6, Recipe(requests=200, rate=14.0, prompt=1500, output=150, pause=1.0))
+    one_by_one, together = (
+        Simulation(Settings(num_prefill=2, num_decode=3, max_leap_s=leap_s), trace).run() for leap_s in (0.0, 1.0)
+    )
+    for name in ("ttft_s", "tpot_s"):
+        single, many = (
+            sorted(value for r in run.requests if (value := getattr(r, name)) is not None)
+            for run in (one_by_one, together)
+        )
+        for part in (0.5, 0.9):
+            assert many[int(part * len(many))] == pytest.approx(single[int(part * len(single))], rel=0.05)
+
+
 def test_a_small_pool_preempts_and_changes_no_token() -> None:
     profile = Profile(num_blocks=40, max_num_seqs=16)
     recipe = Recipe(requests=60, rate=20.0, prompt=300, output=250, turns=1.0, shared=0)
