@@ -117,6 +117,11 @@ class DetokenizeBody(_Body):
 class RoleBody(_Body):
     role: StrictStr
     force: StrictBool | None = None
+    pin: StrictBool | None = None
+
+
+class PinBody(_Body):
+    pin: StrictBool = True
 
 
 class DrainBody(_Body):
