@@ -41,7 +41,7 @@ class RolesConfig:
     """The same after an operator has switched it; --pin keeps it for good."""
     switches_per_hour: Annotated[float, Ge(1), Le(36000)] = 120.0
     """Of the whole cluster, in the long run. What was not used is saved up, up to one switch for each worker."""
-    max_at_once: Share = 0.25
+    max_at_once: Share = 0.34
     """Of the workers may be switching at the same time; one always may."""
     drain_timeout_s: Seconds = 20.0
     """What runs on a worker must have moved away by then, or the switch is undone. An operator's goes on: what is left runs to its end there."""

@@ -55,7 +55,7 @@ def _mixed(points: list[tuple[float, ...]], weights: list[float]) -> tuple[float
         return ()
     values.sort()
     ends = np.cumsum([weight for _, weight in values])
-    places = np.searchsorted(ends, np.linspace(ends[0] / 2, ends[-1], NUM_POINTS) - 1e-12)
+    places = np.searchsorted(ends, (np.arange(NUM_POINTS) + 0.5) / NUM_POINTS * ends[-1])
     return tuple(values[min(int(place), len(values) - 1)][0] for place in places)
 
 

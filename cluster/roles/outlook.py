@@ -17,13 +17,14 @@ from cluster.roles.values import Forecast, RoleSplit
 Floats = npt.NDArray[np.float64]
 
 FULL = 0.97
-"""A queue that is busier than this has no steady state: what is beyond comes too late."""
-CLEAR_S = 8.0
-"""What waits now is to be computed within this time, beside what comes."""
+"""A queue that is busier than this has no steady state."""
+LOADS = np.array((0.97, 0.9, 0.8, 0.7, 0.55, 0.4))
+PARTIAL = 0.1
+"""Of an answer's worth counts for how near its worker comes to the target: where no split keeps it, the nearer one is better."""
 REMEMBERED = 0.8
 """Sequences that decode now count so much where fewer are expected in the long run."""
-MAX_MIXED_SHARE = 0.9
-"""Of a MIXED worker's time for prompts at most."""
+MIXED_SHARES = (0.9, 0.5)
+"""Of a MIXED worker's time, what prompts may take at most: whichever serves better counts, as routers see to answers, too."""
 MARGINS = ((1.0, 0.7), (1.3, 0.3))
 """Loads in relation to the forecast, and what each counts: of splits that serve the forecast the one with more in hand is better."""
 BLOCKS_USED = 0.95
@@ -59,11 +60,12 @@ def goodput(splits: list[RoleSplit], forecast: Forecast, costs: Costs, targets: 
     prefill, decode, mixed = (np.array(counts, np.float64) for counts in zip(*splits, strict=True))
     total = np.zeros(len(splits))
     for factor, weight in MARGINS:
-        rate = forecast.requests_per_s * factor
-        at_load = np.maximum(
-            _goodput(prefill, decode, mixed, rate, forecast, costs, targets, 0.0),
-            _goodput(prefill, decode, mixed, rate, forecast, costs, targets, float(costs.local_tokens)),
-        )
+        rate = forecast.asked_per_s + (factor - 1) * forecast.requests_per_s
+        at_load = np.zeros(len(splits))
+        for local_tokens in {0, costs.local_tokens}:
+            for most in MIXED_SHARES if mixed.any() else MIXED_SHARES[:1]:
+                good = _goodput(prefill, decode, mixed, rate, forecast, costs, targets, local_tokens, most)
+                at_load = np.maximum(at_load, good)
         total += weight / factor * at_load
     norm = sum(weight for _, weight in MARGINS)
     result: Floats = total / norm
@@ -78,23 +80,23 @@ def _goodput(
     forecast: Forecast,
     costs: Costs,
     targets: RoleTargets,
-    local_tokens: float,
+    local_tokens: int,
+    most: float,
 ) -> Floats:
-    """At one load, with prompts of up to `local_tokens` computed where they decode."""
-    alone_s, seconds = _prompt_seconds(forecast, costs)
+    """At one load, with prompts of up to `local_tokens` computed where they decode, and at most so much of MIXED workers' time for prompts."""
+    seconds = _prompt_seconds(forecast, costs)
     is_local = np.array(forecast.uncached) <= local_tokens if local_tokens else np.zeros(len(seconds), np.bool_)
     local_work = rate * float(np.mean(np.where(is_local, seconds, 0.0)))
-    backlog = forecast.backlog_tokens * alone_s / CLEAR_S
-    work = rate * float(seconds.mean()) - local_work + backlog
-    lent = np.minimum(MAX_MIXED_SHARE, local_work / np.maximum(decode, 1e-9))
+    work = rate * float(seconds.mean()) - local_work
+    lent = np.minimum(MIXED_SHARES[0], local_work / np.maximum(decode, 1e-9))
     """The part of a DECODE worker's time that local prompts take."""
     lent = np.where(decode > 0, lent, 0.0)
     to_prefill: Floats = work + np.where(decode > 0, 0.0, local_work)
 
-    share = np.clip((to_prefill - 0.85 * prefill) / np.maximum(mixed, 1e-9), 0.0, MAX_MIXED_SHARE)
+    share = np.clip((to_prefill - 0.85 * prefill) / np.maximum(mixed, 1e-9), 0.0, most)
     """The part of a MIXED worker's time that prompts take."""
     share = np.where(mixed > 0, share, 0.0)
-    busy = to_prefill / np.maximum(prefill + MAX_MIXED_SHARE * mixed, 1e-9)
+    busy = to_prefill / np.maximum(prefill + most * mixed, 1e-9)
     in_time = _prompts_in_time(busy, prefill + mixed, seconds, costs.handoff_s, targets.ttft_s)
     if is_local.any():
         local_share = float(is_local.mean())
@@ -102,30 +104,35 @@ def _goodput(
         in_time = np.where(decode > 0, (1 - local_share) * in_time + local_share * alone, in_time)
     admitted = rate * np.minimum(1.0, FULL / np.maximum(busy, 1e-9))
     served = _decodes_in_time(decode * (1 - lent), lent, mixed * (1 - share), share, admitted, forecast, costs, targets)
-    good: Floats = admitted * in_time * served
+    good: Floats = rate * in_time * served
     return np.where((prefill + mixed > 0) & (decode + mixed > 0), good, 0.0)
 
 
-def _prompt_seconds(forecast: Forecast, costs: Costs) -> tuple[float, Floats]:
-    """What a prompt token takes on average, and what whole prompts take at the points of their distribution, [K]."""
+def _prompt_seconds(forecast: Forecast, costs: Costs) -> Floats:
+    """What prompts take at the points of their distribution, [K]."""
     uncached = np.maximum(1.0, np.array(forecast.uncached))
     chunk = max(LEAST_CHUNK, costs.batch_tokens or 512)
     before = np.maximum(0.0, forecast.prompt_tokens - uncached.mean()) + 0.5 * uncached
-    seconds = np.ceil(uncached / chunk) * costs.step_s + uncached * (costs.prompt_s + before * costs.look_s)
-    return float(seconds.sum() / uncached.sum()), seconds
+    seconds: Floats = np.ceil(uncached / chunk) * costs.step_s + uncached * (costs.prompt_s + before * costs.look_s)
+    return seconds
 
 
 def _prompts_in_time(busy: Floats, servers: Floats, seconds: Floats, handoff_s: float, ttft_s: float) -> Floats:
-    """The share of prompts whose first token comes in time, [C]."""
-    rho = np.minimum(busy, FULL)
+    """The share of prompts whose first token comes in time, [C].
+
+    A router lets those that can still be in time pass those that are late, so of too many prompts it serves as many in time as the
+    best load would: `loads` are those that it may choose from.
+    """
+    loads = np.minimum(busy[:, None], LOADS[None, :])
     mean, spread = seconds.mean(), 0.5 * (1 + seconds.var() / seconds.mean() ** 2)
-    servers = np.maximum(servers, 1.0)
-    must_wait = rho ** (np.sqrt(2 * (servers + 1)) - 1)
-    tail_s = spread * mean / (servers * (1 - rho))
+    count = np.maximum(servers, 1.0)[:, None]
+    must_wait = loads ** (np.sqrt(2 * (count + 1)) - 1)
+    tail_s = spread * mean / (count * (1 - loads))
     left_s = ttft_s - handoff_s - seconds
     """[K]: how long each may wait."""
-    late = must_wait[:, None] * np.exp(-np.maximum(0.0, left_s)[None, :] / tail_s[:, None])
-    result: Floats = np.where(left_s[None, :] > 0, 1 - late, 0.0).mean(axis=1)
+    late = must_wait[:, :, None] * np.exp(-np.maximum(0.0, left_s)[None, None, :] / tail_s[:, :, None])
+    in_time = np.where(left_s[None, None, :] > 0, 1 - late, 0.0).mean(axis=2)
+    result: Floats = (in_time * loads / np.maximum(busy, 1e-9)[:, None]).max(axis=1)
     return result
 
 
@@ -158,5 +165,8 @@ def _decodes_in_time(
 
 def _steps_in_time(running: Floats, most: Floats) -> Floats:
     """The share of answers on a worker with `running` sequences, give or take their root, that may have `most`: about a normal distribution."""
-    result: Floats = 1 / (1 + np.exp(np.clip(-1.7 * (most - running) / np.sqrt(np.maximum(running, 1.0)), -60, 60)))
+    running = np.maximum(running, 1.0)
+    in_time = 1 / (1 + np.exp(np.clip(-1.7 * (most - running) / np.sqrt(running), -60, 60)))
+    near = np.clip(most / running, 0.0, 1.0)
+    result: Floats = (1 - PARTIAL) * in_time + PARTIAL * near
     return result

@@ -7,6 +7,7 @@ change, a longer one before a change back; a worker that has switched rests; and
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -117,7 +118,7 @@ class RoleController:
         may_move = self._may_move(seen, now) & roles.keys()
         fixed = split_of(role for worker_id, role in roles.items() if worker_id not in may_move)
         splits = splits_of(split, Limits(self._config.min_prefill, self._config.min_decode, fixed))
-        if forecast.requests_per_s < LEAST_REQUESTS_PER_S:
+        if forecast.asked_per_s < LEAST_REQUESTS_PER_S:
             return self._decision(
                 (), "nothing is asked", Alternative(split, 0.0), Alternative(split, 0.0), (), forecast
             )
@@ -144,7 +145,7 @@ class RoleController:
 
     def _why_not(self, present: Alternative, best: Alternative, count: int, forecast: Forecast, now: float) -> str:
         """Why roles stay as they are; empty: they change."""
-        config, rate = self._config, forecast.requests_per_s
+        config, rate = self._config, forecast.asked_per_s
         gain = best.goodput - present.goodput
         direction = _direction(present.split, best.split)
         before, self._direction = self._direction, direction if count else 0
@@ -188,7 +189,7 @@ class RoleController:
         per_s = self._config.switches_per_hour / 3600
         self._budget = min(most, self._budget + (now - self._budget_s) * per_s)
         self._budget_s = now
-        at_once = max(1, int(self._config.max_at_once * num_workers)) - num_switching
+        at_once = max(1, math.ceil(self._config.max_at_once * num_workers)) - num_switching
         return max(0, min(at_once, int(self._budget)))
 
     def _note(self, moves: list[Move], target: RoleSplit, split: RoleSplit, now: float) -> None:
@@ -239,7 +240,7 @@ class RoleController:
             for count in sorted({min(size - 1, max(1, round(size * at / 8))) for at in range(1, 8)})
         ]
         values = goodput(splits, forecast, costs, self._targets)
-        enough = [s.size for s, value in zip(splits, values, strict=True) if value >= ENOUGH * forecast.requests_per_s]
+        enough = [s.size for s, value in zip(splits, values, strict=True) if value >= ENOUGH * forecast.asked_per_s]
         self._desired = min(enough, default=sizes[-1])
 
 

@@ -58,6 +58,10 @@ class Observation:
     """What moving a prompt's KV adds to a first token."""
 
 
+CLEAR_S = 8.0
+"""What waits now is to be served within this time, beside what comes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What the next minute is expected to ask, over all routers."""
@@ -75,6 +79,12 @@ class Forecast:
     ttft_attainment: float = 1.0
     """Measured: the share of first tokens within the target, lately."""
     tpot_attainment: float = 1.0
+
+    @property
+    def asked_per_s(self) -> float:
+        """Requests a second that are to be served: those that come, and what waits within CLEAR_S."""
+        mean = sum(self.uncached) / len(self.uncached) if self.uncached else 0.0
+        return self.requests_per_s + (self.backlog_tokens / mean / CLEAR_S if mean else 0.0)
 
 
 @dataclass(frozen=True, slots=True)

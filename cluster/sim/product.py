@@ -9,7 +9,7 @@ from cluster.roles.config import RolesConfig
 from cluster.roles.core import RolesCore
 from cluster.roles.outlook import RoleTargets
 from cluster.roles.planner import Planner, RoleController
-from cluster.roles.records import CONTROL
+from cluster.roles.records import CONTROL, SWITCHES, switch_of
 from cluster.store.store import ABSENT, SETTLE_S, Entry, Snapshot
 from router import events as router_events
 from router.config import RouterConfig
@@ -57,6 +57,7 @@ __all__ = [
     "CONTROL",
     "SETTLE_S",
     "STALL_CHECK_S",
+    "SWITCHES",
     "WORKERS",
     "Adopt",
     "Batch",
@@ -128,6 +129,7 @@ __all__ = [
     "router_events",
     "source_end",
     "starts_of",
+    "switch_of",
     "target_end",
     "worker_events",
     "workers_seen",

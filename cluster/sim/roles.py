@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from cluster.sim.network import Network
-from cluster.sim.product import CONTROL, Order, Planner, RolesConfig, RolesCore, Snapshot, roles_events, workers_seen
+from cluster.sim.product import (
+    CONTROL,
+    SWITCHES,
+    Order,
+    Planner,
+    RolesConfig,
+    RolesCore,
+    Snapshot,
+    roles_events,
+    switch_of,
+    workers_seen,
+)
 from cluster.sim.profiles.profile import Profile
 from cluster.sim.registry import SimStore
 from cluster.sim.router import SimRouter
@@ -132,6 +143,9 @@ class SimRoles:
             case roles_events.Write(key, version, value, ttl_s):
                 written = store.compare_and_set(key, version, value, ttl_s) if reaches else None
                 answer = roles_events.Wrote(key, written, failed=not reaches)
+                if written is not None and key.startswith(SWITCHES) and (switch := switch_of(value)) is not None:
+                    because = f": {switch.why}" if switch.why else ""
+                    self.world.note(f"roles: {switch.worker_id} to {switch.target} is {switch.phase}{because}")
             case roles_events.Renew(key, version, ttl_s):
                 is_kept = reaches and store.prolong(key, version, ttl_s)
                 answer = roles_events.Renewed(is_kept, sent_s, failed=not reaches)

@@ -14,7 +14,7 @@ MAX_SAMPLES = 256
 SAMPLE_S = 30.0
 """Older samples of lengths and times are not reported, unless there are none that are newer."""
 NUM_POINTS = 9
-"""A distribution is reported as so many points, from its least to its greatest value."""
+"""A distribution is reported as so many points, each the middle of an equal part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class _Recent:
 
 
 def points_of(values: Sequence[float]) -> tuple[float, ...]:
-    """NUM_POINTS points of a distribution, evenly spread; empty when there are no values."""
+    """The middles of NUM_POINTS equal parts of a distribution; empty when there are no values."""
     if not values:
         return ()
-    ordered, last = sorted(values), len(values) - 1
-    return tuple(ordered[round(last * at / (NUM_POINTS - 1))] for at in range(NUM_POINTS))
+    ordered, count = sorted(values), len(values)
+    return tuple(ordered[int((at + 0.5) * count / NUM_POINTS)] for at in range(NUM_POINTS))
 
 
 class DemandMeter:

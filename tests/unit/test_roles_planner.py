@@ -107,7 +107,7 @@ def test_the_better_split_is_valued_higher_and_nothing_beyond_what_is_asked() ->
     few, many, all_of_them = goodput(
         [RoleSplit(2, 14, 0), RoleSplit(10, 6, 0), RoleSplit(16, 0, 0)], forecast, costs, TARGETS
     )
-    assert few < many <= forecast.requests_per_s and all_of_them == 0
+    assert few < many <= forecast.asked_per_s and all_of_them == 0
 
 
 def test_the_desired_number_of_workers_follows_the_load() -> None:
