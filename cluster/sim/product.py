@@ -40,6 +40,7 @@ from workers.handoff.protocol.messages import (
 from workers.handoff.protocol.source_session import SourceSession
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.protocol.transfer import Due, TransferState
+from workers.kv_cache.block_hash import PromptTokens, token_bytes
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
@@ -94,6 +95,7 @@ __all__ = [
     "Order",
     "Output",
     "Planner",
+    "PromptTokens",
     "Refusal",
     "Registration",
     "Report",
@@ -131,6 +133,7 @@ __all__ = [
     "starts_of",
     "switch_of",
     "target_end",
+    "token_bytes",
     "worker_events",
     "workers_seen",
 ]  # fmt: skip
