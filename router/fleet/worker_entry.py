@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from router.fleet.worker_table import ANYTHING, NOTHING, WorkerTable
+from workers.request import Output
 from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
 from workers.wire.attach import WorkerFrame
 
@@ -177,16 +179,20 @@ class WorkerEntry:
 
     def fault_of(self, frame: WorkerFrame) -> str | None:
         """Why a frame cannot come from the worker that this stream was opened to; None: it can."""
-        starts = starts_of(frame.generation)
-        if starts < starts_of(self.address.generation):
-            return "stale_process"
-        if self.is_up and starts != starts_of(self.generation):
-            return "restarted"
+        if frame.generation != self.generation or not self.is_up:
+            starts = starts_of(frame.generation)
+            if starts < starts_of(self.address.generation):
+                return "stale_process"
+            if self.is_up and starts != starts_of(self.generation):
+                return "restarted"
         if frame.status is not None:
             if frame.status.worker_id != self.worker_id:
                 return "impostor"
             if self.is_up and self.status is not None and frame.status.pid != self.status.pid:
                 return "restarted"
+        status = frame.status or self.status
+        if frame.outputs and status is not None and not _are_tokens(frame.outputs, status.model.vocab_size):
+            return "impossible_tokens"
         return None
 
     def update(self, frame: WorkerFrame, now: float) -> None:
@@ -292,3 +298,19 @@ class WorkerEntry:
         if takes_prompt != took_prompt:
             table.takes_prompt[self.row] = takes_prompt
             table.has_opened = table.has_opened or takes_prompt
+
+
+def _are_tokens(outputs: Iterable[Output], vocab_size: int) -> bool:
+    """Whether all that outputs name as tokens are tokens of the vocabulary: they are shown, replayed and looked up as such."""
+    for output in outputs:
+        for token_id in output.token_ids:
+            if not 0 <= token_id < vocab_size:
+                return False
+        for entry in output.logprobs:
+            if not all(0 <= token_id < vocab_size for token_id in (entry.token_id, *(pair[0] for pair in entry.top))):
+                return False
+        for part in output.prompt_logprobs:
+            for ids in (part.token_ids, part.top_ids):
+                if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+                    return False
+    return True
