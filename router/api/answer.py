@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
+from router.api.grammar_check import GrammarChecks
 from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
 from router.api.problems import describe, note_refusal
@@ -70,6 +71,7 @@ class Services:
     config: ApiConfig
     metrics: Metrics
     bodies: OpenBodies
+    grammars: GrammarChecks
 
 
 class Shape(Protocol):
@@ -107,7 +109,10 @@ async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], t
         def build() -> Job:
             return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
 
-        return await offload(build, len(raw), services.config.offload_bytes)
+        job = await offload(build, len(raw), services.config.offload_bytes)
+    if model is not None:
+        await services.grammars.check(job, model)
+    return job
 
 
 class Answer(Response):

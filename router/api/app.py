@@ -12,6 +12,7 @@ from router.api.bodies import OpenBodies
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
 from router.api.door import MONITOR_PATHS
+from router.api.grammar_check import GrammarChecks
 from router.api.health import health_routes
 from router.api.metrics import Metrics
 from router.api.middleware import Draining, DrainingGate, Gate
@@ -30,7 +31,7 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
     Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics.
     """
     draining = draining or Draining()
-    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config))
+    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.metrics = services.metrics
     for routes in (

@@ -72,6 +72,20 @@ class GenerationBody(_Body):
     session_id: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     user: Any = None
+    allowed_token_ids: Annotated[list[StrictInt], _SHORT] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_decoding: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_json_object: StrictBool | None = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: StrictStr | None = None
+    structural_tag: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    json_schema: Any = None
 
 
 class ChatBody(GenerationBody):
@@ -125,7 +139,6 @@ class DrainBody(_Body):
 
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "best_of": (1,),
     "bad_words_ids": (),
@@ -138,21 +151,18 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_decoding": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
+    "custom_logit_processor": (),
+    "lora_path": (),
+    "max_new_tokens": (),
+    "return_hidden_states": (),
+    "stop_regex": (),
+    "vllm_xargs": (),
     "logits_processors": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "structural_tag": (),
-    "structured_outputs": (),
     "suffix": (),
     "thinking": (),
     "tool_choice": ("none", "auto"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from router.api.formats.grammars import CallableTool
 from workers.errors import InvalidRequest
 
 MAX_TOOLS = 128
@@ -21,17 +22,26 @@ class ToolUse:
     tools: tuple[Mapping[str, Any], ...]
     is_parallel: bool
     """More than one call in an answer is of use."""
+    is_required: bool = False
+    """An answer without a call is of no use."""
+    only: str | None = None
+    """The one that is to be called."""
+
+    def callable(self) -> list[CallableTool]:
+        """Those that may be called, each with the schema of its arguments."""
+        functions = [tool["function"] for tool in self.tools]
+        return [
+            CallableTool(function["name"], function.get("parameters"), function.get("strict") is True)
+            for function in functions
+            if self.only in (None, function["name"])
+        ]
 
 
 def read_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> ToolUse | None:
     """None: the model is to call nothing. Raises InvalidRequest naming the tool that cannot be offered."""
-    if choice is not None and choice not in ("none", "auto"):
-        if not tools:
-            raise InvalidRequest("tool_choice needs tools", "tool_choice")
-        raise InvalidRequest(
-            "tool_choice takes none and auto: a call cannot be enforced, so say in the prompt that one is wanted",
-            "tool_choice",
-        )
+    only = _read_choice(choice)
+    if (only or choice == "required") and not tools:
+        raise InvalidRequest("tool_choice needs tools", "tool_choice")
     if not tools:
         return None
     if len(tools) > MAX_TOOLS:
@@ -40,7 +50,21 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) 
         _check_tool(tool, f"tools[{place}]")
     if choice == "none":
         return None
-    return ToolUse(tuple(tools), parallel is not False)
+    if only and all(tool["function"]["name"] != only for tool in tools):
+        raise InvalidRequest(f"tool_choice names {only!r:.80}, which is none of the tools", "tool_choice")
+    return ToolUse(tuple(tools), parallel is not False and not only, bool(only) or choice == "required", only)
+
+
+def _read_choice(choice: Any) -> str | None:
+    """The function that is to be called. Raises InvalidRequest."""
+    match choice:
+        case None | "none" | "auto" | "required":
+            return None
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return name
+        case _:
+            what = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
+            raise InvalidRequest(f"tool_choice must be {what}", "tool_choice")
 
 
 def _check_tool(tool: Any, where: str) -> None:

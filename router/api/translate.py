@@ -10,10 +10,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from router.api.formats.formats import OutputFormat, output_format
+from router.api.formats.grammars import (
+    around_answer,
+    behind_reasoning,
+    call_rule,
+    calls_rule,
+    one_of,
+    text_with_calls,
+    whole,
+)
 from router.api.problems import rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
-from router.api.tools import MAX_TOOLS, read_thinking, read_tools
+from router.api.structure import Wanted, read_structure
+from router.api.tools import MAX_TOOLS, ToolUse, read_thinking, read_tools
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
@@ -42,6 +52,8 @@ class Speech:
     include_reasoning: bool = True
     reasoning_end: int | None = None
     """The token that ends reasoning, where one token does."""
+    wanted: Wanted | None = None
+    """What is wanted of the form, where it is enforced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,35 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
         body.include_reasoning is not False,
         tokenizer.token_id(form.reasoning[1]) if form.reasoning else None,
     )
-    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech)
+    may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
+    wanted = _wanted(body, use, speech, tokenizer, may_think)
+    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, replace(speech, wanted=wanted))
+
+
+def _wanted(
+    body: ChatBody, use: ToolUse | None, speech: Speech, tokenizer: Tokenizer, may_think: bool
+) -> Wanted | None:
+    """The form of the answer, of the calls in it and of what stands around them; None: it may be anything."""
+    form, control = speech.form, tokenizer.added_tokens
+    answer = read_structure(body, control)
+    is_enforced = use is not None and (use.is_required or any(tool.is_strict for tool in use.callable()))
+    if answer is None and not is_enforced:
+        return None
+    param, schema = ("tools", None) if answer is None else (answer.param, answer.schema)
+    rule = None if answer is None else around_answer(answer.rule, form, control)
+    if use is not None and form.call is not None:
+        call = call_rule(use.callable(), form.call, control)
+        calls = calls_rule(call, use.is_parallel)
+        if use.is_required:
+            rule = calls
+        elif rule is None:
+            rule = text_with_calls(call, form, use.is_parallel, control)
+        else:
+            rule = one_of([rule, calls])
+    assert rule is not None
+    if may_think:
+        rule = behind_reasoning(rule, form, speech.opens_reasoning, control)
+    return Wanted(rule, param, schema)
 
 
 def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -154,7 +194,9 @@ def make_job(
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
-    speech = speech or Speech()
+    speech = speech or Speech(wanted=read_structure(body, tokenizer.added_tokens))
+    if speech.wanted is not None:
+        params = replace(params, grammar=whole(speech.wanted.rule))
     if tokenizer.hides(speech.form.tags):
         params = replace(params, skip_special_tokens=False)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
@@ -227,6 +269,7 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
         include_stop=bool(body.include_stop_str_in_output),
         stop=tuple(dict.fromkeys(stop)),
         stop_token_ids=check_token_ids(body.stop_token_ids or [], info.vocab_size, "stop_token_ids"),
+        allowed_token_ids=check_token_ids(body.allowed_token_ids or [], info.vocab_size, "allowed_token_ids"),
         logit_bias=_logit_bias(body.logit_bias or {}),
         bad_words=_bad_words(body.bad_words or [], tokenizer),
     )

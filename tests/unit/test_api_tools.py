@@ -221,7 +221,12 @@ def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api
         ),
         ({"tools": TOOLS * 129}, "tools", "at most 128"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "cannot be enforced"),
+        ({"tools": TOOLS, "tool_choice": "must"}, "tool_choice", "none, auto, required or"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "none of the tools",
+        ),
         ({"thinking": {"type": "maybe"}}, "thinking", "enabled"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id belongs to every message"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "an assistant's message"),
