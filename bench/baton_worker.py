@@ -74,11 +74,11 @@ class KernelNames(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.pending: list[str] = []
+        self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("computing"):
-            self.pending.append(record.getMessage())
+            self.said.append(record.getMessage())
 
 
 class BatonEngine:
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--cache-folder", default="", help="worker.cache_folder")
     options = parser.parse_args()
     settings = known_settings({"instruction_set": options.instruction_set, "cache_folder": options.cache_folder})
-    serve(_commit(), lambda *place: BatonEngine(*place, options.pool_tokens, settings))
+    serve(_commit(), lambda path, dtype, threads: BatonEngine(path, dtype, threads, options.pool_tokens, settings))
 
 
 if __name__ == "__main__":

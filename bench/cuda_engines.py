@@ -92,7 +92,7 @@ class Transformers:
         moe = config.moe
         assert moe is not None
         self._config, self._device, self._dtype = config, device, dtype
-        settings = Ernie4_5_MoeConfig(
+        settings = Ernie4_5_MoeConfig(  # type: ignore[call-arg]
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, max_position_embeddings=max_len,

@@ -120,7 +120,7 @@ def lead(args: argparse.Namespace) -> dict[str, object]:
     memory.adopt([last])
     memory.block(last, 0, layout.num_layers)[:] = 0
     memory.expose([last])
-    moved = memory.num_moved_bytes
+    moved = memory.num_moved_bytes  # type: ignore[attr-defined]
     shares = [status.shares_memory for status in ranks.rank_status()]
     sent = interface_bytes() - before
     ranks.stop()

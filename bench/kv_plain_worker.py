@@ -95,16 +95,16 @@ class RawGloo(Ends):
     """One tensor a message."""
 
     def on_listen(self) -> dict[str, Any]:
-        import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
 
-        self._store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), False)
+        self._store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), False)
         return {**super().on_listen(), "store": self._store.port}
 
     def on_connect(self, peer: dict[str, Any]) -> dict[str, Any]:
-        import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
 
         super().on_connect(peer)
-        self._store = dist.TCPStore("127.0.0.1", peer["store"], None, False, timedelta(seconds=30), False)
+        self._store = TCPStore("127.0.0.1", peer["store"], None, False, timedelta(seconds=30), False)
         self.ready(False)
         return {}
 

@@ -87,8 +87,9 @@ class Head:
 
     def run(self, num_rows: int, logits_RV: torch.Tensor | None) -> None:
         x_RD, best_R = torch.zeros(num_rows, self._hidden, dtype=torch.bfloat16), np.empty(num_rows, dtype=np.int64)
+        peaks_R = np.empty(num_rows, dtype=np.float32)
         address = None if logits_RV is None else logits_RV.data_ptr()
-        self.library.head(self.model, x_RD.data_ptr(), num_rows, address, best_R.ctypes.data)
+        self.library.head(self.model, x_RD.data_ptr(), num_rows, address, best_R.ctypes.data, peaks_R.ctypes.data)
 
 
 def least_s(calls: list[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[float]:

@@ -26,7 +26,7 @@ class ApiConfig:
     """Every bound the API keeps; checked where settings are read (cluster.settings.build)."""
 
     api_keys: tuple[Text, ...] = field(default=(), repr=False)
-    """Bearer keys for everything but /health, /ready, /version, /metrics and /admin; empty: only clients of this host are served.
+    """Bearer keys for everything but /health, /ready, /version, /metrics, /docs, /openapi.json and /admin; empty: only clients of this host are served.
     A key, or its hash as `sha256:HEX`; only hashes are kept."""
     admin_keys: tuple[Text, ...] = field(default=(), repr=False)
     """Keys for /admin, which api_keys do not open; without any keys clients of this host may use it, with api_keys alone nobody."""
@@ -36,6 +36,8 @@ class ApiConfig:
     """Without api_keys: names beside localhost that a request's Host may have, such as that of a proxy."""
     metrics: Literal["open", "key"] = "open"
     """Who may read /metrics, which names workers and says how busy they are: everybody, or who has an API key or an admin key."""
+    docs: Literal["open", "key"] = "open"
+    """Who may read /docs and /openapi.json, which are the same for every cluster of this version; as metrics."""
     max_body_bytes: Annotated[int, Ge(1024)] = 16 << 20
     """Larger request bodies are refused with 413."""
     max_open_body_bytes: Annotated[int, Ge(1024)] = 256 << 20

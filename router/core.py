@@ -35,9 +35,10 @@ from workers.wire.attach import DumpRequest
 
 
 class RouterCore:
-    """The router's state machine. `now` is any clock in seconds that does not go back."""
+    """The router's state machine. `now` is any clock in seconds that does not go back; `secret` is 32 random bytes, where workers
+    are to believe nobody else."""
 
-    def __init__(self, config: RouterConfig, policy: Policy) -> None:
+    def __init__(self, config: RouterConfig, policy: Policy, secret: bytes = b"") -> None:
         self.counters: Counter[str] = Counter()
         """Totals; each counts one kind of decision that an operator would want to know of."""
         self._out: list[Command] = []
@@ -47,7 +48,7 @@ class RouterCore:
         self.forecasts = Forecasts()
         self.fleet = Fleet(*times, backlog, self.forecasts.steps)
         self.index = PrefixIndex(config.max_prefix_index_blocks)
-        dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config)
+        dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config, secret)
         self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
         self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -65,7 +66,7 @@ class RouterDriver:
             config.max_pending_messages, config.set_role_timeout_s, clock, credentials
         )
         self._clock = clock
-        self._core = RouterCore(config, make_policy(config))
+        self._core = RouterCore(config, make_policy(config), secrets.token_bytes(32))
         self._streams: dict[str, RequestStream] = {}
         self._links: dict[int, WorkerLink] = {}
         self._readers: dict[int, asyncio.Task[None]] = {}

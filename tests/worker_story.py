@@ -9,17 +9,25 @@ from builders import fake_layout, make_request
 
 from workers.config import WorkerConfig
 from workers.engine.messages import EngineCommand, Report, StepResult
-from workers.handoff.protocol.messages import OpenHandoff, Subject
+from workers.handoff.protocol.messages import OpenHandoff, RunningSubject, Subject
 from workers.request import FinishReason, Output, Request
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.status import Identity, KvEvent, Load, ModelInfo, Role, WorkerAddress, WorkerStatus
+from workers.trust.permits import make_permit
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
 
 GENERATION = 1 << 32
 MODEL = ModelInfo("fake", "fake-1", 1000, 4096, 64)
 PEER = WorkerAddress("prefill-0", GENERATION, "127.0.0.1:1")
 LAYOUT = fake_layout()
+ASKER = "decode-9"
+"""The other worker that asks for something."""
+
+
+def permitted(name: str) -> RunningSubject:
+    """What runs under a name, with the permit that the asker gets of a router without a secret."""
+    return RunningSubject(name, make_permit(b"", ASKER))
 
 
 class WorkerStory:
@@ -157,7 +165,7 @@ class WorkerStory:
     def ask(self, transfer: int, subject: Subject, num_blocks: int, **fields: object) -> list[events.Command]:
         """Another worker asks for something."""
         opening = OpenHandoff(
-            target=WorkerAddress("decode-9", 7, "127.0.0.1:3"),
+            target=WorkerAddress(ASKER, 7, "127.0.0.1:3"),
             host="there",
             source_generation=int(fields.get("source_generation", self.identity.generation)),  # type: ignore[call-overload]
             model_fingerprint=str(fields.get("fingerprint", MODEL.fingerprint)),

@@ -4,6 +4,7 @@
 |---|---|---|
 | /health, /ready, /version | everybody | everybody |
 | /metrics | everybody, or (api.metrics: key) an API or admin key | everybody, but web pages of other hosts |
+| /docs, /openapi.json | as /metrics, by api.docs | as /metrics |
 | /admin | an admin key | this host; no web page ever |
 | everything else | an API key | this host (api.insecure: every host); no foreign web page |
 """
@@ -24,7 +25,9 @@ from router.config import ApiConfig, is_loopback
 OPEN_PATHS = frozenset(("/health", "/ready", "/version"))
 """Of orchestrators; they tell nothing."""
 METRICS_PATH = "/metrics"
-MONITOR_PATHS = OPEN_PATHS | {METRICS_PATH}
+DOCUMENT_PATHS = frozenset(("/docs", "/openapi.json"))
+MONITOR_PATHS = OPEN_PATHS | DOCUMENT_PATHS | {METRICS_PATH}
+"""Answered by a router that is about to end, too."""
 
 
 class Door:
@@ -33,7 +36,8 @@ class Door:
     def __init__(self, config: ApiConfig) -> None:
         self._api_keys = _digests(config.api_keys)
         self._admin_keys = _digests(config.admin_keys)
-        self._has_open_metrics = config.metrics == "open"
+        self._needs_key = {METRICS_PATH: config.metrics == "key"} | dict.fromkeys(DOCUMENT_PATHS, config.docs == "key")
+        """By path, of those that may be open."""
         self._is_insecure = config.insecure
         self._allowed_hosts = frozenset(host.lower() for host in config.allowed_hosts)
 
@@ -42,8 +46,8 @@ class Door:
         path = scope["path"]
         if path in OPEN_PATHS:
             return
-        if path == METRICS_PATH:
-            if not self._has_open_metrics and (keys := self._api_keys + self._admin_keys):
+        if path in self._needs_key:
+            if self._needs_key[path] and (keys := self._api_keys + self._admin_keys):
                 _check_key(headers, keys)
             elif not self._api_keys and not self._is_insecure:
                 self._check_host(headers)
@@ -53,8 +57,8 @@ class Door:
             _check_key(headers, self._api_keys)
         else:
             self._check_keyless(scope, headers)
-        if scope["method"] == "POST":
-            _check_content_type(headers)
+        if scope["method"] == "POST" and (headers.get("content-length", "0") != "0" or "transfer-encoding" in headers):
+            _check_content_type(headers)  # without a body it is no JSON either, and refused by who reads it
 
     def _check_admin(self, scope: Scope, headers: Headers) -> None:
         if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":

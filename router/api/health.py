@@ -32,7 +32,7 @@ def health_routes(services: Services, draining: Draining) -> APIRouter:
 
     @routes.get("/version", response_model=None)
     async def version() -> Response:
-        return Response(to_json({"version": _version()}), media_type="application/json")
+        return Response(to_json({"version": product_version()}), media_type="application/json")
 
     @routes.get("/metrics", response_model=None)
     async def metrics(http: HttpRequest) -> Response:
@@ -42,7 +42,7 @@ def health_routes(services: Services, draining: Draining) -> APIRouter:
     return routes
 
 
-def _version() -> str:
+def product_version() -> str:
     try:
         return importlib.metadata.version("baton-serve")
     except importlib.metadata.PackageNotFoundError:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 from workers.errors import InvalidRequest
-from workers.request import MAX_ENTRIES
+from workers.request import INT64_MAX, INT64_MIN, MAX_ENTRIES, MAX_TOP_LOGPROBS
+from workers.status import Role
 
 Number = StrictInt | StrictFloat
 _MESSAGES = Field(max_length=8192)
@@ -25,6 +26,84 @@ their signs stays below."""
 _COUNT_BYTES = 1 << 20
 _SHORT = Field(max_length=MAX_ENTRIES)
 """A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
+
+
+def _said(kind: str, **bounds: Any) -> WithJsonSchema:
+    """What /openapi.json says of a value that is looked at later than here: in prompts.py, tools.py, translate.py and workers/request.py."""
+    return WithJsonSchema({"type": kind, **bounds})
+
+
+_TOKEN = {"type": "integer", "minimum": 0}
+_NAMED = {"type": "string", "minLength": 1}
+_Messages = Annotated[
+    list[dict[str, Any]],
+    _MESSAGES,
+    _said(
+        "array",
+        minItems=1,
+        maxItems=8192,
+        items={
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                "content": {
+                    "anyOf": [
+                        {"type": ["string", "null"]},
+                        {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["type", "text"],
+                                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            },
+                        },
+                    ]
+                },
+            },
+        },
+    ),
+]
+_Tools = Annotated[
+    list[Any],
+    _said(
+        "array",
+        maxItems=128,
+        items={
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                        "description": {"type": ["string", "null"]},
+                        "parameters": {"type": ["object", "null"]},
+                    },
+                },
+            },
+        },
+    ),
+]
+_Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "items": {"type": "string"}},
+                {"type": "array", "minItems": 1, "items": _TOKEN},
+                {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1, "items": _TOKEN}},
+            ]
+        }
+    ),
+]
+_TopLogprobs = Annotated[StrictInt, _said("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)]
+_Target = Annotated[Number, _said("number", exclusiveMinimum=0, maximum=3600)]
+_Penalty = Annotated[Number, _said("number", minimum=-2, maximum=2)]
+_Limit = Annotated[StrictInt, _said("integer", minimum=0)]
 
 
 class _Body(BaseModel):
@@ -42,33 +121,60 @@ class GenerationBody(_Body):
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: StrictInt | None = None
-    max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = None
-    min_tokens: StrictInt | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: StrictInt | None = None
-    min_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    seed: StrictInt | None = None
-    logit_bias: Annotated[dict[str, Number], _SHORT] | None = None
-    bad_words: Annotated[list[StrictStr | list[StrictInt]], _SHORT] | None = None
-    stop: Annotated[list[StrictStr], _SHORT] | StrictStr | None = None
-    stop_token_ids: Annotated[list[StrictInt], _SHORT] | None = None
+    n: Annotated[StrictInt, _said("integer", minimum=1)] | None = None
+    max_tokens: _Limit | None = None
+    max_completion_tokens: _Limit | None = None
+    min_tokens: _Limit | None = None
+    temperature: Annotated[Number, _said("number", minimum=0, maximum=2)] | None = None
+    top_p: Annotated[Number, _said("number", exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[StrictInt, _said("integer", minimum=-1)] | None = None
+    min_p: Annotated[Number, _said("number", minimum=0, maximum=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[Number, _said("number", exclusiveMinimum=0, maximum=100)] | None = None
+    seed: Annotated[StrictInt, _said("integer", minimum=INT64_MIN, maximum=INT64_MAX)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Number],
+            _SHORT,
+            _said(
+                "object",
+                maxProperties=MAX_ENTRIES,
+                propertyNames={"pattern": "^[0-9]{1,10}$"},
+                additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+            ),
+        ]
+        | None
+    ) = None
+    bad_words: (
+        Annotated[
+            list[StrictStr | list[StrictInt]],
+            _SHORT,
+            _said(
+                "array",
+                maxItems=MAX_ENTRIES,
+                items={"anyOf": [{**_NAMED, "pattern": r"\S"}, {"type": "array", "minItems": 1, "items": _TOKEN}]},
+            ),
+        ]
+        | None
+    ) = None
+    stop: (
+        Annotated[list[StrictStr], _SHORT, _said("array", maxItems=MAX_ENTRIES, items=_NAMED)]
+        | Annotated[StrictStr, _said("string", minLength=1)]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[StrictInt], _SHORT, _said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
-    prompt_logprobs: StrictInt | None = None
-    priority: StrictInt | None = None
+    prompt_logprobs: _TopLogprobs | None = None
+    priority: Annotated[StrictInt, _said("integer", minimum=-(2**31) + 1, maximum=2**31 - 1)] | None = None
     add_special_tokens: StrictBool | None = None
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
     trace: StrictBool | None = None
-    ttft: Number | None = None
-    tpot: Number | None = None
+    ttft: _Target | None = None
+    tpot: _Target | None = None
     session_id: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     user: Any = None
@@ -89,23 +195,34 @@ class GenerationBody(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[dict[str, Any]], _MESSAGES]
+    messages: _Messages
     logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
+    top_logprobs: _TopLogprobs | None = None
     add_generation_prompt: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
     enable_thinking: StrictBool | None = None
-    thinking: dict[str, Any] | None = None
+    thinking: (
+        Annotated[
+            dict[str, Any],
+            _said(
+                "object",
+                required=["type"],
+                properties={"type": {"enum": ["enabled", "disabled"]}},
+                additionalProperties=False,
+            ),
+        ]
+        | None
+    ) = None
     include_reasoning: StrictBool | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: _Tools | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
     parallel_tool_calls: StrictBool | None = None
 
 
 class CompletionBody(GenerationBody):
-    prompt: Any
-    logprobs: StrictInt | None = None
+    prompt: _Prompt
+    logprobs: _TopLogprobs | None = None
     echo: StrictBool | None = None
 
 
@@ -114,8 +231,8 @@ class TokenizeBody(_Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[dict[str, Any]], _MESSAGES] | None = None
-    tools: list[Any] | None = None
+    messages: _Messages | None = None
+    tools: _Tools | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -124,12 +241,12 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: StrictStr | None = None
-    tokens: list[Any]
+    tokens: Annotated[list[Any], _said("array", items=_TOKEN)]
     skip_special_tokens: StrictBool | None = None
 
 
 class RoleBody(_Body):
-    role: StrictStr
+    role: Annotated[StrictStr, WithJsonSchema({"enum": list(Role)})]
     force: StrictBool | None = None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from router.fleet.worker_table import ANYTHING, NOTHING, WorkerTable
+from workers.request import Output
 from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
 from workers.wire.attach import WorkerFrame
 
@@ -187,6 +189,9 @@ class WorkerEntry:
                 return "impostor"
             if self.is_up and self.status is not None and frame.status.pid != self.status.pid:
                 return "restarted"
+        status = frame.status or self.status
+        if frame.outputs and status is not None and not _are_tokens(frame.outputs, status.model.vocab_size):
+            return "impossible_tokens"
         return None
 
     def update(self, frame: WorkerFrame, now: float) -> None:
@@ -292,3 +297,19 @@ class WorkerEntry:
         if takes_prompt != took_prompt:
             table.takes_prompt[self.row] = takes_prompt
             table.has_opened = table.has_opened or takes_prompt
+
+
+def _are_tokens(outputs: Iterable[Output], vocab_size: int) -> bool:
+    """Whether all that outputs name as tokens are tokens of the vocabulary: they are shown, replayed and looked up as such."""
+    for output in outputs:
+        for token_id in output.token_ids:
+            if not 0 <= token_id < vocab_size:
+                return False
+        for entry in output.logprobs:
+            if not all(0 <= token_id < vocab_size for token_id in (entry.token_id, *(pair[0] for pair in entry.top))):
+                return False
+        for part in output.prompt_logprobs:
+            for ids in (part.token_ids, part.top_ids):
+                if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+                    return False
+    return True

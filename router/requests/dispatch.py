@@ -22,6 +22,7 @@ from router.requests.in_flight import InFlightRequest
 from workers.errors import InvariantViolated
 from workers.request import Output
 from workers.status import PrefixHint
+from workers.trust.permits import make_key, make_permit
 from workers.wire.attach import Migration, Submit
 
 MIN_ANSWERS = 20
@@ -29,12 +30,19 @@ MIN_ANSWERS = 20
 
 
 class Dispatcher:
-    """Routes requests over a fleet, within the bounds of `config`."""
+    """Routes requests over a fleet, within the bounds of `config`. `secret` is what keys of attempts are made with."""
 
     def __init__(
-        self, policy: Policy, fleet: Fleet, index: PrefixIndex, forecasts: Forecasts, config: RouterConfig
+        self,
+        policy: Policy,
+        fleet: Fleet,
+        index: PrefixIndex,
+        forecasts: Forecasts,
+        config: RouterConfig,
+        secret: bytes,
     ) -> None:
         self._policy = policy
+        self._secret = secret
         self._policy_name = config.policy
         self._fleet = fleet
         self._index = index
@@ -132,6 +140,7 @@ class Dispatcher:
             first_token_s,
             prefix=hint,
             name=flight.request.request_id,
+            key=self.key_of(flight.wire_id),
         )
         return SendMessage(decode.worker_id, decode.connection, submit)
 
@@ -141,15 +150,20 @@ class Dispatcher:
         """Begins a second attempt, which takes the running one over from `source`."""
         if target.connection is None:
             raise InvariantViolated(f"a request shall move to {target.worker_id}, which has no stream")
-        running = Migration(source.current_address(), flight.wire_id)
+        permit = make_permit(self.key_of(flight.wire_id), target.worker_id)
+        running = Migration(source.current_address(), flight.wire_id, permit)
         incoming = flight.begin_migration(target.worker_id, now)
         target.attempts[incoming.wire_id] = None
         target.charge(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
         remaining_s, _ = self._time_left(flight, now)
         request = flight.attempt_request(incoming.wire_id)
-        name = flight.request.request_id
-        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name)
+        name, key = flight.request.request_id, self.key_of(incoming.wire_id)
+        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name, key=key)
         return SendMessage(target.worker_id, target.connection, submit)
+
+    def key_of(self, attempt: str) -> bytes:
+        """What permits to take an attempt over are made with."""
+        return make_key(self._secret, attempt)
 
     def num_blocks(self, flight: InFlightRequest) -> int:
         """KV blocks that the request is taken to need in the end."""

@@ -77,7 +77,8 @@ class Migrations:
         worker.attempts[incoming.wire_id] = None
         self._incoming[incoming.wire_id] = flight
         self._adopted.add(incoming.wire_id)
-        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered))
+        key = self._dispatcher.key_of(incoming.wire_id)
+        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered), key)
         self._out.append(SendMessage(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
 

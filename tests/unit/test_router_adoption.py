@@ -7,6 +7,7 @@ from router_story import GENERATION, MIXED, Story, messages, outputs, request, s
 from router.events import RequestArrived, RequestCancelled, SendMessage
 from workers.errors import Refusal
 from workers.status import Role
+from workers.trust.permits import make_key
 from workers.wire.attach import Adopt, Cancel
 
 
@@ -25,7 +26,7 @@ def lost(*tokens: int) -> tuple[Story, str, str]:
 
 def test_what_goes_on_behind_a_broken_stream_is_taken_up_when_it_is_further() -> None:
     story, worker, other = lost(5, 6)
-    assert messages(story.report(worker, Role.MIXED), Adopt) == [Adopt("r", "r#3", 2)]
+    assert messages(story.report(worker, Role.MIXED), Adopt) == [Adopt("r", "r#3", 2, make_key(b"", "r#3"))]
     assert outputs(story.output(worker, "r#3", 2, 7, 8))[0].token_ids == (7, 8)
     commands = story.output(other, "r#2", 2, 7)  # it was slower, and is not needed any more
     assert outputs(commands) == [] and messages(commands, Cancel) == [Cancel("r#2")]

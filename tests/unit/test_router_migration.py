@@ -9,6 +9,7 @@ from router.requests.move_planner import RebalanceLimits, Rebalancer
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 from workers.status import Load, Role, WorkerStatus
+from workers.trust.permits import is_permit, make_key
 from workers.wire.attach import Cancel, Submit, WorkerFrame
 
 DD = (("d-0", Role.DECODE), ("d-1", Role.DECODE), ("p-0", Role.PREFILL))
@@ -53,6 +54,18 @@ def test_a_running_request_leaves_a_draining_worker_while_its_tokens_go_on() -> 
     (last,) = outputs(story.output(target, "r#2", 3, 8, finish=True))
     assert (last.request_id, last.position, last.finish_reason) == ("r", 3, "length")
     assert story.count("migrations_done") == 1 and len(story.core.flights) == 0
+
+
+def test_the_new_home_and_nobody_else_is_permitted_to_take_the_request() -> None:
+    story = Story(*DD)
+    source, first = the_submit(story.tell(RequestArrived(request(max_tokens=64))))
+    story.output(source, "r#1", 0, 5)
+    drain(story, source)
+    target, submit = the_submit(story.tell(Tick()))
+    assert submit.migration is not None and is_permit(submit.migration.permit, first.key, target)
+    assert not is_permit(submit.migration.permit, first.key, source)
+    assert not is_permit(submit.migration.permit, submit.key, target), "each attempt has a key of its own"
+    assert make_key(b"a", "r#1") != make_key(b"b", "r#1") != make_key(b"b", "r#2")
 
 
 def test_what_the_new_home_says_early_waits_for_the_tokens_before_it() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from router_story import GENERATION, MIXED, Story, messages, outputs, request, the_submit
+import pytest
+from router_story import GENERATION, MIXED, MODEL, Story, messages, outputs, request, the_submit
 
 from router.events import RequestArrived
 from workers.errors import Refusal
@@ -86,3 +87,28 @@ def test_what_is_said_with_the_first_token_comes_once_although_a_second_worker_s
     assert before.prompt_logprobs == (SCORES,) and before.handoff is None
     assert (first.handoff, first.cached_tokens) == (report, 4)
     assert (second.handoff, second.cached_tokens) == (None, 0)
+
+
+PAST = MODEL.vocab_size
+IDS = np.array([5, 6], np.int32)
+PAST_IDS = np.array([5, PAST], np.int32)
+LOGPROBS = np.array([-1.0, -2.0], np.float32)
+ALTERNATIVES = np.array([[5], [6]], np.int32), np.array([[-1.0], [-2.0]], np.float32)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        Output("r#1", 0, (5, PAST)),
+        Output("r#1", 0, (5,), logprobs=(TokenLogprob(PAST, -1.0),)),
+        Output("r#1", 0, (5,), logprobs=(TokenLogprob(5, -1.0, ((6, -0.5), (2**32 - 1, -0.7))),)),
+        Output("r#1", 0, prompt_logprobs=(PromptScores(1, PAST_IDS, LOGPROBS, IDS, *ALTERNATIVES),)),
+        Output("r#1", 0, prompt_logprobs=(PromptScores(1, IDS, LOGPROBS, IDS, -ALTERNATIVES[0], ALTERNATIVES[1]),)),
+    ],
+)
+def test_a_worker_that_says_what_is_no_token_is_left_and_the_request_runs_elsewhere(output: Output) -> None:
+    story = Story(*MIXED)
+    worker, _ = the_submit(story.tell(RequestArrived(request())))
+    commands = story.frame(worker, WorkerFrame(GENERATION, (output,)))
+    assert outputs(commands) == [] and story.count("workers_lost_impossible_tokens") == 1
+    assert the_submit(commands)[0] != worker

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from builders import make_request
-from worker_story import GENERATION, LAYOUT, PEER, WorkerStory
+from worker_story import GENERATION, LAYOUT, PEER, WorkerStory, permitted
 
 from workers.engine.messages import (
     AddMigrant,
@@ -476,8 +476,8 @@ def moving(story: WorkerStory) -> int:
     story.attach(1)
     number = story.submit(1, "r#1")
     story.say(number, "r#1", 0, 11)
-    assert story.ask(4, RunningSubject("r#1"), 3) == [events.AcceptHandoff(4, is_paced=True)]
-    assert [c.refusal for c in story.ask(5, RunningSubject("r#1"), 3) if isinstance(c, events.RefuseHandoff)] == [
+    assert story.ask(4, permitted("r#1"), 3) == [events.AcceptHandoff(4, is_paced=True)]
+    assert [c.refusal for c in story.ask(5, permitted("r#1"), 3) if isinstance(c, events.RefuseHandoff)] == [
         Refusal.NOT_MOVABLE
     ]
     story.tell(events.HandoffBegun(4))

@@ -21,6 +21,7 @@ from workers.handoff.protocol.target_session import TargetSession
 from workers.request import FinishReason, Output, Request
 from workers.runner import Batch, Runner, Sampled
 from workers.status import Role
+from workers.trust.permits import make_permit
 from workers.wire.attach import Cancel, Migration, Submit
 from workers.worker import Worker
 
@@ -88,8 +89,12 @@ class Two:
 
     async def move(self, request: Request, name: str = "moved") -> None:
         again = replace(request, request_id=name, replay_token_ids=tuple(self.sent(request)))
-        migration = Migration(self.at_source.address, request.request_id)
+        migration = self.permitted(request.request_id)
         await self.at_target.send(Submit(again, self.at_target.address.generation, migration=migration))
+
+    def permitted(self, name: str) -> Migration:
+        """As a router without a secret writes it for the target."""
+        return Migration(self.at_source.address, name, make_permit(b"", self.at_target.address.worker_id))
 
     async def moved(self, request: Request, name: str = "moved") -> list[int]:
         """All tokens of a request that has moved, checked for gaps and repeats."""
@@ -167,7 +172,8 @@ async def test_many_sequences_move_under_load() -> None:
             await source.until(lambda name=name: any(o.request_id == name for o in source.outputs))
             sent = tokens([o for o in source.outputs if o.request_id == name])
             again = replace(request, request_id=f"m-{name}", replay_token_ids=tuple(sent))
-            await target.send(Submit(again, other.generation, migration=Migration(address, name)))
+            migration = Migration(address, name, make_permit(b"", "b"))
+            await target.send(Submit(again, other.generation, migration=migration))
         num_moved = 0
         for request in requests:
             first = await source.finish(request.request_id)
@@ -194,7 +200,7 @@ async def test_what_cannot_be_moved_is_refused_and_goes_on() -> None:
         await pair.move(replace(request, request_id="nobody"), "moved-0")
         assert (await refused(pair, "moved-0")).refusal is Refusal.NOT_MOVABLE
         strange = replace(request, request_id="strange", replay_token_ids=(1, 2, 3))
-        migration = Migration(pair.at_source.address, "r")
+        migration = pair.permitted("r")
         await pair.at_target.send(Submit(strange, pair.at_target.address.generation, migration=migration))
         await keep_going(pair, lambda: any(o.request_id == "strange" for o in pair.at_target.outputs))
         assert (await refused(pair, "strange")).refusal is Refusal.NOT_MOVABLE

@@ -9,7 +9,7 @@ import pytest
 from builders import make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worker_story import WorkerStory
+from worker_story import ASKER, WorkerStory, permitted
 
 from workers.engine.messages import AddSequence, CancelSequence, EndMove
 from workers.errors import Refusal
@@ -17,6 +17,7 @@ from workers.handoff.protocol.messages import RunningSubject
 from workers.request import FinishReason, Output, PromptScores, TokenLogprob
 from workers.serving import events
 from workers.status import Role
+from workers.trust.permits import make_permit
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit
 
 GRACE_S = 30.0
@@ -295,13 +296,51 @@ def test_a_request_that_was_taken_up_moves_on_under_its_new_name() -> None:
     story.lose(1)
     story.attach(2)
     story.adopt(2, "r", "r#2", 3)
-    (old,) = story.ask(1, RunningSubject("r#1"), 3)
+    (old,) = story.ask(1, permitted("r#1"), 3)
     assert isinstance(old, events.RefuseHandoff) and old.refusal is Refusal.NOT_MOVABLE
-    assert story.ask(2, RunningSubject("r#2"), 3) == [events.AcceptHandoff(2, is_paced=True)]
+    assert story.ask(2, permitted("r#2"), 3) == [events.AcceptHandoff(2, is_paced=True)]
     story.tell(events.HandoffReleased(2, ""))
     assert story.posted[-1] == EndMove(number)
     story.step((number, Output("r#1", 3, finish_reason=FinishReason.MOVED)))
     assert (story.last(2).request_id, story.last(2).finish_reason) == ("r#2", FinishReason.MOVED)
+
+
+@pytest.mark.parametrize(
+    ("key", "made_with", "made_for", "is_given"),
+    [
+        (b"k", b"k", ASKER, True),
+        (b"k", b"k", "decode-8", False),
+        (b"k", b"another", ASKER, False),
+        (b"k", b"", ASKER, False),
+    ],
+)
+def test_a_running_request_is_given_to_the_worker_that_its_router_permits_and_to_nobody_else(
+    key: bytes, made_with: bytes, made_for: str, is_given: bool
+) -> None:
+    story = WorkerStory()
+    story.attach(1)
+    story.submit(1, make_request(range(5, 105), 50, request_id="r#1"), name="r", key=key)
+    (answer,) = story.ask(1, RunningSubject("r#1", make_permit(made_with, made_for)), 3)
+    assert isinstance(answer, events.AcceptHandoff) is is_given
+    assert story.core.counters["moves_not_permitted"] == (not is_given)
+    for permit in (b"", b"x" * 5000):
+        (answer,) = story.ask(2, RunningSubject("r#1", permit), 3)
+        assert isinstance(answer, events.RefuseHandoff)
+
+
+def test_who_takes_a_request_up_permits_its_next_move_and_the_router_before_does_not() -> None:
+    story = WorkerStory()
+    story.attach(1)
+    number = story.submit(1, make_request(range(5, 105), 50, request_id="r#1"), name="r", key=b"old")
+    story.say(number, "r#1", 0, 11)
+    story.lose(1)
+    story.attach(2)
+    story.tell(events.RouterSaid(2, Adopt("r", "r#2", 1, b"new")))
+    (refused,) = story.ask(1, RunningSubject("r#2", make_permit(b"old", ASKER)), 3)
+    assert isinstance(refused, events.RefuseHandoff)
+    assert story.ask(2, RunningSubject("r#2", make_permit(b"new", ASKER)), 3) == [
+        events.AcceptHandoff(2, is_paced=True)
+    ]
 
 
 # ---- whatever happens ----

@@ -62,8 +62,8 @@ def _fill_opening(message: pb.OpenHandoff, transfer_id: str, opening: OpenHandof
             message.prompt.CopyFrom(request_to_pb(request))
             if hint is not None:
                 message.prefix_hint.CopyFrom(hint_to_pb(hint))
-        case RunningSubject(request_id):
-            message.running.CopyFrom(pb.RunningSubject(request_id=request_id))
+        case RunningSubject(request_id, permit):
+            message.running.CopyFrom(pb.RunningSubject(request_id=request_id, permit=permit))
         case PrefixSubject(hashes, token_ids, parent):
             message.prefix.CopyFrom(pb.PrefixSubject(hashes=hashes, token_ids=token_ids, parent=parent))
 
@@ -76,7 +76,7 @@ def opening_from_pb(message: pb.OpenHandoff) -> OpenHandoff:
             hint = hint_from_pb(message.prefix_hint) if message.HasField("prefix_hint") else None
             subject = PromptSubject(request_from_pb(message.prompt), hint)
         case "running":
-            subject = RunningSubject(message.running.request_id)
+            subject = RunningSubject(message.running.request_id, message.running.permit)
         case "prefix":
             prefix = message.prefix
             subject = PrefixSubject(tuple(prefix.hashes), tuple(prefix.token_ids), prefix.parent)

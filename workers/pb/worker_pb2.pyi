@@ -221,7 +221,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix", "name")
+    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix", "name", "key")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +230,7 @@ class Submit(_message.Message):
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     request: Request
     generation: int
     prefill_workers: _containers.RepeatedCompositeFieldContainer[WorkerAddress]
@@ -238,15 +239,18 @@ class Submit(_message.Message):
     migration: Migration
     prefix: PrefixHint
     name: str
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
+    key: bytes
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class Migration(_message.Message):
-    __slots__ = ("source", "request_id")
+    __slots__ = ("source", "request_id", "permit")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PERMIT_FIELD_NUMBER: _ClassVar[int]
     source: WorkerAddress
     request_id: str
-    def __init__(self, source: _Optional[_Union[WorkerAddress, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    permit: bytes
+    def __init__(self, source: _Optional[_Union[WorkerAddress, _Mapping]] = ..., request_id: _Optional[str] = ..., permit: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -255,14 +259,16 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("name", "request_id", "position")
+    __slots__ = ("name", "request_id", "position", "key")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     position: int
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
+    key: bytes
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class DumpRequest(_message.Message):
     __slots__ = ()
@@ -433,10 +439,12 @@ class KvLayout(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., itemsize: _Optional[int] = ...) -> None: ...
 
 class RunningSubject(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "permit")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PERMIT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    permit: bytes
+    def __init__(self, request_id: _Optional[str] = ..., permit: _Optional[bytes] = ...) -> None: ...
 
 class PrefixSubject(_message.Message):
     __slots__ = ("hashes", "token_ids", "parent")

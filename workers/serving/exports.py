@@ -73,7 +73,7 @@ class _Export:
 
 
 class Exports:
-    """`find` gives the engine's id of a request by its name on the wire, `new_number` a number that no sequence has.
+    """`find` gives the engine's id of a request that a worker of some id may take over, `new_number` a number that no sequence has.
 
     A sequence that is handed over stands still for at most `max_pause_s`; if its receiver has not landed by then it goes on here.
     """
@@ -82,7 +82,7 @@ class Exports:
         self,
         layout: KvLayout,
         max_pause_s: float,
-        find: Callable[[str], int | None],
+        find: Callable[[RunningSubject, str], int | None],
         new_number: Callable[[], int],
         counters: Counter[str],
         observer: Observer,
@@ -127,7 +127,7 @@ class Exports:
 
     def _open_running(self, transfer: int, opening: OpenHandoff, running: RunningSubject) -> _Export:
         name = running.request_id
-        sequence_id = self._find(name)
+        sequence_id = self._find(running, opening.target.worker_id)
         if sequence_id is None:
             raise Refused(Refusal.NOT_MOVABLE, f"no request {name} runs here")
         if sequence_id in self._by_number:

@@ -105,7 +105,7 @@ class Fetches:
     def take_over(self, wanted: TransferWanted, migration: Migration) -> Commands:
         """A running sequence's blocks and state are to be sent here."""
         self._running[wanted.sequence_id] = _TakeOver(wanted, migration)
-        subject = RunningSubject(migration.request_id)
+        subject = RunningSubject(migration.request_id, migration.permit)
         return [Receive(wanted.sequence_id, migration.source, subject, wanted.first_block, wanted.blocks)]
 
     def pull(self, wanted: PullWanted, now: float) -> Commands:

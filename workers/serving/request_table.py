@@ -13,7 +13,7 @@ from math import inf
 
 from workers.request import FinishReason, Output, Request
 from workers.status import WorkerAddress
-from workers.wire.attach import Migration
+from workers.wire.attach import Adopt, Migration
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,8 @@ class ServedRequest:
     """When its first token is due; infinity when nobody said."""
     owner: int | None
     """The session that hears of it; None: it is an orphan."""
+    key: bytes
+    """Who has a permit made with it may take the request over."""
     end: int
     """Position that the next output has: tokens said here, or given with the request."""
     kept: deque[Output] = field(default_factory=deque)
@@ -166,17 +168,17 @@ class RequestTable:
         too_many = list(self._orphans.values())[:num_too_many]
         return too_many + [each for each in lost if self._by_name.get(each.name) is not each and each not in too_many]
 
-    def adopt(self, name: str, position: int, owner: int, attempt: str, num_said: int) -> list[Output] | None:
-        """Gives a request to a session, which calls it `attempt` from now on; returns what the session is to hear at once, behind
-        the `num_said` outputs that it was told before, from output position `position` on. None, and nothing changes: it is
-        not here, or not kept from there.
+    def adopt(self, adopt: Adopt, owner: int, num_said: int) -> list[Output] | None:
+        """Gives a request to a session, which calls it `adopt.request_id` from now on; returns what the session is to hear at once,
+        behind the `num_said` outputs that it was told before, from output position `adopt.position` on. None, and nothing
+        changes: it is not here, or not kept from there.
         """
-        served = self._by_name.get(name)
-        outputs = None if served is None else _since(served, position)
+        served, attempt = self._by_name.get(adopt.name), adopt.request_id
+        outputs = None if served is None else _since(served, adopt.position)
         if served is None or outputs is None:
             return None
         self._disown(served)
-        served.owner, served.attempt = owner, attempt
+        served.owner, served.attempt, served.key = owner, attempt, adopt.key
         if served.finish is None:
             self._owned.setdefault(owner, {})[attempt] = served
         else:

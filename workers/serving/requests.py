@@ -12,6 +12,7 @@ from math import inf
 from workers.config import WorkerConfig
 from workers.engine.messages import AddMigrant, AddSequence, CancelSequence
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.handoff.protocol.messages import RunningSubject
 from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Post
@@ -19,6 +20,7 @@ from workers.serving.observer import Observer
 from workers.serving.request_table import RequestTable, ServedRequest
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
+from workers.trust.permits import is_permit
 from workers.wire.attach import Adopt, Submit
 
 QUEUE_IS_FULL = "the worker is so far behind that it takes no new request"
@@ -51,10 +53,16 @@ class Requests:
         """One that runs. None: it was cancelled, or is no request of a router."""
         return self._table.get(sequence_id)
 
-    def find(self, attempt: str) -> int | None:
-        """The engine's id of what runs under this name, whichever router it belongs to; None if it is not exactly one."""
-        served = self._table.running_as(attempt)
-        return None if served is None else served.sequence_id
+    def find(self, running: RunningSubject, target_id: str) -> int | None:
+        """The engine's id of what runs under this name, whichever router it belongs to; None if it is not exactly one, or if its
+        router has not made the permit for the worker `target_id`."""
+        served = self._table.running_as(running.request_id)
+        if served is None:
+            return None
+        if not is_permit(running.permit, served.key, target_id):
+            self._counters["moves_not_permitted"] += 1
+            return None
+        return served.sequence_id
 
     # ---- routers ----
 
@@ -71,7 +79,8 @@ class Requests:
             return []
         earlier, commands = self._table.orphan_named(name), []
         if earlier is not None:  # its router runs it again here: it goes on instead, where that is the same
-            if _continues(submit, earlier) and self._take_up(session, name, attempt, len(request.replay_token_ids)):
+            continued = Adopt(name, attempt, len(request.replay_token_ids), submit.key)
+            if _continues(submit, earlier) and self._take_up(session, continued):
                 return []
             commands = self._give_up(earlier)
         sequence_id, me = self._new_number(), self._standing.identity.worker_id
@@ -87,6 +96,7 @@ class Requests:
                 (now + left_s for left_s in (submit.remaining_s, submit.first_token_s) if left_s > 0), default=inf
             ),
             owner=session,
+            key=submit.key,
             end=len(request.replay_token_ids),
         )
         self._table.add(served)
@@ -106,16 +116,16 @@ class Requests:
         attempt, former = adopt.request_id, self._table.owner_of(adopt.name)
         if self._table.of(session, attempt) is not None:
             self._sessions.say(session, end_output(attempt, Refusal.INVALID, f"request {attempt} is running already"))
-        elif not self._take_up(session, adopt.name, attempt, adopt.position):
+        elif not self._take_up(session, adopt):
             self._counters["adoptions_refused"] += 1
             text = f"output {adopt.position} of request {adopt.name} is not kept here"
             self._sessions.say(session, end_output(attempt, Refusal.NOT_KEPT, text))
         elif former is not None:
             self._sessions.say(former[0], end_output(former[1], Refusal.TAKEN_UP, "another router has taken it up"))
 
-    def _take_up(self, session: int, name: str, attempt: str, position: int) -> bool:
+    def _take_up(self, session: int, adopt: Adopt) -> bool:
         """False: it is not here, or not from there."""
-        outputs = self._table.adopt(name, position, session, attempt, self._sessions.num_said(session))
+        outputs = self._table.adopt(adopt, session, self._sessions.num_said(session))
         if outputs is None:
             return False
         self._counters["requests_adopted"] += 1

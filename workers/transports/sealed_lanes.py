@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 
-from workers.transports.push import Inboxes
+from workers.transports.push import HEADER_BYTES, Inboxes
 from workers.transports.sealing import SEGMENT_BYTES, TAG_BYTES, Seal, segments
 from workers.transports.tcp_lanes import INLINE_BYTES, Buffer, IncomingLane, OutgoingLink, outlast, send_all, send_some
 
@@ -45,9 +45,10 @@ class SealedLane(IncomingLane):
 
 
 def _send_sealed(lane: socket.socket, seal: Seal, buffers: list[Buffer]) -> None:
+    """With each header waits what it announces, so that the receiver wakes once for both."""
     lane.setblocking(True)
     for part in _sealed(seal, buffers):
-        lane.sendall(part)
+        lane.sendall(part, socket.MSG_MORE if part.nbytes <= HEADER_BYTES + TAG_BYTES else 0)
 
 
 def _sealed(seal: Seal, buffers: list[Buffer]) -> Iterator[Buffer]:

@@ -1,6 +1,6 @@
 """Keys of a KV connection, from the secret of an offer, and what they do: bytes travel sealed. Knows no sockets.
 
-AES-128-GCM over segments of at most 64 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
+AES-128-GCM over segments of at most 512 KiB. A segment's nonce is its number on the lane, so one that is lost, repeated, moved or changed
 does not open, and neither does anything after it.
 """
 
@@ -17,8 +17,9 @@ from workers.errors import TransferFailed
 
 SECRET_BYTES = 32
 KEY_BYTES = 16
-SEGMENT_BYTES = 64 << 10
-"""Stays in a core's second cache between the socket and the cipher."""
+SEGMENT_BYTES = 512 << 10
+"""Stays in a core's second cache between the socket and the cipher. Of 64 KiB the receiver takes a third more time for each byte, for
+it wakes and calls more often."""
 TAG_BYTES = 16
 
 

@@ -19,10 +19,14 @@ class RouterHello:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """Where a sequence runs that is to go on elsewhere; `request_id` is its name on the wire there."""
+    """Where a sequence runs that is to go on elsewhere; `request_id` is its name on the wire there.
+
+    `permit` shows the source that its router wants it so (workers/trust/permits.py).
+    """
 
     source: WorkerAddress
     request_id: str
+    permit: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Submit:
     """For whoever computes the prompt: where its beginning can be had."""
     name: str = ""
     """The request's own, the same for each attempt (`request.request_id` names the attempt); empty: there is one attempt only."""
+    key: bytes = b""
+    """Of this attempt: who has a permit made with it may take it over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +64,14 @@ class Adopt:
     """Take the request called `name` up, which runs at the worker or has ended there unheard, and hear of it as `request_id`.
 
     Its outputs come from position `position` on, the number of output tokens that the client has. When they are not kept any
-    more, or it is not there, the answer is an error with NOT_KEPT; whoever heard of it before is told TAKEN_UP.
+    more, or it is not there, the answer is an error with NOT_KEPT; whoever heard of it before is told TAKEN_UP. `key` is as in
+    Submit, in place of the one that it had.
     """
 
     name: str
     request_id: str
     position: int
+    key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

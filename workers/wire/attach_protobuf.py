@@ -169,7 +169,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix, name):
+        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix, name, key):
             submit = pb.Submit(
                 request=request_to_pb(request),
                 generation=generation,
@@ -178,20 +178,30 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
                 first_token_s=first_token_s,
                 prefix=hint_to_pb(prefix) if prefix is not None else None,
                 name=name,
+                key=key,
             )
             if migration is not None:
+                source = address_to_pb(migration.source)
                 submit.migration.CopyFrom(
-                    pb.Migration(source=address_to_pb(migration.source), request_id=migration.request_id)
+                    pb.Migration(source=source, request_id=migration.request_id, permit=migration.permit)
                 )
             return pb.RouterMessage(submit=submit)
         case Cancel(request_id):
             return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
-        case Adopt(name, request_id, position):
-            return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position))
+        case Adopt(name, request_id, position, key):
+            return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position, key=key))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
         case RouterHello(router_id):
             return pb.RouterMessage(hello=pb.Hello(router_id=router_id))
+
+
+MAX_KEY_BYTES = 64
+
+
+def _check_key(key: bytes) -> None:
+    if len(key) > MAX_KEY_BYTES:
+        raise ValueError(f"a key of {len(key)} bytes")
 
 
 def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
@@ -202,15 +212,19 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
             migration = None
             if submit.HasField("migration"):
-                migration = Migration(address_from_pb(submit.migration.source), submit.migration.request_id)
+                moved = submit.migration
+                migration = Migration(address_from_pb(moved.source), moved.request_id, moved.permit)
             request = request_from_pb(submit.request)
             prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
             times = (submit.remaining_s, submit.first_token_s)
-            return Submit(request, submit.generation, addresses, *times, migration, prefix, submit.name)
+            _check_key(submit.key)
+            return Submit(request, submit.generation, addresses, *times, migration, prefix, submit.name, submit.key)
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "adopt":
-            return Adopt(message.adopt.name, message.adopt.request_id, message.adopt.position)
+            adopt = message.adopt
+            _check_key(adopt.key)
+            return Adopt(adopt.name, adopt.request_id, adopt.position, adopt.key)
         case "dump":
             return DumpRequest()
         case "hello":

@@ -25,9 +25,11 @@ class PromptSubject:
 
 @dataclass(frozen=True, slots=True)
 class RunningSubject:
-    """Hand over a sequence that runs at the sender; `request_id` is as the router named it there."""
+    """Hand over a sequence that runs at the sender; `request_id` is as the router named it there, and the router has made `permit`
+    for the receiver (workers/trust/permits.py)."""
 
     request_id: str
+    permit: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,228 @@
+"""What answers look like, field by field, for /openapi.json; nothing is written through these models: chat.py and its like do that.
+
+A field with a default is left out of some answers. Objects hold no fields beside those named here, but for what operators read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: str
+    param: str | None
+    """The field of the body that is meant."""
+    code: str
+
+
+class Error(_Answer):
+    error: ErrorDetail
+
+
+class PromptTokensDetails(_Answer):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(_Answer):
+    reasoning_tokens: int
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
+
+
+class PromptLogprob(_Answer):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class _Generated(_Answer):
+    """What all answers and chunks of generating endpoints hold."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage | None = None
+    baton: dict[str, Any] | None = None
+    """Where and how it ran, where `trace` was asked for."""
+
+
+class _Choice(_Answer):
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | int | None = None
+    """The stop string or token that ended it; null for the end of the text."""
+    token_ids: list[int] | None = None
+
+
+class _Prompted(_Answer):
+    """Of a prompt, where it was asked for."""
+
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+
+
+class TopLogprob(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Answer):
+    content: list[TokenLogprob]
+
+
+class FunctionCall(_Answer):
+    arguments: str
+    name: str | None = None
+
+
+class ToolCall(_Answer):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolCallDelta(_Answer):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ChatMessage(_Answer):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same as reasoning_content."""
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatDelta(_Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChoice(_Choice):
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatChunkChoice(_Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(_Generated, _Prompted):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ChatCompletionChunk(_Generated, _Prompted):
+    """One event of a stream; the last event is `[DONE]`, and one that holds `error` ends a stream that broke."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(_Choice, _Prompted):
+    text: str
+    logprobs: TextLogprobs | None
+
+
+class TextCompletion(_Generated):
+    """An answer, and one event of a stream as well; the last event is `[DONE]`."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class ModelCard(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokenized(_Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(_Answer):
+    prompt: str
+
+
+class Standing(_Answer):
+    status: Literal["ok", "ready"]
+
+
+class Version(_Answer):
+    version: str
+
+
+class WorkerAnswer(BaseModel):
+    """What a worker last said of itself; further fields are for people."""
+
+    worker_id: str
+    generation: str
+    role: Literal["prefill", "decode", "mixed"]
+    is_draining: bool
+    load: dict[str, Any]
+    counters: dict[str, float]
+
+
+class WorkerPlace(BaseModel):
+    """A worker as this router sees it."""
+
+    status: WorkerAnswer
+    connected: bool
+    frame_age_s: float
+    num_requests: int
+
+
+class RouterAnswer(BaseModel):
+    """What a router knows; further fields are for people."""
+
+    router_id: str
+    workers: list[WorkerPlace]
+    num_waiting: int
+    num_running: int
+    counters: dict[str, float]

@@ -1,0 +1,252 @@
+"""/openapi.json, the document of every endpoint, and /docs, the same as a page without scripts; both are made once, from tables."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+
+from router.api import answer_schema as answers
+from router.api.health import product_version
+from router.api.problems import REFUSALS
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.config import ApiConfig
+
+_REF = "#/components/schemas/{model}"
+_JSON = "application/json"
+Key = Literal["api", "admin", "metrics", "none"]
+"""Whose key opens an endpoint, where keys are set (router/api/door.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One operation. `chunk`: what an event of its stream holds; `kind` stands in place of `answer` for what is no JSON."""
+
+    method: Literal["get", "post"]
+    path: str
+    summary: str
+    answer: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    chunk: type[BaseModel] | None = None
+    kind: str = _JSON
+    key: Key = "api"
+    errors: tuple[int, ...] = ()
+    """Beside those that stand at the door: 401, 403, 413, 415."""
+
+
+_WORK = (400, 404, 413, 415, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
+_READ = (400, 404, 413, 415, 429, 503)
+_STEER = (400, 404, 413, 415, 429, 500, 503)
+
+ENDPOINTS = (
+    Endpoint(
+        "post",
+        "/v1/chat/completions",
+        "Answers a conversation, whole or as a stream of server-sent events",
+        answers.ChatCompletion,
+        ChatBody,
+        answers.ChatCompletionChunk,
+        errors=_WORK,
+    ),
+    Endpoint(
+        "post",
+        "/v1/completions",
+        "Goes on from a text or from token ids, whole or as a stream of server-sent events",
+        answers.TextCompletion,
+        CompletionBody,
+        answers.TextCompletion,
+        errors=_WORK,
+    ),
+    Endpoint("get", "/v1/models", "Names the served model", answers.ModelList),
+    Endpoint("get", "/v1/models/{name}", "Says what is known of a model", answers.ModelCard, errors=(404, 503)),
+    Endpoint(
+        "post", "/tokenize", "The tokens of a text or a conversation", answers.Tokenized, TokenizeBody, errors=_READ
+    ),
+    Endpoint("post", "/detokenize", "The text of tokens", answers.Detokenized, DetokenizeBody, errors=_READ),
+    Endpoint("get", "/health", "Says that this process answers", answers.Standing, key="none"),
+    Endpoint("get", "/ready", "Says whether a request could run now", answers.Standing, key="none", errors=(503,)),
+    Endpoint("get", "/version", "Names this version of Baton", answers.Version, key="none"),
+    Endpoint("get", "/metrics", "Metrics for Prometheus", kind="text/plain", key="metrics"),
+    Endpoint("get", "/openapi.json", "This document", key="metrics"),
+    Endpoint("get", "/docs", "This document as a page", kind="text/html", key="metrics"),
+    Endpoint("get", "/admin/status", "What this router knows of its workers", answers.RouterAnswer, key="admin"),
+    Endpoint(
+        "post",
+        "/admin/workers/{worker_id}/role",
+        "Switches a worker's role while it serves",
+        answers.WorkerAnswer,
+        RoleBody,
+        key="admin",
+        errors=_STEER,
+    ),
+    Endpoint(
+        "post",
+        "/admin/workers/{worker_id}/drain",
+        "Has a worker take no new work, or take it again",
+        answers.WorkerAnswer,
+        DrainBody,
+        key="admin",
+        errors=_STEER,
+    ),
+)
+_PHRASES = {
+    400: "The body is wrong; `error.param` names the field",
+    401: "The key is missing or wrong",
+    403: "Not served to this client",
+    404: "There is no such model or worker",
+    409: "The request is answered elsewhere",
+    413: "The body is too large",
+    415: "The body is not sent as application/json",
+    429: "Too much at once; retry-after says when to come back",
+    500: "An internal error, or workers died one after the other under the request",
+    503: "No worker can run it now; x-should-retry says whether to send it again",
+    504: "It took longer than it may",
+}
+_KEYS = {
+    "api": "An API key, where API keys are set",
+    "admin": "An admin key, where keys are set",
+    "metrics": "An API key or an admin key, where the settings ask for one",
+    "none": "No key",
+}
+
+
+def document_routes(config: ApiConfig) -> APIRouter:
+    routes = APIRouter()
+    document = make_document(config)
+    written, page = json.dumps(document, ensure_ascii=False), make_page(document)
+
+    @routes.get("/openapi.json", response_model=None)
+    async def openapi() -> Response:
+        return Response(written, media_type=_JSON)
+
+    @routes.get("/docs", response_model=None)
+    async def docs() -> Response:
+        headers = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+        return Response(page, headers=headers, media_type="text/html")
+
+    return routes
+
+
+class _Untitled(GenerateJsonSchema):
+    """Without titles that repeat the names of fields."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def make_document(config: ApiConfig) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of an API with these settings, of which only the keys matter; what other settings bound is refused with 400."""
+    kinds: dict[type[BaseModel], JsonSchemaMode] = {answers.Error: "validation"}
+    for endpoint in ENDPOINTS:
+        for kind in (endpoint.body, endpoint.answer, endpoint.chunk):
+            if kind is not None:
+                kinds[kind] = "validation"
+    _, schemas = models_json_schema(list(kinds.items()), ref_template=_REF, schema_generator=_Untitled)
+    paths: dict[str, Any] = {}
+    for endpoint in ENDPOINTS:
+        paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint, config)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Baton", "version": product_version()},
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {
+                "api": {"type": "http", "scheme": "bearer", "description": "One of router.api.api_keys"},
+                "admin": {"type": "http", "scheme": "bearer", "description": "One of router.api.admin_keys"},
+            },
+        },
+    }
+
+
+def _operation(endpoint: Endpoint, config: ApiConfig) -> dict[str, Any]:
+    names = [part[1:-1] for part in endpoint.path.split("/") if part.startswith("{")]
+    found: dict[str, Any] = {endpoint.kind: {"schema": _schema_of(endpoint)}}
+    if endpoint.chunk is not None:
+        what = (
+            f"Lines `data: ` with a {endpoint.chunk.__name__} each, an error in place of one, and `[DONE]` in the end"
+        )
+        found["text/event-stream"] = {"schema": {"type": "string", "description": what}}
+    responses = {"200": {"description": "The answer", "content": found}}
+    for status in sorted({*endpoint.errors, *(() if endpoint.key == "none" else (401, 403))}):
+        error = {_JSON: {"schema": {"$ref": _REF.format(model="Error")}}}
+        responses[str(status)] = {"description": _PHRASES[status], "content": error}
+    operation: dict[str, Any] = {
+        "operationId": "_".join(
+            (endpoint.method, *endpoint.path.strip("/").replace("{", "").replace("}", "").split("/"))
+        ),
+        "summary": endpoint.summary,
+        "description": _KEYS[endpoint.key],
+        "security": _security(endpoint, config),
+        "responses": responses,
+    }
+    if names:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if endpoint.body is not None:
+        schema = {"$ref": _REF.format(model=endpoint.body.__name__)}
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
+    return operation
+
+
+def _security(endpoint: Endpoint, config: ApiConfig) -> list[dict[str, list[str]]]:
+    """The keys that open an endpoint; none where it is open, or goes by who asks."""
+    kinds = {"api": bool(config.api_keys), "admin": bool(config.admin_keys or config.api_keys)}
+    match endpoint.key:
+        case "api" | "admin":
+            return [{endpoint.key: []}] if kinds[endpoint.key] else []
+        case "none":
+            return []
+        case _:
+            is_open = (config.metrics if endpoint.path == "/metrics" else config.docs) == "open"
+            return [] if is_open or not kinds["admin"] else [{name: []} for name in ("api", "admin")]
+
+
+def _schema_of(endpoint: Endpoint) -> dict[str, Any]:
+    if endpoint.answer is None:
+        return {"type": "object" if endpoint.kind == _JSON else "string"}
+    return {"$ref": _REF.format(model=endpoint.answer.__name__)}
+
+
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
+    "h2{font-family:monospace;margin-top:2em;border-top:1px solid #ccc;padding-top:1em}"
+    "pre{background:#f4f4f4;padding:1em;overflow:auto}td{padding:0 1em 0 0;vertical-align:top}"
+)
+
+
+def make_page(document: dict[str, Any]) -> str:
+    """The document for people: nothing in it is loaded from elsewhere, and nothing runs."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Baton</title>",
+        f"<style>{_STYLE}</style><h1>Baton {html.escape(document['info']['version'])}</h1>",
+        "<p>For programs: <a href=/openapi.json>/openapi.json</a></p>",
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts.append(
+                f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['summary'])}. {html.escape(operation['description'])}.</p>"
+            )
+            body = operation.get("requestBody")
+            if body:
+                parts.append(f"<p>Takes {_link(body['content'][_JSON]['schema'])}</p>")
+            rows = [
+                f"<tr><td>{status}<td>{html.escape(response['description'])}<td>"
+                + ", ".join(f"{kind} {_link(content['schema'])}" for kind, content in response["content"].items())
+                for status, response in operation["responses"].items()
+            ]
+            parts.append(f"<table>{''.join(rows)}</table>")
+    for name, schema in document["components"]["schemas"].items():
+        parts.append(f"<h2 id={name}>{name}</h2><pre>{html.escape(json.dumps(schema, indent=1))}</pre>")
+    return "".join(parts)
+
+
+def _link(schema: dict[str, Any]) -> str:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return f"<a href='#{name}'>{name}</a>" if name else ""
