@@ -100,6 +100,11 @@ _Prompt = Annotated[
         }
     ),
 ]
+_FORM = _said(
+    "object",
+    required=["type"],
+    properties={"type": {"enum": ["text", "json_object", "json_schema", "structural_tag", "regex", "grammar"]}},
+)
 _TopLogprobs = Annotated[StrictInt, _said("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)]
 _Target = Annotated[Number, _said("number", exclusiveMinimum=0, maximum=3600)]
 _Penalty = Annotated[Number, _said("number", minimum=-2, maximum=2)]
@@ -178,8 +183,10 @@ class GenerationBody(_Body):
     session_id: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     user: Any = None
-    allowed_token_ids: Annotated[list[StrictInt], _SHORT] | None = None
-    response_format: dict[str, Any] | None = None
+    allowed_token_ids: (
+        Annotated[list[StrictInt], _SHORT, _said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None
+    ) = None
+    response_format: Annotated[dict[str, Any], _FORM] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_decoding: dict[str, Any] | None = None
     guided_json: Any = None
@@ -216,7 +223,28 @@ class ChatBody(GenerationBody):
     ) = None
     include_reasoning: StrictBool | None = None
     tools: _Tools | None = None
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
+    tool_choice: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"enum": ["none", "auto", "required", None]},
+                    {
+                        "type": "object",
+                        "required": ["type", "function"],
+                        "properties": {
+                            "type": {"const": "function"},
+                            "function": {
+                                "type": "object",
+                                "required": ["name"],
+                                "properties": {"name": {"type": "string"}},
+                            },
+                        },
+                    },
+                ]
+            }
+        ),
+    ] = None
     parallel_tool_calls: StrictBool | None = None
 
 
