@@ -167,6 +167,30 @@ def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Ap
         assert prompt.endswith("assistant:")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"thinking_token_budget": 5},
+        {"reasoning_max_tokens": 5},
+        {"thinking": {"type": "enabled", "budget_tokens": 5}},
+    ],
+)
+def test_a_budget_of_thinking_closes_the_reasoning_of_a_model_that_marks_it(
+    thinking: Api, body: dict[str, Any]
+) -> None:
+    ask(thinking, extra_body=body)
+    budget = thinking.backend.requests[-1].params.thinking
+    tokenizer = thinking.backend.tokenizer
+    assert budget is not None and (budget.num_tokens, budget.start_token_id) == (5, None)
+    assert tokenizer.decode(budget.closing) == "\n</think>\n\n" and budget.end_token_id == tokenizer.token_id(
+        "</think>"
+    )
+    ask(thinking, extra_body={**body, "enable_thinking": False})
+    assert thinking.backend.requests[-1].params.thinking is None
+    ask(thinking, extra_body={"thinking_token_budget": -1})
+    assert thinking.backend.requests[-1].params.thinking is None
+
+
 def test_a_user_who_writes_a_tag_opens_no_reasoning(thinking: Api) -> None:
     thinking.backend.script = says("Just text.")
     body = {"enable_thinking": False}
@@ -228,6 +252,8 @@ def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api
             "none of the tools",
         ),
         ({"thinking": {"type": "maybe"}}, "thinking", "enabled"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -2}}, "thinking", "from 0"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget", "from 0"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id belongs to every message"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "an assistant's message"),
         (
