@@ -52,7 +52,7 @@ FLOORS = {
         "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server",
     ),
     "cluster": (
-        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
+        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip
@@ -134,6 +134,7 @@ PURE = (
     "workers/serving/fetches.py",
     "workers/serving/request_table.py",
     "workers/serving/requests.py",
+    "workers/serving/served_request.py",
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
     "workers/engine/messages.py",

@@ -47,6 +47,11 @@ class ChatShape:
     def writer(self, progress: JobProgress) -> ChunkWriter:
         return ChunkWriter(self._job, self, progress)
 
+    @property
+    def shows_text_alone(self) -> bool:
+        job = self._job
+        return not job.speech.form.has_tags and job.logprobs is None and not job.return_token_ids
+
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
 

@@ -53,6 +53,10 @@ class CompletionShape:
     def writer(self, progress: JobProgress) -> ChunkWriter:
         return ChunkWriter(self._job, self, progress)
 
+    @property
+    def shows_text_alone(self) -> bool:
+        return self._job.logprobs is None and not self._job.return_token_ids
+
     def head(self) -> str:
         return f'{to_json(self._fixed())[:-1]},"choices":['
 

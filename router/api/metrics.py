@@ -28,6 +28,8 @@ _API_PATHS = (
     "/v1/models",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
+    "/load",
     "/admin/status",
 )
 _ENDPOINTS = frozenset((*_API_PATHS, "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"))
