@@ -170,6 +170,7 @@ class GenerationBody(Body):
         | None
     ) = None
     stop_token_ids: Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = None
+    clamp_max_tokens: StrictBool | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
@@ -207,6 +208,8 @@ class ChatBody(GenerationBody):
     logprobs: StrictBool | None = None
     top_logprobs: _TopLogprobs | None = None
     add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    documents: Annotated[list[dict[str, Any]], SHORT] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
     enable_thinking: StrictBool | None = None
@@ -295,8 +298,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "cache_salt": (),
     "chat_template": (),
-    "continue_final_message": (),
-    "documents": (),
     "echo": (),
     "enable_thinking": (),
     "function_call": ("none", "auto"),

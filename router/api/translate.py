@@ -99,6 +99,14 @@ def chat_prompt(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, c
     """Raises as translate_chat."""
     info = require_model(body.model, model)
     kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
+        )
+    if body.documents:
+        if "documents" not in tokenizer.chat_template(bool(body.tools)):
+            raise InvalidRequest("this model's chat template takes no documents", "documents")
+        kwargs.setdefault("documents", body.documents)
     use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     template = tokenizer.chat_template(use is not None)
     form = output_format(config.reasoning_parser, config.tool_parser, template)
@@ -118,6 +126,7 @@ def chat_prompt(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, c
         kwargs,
         config.allow_control_tokens,
         use.tools if use else None,
+        bool(body.continue_final_message),
     )
     may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
     return Chat(info, prompt, use, form if use else replace(form, call=None), may_think)
@@ -245,6 +254,8 @@ def make_job(
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
+        if body.clamp_max_tokens:
+            max_tokens = max(1, min(max_tokens, room))
         own = replace(params, max_tokens=max_tokens)
         own.validate(info.vocab_size)
         check_length(len(prompt.token_ids), info, param, max_tokens)

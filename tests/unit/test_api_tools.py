@@ -275,6 +275,27 @@ def test_a_model_that_knows_no_tools_says_so() -> None:
         ask(api, tools=TOOLS)
 
 
+def test_an_answer_goes_on_from_the_last_message(thinking: Api) -> None:
+    messages: list[Any] = [*ASK, {"role": "assistant", "content": ""}]
+    for content in ("It is ", "It is <think>"):
+        messages[-1] = {"role": "assistant", "content": content}
+        body = {"continue_final_message": True, "add_generation_prompt": False}
+        thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        assert prompt.rstrip().endswith(content.rstrip()) and "assistant: It is" in prompt
+    for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
+        response = thinking.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
+        assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
+
+
+def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(thinking: Api) -> None:
+    body = {"messages": ASK, "max_tokens": 100_000}
+    assert thinking.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert thinking.http.post("/v1/chat/completions", json={**body, "clamp_max_tokens": True}).status_code == 200
+    request = thinking.backend.requests[-1]
+    assert request.params.max_tokens == 512 - len(request.prompt_token_ids)
+
+
 def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:
     config = ApiConfig(reasoning_parser="none", tool_parser="none")
     with open_api(config, checkpoint=folder) as api:
