@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cluster.commands import (
     admin,
+    batch,
     chat,
     demo,
     drain,
@@ -53,7 +54,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (serve, stop, demo, chat, admin, drain, join, ray_nodes, store, simulate, profile, plan, tls, info):
+    for module in (
+        serve,
+        stop,
+        demo,
+        chat,
+        batch,
+        admin,
+        drain,
+        join,
+        ray_nodes,
+        store,
+        simulate,
+        profile,
+        plan,
+        tls,
+        info,
+    ):
         module.add_parser(commands)
     return parser
 

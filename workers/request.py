@@ -33,12 +33,13 @@ LOGPROB_FLOOR = -9999.0
 class ThinkingBudget:
     """When this many tokens have come without `end_token_id` among them, `closing` follows, token by token, whatever else is likely.
 
-    `closing` holds `end_token_id`.
+    `closing` holds `end_token_id`. With `start_token_id` that holds for outputs that begin with it, which does not count.
     """
 
     num_tokens: int
     end_token_id: int
     closing: tuple[int, ...]
+    start_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

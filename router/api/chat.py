@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services, read_job
+from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and_trace
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
@@ -43,6 +43,9 @@ class ChatShape:
     def _fixed(self, kind: str) -> dict[str, Any]:
         job = self._job
         return {"id": f"chatcmpl-{job.job_id}", "object": kind, "created": job.created, "model": job.model}
+
+    def writer(self, progress: JobProgress) -> ChunkWriter:
+        return ChunkWriter(self._job, self, progress)
 
     @property
     def shows_text_alone(self) -> bool:
@@ -93,7 +96,7 @@ class ChatShape:
         answer["choices"] = lazy_each(
             self._choice(choice, *message) for choice, message in zip(progress.choices, messages, strict=True)
         )
-        return answer | self._about_prompt(progress.choices[0])
+        return answer | self._about_prompt(progress.choices[0]) | usage_and_trace(self._job, progress)
 
     def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]

@@ -12,6 +12,7 @@ from router.api.formats.grammars import CallableTool
 from workers.errors import InvalidRequest
 
 MAX_TOOLS = 128
+_MAX_BUDGET = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -115,11 +116,31 @@ def read_thinking(
     kwargs = dict(template_kwargs or {})
     if thinking is not None:
         kind = thinking.get("type")
-        if kind not in ("enabled", "disabled") or thinking.keys() - {"type"}:
-            raise InvalidRequest('thinking must be {"type": "enabled"} or {"type": "disabled"}', "thinking")
-        enable_thinking = kind == "enabled" if enable_thinking is None else enable_thinking
+        if kind not in ("enabled", "disabled", "adaptive") or thinking.keys() - {"type", "budget_tokens"}:
+            what = '{"type": "enabled"} or {"type": "disabled"}, with budget_tokens if there is a bound'
+            raise InvalidRequest(f"thinking must be {what}", "thinking")
+        if kind != "adaptive" and enable_thinking is None:
+            enable_thinking = kind == "enabled"
     if enable_thinking is not None:
         kwargs.setdefault("enable_thinking", enable_thinking)
     if reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", reasoning_effort)
     return kwargs
+
+
+def read_budget(
+    thinking: Mapping[str, Any] | None, thinking_token_budget: int | None, reasoning_max_tokens: int | None
+) -> tuple[int, str] | None:
+    """Tokens of reasoning at most, and the field that says so; None: no bound. Raises InvalidRequest."""
+    asked = (
+        ("thinking_token_budget", thinking_token_budget),
+        ("reasoning_max_tokens", reasoning_max_tokens),
+        ("thinking", (thinking or {}).get("budget_tokens")),
+    )
+    for field, value in asked:
+        if value is None or value == -1:
+            continue
+        if type(value) is not int or not 0 <= value <= _MAX_BUDGET:
+            raise InvalidRequest(f"{field} must be a number of tokens from 0 to {_MAX_BUDGET}, or -1", field)
+        return value, field
+    return None

@@ -23,11 +23,11 @@ from router.api.problems import rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.structure import Wanted, read_structure
-from router.api.tools import MAX_TOOLS, ToolUse, read_thinking, read_tools
+from router.api.tools import MAX_TOOLS, ToolUse, read_budget, read_thinking, read_tools
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
-from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams, ThinkingBudget
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class Speech:
     include_reasoning: bool = True
     reasoning_end: int | None = None
     """The token that ends reasoning, where one token does."""
+    budget: ThinkingBudget | None = None
     wanted: Wanted | None = None
     """What is wanted of the form, where it is enforced."""
 
@@ -83,14 +84,29 @@ class Job:
     """The same for all requests."""
 
 
-def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
-    """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that has been read, and what it says about the answer."""
+
+    info: ModelInfo
+    prompt: Prompt
+    use: ToolUse | None
+    form: OutputFormat
+    may_think: bool
+
+
+def chat_prompt(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Chat:
+    """Raises as translate_chat."""
     info = require_model(body.model, model)
-    if body.top_logprobs and not body.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
     kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
+        )
+    if body.documents:
+        if "documents" not in tokenizer.chat_template(bool(body.tools)):
+            raise InvalidRequest("this model's chat template takes no documents", "documents")
+        kwargs.setdefault("documents", body.documents)
     use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     template = tokenizer.chat_template(use is not None)
     form = output_format(config.reasoning_parser, config.tool_parser, template)
@@ -110,11 +126,23 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
         kwargs,
         config.allow_control_tokens,
         use.tools if use else None,
+        bool(body.continue_final_message),
     )
+    may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
+    return Chat(info, prompt, use, form if use else replace(form, call=None), may_think)
+
+
+def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
+    """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
+    require_model(body.model, model)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
+    chat = chat_prompt(body, model, tokenizer, config)
+    info, prompt, use, form = chat.info, chat.prompt, chat.use, chat.form
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if not use:
-        form = replace(form, call=None)
     speech = Speech(
         form,
         prompt.opens_reasoning,
@@ -122,9 +150,23 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
         body.include_reasoning is not False,
         tokenizer.token_id(form.reasoning[1]) if form.reasoning else None,
     )
-    may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
-    wanted = _wanted(body, use, speech, tokenizer, may_think)
-    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, replace(speech, wanted=wanted))
+    wanted = _wanted(body, use, speech, tokenizer, chat.may_think)
+    budget = _thinking_budget(body, speech, tokenizer) if chat.may_think else None
+    speech = replace(speech, wanted=wanted, budget=budget)
+    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech)
+
+
+def _thinking_budget(body: ChatBody, speech: Speech, tokenizer: Tokenizer) -> ThinkingBudget | None:
+    """None: reasoning is as long as it is. A model that marks none has nothing to be bounded."""
+    budget = read_budget(body.thinking, body.thinking_token_budget, body.reasoning_max_tokens)
+    tags, end = speech.form.reasoning, speech.reasoning_end
+    if budget is None or tags is None:
+        return None
+    start = None if speech.opens_reasoning else tokenizer.token_id(tags[0])
+    if end is None or (start is None and not speech.opens_reasoning):
+        raise InvalidRequest(f"{budget[1]} needs a vocabulary with tokens for {' and '.join(tags)}", budget[1])
+    closing = (*tokenizer.encode("\n"), end, *tokenizer.encode("\n\n"))
+    return ThinkingBudget(budget[0], end, closing, start)
 
 
 def _wanted(
@@ -195,6 +237,8 @@ def make_job(
     hide_output = asked == 0 and echo
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
     speech = speech or Speech(wanted=read_structure(body, tokenizer.added_tokens))
+    if speech.budget is not None:
+        params = replace(params, thinking=speech.budget)
     if speech.wanted is not None:
         params = replace(params, grammar=whole(speech.wanted.rule))
     if tokenizer.hides(speech.form.tags):
@@ -210,6 +254,8 @@ def make_job(
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
+        if body.clamp_max_tokens:
+            max_tokens = max(1, min(max_tokens, room))
         own = replace(params, max_tokens=max_tokens)
         own.validate(info.vocab_size)
         check_length(len(prompt.token_ids), info, param, max_tokens)

@@ -184,7 +184,7 @@ class FakeBackend:
     def __init__(self, tokenizer: Tokenizer, script: Script = speak) -> None:
         self.tokenizer = tokenizer
         self.script = script
-        self.model: ModelInfo | None = MODEL
+        self.model: ModelInfo | None = replace(MODEL, vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size))
         self.ready = True
         self.cached_tokens = 0
         self.refusals: dict[int, Exception] = {}

@@ -158,7 +158,7 @@ def test_a_missing_prompt_or_messages_is_400_and_named(api: Api) -> None:
         ("audio", {"voice": "alloy"}),
         ("use_beam_search", True),
         ("best_of", 3),
-        ("continue_final_message", True),
+        ("documents", [{"text": "x"}]),
         ("chat_template", "x"),
     ],
 )

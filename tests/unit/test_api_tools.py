@@ -167,6 +167,30 @@ def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Ap
         assert prompt.endswith("assistant:")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"thinking_token_budget": 5},
+        {"reasoning_max_tokens": 5},
+        {"thinking": {"type": "enabled", "budget_tokens": 5}},
+    ],
+)
+def test_a_budget_of_thinking_closes_the_reasoning_of_a_model_that_marks_it(
+    thinking: Api, body: dict[str, Any]
+) -> None:
+    ask(thinking, extra_body=body)
+    budget = thinking.backend.requests[-1].params.thinking
+    tokenizer = thinking.backend.tokenizer
+    assert budget is not None and (budget.num_tokens, budget.start_token_id) == (5, None)
+    assert tokenizer.decode(budget.closing) == "\n</think>\n\n" and budget.end_token_id == tokenizer.token_id(
+        "</think>"
+    )
+    ask(thinking, extra_body={**body, "enable_thinking": False})
+    assert thinking.backend.requests[-1].params.thinking is None
+    ask(thinking, extra_body={"thinking_token_budget": -1})
+    assert thinking.backend.requests[-1].params.thinking is None
+
+
 def test_a_user_who_writes_a_tag_opens_no_reasoning(thinking: Api) -> None:
     thinking.backend.script = says("Just text.")
     body = {"enable_thinking": False}
@@ -228,6 +252,8 @@ def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api
             "none of the tools",
         ),
         ({"thinking": {"type": "maybe"}}, "thinking", "enabled"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -2}}, "thinking", "from 0"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget", "from 0"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id belongs to every message"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "an assistant's message"),
         (
@@ -247,6 +273,27 @@ def test_what_cannot_be_used_is_named(thinking: Api, fields: dict[str, Any], par
 def test_a_model_that_knows_no_tools_says_so() -> None:
     with open_api() as api, pytest.raises(openai.BadRequestError, match="its chat template takes none"):
         ask(api, tools=TOOLS)
+
+
+def test_an_answer_goes_on_from_the_last_message(thinking: Api) -> None:
+    messages: list[Any] = [*ASK, {"role": "assistant", "content": ""}]
+    for content in ("It is ", "It is <think>"):
+        messages[-1] = {"role": "assistant", "content": content}
+        body = {"continue_final_message": True, "add_generation_prompt": False}
+        thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        assert prompt.rstrip().endswith(content.rstrip()) and "assistant: It is" in prompt
+    for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
+        response = thinking.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
+        assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
+
+
+def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(thinking: Api) -> None:
+    body = {"messages": ASK, "max_tokens": 100_000}
+    assert thinking.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert thinking.http.post("/v1/chat/completions", json={**body, "clamp_max_tokens": True}).status_code == 200
+    request = thinking.backend.requests[-1]
+    assert request.params.max_tokens == 512 - len(request.prompt_token_ids)
 
 
 def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:

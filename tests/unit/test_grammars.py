@@ -219,6 +219,11 @@ def test_thinking_that_has_used_its_budget_up_is_closed_and_other_thinking_is_le
     assert tokens_of(run(make_request(range(10, 80), 30, temperature=1.0, seed=4, thinking=ended)), 0) == (
         generate_alone(free)
     )
+    golden = generate_alone(free)
+    for start in (golden[0], golden[0] + 1):
+        own = ThinkingBudget(4, 7, closing, start)
+        tokens = tokens_of(run(make_request(range(10, 80), 30, temperature=1.0, seed=4, thinking=own)), 0)
+        assert (tuple(tokens[5:8]) == closing) == (start == golden[0]) and tokens[:5] == golden[:5]
     at_once = ThinkingBudget(0, 7, closing)
     assert tuple(tokens_of(run(make_request(range(10, 80), 4, thinking=at_once)), 0)[:3]) == closing
 

@@ -69,14 +69,16 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., bad_words: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., include_stop: bool = ..., skip_special_tokens: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., thinking: _Optional[_Union[ThinkingBudget, _Mapping]] = ...) -> None: ...
 
 class ThinkingBudget(_message.Message):
-    __slots__ = ("num_tokens", "end_token_id", "closing")
+    __slots__ = ("num_tokens", "end_token_id", "closing", "start_token_id")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CLOSING_FIELD_NUMBER: _ClassVar[int]
+    START_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     end_token_id: int
     closing: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_tokens: _Optional[int] = ..., end_token_id: _Optional[int] = ..., closing: _Optional[_Iterable[int]] = ...) -> None: ...
+    start_token_id: int
+    def __init__(self, num_tokens: _Optional[int] = ..., end_token_id: _Optional[int] = ..., closing: _Optional[_Iterable[int]] = ..., start_token_id: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "params", "choice_index", "replay_token_ids", "priority", "traceparent", "constrained")

@@ -74,9 +74,12 @@ class ThinkingEnd:
         A reasoning that ends by itself is not touched; one that ends within the closing tokens still gets the rest of them.
         """
         budget, position = self._budget, len(output_token_ids)
-        until = min(position, budget.num_tokens)
+        first = 0 if budget.start_token_id is None else 1
+        if first and (not output_token_ids or output_token_ids[0] != budget.start_token_id):
+            return None
+        until = min(position, first + budget.num_tokens)
         if self._num_read < until:
             self._has_ended = self._has_ended or budget.end_token_id in output_token_ids[self._num_read : until]
             self._num_read = until
-        place = position - budget.num_tokens
+        place = position - first - budget.num_tokens
         return budget.closing[place] if 0 <= place < len(budget.closing) and not self._has_ended else None

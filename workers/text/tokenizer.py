@@ -155,6 +155,11 @@ class Tokenizer:
         return any(token_id in self._special_ids for token_id in ids if token_id is not None)
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token ..., as templates know them."""
+        return self._special_tokens
+
+    @property
     def added_tokens(self) -> dict[str, int]:
         """Control tokens and others that no text is cut into, by their texts."""
         return self._added_tokens

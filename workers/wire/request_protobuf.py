@@ -114,7 +114,8 @@ def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
 
 
 def _thinking_from_pb(message: pb.ThinkingBudget) -> ThinkingBudget:
-    return ThinkingBudget(message.num_tokens, message.end_token_id, tuple(message.closing))
+    start = message.start_token_id if message.HasField("start_token_id") else None
+    return ThinkingBudget(message.num_tokens, message.end_token_id, tuple(message.closing), start)
 
 
 def request_to_pb(request: Request) -> pb.Request:
