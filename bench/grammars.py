@@ -104,7 +104,8 @@ def time_tokens(grammars: Grammars, name: str, grammar: str) -> None:
     read_ms = 1e3 * (time.perf_counter() - start)
     spent, dice = [], random.Random(3)
     for number in range(20):
-        constraint, drawn = begun(grammars, number, params), []
+        constraint = begun(grammars, number, params)
+        drawn: list[int] = []
         while len(drawn) < 300:
             start = time.thread_time()
             mask = constraint.allowed(drawn)
