@@ -217,10 +217,8 @@ def _operation(endpoint: Endpoint, config: ApiConfig) -> dict[str, Any]:
     names = [part[1:-1] for part in endpoint.path.split("/") if part.startswith("{")]
     found: dict[str, Any] = {endpoint.kind: {"schema": _schema_of(endpoint)}}
     if endpoint.chunk is not None:
-        what = (
-            f"Lines `data: ` with a {endpoint.chunk.__name__} each, an error in place of one, and `[DONE]` in the end"
-        )
-        found["text/event-stream"] = {"schema": {"type": "string", "description": what}}
+        what = f"Lines `data: ` with a {endpoint.chunk.__name__} each, or an error in place of one; OpenAI's older kinds end with `[DONE]`"
+        found["text/event-stream"] = {"schema": {"type": ["string", "object"], "description": what}}
     responses = {"200": {"description": "The answer", "content": found}}
     for status in sorted({*endpoint.errors, *(() if endpoint.key == "none" else (401, 403))}):
         error = {_JSON: {"schema": {"$ref": _REF.format(model=endpoint.error.__name__)}}}
