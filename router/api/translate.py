@@ -27,6 +27,7 @@ from router.api.tools import MAX_TOOLS, ToolUse, read_budget, read_thinking, rea
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams, ThinkingBudget
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -272,11 +273,11 @@ def make_job(
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
         if body.clamp_max_tokens:
             max_tokens = max(1, min(max_tokens, room))
-        own = replace(params, max_tokens=max_tokens)
+        own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
-            Request(f"{job_id}-{place}-{choice}", prompt.token_ids, own, choice, priority=body.priority or 0)
+            Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
             for choice in range(n)
         ]
     options = body.stream_options
