@@ -143,7 +143,9 @@ async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], t
         def build() -> Job:
             return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
 
-        job = await offload(build, len(raw), services.config.offload_bytes)
+        # EBNF is turned into Lark's language in Python, a character at a time.
+        may_take_long = b"grammar" in raw or b"ebnf" in raw
+        job = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
     if model is not None:
         await services.grammars.check(job, model)
     return job

@@ -27,9 +27,18 @@ class Prompt:
     opens_reasoning: bool = False
     """A conversation whose template ends inside the model's reasoning."""
 
+    def end(self, num_kept: int | None) -> Prompt:
+        """Its last tokens; None: all of them."""
+        if num_kept is None or len(self.token_ids) <= num_kept:
+            return self
+        return Prompt(self.token_ids[-num_kept:], None, self.opens_reasoning)
 
-def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool) -> list[Prompt]:
-    """A string, strings, token ids, or arrays of token ids. Raises InvalidRequest naming `prompt`, or Rejected when one is too long."""
+
+def read_prompts(
+    value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool, num_kept: int | None = None
+) -> list[Prompt]:
+    """A string, strings, token ids, or arrays of token ids; of longer ones only the last `num_kept` tokens. Raises InvalidRequest
+    naming `prompt`, or Rejected when one is too long."""
     texts: list[str] = []
     arrays: list[list[Any]] = []
     match value:
@@ -47,9 +56,10 @@ def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_
     for text in texts:
         check_length(tokenizer.least_tokens(text), info, "prompt", at_least=True)
     for array in arrays:
-        check_length(len(array), info, "prompt")
+        check_length(min(len(array), num_kept or len(array)), info, "prompt")
     prompts = [Prompt(tuple(tokenizer.encode(text, add_special_tokens)), text) for text in texts]
     prompts += [Prompt(check_token_ids(array, info.vocab_size, "prompt")) for array in arrays]
+    prompts = [prompt.end(num_kept) for prompt in prompts]
     for prompt in prompts:
         check_length(len(prompt.token_ids), info, "prompt")
     if not all(prompt.token_ids for prompt in prompts):
@@ -85,6 +95,7 @@ def read_chat(
     allow_control_tokens: bool,
     tools: Sequence[Mapping[str, Any]] | None = None,
     goes_on: bool = False,
+    num_kept: int | None = None,
 ) -> Prompt:
     """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used, or Rejected when it is too long."""
     conversation = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools, goes_on)
@@ -92,8 +103,9 @@ def read_chat(
     token_ids = encode_chat(conversation, tokenizer, add_special_tokens, allow_control_tokens)
     if not token_ids:
         raise InvalidRequest("messages give an empty prompt", "messages")
-    check_length(len(token_ids), info, "messages")
-    return Prompt(tuple(token_ids), opens_reasoning=_opens_reasoning(conversation.text, messages))
+    prompt = Prompt(tuple(token_ids), None, _opens_reasoning(conversation.text, messages)).end(num_kept)
+    check_length(len(prompt.token_ids), info, "messages")
+    return prompt
 
 
 def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -171,6 +171,7 @@ class GenerationBody(Body):
     ) = None
     stop_token_ids: Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = None
     clamp_max_tokens: StrictBool | None = None
+    truncate_prompt_tokens: Annotated[StrictInt, said("integer", minimum=-1)] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
@@ -319,7 +320,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "thinking": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (),
     "web_search_options": (),
 }

@@ -27,6 +27,7 @@ from router.api.tools import MAX_TOOLS, ToolUse, read_budget, read_thinking, rea
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams, ThinkingBudget
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -127,6 +128,7 @@ def chat_prompt(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, c
         config.allow_control_tokens,
         use.tools if use else None,
         bool(body.continue_final_message),
+        _num_kept(body, info),
     )
     may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
     return Chat(info, prompt, use, form if use else replace(form, call=None), may_think)
@@ -200,8 +202,23 @@ def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenize
     info = require_model(body.model, model)
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
         _check_bound(len(body.prompt), config.max_prompts, "prompt")
-    prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False)
+    prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False, _num_kept(body, info))
     return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+
+
+def _num_kept(body: GenerationBody, info: ModelInfo) -> int | None:
+    """Tokens of a longer prompt that are kept, its last ones; None: it is refused. -1 stands for all that leave room for max_tokens."""
+    num_kept = body.truncate_prompt_tokens
+    if num_kept is None:
+        return None
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if num_kept == -1:
+        return max(1, info.max_model_len - max(1, asked or 1))
+    if not 1 <= num_kept <= info.max_model_len:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be -1 or from 1 to {info.max_model_len}", "truncate_prompt_tokens"
+        )
+    return num_kept
 
 
 def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
@@ -256,11 +273,11 @@ def make_job(
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
         if body.clamp_max_tokens:
             max_tokens = max(1, min(max_tokens, room))
-        own = replace(params, max_tokens=max_tokens)
+        own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
-            Request(f"{job_id}-{place}-{choice}", prompt.token_ids, own, choice, priority=body.priority or 0)
+            Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
             for choice in range(n)
         ]
     options = body.stream_options

@@ -296,6 +296,22 @@ def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(thinking: Ap
     assert request.params.max_tokens == 512 - len(request.prompt_token_ids)
 
 
+def test_a_long_prompt_is_cut_to_its_end_where_that_is_asked_for(thinking: Api) -> None:
+    whole = thinking.backend.tokenizer.encode("word " * 700)
+    for prompt in ("word " * 700, whole):
+        body = {"prompt": prompt, "max_tokens": 12}
+        assert thinking.http.post("/v1/completions", json=body).status_code == 400
+        for asked, kept in ((100, 100), (-1, 500)):
+            response = thinking.http.post("/v1/completions", json={**body, "truncate_prompt_tokens": asked})
+            assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] == kept
+            assert thinking.backend.requests[-1].prompt_token_ids == tuple(whole[-kept:])
+    answer = thinking.http.post(
+        "/v1/chat/completions", json={"messages": ASK, "truncate_prompt_tokens": 5, "max_tokens": 2}
+    )
+    assert answer.json()["usage"]["prompt_tokens"] == 5
+    assert thinking.http.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0}).status_code == 400
+
+
 def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:
     config = ApiConfig(reasoning_parser="none", tool_parser="none")
     with open_api(config, checkpoint=folder) as api:
