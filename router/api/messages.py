@@ -15,8 +15,9 @@ from router.api.job_run import Choice, JobProgress
 from router.api.messages_body import CountBody, MessagesBody, as_chat
 from router.api.problems import Problem, anthropic_error
 from router.api.schema import parse_body
+from router.api.speech import read_conversation
 from router.api.sse import named_event, to_json
-from router.api.translate import Job, chat_prompt, translate_chat
+from router.api.translate import Job, translate_chat
 from router.config import ApiConfig
 from workers.request import FinishReason, Output
 from workers.status import ModelInfo
@@ -38,7 +39,7 @@ def message_routes(services: Services) -> APIRouter:
 
             def count() -> int:
                 chat = as_chat(parse_body(CountBody, raw))
-                return len(chat_prompt(chat, model, services.tokenizer, services.config).prompt.token_ids)
+                return len(read_conversation(chat, model, services.tokenizer, services.config).prompt.token_ids)
 
             num_tokens = await offload(count, len(raw), services.config.offload_bytes)
         return Response(to_json({"input_tokens": num_tokens}), media_type="application/json")

@@ -286,6 +286,11 @@ class DetokenizeBody(Body):
 class RoleBody(Body):
     role: Annotated[StrictStr, WithJsonSchema({"enum": list(Role)})]
     force: StrictBool | None = None
+    pin: StrictBool | None = None
+
+
+class PinBody(_Body):
+    pin: StrictBool = True
 
 
 class DrainBody(Body):

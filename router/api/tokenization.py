@@ -11,9 +11,9 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Services, offload
 from router.api.prompts import check_token_ids, encode_chat, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
+from router.api.speech import require_model
 from router.api.sse import json_parts
 from router.api.tools import read_tools
-from router.api.translate import require_model
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
 
