@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from router.backend import RequestStream, RouterStatus
+from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.config import WorkerConfig
 from workers.engine.messages import AddSequence, CancelSequence, Report
@@ -17,6 +18,7 @@ from workers.status import ModelInfo, Role, WorkerStatus
 from workers.worker import LoadedModel, make_engine
 
 ROUTER_ID = "local"
+NO_WORKERS = "there are no workers here"
 
 
 class LocalBackend:
@@ -58,11 +60,19 @@ class LocalBackend:
     def status(self) -> RouterStatus:
         return RouterStatus(ROUTER_ID, (), 0, len(self._streams))
 
-    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
-        raise InvalidRequest("there are no workers here", "worker_id")
+    async def set_role(
+        self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
+    ) -> WorkerStatus:
+        raise InvalidRequest(NO_WORKERS, "worker_id")
 
     async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
-        raise InvalidRequest("there are no workers here", "worker_id")
+        raise InvalidRequest(NO_WORKERS, "worker_id")
+
+    async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
+        raise InvalidRequest(NO_WORKERS, "worker_id")
+
+    def role_report(self) -> RolesReport:
+        return RolesReport()
 
     def _take(self, report: Report) -> None:
         for sequence_id, output in report.result.outputs:

@@ -289,7 +289,7 @@ class RoleBody(Body):
     pin: StrictBool | None = None
 
 
-class PinBody(_Body):
+class PinBody(Body):
     pin: StrictBool = True
 
 
