@@ -18,6 +18,7 @@ from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
 from workers.errors import InvalidConfig, Refusal, Refused
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
@@ -125,6 +126,7 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         driver = RouterDriver(self._config, self._router_id, credentials=self._credentials)
         await driver.start()
         draining = Draining()

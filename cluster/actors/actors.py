@@ -30,6 +30,7 @@ from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
 from workers.machine.limits import raise_file_limit
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 from workers.trust import parties
 from workers.trust.config import TlsConfig
@@ -75,6 +76,7 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
