@@ -10,7 +10,23 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cluster.commands import admin, chat, demo, drain, info, join, plan, profile, serve, simulate, stop, tls
+from cluster.commands import (
+    admin,
+    chat,
+    demo,
+    drain,
+    info,
+    join,
+    plan,
+    profile,
+    ray_nodes,
+    roles,
+    serve,
+    simulate,
+    stop,
+    store,
+    tls,
+)
 from cluster.commands.flags import INTERRUPTED
 from workers.errors import BatonError
 
@@ -38,7 +54,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (serve, stop, demo, chat, admin, drain, join, simulate, profile, plan, tls, info):
+    for module in (
+        serve,
+        stop,
+        demo,
+        chat,
+        admin,
+        roles,
+        drain,
+        join,
+        ray_nodes,
+        store,
+        simulate,
+        profile,
+        plan,
+        tls,
+        info,
+    ):
         module.add_parser(commands)
     return parser
 

@@ -44,6 +44,10 @@ AT_ONCE = 16
 """Actors that are placed, and entries of the store that are written, at the same time."""
 
 
+AGAIN_S = 0.5
+"""Between two attempts at what others must have started."""
+
+
 class StartFailed(BatonError):
     """A step of the start failed or hung; the message says which one and what to do."""
 
@@ -363,3 +367,22 @@ async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:
             return await work
     except TimeoutError:
         raise StartFailed(f"{what} within {timeout_s:g} s (start_timeout_s sets the limit)") from None
+
+
+async def patiently(attempt: Callable[[], Awaitable[object]], timeout_s: float, progress: StepPrinter) -> None:
+    """Repeats what fails because others are still starting, as containers of one deployment do, and says why it waits. After
+    `timeout_s` it raises what the last attempt raised.
+    """
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    said = ""
+    while True:
+        try:
+            await attempt()
+            return
+        except BatonError as error:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise
+            if str(error) != said:
+                said = str(error)
+                progress.say(f"  not yet: {said}")
+        await asyncio.sleep(AGAIN_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Collection
 
 from workers.errors import InvalidConfig
 
@@ -28,7 +29,7 @@ def read_secret(path: str, setting: str, min_bytes: int = 1) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidConfig(f"{setting} {path!r} is no file")
-        if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+        if not is_private(status, os.geteuid(), (os.getegid(), *os.getgroups())):
             raise InvalidConfig(f"{setting} {path!r} can be read by other users; chmod 600 it, and make a new secret")
         text = file.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
@@ -40,3 +41,12 @@ def read_secret(path: str, setting: str, min_bytes: int = 1) -> str:
     if len(secret) < min_bytes:
         raise InvalidConfig(f"{setting} {path!r} must hold at least {min_bytes} characters")
     return secret
+
+
+def is_private(status: os.stat_result, user: int, groups: Collection[int]) -> bool:
+    """Only this user, of these groups, can read a file. Of root's files a group of another user may read one too: Kubernetes
+    mounts Secrets so for processes that are not root.
+    """
+    if status.st_uid == 0 != user and status.st_gid in groups:
+        return not status.st_mode & 0o037
+    return not status.st_mode & 0o077 and status.st_uid in (0, user)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -68,8 +68,16 @@ def _leave() -> None:
     os._exit(INTERRUPTED)
 
 
-async def tell_changes(config: ClusterConfig, progress: StepPrinter, only: str | None = None) -> None:
-    """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled."""
+async def tell_changes(
+    config: ClusterConfig,
+    progress: StepPrinter,
+    only: str | None = None,
+    on_members: Callable[[frozenset[str]], None] = lambda _: None,
+) -> None:
+    """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled.
+
+    `on_members` is told all names after each change.
+    """
     store = open_store(config.store, config.ray.namespace, progress.say)
     known: dict[str, Registration] | None = None
     kills = memory_kills()
@@ -82,6 +90,7 @@ async def tell_changes(config: ClusterConfig, progress: StepPrinter, only: str |
                 if line and only in (None, worker_id):
                     progress.say(line)
             known = now
+            on_members(frozenset(now))
             if (killed_now := memory_kills()) > kills:
                 progress.say(
                     "the kernel has ended a process here for want of memory; lower worker.kv_memory_bytes, or start fewer workers"

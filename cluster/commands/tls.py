@@ -25,7 +25,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="certificates by an authority that is there",
         description="Makes certificates, or new ones in place of those that end.",
     )
-    for action, is_new in ((init, True), (more, False)):
+    issue = actions.add_parser(
+        "issue",
+        help="certificates by an authority whose files are elsewhere",
+        description="Makes certificates with an authority's files, as an init container does, and leaves its key where it is.",
+    )
+    issue.add_argument("--ca-cert", type=Path, required=True, metavar="FILE", help="the authority's certificate (PEM)")
+    issue.add_argument("--ca-key", type=Path, required=True, metavar="FILE", help="its key (PEM, EC)")
+    for action, is_new in ((init, True), (more, False), (issue, False)):
         action.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="folder for the files; nobody else may read it"
         )
@@ -43,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.identity.folder import add, config_of, make_folder, members
+    from cluster.identity.folder import add, config_of, issue, make_folder, members
     from workers.trust.parties import ADMIN, OBSERVER
 
     if not 1 <= args.days <= 36500:
@@ -54,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         make_folder(folder, [*own, (OBSERVER,), (ADMIN,)], args.days)
     elif not own:
         raise InvalidConfig("name what to make certificates for with --worker and --router")
+    elif hasattr(args, "ca_key"):
+        issue(args.ca_cert, args.ca_key, folder, own, args.days)
     else:
         add(folder, own, args.days)
     files = config_of(folder)

@@ -66,10 +66,18 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(self._own_identifier(), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         return _pair(cert, key)
+
+    def _own_identifier(self) -> x509.AuthorityKeyIdentifier:
+        """As the authority's certificate gives it: who has made that may have hashed the key in another way."""
+        try:
+            own = self._cert.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except x509.ExtensionNotFound:
+            return x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own.value)
 
 
 def _named(text: str) -> x509.Name:

@@ -37,6 +37,21 @@ def add(folder: Path, parties: Iterable[tuple[Party, ...]], days: int) -> None:
         _write(folder, own[0].file_name, authority.issue(own, days))
 
 
+def issue(ca_cert: Path, ca_key: Path, folder: Path, parties: Iterable[tuple[Party, ...]], days: int) -> None:
+    """Certificates by an authority whose files are elsewhere, as those of a mounted Secret, into a folder that has no key of it.
+    Raises InvalidConfig.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        pair = Pair(ca_cert.read_bytes(), ca_key.read_bytes())
+    except OSError as error:
+        raise InvalidConfig(f"the authority's {error.filename} cannot be read: {error.strerror}") from error
+    authority = Authority(pair)
+    for own in parties:
+        _write(folder, own[0].file_name, authority.issue(own, days))
+    _write_file(folder, f"{_CA}.crt", pair.cert)
+
+
 def config_of(folder: Path) -> TlsConfig:
     """Where processes find the files of a folder."""
     return TlsConfig("on", f"{folder}/{NAME}.crt", f"{folder}/{NAME}.key", f"{folder}/{_CA}.crt")
@@ -68,9 +83,13 @@ def _read(folder: Path) -> Pair:
 def _write(folder: Path, name: str, pair: Pair) -> None:
     """Each file at once, so that whoever reads meanwhile finds the old one or the new one whole."""
     for suffix, content in (("key", pair.key), ("crt", pair.cert)):
-        coming = folder / f".{name}.{suffix}.new"
-        coming.unlink(missing_ok=True)
-        descriptor = os.open(coming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        coming.rename(folder / f"{name}.{suffix}")
+        _write_file(folder, f"{name}.{suffix}", content)
+
+
+def _write_file(folder: Path, name: str, content: bytes) -> None:
+    coming = folder / f".{name}.new"
+    coming.unlink(missing_ok=True)
+    descriptor = os.open(coming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    coming.rename(folder / name)

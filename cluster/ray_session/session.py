@@ -138,13 +138,15 @@ def _temporary_files_in(folder: str) -> Iterator[None]:
 _ADVICE = "is it running there (`ray status`), and is --ray-address right?"
 
 
-def join_ray(address: str, namespace: str, token_file: str = "") -> RaySession:
+def join_ray(address: str, namespace: str, token_file: str = "", node_ip: str = "") -> RaySession:
     """Connects to the Ray at `address` (HOST:PORT, or "auto": the one of this host) with the token in the file, or else in the
     operator's environment, or else of this user's cluster that has the address. Raises RayFailed.
+
+    `node_ip` is the address of this host's node, where one was started for this process; empty: Ray finds it.
     """
     set_environment()
     address, token = _find(address, token_file or given_token())
-    host, port = _probe(address)
+    host, port = check_listens(address)
     import ray
 
     quiet()
@@ -157,6 +159,7 @@ def join_ray(address: str, namespace: str, token_file: str = "") -> RaySession:
                 logging_level=logging.ERROR,
                 configure_logging=False,
                 job_config=job_config(),
+                _node_ip_address=node_ip or None,
             )
     except ray.exceptions.AuthenticationError as error:
         raise RayFailed(
@@ -181,7 +184,7 @@ def _find(address: str, token: str) -> tuple[str, str]:
     return address, token or (known.token_file if known else "")
 
 
-def _probe(address: str) -> tuple[str, int]:
+def check_listens(address: str) -> tuple[str, int]:
     """Host and port of a Ray that listens; ("", 0) for "auto". Raises RayFailed at once, where Ray tries for minutes."""
     if address == "auto":
         return "", 0

@@ -138,6 +138,11 @@ _ROUNDING_S = 0.001
 """PTTL rounds, and an entry is gone only after its last millisecond."""
 
 
+def keyspace(cluster: str) -> str:
+    """What a cluster's keys begin with."""
+    return f"baton:{{{cluster}}}:"
+
+
 class RedisStore:
     """One Redis may serve several clusters: each has its keyspace `baton:{cluster}:`, in one slot of a Redis Cluster."""
 
@@ -145,7 +150,7 @@ class RedisStore:
         self, url: str, cluster: str, timeout_s: float = 5.0, options: Mapping[str, Any] | None = None
     ) -> None:
         self._url = url
-        self._space = f"baton:{{{cluster}}}:"
+        self._space = keyspace(cluster)
         self._channel = f"{self._space}changes"
         self._timeout_s = timeout_s
         self._client: Any = redis.asyncio.Redis.from_url(

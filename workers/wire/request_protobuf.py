@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from workers.errors import InvariantViolated, Refusal
+from workers.kv_cache.block_hash import PromptTokens
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
 
@@ -113,7 +114,7 @@ def request_to_pb(request: Request) -> pb.Request:
 def request_from_pb(message: pb.Request) -> Request:
     return Request(
         request_id=message.request_id,
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_token_ids=PromptTokens(message.prompt_token_ids),
         params=params_from_pb(message.params),
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),
@@ -207,7 +208,9 @@ def output_from_pb(message: pb.Output) -> Output:
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish, position = message.finish_reason, message.position
     if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
-        return Output(message.request_id, position, token_ids, message.text, cached_tokens=message.cached_tokens)
+        return Output(
+            message.request_id, position, token_ids, message.text, (), None, None, None, "", message.cached_tokens
+        )
     return Output(
         request_id=message.request_id,
         position=position,
