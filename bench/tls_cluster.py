@@ -74,7 +74,9 @@ class Cluster:
         }
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
-        begun_s, times, trace = time.perf_counter(), [], {}
+        begun_s = time.perf_counter()
+        times: list[float] = []
+        trace: dict[str, Any] = {}
         with urllib.request.urlopen(request, timeout=120) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
