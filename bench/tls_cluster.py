@@ -18,6 +18,7 @@ import time
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from engine_report import number, table
 from machine_facts import ForeignLoad, machine_facts
