@@ -52,7 +52,7 @@ FLOORS = {
         "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server",
     ),
     "cluster": (
-        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
+        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip
