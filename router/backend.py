@@ -110,7 +110,7 @@ class RequestStream:
     def push(self, output: Output) -> bool:
         """Adds the next output. False: too many tokens wait, it was not added."""
         num_tokens = self._num_tokens + len(output.token_ids)
-        if self._waiting and num_tokens > self._max_tokens:
+        if num_tokens > self._max_tokens and self._waiting:
             return False
         self._num_tokens = num_tokens
         self._add(output)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import assert_never
 
@@ -190,16 +189,16 @@ class RouterDriver:
 
     def _handle(self, event: Event) -> Reject | None:
         """Feeds an event, and those that carrying out its commands brings up. Returns the rejection, if there is one."""
-        brought_up: deque[Event] = deque()
+        brought_up: list[Event] = []
         rejection = self._carry_out(self._core.handle(event, self._clock()), brought_up)
-        while brought_up:
-            self._carry_out(self._core.handle(brought_up.popleft(), self._clock()), brought_up)
+        for follower in brought_up:  # which may bring up others
+            self._carry_out(self._core.handle(follower, self._clock()), brought_up)
         if not isinstance(event, FrameArrived) or event.frame.status is not None:
             self._status_changed.set()
             self._status_changed.clear()
         return rejection
 
-    def _carry_out(self, commands: list[Command], brought_up: deque[Event]) -> Reject | None:
+    def _carry_out(self, commands: list[Command], brought_up: list[Event]) -> Reject | None:
         rejection: Reject | None = None
         for command in commands:
             match command:
@@ -224,7 +223,7 @@ class RouterDriver:
                     assert_never(command)
         return rejection
 
-    def _deliver(self, output: Output, events: deque[Event]) -> None:
+    def _deliver(self, output: Output, events: list[Event]) -> None:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return

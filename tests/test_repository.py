@@ -134,6 +134,7 @@ PURE = (
     "workers/serving/fetches.py",
     "workers/serving/request_table.py",
     "workers/serving/requests.py",
+    "workers/serving/served_request.py",
     "workers/serving/standing.py",
     "workers/serving/sessions.py",
     "workers/engine/messages.py",

@@ -29,7 +29,7 @@ MAX_DIRECT_RANKS = 16
 """torch's device-side exchange (all_to_all_vdev_2d_offset) takes no larger groups."""
 
 BEST_FIRST = ("loopback", "cuda_ipc", "shm", "nccl", "nixl", "tcp", "gloo", "grpc")
-"""Every transport, the fastest first: memory of one process, device, host; then networks as measured (docs/benchmarks.md)."""
+"""Every transport, the fastest first: memory of one process, device, host; then networks as measured (docs/benchmarks/kv.md)."""
 SAME_HOST = frozenset({"loopback", "cuda_ipc", "shm"})
 
 

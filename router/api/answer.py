@@ -15,7 +15,7 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
@@ -75,6 +75,11 @@ class Services:
 class Shape(Protocol):
     """How one endpoint writes its JSON."""
 
+    @property
+    def shows_text_alone(self) -> bool:
+        """Of the pieces of a choice between its first and its last one, only the text differs."""
+        ...
+
     def head(self) -> str:
         """A chunk up to the opening bracket of its choices."""
         ...
@@ -118,16 +123,11 @@ class Answer(Response):
         self._services = services
         self._job = job
         self._shape = shape
+        self._is_sent = False
+        """The last of it is on its way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_sent = False
-
-        async def send_noted(message: Message) -> None:
-            nonlocal is_sent
-            is_sent = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
-        await unless_disconnected(receive, self._run(scope, receive, send_noted), lambda: is_sent)
+        await unless_disconnected(receive, self._run(scope, receive, send), lambda: self._is_sent)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         services, job = self._services, self._job
@@ -170,11 +170,13 @@ class Answer(Response):
         parts = sse.json_parts(answer)
         if not is_long(self._job, progress.choices):
             response = Response("".join(parts).encode(), media_type="application/json")
+            self._is_sent = True
             await response(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         async for body in _bodies(parts):
             await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._is_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
@@ -186,6 +188,7 @@ class Answer(Response):
             if not is_open:
                 is_open = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+            self._is_sent = not more
             await send({"type": "http.response.body", "body": body, "more_body": more})
             generation.wrote()
 
@@ -264,10 +267,18 @@ class ChunkWriter:
         self._progress = progress
         self._head = "data: " + shape.head()
         self._end = (',"usage":null' if job.include_usage else "") + "}\n\n"
+        self._has_frames = shape.shows_text_alone and not job.continuous_usage
+        self._frames: dict[int, tuple[str, str]] = {}
+        """By choice what stands before and after the text of every chunk between its first and its last one."""
 
     def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
         """One event in parts, to be taken before the next one is asked for; none when the output has nothing to show yet."""
         if choice.is_announced:
+            if self._has_frames and output.finish_reason is None:
+                if not output.text:
+                    return ()
+                before, after = self._frames.get(choice.index) or self._frame(choice)
+                return (before + sse.to_json(output.text) + after,)
             if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
                 return ()
             piece = self._shape.piece(choice, output)
@@ -277,6 +288,11 @@ class ChunkWriter:
         first, about = self._shape.first_piece(choice, output), self._shape.extras(choice)
         choice.is_announced = True
         return chain((self._head,), first, ("]",), about, (self._ending(),))
+
+    def _frame(self, choice: Choice) -> tuple[str, str]:
+        before, _, after = self._shape.piece(choice, Output("", 0, (), "\0")).partition(sse.to_json("\0"))
+        frame = self._frames[choice.index] = f"{self._head}{before}", f"{after}]{self._end}"
+        return frame
 
     def _ending(self) -> str:
         """What follows the choices of a chunk: the same for most of them."""

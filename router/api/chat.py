@@ -44,6 +44,11 @@ class ChatShape:
         job = self._job
         return {"id": f"chatcmpl-{job.job_id}", "object": kind, "created": job.created, "model": job.model}
 
+    @property
+    def shows_text_alone(self) -> bool:
+        job = self._job
+        return not job.speech.form.has_tags and job.logprobs is None and not job.return_token_ids
+
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
 

@@ -50,6 +50,10 @@ class CompletionShape:
         job = self._job
         return {"id": f"cmpl-{job.job_id}", "object": "text_completion", "created": job.created, "model": job.model}
 
+    @property
+    def shows_text_alone(self) -> bool:
+        return self._job.logprobs is None and not self._job.return_token_ids
+
     def head(self) -> str:
         return f'{to_json(self._fixed())[:-1]},"choices":['
 

@@ -181,6 +181,7 @@ class JobProgress:
         self._start_s = now_s
         self._decisions = decisions
         self._keep = not job.stream
+        self._hides = job.hide_output
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
         )
@@ -206,10 +207,11 @@ class JobProgress:
             raise Refused(refusal, sentence or output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
-        _add_scores(choice, output.prompt_logprobs)
+        if output.prompt_logprobs:
+            _add_scores(choice, output.prompt_logprobs)
         num_new = len(output.token_ids)
         choice.num_drawn += num_new
-        if self.job.hide_output:
+        if self._hides:
             finish = FinishReason.LENGTH if output.finish_reason else None
             output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
         if not num_new and output.finish_reason is None:
@@ -224,7 +226,7 @@ class JobProgress:
         if output.handoff is not None:
             choice.handoff = output.handoff
             self._metrics.observe_handoff(output.handoff)
-        if num_new and not self.job.hide_output:
+        if num_new and not self._hides:
             choice.num_tokens += num_new
             self.completion_tokens += num_new
             self._metrics.generation_tokens.inc(num_new)

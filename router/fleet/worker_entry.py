@@ -179,11 +179,12 @@ class WorkerEntry:
 
     def fault_of(self, frame: WorkerFrame) -> str | None:
         """Why a frame cannot come from the worker that this stream was opened to; None: it can."""
-        starts = starts_of(frame.generation)
-        if starts < starts_of(self.address.generation):
-            return "stale_process"
-        if self.is_up and starts != starts_of(self.generation):
-            return "restarted"
+        if frame.generation != self.generation or not self.is_up:
+            starts = starts_of(frame.generation)
+            if starts < starts_of(self.address.generation):
+                return "stale_process"
+            if self.is_up and starts != starts_of(self.generation):
+                return "restarted"
         if frame.status is not None:
             if frame.status.worker_id != self.worker_id:
                 return "impostor"

@@ -10,6 +10,9 @@ from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
 
+_new = tuple.__new__
+"""Of a tuple with names, from all of its fields: several times as fast as calling its class."""
+
 
 class Treatment(Enum):
     """FINAL: the client gets it. FAULT: run again, a few times without progress. BUSY: run again, for a while. ONCE: run again once."""
@@ -222,7 +225,7 @@ class InFlightRequest:
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first
         self.has_scores |= bool(output.prompt_logprobs)
-        accepted = Output._make((self.request.request_id, *output[1:]))
+        accepted = _new(Output, (self.request.request_id, *output[1:]))
         if skip:
             accepted = accepted._replace(position=position, token_ids=token_ids, logprobs=output.logprobs[skip:])
         if not is_first and (output.cached_tokens or output.handoff):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
-from workers.model.parallel.collectives import Communicator, make_group
+from workers.model.parallel.collectives import Communicator
+from workers.model.parallel.process_groups import make_group
 
 
 def emulated(store: Any, rank: int, size: int, device: torch.device) -> EmulatedMemory:

@@ -18,8 +18,9 @@ from tests.unit.symmetric_emulation import all_to_all_vdev_2d, all_to_all_vdev_2
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.cuda.rank_runner import wants_direct
-from workers.model.parallel.collectives import Links, Stages, WorldEpoch, finish, start_store
+from workers.model.parallel.collectives import Links, Stages, finish
 from workers.model.parallel.direct_dispatch import DirectAllToAll, DirectBuffers
+from workers.model.parallel.epoch import WorldEpoch, start_store
 from workers.model.parallel.expert_dispatch import AllToAll, Exchange, ExpertTable
 
 SIZE, E, K, D = 3, 5, 3, 8
@@ -40,7 +41,7 @@ def on_ranks(work: Callable[[int, Links, Any], Any], size: int = SIZE) -> list[A
             1, ("127.0.0.1", store.port), rank=rank, size=size, tensor=1, host="127.0.0.1", timeout_s=30.0,
             aborted=threading.Event(), prepare=lambda named: memories.append(emulated(named, rank, size, CPU)),
         )  # fmt: skip
-        links.use(epoch)
+        links.use(epoch.world, epoch.tensor)
         return work(rank, links, memories[0])
 
     with ThreadPoolExecutor(size) as threads:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from workers.model.parallel.collectives import Communicator, WorldEpoch
+from workers.model.parallel.collectives import Communicator
+from workers.model.parallel.epoch import WorldEpoch
 
 BOUND_S = 60.0
 

@@ -12,7 +12,8 @@ from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.epoch_member import EpochMember
 from workers.group.messages import Form
-from workers.model.parallel.collectives import Links, start_store
+from workers.model.parallel.collectives import Links
+from workers.model.parallel.epoch import start_store
 from workers.model.parallel.layout import SINGLE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from builders import fake_runner, generate_alone, make_engine, make_request, run_to_end, step_until, tokens_of
@@ -84,7 +83,7 @@ def test_a_holder_gives_only_what_is_exactly_asked_for_and_at_most_a_quarter_of_
     engine.outgoing.release_prefix(7)
     engine.outgoing.release_prefix(8)
     assert engine.num_held_blocks == 0
-    spoiled = (keys[0], replace(keys[1], tokens=bytes(4 * BLOCK_SIZE)), *keys[2:])
+    spoiled = (keys[0], keys[1]._replace(tokens=bytes(4 * BLOCK_SIZE)), *keys[2:])
     assert len(hold(engine, 9, spoiled)) == 1
     engine.outgoing.release_prefix(9)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from dataclasses import replace
 from enum import Enum, auto
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from workers.handoff.protocol.source_session import SOURCE
 from workers.handoff.protocol.target_session import TARGET
 from workers.handoff.protocol.transfer import LIVE, OVER, TransferState
 from workers.kv_memory.pieces import Cut
+from workers.request import FinishReason, Output
 from workers.scheduler.sequence import SEQUENCE, Kind, Sequence, State, Turn
+from workers.serving import served_request
+from workers.serving.request_table import RequestTable
+from workers.serving.served_request import SERVED_REQUEST, ServedRequest
 from workers.state_table import Rule, StateTable
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "state_machines.md"
-TABLES: tuple[StateTable[Any], ...] = (SEQUENCE, SOURCE, TARGET, FORMATION)
+TABLES: tuple[StateTable[Any], ...] = (SEQUENCE, SERVED_REQUEST, SOURCE, TARGET, FORMATION)
 
 
 def page() -> str:
@@ -129,3 +134,40 @@ def test_a_group_serves_only_when_all_have_met() -> None:
                 with pytest.raises(InvariantViolated):
                     formation._take(turn, 1.0)  # type: ignore[arg-type]
                 assert formation.state is state and formation.epoch == 0
+
+
+def request_in(state: served_request.State) -> tuple[RequestTable, ServedRequest]:
+    """A table with one request that has come into this state, and the request."""
+    table, ends = RequestTable(100, 10, 30.0), Output("a#1", 0, (7,), finish_reason=FinishReason.LENGTH)
+    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, b"", 0)
+    table.add(served)
+    if state in (served_request.State.UNHEARD, served_request.State.LEFT):
+        table.keep(served, ends)
+        table.end(served, ends, 1)
+    if state in (served_request.State.ORPHANED, served_request.State.LEFT):
+        table.orphan(4, 0.0)
+    if state is served_request.State.GONE:
+        table.drop(served)
+    return table, served
+
+
+@pytest.mark.parametrize("state", served_request.State)
+def test_a_request_is_in_the_books_of_its_state_and_no_turn_without_a_rule_changes_them(
+    state: served_request.State,
+) -> None:
+    def books() -> tuple[object, ...]:
+        heard = table.owner_of("a"), table.of(4, "a#1"), table.num_orphans
+        return len(table), table.orphan_named("a"), table.orphan_as("a#1"), table.next_due_s, *heard, served.state
+
+    table, served = request_in(state)
+    runs, is_left = state.name in ("RUNNING", "ORPHANED"), state.name in ("ORPHANED", "LEFT")
+    owner = (4, "a#1") if state.name in ("RUNNING", "UNHEARD") else None
+    left = (served, served, 30.0) if is_left else (None, None, inf)
+    assert books() == (runs, *left, owner, served if state.name == "RUNNING" else None, is_left, state)
+    for turn in served_request.Turn:
+        if SERVED_REQUEST.find(state, turn) is None:
+            before = books()
+            with pytest.raises(InvariantViolated, match=f"{turn.name} must not happen in {state.name}"):
+                table._take(served, turn)
+            assert books() == before
+    assert SERVED_REQUEST.is_final(state) is (state is served_request.State.GONE)

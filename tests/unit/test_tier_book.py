@@ -50,7 +50,7 @@ def test_without_a_host_tier_blocks_go_to_disk_straight_from_the_pool() -> None:
 def test_a_block_that_was_promoted_goes_first_and_is_not_written_while_the_pool_has_it() -> None:
     book = TierBook(2, 8, Ledger())
     demote_all(book, 1, 2)
-    book.promoted(key(2))
+    book.promoted([key(2)])
     assert demote_all(book, 3) == [Keep(key(3), 1)]
     assert places(book, 1, 2, 3) == [Tier.HOST, None, Tier.HOST]
     assert demote_all(book, 2) == [Spill(key(1), 0), Keep(key(2), 0)]
@@ -59,7 +59,7 @@ def test_a_block_that_was_promoted_goes_first_and_is_not_written_while_the_pool_
 def test_a_block_that_comes_down_again_is_not_copied_again() -> None:
     book = TierBook(2, 0, Ledger())
     demote_all(book, 1, 2)
-    book.promoted(key(1))
+    book.promoted([key(1)])
     assert demote_all(book, 1) == []
     demote_all(book, 3)
     assert places(book, 1, 2, 3) == [Tier.HOST, None, Tier.HOST]
@@ -135,7 +135,7 @@ def test_no_order_of_events_breaks_a_bound_or_loses_track(
         if action in ("demote", "busy"):
             commands += book.demote(key(number), can_write=action == "demote")
         elif action == "promote":
-            book.promoted(key(number))
+            book.promoted([key(number)])
         elif action == "finish" and writing:
             book.written(writing.pop(0))
         elif action == "pin" and book.holds(key(number)) is not None:
@@ -184,16 +184,16 @@ def apply(believed: dict[int, Tier], event: KvEvent | None) -> None:
 
 def test_what_comes_and_goes_between_two_frames_is_not_told() -> None:
     ledger = Ledger()
-    ledger.add(1, Tier.POOL)
-    ledger.add(1, Tier.HOST)
-    ledger.add(2, Tier.POOL)
+    ledger.add([1], Tier.POOL)
+    ledger.add([1], Tier.HOST)
+    ledger.add([2], Tier.POOL)
     assert ledger.take_event() == KvEvent(1, (1, 2))
     ledger.remove(1, Tier.POOL)
     ledger.remove(2, Tier.POOL)
-    ledger.add(3, Tier.DISK)
+    ledger.add([3], Tier.DISK)
     ledger.remove(3, Tier.DISK)
     assert ledger.take_event() == KvEvent(2, (1,), (2,), tiers=(Tier.HOST,))
-    ledger.add(1, Tier.POOL)
+    ledger.add([1], Tier.POOL)
     ledger.remove(1, Tier.POOL)
     assert ledger.take_event() is None
     assert ledger.dump() == KvEvent(3, (1,), reset=True, tiers=(Tier.HOST,))
@@ -202,7 +202,7 @@ def test_what_comes_and_goes_between_two_frames_is_not_told() -> None:
 def test_too_many_changes_become_a_dump() -> None:
     ledger = Ledger()
     for number in range(MAX_PENDING_CHANGES + 1):
-        ledger.add(number, Tier.POOL)
+        ledger.add([number], Tier.POOL)
     event = ledger.take_event()
     assert event is not None and event.reset and len(event.stored) == MAX_PENDING_CHANGES + 1
     assert ledger.take_event() is None
@@ -212,8 +212,8 @@ def test_a_dump_of_a_huge_tier_names_the_fastest_blocks(monkeypatch: pytest.Monk
     monkeypatch.setattr(ledgers, "MAX_TOLD", 3)
     ledger = Ledger()
     for number in range(6):
-        ledger.add(number, Tier.DISK)
-    ledger.add(4, Tier.POOL)
-    ledger.add(5, Tier.HOST)
+        ledger.add([number], Tier.DISK)
+    ledger.add([4], Tier.POOL)
+    ledger.add([5], Tier.HOST)
     dump = ledger.dump()
     assert dump.stored[:2] == (4, 5) and dump.tiers == (Tier.POOL, Tier.HOST, Tier.DISK)

@@ -9,8 +9,9 @@ from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
 from workers.model.cpu.rank_runner import GroupStep, Rank
-from workers.model.parallel.collectives import Links, WorldEpoch
+from workers.model.parallel.collectives import Links
 from workers.model.parallel.direct_dispatch import DirectBuffers
+from workers.model.parallel.epoch import WorldEpoch
 from workers.model.parallel.expert_placement import Placement
 from workers.runner import Batch, Sampled
 
@@ -74,12 +75,12 @@ class EpochMember:
             raise
         self._runner.use_buffers(made[0])
         self._has_left.clear()
-        self._links.use(self._epoch)
+        self._links.use(self._epoch.world, self._epoch.tensor)
 
     def leave(self) -> None:
         """Out of the epoch; its process groups go. Weights and KV stay. Raises DeviceStuck when the device does not."""
         epoch, self._epoch = self._epoch, None
-        self._links.use(None)
+        self._links.leave()
         if epoch is not None:
             epoch.abort()
             self._runner.left()

@@ -1,4 +1,4 @@
-"""The leader's end of a group: accepts ranks, keeps their connections, forms epochs and passes steps out and results in.
+"""The leader's end of a group: keeps the connections of its ranks, forms epochs and passes steps out and results in.
 
 It runs in the process of rank 0 and knows no model: what rank 0 itself must do comes to it as callbacks.
 """
@@ -6,16 +6,16 @@ It runs in the process of rank 0 and knows no model: what rank 0 itself must do 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from workers.config import ParallelConfig
-from workers.errors import InvalidConfig, RankLost
+from workers.errors import RankLost
 from workers.group import formation as f
 from workers.group.channel import Channel
+from workers.group.entrance import Entrance, tell
 from workers.group.messages import (
     Abort,
     Beat,
@@ -38,8 +38,6 @@ from workers.kv_memory.memory import SharedHandle
 
 log = logging.getLogger(__name__)
 
-MAX_GREETINGS = 64
-"""Connections that have not shown yet that they are of the group."""
 BEATS_PER_TIMEOUT = 4
 OWN_RANK = 0
 
@@ -73,7 +71,8 @@ class GroupLeader:
         self, parallel: ParallelConfig, callbacks: Callbacks, *, num_blocks: int, store: tuple[str, int], token: str
     ) -> None:
         self._parallel, self._callbacks = parallel, callbacks
-        self._num_blocks, self._store, self._token = num_blocks, store, token
+        self._num_blocks, self._store = num_blocks, store
+        self._entrance = Entrance(parallel, token, self._serve_rank)
         self._formation = f.Formation(
             parallel.size, parallel.tensor_parallel, parallel.form_timeout_s, parallel.step_timeout_s
         )
@@ -87,7 +86,6 @@ class GroupLeader:
         self._blocks: dict[int, Blocks] = {}
         """Their answers."""
         self._hellos: dict[int, Hello] = {}
-        self._greeting = threading.Semaphore(MAX_GREETINGS)
         self._remote: set[int] = set()
         self._direct: set[int] = set()
         """Ranks that offer to bring rows to experts without the host in the next epoch."""
@@ -98,32 +96,25 @@ class GroupLeader:
         self._own: Ready | None = None
         self._ready: dict[int, Ready] = {}
         """What each rank that is connected said last."""
-        self._listener: socket.socket | None = None
         self._is_stopped = threading.Event()
 
     # ---- life ----
 
     def start(self, host: str, port: int = 0) -> tuple[str, int]:
         """Listens for ranks; returns the address. Raises InvalidConfig when it is taken."""
-        try:
-            self._listener = socket.create_server((host, port))
-        except OSError as error:
-            raise InvalidConfig(f"the group's leader cannot listen at {host}:{port}: {error}") from error
-        threading.Thread(target=self._accept, name="group-accept", daemon=True).start()
+        address = self._entrance.open(host, port)
         threading.Thread(target=self._beat, name="group-beat", daemon=True).start()
-        name: tuple[str, int] = self._listener.getsockname()[:2]
-        return name
+        return address
 
     def stop(self) -> None:
         """Tells every rank to end."""
         self._is_stopped.set()
-        if self._listener is not None:
-            self._listener.close()
+        self._entrance.close()
         with self._changed:
             channels = dict(self._channels)
             self._changed.notify_all()
         for channel in channels.values():
-            self._send(channel, Stop())
+            tell(channel, Stop())
             channel.close()
 
     # ---- what rank 0 reports of itself ----
@@ -246,36 +237,8 @@ class GroupLeader:
 
     # ---- threads ----
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while not self._is_stopped.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            if not self._greeting.acquire(blocking=False):
-                connection.close()
-                continue
-            channel = Channel(connection, self._parallel.heartbeat_timeout_s)
-            threading.Thread(target=self._serve_rank, args=(channel,), name="group-rank", daemon=True).start()
-
-    def _serve_rank(self, channel: Channel) -> None:
+    def _serve_rank(self, hello: Hello, channel: Channel) -> None:
         """One rank, from its Hello to its end."""
-        try:
-            channel.admit(self._token)
-            hello = channel.receive()
-        except RankLost as error:
-            log.warning("a connection to the group's leader was refused: %s", error)
-            channel.close()
-            return
-        finally:
-            self._greeting.release()
-        refusal = self._refusal(hello)
-        if refusal or not isinstance(hello, Hello):
-            log.warning("a rank was declined: %s", refusal)
-            self._send(channel, Declined(refusal))
-            channel.close()
-            return
         rank = hello.rank
         with self._changed:
             self._ready.pop(rank, None)
@@ -285,7 +248,7 @@ class GroupLeader:
             self._hellos[rank] = hello
         if before is not None:
             before.close()
-        self._send(channel, self._welcome())
+        tell(channel, self._welcome())
         try:
             while True:
                 self._hear(rank, channel.receive())
@@ -302,20 +265,13 @@ class GroupLeader:
     def _decline(self, rank: int, reason: str) -> None:
         """Ends a connection whose rank cannot serve here."""
         log.warning("rank %d was declined: %s", rank, reason)
-        self._send(self._channels[rank], Declined(reason))
+        tell(self._channels[rank], Declined(reason))
         self._channels[rank].close()
 
     def _welcome(self) -> Welcome:
         pool = self.pool or SharedHandle(0, -1, 0, b"")
         slots = self._callbacks.truth().slots
         return Welcome(self._num_blocks, slots, pool.pid, pool.fd, pool.num_bytes, pool.nonce.hex())
-
-    def _refusal(self, hello: Message) -> str:
-        if not isinstance(hello, Hello):
-            return "a rank begins with Hello"
-        if hello.size != self._parallel.size or not 1 <= hello.rank < hello.size:
-            return f"rank {hello.rank} of {hello.size} does not belong to a group of {self._parallel.size}"
-        return ""
 
     def _hear(self, rank: int, message: Message) -> None:
         match message:
@@ -355,7 +311,7 @@ class GroupLeader:
             with self._changed:
                 channels = list(self._channels.values())
             for channel in channels:
-                self._send(channel, Beat())
+                tell(channel, Beat())
             self._handle(f.Tick())
 
     def _handle(self, event: f.Event) -> None:
@@ -387,15 +343,7 @@ class GroupLeader:
 
     def _tell_all(self, message: Message) -> None:
         for channel in list(self._channels.values()):
-            self._send(channel, message)
-
-    @staticmethod
-    def _send(channel: Channel, message: Message) -> None:
-        """A rank that cannot be reached is noticed by its receiving thread."""
-        try:
-            channel.send(message)
-        except RankLost:
-            log.debug("a message to a lost rank was dropped")
+            tell(channel, message)
 
 
 def _unlike(own: Ready, other: Ready) -> str:

@@ -27,7 +27,8 @@ from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, group_layout, initial_placement
 from workers.model.loading import RankLoader, rank_loader
-from workers.model.parallel.collectives import Links, start_store
+from workers.model.parallel.collectives import Links
+from workers.model.parallel.epoch import start_store
 from workers.model.parallel.expert_placement import Placement
 from workers.model.parallel.layout import Layout
 from workers.runner import Batch, LayerHook, Sampled

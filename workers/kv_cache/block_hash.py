@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -25,6 +26,12 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
     return np.array(token_ids, dtype="<i4").tobytes()
 
 
+def token_ids(written: bytes) -> list[int]:
+    """What `token_bytes` has written."""
+    ids: list[int] = np.frombuffer(written, "<i4").tolist()
+    return ids
+
+
 def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
     block_bytes = 4 * block_size
     digest = xxhash.xxh3_64_intdigest
@@ -36,11 +43,11 @@ def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
     return hashes
 
 
-@dataclass(frozen=True, slots=True)
-class BlockKey:
+class BlockKey(NamedTuple):
     """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first.
 
-    Many are kept, one a cached block, and compared: so the tokens are bytes, as `token_bytes` writes them.
+    Many are kept, one a cached block, and those of a long prompt are made and compared between two steps: so it is a tuple, and the
+    tokens are bytes, as `token_bytes` writes them.
     """
 
     block_hash: int
@@ -49,7 +56,7 @@ class BlockKey:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(np.frombuffer(self.tokens, "<i4").tolist())
+        return tuple(token_ids(self.tokens))
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +97,15 @@ class PromptBlocks:
 
     def key(self, index: int) -> BlockKey:
         """Of block number `index`."""
-        size = 4 * self.block_size
-        parent = self.hashes[index - 1] if index else 0
-        return BlockKey(self.hashes[index], parent, self.tokens[index * size : (index + 1) * size])
+        return self.keys(index, index + 1)[0]
+
+    def keys(self, first: int, end: int) -> list[BlockKey]:
+        """Of the blocks number first .. end-1."""
+        size, tokens = 4 * self.block_size, self.tokens
+        hashes = self.hashes[first:end]
+        parents = [self.hashes[first - 1] if first else 0, *hashes[:-1]]
+        starts = range(first * size, end * size, size)
+        return [
+            BlockKey(block_hash, parent, tokens[start : start + size])
+            for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
+        ]

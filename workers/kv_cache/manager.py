@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import MappingProxyType
 
 import numpy as np
@@ -167,17 +168,16 @@ class KvCacheManager:
         first = table.num_cached + (len(promotion.keys) if promotion is not None else 0)
         end = min(num_blocks, table.prompt.num_usable)
         if first < end:
-            table.pull = Pull(tuple(map(table.prompt.key, range(first, end))), first)
+            table.pull = Pull(tuple(table.prompt.keys(first, end)), first)
 
     def settle(self, table: BlockTable) -> None:
         """Publishes what has arrived from lower tiers and other workers; what has not is to be computed."""
         self._settle_promotion(table)
         pull, table.pull = table.pull, None
         if pull is not None and pull.first_block == table.num_cached:
-            for key in pull.keys[: pull.num_arrived or 0]:
-                self._cache.publish(table.blocks[table.num_cached], key)
-                table.num_cached += 1
-            table.num_published = table.num_cached
+            first, num_arrived = pull.first_block, min(pull.num_arrived or 0, len(pull.keys))
+            self._cache.publish(table.blocks[first : first + num_arrived], pull.keys[:num_arrived])
+            table.num_cached = table.num_published = first + num_arrived
 
     def _settle_promotion(self, table: BlockTable) -> None:
         promotion = table.promotion
@@ -185,9 +185,9 @@ class KvCacheManager:
             return
         self._tiers.abandon(promotion)
         num_arrived = promotion.num_arrived
-        for key, block in list(zip(promotion.keys, promotion.blocks, strict=True))[:num_arrived]:
-            self._cache.publish(block, key)
-            self._tiers.promoted(key)
+        arrived = promotion.keys[:num_arrived]
+        self._cache.publish(promotion.blocks[:num_arrived], arrived)
+        self._tiers.promoted(arrived)
         self._tiers.unpin(promotion.keys)
         table.num_cached += num_arrived
         table.num_published = table.num_cached
@@ -206,9 +206,10 @@ class KvCacheManager:
     def publish_prompt(self, table: BlockTable, num_computed: int) -> None:
         """Makes the prompt's full blocks findable, as far as the prefill path has computed them."""
         full = min(num_computed // self.block_size, len(table.prompt.hashes))
-        for index in range(table.num_published, full):
-            self._cache.publish(table.blocks[index], table.prompt.key(index))
-        table.num_published = max(table.num_published, full)
+        first = table.num_published
+        if first < full:
+            self._cache.publish(table.blocks[first:full], table.prompt.keys(first, full))
+            table.num_published = full
 
     def release(self, table: BlockTable) -> None:
         """Gives all blocks of a sequence back."""
@@ -244,14 +245,11 @@ class KvCacheManager:
 
     def _match_lower(self, prompt: PromptBlocks, first: int) -> list[BlockKey]:
         """The run of blocks from number `first` on that lower tiers hold, pinned there."""
-        run: list[BlockKey] = []
-        if self._tiers is not None:
-            for index in range(first, prompt.num_usable):
-                key = prompt.key(index)
-                if self._tiers.holds(key) is None:
-                    break
-                run.append(key)
-            self._tiers.pin(run)
+        tiers, run = self._tiers, list[BlockKey]()
+        if tiers is not None:
+            if first < prompt.num_usable and tiers.holds(prompt.key(first)) is not None:
+                run = list(takewhile(lambda key: tiers.holds(key) is not None, prompt.keys(first, prompt.num_usable)))
+            tiers.pin(run)
         return run
 
     def _evicted(self, blocks: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from workers.kv_cache.block_hash import BlockKey, PromptBlocks
@@ -27,13 +28,23 @@ class Ledger:
         self._overflow = False
         self._sequence = 0
 
-    def add(self, block_hash: int, tier: Tier) -> None:
-        """The tier holds the block from now on."""
-        self._change(block_hash, self._tiers.get(block_hash, 0) | 1 << tier)
+    def add(self, block_hashes: Iterable[int], tier: Tier) -> None:
+        """The tier holds the blocks from now on."""
+        tiers, bit = self._tiers, 1 << tier
+        for block_hash in block_hashes:
+            before = tiers.get(block_hash, 0)
+            self._note(block_hash, before)
+            tiers[block_hash] = before | bit
 
     def remove(self, block_hash: int, tier: Tier) -> None:
         """The tier does not hold the block any more."""
-        self._change(block_hash, self._tiers.get(block_hash, 0) & ~(1 << tier))
+        before = self._tiers.get(block_hash, 0)
+        self._note(block_hash, before)
+        after = before & ~(1 << tier)
+        if after:
+            self._tiers[block_hash] = after
+        else:
+            self._tiers.pop(block_hash, None)
 
     def best(self, block_hash: int) -> Tier | None:
         return _BEST[self._tiers.get(block_hash, 0)]
@@ -70,17 +81,15 @@ class Ledger:
         tiers = () if is_plain else tuple(stored.values())
         return KvEvent(self._sequence, tuple(stored), removed, reset, tiers)
 
-    def _change(self, block_hash: int, mask: int) -> None:
+    def _note(self, block_hash: int, before: int) -> None:
+        """The block is about to change; `before` are its tiers until now."""
         if not self._overflow:
             # A change moves to the end: what became useful last is told last, and routers evict the first.
-            self._told[block_hash] = self._told.pop(block_hash, self.best(block_hash))
-            if len(self._told) > MAX_PENDING_CHANGES:
+            told = self._told
+            told[block_hash] = told.pop(block_hash, _BEST[before])
+            if len(told) > MAX_PENDING_CHANGES:
                 self._overflow = True
-                self._told.clear()
-        if mask:
-            self._tiers[block_hash] = mask
-        else:
-            self._tiers.pop(block_hash, None)
+                told.clear()
 
 
 class PrefixCache:
@@ -124,13 +133,16 @@ class PrefixCache:
         block = self._blocks.get(key.block_hash)
         return block if block is not None and self._keys[block] == key else None
 
-    def publish(self, block: int, key: BlockKey) -> None:
-        """Makes a full, finished prompt block findable. The first block of a hash stays; a later twin is ignored."""
-        if key.block_hash in self._blocks or block in self._keys:
-            return
-        self._blocks[key.block_hash] = block
-        self._keys[block] = key
-        self._ledger.add(key.block_hash, Tier.POOL)
+    def publish(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Makes full, finished prompt blocks findable. The first block of a hash stays; a later twin is ignored."""
+        fresh = []
+        for block, key in zip(blocks, keys, strict=True):
+            block_hash = key.block_hash
+            if block_hash not in self._blocks and block not in self._keys:
+                self._blocks[block_hash] = block
+                self._keys[block] = key
+                fresh.append(block_hash)
+        self._ledger.add(fresh, Tier.POOL)
 
     def contains(self, block: int) -> bool:
         return block in self._keys

@@ -23,6 +23,8 @@ class Promotion:
     """Positions in `keys` whose bytes are in place and verified."""
     end: int = -1
     """What is at this position and behind it does not come: a run with a hole is of no use."""
+    _run: int = 0
+    """Positions before this one have arrived."""
 
     def __post_init__(self) -> None:
         self.end = len(self.keys)
@@ -33,7 +35,9 @@ class Promotion:
     @property
     def num_arrived(self) -> int:
         """Length of the run that is in place, from its beginning."""
-        return next((index for index in range(self.end) if index not in self.arrived), self.end)
+        while self._run in self.arrived:
+            self._run += 1
+        return min(self._run, self.end)
 
     @property
     def is_done(self) -> bool:
@@ -75,8 +79,8 @@ class LowerTiers(Protocol):
     def begin(self, promotion: Promotion) -> None:
         """Brings pinned blocks back, some with each look for what has come."""
 
-    def promoted(self, key: BlockKey) -> None:
-        """The pool holds the block again."""
+    def promoted(self, keys: Sequence[BlockKey]) -> None:
+        """The pool holds the blocks again."""
 
     def abandon(self, promotion: Promotion) -> None:
         """Nobody wants the rest any more: after this nothing is written into its blocks."""
@@ -186,24 +190,25 @@ class TierBook:
                 commands += self._spill(old.key, old.slot, can_write)
         slot = self._free_slots.pop()
         self._host[key.block_hash] = _Kept(key, slot)
-        self._ledger.add(key.block_hash, Tier.HOST)
+        self._ledger.add((key.block_hash,), Tier.HOST)
         return [*commands, Keep(key, slot)]
 
-    def promoted(self, key: BlockKey) -> None:
-        """The pool holds the block again: the host tier's copy is the first to go, the disk's the last."""
-        kept = self._host.get(key.block_hash)
-        if kept is not None:
-            kept.is_above = True
-            self._host.move_to_end(key.block_hash, last=False)
-        elif key.block_hash in self._disk:
-            self._disk.move_to_end(key.block_hash)
+    def promoted(self, keys: Iterable[BlockKey]) -> None:
+        """The pool holds the blocks again: the host tier's copies are the first to go, the disk's the last."""
+        for block_hash, _, _ in keys:
+            kept = self._host.get(block_hash)
+            if kept is not None:
+                kept.is_above = True
+                self._host.move_to_end(block_hash, last=False)
+            elif block_hash in self._disk:
+                self._disk.move_to_end(block_hash)
 
     def written(self, block_hash: int) -> None:
         """A Spill has succeeded."""
         parent = self._writing.pop(block_hash, None)
         if parent is not None:
             self._disk[block_hash] = parent
-            self._ledger.add(block_hash, Tier.DISK)
+            self._ledger.add((block_hash,), Tier.DISK)
 
     def spoiled(self, key: BlockKey, tier: Tier) -> list[Command]:
         """What a tier kept of the block is not what was put there."""
@@ -221,7 +226,7 @@ class TierBook:
         for block_hash in hashes:
             if block_hash not in self._disk and block_hash not in self._writing:
                 self._disk[block_hash] = None
-                self._ledger.add(block_hash, Tier.DISK)
+                self._ledger.add((block_hash,), Tier.DISK)
         excess = max(0, len(self._disk) - self._num_disk_blocks)
         return [self._evict_from_disk(block_hash) for block_hash in list(self._disk)[:excess]]
 

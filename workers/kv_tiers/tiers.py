@@ -234,8 +234,8 @@ class KvTiers:
             return False
         return True
 
-    def promoted(self, key: BlockKey) -> None:
-        self._book.promoted(key)
+    def promoted(self, keys: Sequence[BlockKey]) -> None:
+        self._book.promoted(keys)
 
     def abandon(self, promotion: Promotion) -> None:
         if self._rising:

@@ -17,7 +17,8 @@ from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Post
 from workers.serving.observer import Observer
-from workers.serving.request_table import RequestTable, ServedRequest
+from workers.serving.request_table import RequestTable
+from workers.serving.served_request import ServedRequest
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.trust.permits import is_permit

@@ -158,12 +158,13 @@ def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:
 
 
 def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
+    events = message.kv_events
     return WorkerFrame(
-        generation=message.generation,
-        outputs=tuple([output_from_pb(output) for output in message.outputs]),
-        load=load_from_pb(message.load) if message.HasField("load") else None,
-        kv_events=tuple([kv_event_from_pb(event) for event in message.kv_events]),
-        status=status_from_pb(message.status) if message.HasField("status") else None,
+        message.generation,
+        tuple([output_from_pb(output) for output in message.outputs]),
+        load_from_pb(message.load) if message.HasField("load") else None,
+        tuple([kv_event_from_pb(event) for event in events]) if events else (),
+        status_from_pb(message.status) if message.HasField("status") else None,
     )
 
 

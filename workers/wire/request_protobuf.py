@@ -207,7 +207,9 @@ def output_from_pb(message: pb.Output) -> Output:
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish, position = message.finish_reason, message.position
     if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
-        return Output(message.request_id, position, token_ids, message.text, cached_tokens=message.cached_tokens)
+        return Output(
+            message.request_id, position, token_ids, message.text, (), None, None, None, "", message.cached_tokens
+        )
     return Output(
         request_id=message.request_id,
         position=position,

@@ -20,9 +20,9 @@ MAX_NUM_SEQS = 256
 MIN_POOL_TOKENS = 8192
 """A layout whose KV pools hold less is refused: hardly a prompt of real traces would fit."""
 ROUTER_S = 0.0005
-"""HTTP, template, tokenizing and routing of a message. Origin: docs/benchmarks.md, a prompt of 2K."""
+"""HTTP, template, tokenizing and routing of a message. Origin: docs/benchmarks/router.md, a prompt of 2K."""
 CONTROL_LATENCY_S = 0.0005
-"""Origin: a small gRPC message between two processes of one machine, docs/benchmarks.md; a data centre's network adds tens of microseconds."""
+"""Origin: a small gRPC message between two processes of one machine, docs/benchmarks/router.md; a data centre's network adds tens of microseconds."""
 TRANSFER_LATENCY_S = 0.001
 """Connection known, first piece announced. Origin: the same measurements."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.errors import Refusal, Refused, TransferFailed
-from workers.kv_cache.block_hash import BlockKey, token_bytes
+from workers.kv_cache.block_hash import BlockKey, token_bytes, token_ids
 from workers.kv_memory.memory import KvLayout
 from workers.request import Request, TokenLogprob
 from workers.runner import BLOCK_SIZE
@@ -226,15 +226,15 @@ def keys_of(subject: PrefixSubject) -> tuple[BlockKey, ...]:
     hashes, tokens = subject.hashes, subject.token_ids
     if len(tokens) != len(hashes) * BLOCK_SIZE:
         raise Refused(Refusal.INVALID, f"{len(hashes)} blocks come with {len(tokens)} tokens")
-    parents = (subject.parent, *hashes[:-1])
-    starts = range(0, len(tokens), BLOCK_SIZE)
+    parents, written, size = (subject.parent, *hashes[:-1]), token_bytes(tokens), 4 * BLOCK_SIZE
+    starts = range(0, len(written), size)
     return tuple(
-        BlockKey(block_hash, parent, token_bytes(tokens[start : start + BLOCK_SIZE]))
+        BlockKey(block_hash, parent, written[start : start + size])
         for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
     )
 
 
 def subject_of(keys: tuple[BlockKey, ...]) -> PrefixSubject:
     """How to ask for a run of blocks."""
-    tokens = tuple(token for key in keys for token in key.token_ids)
-    return PrefixSubject(tuple(key.block_hash for key in keys), tokens, keys[0].parent)
+    tokens = tuple(token_ids(b"".join([key.tokens for key in keys])))
+    return PrefixSubject(tuple([key.block_hash for key in keys]), tokens, keys[0].parent)

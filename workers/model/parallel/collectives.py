@@ -1,18 +1,10 @@
-"""The group operations of one epoch of a group of ranks, each of which another thread can abort; knows no model and no leader.
-
-An epoch is one life of the process groups: when a rank is lost the epoch is aborted, and the ranks meet again in the
-next one under another prefix of the store. Weights and KV are not touched. Gloo serves CPU tensors, NCCL CUDA tensors.
-"""
+"""The group operations of one epoch of a group of ranks, each of which another thread can abort; knows no model and no leader."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
 import threading
 import time
-import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,70 +14,8 @@ from torch._C import _distributed_c10d as c10d
 
 from workers.errors import RankLost
 
-_OPERATION_TIMEOUT = timedelta(seconds=300)
-"""After this the library itself gives an operation up; lost ranks are found long before, by their silence."""
-_NCCL_SETTINGS = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_BLOCKING_WAIT": "0",
-}
-"""torch's own watch over NCCL ends the process of a rank whose peer is lost, weights and all, and makes waits hold the
-thread. Here the leader watches, and an epoch's abort is what ends operations. Groups read these when they are made."""
-
-
-def make_group(store: Any, rank: int, size: int, device: str, host: str) -> Any:
-    """A group of `size` ranks that meet in `store`; `host` is where Gloo listens. Returns when all of them have come;
-    NCCL connects them in their first operations (workers.model.parallel.collectives.Communicator.connect)."""
-    if device.startswith("cuda"):
-        return _nccl(store, rank, size, torch.device(device))
-    options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
-    options._timeout = _OPERATION_TIMEOUT
-    return c10d.ProcessGroupGloo(store, rank, size, options)
-
-
-def _nccl(store: Any, rank: int, size: int, device: torch.device) -> Any:
-    """Not run yet: there was no machine with two GPUs."""
-    os.environ.update(_NCCL_SETTINGS)
-    torch.cuda.set_device(device)
-    options = c10d.ProcessGroupNCCL.Options()
-    options._timeout = _OPERATION_TIMEOUT
-    group = c10d.ProcessGroupNCCL(store, rank, size, options)
-    # makes the communicator now: otherwise the first operation would, and wait for a rank that does not come
-    group.eager_connect_single_device(device)
-    return group
-
-
-def bury(groups: list[Any]) -> None:
-    """Lets go of groups that nothing else holds, on a thread of its own: their end waits for operations that wait for a hung rank."""
-    _beside(groups.clear, name="bury")
-
-
-_EXIT_S = 2.0
-"""How long a process that ends waits for threads inside torch: Python unwinds one that comes back later through C++ that may not throw, which aborts the process."""
-_inside_torch: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-def _beside(target: Callable[..., object], *args: object, name: str) -> threading.Thread:
-    """Starts a call into torch that may never return, on a thread that the end of the process waits for up to _EXIT_S."""
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    _inside_torch.add(thread)
-    thread.start()
-    return thread
-
-
-@atexit.register
-def _wait_at_exit() -> None:
-    deadline_s = time.monotonic() + _EXIT_S
-    for thread in list(_inside_torch):
-        thread.join(max(0.0, deadline_s - time.monotonic()))
-
-
 _POLL_S = 0.1
 """How often a waiting thread looks whether the epoch was aborted; a finished operation wakes it at once."""
-_ABORT_S = 5.0
-"""Whoever leaves an epoch waits this long for its groups' aborts; they go on by themselves."""
 _DEVICE_POLL_S = 50e-6
 """How often a thread that waits for the device looks whether it is done, and whether the epoch was aborted."""
 
@@ -187,7 +117,9 @@ class Communicator:
 
     def __init__(self, group: Any, rank: int, size: int, aborted: threading.Event) -> None:
         self.rank, self.size = rank, size
-        self._group, self._aborted = group, aborted
+        self.group: Any = group
+        """None once it was let go."""
+        self._aborted = aborted
         self.num_sent_bytes = 0
         """Bytes that this rank sent to others in all_to_all and all_gather."""
 
@@ -197,7 +129,7 @@ class Communicator:
         rows = rows.contiguous()
         self.num_sent_bytes += (len(rows) - send[self.rank]) * _row_bytes(rows)
         work = self._start(
-            lambda: self._group.alltoall_base(arriving, rows, list(receive), list(send), c10d.AllToAllOptions())
+            lambda: self.group.alltoall_base(arriving, rows, list(receive), list(send), c10d.AllToAllOptions())
         )
         return arriving, Pending(work, self._aborted, arriving, rows)
 
@@ -207,9 +139,9 @@ class Communicator:
         gathered = part.new_empty((self.size, *part.shape))
         self.num_sent_bytes += (self.size - 1) * part.numel() * part.element_size()
         if part.is_cuda:
-            work = self._start(lambda: self._group._allgather_base(gathered, part))
+            work = self._start(lambda: self.group._allgather_base(gathered, part))
         else:
-            work = self._start(lambda: self._group.allgather([list(gathered.unbind(0))], [part]))
+            work = self._start(lambda: self.group.allgather([list(gathered.unbind(0))], [part]))
         return gathered, Pending(work, self._aborted, gathered, part)
 
     def read(self, values: Tensor) -> Any:
@@ -237,7 +169,7 @@ class Communicator:
 
     def let_go(self) -> None:
         """Of the group, once its epoch is over and nothing is started any more: whoever holds it last waits for its end."""
-        self._group = None
+        self.group = None
 
     def require_alive(self) -> None:
         """Raises RankLost when the epoch was aborted."""
@@ -253,136 +185,33 @@ class Communicator:
             raise RankLost(f"a group operation could not start: {error}") from error
 
 
-class WorldEpoch:
-    """One epoch's process groups: all ranks, and the `tensor` ranks that share this one's sequences."""
-
-    def __init__(
-        self, epoch: int, world: Communicator, tensor: Communicator, aborted: threading.Event, device: str = "cpu"
-    ) -> None:
-        self.epoch = epoch
-        self.world, self.tensor = world, tensor
-        self._aborted = aborted
-        self._on_device = device.startswith("cuda")
-
-    @staticmethod
-    def join(
-        epoch: int,
-        store_address: tuple[str, int],
-        *,
-        rank: int,
-        size: int,
-        tensor: int,
-        host: str,
-        timeout_s: float,
-        aborted: threading.Event,
-        device: str = "cpu",
-        prepare: Callable[[Any], None] = lambda store: None,
-    ) -> WorldEpoch:
-        """Meets the other ranks in the store at `store_address`. `aborted` ends this and every later wait.
-
-        `host` is this rank's own address, which Gloo listens at. `prepare(store)` is what else all ranks do together,
-        on the thread that meets them, which an abort leaves behind: it may only make what the caller puts to use.
-        Raises RankLost when they do not all come in time.
-        """
-        met: list[WorldEpoch] = []
-        found: list[WorldEpoch | BaseException] = []
-
-        def meet() -> None:
-            try:
-                host_name, port = store_address
-                store = c10d.TCPStore(host_name, port, None, False, timeout=timedelta(seconds=timeout_s))
-                named = c10d.PrefixStore(f"epoch-{epoch}", store)
-                world = make_group(c10d.PrefixStore("world", named), rank, size, device, host)
-                part = rank // tensor
-                inner = (
-                    make_group(c10d.PrefixStore(f"tensor-{part}", named), rank % tensor, tensor, device, host)
-                    if 1 < tensor < size
-                    else world
-                )
-                both = Communicator(world, rank, size, aborted), Communicator(inner, rank % tensor, tensor, aborted)
-                met.append(WorldEpoch(epoch, *both, aborted, device))
-                Communicator(world, rank, size, aborted).connect(device)  # others than those that count
-                if inner is not world:
-                    Communicator(inner, rank % tensor, tensor, aborted).connect(device)
-                both[0].require_alive()
-                prepare(named)
-                found.append(met[0])
-            except BaseException as error:
-                found.append(error)
-
-        # a constructor that waits for a rank that will not come cannot be interrupted: it is left behind
-        thread = _beside(meet, name=f"join-{epoch}")
-        while thread.is_alive() and not aborted.is_set():
-            thread.join(_POLL_S)
-        outcome = found[0] if found else None
-        if isinstance(outcome, WorldEpoch):
-            return outcome
-        for unfinished in met:
-            unfinished.abort()  # its first operations may hold the device
-        if outcome is None:
-            raise RankLost(f"epoch {epoch} was aborted while its ranks met")
-        raise RankLost(f"the ranks of epoch {epoch} did not meet: {outcome}") from outcome
-
-    def abort(self) -> None:
-        """Makes every waiting and every later operation of this epoch raise RankLost, in all threads of this process."""
-        self._aborted.set()
-        deadline_s = time.monotonic() + _ABORT_S
-        for thread in self._start_aborts():
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-        groups = self._groups
-        self.world.let_go()
-        self.tensor.let_go()
-        bury(groups)
-
-    def interrupt(self) -> None:
-        """As `abort`, at once and for another thread than the one that computes, which may be waiting for the device."""
-        self._aborted.set()
-        if self._on_device:
-            self._start_aborts()
-
-    @property
-    def _groups(self) -> list[Any]:
-        groups = {id(c._group): c._group for c in (self.world, self.tensor)}
-        return [group for group in groups.values() if group is not None]
-
-    def _start_aborts(self) -> list[threading.Thread]:
-        """All groups at the same time: one communicator's abort may wait for the device, and so for the kernel of another."""
-        return [_beside(_abort, group, name="abort") for group in self._groups if hasattr(group, "abort")]
-
-
-def _abort(group: Any) -> None:
-    with contextlib.suppress(RuntimeError):
-        group.abort()
-
-
 class Links:
-    """The process groups that a model computes over: those of the epoch it is in."""
+    """What a model computes over: the communicators of the epoch it is in."""
 
     def __init__(self) -> None:
-        self._epoch: WorldEpoch | None = None
+        self._joined: tuple[Communicator, Communicator] | None = None
 
-    def use(self, epoch: WorldEpoch | None) -> None:
-        self._epoch = epoch
+    def use(self, world: Communicator, tensor: Communicator) -> None:
+        """Those of all ranks, and of the ranks that share this one's sequences."""
+        self._joined = world, tensor
+
+    def leave(self) -> None:
+        self._joined = None
 
     @property
     def world(self) -> Communicator:
         """Raises RankLost between epochs."""
-        return self._current.world
+        return self._current[0]
 
     @property
     def tensor(self) -> Communicator:
-        return self._current.tensor
+        return self._current[1]
 
     @property
-    def _current(self) -> WorldEpoch:
-        if self._epoch is None:
+    def _current(self) -> tuple[Communicator, Communicator]:
+        if self._joined is None:
             raise RankLost("the group is between two epochs")
-        return self._epoch
-
-
-def start_store(host: str) -> c10d.TCPStore:
-    """The store where the ranks of a group meet, kept by its leader on a free port."""
-    return c10d.TCPStore(host, 0, None, True, wait_for_workers=False, timeout=timedelta(seconds=30))
+        return self._joined
 
 
 def gather(links: Links, part: Tensor) -> Stages[Tensor]:
