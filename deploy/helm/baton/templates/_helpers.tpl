@@ -66,7 +66,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .enabled .clientCertificate }}{{- $_ := set $store "cert_file" "/redis-tls/tls.crt" }}{{- $_ := set $store "key_file" "/redis-tls/tls.key" }}{{- end }}
 {{- end }}
 {{- end }}
-{{- $worker := dict "model" (include "baton.modelRoot" .) "cache_folder" "/cache" }}
+{{- $worker := dict "model" (include "baton.modelRoot" .) }}
 {{- with .Values.model.servedName }}{{- $_ := set $worker "served_model_name" . }}{{- end }}
 {{- $router := dict "model" (include "baton.modelRoot" .) "port" 8000 "shutdown_timeout_s" (int .Values.routers.drainSeconds) }}
 {{- $settings := dict "worker" $worker "router" (mergeOverwrite $router (deepCopy .Values.routers.router)) "store" $store "ray" (dict "token_file" "/secrets/ray-token" "address" (include "baton.rayAddress" .)) "tls" (dict "cert" "/tls/{name}.crt" "key" "/tls/{name}.key" "ca" "/tls/ca.crt") "start_timeout_s" 600 }}
