@@ -1,12 +1,12 @@
-"""Goodput under SLO of colocated workers, of every static split of prefill and decode, of round robin, and of Baton's policy, in the simulator.
+"""What load a cluster carries within an SLO, in the simulator: colocated workers, every static split, round robin, and Baton's policy.
 
-python bench/routing_evidence.py --trace ../shared/traces/mooncake_conversation.jsonl
-python bench/routing_evidence.py --trace generated:requests=2000,rate=40,shift=1 --workers 64 --window 60
+python bench/routing_evidence.py --trace ../shared/traces/mooncake_conversation.jsonl --requests 3000 --rates 14 18 22 26
+python bench/routing_evidence.py --trace generated:requests=2000,rate=10,shift=1 --workers 64 --rates 2 4 6 8
 
-Arrivals of the trace are compressed by a factor: the rate is the one among --rates at which the better of the two baselines (colocated chunked
-prefill, least loaded; round robin over the same) has its highest goodput, so the SLO binds there. At that rate every split in --splits runs with the default policy, and
-then round robin and Baton's policy, with the targets known to the router, on the best split. Goodput counts requests that ended within both targets,
-over the time in which requests arrived. A window is the beginning of the compressed trace.
+A way is a split and a policy. Its curve is the goodput at each of --rates (arrivals of the trace come so many times as fast), its *capacity*
+the load at which --attain (0.9) of all requests still end within both targets, between two rates by a straight line. Ways are compared
+at equal hardware and equal admission: with `soft` nobody is refused, with `strict` the same router refuses what it cannot keep, whoever routes.
+Splits are tried at the middle rate with Baton's policy; the best one gets a curve. Goodput counts over the time in which requests arrive.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cluster.sim.load import TraceRequest
 from cluster.sim.profiles.published import published_profile
 from cluster.sim.record import RunRecord
 from cluster.sim.settings import Settings
@@ -29,19 +26,23 @@ from cluster.sim.simulation import simulate
 from cluster.sim.traces.files import read_trace
 from cluster.sim.traces.generated import PREFIX, generate, recipe_of
 
+HOPELESS = 0.5
+"""A way that keeps fewer of its promises is not tried at a higher rate."""
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a cluster is split and routed. `num_prefill` 0: all workers do both."""
+    """How a cluster is split and routed: `prefill` and `decode` workers, the others do both."""
 
     name: str
-    num_prefill: int
     policy: str
-    router: tuple[tuple[str, Any], ...] = ()
+    prefill: int = 0
+    decode: int = 0
+    admission: str = "soft"
 
 
 class Bench:
-    """Runs ways over one trace, each at most once at a rate."""
+    """Runs ways over one trace."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -50,43 +51,71 @@ class Bench:
         if args.trace.startswith(PREFIX):
             self.trace = list(generate(recipe_of(args.trace), args.seed, self.profile.max_model_len))
         else:
-            self.trace = read_trace(Path(args.trace))
-
-    def requests(self, rate: float) -> list[TraceRequest]:
-        """The beginning of the compressed trace; a generated load is taken as a whole, since its shifts are to be seen."""
-        squeezed: Iterable[TraceRequest] = (replace(one, at_s=one.at_s / rate) for one in self.trace)
-        if self.args.trace.startswith(PREFIX):
-            return list(squeezed)
-        return list(takewhile(lambda one: one.at_s < self.args.window, squeezed))
+            self.trace = read_trace(Path(args.trace))[args.skip : args.skip + args.requests]
+        begin_s = self.trace[0].at_s
+        self.trace = [replace(one, at_s=one.at_s - begin_s) for one in self.trace]
 
     def run(self, way: Way, rate: float) -> dict[str, Any]:
-        args, requests = self.args, self.requests(rate)
-        num_mixed = 0 if way.num_prefill else args.workers
+        args, requests = self.args, [replace(one, at_s=one.at_s / rate) for one in self.trace]
         settings = Settings(
             profile=self.profile,
-            num_prefill=way.num_prefill,
-            num_decode=args.workers - way.num_prefill if way.num_prefill else 0,
-            num_mixed=num_mixed,
+            num_prefill=way.prefill,
+            num_decode=way.decode,
+            num_mixed=args.workers - way.prefill - way.decode,
             seed=args.seed,
             ttft_s=args.ttft,
             tpot_s=args.tpot,
-            router={"policy": way.policy, "max_queue": 1 << 16, **dict(way.router)},
+            router={
+                "policy": way.policy,
+                "max_queue": 1 << 16,
+                "ttft_target_s": args.ttft,
+                "tpot_target_s": args.tpot,
+                "admission": way.admission,
+            },
+            worker={"max_batch_tokens": args.batch_tokens} if args.batch_tokens else {},
         )
         began_s = time.process_time()
         record = simulate(settings, requests)
+        span_s = max(1.0, requests[-1].at_s)
         row = {
             "way": way.name,
+            "admission": way.admission,
             "rate": rate,
-            **figures(record, max(1.0, requests[-1].at_s)),
-            "cpu_s": time.process_time() - began_s,
+            "load": len(requests) / span_s,
+            **figures(record, span_s),
+            "cpu_s": round(time.process_time() - began_s, 1),
         }
         self.rows.append(row)
         print(
-            f"| {row['way']} | {rate:g} | {row['requests']} | {row['goodput']:.2f} | {row['share']:.3f} | {row['ttft_p50']:.2f} / {row['ttft_p90']:.2f} "
-            f"| {row['tpot_p50'] * 1e3:.1f} / {row['tpot_p90'] * 1e3:.1f} | {row['cached']:.2f} | {row['refused']} | {row['local']} |",
+            f"| {row['way']} | {row['admission']} | {rate:g} | {row['load']:.1f} | {row['goodput']:.1f} | {row['share']:.3f} "
+            f"| {row['ttft_p50']:.2f} / {row['ttft_p90']:.2f} | {row['tpot_p50'] * 1e3:.1f} / {row['tpot_p90'] * 1e3:.1f} "
+            f"| {row['cached']:.2f} | {row['refused']} | {row['local']} |",
             flush=True,
         )
         return row
+
+    def curve(self, way: Way) -> list[dict[str, Any]]:
+        """Rows at rising rates, until nothing can be hoped for."""
+        rows: list[dict[str, Any]] = []
+        for rate in self.args.rates:
+            rows.append(self.run(way, rate))
+            if rows[-1]["share"] < HOPELESS:
+                break
+        return rows
+
+
+def capacity(rows: list[dict[str, Any]], attain: float) -> float:
+    """Requests a second at which so many are within the SLO; 0: not at any of the rates. What even the highest rate keeps is a bound."""
+    best, before = 0.0, (0.0, 1.0)
+    for row in rows:
+        load, share = row["load"], row["share"]
+        if share >= attain:
+            best = load
+        elif before[1] >= attain:
+            best = before[0] + (load - before[0]) * (before[1] - attain) / (before[1] - share) if before[0] else 0.0
+            break
+        before = (load, share)
+    return best
 
 
 def figures(record: RunRecord, span_s: float) -> dict[str, Any]:
@@ -114,56 +143,65 @@ def quantile(values: list[float], part: float) -> float:
     return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
 
 
+def splits(num_workers: int, given: list[str] | None) -> list[tuple[int, int]]:
+    """Prefill and decode workers; what they leave does both. All of them mixed is the first."""
+    if given:
+        return [(int(prefill), int(decode)) for prefill, _, decode in (text.partition(":") for text in given)]
+    step = max(1, num_workers // 8)
+    return [(0, 0), *((prefill, num_workers - prefill) for prefill in range(step, num_workers, step))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", required=True)
+    parser.add_argument("--skip", type=int, default=0, help="so many requests of the trace, then take")
+    parser.add_argument("--requests", type=int, default=3000, help="so many; a generated load is taken as a whole")
     parser.add_argument("--profile", default="h200:21B-A3B:bf16:tp1")
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="+", default=[8.0, 12.0, 16.0, 24.0])
-    parser.add_argument(
-        "--splits", type=int, nargs="+", help="numbers of prefill workers; default: every eighth of the workers"
-    )
-    parser.add_argument("--window", type=float, default=20.0, help="virtual seconds")
+    parser.add_argument("--rates", type=float, nargs="+", default=[14.0, 18.0, 22.0, 26.0])
+    parser.add_argument("--splits", nargs="+", metavar="P:D", help="default: all mixed, and every eighth")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step, for all ways; default: the profile's")
     parser.add_argument("--ttft", type=float, default=2.0)
     parser.add_argument("--tpot", type=float, default=0.05)
+    parser.add_argument("--attain", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--soft-only", action="store_true")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args)
     print(
-        f"{args.trace}: {args.workers} x {args.profile}, ttft {args.ttft:g} s, tpot {args.tpot:g} s, {args.window:g} s\n"
+        f"{args.trace}, {len(bench.trace)} requests: {args.workers} x {args.profile}, ttft {args.ttft:g} s, tpot {args.tpot:g} s\n"
     )
     print(
-        "| way | rate x | requests | goodput, 1/s | within SLO | TTFT p50 / p90, s | TPOT p50 / p90, ms | cached | refused | local |"
+        "| way | admission | rate x | load, 1/s | goodput, 1/s | within SLO | TTFT p50 / p90, s | TPOT p50 / p90, ms | cached | refused | local |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    colocated = Way("(a) colocated, least loaded", 0, "least_loaded")
-    in_turn = Way("(c) colocated, round robin", 0, "round_robin")
-    best_rate, best = 0.0, 0.0
-    for rate in args.rates:
-        goodput = max(bench.run(way, rate)["goodput"] for way in (colocated, in_turn))
-        if goodput > best:
-            best_rate, best = rate, goodput
-        elif goodput < 0.9 * best:
-            break
-    targets = (("ttft_target_s", args.ttft), ("tpot_target_s", args.tpot))
-    splits = args.splits or [max(1, args.workers * part // 8) for part in range(1, 8)]
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    middle = args.rates[len(args.rates) // 2]
     found = {
-        split: bench.run(Way(f"(b) {split}:{args.workers - split}", split, "kv_aware"), best_rate) for split in splits
+        split: bench.run(Way(f"(b) {split[0]}:{split[1]}", "kv_aware", *split), middle)
+        for split in splits(args.workers, args.splits)
     }
-    best_split = max(found, key=lambda split: float(found[split]["goodput"]))
-    name = f"{best_split}:{args.workers - best_split}"
-    bench.run(Way(f"(c) {name}, round robin", best_split, "round_robin"), best_rate)
-    ours = [
-        bench.run(Way(f"(d) {name}, {how}", best_split, "kv_aware", (*targets, ("admission", how))), best_rate)
-        for how in ("soft", "strict")
+    best = max(found, key=lambda split: float(found[split]["goodput"]))
+    name = "all mixed" if best == (0, 0) else f"{best[0]}:{best[1]}"
+    ways = [
+        Way("(a) colocated, least loaded", "least_loaded"),
+        Way("(c) colocated, round robin", "round_robin"),
+        Way(f"(d) {name}, Baton", "kv_aware", *best),
     ]
-    bench.run(Way("colocated, kv_aware, soft", 0, "kv_aware", targets), best_rate)
-    baselines = [row["goodput"] for row in bench.rows if row["rate"] == best_rate and row["way"][:3] in ("(a)", "(c)")]
-    ratios = ", ".join(f"{row['goodput'] / max(baselines):.2f}" for row in ours)
-    print(f"\nrate x {best_rate:g}; (d) over the better of (a) and (c): {ratios} (soft, strict)")
+    summary = []
+    for admission in ("soft",) if args.soft_only else ("soft", "strict"):
+        curves = [bench.curve(replace(way, admission=admission)) for way in ways]
+        carried = [capacity(rows, args.attain) for rows in curves]
+        peaks = [max(row["goodput"] for row in rows) for rows in curves]
+        base, peak = max(carried[:2]), max(peaks[:2])
+        ratio = f"{carried[2] / base:.2f}" if base else "-"
+        summary.append(
+            f"{admission}: capacity {', '.join(f'{value:.1f}' for value in carried)} requests a second for (a), (c), (d), "
+            f"ratio {ratio}; highest goodput {', '.join(f'{value:.1f}' for value in peaks)}, ratio {peaks[2] / peak:.2f}"
+        )
+    print("\n" + "\n".join(summary))
     if args.json:
-        print(json.dumps(bench.rows))
+        args.json.write_text(json.dumps({"rows": bench.rows, "summary": summary}, indent=1))
     return 0
 
 

@@ -145,7 +145,7 @@ async def launched(config: ClusterConfig, progress: StepPrinter, folder: str = "
         await asyncio.shield(asyncio.ensure_future(_take_down(cluster, folder, progress)))
         if janitor is not None:
             dismiss(janitor)
-        if certificates != folder:
+        if certificates not in ("", folder):
             await asyncio.to_thread(end_local, certificates, 0.0)
 
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.errors import InvariantViolated
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -42,7 +44,12 @@ def read_process(pid: int) -> Process | None:
 
 
 def family(marker: str) -> tuple[Process, ...]:
-    """Processes whose command line names `marker` (a folder of ours), and all their descendants; never this process."""
+    """Processes whose command line names `marker` (a folder of ours), and all their descendants; never this process.
+
+    Raises InvariantViolated for what is no such folder: every command line has an empty text in it, and most have a slash.
+    """
+    if not marker.startswith("/") or len(Path(marker).parts) < 3:
+        raise InvariantViolated(f"{marker!r} is no folder whose processes may be looked for")
     everything = snapshot()
     members = {process.pid for process in everything.values() if marker in process.command}
     members.discard(os.getpid())

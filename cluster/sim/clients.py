@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cluster.sim.load import TraceRequest
 from cluster.sim.product import FinishReason, HandoffReport, InvariantViolated, Output, Request, SamplingParams
+from cluster.sim.profiles.profile import Profile
 from cluster.sim.record import RequestRecord
 from cluster.sim.router import SimRouter
 from cluster.sim.timeline import Timeline
@@ -56,7 +57,7 @@ class Clients:
     """All clients of a simulation. A prompt is made when it is sent, and forgotten with its request."""
 
     def __init__(
-        self, timeline: Timeline, routers: Routers, trace: Iterator[TraceRequest], targets: Targets, router_s: float
+        self, timeline: Timeline, routers: Routers, trace: Iterator[TraceRequest], targets: Targets, profile: Profile
     ) -> None:
         self.records: list[RequestRecord] = []
         self.num_asked = 0
@@ -71,7 +72,9 @@ class Clients:
         self._routers = routers
         self._trace = trace
         self._targets = targets
-        self._router_s = router_s
+        self._router_s = profile.router_s
+        self._connect_s = profile.connect_s
+        self._token_s = profile.router_token_s
         self._begin_s = 0.0
 
     def start(self, begin_s: float) -> None:
@@ -104,7 +107,11 @@ class Clients:
         if router is None:
             self._timeline.after(RETRY_S, self._send_again, waiting)
         else:
-            self._timeline.after(self._router_s, router.submit, waiting.request)
+            self._timeline.after(self._on_its_way_s(waiting), router.submit, waiting.request)
+
+    def _on_its_way_s(self, waiting: _Waiting) -> float:
+        """From a client's wish to the router's hearing of it."""
+        return self._connect_s + self._token_s * waiting.asked.prompt_tokens + self._router_s
 
     def _send_again(self, waiting: _Waiting) -> None:
         if self.waiting.get(waiting.request.request_id) is waiting:
@@ -184,7 +191,7 @@ class Clients:
                 output_tokens=waiting.num_tokens,
                 first_token_s=None if first_s is None else first_s - begin_s,
                 finished_s=at_s - begin_s,
-                queue_s=max(0.0, sent_s - waiting.arrived_s - self._router_s) + at_worker_s,
+                queue_s=max(0.0, sent_s - waiting.arrived_s - self._on_its_way_s(waiting)) + at_worker_s,
                 transfer_s=report.exposed_s if report is not None else 0.0,
                 prefill_worker=report.prefill_worker if report is not None else "",
                 decode_worker=report.decode_worker if report is not None else "",

@@ -77,6 +77,8 @@ class EngineLoop:
             clock=self._clock,
         )
         self.engine.outgoing.on_layers = self._tell_layers
+        self._content = memory.content
+        self._content.sequence_of = self.engine.sequence
         self._commands: list[EngineCommand] = []
         self._is_turn_due = False
         self._is_stepping = False
@@ -180,7 +182,8 @@ class EngineLoop:
         if num_steps < 2:
             return False
         ends = ends_of_run(self.runner, [sequence.num_computed for sequence in decoding], num_steps, now, until_s)
-        if len(ends) < 2:
+        reads_own = self._content.reads_own
+        if len(ends) < 2 or not all([reads_own(sequence, sequence.num_computed, len(ends)) for sequence in decoding]):
             return False
         self._is_stepping = True
         self._leap = _Leap(now, decoding, ends, self._timeline.at(ends[-1], self._end_leap))
@@ -202,6 +205,8 @@ class EngineLoop:
         ends = leap.ends
         last_s = ends[-1] - (ends[-2] if len(ends) > 1 else leap.begun_s)
         result = self.engine.leap(leap.decoding, len(ends), draw_run, last_s)
+        for sequence in leap.decoding:
+            self._content.decoded_run(sequence, len(ends))
         self.runner.num_steps += len(ends)
         self.runner.busy_s += ends[-1] - leap.begun_s
         self._stepped(report_of(self.engine, result))

@@ -39,7 +39,7 @@ TRANSPORTS = ("nixl", "tcp")
 
 
 class Deadline:
-    """Calls `fire` when the next deadline of a session is due, which may move at every event of it."""
+    """Calls `fire` when the next deadline of a session is due, which an event of it may move to a later time, and no event to an earlier one."""
 
     def __init__(
         self, worker: SimWorker, next_deadline_s: Callable[[], float | None], fire: Callable[[], None]
@@ -50,10 +50,9 @@ class Deadline:
 
     def look(self) -> None:
         """Something has happened to the session."""
-        due_s = self._next_deadline_s()
-        if self._timer is not None and due_s is not None and self._timer.at_s <= due_s:
+        if self._timer is not None:
             return  # it looks again by itself
-        self.stop()
+        due_s = self._next_deadline_s()
         if due_s is not None:
             self._timer = self._timeline.at(due_s, self._due)
 
@@ -155,7 +154,9 @@ class Receiving:
                     if not self._collects:
                         self._busy_since_s = self._timeline.now
                     self._collects.append(pieces)
-                    self._timeline.soon(self._look)
+                    numbers = [piece.piece for piece in pieces]
+                    if not (self._arrived.isdisjoint(numbers) and self._lost.isdisjoint(numbers)):
+                        self._timeline.soon(self._look)
                 case target_end.CloseInbox():
                     self._close_inbox()
                     self._timeline.soon(self.feed, target_end.Closed())
@@ -200,11 +201,19 @@ class Receiving:
         self._arrived, self._lost = set(), set()
         self.feed(target_end.Connected(epoch))
 
-    def arrived(self, epoch: int, pieces: tuple[int, ...]) -> None:
-        """Bytes are in their places."""
+    def arrived(self, epoch: int, pieces: tuple[int, ...], contents: list[list[int]]) -> None:
+        """Bytes are in their places: what is in each layer of each piece."""
         if epoch == self._epoch:
+            self._write(pieces, contents)
             self._arrived.update(pieces)
             self._look()
+
+    def _write(self, pieces: tuple[int, ...], contents: list[list[int]]) -> None:
+        layers, blocks, slot_of = self._worker.memory.content.layers, self._command.blocks, self._session.cut.slot
+        for number, content in zip(pieces, contents, strict=True):
+            slot = slot_of(number)
+            for layer, value in enumerate(content, slot.first_layer):
+                layers[layer][blocks[slot.block]] = value
 
     def lost(self, epoch: int, pieces: tuple[int, ...]) -> None:
         """Bytes will not come."""
@@ -218,9 +227,12 @@ class Receiving:
         waiting: list[tuple[KvPiece, ...]] = []
         told: list[target_end.Collected] = []
         for pieces in self._collects:
-            if all(piece.piece in self._arrived or piece.piece in self._lost for piece in pieces):
-                good = tuple(piece.piece for piece in pieces if piece.piece in self._arrived)
-                bad = tuple(piece.piece for piece in pieces if piece.piece not in self._arrived)
+            numbers = [piece.piece for piece in pieces]
+            if self._arrived.issuperset(numbers):
+                told.append(target_end.Collected(tuple(numbers)))
+            elif all([number in self._arrived or number in self._lost for number in numbers]):
+                good = tuple([number for number in numbers if number in self._arrived])
+                bad = tuple([number for number in numbers if number not in self._arrived])
                 told.append(target_end.Collected(good, bad, f"{len(bad)} pieces were lost" if bad else ""))
             else:
                 waiting.append(pieces)
@@ -260,7 +272,7 @@ class Receiving:
         return Handoff(
             done=done,
             transport=session.transport,
-            kv_bytes=sum(session.cut.piece_bytes(piece) for piece in session.landed),
+            kv_bytes=session.cut.bytes_of(session.landed),
             transfer_s=self._busy_s,
             wait_s=max(0.0, self._first_s - self._opened_s),
             exposed_s=now - self._done_s if self._done_s else 0.0,
@@ -339,11 +351,17 @@ class Sending:
 
     def _send_pieces(self, command: source_end.SendPieces) -> source_end.Described:
         cut, epoch, pieces = self._session.cut, command.epoch, command.pieces
-        num_bytes = sum(cut.piece_bytes(number) for number, _ in pieces)
-        numbers = tuple(number for number, _ in pieces)
+        numbers = tuple([number for number, _ in pieces])
+        num_bytes = cut.bytes_of(numbers)
+        described = tuple([KvPiece(number, *cut.slot(number), block, 0) for number, block in pieces])
+        layers = self._worker.memory.content.layers
+        contents = [
+            [layer[piece.source_block] for layer in layers[piece.first_layer : piece.first_layer + piece.num_layers]]
+            for piece in described
+        ]
 
         def arrived() -> None:
-            self._receiving.arrived(epoch, numbers)
+            self._receiving.arrived(epoch, numbers, contents)
             self.feed(source_end.Sent(epoch))
 
         def lost() -> None:
@@ -351,11 +369,7 @@ class Sending:
             self.feed(source_end.Sent(epoch, "the connection broke"))
 
         self._worker.world.network.move(self._worker.name, self._target, num_bytes, arrived, lost)
-        described = []
-        for number, block in pieces:
-            slot = cut.slot(number)
-            described.append(KvPiece(number, slot.block, slot.first_layer, slot.num_layers, block, 0))
-        return source_end.Described(epoch, tuple(described))
+        return source_end.Described(epoch, described)
 
     def abandon(self) -> None:
         """The sender's process is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.sim.product import PromptTokens
 from cluster.sim.tokens import prompt_of
 
 
@@ -20,5 +21,5 @@ class TraceRequest:
     hangs_up_after: int | None = None
     """The client leaves when it has so many output tokens; None: it stays."""
 
-    def prompt(self) -> tuple[int, ...]:
+    def prompt(self) -> PromptTokens:
         return prompt_of(self.texts, self.text_tokens, self.prompt_tokens)

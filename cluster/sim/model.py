@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from cluster.sim.product import BLOCK_SIZE, Batch, KvLayout, KvMemory, LayerHook, ModelInfo, Request, Sampled
-from cluster.sim.profiles.profile import Profile
+import numpy as np
+
+from cluster.sim.content import KvContent
+from cluster.sim.product import (
+    BLOCK_SIZE,
+    Batch,
+    KvLayout,
+    KvMemory,
+    LayerHook,
+    ModelInfo,
+    Request,
+    Sampled,
+    SequenceSlice,
+)
+from cluster.sim.profiles.profile import Counts, Profile, Seconds
 from cluster.sim.tokens import VOCAB_SIZE, output_run
 
 FINGERPRINT = "simulated"
@@ -29,6 +43,7 @@ class BytelessMemory(KvMemory):
 
     def __init__(self, layout: KvLayout) -> None:
         self.layout = layout
+        self.content = KvContent(layout.num_blocks, layout.num_layers)
 
     @property
     def blocks_per_bite(self) -> int:
@@ -47,15 +62,22 @@ class TimedRunner:
 
     def __init__(self, profile: Profile, memory: BytelessMemory, clock: EngineClock) -> None:
         self.kv_memory: KvMemory = memory
+        self._content = memory.content
         self.slowness = 1.0
         self.num_steps = 0
         self.busy_s = 0.0
         self._cost = profile.cost.step_s
+        self._run_cost = profile.decode_run_s
         self._clock = clock
 
     def step_s(self, prefill_tokens: int, prefill_attended: int, num_decodes: int, decode_attended: int) -> float:
         """Seconds of one step here and now."""
         return self.slowness * self._cost(prefill_tokens, prefill_attended, num_decodes, decode_attended)
+
+    def decode_run_s(self, num_decodes: int, attended: Counts) -> Seconds:
+        """As of the profile, here and now."""
+        seconds: Seconds = self.slowness * self._run_cost(num_decodes, attended)
+        return seconds
 
     def execute(self, batch: Batch, on_layer: LayerHook | None = None) -> list[Sampled]:
         """Takes its time on the engine's clock, also between the layers that a hook hears of."""
@@ -76,17 +98,21 @@ class TimedRunner:
                 clock.ahead_s = seconds * layer / num_layers
                 on_layer.call(layer)
         clock.ahead_s = seconds
-        sampled = []
-        for piece in (*batch.prefill, *batch.decode):
-            spec = piece.sample
-            if spec is None:
-                sampled.append(Sampled(piece.sequence_id, None))
-            elif spec.forced_token_id is not None:
-                sampled.append(Sampled(piece.sequence_id, spec.forced_token_id))
-            else:
-                (token_id,) = output_run(spec.params.seed or 0, spec.position, 1)
-                sampled.append(Sampled(piece.sequence_id, token_id))
+        prefilled, decoded = self._content.prefilled, self._content.decoded
+        sampled = [_sampled(piece, prefilled(piece)) for piece in batch.prefill]
+        sampled += [_sampled(piece, decoded(piece)) for piece in batch.decode]
         return sampled
+
+
+def _sampled(piece: SequenceSlice, is_own: bool) -> Sampled:
+    """`is_own` False: it looked at KV that is not its own, so another token comes."""
+    spec = piece.sample
+    if spec is None:
+        return Sampled(piece.sequence_id, None)
+    if spec.forced_token_id is not None:
+        return Sampled(piece.sequence_id, spec.forced_token_id)
+    (token_id,) = output_run(spec.params.seed or 0, spec.position, 1)
+    return Sampled(piece.sequence_id, token_id if is_own else 0)
 
 
 class SilentDetokenizer:
@@ -121,13 +147,9 @@ def ends_of_run(
 ) -> list[float]:
     """When each of at most `num_steps` decode steps ends that begin at `begin_s`, of sequences with so many computed tokens; those
     that end after `until_s` are left out."""
-    ends: list[float] = []
-    count, attended, end_s = len(starts), sum(starts) + len(starts), begin_s
-    step_s = runner.step_s
-    for _ in range(num_steps):
-        end_s += step_s(0, 0, count, attended)
-        if end_s > until_s:
-            break
-        ends.append(end_s)
-        attended += count
-    return ends
+    count, attended = len(starts), sum(starts) + len(starts)
+    # No step is shorter than the one before it, so no more than these can end in time.
+    num_steps = min(num_steps, 1 + int((until_s - begin_s) / runner.step_s(0, 0, count, attended)))
+    seconds = runner.decode_run_s(count, attended + count * np.arange(num_steps))
+    ends: list[float] = np.cumsum(np.concatenate([[begin_s], seconds]))[1:].tolist()
+    return ends[: bisect_right(ends, until_s)]

@@ -32,6 +32,7 @@ from workers.handoff.protocol.messages import (
 from workers.handoff.protocol.source_session import SourceSession
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.protocol.transfer import Due, TransferState
+from workers.kv_cache.block_hash import PromptTokens, token_bytes
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
@@ -81,6 +82,7 @@ __all__ = [
     "Offer",
     "OpenHandoff",
     "Output",
+    "PromptTokens",
     "Refusal",
     "Registration",
     "Report",
@@ -112,5 +114,6 @@ __all__ = [
     "source_end",
     "starts_of",
     "target_end",
+    "token_bytes",
     "worker_events",
 ]  # fmt: skip

@@ -77,7 +77,7 @@ class Simulation:
         self._num_unchecked = 0
         self._last_busy_event = 0.0
         self.clients = Clients(
-            self.timeline, self, iter(trace), Targets(settings.ttft_s, settings.tpot_s), self.profile.router_s
+            self.timeline, self, iter(trace), Targets(settings.ttft_s, settings.tpot_s), self.profile
         )
         num_seqs = settings.worker.get("max_num_seqs", self.profile.max_num_seqs)
         self.worker_config = WorkerConfig(
@@ -267,7 +267,7 @@ class Simulation:
         now, record = self.timeline.now, self.record
         interval_s = record.sample_interval_s
         for name, worker in self.workers.items():
-            load = worker.core.status().load if worker.is_dead is False else None
+            load = None if worker.is_dead else worker.core.load
             busy_s = worker.loop.runner.busy_s
             busy = min(1.0, max(0.0, busy_s - self._busy.get(name, 0.0)) / interval_s)
             self._busy[name] = busy_s

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Sequence
 
-from cluster.sim.product import SamplingParams
+from cluster.sim.product import PromptTokens, SamplingParams, token_bytes
 
 VOCAB_SIZE = 100_000
 _FIRST = 1000
@@ -23,6 +24,8 @@ def _shuffled() -> tuple[int, ...]:
 
 
 _TABLE = _shuffled()
+_PACKED = token_bytes(_TABLE)
+"""As PromptTokens has them."""
 
 
 def output_run(seed: int, position: int, count: int) -> tuple[int, ...]:
@@ -36,15 +39,21 @@ def draw_run(params: SamplingParams, position: int, count: int) -> tuple[int, ..
     return output_run(params.seed or 0, position, count)
 
 
-def text_run(text: int, count: int) -> tuple[int, ...]:
-    """The first `count` tokens of a piece of prompt text: no other piece begins alike. At least three."""
-    start = (text * _STRIDE) & _MASK
-    return (text % _FIRST, text // _FIRST % _FIRST, text // _FIRST**2 % _FIRST, *_TABLE[start : start + count - 3])
+_NAME_TOKENS = 3
+"""With so many tokens a piece of text begins, which no other piece begins with."""
 
 
-def prompt_of(texts: Sequence[int], text_tokens: int, num_tokens: int) -> tuple[int, ...]:
-    """A prompt of `num_tokens` made of pieces of text of `text_tokens` each, the last one cut off."""
-    prompt: list[int] = []
+def prompt_of(texts: Sequence[int], text_tokens: int, num_tokens: int) -> PromptTokens:
+    """A prompt of `num_tokens` made of pieces of text of `text_tokens` each, at least three, the last one cut off."""
+    tokens: list[int] = []
+    packed: list[bytes] = []
     for text in texts:
-        prompt += text_run(text, text_tokens)
-    return tuple(prompt[:num_tokens])
+        name = (text % _FIRST, text // _FIRST % _FIRST, text // _FIRST**2 % _FIRST)
+        start = (text * _STRIDE) & _MASK
+        end = start + max(0, text_tokens - _NAME_TOKENS)
+        tokens += name
+        tokens += _TABLE[start:end]
+        packed += (struct.pack("<3i", *name), _PACKED[4 * start : 4 * end])
+    prompt = PromptTokens(tokens[:num_tokens])
+    prompt.packed = b"".join(packed)[: 4 * num_tokens]
+    return prompt

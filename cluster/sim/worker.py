@@ -96,10 +96,11 @@ class SimWorker:
         self._pid = start_count
         self._frozen: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
         self.core = WorkerCore(config, self.identity, self.layout, self.model.fingerprint, self._describe)
+        self.memory = BytelessMemory(self.layout)
         self.loop = EngineLoop(
             world.profile,
             config,
-            BytelessMemory(self.layout),
+            self.memory,
             name,
             world.timeline,
             self._on_report,
@@ -118,6 +119,9 @@ class SimWorker:
         self._events: deque[worker_events.Event] = deque()
         self._is_handling = False
         self._timer: Timer | None = None
+        self._counted = -1
+        self._counters: tuple[tuple[str, float], ...] = ()
+        """Those of the core, as they were when their sum was that."""
 
     # ---- life ----
 
@@ -247,12 +251,21 @@ class SimWorker:
             pid=self._pid,
             host=self.name,
             kv_block_bytes=self.layout.block_bytes,
-            counters=(*counters, *((name, float(value)) for name, value in sorted(self.core.counters.items()))),
+            counters=counters + self._own_counters(),
             is_draining=me.is_draining,
             max_num_seqs=self.config.max_num_seqs,
             max_batch_tokens=self.config.max_batch_tokens,
             is_rebuilding=me.is_rebuilding,
         )
+
+    def _own_counters(self) -> tuple[tuple[str, float], ...]:
+        """None ever falls, so the same sum means that none has changed."""
+        counters = self.core.counters
+        total = sum(counters.values())
+        if total != self._counted:
+            self._counted = total
+            self._counters = tuple((name, float(value)) for name, value in sorted(counters.items()))
+        return self._counters
 
     @property
     def is_idle(self) -> bool:

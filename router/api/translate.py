@@ -17,6 +17,7 @@ from router.api.tools import MAX_TOOLS, read_thinking, read_tools
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -168,11 +169,11 @@ def make_job(
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
-        own = replace(params, max_tokens=max_tokens)
+        own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
-            Request(f"{job_id}-{place}-{choice}", prompt.token_ids, own, choice, priority=body.priority or 0)
+            Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
             for choice in range(n)
         ]
     options = body.stream_options

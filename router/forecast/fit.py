@@ -30,6 +30,8 @@ class LinearFit:
         """`prior`: seconds of one unit of each kind of work, all positive."""
         self._prior = np.array(prior, np.float64)
         size = len(prior)
+        self._scales = np.outer(self._prior, self._prior)
+        self._prior_squares = PRIOR_WEIGHT * np.eye(size)
         self._squares = np.zeros((num_groups, size, size))
         self._products = np.zeros((num_groups, size))
         self._weights = [0.0] * num_groups
@@ -69,16 +71,13 @@ class LinearFit:
     def _solve(self) -> None:
         """Least squares over all groups and the prior; what would be negative is left out, one after another."""
         scale = self._prior
-        squares = self._squares.sum(axis=0) * np.outer(scale, scale)
-        squares[np.diag_indices_from(squares)] += PRIOR_WEIGHT
+        squares = self._squares.sum(axis=0) * self._scales + self._prior_squares
         products = self._products.sum(axis=0) * scale + PRIOR_WEIGHT
-        free = list(range(len(scale)))
-        solution = np.zeros_like(scale)
-        while free:
+        free = np.arange(len(scale))
+        found: Floats = np.linalg.solve(squares, products)
+        while len(free) and (worst := int(found.argmin())) >= 0 and found[worst] < 0:
+            free = np.delete(free, worst)
             found = np.linalg.solve(squares[np.ix_(free, free)], products[free])
-            worst = int(found.argmin())
-            if found[worst] >= 0:
-                solution[free] = found
-                break
-            del free[worst]
+        solution = np.zeros_like(scale)
+        solution[free] = found
         self.coefficients = solution * scale

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from router.fleet.worker_table import NUM_RATIOS, WorkerTable
 from router.forecast.fit import LinearFit
@@ -87,17 +88,20 @@ class StepTimes:
         expected = np.maximum((work * coefficients).sum(axis=1), 1e-9)
         table.ratios[rows, table.num_steps[rows] % NUM_RATIOS] = np.clip(seconds / expected, FASTEST, SLOWEST)
         table.num_steps[rows] += 1
-        table.speeds[rows] = np.median(table.ratios[rows], axis=1)
+        table.speeds[rows] = _middle(table.ratios[rows])
         for kind in changed:
             self._show(table, kind)
 
     def _forget_idle(self, table: WorkerTable) -> None:
         """A worker without work shows no steps that could clear it of being slow: it comes to be tried again."""
+        is_odd = np.abs(table.speeds - 1.0) > FORGOTTEN
+        if not is_odd.any():
+            return
         is_idle = (table.num_sequences <= 0) & (table.prefill_tokens <= 0) & ~table.has_step & (table.num_steps > 0)
-        rows = np.flatnonzero(is_idle & (np.abs(table.speeds - 1.0) > FORGOTTEN))
+        rows = np.flatnonzero(is_idle & is_odd)
         if len(rows):
             table.ratios[rows] **= IDLE_MEMORY
-            table.speeds[rows] = np.median(table.ratios[rows], axis=1)
+            table.speeds[rows] = _middle(table.ratios[rows])
             coefficients = np.array([fit.coefficients for fit in self._fits])[table.kinds[rows]]
             table.seconds[rows] = coefficients * table.speeds[rows, None]
 
@@ -128,3 +132,9 @@ class StepTimes:
             KindForecast(name, fit.num_samples, tuple(zip(WORK, map(float, fit.coefficients), strict=True)))
             for name, fit in zip(self._names, self._fits, strict=True)
         )
+
+
+def _middle(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The median of each row; their number is odd."""
+    middle: npt.NDArray[np.float64] = np.partition(ratios, NUM_RATIOS // 2, axis=1)[:, NUM_RATIOS // 2]
+    return middle

@@ -58,9 +58,6 @@ class InFlightRequests:
         self._unroutable_since_s: float | None = None
         self._blocked: InFlightRequest | None = None
         """It goes next, and nobody took it when it was last tried."""
-        self._hashed: tuple[tuple[int, ...], int] = ((), 0)
-        self._hashes: list[int] = []
-        """Of the prompt that was hashed last, and the size of its blocks."""
         self.num_visited = 0
         """Requests that ticks have looked at."""
         self.num_tried = 0
@@ -136,14 +133,12 @@ class InFlightRequests:
         )
 
     def _hash(self, flight: InFlightRequest) -> None:
-        """The choices of a client's request come one after another with the same prompt: it is hashed once."""
+        """The choices of a client's request have one prompt object among them (PromptTokens): it is hashed once."""
         model, prompt = self._fleet.model, flight.request.prompt_token_ids
         if model is None or flight.block_size == model.block_size:
             return
         block_size = flight.block_size = model.block_size
-        if self._hashed[0] is not prompt or self._hashed[1] != block_size:
-            self._hashed, self._hashes = (prompt, block_size), block_hashes(prompt, block_size)
-        flight.hashes = self._hashes
+        flight.hashes = block_hashes(prompt, block_size)
 
     def change_model(self, now: float) -> None:
         """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""

@@ -144,6 +144,7 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
     assert os.listdir(serve.folder) == [], "no file is left either"
 
 
+@pytest.mark.parametrize("serve", [("--set", "tls.mode=off")], indirect=True)
 def test_a_killed_worker_is_back_by_itself(serve: Serve) -> None:
     banner = serve.read_stdout_until("Ctrl-C")
     url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]

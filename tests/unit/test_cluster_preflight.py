@@ -27,7 +27,7 @@ from cluster.ray_session import processes
 from cluster.ray_session.folders import end_local, make_folder, remove_stale
 from cluster.ray_session.session import free_port
 from workers.config import WorkerConfig
-from workers.errors import InvalidConfig
+from workers.errors import InvalidConfig, InvariantViolated
 
 SHIPPED = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 80726\n"
@@ -191,7 +191,7 @@ def test_a_port_in_use_is_refused_and_passed_over() -> None:
 
 
 def test_a_family_is_found_by_its_marker_and_ended_with_its_children() -> None:
-    marker = f"baton-test-{os.getpid()}"
+    marker = f"/tmp/baton-test-{os.getpid()}"
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); import time; time.sleep(60)'])"
     parent = subprocess.Popen([sys.executable, "-c", child, marker], stdout=subprocess.PIPE)
     assert parent.stdout is not None and parent.stdout.read(1) == b"1"
@@ -201,6 +201,13 @@ def test_a_family_is_found_by_its_marker_and_ended_with_its_children() -> None:
     assert processes.alive(members) == ()
     assert parent.wait() == -signal.SIGTERM
     parent.stdout.close()
+
+
+@pytest.mark.parametrize("marker", ["", "/", "/tmp", "/tmp/", "baton-x", "./baton-x"])
+def test_what_is_no_folder_of_ours_has_no_family_that_could_be_ended(marker: str) -> None:
+    """Every command line holds an empty text: the end of a cluster without certificates once ended every process of its user."""
+    with pytest.raises(InvariantViolated):
+        processes.family(marker)
 
 
 def test_one_that_ignores_the_request_is_killed() -> None:

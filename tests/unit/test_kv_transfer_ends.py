@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from builders import fake_layout
 from handoff_wire import accepted, opening
@@ -48,7 +46,7 @@ def test_a_piece_for_another_place_fails_the_transfer(piece: dict[str, int]) -> 
     session.handle(accepted("grpc"), 0)
     session.handle(tgt.Connected(0), 0)
     (good,) = describe_pieces(KvMemory(fake_layout()), session.cut, [(0, 1)])
-    commands = session.handle(KvPieces((replace(good, **piece),)), 0)  # type: ignore[arg-type]
+    commands = session.handle(KvPieces((good._replace(**piece),)), 0)  # type: ignore[arg-type]
     assert [type(c) for c in commands] == [tgt.SendDown, tgt.CloseInbox] and session.state is TransferState.FAILED
 
 

@@ -17,7 +17,7 @@ from router.events import RequestArrived, Tick
 from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
 from workers.kv_cache import block_hash
-from workers.kv_cache.block_hash import block_hashes
+from workers.kv_cache.block_hash import PromptTokens, block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import Output
 from workers.status import KvEvent, Load, Role
@@ -157,7 +157,7 @@ def test_the_choices_of_one_request_are_hashed_and_matched_once(monkeypatch: pyt
         return digest(data)
 
     monkeypatch.setattr(block_hash.xxhash, "xxh3_64_intdigest", counted)
-    prompt = tuple(range(400))
+    prompt = PromptTokens(range(400))
     before = story.core.index.num_visited
     for index in range(16):
         story.tell(RequestArrived(request(f"r{index}", prompt)))

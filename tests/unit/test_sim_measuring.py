@@ -81,6 +81,7 @@ def test_a_handoff_is_hops_and_bytes() -> None:
     assert found.router_s == pytest.approx(0.004 / ROUTER_HOPS)
     assert found.control_latency_s == pytest.approx(hop) and found.transfer_latency_s == pytest.approx(hop)
     assert found.transfer_bytes_per_s == pytest.approx(rate)
+    assert found.router_token_s == pytest.approx(0.006 / 6336)
     noisy = _made_of(lengths, here, [0.009, 0.009], token_bytes, "shm")
     assert noisy.control_latency_s > 0 and noisy.transfer_bytes_per_s > 0
 
@@ -88,7 +89,7 @@ def test_a_handoff_is_hops_and_bytes() -> None:
 def test_overheads_come_from_real_processes() -> None:
     found = measure_overheads(MODEL, replace(LAYOUT), 2048, 1000, 2, lambda text: None)
     assert found.transport == "shm" and 0 < found.router_s < 5 and 0 < found.control_latency_s < 5
-    assert found.transfer_bytes_per_s > 1e3
+    assert found.transfer_bytes_per_s > 1e3 and 0 <= found.connect_s < 5
     assert [length for length, _, _ in found.samples] == [64, 496, 992, 1984]
 
 

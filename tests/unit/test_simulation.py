@@ -17,6 +17,8 @@ from cluster.sim.soak import try_seed
 from cluster.sim.traces.generated import Recipe, generate
 from workers.errors import InvariantViolated
 from workers.kv_cache.block_pool import BlockPool
+from workers.runner import BLOCK_SIZE
+from workers.scheduler.sequence import State
 
 SMALL = Recipe(requests=60, rate=6.0, prompt=1200, output=60, pause=2.0)
 
@@ -77,6 +79,32 @@ def test_the_same_seed_brings_the_same_run() -> None:
         return outcomes(Simulation(settings, small_trace(5), faults).run())
 
     assert once() == once()
+
+
+@pytest.mark.parametrize(("role", "state"), [("prefill", State.HELD), ("decode", State.DECODING)])
+def test_kv_that_is_not_a_sequence_s_own_changes_its_tokens(role: str, state: State) -> None:
+    """A block of another prompt, delivered by a handoff or in the pool of a sequence that decodes, is found out by the tokens that follow."""
+    settings = Settings(Profile(transfer_bytes_per_s=1e9), num_prefill=1, num_decode=1)
+    simulation = Simulation(settings, small_trace(1))
+    worker = simulation.workers
+    spoilt: list[int] = []
+
+    def spoil() -> None:
+        loop = worker[f"{role}-0"].loop
+        for sequence in filter(None, map(loop.engine.sequence, range(1, 200))):
+            if sequence.state is state and sequence.num_prompt > 4 * BLOCK_SIZE:
+                (content,) = worker[f"{role}-0"].memory.content.layers
+                blocks = sequence.table.blocks
+                content[blocks[1]], content[blocks[2]] = content[blocks[2]], content[blocks[1]]
+                loop.catch_up()
+                spoilt.append(sequence.sequence_id)
+                return
+        simulation.timeline.after(0.001, spoil)
+
+    simulation.timeline.at(1.5, spoil)
+    with pytest.raises(InvariantViolated, match="other tokens than those of the request"):
+        simulation.run()
+    assert spoilt
 
 
 def test_a_pool_that_has_lost_count_of_a_block_is_found_out() -> None:

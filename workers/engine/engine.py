@@ -190,6 +190,11 @@ class Engine:
             self._note_rate()
         return result
 
+    def sequence(self, sequence_id: int) -> Sequence | None:
+        """One that lives, to look at; the engine owns it."""
+        live = self._sequences.lives.get(sequence_id)
+        return None if live is None else live.sequence
+
     def leapers(self) -> tuple[list[Sequence], int]:
         """As workers.engine.leaping.leapers, of this engine as it is between two steps."""
         if self._running is not None or self._takes_bites or self._runner.num_pools > 1:

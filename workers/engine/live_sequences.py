@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
@@ -193,7 +194,10 @@ class LiveSequences:
 
     def knows(self, token_ids: tuple[int, ...]) -> bool:
         """Whether all of them are in the vocabulary; another one fails the step that computes it."""
-        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._vocab_size)
+        if not token_ids:
+            return True
+        lowest, highest = token_ids.bounds if isinstance(token_ids, PromptTokens) else (min(token_ids), max(token_ids))
+        return lowest >= 0 and highest < self._vocab_size
 
     def longest(self, request: Request) -> int:
         """Tokens that prompt and output can have together."""
@@ -251,7 +255,7 @@ class LiveSequences:
 
     @property
     def has_news(self) -> bool:
-        return self.pending != StepResult()
+        return self.pending.has_news
 
     def take_pending(self) -> StepResult:
         said, self.pending = self.pending, StepResult()

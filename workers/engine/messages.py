@@ -277,6 +277,15 @@ class StepResult:
     """All that is in the prefix cache, for `dump_askers`. To be read before `kv_event`, which may repeat some of it."""
     dump_askers: list[int] = field(default_factory=list)
 
+    @property
+    def has_news(self) -> bool:
+        """Something has come about."""
+        lists = (
+            self.outputs or self.transfers or self.filled or self.prefilled or self.exports or self.abandoned or self.pulls
+            or self.held or self.dump_askers
+        )  # fmt: skip
+        return bool(lists) or self.kv_event is not None or self.kv_dump is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Report:

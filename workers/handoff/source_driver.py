@@ -186,7 +186,7 @@ class SourceDriver:
         """Has the pieces sent; returns what is known at once, where that costs less than another task: that few bytes are
         described, and that nothing is sent where the receiver fetches. The rest comes as events."""
         cut, transport = self._session.cut, self._transports[command.transport]
-        num_bytes = sum(cut.piece_bytes(number) for number, _ in command.pieces)
+        num_bytes = cut.bytes_of(number for number, _ in command.pieces)
         self.sent_bytes += num_bytes
         known: list[SourceEvent] = []
         if num_bytes <= INLINE_BYTES:

@@ -141,7 +141,7 @@ class TargetDriver:
         return Handoff(
             done=done,
             transport=session.transport,
-            kv_bytes=sum(session.cut.piece_bytes(piece) for piece in session.landed),
+            kv_bytes=session.cut.bytes_of(session.landed),
             transfer_s=self._busy_s,
             wait_s=max(0.0, self._first_s - self._opened_s),
             exposed_s=self._clock() - self._done_s if self._done_s else 0.0,
@@ -273,7 +273,7 @@ class TargetDriver:
             return tuple(p.piece for p in arrived)
         known = {p.piece: self._inbox.checksum(p.piece) if self._inbox is not None else None for p in arrived}
         unread = [piece for piece in arrived if known[piece.piece] is None]
-        num_bytes = sum(self._session.cut.piece_bytes(piece.piece) for piece in unread)
+        num_bytes = self._session.cut.bytes_of(piece.piece for piece in unread)
         if num_bytes <= INLINE_BYTES:
             read = verify_pieces(unread, self._place)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: int = 0) -> li
     A hash is xxh3_64 over the parent's hash (8 bytes little endian; `salt` for the first block) and the block's tokens
     (int32 little endian each), so equal hashes mean equal prefixes. Prompts with different salts share no block.
     """
+    if isinstance(token_ids, PromptTokens) and not salt:
+        return token_ids.chain(block_size).hashes
     return _hashes(token_bytes(token_ids[: len(token_ids) // block_size * block_size]), block_size, salt)
 
 
@@ -63,6 +66,56 @@ class BlockKey(NamedTuple):
         return len(self.tokens) // 4
 
 
+class Chain:
+    """The full blocks of a prompt, by content: their hashes, and their keys, which are made when the first is wanted."""
+
+    def __init__(self, tokens: bytes, block_size: int) -> None:
+        self.block_size = block_size
+        self.hashes = _hashes(tokens[: len(tokens) // (4 * block_size) * 4 * block_size], block_size)
+        self._tokens = tokens
+
+    @cached_property
+    def keys(self) -> list[BlockKey]:
+        """One a block."""
+        tokens, size = self._tokens, 4 * self.block_size
+        starts = range(0, len(tokens), size)
+        make, new = tuple.__new__, BlockKey
+        return [
+            make(new, (block_hash, parent, tokens[start : start + size]))
+            for block_hash, parent, start in zip(self.hashes, [0, *self.hashes], starts, strict=False)
+        ]
+
+
+class PromptTokens(tuple[int, ...]):
+    """Token ids of a prompt, that keep what is worked out of them: whoever passes on the same object, for all choices of a request
+    or to several engines, has them hashed and looked at once."""
+
+    @cached_property
+    def packed(self) -> bytes:
+        """As `token_bytes`. Raises OverflowError for what is no int32."""
+        return token_bytes(self)
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The lowest and the highest token id; of a prompt that is not empty."""
+        try:
+            tokens = np.frombuffer(self.packed, "<i4")
+        except OverflowError:
+            return min(self), max(self)
+        return int(tokens.min()), int(tokens.max())
+
+    @cached_property
+    def _chains(self) -> dict[int, Chain]:
+        return {}
+
+    def chain(self, block_size: int) -> Chain:
+        """Its full blocks of so many tokens."""
+        chain = self._chains.get(block_size)
+        if chain is None:
+            chain = self._chains[block_size] = Chain(self.packed, block_size)
+        return chain
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a cache had of a prompt when it was last looked through, and how many blocks it had forgotten by then."""
@@ -77,35 +130,29 @@ class PromptBlocks:
 
     num_tokens: int
     block_size: int
-    hashes: list[int] = field(default_factory=list)
-    tokens: bytes = b""
-    """Of the full blocks."""
+    chain: Chain | None = None
+    hashes: list[int] = field(init=False)
+    num_usable: int = field(init=False)
+    """Blocks that a cache may give: at least the last token stays to be computed, since its logits are wanted."""
     found: dict[int, Found] = field(default_factory=dict)
     """By the first block of a cache's pool."""
+
+    def __post_init__(self) -> None:
+        self.hashes = self.chain.hashes if self.chain is not None else []
+        self.num_usable = min(len(self.hashes), max(0, self.num_tokens - 1) // self.block_size)
 
     @classmethod
     def of(cls, token_ids: Sequence[int], block_size: int, use_cache: bool = True) -> PromptBlocks:
         if not use_cache:
             return cls(len(token_ids), block_size)
-        tokens = token_bytes(token_ids[: len(token_ids) // block_size * block_size])
-        return cls(len(token_ids), block_size, _hashes(tokens, block_size), tokens)
-
-    @property
-    def num_usable(self) -> int:
-        """Blocks that a cache may give: at least the last token stays to be computed, since its logits are wanted."""
-        return min(len(self.hashes), (self.num_tokens - 1) // self.block_size)
+        prompt = token_ids if isinstance(token_ids, PromptTokens) else PromptTokens(token_ids)
+        return cls(len(prompt), block_size, prompt.chain(block_size))
 
     def key(self, index: int) -> BlockKey:
         """Of block number `index`."""
-        return self.keys(index, index + 1)[0]
+        assert self.chain is not None
+        return self.chain.keys[index]
 
     def keys(self, first: int, end: int) -> list[BlockKey]:
         """Of the blocks number first .. end-1."""
-        size, tokens = 4 * self.block_size, self.tokens
-        hashes = self.hashes[first:end]
-        parents = [self.hashes[first - 1] if first else 0, *hashes[:-1]]
-        starts = range(first * size, end * size, size)
-        return [
-            BlockKey(block_hash, parent, tokens[start : start + size])
-            for block_hash, parent, start in zip(hashes, parents, starts, strict=True)
-        ]
+        return [] if self.chain is None else self.chain.keys[first:end]

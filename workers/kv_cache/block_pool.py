@@ -50,16 +50,11 @@ class BlockPool:
         """`count` blocks, each held once. Raises OutOfBlocks and takes nothing when there are fewer."""
         if count > self.num_available:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
-        blocks = []
-        evicted = []
-        for _ in range(count):
-            if self._free:
-                block = self._free.popleft()
-            else:
-                block, _ = self._cached.popitem(last=False)
-                evicted.append(block)
-            self._counts[block] = 1
-            blocks.append(block)
+        free, cached = self._free, self._cached
+        blocks = [free.popleft() for _ in range(min(count, len(free)))]
+        evicted = [cached.popitem(last=False)[0] for _ in range(count - len(blocks))]
+        blocks += evicted
+        self._counts.update(dict.fromkeys(blocks, 1))
         if evicted:
             self._on_evict(evicted)
         return blocks
@@ -88,11 +83,13 @@ class BlockPool:
 
         Blocks are released last first, so that of one sequence the tail is evicted before the head.
         """
+        counts = self._counts
         for block in reversed(list(blocks)):
-            if self._counts[block] <= 0:
+            count = counts[block] - 1
+            if count < 0:
                 raise InvariantViolated(f"block {block} was released more often than held")
-            self._counts[block] -= 1
-            if self._counts[block] == 0:
+            counts[block] = count
+            if not count:
                 if is_cached(block):
                     self._cached[block] = None
                 else:

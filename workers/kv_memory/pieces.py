@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from workers.kv_memory.memory import KvLayout
 
@@ -16,8 +18,7 @@ def layers_per_piece(layout: KvLayout) -> int:
     return max(1, min(layout.num_layers, MAX_PIECE_BYTES // layout.layer_bytes))
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a piece belongs: layers of one entry of the block table."""
 
     block: int
@@ -40,8 +41,10 @@ class Cut:
     layers_per_piece: int = field(init=False, repr=False, compare=False)
     pieces_per_block: int = field(init=False, repr=False, compare=False)
     num_pieces: int = field(init=False, repr=False, compare=False)
-    _parts: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
-    """(first layer, number of layers, bytes) of each piece of a block."""
+    part_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Of each piece of a block."""
+    _parts: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    """(first layer, number of layers) of each piece of a block."""
 
     def __post_init__(self) -> None:
         layout, step = self.layout, layers_per_piece(self.layout)
@@ -51,15 +54,16 @@ class Cut:
         keep(self, "layers_per_piece", step)
         keep(self, "pieces_per_block", len(sizes))
         keep(self, "num_pieces", self.num_blocks * len(sizes))
-        keep(self, "_parts", tuple((first, count, count * layout.layer_bytes) for first, count in sizes))
+        keep(self, "part_bytes", tuple(count * layout.layer_bytes for _, count in sizes))
+        keep(self, "_parts", tuple(sizes))
 
     def slot(self, piece: int) -> Slot:
         """Raises IndexError for a number outside the transfer."""
         if not 0 <= piece < self.num_pieces:
             raise IndexError(f"piece {piece} is outside a transfer of {self.num_pieces}")
         block, part = divmod(piece, self.pieces_per_block)
-        first, num_layers, _ = self._parts[part]
-        return Slot(self.first_block + block, first, num_layers)
+        first, num_layers = self._parts[part]
+        return tuple.__new__(Slot, (self.first_block + block, first, num_layers))
 
     def pieces_before(self, block: int) -> int:
         """How many pieces belong to blocks before this entry of the block table."""
@@ -71,8 +75,13 @@ class Cut:
             return self.pieces_per_block
         return num_layers // self.layers_per_piece
 
+    def bytes_of(self, pieces: Iterable[int]) -> int:
+        """Of all these pieces, which are of this transfer."""
+        sizes, count = self.part_bytes, self.pieces_per_block
+        return sum([sizes[piece % count] for piece in pieces])
+
     def piece_bytes(self, piece: int) -> int:
         """Raises IndexError for a number outside the transfer."""
         if not 0 <= piece < self.num_pieces:
             raise IndexError(f"piece {piece} is outside a transfer of {self.num_pieces}")
-        return self._parts[piece % self.pieces_per_block][2]
+        return self.part_bytes[piece % self.pieces_per_block]

@@ -135,6 +135,11 @@ class WorkerCore:
         """Holds no request, no block and no handoff; the loops around it may still be at the end of one."""
         return not (len(self._requests) or self.num_held_blocks or len(self._exports) or len(self._fetches))
 
+    @property
+    def load(self) -> Load:
+        """As the engine said it last."""
+        return self._sessions.load
+
     def status(self) -> WorkerStatus:
         """The worker as it is now."""
         return self._describe(self._sessions.load, self._engine_counters)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from workers.errors import InvariantViolated, Refusal
+from workers.kv_cache.block_hash import PromptTokens
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
 
@@ -113,7 +114,7 @@ def request_to_pb(request: Request) -> pb.Request:
 def request_from_pb(message: pb.Request) -> Request:
     return Request(
         request_id=message.request_id,
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_token_ids=PromptTokens(message.prompt_token_ids),
         params=params_from_pb(message.params),
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),

@@ -64,6 +64,8 @@ class MeasuredWorker:
             "transfer_latency_s": over.transfer_latency_s,
             "transfer_bytes_per_s": max(1, int(over.transfer_bytes_per_s)),
             "router_s": over.router_s,
+            "router_token_s": over.router_token_s,
+            "connect_s": over.connect_s,
             "control_latency_s": over.control_latency_s,
             "evidence": {
                 "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

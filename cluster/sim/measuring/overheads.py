@@ -38,6 +38,10 @@ class Overheads:
     """Seconds one way, and bytes a second. `samples` are the medians they were made of: prompt tokens, here, handed over."""
 
     router_s: float
+    router_token_s: float
+    """What a prompt token adds to a request that is computed where it decodes."""
+    connect_s: float
+    """What a connection of its own adds to a request."""
     control_latency_s: float
     transfer_latency_s: float
     transfer_bytes_per_s: float
@@ -76,11 +80,18 @@ def measure_overheads(
             _wait_for(router, len(members))
             say(f"measuring prompts that are {'computed where they decode' if name == 'here' else name}")
             found[name] = [client.median_s(length, repeats) for length in lengths]
+            if name == "here":
+                connected_s = client.median_s(lengths[0], repeats, is_kept=False)
         transport = client.transport
-    return _made_of(lengths, found["here"], found["handed over"], layout.block_bytes // BLOCK_SIZE, transport)
+    connect_s = max(0.0, connected_s - found["here"][0])
+    return _made_of(
+        lengths, found["here"], found["handed over"], layout.block_bytes // BLOCK_SIZE, transport, connect_s
+    )
 
 
-def _made_of(lengths: list[int], here: list[float], over: list[float], token_bytes: int, transport: str) -> Overheads:
+def _made_of(
+    lengths: list[int], here: list[float], over: list[float], token_bytes: int, transport: str, connect_s: float = 0.0
+) -> Overheads:
     """The handoff's part is a line over the bytes: what it takes for none, and seconds a byte."""
     added = np.array([max(0.0, b - a) for a, b in zip(here, over, strict=True)])
     moved = np.array([-(-length // BLOCK_SIZE) * BLOCK_SIZE * token_bytes for length in lengths], dtype=np.float64)
@@ -90,8 +101,11 @@ def _made_of(lengths: list[int], here: list[float], over: list[float], token_byt
     if slope <= 0:
         slope = float(added[-1] / moved[-1]) if added[-1] else 1e-12
     hop = max(intercept, float(added.min()) / 2, 1e-6) / HANDOFF_HOPS
+    token_s = float(np.polyfit(lengths, here, 1)[0]) if len(lengths) > 1 else 0.0
     return Overheads(
         router_s=min(here) / ROUTER_HOPS,
+        router_token_s=max(0.0, token_s),
+        connect_s=connect_s,
         control_latency_s=hop,
         transfer_latency_s=hop,
         transfer_bytes_per_s=1 / slope,
@@ -101,7 +115,7 @@ def _made_of(lengths: list[int], here: list[float], over: list[float], token_byt
 
 
 class _Client:
-    """One kept-alive connection; requests follow one another."""
+    """One connection, kept alive or made anew for each request; requests follow one another."""
 
     def __init__(self, url: str, vocab_size: int) -> None:
         parts = urlsplit(url)
@@ -113,13 +127,15 @@ class _Client:
     def close(self) -> None:
         self._connection.close()
 
-    def median_s(self, num_tokens: int, repeats: int) -> float:
+    def median_s(self, num_tokens: int, repeats: int, is_kept: bool = True) -> float:
         """Of requests for one token; the first three are not counted."""
-        return statistics.median([self._ask(num_tokens) for _ in range(repeats + 3)][3:])
+        return statistics.median([self._ask(num_tokens, is_kept) for _ in range(repeats + 3)][3:])
 
-    def _ask(self, num_tokens: int) -> float:
+    def _ask(self, num_tokens: int, is_kept: bool) -> float:
         prompt = [self._draw.randrange(10, self._vocab_size) for _ in range(num_tokens)]
         body = json.dumps({"prompt": prompt, "max_tokens": 1, "temperature": 0, "trace": True})
+        if not is_kept:
+            self._connection.close()  # the next request connects
         started = time.perf_counter()
         self._connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         answer = self._connection.getresponse()

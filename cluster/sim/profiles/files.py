@@ -54,6 +54,8 @@ class FittedFile:
     transfer_bytes_per_s: Count
     router_s: Delay
     control_latency_s: Delay
+    router_token_s: Delay = 0.0
+    connect_s: Delay = 0.0
     block_size: Count = 64
     evidence: dict[str, Any] = field(default_factory=dict)
 
@@ -107,6 +109,8 @@ def read_profile(values: Any, where: str) -> Profile:
                 transfer_bytes_per_s=float(fitted.transfer_bytes_per_s),
                 router_s=fitted.router_s,
                 control_latency_s=fitted.control_latency_s,
+                router_token_s=fitted.router_token_s,
+                connect_s=fitted.connect_s,
             )
         case other:
             raise InvalidConfig(f'{where} must have a "kind" of roofline or fitted; it is {other!r}')

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
 
 
 class StepCost(Protocol):
     """Seconds of one engine step. An attended count is the sum, over the step's tokens of that kind, of the context each attends to."""
 
     def step_s(self, prefill_tokens: int, prefill_attended: int, num_decodes: int, decode_attended: int) -> float:
-        """Above zero, and not less for more of anything."""
+        """Above zero, and not less for more of anything. `decode_attended` may be an array [N] instead: of so many steps, and so is the answer."""
         ...
 
 
@@ -57,9 +63,19 @@ class Profile:
     """Of a worker's link in each direction, shared evenly by the transfers that are on it."""
     router_s: float = 0.0002
     """What the router adds to a message between client and worker: its own work and the network, one way."""
+    router_token_s: float = 0.0
+    """What each prompt token adds before the router has the request and its worker has it: JSON, tokenizing, the wire."""
+    connect_s: float = 0.0
+    """What a client's new connection adds before its request."""
     control_latency_s: float = 0.0002
     """Of a control message between two workers, one way."""
 
     def step_s(self, prefill_tokens: int, prefill_attended: int, num_decodes: int, decode_attended: int) -> float:
         """Seconds of one engine step."""
         return self.cost.step_s(prefill_tokens, prefill_attended, num_decodes, decode_attended)
+
+    def decode_run_s(self, num_decodes: int, attended: Counts) -> Seconds:
+        """Seconds of steps that only decode, [N], by what each attends to, [N]: each as `step_s` has it, bit for bit."""
+        count: Any = attended
+        seconds: Any = self.cost.step_s(0, 0, num_decodes, count)
+        return np.asarray(seconds, np.float64)

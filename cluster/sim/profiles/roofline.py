@@ -41,8 +41,7 @@ class RooflineCost:
         rows = prefill_tokens + num_decodes
         dense_s = max(rates.dense_read_s, rows * rates.dense_row_s)
         head_s = max(rates.head_read_s, num_decodes * rates.head_row_s)
-        attention_s = max(prefill_attended * rates.prefill_product_s, prefill_attended * rates.prefill_read_s)
-        attention_s += max(decode_attended * rates.decode_read_s, decode_attended * rates.prefill_product_s)
+        attention_s = prefill_attended * rates.prefill_attended_s + decode_attended * rates.decode_attended_s
         hit = 1 - rates.miss**rows
         experts_s = max(hit * rates.experts_read_s, rows * rates.expert_row_s)
         return rates.fixed_s + dense_s + head_s + attention_s + experts_s + rows * rates.exchange_row_s
@@ -57,9 +56,8 @@ class _Rates:
     dense_row_s: float
     head_read_s: float
     head_row_s: float
-    prefill_product_s: float
-    prefill_read_s: float
-    decode_read_s: float
+    prefill_attended_s: float
+    decode_attended_s: float
     miss: float
     """The share of experts that one row does not choose."""
     experts_read_s: float
@@ -100,9 +98,8 @@ class _Rates:
             dense_row_s=dense_flops / (product * share.dense),
             head_read_s=parameters.table / tensor * VALUE_BYTES / read,
             head_row_s=2 * parameters.table / size / (bf16 * share.dense),
-            prefill_product_s=attention_flops / (bf16 * share.attention),
-            prefill_read_s=kv_bytes / _QUERY_TILE / read,
-            decode_read_s=kv_bytes / read,
+            prefill_attended_s=max(attention_flops / (bf16 * share.attention), kv_bytes / _QUERY_TILE / read),
+            decode_attended_s=max(kv_bytes / read, attention_flops / (bf16 * share.attention)),
             miss=miss,
             experts_read_s=experts_read / read,
             expert_row_s=expert_row / (product * share.experts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.errors import Refusal, Refused, TransferFailed
 from workers.kv_cache.block_hash import BlockKey, token_bytes, token_ids
@@ -126,10 +127,9 @@ class HandoffAccepted:
     host: str
 
 
-@dataclass(frozen=True, slots=True)
-class KvPiece:
+class KvPiece(NamedTuple):
     """Some layers of one block. `block` is an index in the block table, `source_block` the block in the sender's pool;
-    `checksum` is xxh3_64 of the bytes, which travel over the transport."""
+    `checksum` is xxh3_64 of the bytes, which travel over the transport. A tuple, whose middle is a Slot: a prompt has thousands."""
 
     piece: int
     block: int

@@ -157,8 +157,9 @@ class SourceSession:
         if isinstance(event, HandoffDown):
             self.lease.heard(now)
         commands = self._take(event, now)
-        if any(isinstance(command, SendUp) for command in commands):
-            self.lease.spoke(now)
+        for command in commands:
+            if isinstance(command, SendUp):
+                self.lease.spoke(now)
         return commands
 
     def _take(self, event: SourceEvent | GaveUp | Silent, now: float) -> list[SourceCommand]:
@@ -186,11 +187,12 @@ class SourceSession:
 
     def _acknowledge(self, event: PieceAck, now: float) -> list[SourceCommand]:
         """Forget what has arrived, and send what the window has room for."""
+        in_flight, homes = self._in_flight, self._homes
         for piece in event.pieces:
-            if piece in self._in_flight:
-                self._bytes_in_flight -= self._in_flight.pop(piece)
+            if piece in in_flight:
+                self._bytes_in_flight -= in_flight.pop(piece)
                 self.acknowledged.add(piece)
-                del self._homes[piece]
+                del homes[piece]
         return self._pump()
 
     def _fill(self, event: Filled, now: float) -> list[SourceCommand]:
@@ -198,13 +200,17 @@ class SourceSession:
         cut = self.cut
         complete = cut.pieces_before_layer(event.num_layers)  # those whose last layer is among the filled ones
         end = min(event.end, cut.first_block + cut.num_blocks)
+        num_ready, homes, queue, blocks, per_block = (
+            self._num_ready, self._homes, self._queue, event.blocks, cut.pieces_per_block
+        )  # fmt: skip
+        base = cut.pieces_before(max(event.first, cut.first_block))
         for block in range(max(event.first, cut.first_block), end):
-            ready = self._num_ready.get(block, 0)
-            base = cut.pieces_before(block)
+            ready, home = num_ready.get(block, 0), blocks[block - event.offset]
             for piece in range(base + ready, base + complete):
-                self._homes[piece] = event.blocks[block - event.offset]
-                self._queue.append(piece)
-            self._num_ready[block] = max(ready, complete)
+                homes[piece] = home
+                queue.append(piece)
+            num_ready[block] = max(ready, complete)
+            base += per_block
         return self._pump()
 
     def _announce(self, event: Described, now: float) -> list[SourceCommand]:
@@ -264,12 +270,14 @@ class SourceSession:
         if self.state is not TransferState.SENDING:
             return []
         batch: list[tuple[int, int]] = []
-        while self._queue and self._bytes_in_flight < self.window_bytes:
-            piece = self._queue.popleft()
-            size = self.cut.piece_bytes(piece)
-            self._in_flight[piece] = size
-            self._bytes_in_flight += size
-            batch.append((piece, self._homes[piece]))
+        queue, in_flight, homes, sizes = self._queue, self._in_flight, self._homes, self.cut.part_bytes
+        num_bytes, num_parts = self._bytes_in_flight, len(sizes)
+        while queue and num_bytes < self.window_bytes:
+            piece = queue.popleft()
+            size = in_flight[piece] = sizes[piece % num_parts]
+            num_bytes += size
+            batch.append((piece, homes[piece]))
+        self._bytes_in_flight = num_bytes
         if not batch:
             return []
         self.num_sending += 1

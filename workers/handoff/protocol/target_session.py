@@ -206,8 +206,9 @@ class TargetSession:
         if isinstance(event, HandoffUp):
             self.lease.heard(now)
         commands = self._take(event, now)
-        if any(isinstance(command, SendDown) for command in commands):
-            self.lease.spoke(now)
+        for command in commands:
+            if isinstance(command, SendDown):
+                self.lease.spoke(now)
         return commands
 
     def _take(self, event: TargetEvent | Reached | Complete | GaveUp | Silent, now: float) -> list[TargetCommand]:
@@ -258,16 +259,18 @@ class TargetSession:
         if event.epoch != self.epoch or self.is_connecting:
             return []
         fresh: list[KvPiece] = []
+        slot_of, landed, collecting = self.cut.slot, self.landed, self.collecting
         for piece in event.pieces:
+            number = piece.piece
             try:
-                slot = self.cut.slot(piece.piece)
+                slot = slot_of(number)
             except IndexError as error:
                 return self._take(GaveUp(str(error)), now)
-            if (slot.block, slot.first_layer, slot.num_layers) != (piece.block, piece.first_layer, piece.num_layers):
-                return self._take(GaveUp(f"piece {piece.piece} names another place than the layout"), now)
-            if piece.piece not in self.landed and piece.piece not in self.collecting:
+            if slot != piece[1:4]:
+                return self._take(GaveUp(f"piece {number} names another place than the layout"), now)
+            if number not in landed and number not in collecting:
                 fresh.append(piece)
-        self.collecting.update(piece.piece for piece in fresh)
+        collecting.update([piece.piece for piece in fresh])
         return [Collect(tuple(fresh))] if fresh else []
 
     def _collected(self, event: Collected, now: float) -> list[TargetCommand]:
