@@ -73,6 +73,7 @@ class ChartPods:
                 f"--port={self.http_port}"
             ]
         if name == "ray-head":
+            command = [part.replace("=0.0.0.0", f"={address}") for part in command]
             command += [f"--port={self.gcs_port}"]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -187,7 +188,7 @@ class ChartPods:
         environment = {**os.environ, "TMPDIR": str(places["tmp"])}
         for variable in container["env"]:
             source = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-            environment[variable["name"]] = fields[source] if source else variable["value"]
+            environment[variable["name"]] = fields[source] if source else moved(variable["value"])
         environment["HOME"] = str(places["tmp"])
         names = {"$(POD_NAME)": fields["metadata.name"], "$(POD_IP)": fields["status.podIP"]}
         arguments = []

@@ -240,6 +240,7 @@ def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tm
         (["redis.enabled=false"], "name your Redis in redis.external.host"),
         (["tls.source=existing"], "name the Secret with the authority in tls.existingSecret"),
         (["ingress.enabled=true"], "ingress.enabled needs ingress.host"),
+        (["pools.decode.hostNetwork=true"], "give the nodes' addresses in networkPolicy.nodes"),
         (["mode=raycluster", "poolDefaults.podsPerWorker=2"], "mode raycluster has workers of one pod only"),
         (["poolDefaults.strategy.maxSurge=0"], "lets no pod go and none come"),
         (["pools.averylongpoolname.role=mixed", "pools.averylongpoolname.replicas=1"], "averylongpoolname"),

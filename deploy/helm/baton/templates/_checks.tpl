@@ -22,6 +22,7 @@
 {{- if or (eq $pool.kind "LeaderWorkerSet") (gt (int $pool.podsPerWorker) 1) }}{{ fail (printf "mode raycluster has workers of one pod only: set pools.%s.podsPerWorker to 1 and kind to Deployment, or mode to plain" $name) }}{{ end }}
 {{- end }}
 {{- if and (eq (int $pool.strategy.maxSurge) 0) (eq (int $pool.strategy.maxUnavailable) 0) }}{{ fail (printf "pools.%s.strategy lets no pod go and none come: set maxSurge or maxUnavailable" $name) }}{{ end }}
+{{- if and $pool.hostNetwork $.Values.networkPolicy.enabled (not $.Values.networkPolicy.nodes) }}{{ fail (printf "pools.%s.hostNetwork: NetworkPolicies do not find pods on the nodes' network: give the nodes' addresses in networkPolicy.nodes, or set networkPolicy.enabled to false" $name) }}{{ end }}
 {{- if gt (int $pool.autoscaling.minReplicas) (int $pool.autoscaling.maxReplicas) }}{{ fail (printf "pools.%s.autoscaling.minReplicas is above maxReplicas" $name) }}{{ end }}
 {{- end }}
 {{- if not $prefills }}{{ fail "no pool could prefill: give pools.prefill or pools.mixed a replica" }}{{ end }}

@@ -123,6 +123,12 @@ securityContext: {{- include "baton.podSecurity" . | nindent 2 }}
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
 {{- end }}
 
+{{/* For Ray's own commands in these pods: those of KubeRay's init container, and whoever looks with `ray status`. */}}
+{{- define "baton.rayEnv" -}}
+- {name: RAY_AUTH_MODE, value: token}
+- {name: RAY_AUTH_TOKEN_PATH, value: /secrets/ray-token}
+{{- end }}
+
 {{/* An init container makes the pod's certificate: only it sees the authority's key. */}}
 {{- define "baton.certificate" -}}
 - name: certificate
