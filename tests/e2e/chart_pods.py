@@ -147,6 +147,8 @@ class ChartPods:
         return "\n".join(f"== {pod}\n{''.join(lines)}" for pod, lines in self._said.items())
 
     def _volume(self, own: Path, volume: Object, head: str) -> Path:
+        if volume["name"] == "tmp":  # Ray's sockets need a short path
+            return Path(tempfile.mkdtemp(prefix="", dir=self.folder))
         place = own / volume["name"]
         place.mkdir()
         for kind, field, key in (("ConfigMap", "configMap", "name"), ("Secret", "secret", "secretName")):
