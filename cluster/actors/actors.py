@@ -24,6 +24,7 @@ from cluster.membership.membership import (
 from cluster.membership.registration import Registrar, follow_members, number_start
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
+from cluster.roles.config import RolesConfig
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreConfig, StoreUnavailable
 from router.config import RouterConfig
@@ -258,7 +259,7 @@ class WorkerActor(Actor):
 
 
 class RouterActor(Actor):
-    """One router, told of every change of membership. After a crash it is back on the same port.
+    """One router, told of every change of membership, and with it a role controller (cluster.roles). After a crash it is back on the same port.
 
     With `held_ports` (see cluster.actors.held_ports) its port stays open meanwhile.
     """
@@ -272,9 +273,12 @@ class RouterActor(Actor):
         store: StoreConfig,
         namespace: str,
         tls: TlsConfig,
+        roles: RolesConfig,
         held_ports: str = "",
     ) -> None:
         self._tls = tls
+        self._roles_config = roles
+        self._roles: Any = None
         self._config, self._store_config, self._namespace = config, store, namespace
         self._held_ports = held_ports
         self._router: Any = None
@@ -294,6 +298,7 @@ class RouterActor(Actor):
             self._announcing.cancel()
             with suppress(StoreUnavailable):
                 await self._store.delete(ROUTERS + self._name)
+            await self._roles.resign()
         # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
         if self._router is not None:
             with suppress(Exception):
@@ -308,13 +313,16 @@ class RouterActor(Actor):
         self._store = open_store(self._store_config, self._namespace)
         listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
         credentials = credentials_of(self._tls, parties.router(self._name))
-        router = make(self._config, self._name, credentials, listener)
-        self._router = router
+        make_roles = await asyncio.to_thread(lambda: importlib.import_module("cluster.roles.driver").RolesDriver)
+        roles = make_roles(self._roles_config, self._config, self._name, self._store_config.lease_ttl_s)
+        router = make(self._config, self._name, credentials, listener, roles)
+        self._router, self._roles = router, roles
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
             self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
+            tasks.create_task(roles.run(self._store, router))
 
     async def _announce(self, store: Store, url: str) -> None:
         """Keeps a lease with the router's URL, for those who look for one."""

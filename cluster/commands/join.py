@@ -123,7 +123,7 @@ async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -
     with progress.step("waiting for the store"):
         await patiently(lambda: check_store(config.store), config.start_timeout_s, progress)
     with progress.step(f"starting {name}"):
-        router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls)
+        router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls, config.roles)
         url = await router.ready()
     print(f"{name} serves at {url}; Ctrl-C removes it", flush=True)
     with suppress(asyncio.CancelledError):

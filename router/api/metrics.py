@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from router.backend import Backend, RouterStatus
+from router.roles import RolesReport
 from workers.config import BEST_FIRST
 from workers.handoff.protocol.choices import Way
 from workers.request import HandoffReport
@@ -128,7 +129,7 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        snapshot = Snapshot(self.registry, self._backend.status())
+        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report())
         return await asyncio.to_thread(encode, snapshot), content_type
 
 
@@ -173,9 +174,10 @@ class Tally(Collector):
 class Snapshot:
     """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
 
-    def __init__(self, registry: CollectorRegistry, status: RouterStatus) -> None:
+    def __init__(self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport) -> None:
         self._registry = registry
         self._status = status
+        self._roles = roles
 
     def collect(self) -> Iterator[Metric]:
         yield from self._registry.collect()
@@ -209,6 +211,7 @@ class Snapshot:
         yield info
         yield from gauges.values()
         yield from _forecast_metrics(status)
+        yield from _role_metrics(self._roles)
         yield from totals.values()
 
 
@@ -236,6 +239,35 @@ def _forecast_metrics(status: RouterStatus) -> Iterator[Metric]:
     for quantile, ratio in zip(("0.1", "0.5", "0.9"), forecast.ttft_ratios, strict=True):
         ratios.add_metric((quantile,), ratio)
     yield ratios
+
+
+def _role_metrics(roles: RolesReport) -> Iterator[Metric]:
+    """Of the role controller in this router's process; only the one that leads knows how many workers are wanted."""
+    yield GaugeMetricFamily("baton_roles_leader", "1: this router's role controller acts", float(roles.leads))
+    switches = CounterMetricFamily(
+        "baton_role_switches", "Switches that have ended", labels=("from", "to", "reason", "outcome")
+    )
+    for count in roles.counts:
+        switches.add_metric((count.source, count.target, count.reason, count.outcome), count.count)
+    yield switches
+    phases = GaugeMetricFamily(
+        "baton_role_switch_phase_seconds", "Duration of a phase of switches", labels=("phase", "quantile")
+    )
+    for phase, median, most in roles.phase_s:
+        phases.add_metric((phase, "0.5"), median)
+        phases.add_metric((phase, "0.99"), most)
+    yield phases
+    if not roles.leads:
+        return
+    yield GaugeMetricFamily(
+        "baton_desired_workers", "Workers that the load needs to meet its targets; 0: not known", roles.desired_workers
+    )
+    gains = GaugeMetricFamily(
+        "baton_role_gain_requests_per_second", "Of the last change of roles: good requests a second", labels=("kind",)
+    )
+    gains.add_metric(("predicted",), roles.predicted_gain)
+    gains.add_metric(("measured",), roles.measured_gain)
+    yield gains
 
 
 def _metric_name(name: str) -> str:

@@ -234,6 +234,11 @@ class DetokenizeBody(_Body):
 class RoleBody(_Body):
     role: Annotated[StrictStr, WithJsonSchema({"enum": list(Role)})]
     force: StrictBool | None = None
+    pin: StrictBool | None = None
+
+
+class PinBody(_Body):
+    pin: StrictBool = True
 
 
 class DrainBody(_Body):

@@ -17,6 +17,7 @@ from router.forecast.pace import Pace
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.admission import AdmissionQueue
+from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
 from router.requests.migrations import Migrations
@@ -51,6 +52,7 @@ class InFlightRequests:
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
         self._finished = Pace()
+        self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
         self._left: dict[str, dict[str, str]] = {}
         """By worker whose stream is lost: the attempts that may still run there, with their requests."""
@@ -75,6 +77,11 @@ class InFlightRequests:
     def num_running(self) -> int:
         return len(self._attempts)
 
+    def demand(self, now: float) -> DemandReport:
+        """What is asked of this router, as measured."""
+        share = self._dispatcher.uncached_share
+        return self._demand.report(len(self._queue), self._waiting_tokens * share, len(self._attempts), share, now)
+
     def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
         return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
@@ -94,6 +101,7 @@ class InFlightRequests:
         self._num_arrived += 1
         self._hash(flight)
         self._flights[request.request_id] = flight
+        self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
@@ -272,16 +280,22 @@ class InFlightRequests:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
-        if output.token_ids and flight.history.num_setbacks:
-            flight.history.progress()
+        if output.token_ids:
+            self._demand.generated(len(output.token_ids), now)
+            if flight.history.num_setbacks:
+                flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            if flight.spoke_s is None:
+                flight.spoke_s = now
+                self._demand.first_token(now - flight.arrived_s, now)
             self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
+            self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
             self._forget(flight, now)
 
     # ---- trouble ----

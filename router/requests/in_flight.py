@@ -164,6 +164,8 @@ class InFlightRequest:
     """Who was expected to compute the prompt."""
     has_spoken: bool = False
     """The running attempt has brought an output, so its prompt has been computed."""
+    spoke_s: float | None = None
+    """When its first output came, of whichever attempt."""
     submitted_s: float = 0.0
     """When the running attempt was sent."""
     foretold_ttft_s: float = 0.0

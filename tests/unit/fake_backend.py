@@ -23,6 +23,7 @@ from router.forecast.steps import KindForecast
 from router.http_server import HttpServer
 from router.policies.explain import Decision
 from router.policies.policy import Reason
+from router.roles import RolesReport, SwitchCount
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidRequest
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
@@ -165,6 +166,7 @@ class FakeBackend:
         self._changed = threading.Condition()
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
         self.drained: set[str] = set()
+        self.pinned: set[str] = set()
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
@@ -199,7 +201,11 @@ class FakeBackend:
         forecast = ForecastStatus(kinds, handoff_s=0.002)
         return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast)
 
-    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+    async def set_role(
+        self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
+    ) -> WorkerStatus:
+        if is_pinned is not None:
+            await self.set_pinned(worker_id, is_pinned)
         others = [self.roles[name] for name in self.roles if name != worker_id]
         if not force and not any(other.can_decode for other in (*others, role)):
             raise InvalidRequest("no worker could decode afterwards", "role")
@@ -211,6 +217,14 @@ class FakeBackend:
             raise InvalidRequest("no worker could decode afterwards", "worker_id")
         (self.drained.add if is_draining else self.drained.discard)(worker_id)
         return self._worker(worker_id)
+
+    async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
+        (self.pinned.add if is_pinned else self.pinned.discard)(worker_id)
+
+    def role_report(self) -> RolesReport:
+        page = {"leader": "router-0", "workers": [{"worker_id": name} for name in self.roles]}
+        counts = (SwitchCount("decode", "prefill", "controller", "done", 2),)
+        return RolesReport(page, True, 5, counts, (("fencing", 0.004, 0.009),), 1.5, 1.25)
 
     def _worker(self, name: str) -> WorkerStatus:
         load = Load(num_free_blocks=7, num_blocks=9)

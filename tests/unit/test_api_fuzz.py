@@ -11,7 +11,7 @@ from fake_backend import MODEL, Api, error_of, open_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
 from router.config import ApiConfig
 
 BODIES = {
@@ -21,6 +21,7 @@ BODIES = {
     "/detokenize": DetokenizeBody,
     "/admin/workers/decode-0/role": RoleBody,
     "/admin/workers/decode-0/drain": DrainBody,
+    "/admin/workers/decode-0/pin": PinBody,
 }
 GOOD = {
     "prompt": "Hi",

@@ -31,7 +31,10 @@ def shown_name(metric: Metric) -> str:
 def test_the_table_is_what_a_router_says() -> None:
     backend = FakeBackend(Tokenizer.load(ROOT / "models" / "ernie-4.5-tiny"))
     metrics = Metrics(backend)
-    said = {shown_name(metric): metric for metric in Snapshot(metrics.registry, backend.status()).collect()}
+    said = {
+        shown_name(metric): metric
+        for metric in Snapshot(metrics.registry, backend.status(), backend.role_report()).collect()
+    }
     fixed = {name: metric for name, metric in said.items() if not COUNTED.fullmatch(name)}
     table = documented()
     assert {name for name in table if not COUNTED.fullmatch(name)} == set(fixed)
