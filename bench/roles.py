@@ -129,7 +129,8 @@ def jobs_of(asked: list[tuple[int, int]], seed: int) -> list[Job]:
         sampling: dict[str, Any] = {"temperature": 0.0} if index % 2 else {"temperature": 0.9, "top_p": 0.95}
         tokens = [rng.randrange(300, 1400) for _ in range(prompt)]
         made.append((tokens, {"max_tokens": output, "seed": rng.randrange(2**31), **sampling}))
-    return golden_jobs(made, kv_memory_bytes=400_000_000)
+    jobs: list[Job] = golden_jobs(made, kv_memory_bytes=400_000_000)
+    return jobs
 
 
 async def loaded_switch(cluster: ClusterProcess, jobs: list[Job]) -> tuple[float, float, int]:
