@@ -58,6 +58,7 @@ $(SERVE): pyproject.toml hatch_build.py workers/machine/native_build.py \
 
 $(TEST): $(SERVE)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m tests.kube.kube_tools
 	touch $@
 
 clean:

@@ -194,6 +194,7 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     from cluster.actors.pools import Pools
     from cluster.membership.membership import forget_draining, forget_role
     from cluster.ray_session.failures import told
+    from cluster.roles.fresh import forget_switches
     from cluster.store.open import open_store
 
     config = cluster.config
@@ -205,7 +206,7 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     store = open_store(config.store, config.ray.namespace)
     # A new cluster starts in its configured roles, and takes work.
     names = [name for name, _ in config.pools.workers]
-    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
+    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining, forget_switches)])
     await publish(store, config)
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks
