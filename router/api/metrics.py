@@ -20,7 +20,19 @@ from workers.config import BEST_FIRST
 from workers.handoff.protocol.choices import Way
 from workers.request import HandoffReport
 
-_API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
+_API_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/load",
+    "/admin/status",
+)
 _ENDPOINTS = frozenset((*_API_PATHS, "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"))
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -129,7 +141,7 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        snapshot = _Snapshot(self.registry, self._backend.status(), self._backend.role_report())
+        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report())
         return await asyncio.to_thread(encode, snapshot), content_type
 
 
@@ -171,7 +183,7 @@ class Tally(Collector):
         yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
 
 
-class _Snapshot:
+class Snapshot:
     """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
 
     def __init__(self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport) -> None:
