@@ -17,7 +17,16 @@ import numpy as np
 from workers.errors import InvariantViolated, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.pb import worker_pb2 as pb
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
+from workers.request import (
+    FinishReason,
+    HandoffReport,
+    Output,
+    PromptScores,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    make_tuple,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -208,9 +217,8 @@ def output_from_pb(message: pb.Output) -> Output:
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish, position = message.finish_reason, message.position
     if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
-        return Output(
-            message.request_id, position, token_ids, message.text, (), None, None, None, "", message.cached_tokens
-        )
+        name, text, cached = message.request_id, message.text, message.cached_tokens
+        return make_tuple(Output, (name, position, token_ids, text, (), None, None, None, "", cached, (), None))
     return Output(
         request_id=message.request_id,
         position=position,
