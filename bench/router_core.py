@@ -24,6 +24,7 @@ from machine_facts import machine_facts
 from router.api.answer import Answer, Services
 from router.api.bodies import OpenBodies
 from router.api.chat import ChatShape
+from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.translate import translate_chat
@@ -174,7 +175,8 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     link.put(link.sealed(WorkerFrame(GENERATION, status=status)))
     await settle()
     config = ApiConfig()
-    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), config, Metrics(driver), OpenBodies(config))
+    tokenizer = Tokenizer.load(str(CHECKPOINT))
+    services = Services(driver, tokenizer, config, Metrics(driver), OpenBodies(config), GrammarChecks(tokenizer))
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     frames: list[bytes] = []
     sent = num_steps_sent = 0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cluster.commands import (
     admin,
+    batch,
     chat,
     demo,
     drain,
@@ -59,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         stop,
         demo,
         chat,
+        batch,
         admin,
         roles,
         drain,

@@ -20,11 +20,26 @@ MAX_STOP_CHARACTERS = 8192
 """Of all stop strings together: they are prepared before the first token, on the thread of the engine."""
 MAX_BAD_WORD_TOKENS = 8192
 """Of all bad words together."""
+MAX_GRAMMAR_CHARACTERS = 128 << 10
+"""Of a request's grammar; reading one takes longer the longer it is."""
 MAX_SCORES = 4096
 """Prompt tokens whose logprobs one output says: 0.7 MiB with 20 alternatives each."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 LOGPROB_FLOOR = -9999.0
 """Logprobs are clamped here: JSON has no -inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """When this many tokens have come without `end_token_id` among them, `closing` follows, token by token, whatever else is likely.
+
+    `closing` holds `end_token_id`. With `start_token_id` that holds for outputs that begin with it, which does not count.
+    """
+
+    num_tokens: int
+    end_token_id: int
+    closing: tuple[int, ...]
+    start_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,9 @@ class SamplingParams:
     it is made concrete (`with_seed`) before a request enters the system, so that a re-run draws the same tokens.
     `logprobs` None: off; k: the drawn token's logprob and the k most likely ones (0 <= k <= 20).
     `bad_words` are token id sequences that must not appear. `logit_bias` is (token id, bias) pairs.
+    `grammar` is what the output is, in the language of workers.grammar; empty: anything. `allowed_token_ids`, when there are
+    any, are all that may be drawn, and those that end the output. Where a grammar leaves a single way to go on, it outranks
+    allowed_token_ids, bad_words, min_tokens and ignore_eos; `thinking` outranks all.
     """
 
     max_tokens: int = 16
@@ -56,6 +74,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    allowed_token_ids: tuple[int, ...] = ()
+    thinking: ThinkingBudget | None = None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether some draws are among less than all tokens."""
+        return bool(self.grammar or self.allowed_token_ids or self.thinking)
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequest naming the first field that is out of range."""
@@ -95,6 +121,22 @@ class SamplingParams:
             ),
             (all(self.stop), "stop", "must not contain an empty string"),
             (
+                len(self.grammar) <= MAX_GRAMMAR_CHARACTERS,
+                "grammar",
+                f"takes at most {MAX_GRAMMAR_CHARACTERS} characters, a schema's included",
+            ),
+            (
+                len(self.allowed_token_ids) <= MAX_ENTRIES
+                and all(0 <= token < vocab_size for token in self.allowed_token_ids),
+                "allowed_token_ids",
+                f"takes at most {MAX_ENTRIES} token ids below {vocab_size}",
+            ),
+            (
+                self.thinking is None or _is_sound(self.thinking, vocab_size),
+                "thinking_token_budget",
+                "must be at least 0, and needs tokens that end the reasoning",
+            ),
+            (
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
                 "logprobs",
                 f"must be between 0 and {MAX_TOP_LOGPROBS}",
@@ -127,6 +169,11 @@ class SamplingParams:
     def with_seed(self, seed: int) -> SamplingParams:
         """These params with `seed` filled in where the caller left it open."""
         return self if self.seed is not None else replace(self, seed=seed)
+
+
+def _is_sound(budget: ThinkingBudget, vocab_size: int) -> bool:
+    is_known = all(0 <= token < vocab_size for token in budget.closing)
+    return budget.num_tokens >= 0 and len(budget.closing) <= 64 and budget.end_token_id in budget.closing and is_known
 
 
 @dataclass(frozen=True, slots=True)

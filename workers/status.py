@@ -121,6 +121,8 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     block_size: int
+    grammars: str = ""
+    """What reads grammars (workers.grammar.language.engine_name); empty: requests with one are refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,8 @@ def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
 def _check_key(headers: Headers, digests: tuple[bytes, ...]) -> None:
     """Compares digests in constant time, every one of them, so that timing tells nothing."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
+    if not key and "x-api-key" in headers:  # as clients of Anthropic's API send it
+        scheme, key = "bearer", headers["x-api-key"]
     given = hashlib.sha256(key.strip().encode()).digest()
     found = [hmac.compare_digest(given, digest) for digest in digests]
     if scheme.lower() != "bearer" or not any(found):

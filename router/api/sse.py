@@ -91,5 +91,10 @@ def json_parts(value: Any) -> Iterator[str]:
             yield to_json(value)
 
 
+def named_event(value: dict[str, Any]) -> str:
+    """An event that goes by the value's own type."""
+    return f"event: {value['type']}\ndata: {to_json(value)}\n\n"
+
+
 def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"

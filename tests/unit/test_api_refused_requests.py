@@ -20,7 +20,7 @@ COMPLETION = {"model": MODEL.name, "prompt": "Hi"}
 
 
 def test_an_unknown_route_is_404_in_the_shape_of_all_errors(api: Api) -> None:
-    for path in ("/nothing", "/v1", "/v1/responses/none", "//v1/models"):
+    for path in ("/nothing", "/v1", "/v1/embeddings", "//v1/models"):
         response = api.http.get(path)
         assert response.status_code == 404 and error_of(response)["code"] == "not_found"
 
@@ -151,16 +151,14 @@ def test_a_missing_prompt_or_messages_is_400_and_named(api: Api) -> None:
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        ("structured_outputs", {"choice": ["a"]}),
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
+        ("stop_regex", "a+"),
+        ("lora_path", "x"),
+        ("custom_logit_processor", "x"),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("use_beam_search", True),
         ("best_of", 3),
-        ("continue_final_message", True),
+        ("documents", [{"text": "x"}]),
         ("chat_template", "x"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
@@ -14,6 +15,9 @@ from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
+
+if TYPE_CHECKING:
+    from workers.grammar.grammars import Grammars
 
 
 class SequenceOutputs:
@@ -155,8 +159,10 @@ class LiveSequences:
         max_model_len: int,
         worker_id: str,
         clock: Callable[[], float],
+        grammars: Grammars,
     ) -> None:
         self.scheduler = scheduler
+        self._grammars = grammars
         self.clock = clock
         self.lives: dict[int, Live] = {}
         self.pending = StepResult()
@@ -170,6 +176,7 @@ class LiveSequences:
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
         request.params.validate(self._vocab_size)
+        self._grammars.check(request.params)
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")
@@ -217,6 +224,8 @@ class LiveSequences:
             max_output_tokens=self.longest(request) - len(request.prompt_token_ids),
             hint=hint if hint is not None and hint.peer.worker_id != self._worker_id else None,
         )
+        if request.params.is_constrained and kind is not Kind.MIGRANT:
+            sequence.constraint = self._grammars.begin(sequence_id, request.params)
         arrived_s, answer = self.clock(), None
         if kind is not Kind.SOURCE:
             text = OutputState(request, self._make_detokenizer(request), frozenset(self._eos), self._max_model_len)
@@ -233,6 +242,12 @@ class LiveSequences:
             self.pending.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
+
+    def constrain(self, sequence: Sequence) -> None:
+        """A sequence that came from elsewhere goes on behind the tokens it has."""
+        params = sequence.request.params
+        if params.is_constrained:
+            sequence.constraint = self._grammars.begin(sequence.sequence_id, params, sequence.known)
 
     def scored(self, live: Live, scores: PromptScores) -> None:
         """Says what the tokens of a prompt scored that have been computed."""
