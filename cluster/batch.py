@@ -28,13 +28,13 @@ MAX_LINE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     custom_id: str
     url: str
     body: dict[str, Any]
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[BatchLine]:
     """Raises InvalidConfig naming the first line that cannot be used."""
     seen: set[str] = set()
     with path.open("rb") as file:
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> Iterator[Line]:
             yield line
 
 
-def _read_line(raw: bytes, where: str) -> Line:
+def _read_line(raw: bytes, where: str) -> BatchLine:
     try:
         entry = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def _read_line(raw: bytes, where: str) -> Line:
         raise InvalidConfig(f"{where}: url must be one of {', '.join(URLS)}, not {url!r:.80}")
     if body.get("stream"):
         raise InvalidConfig(f"{where}: answers in a file are not streamed")
-    return Line(custom_id, url, body)
+    return BatchLine(custom_id, url, body)
 
 
 def answered(path: Path) -> set[str]:
@@ -115,7 +115,7 @@ async def _answer_all(
     app = create_app(backend, Tokenizer.load(config.model), ApiConfig(insecure=True))
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     num_at_once = 2 * config.max_num_seqs
-    waiting: set[asyncio.Task[tuple[Line, httpx.Response]]] = set()
+    waiting: set[asyncio.Task[tuple[BatchLine, httpx.Response]]] = set()
     num_answered = num_errors = 0
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None) as client:
@@ -141,7 +141,7 @@ async def _answer_all(
     return num_answered, num_errors
 
 
-async def _ask(client: httpx.AsyncClient, line: Line) -> tuple[Line, httpx.Response]:
+async def _ask(client: httpx.AsyncClient, line: BatchLine) -> tuple[BatchLine, httpx.Response]:
     return line, await client.post(line.url, json=line.body)
 
 

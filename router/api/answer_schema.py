@@ -358,3 +358,19 @@ class RouterAnswer(BaseModel):
     num_waiting: int
     num_running: int
     counters: dict[str, float]
+
+
+class RolesAnswer(BaseModel):
+    """Who decides on roles, and what was decided (docs/roles.md); without a role controller there is nothing in it."""
+
+    leader: str = ""
+    mode: str = ""
+    workers: list[dict[str, Any]] = []
+    desired_workers: int | None = None
+    decisions: list[dict[str, Any]] = []
+    audit: list[dict[str, Any]] = []
+
+
+class PinAnswer(BaseModel):
+    worker_id: str
+    pinned: bool

@@ -50,7 +50,7 @@ class ChatShape:
     @property
     def shows_text_alone(self) -> bool:
         job = self._job
-        return not job.speech.form.has_tags and job.logprobs is None and not job.return_token_ids
+        return not job.speech.is_read and job.logprobs is None and not job.return_token_ids
 
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
@@ -60,7 +60,7 @@ class ChatShape:
 
     def piece(self, choice: Choice, output: Output, role: str = "") -> str:
         job = self._job
-        if job.speech.form.has_tags:
+        if job.speech.is_read:
             delta, end = self._read(choice, output)
             if not delta:
                 return ""
@@ -88,7 +88,7 @@ class ChatShape:
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        if self._job.speech.form.has_tags:  # now: usage counts what is read
+        if self._job.speech.is_read:  # now: usage counts what is read
             read = [whole_message(self._job, choice) for choice in progress.choices]
             messages: Iterable[tuple[dict[str, Any], str | None]] = read
         else:

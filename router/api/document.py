@@ -16,7 +16,7 @@ from router.api.health import product_version
 from router.api.messages_body import CountBody, MessagesBody
 from router.api.problems import REFUSALS
 from router.api.responses_body import ResponsesBody
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
 from router.config import ApiConfig
 
 _REF = "#/components/schemas/{model}"
@@ -124,6 +124,18 @@ ENDPOINTS = (
     Endpoint("get", "/openapi.json", "This document", key="metrics"),
     Endpoint("get", "/docs", "This document as a page", kind="text/html", key="metrics"),
     Endpoint("get", "/admin/status", "What this router knows of its workers", answers.RouterAnswer, key="admin"),
+    Endpoint(
+        "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
+    ),
+    Endpoint(
+        "post",
+        "/admin/workers/{worker_id}/pin",
+        "Keeps a worker out of the role controller's hands, or gives it back",
+        answers.PinAnswer,
+        PinBody,
+        key="admin",
+        errors=_STEER,
+    ),
     Endpoint(
         "post",
         "/admin/workers/{worker_id}/role",

@@ -211,6 +211,7 @@ class ChatBody(GenerationBody):
     top_logprobs: _TopLogprobs | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
+    echo: StrictBool | None = None
     documents: Annotated[list[dict[str, Any]], SHORT] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
@@ -305,7 +306,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "cache_salt": (),
     "chat_template": (),
-    "echo": (),
     "enable_thinking": (),
     "function_call": ("none", "auto"),
     "functions": (),

@@ -38,9 +38,16 @@ class Speech:
     include_reasoning: bool = True
     reasoning_end: int | None = None
     """The token that ends reasoning, where one token does."""
+    prefix: str = ""
+    """What content begins with: the message that the answer goes on from, where it is to be shown again."""
     budget: ThinkingBudget | None = None
     wanted: Wanted | None = None
     """What is wanted of the form, where it is enforced."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether more than the bare text is shown, or less."""
+        return self.form.has_tags or bool(self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +108,16 @@ def speech_of(body: ChatBody, chat: Chat, tokenizer: Tokenizer) -> Speech:
         (MAX_TOOLS if use.is_parallel else 1) if use else 0,
         body.include_reasoning is not False,
         tokenizer.token_id(form.reasoning[1]) if form.reasoning else None,
+        _echoed(body) if body.echo else "",
     )
     budget = _thinking_budget(body, speech, tokenizer) if chat.may_think else None
     return replace(speech, budget=budget, wanted=_wanted(body, use, speech, tokenizer, chat.may_think))
+
+
+def _echoed(body: ChatBody) -> str:
+    """The last message, where the answer is of the same role."""
+    last = body.messages[-1]
+    return str(last.get("content") or "") if last.get("role") == "assistant" else ""
 
 
 def _thinking_budget(body: ChatBody, speech: Speech, tokenizer: Tokenizer) -> ThinkingBudget | None:

@@ -20,7 +20,7 @@ COMPLETION = {"model": MODEL.name, "prompt": "Hi"}
 
 
 def test_an_unknown_route_is_404_in_the_shape_of_all_errors(api: Api) -> None:
-    for path in ("/nothing", "/v1", "/v1/responses/none", "//v1/models"):
+    for path in ("/nothing", "/v1", "/v1/embeddings", "//v1/models"):
         response = api.http.get(path)
         assert response.status_code == 404 and error_of(response)["code"] == "not_found"
 

@@ -283,6 +283,14 @@ def test_an_answer_goes_on_from_the_last_message(thinking: Api) -> None:
         thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
         prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
         assert prompt.rstrip().endswith(content.rstrip()) and "assistant: It is" in prompt
+    thinking.backend.script = says("rainy.")
+    messages[-1] = {"role": "assistant", "content": "It is "}
+    body = {"continue_final_message": True, "echo": True, "enable_thinking": False}
+    for stream in (False, True):
+        answer = thinking.client.chat.completions.create(
+            model="ernie-tiny", messages=messages, extra_body=body, stream=stream
+        )
+        assert (joined(answer)[0]["content"] if stream else answer.choices[0].message.content) == "It is rainy."
     for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
         response = thinking.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
         assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
-from workers.grammar.grammars import Grammars
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
@@ -16,6 +16,9 @@ from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
+
+if TYPE_CHECKING:
+    from workers.grammar.grammars import Grammars
 
 
 class SequenceOutputs:

@@ -31,7 +31,7 @@ TOO_SLOW = f"the grammar was not read within {MAX_COMPILE_S:g} s: make it smalle
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Unread:
     constraint: SequenceConstraint
     since_s: float
 
@@ -50,7 +50,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, _Unread] = {}
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         """Used by the pool's one thread alone."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
@@ -68,7 +68,7 @@ class Grammars:
         """The constraint of a sequence whose output begins with these tokens; it may not be ready yet."""
         constraint = SequenceConstraint(params, self._vocab_size, self._eos)
         if params.grammar:
-            self._waiting[sequence_id] = _Waiting(constraint, self._clock())
+            self._waiting[sequence_id] = _Unread(constraint, self._clock())
             self._pool.submit(self._prepare, constraint, params.grammar, tuple(output_token_ids))
         return constraint
 
