@@ -6,6 +6,7 @@ Each router has one. They agree on a leader by a lease; the others measure, pass
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
 from cluster.roles.carrying_out import Execution
@@ -67,6 +68,8 @@ class RolesCore:
         self._handoff_s = 0.0
         self._looked_s = float("-inf")
         self._was_leading = False
+        self._num_before = 0
+        """Decisions of earlier leaders: those of this one are numbered after them."""
         self.gains: tuple[float, float] = (0.0, 0.0)
         """Predicted by the last decision, and measured after the last one whose effect is known: good requests a second."""
 
@@ -118,6 +121,7 @@ class RolesCore:
         if leads and not self._was_leading:
             out.append(Say(f"{self.name} leads the roles of the workers"))
             self.planner = self._make_planner()  # what an earlier one remembers is old
+            self._num_before = max((int(str(kept["number"])) for kept in self.mirror.decisions()), default=0)
             out += self.execution.take_over(self.mirror, now)
         elif self._was_leading and not leads:
             out.append(Say(f"{self.name} does not lead the roles of the workers any more"))
@@ -172,7 +176,8 @@ class RolesCore:
 
     def _decided(self, decision: Decision, now: float) -> list[Command]:
         acts = self.acts
-        page = decision_page(decision, self._wall_s(now), "auto" if acts else "advise")
+        numbered = replace(decision, number=self._num_before + decision.number)
+        page = decision_page(numbered, self._wall_s(now), "auto" if acts else "advise")
         out: list[Command] = []
         if decision.effect is not None:
             effect = decision.effect

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
+LOOK_S = 0.5
 """Between two looks at the router."""
 BUSY_LOOK_S = 0.02
 """The same while switches are under way here."""

@@ -68,5 +68,7 @@ class Leadership:
             self._version, self.holder = None, ""
 
     def resign(self) -> list[Remove]:
+        """For good."""
+        self._next_s = float("inf")
         version, self._version = self._version, None
         return [Remove(LEADER, version)] if version is not None else []

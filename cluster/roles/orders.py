@@ -50,10 +50,11 @@ class Orders:
     def passed_on(self, answer: Wrote) -> list[Command]:
         """An order is in the store for the leader, or another one for the same worker stands there."""
         name = next((name for name, (key, _) in self._passed.items() if key == answer.key), None)
-        if name is None or answer.version is not None or answer.failed:
+        if name is None or answer.version is not None:
             return []
         del self._passed[name]
-        return [Answer(name, "another order for this worker is under way")]
+        why = "another order for this worker is under way"
+        return [Answer(name, "the store does not answer, and roles do not change without it" if answer.failed else why)]
 
     def take_others(self, workers: Mapping[str, WorkerSeen], now: float) -> list[Command]:
         """Begins what waits here, and what other routers have passed on."""

@@ -6,7 +6,7 @@ import pytest
 from roles_story import RolesStory, fleet, seen
 
 from cluster.roles.config import RolesConfig
-from cluster.roles.events import Tick
+from cluster.roles.events import Resign, Tick
 from cluster.roles.records import AUDIT, PINS, decode
 from cluster.roles.switches import CONTROLLER, OPERATOR, SWITCH, Phase, RoleSwitch, judge
 from router.roles import Order
@@ -241,3 +241,20 @@ def test_whatever_a_worker_reports_the_table_has_a_rule_for_it() -> None:
                         turn = judge(switch, worker, is_safe, is_late)
                         assert turn is None or SWITCH.find(phase, turn) is not None
                         assert turn is not None or not is_late or switch.is_over, "what is late goes on"
+
+
+def test_without_the_store_an_order_is_refused_and_whoever_resigns_does_not_lead_again() -> None:
+    story = RolesStory(BUSY)
+    story.run(1)
+    story.store.blocked.add("router-0")
+    story.run(6)
+    story.order("router-0", TO_PREFILL)
+    assert "the store does not answer" in order_done(story)
+    story.store.blocked.clear()
+    story.run(3)
+    assert story.cores["router-0"].leads(story.now)
+    story._handle("router-0", Resign())
+    assert not story.leader
+    story.start("router-1")
+    story.run(20)
+    assert story.leader == "router-1"
