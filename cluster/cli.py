@@ -14,7 +14,9 @@ from cluster.commands import (
     admin,
     batch,
     chat,
+    debug,
     demo,
+    doctor,
     drain,
     info,
     join,
@@ -54,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="baton", description="Serves ERNIE 4.5 from a cluster that splits prefill from decode."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--version", action=info.ShowVersion)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in (
         serve,
@@ -65,6 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
         roles,
         drain,
         join,
+        doctor,
+        debug,
         ray_nodes,
         store,
         simulate,

@@ -31,6 +31,7 @@ from cluster.preflight import (
 from cluster.ray_session.deaths import vital_processes, watch
 from cluster.ray_session.folders import end_local, make_folder, remove_stale, secret_file
 from cluster.ray_session.janitor import dismiss, engage
+from cluster.ray_session.room import watch_room
 from cluster.ray_session.running import note
 from cluster.ray_session.session import RaySession, join_ray, start_ray
 from cluster.store.actor_store import STORE_HOST_NAME
@@ -72,11 +73,12 @@ class Cluster:
         """The first router's URL."""
         return self.urls[0]
 
-    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None]) -> None:
-        """Does `meanwhile`, for as long as a Ray that was started here lives. Raises RayDied."""
+    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None], say: Callable[[str], None]) -> None:
+        """Does `meanwhile`, for as long as a Ray that was started here lives; what becomes of its disk is told. Raises RayDied."""
         jobs = {asyncio.ensure_future(meanwhile)}
         if self.session.folder:
             jobs.add(asyncio.ensure_future(watch(vital_processes(self.session.folder))))
+            jobs.add(asyncio.ensure_future(watch_room(self.session.folder, say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:

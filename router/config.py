@@ -240,6 +240,8 @@ class RouterConfig:
     keepalive_s: Seconds = 120.0
     """An idle HTTP connection is closed after this long. Longer than clients and proxies keep theirs (60 to 90 s usually): a
     request that is sent while the connection is being closed is lost."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector, as worker.otlp_endpoint."""
     http: HttpConfig = field(default_factory=HttpConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 

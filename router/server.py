@@ -21,6 +21,7 @@ from router.driver import RouterDriver
 from router.http_server import HttpServer
 from router.roles import RoleDesk
 from workers.errors import InvalidConfig, Refusal, Refused
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
@@ -144,6 +145,7 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         driver = RouterDriver(self._config, self._router_id, credentials=self._credentials, desk=self._desk)
         await driver.start()
         draining = Draining()

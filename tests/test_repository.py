@@ -43,7 +43,7 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 FLOORS = {
     "workers": (
         "errors", "state_table", "checkpoint_files", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
-        "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "serving",
+        "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "trace_export", "serving",
         "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
@@ -52,7 +52,7 @@ FLOORS = {
         "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "server",
     ),
     "cluster": (
-        "settings", "secret_files", "store", "roles/config", "config", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "llm", "local_backend", "batch", "sim",
+        "settings", "secret_files", "store", "roles/config", "config", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

@@ -154,6 +154,8 @@ class WorkerConfig:
     """A sequence that moves to another worker stands still for at most this long; then it goes on where it is."""
     drain_timeout_s: Delay = 30.0
     """How long a worker that is told to leave waits for its requests to move away or end."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector (OTLP over HTTP, such as http://collector:4318) that spans are sent to; empty: nowhere."""
     transfer_window_bytes: Annotated[int, Ge(1 << 20)] = 32 << 20
     """KV bytes of one handoff that may be announced and not yet acknowledged."""
     max_pending_frames: Count = 1024

@@ -31,6 +31,7 @@ from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
 from workers.machine.limits import raise_file_limit
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 from workers.trust import parties
 from workers.trust.config import TlsConfig
@@ -76,9 +77,11 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
+        self._traces: Any = None
         self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._life = asyncio.get_running_loop().create_task(self._live())
 
@@ -116,6 +119,15 @@ class Actor(ABC):
     @abstractmethod
     async def _run(self) -> None:
         """Starts the content, tells `_started`, and runs for as long as the actor lives."""
+
+    def _export_traces(self, endpoint: str, service: str) -> None:
+        """Spans of this process go to the collector, where there is one. Raises InvalidConfig."""
+        if endpoint:
+            self._traces = importlib.import_module("workers.trace_export").TraceExport(endpoint, service, self._name)
+
+    async def _send_last_traces(self) -> None:
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def _end(self, *steps: Awaitable[object]) -> None:
         self._stopping = True
@@ -186,9 +198,11 @@ class WorkerActor(Actor):
         """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
         registrar, worker = self._registrar, self._worker
         await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
+        await self._send_last_traces()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
+        self._export_traces(self._config.otlp_endpoint, "baton-worker")
         store = open_store(self._store_config, self._namespace)
         start = await _insist(lambda: number_start(store, self._name, self._clock.now_s()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
@@ -291,10 +305,12 @@ class RouterActor(Actor):
         if self._router is not None:
             with suppress(Exception):
                 await self._router.stop()
+        await self._send_last_traces()
         self._life.cancel()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
+        self._export_traces(self._config.otlp_endpoint, "baton-router")
         fetch = importlib.import_module("cluster.actors.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
         listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None

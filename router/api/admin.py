@@ -7,8 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
+from fastapi.responses import StreamingResponse
 
 from router.api.answer import Services
+from router.api.desk import STREAM, Desk
+from router.api.middleware import Draining
 from router.api.problems import rejected
 from router.api.schema import DrainBody, PinBody, RoleBody, parse_body
 from router.api.sse import to_json
@@ -17,11 +20,16 @@ from workers.errors import InvalidRequest
 from workers.status import Role, WorkerStatus
 
 
-def admin_routes(services: Services) -> APIRouter:
+def admin_routes(services: Services, draining: Draining) -> APIRouter:
     routes = APIRouter()
+    desk = Desk(services, draining)
 
     @routes.get("/admin/status", response_model=None)
-    async def status() -> Response:
+    async def status(http: HttpRequest) -> Response:
+        """Once; with `Accept: text/event-stream` again and again, in short, for the page at /admin/ui."""
+        if http.headers.get("accept", "").strip() == STREAM:
+            headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+            return StreamingResponse(desk.open(), headers=headers, media_type=STREAM)
         return Response(to_json(_router_status(services.backend.status())), media_type="application/json")
 
     def check_worker(worker_id: str) -> None:

@@ -28,6 +28,7 @@ from router.api.translate import Job
 from router.backend import Backend
 from router.config import ApiConfig
 from router.policies.explain import route_of
+from workers.errors import Refusal, Refused
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -42,6 +43,9 @@ NUM_HUGE = 2
 _huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
 
 
+_log = logging.getLogger(__name__)
+
+
 async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
     """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
 
@@ -49,10 +53,15 @@ async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T
     """
     if num_bytes <= inline_bytes:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+    try:
+        done = asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+    except RuntimeError as error:
+        _log.warning("this host starts no more threads (%s): requests that need one are refused", error)
+        raise Refused(
+            Refusal.QUEUE_FULL, "this host is too busy for a request of this size", retry_after_s=1.0
+        ) from None
+    return await done
 
-
-_log = logging.getLogger(__name__)
 
 _MAX_ENTRIES_AT_ONCE = 1000
 """Tokens and logprobs that the event loop writes itself."""

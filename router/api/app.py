@@ -11,6 +11,7 @@ from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
+from router.api.desk import desk_routes
 from router.api.document import document_routes
 from router.api.door import MONITOR_PATHS
 from router.api.grammar_check import GrammarChecks
@@ -46,7 +47,8 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
         tokenization_routes(services),
         health_routes(services, draining),
         document_routes(config),
-        admin_routes(services),
+        admin_routes(services, draining),
+        desk_routes(),
     ):
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):

@@ -124,6 +124,7 @@ ENDPOINTS = (
     Endpoint("get", "/openapi.json", "This document", key="metrics"),
     Endpoint("get", "/docs", "This document as a page", kind="text/html", key="metrics"),
     Endpoint("get", "/admin/status", "What this router knows of its workers", answers.RouterAnswer, key="admin"),
+    Endpoint("get", "/admin/ui", "The operator's page", kind="text/html", key="none"),
     Endpoint(
         "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
     ),

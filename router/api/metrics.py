@@ -141,7 +141,7 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        snapshot = _Snapshot(self.registry, self._backend.status(), self._backend.role_report())
+        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report())
         return await asyncio.to_thread(encode, snapshot), content_type
 
 
@@ -183,7 +183,7 @@ class Tally(Collector):
         yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
 
 
-class _Snapshot:
+class Snapshot:
     """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
 
     def __init__(self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport) -> None:
