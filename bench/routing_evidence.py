@@ -39,6 +39,8 @@ class Way:
     prefill: int = 0
     decode: int = 0
     admission: str = "soft"
+    is_colocated: bool = False
+    """Every worker computes the prompts of what it decodes: no handoffs, nothing is pulled from peers."""
 
 
 class Bench:
@@ -71,8 +73,9 @@ class Bench:
                 "ttft_target_s": args.ttft,
                 "tpot_target_s": args.tpot,
                 "admission": way.admission,
+                **({"pull_min_blocks": 0, "max_local_prefill_tokens": 0} if way.is_colocated else {}),
             },
-            worker={"max_batch_tokens": args.batch_tokens} if args.batch_tokens else {},
+            worker={"local_prefill_tokens": 1 << 24} if way.is_colocated else {},
         )
         began_s = time.process_time()
         record = simulate(settings, requests)
@@ -160,7 +163,6 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--rates", type=float, nargs="+", default=[14.0, 18.0, 22.0, 26.0])
     parser.add_argument("--splits", nargs="+", metavar="P:D", help="default: all mixed, and every eighth")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a step, for all ways; default: the profile's")
     parser.add_argument("--ttft", type=float, default=2.0)
     parser.add_argument("--tpot", type=float, default=0.05)
     parser.add_argument("--attain", type=float, default=0.9)
@@ -184,8 +186,8 @@ def main() -> int:
     best = max(found, key=lambda split: float(found[split]["goodput"]))
     name = "all mixed" if best == (0, 0) else f"{best[0]}:{best[1]}"
     ways = [
-        Way("(a) colocated, least loaded", "least_loaded"),
-        Way("(c) colocated, round robin", "round_robin"),
+        Way("(a) colocated, least loaded", "least_loaded", is_colocated=True),
+        Way("(c) colocated, round robin", "round_robin", is_colocated=True),
         Way(f"(d) {name}, Baton", "kv_aware", *best),
     ]
     summary = []

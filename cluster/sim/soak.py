@@ -22,8 +22,9 @@ from cluster.sim.traces.generated import Recipe, generate
 
 LAST_EVENTS = 40
 REPLAY = "python -m cluster.sim.soak --seed"
-ALLOWED = {"ok", "cancelled", "no_workers", "queue_full", "deadline_exceeded"}
-"""How a request may end when workers die, stand still and are cut off for longer than anybody waits."""
+ALLOWED = {"ok", "cancelled", "no_workers", "queue_full", "deadline_exceeded", "workers_died"}
+"""How a request may end when workers die, stand still and are cut off for longer than anybody waits, two of them in a row under it
+(router.max_lost_workers)."""
 
 
 def case_of(seed: int) -> tuple[Settings, list[TraceRequest], list[Fault]]:
