@@ -22,7 +22,7 @@ from router.api.schema import (
     TokenizeBody,
 )
 from router.config import ApiConfig
-from workers.request import MAX_BAD_WORD_TOKENS, MAX_ENTRIES, MAX_STOP_CHARACTERS
+from workers.limits import DEFAULT_LIMITS
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/chat/completions": (ChatBody, StreamOptions),
@@ -142,8 +142,8 @@ class Extremes:
         values |= {name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot")}
         values |= {name: [{name: "x" * self._huge}] for name in ("session_id", "prompt_cache_key", "user")}
         values["user"] += [{"user": self.unknown[2]}]
-        half = MAX_ENTRIES // 2
-        words = [[5 + place % 1000, *[7] * (MAX_BAD_WORD_TOKENS // half - 2), 9] for place in range(half)]
+        half = DEFAULT_LIMITS.bad_words // 2
+        words = [[5 + place % 1000, *[7] * (DEFAULT_LIMITS.bad_word_tokens // half - 2), 9] for place in range(half)]
         function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
         return values | {
             "enable_thinking": [{"enable_thinking": True}, {"enable_thinking": False}],
@@ -164,7 +164,12 @@ class Extremes:
             "include_usage": [{"stream": True, "n": 32, "stream_options": {"include_usage": True}}],
             "continuous_usage_stats": [{"stream": True, "n": 32, "stream_options": {"continuous_usage_stats": True}}],
             "logit_bias": [
-                {"logit_bias": {str(token): -100 for token in range(min(MAX_ENTRIES, self._vocab_size))}, "n": 64},
+                {
+                    "logit_bias": {
+                        str(token): -100 for token in range(min(DEFAULT_LIMITS.logit_bias, self._vocab_size))
+                    },
+                    "n": 64,
+                },
                 {"logit_bias": {"0" * zeros + str(token): 1 for zeros in range(6) for token in range(1000)}, "n": 64},
                 {"logit_bias": {str(token): 1 for token in range(200_000)}},
             ],
@@ -175,15 +180,15 @@ class Extremes:
                 {"bad_words": [[7] * 400_000]},
             ],
             "stop": [
-                {"stop": [f"{place:07d}" for place in range(MAX_ENTRIES)], "n": 64},
+                {"stop": [f"{place:07d}" for place in range(DEFAULT_LIMITS.stop_strings)], "n": 64},
                 {"stop": ["a" * length for length in range(1, 120)], "n": 64},
-                {"stop": ["a" * MAX_STOP_CHARACTERS], "n": 128},
+                {"stop": ["a" * DEFAULT_LIMITS.stop_characters], "n": 128},
                 {"stop": [str(place) for place in range(400_000)], "n": 128},
                 {"stop": "a" * self._huge},
             ],
             "stop_token_ids": [
                 {
-                    "stop_token_ids": [place % self._vocab_size for place in range(MAX_ENTRIES)],
+                    "stop_token_ids": [place % self._vocab_size for place in range(DEFAULT_LIMITS.stop_token_ids)],
                     "n": 64,
                     "min_tokens": 3,
                 },

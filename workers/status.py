@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from workers.limits import DEFAULT_LIMITS, RequestLimits
+
 
 class Role(StrEnum):
     """PREFILL computes prompts for others, DECODE generates tokens, MIXED does both."""
@@ -123,6 +125,8 @@ class ModelInfo:
     block_size: int
     grammars: str = ""
     """What reads grammars (workers.grammar.language.engine_name); empty: requests with one are refused."""
+    limits: RequestLimits = DEFAULT_LIMITS
+    """What the worker takes of lists in a request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ is unknown.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import inf, isfinite
 
 from workers.kv_memory.memory import KvLayout
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.pb import worker_pb2 as pb
 from workers.request import make_tuple
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
@@ -78,12 +80,13 @@ def kv_event_from_pb(message: pb.KvEvent) -> KvEvent:
 
 
 def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
-    return pb.ModelInfo(**fields_of(model))
+    return pb.ModelInfo(**fields_of(model) | {"limits": pb.RequestLimits(**fields_of(model.limits))})
 
 
 def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
     """Raises ValueError for a model that nothing can be computed of."""
-    model = from_fields(ModelInfo, message)
+    limits = from_fields(RequestLimits, message.limits) if message.HasField("limits") else DEFAULT_LIMITS
+    model = replace(from_fields(ModelInfo, message), limits=limits)
     if min(model.vocab_size, model.max_model_len, model.block_size) < 1:
         raise ValueError("a model without vocabulary, context or blocks")
     return model
