@@ -20,6 +20,7 @@ from machine_facts import machine_facts
 
 from workers.engine.engine import Engine
 from workers.engine.fake_runner import FakeRunner
+from workers.engine.messages import StepResult
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
 from workers.request import HandoffReport, Request, SamplingParams
@@ -93,7 +94,7 @@ def tier_turns(num_tokens: int) -> dict[str, float]:
         request = prompt(salt, num_tokens, 1)
         turns = [cpu_ms(lambda r=request, n=number: engine.add(n, r))]  # type: ignore[misc]
         for _ in itertools.count():
-            results = []
+            results: list[StepResult] = []
             turns.append(cpu_ms(lambda found=results: found.append(engine.step())))  # type: ignore[misc]
             if any(output.finish_reason is not None for _, output in results[0].outputs):
                 break
