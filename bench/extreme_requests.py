@@ -137,6 +137,10 @@ class Extremes:
             "add_generation_prompt",
             "return_token_strs",
             "force",
+            "pin",
+            "continue_final_message",
+            "clamp_max_tokens",
+            "guided_json_object",
         )
         values |= {name: [{name: value} for value in (True, False)] for name in flags}
         values |= {name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot")}
@@ -145,7 +149,31 @@ class Extremes:
         half = DEFAULT_LIMITS.bad_words // 2
         words = [[5 + place % 1000, *[7] * (DEFAULT_LIMITS.bad_word_tokens // half - 2), 9] for place in range(half)]
         function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        values |= {
+            name: [{name: "x" * self._huge}, {name: self.unknown[2]}, {name: "(a|b)*" * 4000}]
+            for name in (
+                *("guided_regex", "guided_grammar", "guided_json", "structural_tag"),
+                *("regex", "ebnf", "json_schema"),
+            )
+        }
+        values |= {
+            name: [{name: self.unknown[2]}, {name: {"type": "json_schema", "json": "x" * self._huge}}]
+            for name in ("response_format", "structured_outputs", "guided_decoding")
+        }
+        budgets = ("thinking_token_budget", "reasoning_max_tokens")
+        values |= {name: [{name: value} for value in (0, 1, _INT64)] for name in budgets}
+        many = [str(place) for place in range(20_000)]
         return values | {
+            "guided_choice": [{"guided_choice": many}, {"guided_choice": self.unknown[2]}],
+            "guided_whitespace_pattern": [
+                {"guided_whitespace_pattern": "x" * self._huge, "guided_json": {"type": "object"}}
+            ],
+            "truncate_prompt_tokens": [{"truncate_prompt_tokens": value} for value in (-1, 1, _INT64)],
+            "allowed_token_ids": [
+                {"allowed_token_ids": [place % self._vocab_size for place in range(DEFAULT_LIMITS.allowed_token_ids)]},
+                {"allowed_token_ids": list(range(400_000))},
+            ],
+            "documents": [{"documents": [{"text": "x" * self._huge}]}, {"documents": [{}] * 100_000}],
             "enable_thinking": [{"enable_thinking": True}, {"enable_thinking": False}],
             "include_reasoning": [{"include_reasoning": False}],
             "parallel_tool_calls": [{"parallel_tool_calls": True}],
