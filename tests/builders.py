@@ -17,6 +17,7 @@ from workers.grammar.language import engine_name
 from workers.grammar.vocabulary import GrammarVocabulary
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import HandoffReport, Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, Runner
 from workers.scheduler.scheduler import Limits
@@ -65,6 +66,7 @@ def make_engine(
     tiers: KvTiers | None = None,
     clock: Callable[[], float] = time.monotonic,
     vocabulary: GrammarVocabulary | None = None,
+    request_limits: RequestLimits = DEFAULT_LIMITS,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -77,6 +79,7 @@ def make_engine(
         tiers=tiers,
         clock=clock,
         vocabulary=vocabulary,
+        request_limits=request_limits,
     )
 
 

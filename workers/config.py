@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from workers.errors import InvalidConfig
+from workers.limits import RequestLimits
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -171,6 +172,7 @@ class WorkerConfig:
     host: str = "127.0.0.1"
     port: Port = 0
     """gRPC port; 0: any free one."""
+    limits: RequestLimits = field(default_factory=RequestLimits)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -69,6 +69,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         worker_id=worker_id,
         overlap_steps=config.overlap_steps,
         vocabulary=model.vocabulary,
+        request_limits=config.limits,
     )
 
 

@@ -23,8 +23,8 @@ PARTIAL = 0.1
 """Of an answer's worth counts for how near its worker comes to the target: where no split keeps it, the nearer one is better."""
 REMEMBERED = 0.8
 """Sequences that decode now count so much where fewer are expected in the long run."""
-MIXED_SHARES = (0.9, 0.5)
-"""Of a MIXED worker's time, what prompts may take at most: whichever serves better counts, as routers see to answers, too."""
+MAX_MIXED_SHARE = 0.95
+"""Of a MIXED worker's time for prompts at most."""
 MARGINS = ((1.0, 0.7), (1.3, 0.3))
 """Loads in relation to the forecast, and what each counts: of splits that serve the forecast the one with more in hand is better."""
 BLOCKS_USED = 0.95
@@ -63,9 +63,8 @@ def goodput(splits: list[RoleSplit], forecast: Forecast, costs: Costs, targets: 
         rate = forecast.asked_per_s + (factor - 1) * forecast.requests_per_s
         at_load = np.zeros(len(splits))
         for local_tokens in {0, costs.local_tokens}:
-            for most in MIXED_SHARES if mixed.any() else MIXED_SHARES[:1]:
-                good = _goodput(prefill, decode, mixed, rate, forecast, costs, targets, local_tokens, most)
-                at_load = np.maximum(at_load, good)
+            good = _goodput(prefill, decode, mixed, rate, forecast, costs, targets, local_tokens)
+            at_load = np.maximum(at_load, good)
         total += weight / factor * at_load
     norm = sum(weight for _, weight in MARGINS)
     result: Floats = total / norm
@@ -81,22 +80,21 @@ def _goodput(
     costs: Costs,
     targets: RoleTargets,
     local_tokens: int,
-    most: float,
 ) -> Floats:
-    """At one load, with prompts of up to `local_tokens` computed where they decode, and at most so much of MIXED workers' time for prompts."""
+    """At one load, with prompts of up to `local_tokens` computed where they decode."""
     seconds = _prompt_seconds(forecast, costs)
     is_local = np.array(forecast.uncached) <= local_tokens if local_tokens else np.zeros(len(seconds), np.bool_)
     local_work = rate * float(np.mean(np.where(is_local, seconds, 0.0)))
     work = rate * float(seconds.mean()) - local_work
-    lent = np.minimum(MIXED_SHARES[0], local_work / np.maximum(decode, 1e-9))
+    lent = np.minimum(MAX_MIXED_SHARE, local_work / np.maximum(decode, 1e-9))
     """The part of a DECODE worker's time that local prompts take."""
     lent = np.where(decode > 0, lent, 0.0)
     to_prefill: Floats = work + np.where(decode > 0, 0.0, local_work)
 
-    share = np.clip((to_prefill - 0.85 * prefill) / np.maximum(mixed, 1e-9), 0.0, most)
+    share = np.clip((to_prefill - 0.85 * prefill) / np.maximum(mixed, 1e-9), 0.0, MAX_MIXED_SHARE)
     """The part of a MIXED worker's time that prompts take."""
     share = np.where(mixed > 0, share, 0.0)
-    busy = to_prefill / np.maximum(prefill + most * mixed, 1e-9)
+    busy = to_prefill / np.maximum(prefill + MAX_MIXED_SHARE * mixed, 1e-9)
     in_time = _prompts_in_time(busy, prefill + mixed, seconds, costs.handoff_s, targets.ttft_s)
     if is_local.any():
         local_share = float(is_local.mean())

@@ -12,7 +12,8 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 from workers.errors import InvalidRequest
-from workers.request import INT64_MAX, INT64_MIN, MAX_ENTRIES, MAX_TOP_LOGPROBS
+from workers.limits import MAX_ENTRIES
+from workers.request import INT64_MAX, INT64_MIN, MAX_TOP_LOGPROBS
 from workers.status import Role
 
 Number = StrictInt | StrictFloat
@@ -21,11 +22,11 @@ MESSAGES = Field(max_length=8192)
 MAX_VALUES = 512 << 10
 """Of one body, counted by its commas before it is read: the reader lets nothing else run meanwhile."""
 _MAX_WORK = 3 << 20
-"""What reading one body may take, about 0.1 s: a value counts 1, a bracket 10 and a name 20. What a text of 131,072 tokens holds of
+"""What reading one body may take, about 0.1 s: a value counts 1, a quotation mark 4, a bracket 10 and a name 20. What a text of 131,072 tokens holds of
 their signs stays below."""
 _COUNT_BYTES = 1 << 20
 SHORT = Field(max_length=MAX_ENTRIES)
-"""A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
+"""A longer list is refused before its entries are read, whatever worker.limits says; that is looked at when they have been."""
 
 
 def said(kind: str, **bounds: Any) -> WithJsonSchema:
@@ -339,9 +340,10 @@ def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
     if num_values > MAX_VALUES:
         raise InvalidRequest(f"the request body has more than {MAX_VALUES} values, or commas: send less at once")
     num_brackets = _count(body, b"{") + _count(body, b"[")
-    if num_values + 10 * num_brackets + 20 * _count(body, b":") > _MAX_WORK:
+    num_quotes = _count(body, b'"')
+    if num_values + 4 * num_quotes + 10 * num_brackets + 20 * _count(body, b":") > _MAX_WORK:
         raise InvalidRequest(
-            "the request body has too many names, lists and objects, or colons and brackets: send less at once"
+            "the request body has too many texts, names, lists and objects, or quotation marks, colons and brackets: send less at once"
         )
     try:
         content = pydantic_core.from_json(body)

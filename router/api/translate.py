@@ -18,6 +18,7 @@ from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
+from workers.limits import RequestLimits
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -25,8 +26,8 @@ from workers.text.tokenizer import Tokenizer
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_TARGET_S = 3600
-_MAX_BAD_WORD_CHARACTERS = 32 << 10
-"""They are tokenized, each in two forms, before the request can be answered."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of bad words, which are tokenized, each in two forms, before the request can be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def make_job(
         if body.clamp_max_tokens:
             max_tokens = max(1, min(max_tokens, room))
         own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
-        own.validate(info.vocab_size)
+        own.validate(info.vocab_size, info.limits)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
             Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
@@ -173,19 +174,21 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
     for name in ("seed", "min_tokens", "ignore_eos", "skip_special_tokens"):
         if (value := getattr(body, name)) is not None:
             given[name] = value
+    if body.include_stop_str_in_output is not None:
+        given["include_stop"] = body.include_stop_str_in_output
+    if body.stop is not None:
+        given["stop"] = tuple(dict.fromkeys([body.stop] if isinstance(body.stop, str) else body.stop))
+    if body.stop_token_ids is not None:
+        given["stop_token_ids"] = check_token_ids(body.stop_token_ids, info.vocab_size, "stop_token_ids")
+    if body.allowed_token_ids is not None:
+        given["allowed_token_ids"] = check_token_ids(body.allowed_token_ids, info.vocab_size, "allowed_token_ids")
+    if body.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(body.logit_bias)
+    if body.bad_words is not None:
+        given["bad_words"] = _bad_words(body.bad_words, tokenizer, info.limits)
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return replace(
-        defaults,
-        **given,
-        include_stop=bool(body.include_stop_str_in_output),
-        stop=tuple(dict.fromkeys(stop)),
-        stop_token_ids=check_token_ids(body.stop_token_ids or [], info.vocab_size, "stop_token_ids"),
-        allowed_token_ids=check_token_ids(body.allowed_token_ids or [], info.vocab_size, "allowed_token_ids"),
-        logit_bias=_logit_bias(body.logit_bias or {}),
-        bad_words=_bad_words(body.bad_words or [], tokenizer),
-    )
+    return replace(defaults, **given)
 
 
 def _finite(value: float, param: str) -> float:
@@ -204,12 +207,14 @@ def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-def _bad_words(words: list[str | list[int]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+def _bad_words(
+    words: list[str | list[int]], tokenizer: Tokenizer, limits: RequestLimits
+) -> tuple[tuple[int, ...], ...]:
     """A word is forbidden as it begins a text and as it follows a blank: those are different tokens."""
-    if sum(len(word) for word in words) > _MAX_BAD_WORD_CHARACTERS:
-        raise InvalidRequest(
-            f"bad_words takes at most {_MAX_BAD_WORD_CHARACTERS} characters or tokens in all", "bad_words"
-        )
+    if len(words) > limits.bad_words:
+        raise InvalidRequest(f"bad_words takes at most {limits.bad_words} words", "bad_words")
+    if sum(len(word) for word in words) > (most := _CHARACTERS_PER_TOKEN * limits.bad_word_tokens):
+        raise InvalidRequest(f"bad_words takes at most {most} characters or tokens in all", "bad_words")
     sequences: list[tuple[int, ...]] = []
     for word in words:
         if isinstance(word, str):

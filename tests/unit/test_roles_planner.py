@@ -64,7 +64,7 @@ def test_nothing_drifts_in_a_lull(load: DemandReport) -> None:
 
 
 def test_with_one_worker_on_each_side_mixed_is_the_valve() -> None:
-    for load in (demand(3, prompt=30_000, output=20), demand(12, prompt=100, output=2000)):
+    for load in (demand(1.2, prompt=30_000, output=20), demand(12, prompt=100, output=2000)):
         _, workers = run(RoleController(AUTO, TARGETS), fleet(1, 1), load, 60)
         roles = [worker.role for worker in workers]
         assert any(role.can_prefill for role in roles) and any(role.can_decode for role in roles)

@@ -20,6 +20,7 @@ from workers.grammar.vocabulary import GrammarVocabulary
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_tiers.tiers import KvTiers
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import Request, error_output, refusal_output
 from workers.runner import BLOCK_SIZE, Batch, LaunchingRunner, Runner, Sampled, SequenceSlice
 from workers.scheduler.ahead import schedule_ahead
@@ -77,6 +78,7 @@ class Engine:
         overlap_steps: bool = True,
         clock: Callable[[], float] = time.monotonic,
         vocabulary: GrammarVocabulary | None = None,
+        request_limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self._grammars = Grammars(vocabulary, runner.vocab_size, eos_token_ids, clock)
         self._runner = runner
@@ -99,6 +101,7 @@ class Engine:
             worker_id=worker_id,
             clock=clock,
             grammars=self._grammars,
+            limits=request_limits,
         )
         self._promotions = Promotions(tiers, self._scheduler)
         self.incoming = IncomingKv(self._sequences, runner.kv_memory)

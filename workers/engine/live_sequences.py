@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
 from workers.kv_cache.block_hash import PromptTokens
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
@@ -160,6 +161,7 @@ class LiveSequences:
         worker_id: str,
         clock: Callable[[], float],
         grammars: Grammars,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self.scheduler = scheduler
         self._grammars = grammars
@@ -169,13 +171,14 @@ class LiveSequences:
         self._make_detokenizer = make_detokenizer
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
+        self._limits = limits
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._num_arrivals = 0
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
-        request.params.validate(self._vocab_size)
+        request.params.validate(self._vocab_size, self._limits)
         self._grammars.check(request.params)
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:

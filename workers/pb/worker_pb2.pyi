@@ -332,21 +332,41 @@ class KvEvent(_message.Message):
     tiers: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., reset: bool = ..., tiers: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class RequestLimits(_message.Message):
+    __slots__ = ("stop_strings", "stop_characters", "stop_token_ids", "bad_words", "bad_word_tokens", "logit_bias", "allowed_token_ids")
+    STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    STOP_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    stop_strings: int
+    stop_characters: int
+    stop_token_ids: int
+    bad_words: int
+    bad_word_tokens: int
+    logit_bias: int
+    allowed_token_ids: int
+    def __init__(self, stop_strings: _Optional[int] = ..., stop_characters: _Optional[int] = ..., stop_token_ids: _Optional[int] = ..., bad_words: _Optional[int] = ..., bad_word_tokens: _Optional[int] = ..., logit_bias: _Optional[int] = ..., allowed_token_ids: _Optional[int] = ...) -> None: ...
+
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "fingerprint", "vocab_size", "max_model_len", "block_size", "grammars")
+    __slots__ = ("name", "fingerprint", "vocab_size", "max_model_len", "block_size", "limits", "grammars")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     vocab_size: int
     max_model_len: int
     block_size: int
+    limits: RequestLimits
     grammars: str
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., grammars: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., limits: _Optional[_Union[RequestLimits, _Mapping]] = ..., grammars: _Optional[str] = ...) -> None: ...
 
 class Counter(_message.Message):
     __slots__ = ("name", "value")

@@ -164,6 +164,7 @@ def describe_model(
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
         grammars=engine_name(),
+        limits=config.limits,
     )
 
 
