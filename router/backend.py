@@ -125,13 +125,18 @@ class RequestStream:
         if num_tokens > self._max_tokens and self._waiting:
             return False
         self._num_tokens = num_tokens
-        self._add(output)
+        self._waiting.append(output)
+        if self._wake is not None:
+            self._call()
         return True
 
     def fail(self, refusal: Refusal, message: str) -> None:
         """Adds an error as the last output; what waits stays."""
         position = self._waiting[0].position + self._num_tokens if self._waiting else 0
-        self._add(Output(self.request_id, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message))
+        self._waiting.append(
+            Output(self.request_id, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+        )
+        self._call()
 
     def take(self, wake: Callable[[], None]) -> Output | None:
         waiting = self._waiting
@@ -149,8 +154,7 @@ class RequestStream:
             self._is_ended = True
             self._on_close(self.request_id)
 
-    def _add(self, output: Output) -> None:
-        self._waiting.append(output)
+    def _call(self) -> None:
         wake, self._wake = self._wake, None
         if wake is not None:
             wake()

@@ -37,7 +37,7 @@ from router.requests.demand import DemandReport
 from router.roles import Order, RoleDesk, RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
-from workers.request import Output, Request
+from workers.request import Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.trust.credentials import Credentials
 from workers.wire.attach import WorkerClient, WorkerLink
@@ -253,7 +253,11 @@ class RouterDriver:
         for command in commands:
             match command:
                 case Deliver(output):
-                    self._deliver(output, brought_up)
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None and not stream.push(output):
+                        self._give_up(stream, brought_up)
+                    elif output.finish_reason is not None:
+                        self._streams.pop(output.request_id, None)
                 case SendMessage(worker_id, connection, message):
                     link = self._links.get(connection)
                     if link is None or not link.send(message):
@@ -273,17 +277,11 @@ class RouterDriver:
                     assert_never(command)
         return rejection
 
-    def _deliver(self, output: Output, events: list[Event]) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        if stream.push(output):
-            if output.finish_reason is not None:
-                del self._streams[output.request_id]
-            return
-        del self._streams[output.request_id]
+    def _give_up(self, stream: RequestStream, events: list[Event]) -> None:
+        """More outputs wait for its reader than may."""
+        del self._streams[stream.request_id]
         stream.fail(Refusal.DEADLINE_EXCEEDED, "outputs were read too slowly")
-        events.append(RequestCancelled(output.request_id, "slow_client"))
+        events.append(RequestCancelled(stream.request_id, "slow_client"))
 
     def _leave(self, request_id: str) -> None:
         """The reader of a stream went away."""

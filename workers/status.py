@@ -85,10 +85,9 @@ class Load(NamedTuple):
     step_prompt_context: int = 0
     """Tokens that the step's prompt tokens looked back at, each at its own: a chunk of n tokens after m others has n * (m + n / 2)."""
 
-    @property
-    def counts(self) -> tuple[float, ...]:
-        """All but what is said of the step itself."""
-        return self[:6]
+
+NUM_COUNTS = 6
+"""The first fields of a Load; the others are about its last step."""
 
 
 class Tier(IntEnum):

@@ -320,7 +320,7 @@ class ChunkWriter:
                 if not output.text:
                     return ()
                 before, after = self._frames.get(choice.index) or self._frame(choice)
-                return (before + sse.to_json(output.text) + after,)
+                return (before + sse.text_to_json(output.text) + after,)
             if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
                 return ()
             piece = self._shape.piece(choice, output)

@@ -174,19 +174,21 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
     for name in ("seed", "min_tokens", "ignore_eos", "skip_special_tokens"):
         if (value := getattr(body, name)) is not None:
             given[name] = value
+    if body.include_stop_str_in_output is not None:
+        given["include_stop"] = body.include_stop_str_in_output
+    if body.stop is not None:
+        given["stop"] = tuple(dict.fromkeys([body.stop] if isinstance(body.stop, str) else body.stop))
+    if body.stop_token_ids is not None:
+        given["stop_token_ids"] = check_token_ids(body.stop_token_ids, info.vocab_size, "stop_token_ids")
+    if body.allowed_token_ids is not None:
+        given["allowed_token_ids"] = check_token_ids(body.allowed_token_ids, info.vocab_size, "allowed_token_ids")
+    if body.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(body.logit_bias)
+    if body.bad_words is not None:
+        given["bad_words"] = _bad_words(body.bad_words, tokenizer, info.limits)
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return replace(
-        defaults,
-        **given,
-        include_stop=bool(body.include_stop_str_in_output),
-        stop=tuple(dict.fromkeys(stop)),
-        stop_token_ids=check_token_ids(body.stop_token_ids or [], info.vocab_size, "stop_token_ids"),
-        allowed_token_ids=check_token_ids(body.allowed_token_ids or [], info.vocab_size, "allowed_token_ids"),
-        logit_bias=_logit_bias(body.logit_bias or {}),
-        bad_words=_bad_words(body.bad_words or [], tokenizer, info.limits),
-    )
+    return replace(defaults, **given)
 
 
 def _finite(value: float, param: str) -> float:

@@ -52,7 +52,8 @@ class _Buckets:
         self._begun_s: int | None = None
 
     def add(self, count: float, now: float) -> None:
-        self._move(int(now))
+        if now >= self._second + 1:
+            self._move(int(now))
         if self._begun_s is None:
             self._begun_s = int(now)
         self._counts[self._second % NUM_SECONDS] += count

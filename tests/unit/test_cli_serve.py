@@ -113,6 +113,12 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     running.clean()
 
 
+of_one_worker = pytest.mark.parametrize(
+    "serve", [("--mixed", "1", "--prefill", "0", "--decode", "0")], indirect=True, ids=[""]
+)
+"""For what is said of a cluster's processes, whatever each does: it starts sooner."""
+
+
 def baton(
     *arguments: str, stdin: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -189,6 +195,7 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(serve: Serve, times: int) -> Non
     assert os.listdir(serve.folder) == []
 
 
+@of_one_worker
 def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
@@ -199,6 +206,7 @@ def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     assert processes.alive(members) == () and serve.members() == ()
 
 
+@of_one_worker
 def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
@@ -207,6 +215,7 @@ def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None
     serve.wait_until_gone(members)
 
 
+@of_one_worker
 @pytest.mark.parametrize(("program", "name"), [("gcs_server", "GCS"), ("raylet", "raylet")])
 def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Serve, program: str, name: str) -> None:
     serve.read_stdout_until("Ctrl-C")

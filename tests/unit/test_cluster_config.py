@@ -116,6 +116,8 @@ def test_workers_are_named_by_pool_and_routers_get_ports_of_their_own() -> None:
             r"^router\.api\.sampling_defaults\.temperature must be between 0 and 2$",
         ),
         ("router.api.sampling_defaults.stop_token_ids=[-1]", r"sampling_defaults\.stop_token_ids needs token ids"),
+        ("router.api.sampling_defaults.max_tokens=100", r"sampling_defaults\.max_tokens is for each request to say"),
+        ("router.api.sampling_defaults.logprobs=1", r"sampling_defaults\.logprobs is for each request to say"),
         ("router.api.sampling_defaults.logit_bias=[[1]]", r"logit_bias\[0\] must be a list of at least 2 values"),
     ],
 )

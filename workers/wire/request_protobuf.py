@@ -26,6 +26,7 @@ from workers.request import (
     SamplingParams,
     ThinkingBudget,
     TokenLogprob,
+    make_tuple,
 )
 
 if TYPE_CHECKING:
@@ -231,9 +232,8 @@ def output_from_pb(message: pb.Output) -> Output:
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish, position = message.finish_reason, message.position
     if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
-        return Output(
-            message.request_id, position, token_ids, message.text, (), None, None, None, "", message.cached_tokens
-        )
+        name, text, cached = message.request_id, message.text, message.cached_tokens
+        return make_tuple(Output, (name, position, token_ids, text, (), None, None, None, "", cached, (), None))
     return Output(
         request_id=message.request_id,
         position=position,
