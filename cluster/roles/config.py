@@ -25,8 +25,9 @@ class RolesConfig:
     tpot_slo_s: Seconds = 0.1
     """The same between two tokens, where router.tpot_target_s says nothing."""
     min_prefill: Count = 1
-    """Workers that can prefill (PREFILL or MIXED) stay at least so many; so with min_decode."""
+    """Workers that can prefill (PREFILL or MIXED) stay at least so many."""
     min_decode: Count = 1
+    """The same of workers that can decode (DECODE or MIXED)."""
     interval_s: Annotated[float, Ge(0.1), Le(60)] = 1.0
     """Between two looks at the load."""
     min_gain: Share = 0.06

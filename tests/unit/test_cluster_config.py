@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig, load_config, schema
 from cluster.settings import build
 from router.config import hashed
 from workers.errors import InvalidConfig
-from workers.request import SamplingParams
+from workers.request import SamplingParams, ThinkingBudget
 from workers.status import Role
 
 MODEL = {"worker.model": "m"}
@@ -241,7 +241,7 @@ def test_every_setting_is_described_or_speaks_for_itself() -> None:
     assert undescribed <= {
         "host", "http", "mixed", "decode", "prefill", "num_threads", "kv_memory_fraction", "prefix_cache", "max_retry_backoff_s",
         "store", "pools", "ray", "worker", "parallel", "dashboard", "api", "policy", "namespace",
-    } | {field.name for field in dataclasses.fields(SamplingParams)}  # fmt: skip
+    } | {field.name for kind in (SamplingParams, ThinkingBudget) for field in dataclasses.fields(kind)}  # fmt: skip
 
 
 def test_workers_reserve_a_gpu_only_where_they_compute_on_one() -> None:
