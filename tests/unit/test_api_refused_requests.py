@@ -69,7 +69,7 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length(api: Api
         ("seed", -(2**63) - 1),
         ("stop", ""),
         ("stop", ["a", 3]),
-        ("stop", ["a"] * 1025),
+        ("stop", [f"a{n}" for n in range(1025)]),
         ("stop_token_ids", [1] * 1025),
         ("logit_bias", {"5": 1, "05": 1}),
         ("bad_words", [[1]] * 1025),
