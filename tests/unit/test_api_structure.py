@@ -158,6 +158,7 @@ def test_json_objects_and_structural_tags(api: Api) -> None:
         ),
         ({"structural_tag": {"structures": [{"begin": "<a>", "end": ""}], "triggers": ["<b"]}}, "structural_tag", "none of the triggers"),
         ({"regex": "a" * (129 << 10)}, "regex", "at most 131072 characters"),
+        ({"regex": "(a|b)*" * 4000}, "regex", "cannot be followed"),
         ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs", "surrogate|characters|not valid JSON"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from workers.grammar.language import limits, said
+from workers.sampling.constraint import empty_mask
 
 
 class TokenTable(Protocol):
@@ -41,6 +42,9 @@ class GrammarVocabulary:
         import llguidance
 
         matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits())
+        if not matcher.is_error():
+            first = empty_mask(self.vocab_size)  # some limits show only where the first token is looked for
+            matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         return said(matcher.get_error())
 
 
