@@ -38,7 +38,7 @@ lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers && $(LINT_BENCH)
 
 # The programs of bench/ are looked at only for names and arguments that the product no longer has.
-LINT_BENCH = $(BIN)/mypy --ignore-missing-imports $(UNCHECKED:%=--disable-error-code %) bench/*.py
+LINT_BENCH = $(BIN)/mypy --cache-dir .mypy_cache/bench --ignore-missing-imports $(UNCHECKED:%=--disable-error-code %) bench/*.py
 UNCHECKED = arg-type assignment dict-item misc no-untyped-call return-value unused-ignore
 
 model: $(TEST)

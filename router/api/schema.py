@@ -318,15 +318,18 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "vllm_xargs": (),
     "logits_processors": (),
+    "logprob_token_ids": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
+    "prompt_token_ids": (),
     "suffix": (),
     "thinking": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
     "use_beam_search": (),
+    "web_search": (),
     "web_search_options": (),
 }
 """Fields that would change the answer in a way Baton does not offer yet, and the values that ask for nothing."""
