@@ -173,6 +173,7 @@ class WorkerConfig:
     port: Port = 0
     """gRPC port; 0: any free one."""
     limits: RequestLimits = field(default_factory=RequestLimits)
+    """How much one request may hold in its lists and texts."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
