@@ -29,15 +29,16 @@ chaos: $(TEST)
 soak: $(TEST)
 	$(BIN)/python -m cluster.sim.soak --seeds $(or $(SEEDS),1:3001)
 
-# What the fuzzers of `make test` do in seconds, for longer.
+# What the fuzzers of `make test` do in seconds, for longer: messages of peers, lanes, bodies, the described API, entries in Redis, tier files, checkpoints.
+FUZZERS := $(foreach name,hostile_peers sealed_lanes api_fuzz api_document hostile_redis cluster_membership kv_tier_files hostile_checkpoints,tests/unit/test_$(name).py)
 fuzz: $(TEST)
-	BATON_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest --timeout 7200 tests/unit/test_hostile_peers.py tests/unit/test_sealed_lanes.py -k "touched or lane_ends or any_bytes"
+	BATON_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest --timeout 7200 $(FUZZERS)
 
 lint: $(TEST)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cluster router workers && $(LINT_BENCH)
 
 # The programs of bench/ are looked at only for names and arguments that the product no longer has.
-LINT_BENCH = $(BIN)/mypy --ignore-missing-imports $(UNCHECKED:%=--disable-error-code %) bench/*.py
+LINT_BENCH = $(BIN)/mypy --cache-dir .mypy_cache/bench --ignore-missing-imports $(UNCHECKED:%=--disable-error-code %) bench/*.py
 UNCHECKED = arg-type assignment dict-item misc no-untyped-call return-value unused-ignore
 
 model: $(TEST)
@@ -57,6 +58,7 @@ $(SERVE): pyproject.toml hatch_build.py workers/machine/native_build.py \
 
 $(TEST): $(SERVE)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m tests.kube.kube_tools
 	touch $@
 
 clean:

@@ -18,6 +18,7 @@ from workloads import MAX_LEN, SHORT_POOL_TOKENS
 from cluster.sim.measuring.skipping import SkippingRunner
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.machine import native_build
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.loading import ServedModel
@@ -59,6 +60,10 @@ class TimedModel:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self._checkpoint.eos_token_ids
+
+    @property
+    def vocabulary(self) -> GrammarVocabulary | None:
+        return self._checkpoint.vocabulary
 
     def make_detokenizer(self, request: Request) -> Detokenizer:
         return self._checkpoint.make_detokenizer(request)

@@ -22,7 +22,7 @@ from router.api.schema import (
     TokenizeBody,
 )
 from router.config import ApiConfig
-from workers.request import MAX_BAD_WORD_TOKENS, MAX_ENTRIES, MAX_STOP_CHARACTERS
+from workers.limits import DEFAULT_LIMITS
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/chat/completions": (ChatBody, StreamOptions),
@@ -137,15 +137,43 @@ class Extremes:
             "add_generation_prompt",
             "return_token_strs",
             "force",
+            "pin",
+            "continue_final_message",
+            "clamp_max_tokens",
+            "guided_json_object",
         )
         values |= {name: [{name: value} for value in (True, False)] for name in flags}
         values |= {name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot")}
         values |= {name: [{name: "x" * self._huge}] for name in ("session_id", "prompt_cache_key", "user")}
         values["user"] += [{"user": self.unknown[2]}]
-        half = MAX_ENTRIES // 2
-        words = [[5 + place % 1000, *[7] * (MAX_BAD_WORD_TOKENS // half - 2), 9] for place in range(half)]
+        half = DEFAULT_LIMITS.bad_words // 2
+        words = [[5 + place % 1000, *[7] * (DEFAULT_LIMITS.bad_word_tokens // half - 2), 9] for place in range(half)]
         function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        values |= {
+            name: [{name: "x" * self._huge}, {name: self.unknown[2]}]
+            for name in (
+                *("guided_regex", "guided_grammar", "guided_json", "structural_tag"),
+                *("regex", "ebnf", "json_schema"),
+            )
+        }
+        values |= {
+            name: [{name: self.unknown[2]}, {name: {"type": "json_schema", "json": "x" * self._huge}}]
+            for name in ("response_format", "structured_outputs", "guided_decoding")
+        }
+        budgets = ("thinking_token_budget", "reasoning_max_tokens")
+        values |= {name: [{name: value} for value in (0, 1, _INT64)] for name in budgets}
+        many = [str(place) for place in range(20_000)]
         return values | {
+            "guided_choice": [{"guided_choice": many}, {"guided_choice": self.unknown[2]}],
+            "guided_whitespace_pattern": [
+                {"guided_whitespace_pattern": "x" * self._huge, "guided_json": {"type": "object"}}
+            ],
+            "truncate_prompt_tokens": [{"truncate_prompt_tokens": value} for value in (-1, 1, _INT64)],
+            "allowed_token_ids": [
+                {"allowed_token_ids": [place % self._vocab_size for place in range(DEFAULT_LIMITS.allowed_token_ids)]},
+                {"allowed_token_ids": list(range(400_000))},
+            ],
+            "documents": [{"documents": [{"text": "x" * self._huge}]}, {"documents": [{}] * 100_000}],
             "enable_thinking": [{"enable_thinking": True}, {"enable_thinking": False}],
             "include_reasoning": [{"include_reasoning": False}],
             "parallel_tool_calls": [{"parallel_tool_calls": True}],
@@ -164,7 +192,12 @@ class Extremes:
             "include_usage": [{"stream": True, "n": 32, "stream_options": {"include_usage": True}}],
             "continuous_usage_stats": [{"stream": True, "n": 32, "stream_options": {"continuous_usage_stats": True}}],
             "logit_bias": [
-                {"logit_bias": {str(token): -100 for token in range(min(MAX_ENTRIES, self._vocab_size))}, "n": 64},
+                {
+                    "logit_bias": {
+                        str(token): -100 for token in range(min(DEFAULT_LIMITS.logit_bias, self._vocab_size))
+                    },
+                    "n": 64,
+                },
                 {"logit_bias": {"0" * zeros + str(token): 1 for zeros in range(6) for token in range(1000)}, "n": 64},
                 {"logit_bias": {str(token): 1 for token in range(200_000)}},
             ],
@@ -175,15 +208,15 @@ class Extremes:
                 {"bad_words": [[7] * 400_000]},
             ],
             "stop": [
-                {"stop": [f"{place:07d}" for place in range(MAX_ENTRIES)], "n": 64},
+                {"stop": [f"{place:07d}" for place in range(DEFAULT_LIMITS.stop_strings)], "n": 64},
                 {"stop": ["a" * length for length in range(1, 120)], "n": 64},
-                {"stop": ["a" * MAX_STOP_CHARACTERS], "n": 128},
+                {"stop": ["a" * DEFAULT_LIMITS.stop_characters], "n": 128},
                 {"stop": [str(place) for place in range(400_000)], "n": 128},
                 {"stop": "a" * self._huge},
             ],
             "stop_token_ids": [
                 {
-                    "stop_token_ids": [place % self._vocab_size for place in range(MAX_ENTRIES)],
+                    "stop_token_ids": [place % self._vocab_size for place in range(DEFAULT_LIMITS.stop_token_ids)],
                     "n": 64,
                     "min_tokens": 3,
                 },

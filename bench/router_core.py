@@ -24,6 +24,7 @@ from machine_facts import machine_facts
 from router.api.answer import Answer, Services
 from router.api.bodies import OpenBodies
 from router.api.chat import ChatShape
+from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.translate import translate_chat
@@ -174,16 +175,20 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     link.put(link.sealed(WorkerFrame(GENERATION, status=status)))
     await settle()
     config = ApiConfig()
-    services = Services(driver, Tokenizer.load(str(CHECKPOINT)), config, Metrics(driver), OpenBodies(config))
+    tokenizer = Tokenizer.load(str(CHECKPOINT))
+    services = Services(driver, tokenizer, config, Metrics(driver), OpenBodies(config), GrammarChecks(tokenizer))
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
-    sent = due = 0
-    is_sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    frames: list[bytes] = []
+    sent = num_steps_sent = 0
 
     async def send(message: Any) -> None:
-        nonlocal sent
-        sent += message.get("body", b"").count(b"data: {")
-        if sent == due and not is_sent.done():
-            is_sent.set_result(None)
+        """One step at a time, as workers send them: the next frame comes when all of this one's events are on their way."""
+        nonlocal sent, num_steps_sent
+        if b"data: {" in message.get("body", b""):
+            sent += 1
+            if sent % num_streams == 0 and num_steps_sent < num_steps:
+                link.put(frames[num_steps_sent])
+                num_steps_sent += 1
 
     async def receive() -> Any:
         await asyncio.Event().wait()
@@ -196,18 +201,14 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     tasks = [asyncio.create_task(one()) for _ in range(num_streams)]
     while len(link.submitted) < num_streams:
         await settle()
-    frames = []
     for position in range(num_steps):
         reason = FinishReason.LENGTH if position == num_steps - 1 else None
         outputs = [Output(name, position, (1234,), " word", finish_reason=reason) for name in link.submitted]
         load = Load(num_running=num_streams, num_free_blocks=1 << 20, num_blocks=1 << 20)
         frames.append(link.sealed(WorkerFrame(GENERATION, tuple(outputs), load)))
     start_s = time.thread_time()
-    for frame in frames:  # one step at a time, as workers send them
-        due += num_streams
-        is_sent = asyncio.get_running_loop().create_future()
-        link.put(frame)
-        await is_sent
+    num_steps_sent = 1
+    link.put(frames[0])
     await asyncio.gather(*tasks)
     spent_s = time.thread_time() - start_s
     await driver.stop()

@@ -99,10 +99,8 @@ def is_ready(url: str) -> bool:
 
 
 def chat(url: str, text: str) -> None:
-    """Streams one answer to its end."""
+    """Streams one answer to its end, of whichever model is served."""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "stream": True}
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
-        body["model"] = json.load(answer)["data"][0]["id"]
     asked = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -12,14 +12,18 @@ from collections.abc import Sequence
 
 from cluster.commands import (
     admin,
+    batch,
     chat,
+    debug,
     demo,
+    doctor,
     drain,
     info,
     join,
     plan,
     profile,
     ray_nodes,
+    roles,
     serve,
     simulate,
     stop,
@@ -52,8 +56,28 @@ def make_parser() -> argparse.ArgumentParser:
         prog="baton", description="Serves ERNIE 4.5 from a cluster that splits prefill from decode."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--version", action=info.ShowVersion)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (serve, stop, demo, chat, admin, drain, join, ray_nodes, store, simulate, profile, plan, tls, info):
+    for module in (
+        serve,
+        stop,
+        demo,
+        chat,
+        batch,
+        admin,
+        roles,
+        drain,
+        join,
+        doctor,
+        debug,
+        ray_nodes,
+        store,
+        simulate,
+        profile,
+        plan,
+        tls,
+        info,
+    ):
         module.add_parser(commands)
     return parser
 

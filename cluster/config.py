@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
+from cluster.roles.config import RolesConfig
 from cluster.settings import build, from_environment, json_schema, lay, override
 from cluster.store.store import StoreConfig
 from router.config import RouterConfig
@@ -100,6 +101,7 @@ class ClusterConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     start_timeout_s: Seconds = 180.0
     """Each step of the start must be done within this time."""

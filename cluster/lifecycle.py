@@ -31,6 +31,7 @@ from cluster.preflight import (
 from cluster.ray_session.deaths import vital_processes, watch
 from cluster.ray_session.folders import end_local, make_folder, remove_stale, secret_file
 from cluster.ray_session.janitor import dismiss, engage
+from cluster.ray_session.room import watch_room
 from cluster.ray_session.running import note
 from cluster.ray_session.session import RaySession, join_ray, start_ray
 from cluster.store.actor_store import STORE_HOST_NAME
@@ -72,11 +73,12 @@ class Cluster:
         """The first router's URL."""
         return self.urls[0]
 
-    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None]) -> None:
-        """Does `meanwhile`, for as long as a Ray that was started here lives. Raises RayDied."""
+    async def until_ray_dies(self, meanwhile: Coroutine[Any, Any, None], say: Callable[[str], None]) -> None:
+        """Does `meanwhile`, for as long as a Ray that was started here lives; what becomes of its disk is told. Raises RayDied."""
         jobs = {asyncio.ensure_future(meanwhile)}
         if self.session.folder:
             jobs.add(asyncio.ensure_future(watch(vital_processes(self.session.folder))))
+            jobs.add(asyncio.ensure_future(watch_room(self.session.folder, say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
@@ -192,6 +194,7 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     from cluster.actors.pools import Pools
     from cluster.membership.membership import forget_draining, forget_role
     from cluster.ray_session.failures import told
+    from cluster.roles.fresh import forget_switches
     from cluster.store.open import open_store
 
     config = cluster.config
@@ -203,7 +206,7 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     store = open_store(config.store, config.ray.namespace)
     # A new cluster starts in its configured roles, and takes work.
     names = [name for name, _ in config.pools.workers]
-    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining)])
+    await all_of([forget(store, name) for name in names for forget in (forget_role, forget_draining, forget_switches)])
     await publish(store, config)
     await store.close()
     threads = ThreadPoolExecutor(AT_ONCE, "create")  # each waits for Ray: to look a name up, to find room for ranks

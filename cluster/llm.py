@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from cluster.preflight import check_model
 from cluster.settings import build
+from router.api.grammar_check import check_job
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
 from router.api.translate import make_job
 from router.config import ApiConfig
+from workers import request
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
 from workers.model.loading import ServedModel
-from workers.request import Output, Request, SamplingParams, TokenLogprob
+from workers.request import Output, Request, TokenLogprob
 from workers.worker import make_engine
 
 __all__ = ["LLM", "Completion", "PromptCompletions", "SamplingParams"]
@@ -30,6 +32,15 @@ _BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_promp
 """Whoever calls has the process for himself."""
 _DEFAULT_TOKENS = 16
 """Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
+
+
+@dataclass(frozen=True)
+class SamplingParams(request.SamplingParams):
+    """As workers.request.SamplingParams, and what an answer is to be: the fields of a request body of the same names, of which one is set."""
+
+    structured_outputs: Mapping[str, Any] | None = None
+    """{"json": schema}, {"regex": ...}, {"choice": [...]}, {"grammar": ...} or {"structural_tag": ...}"""
+    response_format: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -80,7 +91,7 @@ class LLM:
     def generate(
         self,
         prompts: str | Iterable[str] | Sequence[int] | Iterable[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None = None,
         *,
         n: int = 1,
         progress: bool = True,
@@ -104,7 +115,7 @@ class LLM:
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None = None,
         *,
         n: int = 1,
         progress: bool = True,
@@ -140,7 +151,7 @@ class LLM:
     def _generate(
         self,
         prompts: list[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None,
         n: int,
         progress: bool,
         default_tokens: int,
@@ -162,9 +173,12 @@ class LLM:
             generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
             info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
             job = make_job(body, info, tokenizer, _BOUNDS, [prompt], param, default_tokens, body.logprobs)
-            for request, choice in zip(job.requests, generation.outputs, strict=True):
-                self._engine.check(request)
-                requests.append((request, generation, choice))
+            vocabulary = self._checkpoint.vocabulary
+            if job.speech.wanted is not None and vocabulary and (problem := check_job(job, vocabulary)):
+                raise InvalidRequest(problem, job.speech.wanted.param)
+            for one, choice in zip(job.requests, generation.outputs, strict=True):
+                self._engine.check(one)
+                requests.append((one, generation, choice))
         with self._lock:
             self._run(requests, progress)
         return generations
@@ -216,11 +230,14 @@ def _listed(value: Any, what: str) -> list[Any]:
     return list(value)
 
 
-def _as_body(params: SamplingParams, n: int) -> CompletionBody:
+def _as_body(params: request.SamplingParams, n: int) -> CompletionBody:
     """The request body that asks for these parameters. Raises InvalidRequest naming a field of a wrong type."""
-    if not isinstance(params, SamplingParams):
+    if not isinstance(params, request.SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}", "params")
     content = {field.name: _as_json(getattr(params, field.name)) for field in fields(params)}
+    for name in ("grammar", "thinking"):
+        if content.pop(name):
+            raise InvalidRequest(f"{name} is not set by callers: use structured_outputs", name)
     content["include_stop_str_in_output"] = content.pop("include_stop")
     try:
         pairs = params.logit_bias.items() if isinstance(params.logit_bias, Mapping) else params.logit_bias

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from router.forecast.forecasts import ForecastStatus
 from router.policies.explain import Decision
+from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
@@ -76,8 +77,11 @@ class Backend(Protocol):
 
     def status(self) -> RouterStatus: ...
 
-    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
-        """Switches a live worker's role; returns once the worker has it.
+    async def set_role(
+        self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
+    ) -> WorkerStatus:
+        """Switches a live worker's role; returns once the worker has it. `is_pinned`: the role controller leaves it alone from now
+        on, or does not any more; None: as it was.
 
         Raises InvalidRequest for an unknown worker, or (without `force`) when no worker could prefill or decode afterwards.
         """
@@ -88,6 +92,14 @@ class Backend(Protocol):
 
         Returns once the worker has said so; raises as `set_role` does.
         """
+        ...
+
+    async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
+        """Keeps a worker out of the role controller's hands, or gives it back. Raises InvalidRequest where there is none."""
+        ...
+
+    def role_report(self) -> RolesReport:
+        """What is known of roles and of who decides on them."""
         ...
 
 
@@ -113,13 +125,18 @@ class RequestStream:
         if num_tokens > self._max_tokens and self._waiting:
             return False
         self._num_tokens = num_tokens
-        self._add(output)
+        self._waiting.append(output)
+        if self._wake is not None:
+            self._call()
         return True
 
     def fail(self, refusal: Refusal, message: str) -> None:
         """Adds an error as the last output; what waits stays."""
         position = self._waiting[0].position + self._num_tokens if self._waiting else 0
-        self._add(Output(self.request_id, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message))
+        self._waiting.append(
+            Output(self.request_id, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
+        )
+        self._call()
 
     def take(self, wake: Callable[[], None]) -> Output | None:
         waiting = self._waiting
@@ -137,8 +154,7 @@ class RequestStream:
             self._is_ended = True
             self._on_close(self.request_id)
 
-    def _add(self, output: Output) -> None:
-        self._waiting.append(output)
+    def _call(self) -> None:
         wake, self._wake = self._wake, None
         if wake is not None:
             wake()

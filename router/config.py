@@ -63,7 +63,8 @@ class ApiConfig:
     tool_parser: Text = AUTO
     """How it writes calls of tools; auto likewise."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
-    """Used for what a client leaves open; see `load_sampling_defaults`. Token ids are checked when the vocabulary is known."""
+    """Used for what a client leaves open, but for `max_tokens` and logprobs, which are the client's alone; see `load_sampling_defaults`.
+    Token ids are checked when the vocabulary is known."""
 
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
@@ -72,7 +73,10 @@ class ApiConfig:
             object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 
     def check_sampling_defaults(self, vocab_size: int) -> None:
-        """Raises InvalidConfig for defaults that no request could be run with."""
+        """Raises InvalidConfig for defaults that no request could be run with, and for such as would have no effect."""
+        for name in ("max_tokens", "logprobs", "prompt_logprobs"):
+            if getattr(self.sampling_defaults, name) != getattr(SamplingParams(), name):
+                raise InvalidConfig(f"router.api.sampling_defaults.{name} is for each request to say; leave it out")
         try:
             self.sampling_defaults.validate(vocab_size)
         except InvalidRequest as error:
@@ -240,6 +244,8 @@ class RouterConfig:
     keepalive_s: Seconds = 120.0
     """An idle HTTP connection is closed after this long. Longer than clients and proxies keep theirs (60 to 90 s usually): a
     request that is sent while the connection is being closed is lost."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector, as worker.otlp_endpoint."""
     http: HttpConfig = field(default_factory=HttpConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 

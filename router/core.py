@@ -107,7 +107,7 @@ class RouterCore:
             self.counters["prefix_index_gaps"] += 1
             self._out.append(SendMessage(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
-            self.flights.take(output, entry.worker_id, now)
+            self.flights.take(output, event.worker_id, now)
 
     # ---- which workers there are ----
 

@@ -29,12 +29,15 @@ from router.events import (
     WorkerDetached,
     WorkersChanged,
 )
+from router.fleet.seen import WorkerSeen, workers_seen
 from router.fleet.worker_entry import WorkerEntry
 from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
+from router.requests.demand import DemandReport
+from router.roles import Order, RoleDesk, RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
-from workers.request import Output, Request
+from workers.request import Request
 from workers.status import ModelInfo, Role, WorkerAddress, WorkerStatus
 from workers.trust.credentials import Credentials
 from workers.wire.attach import WorkerClient, WorkerLink
@@ -58,7 +61,11 @@ class RouterDriver:
         client: WorkerClient | None = None,
         clock: Callable[[], float] = time.monotonic,
         credentials: Credentials | None = None,
+        desk: RoleDesk | None = None,
     ) -> None:
+        """`desk` carries operators' orders out; without one they go to the workers at once."""
+        self._desk = desk
+        self._roles = RolesReport()
         self._config = config
         self._router_id = router_id
         self._client = client or GrpcWorkerClient(
@@ -153,21 +160,64 @@ class RouterDriver:
             self._router_id, workers, flights.num_waiting, flights.num_running, named, core.forecasts.status()
         )
 
-    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+    async def set_role(
+        self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
+    ) -> WorkerStatus:
         entry = self._core.fleet.check_role(worker_id, role, force)
-        change = self._client.set_role(entry.address, role, entry.generation)
+        change: Awaitable[object] = (
+            self._desk.carry_out(Order(worker_id, role, is_pinned=is_pinned, force=force))
+            if self._desk is not None
+            else self._client.set_role(entry.address, role, entry.generation)
+        )
         return await self._changed(entry, change, lambda status: status.role is role, f"become {role}")
 
     async def set_draining(self, worker_id: str, is_draining: bool, force: bool = False) -> WorkerStatus:
         entry = self._core.fleet.check_draining(worker_id, is_draining, force)
-        change = self._client.set_draining(entry.address, is_draining)
+        change: Awaitable[object] = (
+            self._desk.carry_out(Order(worker_id, is_draining=is_draining, force=force))
+            if self._desk is not None
+            else self._client.set_draining(entry.address, is_draining)
+        )
         what = "drain" if is_draining else "take work again"
         return await self._changed(entry, change, lambda status: status.is_draining is is_draining, what)
+
+    async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
+        if self._desk is None:
+            raise InvalidRequest("no role controller runs here, so nothing is to be pinned", "pin")
+        await self._desk.carry_out(Order(worker_id, is_pinned=is_pinned))
+
+    def role_report(self) -> RolesReport:
+        return self._roles
+
+    async def show_roles(self, report: RolesReport) -> None:
+        """What operators are told of roles from now on."""
+        self._roles = report
+
+    # ---- the role controller ----
+
+    async def look(self) -> tuple[tuple[WorkerSeen, ...], DemandReport, float]:
+        """The workers, what is asked of this router, and what a handoff adds to a first token, in seconds."""
+        core = self._core
+        return workers_seen(core.fleet), core.flights.demand(self._clock()), core.forecasts.handoffs.fixed_s
+
+    async def tell_role(self, worker_id: str, role: Role, generation: int) -> None:
+        """Has a worker take a role, from that generation or not at all. Raises Refused, InvalidRequest, WorkerLost."""
+        await self._client.set_role(self._address_of(worker_id), role, generation)
+
+    async def tell_draining(self, worker_id: str, is_draining: bool) -> None:
+        """Has a worker take no new work, or take it again. Raises as `tell_role`."""
+        await self._client.set_draining(self._address_of(worker_id), is_draining)
+
+    def _address_of(self, worker_id: str) -> WorkerAddress:
+        entry = self._core.fleet.get(worker_id)
+        if entry is None:
+            raise WorkerLost(f"worker {worker_id} is no member")
+        return entry.address
 
     async def _changed(
         self,
         entry: WorkerEntry,
-        change: Awaitable[WorkerStatus],
+        change: Awaitable[object],
         is_done: Callable[[WorkerStatus], bool],
         what: str,
     ) -> WorkerStatus:
@@ -203,7 +253,11 @@ class RouterDriver:
         for command in commands:
             match command:
                 case Deliver(output):
-                    self._deliver(output, brought_up)
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None and not stream.push(output):
+                        self._give_up(stream, brought_up)
+                    elif output.finish_reason is not None:
+                        self._streams.pop(output.request_id, None)
                 case SendMessage(worker_id, connection, message):
                     link = self._links.get(connection)
                     if link is None or not link.send(message):
@@ -223,17 +277,11 @@ class RouterDriver:
                     assert_never(command)
         return rejection
 
-    def _deliver(self, output: Output, events: list[Event]) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        if stream.push(output):
-            if output.finish_reason is not None:
-                del self._streams[output.request_id]
-            return
-        del self._streams[output.request_id]
+    def _give_up(self, stream: RequestStream, events: list[Event]) -> None:
+        """More outputs wait for its reader than may."""
+        del self._streams[stream.request_id]
         stream.fail(Refusal.DEADLINE_EXCEEDED, "outputs were read too slowly")
-        events.append(RequestCancelled(output.request_id, "slow_client"))
+        events.append(RequestCancelled(stream.request_id, "slow_client"))
 
     def _leave(self, request_id: str) -> None:
         """The reader of a stream went away."""

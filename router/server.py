@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import socket
 import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -17,11 +19,15 @@ from router.backend import RouterStatus
 from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
+from router.roles import RoleDesk
 from workers.errors import InvalidConfig, Refusal, Refused
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.request import SamplingParams
 from workers.status import WorkerAddress
 from workers.text.tokenizer import Tokenizer
 from workers.trust.credentials import Credentials
+
+T = TypeVar("T")
 
 STATUS_TIMEOUT_S = 5.0
 FIRST_WORKER_S = 5.0
@@ -38,12 +44,14 @@ class RouterServer:
         router_id: str,
         credentials: Credentials | None = None,
         listener: socket.socket | None = None,
+        desk: RoleDesk | None = None,
     ) -> None:
-        """With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
+        """`desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
         is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
         self._credentials = credentials
         self._listener = listener
+        self._desk = desk
         self._router_id = router_id
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,6 +106,18 @@ class RouterServer:
             raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer")
         return answer.result()
 
+    async def ask(self, question: Callable[[RouterDriver], Coroutine[Any, Any, T]]) -> T:
+        """What the coroutine that `question` makes returns, run on the router's thread. Raises Refused when the router does not run."""
+        loop, driver = self._loop, self._driver
+        if loop is None or driver is None:
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not run")
+        asking = question(driver)
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asking, loop))
+        except RuntimeError as error:  # its loop is closed
+            asking.close()
+            raise Refused(Refusal.SHUTTING_DOWN, "the router does not answer") from error
+
     async def stop(self) -> None:
         """Takes no new requests, lets those that run finish within shutdown_timeout_s, ends the rest with a final error.
 
@@ -125,7 +145,8 @@ class RouterServer:
             listener.close()
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: Future[None]) -> None:
-        driver = RouterDriver(self._config, self._router_id, credentials=self._credentials)
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
+        driver = RouterDriver(self._config, self._router_id, credentials=self._credentials, desk=self._desk)
         await driver.start()
         draining = Draining()
         app = create_app(driver, tokenizer, self._config.api, draining)

@@ -7,12 +7,17 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from byte_tokens import vocabulary
+
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.fake_runner import FakeRunner
 from workers.engine.messages import StepResult
+from workers.grammar.language import engine_name
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.tiers import KvTiers
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import HandoffReport, Output, Request, SamplingParams
 from workers.runner import BLOCK_SIZE, Runner
 from workers.scheduler.scheduler import Limits
@@ -60,6 +65,8 @@ def make_engine(
     overlap_steps: bool = True,
     tiers: KvTiers | None = None,
     clock: Callable[[], float] = time.monotonic,
+    vocabulary: GrammarVocabulary | None = None,
+    request_limits: RequestLimits = DEFAULT_LIMITS,
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
@@ -71,6 +78,8 @@ def make_engine(
         overlap_steps=overlap_steps,
         tiers=tiers,
         clock=clock,
+        vocabulary=vocabulary,
+        request_limits=request_limits,
     )
 
 
@@ -121,7 +130,8 @@ def tokens_of(outputs: list[tuple[int, Output]], sequence_id: int) -> list[int]:
 
 def generate_alone(request: Request, num_blocks: int = 16, **limits: int) -> list[int]:
     """The tokens of a request that has an engine for itself: the golden run."""
-    engine = make_engine(fake_runner(num_blocks), prefix_cache=False, **limits)  # type: ignore[arg-type]
+    known = vocabulary() if request.params.grammar else None
+    engine = make_engine(fake_runner(num_blocks), prefix_cache=False, vocabulary=known, **limits)  # type: ignore[arg-type]
     engine.add(0, request)
     return tokens_of(run_to_end(engine), 0)
 
@@ -150,8 +160,11 @@ class FakeModel:
 
     def __init__(self, config: WorkerConfig, num_blocks: int = 64) -> None:
         self.runner: Runner = fake_runner(num_blocks)
-        self.info = ModelInfo("fake", "fake-1", self.runner.vocab_size, config.max_model_len or 4096, BLOCK_SIZE)
+        self.info = ModelInfo(
+            "fake", "fake-1", self.runner.vocab_size, config.max_model_len or 4096, BLOCK_SIZE, engine_name()
+        )
         self.eos_token_ids = (EOS,)
+        self.vocabulary: GrammarVocabulary | None = vocabulary()
 
     def make_detokenizer(self, request: Request) -> PlainDetokenizer:
         return PlainDetokenizer()

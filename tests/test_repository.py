@@ -42,17 +42,17 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 FLOORS = {
     "workers": (
-        "errors", "state_table", "checkpoint_files", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "kv_cache", "scheduler",
-        "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "serving",
+        "errors", "state_table", "checkpoint_files", "limits", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
+        "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "trace_export", "serving",
         "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
     "router": (
         "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "config", "wishes", "events", "fleet",
-        "requests", "core", "backend", "driver", "api", "http_protocol", "http_server", "server",
+        "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "server",
     ),
     "cluster": (
-        "settings", "secret_files", "store", "config", "membership", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "llm", "sim",
+        "settings", "secret_files", "store", "roles/config", "config", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip
@@ -146,6 +146,20 @@ PURE = (
     "router/forecast",
     "router/wishes.py",
     "cluster/membership/membership.py",
+    "cluster/roles/candidates.py",
+    "cluster/roles/carrying_out.py",
+    "cluster/roles/core.py",
+    "cluster/roles/events.py",
+    "cluster/roles/forecasting.py",
+    "cluster/roles/leadership.py",
+    "cluster/roles/mirror.py",
+    "cluster/roles/orders.py",
+    "cluster/roles/outlook.py",
+    "cluster/roles/planner.py",
+    "cluster/roles/records.py",
+    "cluster/roles/report.py",
+    "cluster/roles/switches.py",
+    "cluster/roles/values.py",
     "cluster/actors/placement.py",
     "cluster/sim/planning/plan.py",
     "cluster/sim/planning/question.py",

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from workers.errors import InvalidConfig
+from workers.limits import RequestLimits
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -154,6 +155,8 @@ class WorkerConfig:
     """A sequence that moves to another worker stands still for at most this long; then it goes on where it is."""
     drain_timeout_s: Delay = 30.0
     """How long a worker that is told to leave waits for its requests to move away or end."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector (OTLP over HTTP, such as http://collector:4318) that spans are sent to; empty: nowhere."""
     transfer_window_bytes: Annotated[int, Ge(1 << 20)] = 32 << 20
     """KV bytes of one handoff that may be announced and not yet acknowledged."""
     max_pending_frames: Count = 1024
@@ -169,6 +172,8 @@ class WorkerConfig:
     host: str = "127.0.0.1"
     port: Port = 0
     """gRPC port; 0: any free one."""
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    """How much one request may hold in its lists and texts."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -12,19 +12,29 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 
 MAX_TOP_LOGPROBS = 20
-MAX_ENTRIES = 1024
-"""Of stop, stop_token_ids, bad_words and logit_bias each; OpenAI takes 4 stop strings and 300 biases."""
-MAX_STOP_CHARACTERS = 8192
-"""Of all stop strings together: they are prepared before the first token, on the thread of the engine."""
-MAX_BAD_WORD_TOKENS = 8192
-"""Of all bad words together."""
+MAX_GRAMMAR_CHARACTERS = 128 << 10
+"""Of a request's grammar; reading one takes longer the longer it is."""
 MAX_SCORES = 4096
 """Prompt tokens whose logprobs one output says: 0.7 MiB with 20 alternatives each."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 LOGPROB_FLOOR = -9999.0
 """Logprobs are clamped here: JSON has no -inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """When this many tokens have come without `end_token_id` among them, `closing` follows, token by token, whatever else is likely.
+
+    `closing` holds `end_token_id`. With `start_token_id` that holds for outputs that begin with it, which does not count.
+    """
+
+    num_tokens: int
+    end_token_id: int
+    closing: tuple[int, ...]
+    start_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,9 @@ class SamplingParams:
     it is made concrete (`with_seed`) before a request enters the system, so that a re-run draws the same tokens.
     `logprobs` None: off; k: the drawn token's logprob and the k most likely ones (0 <= k <= 20).
     `bad_words` are token id sequences that must not appear. `logit_bias` is (token id, bias) pairs.
+    `grammar` is what the output is, in the language of workers.grammar; empty: anything. `allowed_token_ids`, when there are
+    any, are all that may be drawn, and those that end the output. Where a grammar leaves a single way to go on, it outranks
+    allowed_token_ids, bad_words, min_tokens and ignore_eos; `thinking` outranks all.
     """
 
     max_tokens: int = 16
@@ -56,8 +69,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    allowed_token_ids: tuple[int, ...] = ()
+    thinking: ThinkingBudget | None = None
 
-    def validate(self, vocab_size: int) -> None:
+    @property
+    def is_constrained(self) -> bool:
+        """Whether some draws are among less than all tokens."""
+        return bool(self.grammar or self.allowed_token_ids or self.thinking)
+
+    def validate(self, vocab_size: int, limits: RequestLimits = DEFAULT_LIMITS) -> None:
         """Raises InvalidRequest naming the first field that is out of range."""
         checks: Sequence[tuple[bool, str, str]] = (
             (self.max_tokens >= 1, "max_tokens", "must be at least 1"),
@@ -70,30 +91,50 @@ class SamplingParams:
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "must be between -2 and 2"),
             (0 < self.repetition_penalty <= 100, "repetition_penalty", "must be above 0 and at most 100"),
             (self.seed is None or INT64_MIN <= self.seed <= INT64_MAX, "seed", "must fit in a signed 64-bit integer"),
-            (len(self.stop) <= MAX_ENTRIES, "stop", f"takes at most {MAX_ENTRIES} strings"),
+            (len(self.stop) <= limits.stop_strings, "stop", f"takes at most {limits.stop_strings} strings"),
             (
-                sum(map(len, self.stop)) <= MAX_STOP_CHARACTERS,
+                sum(map(len, self.stop)) <= limits.stop_characters,
                 "stop",
-                f"takes at most {MAX_STOP_CHARACTERS} characters in all its strings together",
-            ),
-            (len(self.stop_token_ids) <= MAX_ENTRIES, "stop_token_ids", f"takes at most {MAX_ENTRIES} tokens"),
-            (  # a word that is given as text stands here twice: as it begins a text and as it follows a blank
-                len(self.bad_words) <= 2 * MAX_ENTRIES,
-                "bad_words",
-                f"takes at most {2 * MAX_ENTRIES} sequences of tokens",
+                f"takes at most {limits.stop_characters} characters in all its strings together",
             ),
             (
-                sum(map(len, self.bad_words)) <= MAX_BAD_WORD_TOKENS,
-                "bad_words",
-                f"takes at most {MAX_BAD_WORD_TOKENS} tokens in all its words together",
+                len(self.stop_token_ids) <= limits.stop_token_ids,
+                "stop_token_ids",
+                f"takes at most {limits.stop_token_ids} tokens",
             ),
-            (len(self.logit_bias) <= MAX_ENTRIES, "logit_bias", f"takes at most {MAX_ENTRIES} tokens"),
+            (  # a word that is given as text stands here twice: as it begins a text and as it follows a blank
+                len(self.bad_words) <= 2 * limits.bad_words,
+                "bad_words",
+                f"takes at most {2 * limits.bad_words} sequences of tokens",
+            ),
+            (
+                sum(map(len, self.bad_words)) <= limits.bad_word_tokens,
+                "bad_words",
+                f"takes at most {limits.bad_word_tokens} tokens in all its words together",
+            ),
+            (len(self.logit_bias) <= limits.logit_bias, "logit_bias", f"takes at most {limits.logit_bias} tokens"),
             (
                 len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
                 "logit_bias",
                 "must not name a token twice",
             ),
             (all(self.stop), "stop", "must not contain an empty string"),
+            (
+                len(self.grammar) <= MAX_GRAMMAR_CHARACTERS,
+                "grammar",
+                f"takes at most {MAX_GRAMMAR_CHARACTERS} characters, a schema's included",
+            ),
+            (
+                len(self.allowed_token_ids) <= limits.allowed_token_ids
+                and all(0 <= token < vocab_size for token in self.allowed_token_ids),
+                "allowed_token_ids",
+                f"takes at most {limits.allowed_token_ids} token ids below {vocab_size}",
+            ),
+            (
+                self.thinking is None or _is_sound(self.thinking, vocab_size),
+                "thinking_token_budget",
+                "must be at least 0, and needs tokens that end the reasoning",
+            ),
             (
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
                 "logprobs",
@@ -127,6 +168,11 @@ class SamplingParams:
     def with_seed(self, seed: int) -> SamplingParams:
         """These params with `seed` filled in where the caller left it open."""
         return self if self.seed is not None else replace(self, seed=seed)
+
+
+def _is_sound(budget: ThinkingBudget, vocab_size: int) -> bool:
+    is_known = all(0 <= token < vocab_size for token in budget.closing)
+    return budget.num_tokens >= 0 and len(budget.closing) <= 64 and budget.end_token_id in budget.closing and is_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +274,10 @@ class Output(NamedTuple):
     prompt_logprobs: tuple[PromptScores, ...] = ()
     """Parts of at most MAX_SCORES tokens; they come in order, all of them before or with the first token."""
     handoff: HandoffReport | None = None
+
+
+make_tuple = tuple.__new__
+"""A named tuple of a class from all of its fields in their order: half the time of a call of the class, and nothing is checked."""
 
 
 def end_output(request_id: str, refusal: Refusal, message: str) -> Output:

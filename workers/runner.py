@@ -17,11 +17,14 @@ BLOCK_SIZE = 64
 
 
 Ids = npt.NDArray[np.int32]
+TokenMask = npt.NDArray[np.int32]
+"""Tokens of a vocabulary, 32 to a word: token t is in it when bit t % 32 of word t // 32 is set."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitEdits:
-    """For one draw: `biases` are added to the logits of `bias_ids`, those of `banned_ids` become -inf, then come the penalties.
+    """For one draw: `biases` are added to the logits of `bias_ids`, those of `banned_ids` become -inf, then come the penalties;
+    what is not in `allowed` becomes -inf in the end (None: all are in it).
 
     No token stands in `bias_ids` or in `seen_ids` twice. `seen_ids` are the tokens that a penalty reads: those of the output, and
     with a repetition penalty those of the prompt; `seen_counts` says how often each stands in the output. The arrays may change
@@ -33,6 +36,7 @@ class LogitEdits:
     banned_ids: Ids
     seen_ids: Ids
     seen_counts: Ids
+    allowed: TokenMask | None = None
 
 
 # The next three are made for every token of every sequence, and a frozen dataclass takes three times as long to make. Nobody

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from workers.limits import DEFAULT_LIMITS, RequestLimits
+
 
 class Role(StrEnum):
     """PREFILL computes prompts for others, DECODE generates tokens, MIXED does both."""
@@ -83,10 +85,9 @@ class Load(NamedTuple):
     step_prompt_context: int = 0
     """Tokens that the step's prompt tokens looked back at, each at its own: a chunk of n tokens after m others has n * (m + n / 2)."""
 
-    @property
-    def counts(self) -> tuple[float, ...]:
-        """All but what is said of the step itself."""
-        return self[:6]
+
+NUM_COUNTS = 6
+"""The first fields of a Load; the others are about its last step."""
 
 
 class Tier(IntEnum):
@@ -122,6 +123,10 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     block_size: int
+    grammars: str = ""
+    """What reads grammars (workers.grammar.language.engine_name); empty: requests with one are refused."""
+    limits: RequestLimits = DEFAULT_LIMITS
+    """What the worker takes of lists in a request."""
 
 
 @dataclass(frozen=True, slots=True)

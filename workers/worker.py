@@ -13,6 +13,7 @@ import grpc
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.thread import EngineThread
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.opening import open_tiers
 from workers.pb import worker_pb2_grpc
@@ -46,6 +47,11 @@ class LoadedModel(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
+    @property
+    def vocabulary(self) -> GrammarVocabulary | None:
+        """None: no grammars can be followed."""
+        ...
+
     def make_detokenizer(self, request: Request) -> Detokenizer: ...
 
 
@@ -62,6 +68,8 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         tiers=open_tiers(config, model.runner.kv_memory, model.info.fingerprint, worker_id),
         worker_id=worker_id,
         overlap_steps=config.overlap_steps,
+        vocabulary=model.vocabulary,
+        request_limits=config.limits,
     )
 
 

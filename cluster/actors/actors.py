@@ -24,12 +24,14 @@ from cluster.membership.membership import (
 from cluster.membership.registration import Registrar, follow_members, number_start
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
+from cluster.roles.config import RolesConfig
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreConfig, StoreUnavailable
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
 from workers.machine.limits import raise_file_limit
+from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
 from workers.trust import parties
 from workers.trust.config import TlsConfig
@@ -75,9 +77,11 @@ class Actor(ABC):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
         self._stopping = False
+        self._traces: Any = None
         self._started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._life = asyncio.get_running_loop().create_task(self._live())
 
@@ -115,6 +119,15 @@ class Actor(ABC):
     @abstractmethod
     async def _run(self) -> None:
         """Starts the content, tells `_started`, and runs for as long as the actor lives."""
+
+    def _export_traces(self, endpoint: str, service: str) -> None:
+        """Spans of this process go to the collector, where there is one. Raises InvalidConfig."""
+        if endpoint:
+            self._traces = importlib.import_module("workers.trace_export").TraceExport(endpoint, service, self._name)
+
+    async def _send_last_traces(self) -> None:
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def _end(self, *steps: Awaitable[object]) -> None:
         self._stopping = True
@@ -185,9 +198,11 @@ class WorkerActor(Actor):
         """Leaves the cluster, then ends the worker; the process stays for Ray to end."""
         registrar, worker = self._registrar, self._worker
         await self._end(*([registrar.withdraw()] if registrar else []), *([worker.stop()] if worker else []))
+        await self._send_last_traces()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_worker, bool(self._secret)) if self._factory is None else self._factory
+        self._export_traces(self._config.otlp_endpoint, "baton-worker")
         store = open_store(self._store_config, self._namespace)
         start = await _insist(lambda: number_start(store, self._name, self._clock.now_s()))
         role = await _insist(lambda: desired_role(store, self._name, self._role))
@@ -246,7 +261,7 @@ class WorkerActor(Actor):
 
 
 class RouterActor(Actor):
-    """One router, told of every change of membership. After a crash it is back on the same port.
+    """One router, told of every change of membership, and with it a role controller (cluster.roles). After a crash it is back on the same port.
 
     With `held_ports` (see cluster.actors.held_ports) its port stays open meanwhile.
     """
@@ -260,9 +275,12 @@ class RouterActor(Actor):
         store: StoreConfig,
         namespace: str,
         tls: TlsConfig,
+        roles: RolesConfig,
         held_ports: str = "",
     ) -> None:
         self._tls = tls
+        self._roles_config = roles
+        self._roles: Any = None
         self._config, self._store_config, self._namespace = config, store, namespace
         self._held_ports = held_ports
         self._router: Any = None
@@ -282,25 +300,31 @@ class RouterActor(Actor):
             self._announcing.cancel()
             with suppress(StoreUnavailable):
                 await self._store.delete(ROUTERS + self._name)
+            await self._roles.resign()
         # Requests that run on may need to know of workers that come and go: the membership is followed to the end.
         if self._router is not None:
             with suppress(Exception):
                 await self._router.stop()
+        await self._send_last_traces()
         self._life.cancel()
 
     async def _run(self) -> None:
         make = await asyncio.to_thread(_import_router)
+        self._export_traces(self._config.otlp_endpoint, "baton-router")
         fetch = importlib.import_module("cluster.actors.held_ports").fetch
         self._store = open_store(self._store_config, self._namespace)
         listener = await asyncio.to_thread(fetch, self._held_ports, self._name) if self._held_ports else None
         credentials = credentials_of(self._tls, parties.router(self._name))
-        router = make(self._config, self._name, credentials, listener)
-        self._router = router
+        make_roles = await asyncio.to_thread(lambda: importlib.import_module("cluster.roles.driver").RolesDriver)
+        roles = make_roles(self._roles_config, self._config, self._name, self._store_config.lease_ttl_s)
+        router = make(self._config, self._name, credentials, listener, roles)
+        self._router, self._roles = router, roles
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
             self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
+            tasks.create_task(roles.run(self._store, router))
 
     async def _announce(self, store: Store, url: str) -> None:
         """Keeps a lease with the router's URL, for those who look for one."""

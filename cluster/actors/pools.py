@@ -146,7 +146,7 @@ class Pools:
         return (
             ray.remote(RouterActor)
             .options(**self._options(router_id))
-            .remote(router_id, router, config.store, config.ray.namespace, config.tls, held_ports)
+            .remote(router_id, router, config.store, config.ray.namespace, config.tls, config.roles, held_ports)
         )
 
     def find(self, name: str) -> Any | None:

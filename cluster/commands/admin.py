@@ -17,6 +17,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     switch.add_argument("worker", metavar="WORKER", help="such as decode-0")
     switch.add_argument("role", metavar="ROLE", choices=("prefill", "decode", "mixed"), help="prefill, decode or mixed")
     switch.add_argument("--force", action="store_true", help="even if nothing could prefill or decode afterwards")
+    switch.add_argument(
+        "--pin",
+        action="store_true",
+        help="keep it so: the role controller leaves the worker alone until `baton roles --unpin`",
+    )
     add_admin_flags(switch)
     switch.set_defaults(run=run_switch)
 
@@ -36,6 +41,6 @@ def run_switch(args: argparse.Namespace) -> int:
     from cluster.console.router_client import RouterClient
 
     with RouterClient(*client_target(args)) as router:
-        worker = router.set_role(args.worker, args.role, args.force)
+        worker = router.set_role(args.worker, args.role, args.force, True if args.pin else None)
     print(f"{worker['worker_id']} is {worker['role']} now, generation {generation_text(int(worker['generation']))}")
     return 0

@@ -55,6 +55,18 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_key_file(parser: argparse.ArgumentParser, kind: str) -> None:
+    """For a command that sends keys of several kinds."""
+    parser.add_argument(
+        f"--{kind}-key-file", type=Path, metavar="FILE", help=f"its first key is sent; default: ${KEYS[kind]}"
+    )
+
+
+def first_key(args: argparse.Namespace, kind: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The key of a kind to send; empty: none was given."""
+    return next(iter(_keys(vars(args), kind, environment)), "")
+
+
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     """What every command that talks to a running router takes."""
     parser.add_argument("--url", help=_URL_HELP)

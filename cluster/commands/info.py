@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
+from typing import Any, NoReturn
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,12 +16,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     schema.set_defaults(run=run_schema)
 
 
-def run_version(args: argparse.Namespace) -> int:
+class ShowVersion(argparse.Action):
+    """`baton --version`."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
+        print(version_text())
+        parser.exit()
+
+
+def version_text() -> str:
+    """With the commit, where the image says it."""
     try:
         version = importlib.metadata.version("baton-serve")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown: baton-serve is not installed"
-    print(f"baton {version}")
+    commit = os.environ.get("BATON_COMMIT")
+    return f"baton {version}" + (f" ({commit})" if commit else "")
+
+
+def run_version(args: argparse.Namespace) -> int:
+    print(version_text())
     return 0
 
 

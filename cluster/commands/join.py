@@ -123,7 +123,7 @@ async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -
     with progress.step("waiting for the store"):
         await patiently(lambda: check_store(config.store), config.start_timeout_s, progress)
     with progress.step(f"starting {name}"):
-        router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls)
+        router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls, config.roles)
         url = await router.ready()
     print(f"{name} serves at {url}; Ctrl-C removes it", flush=True)
     with suppress(asyncio.CancelledError):
@@ -251,11 +251,12 @@ async def _watch(probes: Probes, actor: Any) -> None:
 async def _forget(config: ClusterConfig, name: str) -> None:
     """Takes a name that nobody will have again, as that of a container, out of the store."""
     from cluster.membership.membership import DRAINS, ROLES, STARTS
+    from cluster.roles.records import PINS, SWITCHES
     from cluster.store.open import open_store
     from cluster.store.store import StoreUnavailable
 
     with suppress(StoreUnavailable):
         store = open_store(config.store, config.ray.namespace)
-        for prefix in (STARTS, ROLES, DRAINS):
+        for prefix in (STARTS, ROLES, DRAINS, PINS, SWITCHES):
             await store.delete(prefix + name)
         await store.close()

@@ -36,6 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"of Ray's GCS; default: {DEFAULT_PORT}",
     )
     head.add_argument("--dashboard", action=argparse.BooleanOptionalAction, default=None, help="Ray's dashboard")
+    head.add_argument("--dashboard-host", metavar="ADDRESS", help="where the dashboard listens; default: --host")
     head.set_defaults(run=run_head)
     node = actions.add_parser(
         "node", help="room for ranks of workers", description="A further node, on which Ray places ranks of workers."
@@ -58,7 +59,8 @@ def run_head(args: argparse.Namespace) -> int:
     from cluster.ray_session.node import plan_head
 
     config = config_from(args)
-    return _run(plan_head(config, args.node_host, args.gcs_port), args, "Ray's head", config.start_timeout_s)
+    plan = plan_head(config, args.node_host, args.gcs_port, args.dashboard_host or "")
+    return _run(plan, args, "Ray's head", config.start_timeout_s)
 
 
 def run_node(args: argparse.Namespace) -> int:

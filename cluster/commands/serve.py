@@ -73,7 +73,7 @@ async def _serve(config: ClusterConfig, progress: StepPrinter, folder: str, deta
         if detached and log:
             detached.serves(log)
         with suppress(asyncio.CancelledError):
-            await cluster.until_ray_dies(tell_changes(cluster.config, progress))
+            await cluster.until_ray_dies(tell_changes(cluster.config, progress), progress.say)
     return 0
 
 

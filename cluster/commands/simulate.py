@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workers.errors import InvalidConfig
 
 if TYPE_CHECKING:
+    from cluster.roles.config import RolesConfig
     from cluster.sim.load import TraceRequest
     from cluster.sim.profiles.profile import Profile
     from cluster.sim.record import RunRecord
@@ -43,6 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     split.add_argument("--split", metavar="P:D[:M]", help="prefill, decode and mixed workers")
     split.add_argument("--mixed", action="store_true", help="all workers do both; the default")
     parser.add_argument("--routers", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--roles",
+        choices=("off", "advise", "auto"),
+        help="the routers' role controllers; default: roles stay as they are",
+    )
     parser.add_argument("--policy", metavar="NAME", help="of the router; default: the product's")
     parser.add_argument(
         "--profile",
@@ -116,9 +122,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
     profile = load_profile(args.profile)
     given = override({}, args.set)
-    unknown = sorted(set(given) - {"router", "worker"})
+    unknown = sorted(set(given) - {"router", "worker", "roles"})
     if unknown:
-        raise InvalidConfig(f"--set takes settings of router and worker; {unknown[0]} is none")
+        raise InvalidConfig(f"--set takes settings of router, worker and roles; {unknown[0]} is none")
     router = _given(given, "router")
     if args.policy:
         router["policy"] = args.policy
@@ -135,12 +141,23 @@ def settings_of(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         ttft_s=ttft_s,
         tpot_s=tpot_s,
+        roles=_roles(args.roles, _given(given, "roles")),
         router=_built(RouterConfig, {}, router),
         worker=_built(WorkerConfig, {"max_num_seqs": 1}, _given(given, "worker")),
         num_parts=args.parts,
         max_leap_s=args.leap,
         sample_interval_s=max(1.0, (num_prefill + num_decode + num_mixed) / 64),
     )
+
+
+def _roles(mode: str | None, given: dict[str, Any]) -> RolesConfig | None:
+    """None: there are no role controllers. Raises InvalidConfig."""
+    from cluster.roles.config import RolesConfig
+    from cluster.settings import build
+
+    if mode is None and not given:
+        return None
+    return build(RolesConfig, {**given, **({"mode": mode} if mode is not None else {})})
 
 
 def _given(given: dict[str, Any], part: str) -> dict[str, Any]:

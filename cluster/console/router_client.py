@@ -36,9 +36,18 @@ class RouterClient:
         """GET /admin/status: a RouterStatus as JSON."""
         return self._ask("GET", "/admin/status")
 
-    def set_role(self, worker_id: str, role: str, force: bool) -> dict[str, Any]:
+    def roles(self) -> dict[str, Any]:
+        """GET /admin/roles: what decides on roles, and what it has decided, as JSON."""
+        return self._ask("GET", "/admin/roles")
+
+    def set_role(self, worker_id: str, role: str, force: bool, pin: bool | None = None) -> dict[str, Any]:
         """Switches a role; returns the WorkerStatus as JSON. Raises InvalidConfig when the router refuses."""
-        return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/role", {"role": role, "force": force})
+        body = {"role": role, "force": force, "pin": pin}
+        return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/role", body)
+
+    def set_pinned(self, worker_id: str, is_pinned: bool) -> dict[str, Any]:
+        """Keeps a worker out of the role controller's hands, or gives it back. Raises InvalidConfig when the router refuses."""
+        return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/pin", {"pin": is_pinned})
 
     def set_draining(self, worker_id: str, is_draining: bool, force: bool) -> dict[str, Any]:
         """Has a worker take no new work, or take it again; returns the WorkerStatus as JSON. Raises InvalidConfig."""

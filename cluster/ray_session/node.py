@@ -43,12 +43,15 @@ class NodePlan:
     environment: Mapping[str, str]
 
 
-def plan_head(config: ClusterConfig, host: str, port: int) -> NodePlan:
+def plan_head(config: ClusterConfig, host: str, port: int, dashboard_host: str = "") -> NodePlan:
     """A head that places no actors on itself. With the store in Redis, Ray keeps its tables there too, and a head that is started
     again goes on from them. Raises InvalidConfig.
     """
     arguments = ["--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=0", "--num-gpus=0"]
-    arguments += [f"--include-dashboard={str(config.ray.dashboard).lower()}", f"--dashboard-host={host}"]
+    arguments += [
+        f"--include-dashboard={str(config.ray.dashboard).lower()}",
+        f"--dashboard-host={dashboard_host or host}",
+    ]
     arguments += [f"--dashboard-port={config.ray.dashboard_port}"]
     environment = _environment(config.ray)
     if config.store.url != "memory":

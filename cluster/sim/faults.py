@@ -21,6 +21,8 @@ KINDS = {
     "switch": ("role",),
     "drain": (),
     "undrain": (),
+    "pin": (),
+    "unpin": (),
 }
 """What each kind takes beside time and target."""
 
@@ -32,7 +34,8 @@ class Fault:
     kill: the process ends; another one starts `restart_s` later, never when that is None. hang: it stands still for `for_s`. slow: steps
     take `factor` times as long. cut: nothing passes between the targets and `others` (none named: everybody else). late: messages come
     `by_s` later. lose: a `share` of the messages is lost. store: it is away, and `is_empty` when it comes back. switch: the worker is
-    told to take `role`. drain, undrain: it is told to take no new work, or to take it again.
+    told to take `role`. drain, undrain: it is told to take no new work, or to take it again. pin, unpin: the role controller is
+    told to leave it alone, or not. Where there is a role controller these are orders to it.
     """
 
     at_s: float

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from cluster.membership.membership import WORKERS, Membership, Registration
 from cluster.membership.membership import Tick as MembershipTick
-from cluster.store.store import SETTLE_S, Entry, Snapshot
+from cluster.roles import events as roles_events
+from cluster.roles.config import RolesConfig
+from cluster.roles.core import RolesCore
+from cluster.roles.outlook import RoleTargets
+from cluster.roles.planner import Planner, RoleController
+from cluster.roles.records import CONTROL, SWITCHES, switch_of
+from cluster.store.store import ABSENT, SETTLE_S, Entry, Snapshot
 from router import events as router_events
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import make_policy
+from router.fleet.seen import workers_seen
+from router.roles import Order
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import EngineCommand, LayersFilled, Report, StepResult
@@ -45,9 +53,12 @@ from workers.status import Identity, Load, ModelInfo, Role, WorkerAddress, Worke
 from workers.wire.attach import Adopt, Submit, WorkerFrame
 
 __all__ = [
+    "ABSENT",
     "BLOCK_SIZE",
+    "CONTROL",
     "SETTLE_S",
     "STALL_CHECK_S",
+    "SWITCHES",
     "WORKERS",
     "Adopt",
     "Batch",
@@ -81,13 +92,19 @@ __all__ = [
     "ModelInfo",
     "Offer",
     "OpenHandoff",
+    "Order",
     "Output",
+    "Planner",
     "PromptTokens",
     "Refusal",
     "Registration",
     "Report",
     "Request",
     "Role",
+    "RoleController",
+    "RoleTargets",
+    "RolesConfig",
+    "RolesCore",
     "RouterConfig",
     "RouterCore",
     "Sampled",
@@ -110,10 +127,13 @@ __all__ = [
     "first_generation",
     "make_policy",
     "report_of",
+    "roles_events",
     "router_events",
     "source_end",
     "starts_of",
+    "switch_of",
     "target_end",
     "token_bytes",
     "worker_events",
+    "workers_seen",
 ]  # fmt: skip

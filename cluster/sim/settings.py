@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.sim.product import InvalidConfig, Role
+from cluster.sim.product import InvalidConfig, Role, RolesConfig
 from cluster.sim.profiles.profile import Profile
 
 
@@ -25,6 +25,8 @@ class Settings:
     """Settings of router.config.RouterConfig that differ from what fits the cluster."""
     worker: dict[str, Any] = field(default_factory=dict)
     """Of workers.config.WorkerConfig."""
+    roles: RolesConfig | None = None
+    """The routers have role controllers; None: roles change only as faults say."""
     lease_ttl_s: float = 4.0
     num_parts: int = 1
     """Parts of a KV block that travel by themselves, as layers do: with more a prompt's KV leaves while it is computed, and a

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from cluster.membership.membership import DOUBT_LEASES
 from cluster.sim.clients import Clients, Targets
@@ -17,9 +17,14 @@ from cluster.sim.load import TraceRequest
 from cluster.sim.network import Network
 from cluster.sim.product import (
     InvariantViolated,
+    Order,
     Output,
+    Planner,
     Registration,
     Role,
+    RoleController,
+    RolesConfig,
+    RoleTargets,
     RouterConfig,
     WorkerConfig,
     router_events,
@@ -27,6 +32,7 @@ from cluster.sim.product import (
 )
 from cluster.sim.record import FaultRecord, RouterSample, RunRecord, Switch, WorkerSample
 from cluster.sim.registry import Registered, SimStore
+from cluster.sim.roles import STORE, SimRoles
 from cluster.sim.router import SimRouter
 from cluster.sim.settings import Settings
 from cluster.sim.timeline import Timeline
@@ -34,11 +40,11 @@ from cluster.sim.worker import SimWorker
 
 WARM_UP_S = 1.0
 """Workers register and routers connect before the trace begins."""
-STORE = "store"
-"""The store's node, for cuts of the network."""
 QUIET_S = 0.25
 """Before a fault steps are taken one by one, so that what was said before it has arrived."""
 
+MakePlanner = Callable[[RolesConfig, RoleTargets, int], Planner]
+"""Settings, targets, and how many tokens of a prompt a DECODE worker may compute itself."""
 Notice = Callable[[float, str], None]
 """Hears of what a reader of a transcript wants to know: time and text."""
 
@@ -52,7 +58,11 @@ class Simulation:
         trace: Iterable[TraceRequest],
         faults: Iterable[Fault] = (),
         notice: Notice | None = None,
+        make_planner: MakePlanner = RoleController,
     ) -> None:
+        self._make_planner = make_planner
+        self.roles: dict[str, SimRoles] = {}
+        """By router."""
         self.settings = settings
         self.profile = settings.profile
         self.timeline = Timeline()
@@ -134,6 +144,17 @@ class Simulation:
         router = self.routers[name] = SimRouter(self, self.router_config, name, ttl_s, DOUBT_LEASES * ttl_s)
         self.store.watch(name, router.members)
         router.start()
+        config, limits = self.settings.roles, self.router_config
+        if config is not None:
+            targets = RoleTargets(
+                limits.ttft_target_s or self.settings.ttft_s or config.ttft_slo_s,
+                limits.tpot_target_s or self.settings.tpot_s or config.tpot_slo_s,
+            )
+            local_tokens = limits.max_local_prefill_tokens
+            self.roles[name] = SimRoles(
+                self, router, config, lambda: self._make_planner(config, targets, local_tokens), ttl_s
+            )
+            self.roles[name].start()
 
     def worker_at(self, target: str) -> SimWorker | None:
         return self._targets.get(target)
@@ -213,12 +234,42 @@ class Simulation:
             case "store":
                 self.store.go_away()
                 after(fault.for_s, self.store.come_back, fault.is_empty)
+            case "switch" | "drain" | "undrain" | "pin" | "unpin" if self.roles:
+                for name in sorted(fault.targets):
+                    self._order(name, fault)
             case "switch":
                 for worker in self._workers(fault):
                     self._tell(worker, worker_events.SwitchRole(Role(fault.role)))
             case "drain" | "undrain":
                 for worker in self._workers(fault):
                     self._tell(worker, worker_events.SetDrain(fault.kind == "drain"))
+
+    def _order(self, worker_id: str, fault: Fault) -> None:
+        """An operator asks the first router that lives."""
+        order = Order(worker_id, force=True)
+        match fault.kind:
+            case "switch":
+                order = replace(order, role=Role(fault.role))
+            case "drain" | "undrain":
+                order = replace(order, is_draining=fault.kind == "drain")
+            case _:
+                order = replace(order, is_pinned=fault.kind == "pin")
+        for name, router in sorted(self.routers.items()):
+            if not router.is_dead:
+                self.roles[name].order(order)
+                return
+
+    def living_worker(self, worker_id: str) -> SimWorker | None:
+        worker = self.workers[worker_id]
+        return None if worker.is_dead else worker
+
+    def told_role(self, worker: SimWorker, role: str, generation: int) -> None:
+        """A role controller's word has arrived; it holds for one generation."""
+        if not worker.defer(self.told_role, worker, role, generation) and generation == worker.identity.generation:
+            worker.handle(worker_events.SwitchRole(Role(role)))
+
+    def told_draining(self, worker: SimWorker, is_draining: bool) -> None:
+        self._tell(worker, worker_events.SetDrain(is_draining))
 
     def _workers(self, fault: Fault) -> list[SimWorker]:
         return [self.workers[name] for name in sorted(fault.targets) if not self.workers[name].is_dead]
@@ -238,6 +289,8 @@ class Simulation:
                 return
             router.kill()
             self.store.unwatch(name)
+            if name in self.roles:
+                self.roles[name].stop()
             self.clients.router_died(router)
             if restart_s is not None:
                 self.timeline.after(restart_s, self._start_router, name)

@@ -1,4 +1,4 @@
-"""/admin: the router's state, switching a worker's role while it serves, and draining it."""
+"""/admin: the router's state, what decides on roles, switching a worker's role while it serves, draining and pinning it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
+from fastapi.responses import StreamingResponse
 
 from router.api.answer import Services
+from router.api.desk import STREAM, Desk
+from router.api.middleware import Draining
 from router.api.problems import rejected
-from router.api.schema import DrainBody, RoleBody, parse_body
+from router.api.schema import DrainBody, PinBody, RoleBody, parse_body
 from router.api.sse import to_json
 from router.backend import RouterStatus
 from workers.errors import InvalidRequest
 from workers.status import Role, WorkerStatus
 
 
-def admin_routes(services: Services) -> APIRouter:
+def admin_routes(services: Services, draining: Draining) -> APIRouter:
     routes = APIRouter()
+    desk = Desk(services, draining)
 
     @routes.get("/admin/status", response_model=None)
-    async def status() -> Response:
+    async def status(http: HttpRequest) -> Response:
+        """Once; with `Accept: text/event-stream` again and again, in short, for the page at /admin/ui."""
+        if http.headers.get("accept", "").strip() == STREAM:
+            headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+            return StreamingResponse(desk.open(), headers=headers, media_type=STREAM)
         return Response(to_json(_router_status(services.backend.status())), media_type="application/json")
 
     def check_worker(worker_id: str) -> None:
@@ -43,8 +51,20 @@ def admin_routes(services: Services) -> APIRouter:
         if body.role not in set(Role):
             raise InvalidRequest(f"role must be one of {', '.join(Role)}", "role")
         check_worker(worker_id)
-        switched = await services.backend.set_role(worker_id, Role(body.role), bool(body.force))
+        switched = await services.backend.set_role(worker_id, Role(body.role), bool(body.force), body.pin)
         return Response(to_json(_worker_status(switched)), media_type="application/json")
+
+    @routes.post("/admin/workers/{worker_id}/pin", response_model=None)
+    async def pin(worker_id: str, http: HttpRequest) -> Response:
+        async with services.bodies.receive(http) as raw:
+            body = parse_body(PinBody, raw)
+        check_worker(worker_id)
+        await services.backend.set_pinned(worker_id, body.pin)
+        return Response(to_json({"worker_id": worker_id, "pinned": body.pin}), media_type="application/json")
+
+    @routes.get("/admin/roles", response_model=None)
+    async def roles() -> Response:
+        return Response(to_json(dict(services.backend.role_report().page)), media_type="application/json")
 
     return routes
 

@@ -19,14 +19,16 @@ from starlette.types import Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
+from router.api.grammar_check import GrammarChecks
 from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
-from router.api.problems import describe, note_refusal
+from router.api.problems import Problem, describe, note_refusal
 from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
 from router.config import ApiConfig
 from router.policies.explain import route_of
+from workers.errors import Refusal, Refused
 from workers.request import Output
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -41,6 +43,9 @@ NUM_HUGE = 2
 _huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
 
 
+_log = logging.getLogger(__name__)
+
+
 async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
     """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
 
@@ -48,10 +53,15 @@ async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T
     """
     if num_bytes <= inline_bytes:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+    try:
+        done = asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
+    except RuntimeError as error:
+        _log.warning("this host starts no more threads (%s): requests that need one are refused", error)
+        raise Refused(
+            Refusal.QUEUE_FULL, "this host is too busy for a request of this size", retry_after_s=1.0
+        ) from None
+    return await done
 
-
-_log = logging.getLogger(__name__)
 
 _MAX_ENTRIES_AT_ONCE = 1000
 """Tokens and logprobs that the event loop writes itself."""
@@ -70,10 +80,39 @@ class Services:
     config: ApiConfig
     metrics: Metrics
     bodies: OpenBodies
+    grammars: GrammarChecks
+
+
+class StreamWriter(Protocol):
+    """Writes the events of one stream."""
+
+    def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
+        """Events in parts, to be taken before the next ones are asked for; none when the output has nothing to show yet."""
+        ...
+
+    def last_chunk(self) -> str:
+        """What ends a stream whose choices have ended."""
+        ...
+
+    def broken(self, problem: Problem) -> str:
+        """What ends a stream that cannot go on."""
+        ...
 
 
 class Shape(Protocol):
-    """How one endpoint writes its JSON."""
+    """How one endpoint writes its answers."""
+
+    def writer(self, progress: JobProgress) -> StreamWriter:
+        """Of this job's stream."""
+        ...
+
+    def whole(self, progress: JobProgress) -> dict[str, Any]:
+        """The answer of a finished job, for `sse.json_parts`."""
+        ...
+
+
+class ChunkShape(Protocol):
+    """How an endpoint of OpenAI's older kind writes its JSON."""
 
     @property
     def shows_text_alone(self) -> bool:
@@ -96,9 +135,10 @@ class Shape(Protocol):
         """Top-level fields of a choice's first chunk, each with a leading comma; may be long."""
         ...
 
-    def whole(self, progress: JobProgress) -> dict[str, Any]:
-        """The answer of a finished job, without usage and trace, for `sse.json_parts`."""
-        ...
+
+def usage_and_trace(job: Job, progress: JobProgress) -> dict[str, Any]:
+    """What an answer of OpenAI's older kind ends with."""
+    return {"usage": progress.usage()} | ({"baton": progress.trace()} if job.trace else {})
 
 
 Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
@@ -112,7 +152,12 @@ async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], t
         def build() -> Job:
             return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
 
-        return await offload(build, len(raw), services.config.offload_bytes)
+        # EBNF is turned into Lark's language in Python, a character at a time.
+        may_take_long = b"grammar" in raw or b"ebnf" in raw
+        job = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    if model is not None:
+        await services.grammars.check(job, model)
+    return job
 
 
 class Answer(Response):
@@ -164,10 +209,7 @@ class Answer(Response):
         while progress.num_unfinished:
             for index, output in await generation.next_batch():
                 progress.accept(index, output, time.monotonic())
-        answer = self._shape.whole(progress) | {"usage": progress.usage()}
-        if self._job.trace:
-            answer["baton"] = progress.trace()
-        parts = sse.json_parts(answer)
+        parts = sse.json_parts(self._shape.whole(progress))
         if not is_long(self._job, progress.choices):
             response = Response("".join(parts).encode(), media_type="application/json")
             self._is_sent = True
@@ -192,7 +234,7 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
             generation.wrote()
 
-        writer = ChunkWriter(self._job, self._shape, progress)
+        writer = self._shape.writer(progress)
         try:
             while progress.num_unfinished:
                 batch = await generation.next_batch()
@@ -213,7 +255,7 @@ class Answer(Response):
                     body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
                     await transmit(body)
-            await transmit(body + writer.last_chunk().encode() + sse.DONE, more=False)
+            await transmit(body + writer.last_chunk().encode(), more=False)
         except OSError as error:
             raise ClientDisconnect from error
         except Exception as error:
@@ -224,7 +266,7 @@ class Answer(Response):
             if problem.row.status >= 500:
                 _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
             generation.close()
-            await transmit(sse.event(problem.body()) + sse.DONE, more=False)
+            await transmit(writer.broken(problem).encode(), more=False)
 
 
 def is_long(job: Job, choices: Iterable[Choice]) -> bool:
@@ -259,9 +301,9 @@ async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
 
 
 class ChunkWriter:
-    """Writes the chunks of one stream from prepared pieces: only what changes is encoded per output."""
+    """Implements StreamWriter from prepared pieces: only what changes is encoded per output."""
 
-    def __init__(self, job: Job, shape: Shape, progress: JobProgress) -> None:
+    def __init__(self, job: Job, shape: ChunkShape, progress: JobProgress) -> None:
         self._job = job
         self._shape = shape
         self._progress = progress
@@ -278,7 +320,7 @@ class ChunkWriter:
                 if not output.text:
                     return ()
                 before, after = self._frames.get(choice.index) or self._frame(choice)
-                return (before + sse.to_json(output.text) + after,)
+                return (before + sse.text_to_json(output.text) + after,)
             if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
                 return ()
             piece = self._shape.piece(choice, output)
@@ -306,10 +348,13 @@ class ChunkWriter:
         return f"{extras}}}\n\n"
 
     def last_chunk(self) -> str:
-        """The chunk without choices that ends a stream with include_usage; otherwise empty."""
+        """With include_usage a chunk without choices comes before the end."""
         if not self._job.include_usage:
-            return ""
+            return sse.DONE.decode()
         extras = f',"usage":{sse.to_json(self._progress.usage())}'
         if self._job.trace:
             extras += f',"baton":{sse.to_json(self._progress.trace())}'
-        return f"{self._head}]{extras}}}\n\n"
+        return f"{self._head}]{extras}}}\n\n{sse.DONE.decode()}"
+
+    def broken(self, problem: Problem) -> str:
+        return (sse.event(problem.body()) + sse.DONE).decode()

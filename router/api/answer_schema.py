@@ -165,6 +165,138 @@ class TextCompletion(_Generated):
     choices: list[TextChoice]
 
 
+class TextBlock(_Answer):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(_Answer):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+    """Empty: nobody checks it."""
+
+
+class ToolUseBlock(_Answer):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class MessageUsage(_Answer):
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(_Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageEvent(BaseModel):
+    """One event of a stream, from message_start to message_stop; `error` ends one that broke."""
+
+    type: Literal[
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+        "error",
+    ]
+
+
+class MessageTokens(_Answer):
+    input_tokens: int
+
+
+class MessageErrorDetail(_Answer):
+    type: str
+    message: str
+    param: str | None
+    code: str
+
+
+class MessageError(_Answer):
+    type: Literal["error"]
+    error: MessageErrorDetail
+
+
+class OutputItem(BaseModel):
+    """Reasoning, a message or a call of a function, each with fields of its own."""
+
+    id: str
+    type: Literal["reasoning", "message", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+class ResponseUsage(_Answer):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    """An answer; further fields repeat those of the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    output: list[OutputItem]
+    usage: ResponseUsage | None
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+
+
+class ResponseEvent(BaseModel):
+    """One event of a stream, numbered from 0; `response.completed`, `.incomplete` or `.failed` is the last."""
+
+    type: str
+    sequence_number: int
+
+
+class ResponseDeleted(_Answer):
+    id: str
+    object: Literal["response.deleted"]
+    deleted: Literal[True]
+
+
+class InputItems(_Answer):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False]
+
+
+class TokenizerInfo(_Answer):
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    eos_token_ids: list[int]
+    added_tokens: dict[str, int]
+
+
+class ServerLoad(_Answer):
+    server_load: int
+    """Requests that run or wait here."""
+
+
 class ModelCard(_Answer):
     id: str
     object: Literal["model"]
@@ -226,3 +358,19 @@ class RouterAnswer(BaseModel):
     num_waiting: int
     num_running: int
     counters: dict[str, float]
+
+
+class RolesAnswer(BaseModel):
+    """Who decides on roles, and what was decided (docs/roles.md); without a role controller there is nothing in it."""
+
+    leader: str = ""
+    mode: str = ""
+    workers: list[dict[str, Any]] = []
+    desired_workers: int | None = None
+    decisions: list[dict[str, Any]] = []
+    audit: list[dict[str, Any]] = []
+
+
+class PinAnswer(BaseModel):
+    worker_id: str
+    pinned: bool

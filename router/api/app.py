@@ -11,13 +11,17 @@ from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.chat import chat_routes
 from router.api.completions import completion_routes
+from router.api.desk import desk_routes
 from router.api.document import document_routes
 from router.api.door import MONITOR_PATHS
+from router.api.grammar_check import GrammarChecks
 from router.api.health import health_routes
+from router.api.messages import message_routes
 from router.api.metrics import Metrics
 from router.api.middleware import Draining, DrainingGate, Gate
 from router.api.models import model_routes
 from router.api.problems import answer_problem
+from router.api.responses import response_routes
 from router.api.tokenization import tokenization_routes
 from router.backend import Backend
 from router.config import ApiConfig
@@ -31,17 +35,20 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
     Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics.
     """
     draining = draining or Draining()
-    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config))
+    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.metrics = services.metrics
     for routes in (
         chat_routes(services),
         completion_routes(services),
+        message_routes(services),
+        response_routes(services),
         model_routes(services),
         tokenization_routes(services),
         health_routes(services, draining),
         document_routes(config),
-        admin_routes(services),
+        admin_routes(services, draining),
+        desk_routes(),
     ):
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):

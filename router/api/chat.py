@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services, read_job
+from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and_trace
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
@@ -44,10 +44,13 @@ class ChatShape:
         job = self._job
         return {"id": f"chatcmpl-{job.job_id}", "object": kind, "created": job.created, "model": job.model}
 
+    def writer(self, progress: JobProgress) -> ChunkWriter:
+        return ChunkWriter(self._job, self, progress)
+
     @property
     def shows_text_alone(self) -> bool:
         job = self._job
-        return not job.speech.form.has_tags and job.logprobs is None and not job.return_token_ids
+        return not job.speech.is_read and job.logprobs is None and not job.return_token_ids
 
     def head(self) -> str:
         return f'{to_json(self._fixed("chat.completion.chunk"))[:-1]},"choices":['
@@ -57,7 +60,7 @@ class ChatShape:
 
     def piece(self, choice: Choice, output: Output, role: str = "") -> str:
         job = self._job
-        if job.speech.form.has_tags:
+        if job.speech.is_read:
             delta, end = self._read(choice, output)
             if not delta:
                 return ""
@@ -85,7 +88,7 @@ class ChatShape:
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        if self._job.speech.form.has_tags:  # now: usage counts what is read
+        if self._job.speech.is_read:  # now: usage counts what is read
             read = [whole_message(self._job, choice) for choice in progress.choices]
             messages: Iterable[tuple[dict[str, Any], str | None]] = read
         else:
@@ -93,7 +96,7 @@ class ChatShape:
         answer["choices"] = lazy_each(
             self._choice(choice, *message) for choice, message in zip(progress.choices, messages, strict=True)
         )
-        return answer | self._about_prompt(progress.choices[0])
+        return answer | self._about_prompt(progress.choices[0]) | usage_and_trace(self._job, progress)
 
     def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services, read_job
+from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and_trace
 from router.api.choice_fields import (
     CompletionLogprobs,
     LogprobWriter,
@@ -50,6 +50,9 @@ class CompletionShape:
         job = self._job
         return {"id": f"cmpl-{job.job_id}", "object": "text_completion", "created": job.created, "model": job.model}
 
+    def writer(self, progress: JobProgress) -> ChunkWriter:
+        return ChunkWriter(self._job, self, progress)
+
     @property
     def shows_text_alone(self) -> bool:
         return self._job.logprobs is None and not self._job.return_token_ids
@@ -73,7 +76,8 @@ class CompletionShape:
         return ()
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
-        return {**self._fixed(), "choices": lazy_each(self._choice(choice) for choice in progress.choices)}
+        choices = lazy_each(self._choice(choice) for choice in progress.choices)
+        return {**self._fixed(), "choices": choices, **usage_and_trace(self._job, progress)}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         written: dict[str, Any] = {

@@ -13,8 +13,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json
 
 from router.api import answer_schema as answers
 from router.api.health import product_version
+from router.api.messages_body import CountBody, MessagesBody
 from router.api.problems import REFUSALS
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.api.responses_body import ResponsesBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
 from router.config import ApiConfig
 
 _REF = "#/components/schemas/{model}"
@@ -27,7 +29,7 @@ Key = Literal["api", "admin", "metrics", "none"]
 class Endpoint:
     """One operation. `chunk`: what an event of its stream holds; `kind` stands in place of `answer` for what is no JSON."""
 
-    method: Literal["get", "post"]
+    method: Literal["get", "post", "delete"]
     path: str
     summary: str
     answer: type[BaseModel] | None = None
@@ -35,6 +37,7 @@ class Endpoint:
     chunk: type[BaseModel] | None = None
     kind: str = _JSON
     key: Key = "api"
+    error: type[BaseModel] = answers.Error
     errors: tuple[int, ...] = ()
     """Beside those that stand at the door: 401, 403, 413, 415."""
 
@@ -62,12 +65,58 @@ ENDPOINTS = (
         answers.TextCompletion,
         errors=_WORK,
     ),
+    Endpoint(
+        "post",
+        "/v1/messages",
+        "Answers a conversation in the form of Anthropic's API, whole or as a stream of server-sent events",
+        answers.Message,
+        MessagesBody,
+        answers.MessageEvent,
+        error=answers.MessageError,
+        errors=_WORK,
+    ),
+    Endpoint(
+        "post",
+        "/v1/messages/count_tokens",
+        "Counts the tokens of a conversation",
+        answers.MessageTokens,
+        CountBody,
+        error=answers.MessageError,
+        errors=_READ,
+    ),
+    Endpoint(
+        "post",
+        "/v1/responses",
+        "Answers a list of items, whole or as a stream of server-sent events; the answer is kept in this router's memory",
+        answers.ResponseObject,
+        ResponsesBody,
+        answers.ResponseEvent,
+        errors=_WORK,
+    ),
+    Endpoint("get", "/v1/responses/{response_id}", "Shows a kept response", answers.ResponseObject, errors=(404,)),
+    Endpoint("delete", "/v1/responses/{response_id}", "Forgets a response", answers.ResponseDeleted, errors=(404,)),
+    Endpoint(
+        "post",
+        "/v1/responses/{response_id}/cancel",
+        "Refused: nothing runs in the background",
+        answers.ResponseObject,
+        errors=(400, 404, 413, 415),
+    ),
+    Endpoint(
+        "get",
+        "/v1/responses/{response_id}/input_items",
+        "Lists what a kept response was given",
+        answers.InputItems,
+        errors=(404,),
+    ),
     Endpoint("get", "/v1/models", "Names the served model", answers.ModelList),
     Endpoint("get", "/v1/models/{name}", "Says what is known of a model", answers.ModelCard, errors=(404, 503)),
     Endpoint(
         "post", "/tokenize", "The tokens of a text or a conversation", answers.Tokenized, TokenizeBody, errors=_READ
     ),
     Endpoint("post", "/detokenize", "The text of tokens", answers.Detokenized, DetokenizeBody, errors=_READ),
+    Endpoint("get", "/tokenizer_info", "Says what the tokenizer is", answers.TokenizerInfo, errors=(503,)),
+    Endpoint("get", "/load", "Says how many requests are here", answers.ServerLoad),
     Endpoint("get", "/health", "Says that this process answers", answers.Standing, key="none"),
     Endpoint("get", "/ready", "Says whether a request could run now", answers.Standing, key="none", errors=(503,)),
     Endpoint("get", "/version", "Names this version of Baton", answers.Version, key="none"),
@@ -75,6 +124,19 @@ ENDPOINTS = (
     Endpoint("get", "/openapi.json", "This document", key="metrics"),
     Endpoint("get", "/docs", "This document as a page", kind="text/html", key="metrics"),
     Endpoint("get", "/admin/status", "What this router knows of its workers", answers.RouterAnswer, key="admin"),
+    Endpoint("get", "/admin/ui", "The operator's page", kind="text/html", key="none"),
+    Endpoint(
+        "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
+    ),
+    Endpoint(
+        "post",
+        "/admin/workers/{worker_id}/pin",
+        "Keeps a worker out of the role controller's hands, or gives it back",
+        answers.PinAnswer,
+        PinBody,
+        key="admin",
+        errors=_STEER,
+    ),
     Endpoint(
         "post",
         "/admin/workers/{worker_id}/role",
@@ -98,7 +160,7 @@ _PHRASES = {
     400: "The body is wrong; `error.param` names the field",
     401: "The key is missing or wrong",
     403: "Not served to this client",
-    404: "There is no such model or worker",
+    404: "There is no such model, response or worker",
     409: "The request is answered elsewhere",
     413: "The body is too large",
     415: "The body is not sent as application/json",
@@ -141,9 +203,9 @@ class _Untitled(GenerateJsonSchema):
 
 def make_document(config: ApiConfig) -> dict[str, Any]:
     """The OpenAPI 3.1 document of an API with these settings, of which only the keys matter; what other settings bound is refused with 400."""
-    kinds: dict[type[BaseModel], JsonSchemaMode] = {answers.Error: "validation"}
+    kinds: dict[type[BaseModel], JsonSchemaMode] = {}
     for endpoint in ENDPOINTS:
-        for kind in (endpoint.body, endpoint.answer, endpoint.chunk):
+        for kind in (endpoint.body, endpoint.answer, endpoint.chunk, endpoint.error):
             if kind is not None:
                 kinds[kind] = "validation"
     _, schemas = models_json_schema(list(kinds.items()), ref_template=_REF, schema_generator=_Untitled)
@@ -168,13 +230,11 @@ def _operation(endpoint: Endpoint, config: ApiConfig) -> dict[str, Any]:
     names = [part[1:-1] for part in endpoint.path.split("/") if part.startswith("{")]
     found: dict[str, Any] = {endpoint.kind: {"schema": _schema_of(endpoint)}}
     if endpoint.chunk is not None:
-        what = (
-            f"Lines `data: ` with a {endpoint.chunk.__name__} each, an error in place of one, and `[DONE]` in the end"
-        )
-        found["text/event-stream"] = {"schema": {"type": "string", "description": what}}
+        what = f"Lines `data: ` with a {endpoint.chunk.__name__} each, or an error in place of one; OpenAI's older kinds end with `[DONE]`"
+        found["text/event-stream"] = {"schema": {"type": ["string", "object"], "description": what}}
     responses = {"200": {"description": "The answer", "content": found}}
     for status in sorted({*endpoint.errors, *(() if endpoint.key == "none" else (401, 403))}):
-        error = {_JSON: {"schema": {"$ref": _REF.format(model="Error")}}}
+        error = {_JSON: {"schema": {"$ref": _REF.format(model=endpoint.error.__name__)}}}
         responses[str(status)] = {"description": _PHRASES[status], "content": error}
     operation: dict[str, Any] = {
         "operationId": "_".join(

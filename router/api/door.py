@@ -5,7 +5,8 @@
 | /health, /ready, /version | everybody | everybody |
 | /metrics | everybody, or (api.metrics: key) an API or admin key | everybody, but web pages of other hosts |
 | /docs, /openapi.json | as /metrics, by api.docs | as /metrics |
-| /admin | an admin key | this host; no web page ever |
+| /admin/ui | everybody; no data in it | this host |
+| /admin | an admin key | this host; of web pages the one at /admin/ui alone |
 | everything else | an API key | this host (api.insecure: every host); no foreign web page |
 """
 
@@ -25,6 +26,7 @@ from router.config import ApiConfig, is_loopback
 OPEN_PATHS = frozenset(("/health", "/ready", "/version"))
 """Of orchestrators; they tell nothing."""
 METRICS_PATH = "/metrics"
+PAGE_PATH = "/admin/ui"
 DOCUMENT_PATHS = frozenset(("/docs", "/openapi.json"))
 MONITOR_PATHS = OPEN_PATHS | DOCUMENT_PATHS | {METRICS_PATH}
 """Answered by a router that is about to end, too."""
@@ -46,6 +48,10 @@ class Door:
         path = scope["path"]
         if path in OPEN_PATHS:
             return
+        if path == PAGE_PATH:  # it tells nothing by itself
+            if not self._admin_keys:
+                self._check_admin(scope, headers)
+            return
         if path in self._needs_key:
             if self._needs_key[path] and (keys := self._api_keys + self._admin_keys):
                 _check_key(headers, keys)
@@ -61,8 +67,8 @@ class Door:
             _check_content_type(headers)  # without a body it is no JSON either, and refused by who reads it
 
     def _check_admin(self, scope: Scope, headers: Headers) -> None:
-        if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
-            raise rejected(403, "web_page_refused", "/admin is not for web pages")
+        if not _is_own_page(headers):
+            raise rejected(403, "web_page_refused", "/admin is not for web pages of other places than this one")
         if self._admin_keys:
             _check_key(headers, self._admin_keys)
         elif self._api_keys:
@@ -95,6 +101,17 @@ class Door:
         return is_loopback(host) or host in self._allowed_hosts
 
 
+def _is_own_page(headers: Headers) -> bool:
+    """No page at all, or one that came from this very address: the operator's page is the only one here."""
+    origin = headers.get("origin")
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return False
+    try:
+        return origin is None or urlsplit(origin).netloc == headers.get("host")
+    except ValueError:
+        return False
+
+
 def _name(host: str) -> str:
     """Of a Host header, without the port."""
     try:
@@ -124,6 +141,8 @@ def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
 def _check_key(headers: Headers, digests: tuple[bytes, ...]) -> None:
     """Compares digests in constant time, every one of them, so that timing tells nothing."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
+    if not key and "x-api-key" in headers:  # as clients of Anthropic's API send it
+        scheme, key = "bearer", headers["x-api-key"]
     given = hashlib.sha256(key.strip().encode()).digest()
     found = [hmac.compare_digest(given, digest) for digest in digests]
     if scheme.lower() != "bearer" or not any(found):

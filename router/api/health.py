@@ -1,4 +1,4 @@
-"""/health, /ready, /version and /metrics: what orchestrators and monitors ask."""
+"""/health, /ready, /load, /version and /metrics: what orchestrators and monitors ask."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def health_routes(services: Services, draining: Draining) -> APIRouter:
         if not services.backend.is_ready():
             raise Refused(Refusal.NO_WORKERS, "no worker can run a request now")
         return Response(to_json({"status": "ready"}), media_type="application/json")
+
+    @routes.get("/load", response_model=None)
+    async def load() -> Response:
+        status = services.backend.status()
+        return Response(
+            to_json({"server_load": status.num_running + status.num_waiting}), media_type="application/json"
+        )
 
     @routes.get("/version", response_model=None)
     async def version() -> Response:

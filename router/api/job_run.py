@@ -85,8 +85,8 @@ class JobOutputs:
                         batch.append((place, output))
             if batch or self.is_heartbeat_due:
                 return batch
-            self._reader = self._loop.create_future()
-            await self._reader
+            reader = self._reader = self._loop.create_future()
+            await reader
 
     def wrote(self) -> None:
         """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
@@ -102,8 +102,9 @@ class JobOutputs:
 
     def _wake(self, place: int) -> None:
         self._ready.append(place)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     def _watch_silence(self) -> None:
         """One timer per interval and job, not per output: it only looks when something was last written."""
@@ -198,8 +199,8 @@ class JobProgress:
 
         Raises Refused when the output says that the request was given up, InvariantViolated for a gap or a repeat.
         """
-        choice = self.choices[index]
-        if output.finish_reason is FinishReason.ERROR:
+        choice, reason, num_new = self.choices[index], output.finish_reason, len(output.token_ids)
+        if reason is FinishReason.ERROR:
             refusal = output.refusal or Refusal.INTERNAL
             sentence = SENTENCES.get(refusal)
             if sentence is not None:
@@ -209,12 +210,11 @@ class JobProgress:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
         if output.prompt_logprobs:
             _add_scores(choice, output.prompt_logprobs)
-        num_new = len(output.token_ids)
         choice.num_drawn += num_new
         if self._hides:
-            finish = FinishReason.LENGTH if output.finish_reason else None
-            output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=finish, stop_reason=None)
-        if not num_new and output.finish_reason is None:
+            reason = FinishReason.LENGTH if reason else None
+            output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=reason, stop_reason=None)
+        if not num_new and reason is None:
             return choice, output
         if choice.first_s is None:
             choice.first_s = now_s
@@ -230,8 +230,8 @@ class JobProgress:
             choice.num_tokens += num_new
             self.completion_tokens += num_new
             self._metrics.generation_tokens.inc(num_new)
-        if output.finish_reason is not None:
-            choice.finish_reason = output.finish_reason
+        if reason is not None:
+            choice.finish_reason = reason
             choice.stop_reason = output.stop_reason
             self._finish(now_s)
         if self._keep:

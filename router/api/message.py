@@ -18,6 +18,7 @@ class MessageReader:
         self._choice = choice
         self._speech = speech
         self._job_id = job.job_id
+        self._prefix = speech.prefix
         self._reader = OutputReader(speech.form, speech.opens_reasoning, speech.max_calls)
 
     def read(self, output: Output) -> dict[str, Any]:
@@ -36,7 +37,8 @@ class MessageReader:
                     if self._speech.include_reasoning:
                         fields["reasoning_content"] = fields.get("reasoning_content", "") + text
                 case Content(text):
-                    fields["content"] = fields.get("content", "") + text
+                    fields["content"] = fields.get("content", "") + self._prefix + text
+                    self._prefix = ""
                 case CallStarted(index, name):
                     calls.append(self._start(index, name))
                 case CallArguments(index, text):

@@ -15,11 +15,24 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from router.backend import Backend, RouterStatus
+from router.roles import RolesReport
 from workers.config import BEST_FIRST
 from workers.handoff.protocol.choices import Way
 from workers.request import HandoffReport
 
-_API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/admin/status")
+_API_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/load",
+    "/admin/status",
+)
 _ENDPOINTS = frozenset((*_API_PATHS, "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"))
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -128,7 +141,7 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        snapshot = _Snapshot(self.registry, self._backend.status())
+        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report())
         return await asyncio.to_thread(encode, snapshot), content_type
 
 
@@ -170,12 +183,13 @@ class Tally(Collector):
         yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
 
 
-class _Snapshot:
+class Snapshot:
     """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
 
-    def __init__(self, registry: CollectorRegistry, status: RouterStatus) -> None:
+    def __init__(self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport) -> None:
         self._registry = registry
         self._status = status
+        self._roles = roles
 
     def collect(self) -> Iterator[Metric]:
         yield from self._registry.collect()
@@ -209,6 +223,7 @@ class _Snapshot:
         yield info
         yield from gauges.values()
         yield from _forecast_metrics(status)
+        yield from _role_metrics(self._roles)
         yield from totals.values()
 
 
@@ -236,6 +251,35 @@ def _forecast_metrics(status: RouterStatus) -> Iterator[Metric]:
     for quantile, ratio in zip(("0.1", "0.5", "0.9"), forecast.ttft_ratios, strict=True):
         ratios.add_metric((quantile,), ratio)
     yield ratios
+
+
+def _role_metrics(roles: RolesReport) -> Iterator[Metric]:
+    """Of the role controller in this router's process; only the one that leads knows how many workers are wanted."""
+    yield GaugeMetricFamily("baton_roles_leader", "1: this router's role controller acts", float(roles.leads))
+    switches = CounterMetricFamily(
+        "baton_role_switches", "Switches that have ended", labels=("from", "to", "reason", "outcome")
+    )
+    for count in roles.counts:
+        switches.add_metric((count.source, count.target, count.reason, count.outcome), count.count)
+    yield switches
+    phases = GaugeMetricFamily(
+        "baton_role_switch_phase_seconds", "Duration of a phase of switches", labels=("phase", "quantile")
+    )
+    for phase, median, most in roles.phase_s:
+        phases.add_metric((phase, "0.5"), median)
+        phases.add_metric((phase, "0.99"), most)
+    yield phases
+    if not roles.leads:
+        return
+    yield GaugeMetricFamily(
+        "baton_desired_workers", "Workers that the load needs to meet its targets; 0: not known", roles.desired_workers
+    )
+    gains = GaugeMetricFamily(
+        "baton_role_gain_requests_per_second", "Of the last change of roles: good requests a second", labels=("kind",)
+    )
+    gains.add_metric(("predicted",), roles.predicted_gain)
+    gains.add_metric(("measured",), roles.measured_gain)
+    yield gains
 
 
 def _metric_name(name: str) -> str:

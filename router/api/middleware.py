@@ -142,7 +142,7 @@ class Gate:
                 _log.exception("request %s failed", request_id)
             note_refusal(scope, problem)
         if problem is not None and status == 0:
-            await problem.response()(scope, receive, send_with_id)
+            await problem.response(scope["path"])(scope, receive, send_with_id)
         count()
 
     def _check(self, scope: Scope, headers: Headers) -> None:

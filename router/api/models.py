@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from router.api.answer import Services
+from router.api.speech import require_model
 from router.api.sse import to_json
-from router.api.translate import require_model
 from workers.status import ModelInfo
 
 

@@ -75,13 +75,37 @@ class Problem:
         error = {"message": self.message, "type": self.row.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error}, ensure_ascii=False).encode()
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
+        """In the form that clients of this path read."""
         headers = {"x-should-retry": "true" if self.row.retry else "false"}
         if self.row.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.row.retry_after_s)))
         if self.row.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return Response(self.body(), self.row.status, headers, media_type="application/json")
+        body = self.body()
+        if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+            body = json.dumps(anthropic_error(self), ensure_ascii=False).encode()
+        return Response(body, self.row.status, headers, media_type="application/json")
+
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(problem: Problem) -> dict[str, Any]:
+    """A problem as Anthropic's API tells it; `param` and `code` are ours."""
+    default = "invalid_request_error" if problem.row.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(problem.row.status, default)
+    told = {"type": kind, "message": problem.message, "param": problem.param, "code": problem.code}
+    return {"type": "error", "error": told}
 
 
 class Rejected(BatonError):
@@ -123,7 +147,7 @@ async def answer_problem(http: HttpRequest, error: Exception) -> Response:
     """FastAPI's exception handler for everything that is raised on purpose."""
     problem = describe(error)
     note_refusal(http.scope, problem)
-    response = problem.response()
+    response = problem.response(http.scope["path"])
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)  # Allow, of a 405
     return response

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from router.api.formats.formats import THINK
@@ -27,9 +27,18 @@ class Prompt:
     opens_reasoning: bool = False
     """A conversation whose template ends inside the model's reasoning."""
 
+    def end(self, num_kept: int | None) -> Prompt:
+        """Its last tokens; None: all of them."""
+        if num_kept is None or len(self.token_ids) <= num_kept:
+            return self
+        return Prompt(self.token_ids[-num_kept:], None, self.opens_reasoning)
 
-def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool) -> list[Prompt]:
-    """A string, strings, token ids, or arrays of token ids. Raises InvalidRequest naming `prompt`, or Rejected when one is too long."""
+
+def read_prompts(
+    value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool, num_kept: int | None = None
+) -> list[Prompt]:
+    """A string, strings, token ids, or arrays of token ids; of longer ones only the last `num_kept` tokens. Raises InvalidRequest
+    naming `prompt`, or Rejected when one is too long."""
     texts: list[str] = []
     arrays: list[list[Any]] = []
     match value:
@@ -47,9 +56,10 @@ def read_prompts(value: Any, tokenizer: Tokenizer, info: ModelInfo, add_special_
     for text in texts:
         check_length(tokenizer.least_tokens(text), info, "prompt", at_least=True)
     for array in arrays:
-        check_length(len(array), info, "prompt")
+        check_length(min(len(array), num_kept or len(array)), info, "prompt")
     prompts = [Prompt(tuple(tokenizer.encode(text, add_special_tokens)), text) for text in texts]
     prompts += [Prompt(check_token_ids(array, info.vocab_size, "prompt")) for array in arrays]
+    prompts = [prompt.end(num_kept) for prompt in prompts]
     for prompt in prompts:
         check_length(len(prompt.token_ids), info, "prompt")
     if not all(prompt.token_ids for prompt in prompts):
@@ -84,15 +94,18 @@ def read_chat(
     template_kwargs: Mapping[str, Any],
     allow_control_tokens: bool,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    goes_on: bool = False,
+    num_kept: int | None = None,
 ) -> Prompt:
     """One conversation as a prompt. Raises InvalidRequest naming the message that cannot be used, or Rejected when it is too long."""
-    conversation = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools)
+    conversation = render_chat(messages, tokenizer, add_generation_prompt, template_kwargs, tools, goes_on)
     check_length(tokenizer.least_tokens(conversation.text), info, "messages", at_least=True)
     token_ids = encode_chat(conversation, tokenizer, add_special_tokens, allow_control_tokens)
     if not token_ids:
         raise InvalidRequest("messages give an empty prompt", "messages")
-    check_length(len(token_ids), info, "messages")
-    return Prompt(tuple(token_ids), opens_reasoning=_opens_reasoning(conversation.text, messages))
+    prompt = Prompt(tuple(token_ids), None, _opens_reasoning(conversation.text, messages)).end(num_kept)
+    check_length(len(prompt.token_ids), info, "messages")
+    return prompt
 
 
 def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -111,6 +124,8 @@ class Conversation:
     tools: Sequence[Mapping[str, Any]] | None
     add_generation_prompt: bool
     template_kwargs: Mapping[str, Any]
+    goes_on: bool
+    """The last message, an assistant's, is not closed: the answer continues it."""
     text: str
 
 
@@ -120,6 +135,7 @@ def render_chat(
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    goes_on: bool = False,
 ) -> Conversation:
     """Reads messages and renders them. Raises InvalidRequest naming the message that cannot be used."""
     if not messages:
@@ -132,20 +148,38 @@ def render_chat(
         for place, message in enumerate(plain):
             if message["role"] == "tool" or message.get("tool_calls"):
                 raise InvalidRequest(f"messages[{place}]: this model's chat template knows no tools", "messages")
-    text = tokenizer.render_chat(plain, tools, add_generation_prompt, **template_kwargs)
-    return Conversation(plain, tools, add_generation_prompt, template_kwargs, text)
+    if goes_on and (
+        plain[-1]["role"] != "assistant" or plain[-1].get("tool_calls") or not plain[-1]["content"].strip()
+    ):
+        raise InvalidRequest(
+            "continue_final_message needs a last message of the assistant that has text", "continue_final_message"
+        )
+    conversation = Conversation(plain, tools, add_generation_prompt and not goes_on, template_kwargs, goes_on, "")
+    return replace(conversation, text=_text_of(conversation, plain, tokenizer))
+
+
+def _text_of(conversation: Conversation, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
+    """What the template makes of these messages, which say what those of the conversation say."""
+    kwargs = conversation.template_kwargs
+    text = tokenizer.render_chat(messages, conversation.tools, conversation.add_generation_prompt, **kwargs)
+    if not conversation.goes_on:
+        return text
+    said = messages[-1]["content"].lstrip()
+    start = text.rfind(said.rstrip())
+    if start < 0:
+        raise InvalidRequest("the chat template does not show the last message as it is", "continue_final_message")
+    return text[: start + len(said)] if text.startswith(said, start) else text[: start + len(said.rstrip())]
 
 
 def encode_chat(
     conversation: Conversation, tokenizer: Tokenizer, add_special_tokens: bool, allow_control_tokens: bool
 ) -> list[int]:
     """Its tokens; control tokens that stand in messages are letters unless they are allowed."""
-    control, kwargs = tokenizer.control, conversation.template_kwargs
+    control = tokenizer.control
     if allow_control_tokens or not control.is_in(conversation.messages):
         return tokenizer.encode(conversation.text, add_special_tokens)
     marked = control.marked(conversation.messages)
-    text = tokenizer.render_chat(marked, conversation.tools, conversation.add_generation_prompt, **kwargs)
-    return control.encode(text, add_special_tokens)
+    return control.encode(_text_of(conversation, marked, tokenizer), add_special_tokens)
 
 
 def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:

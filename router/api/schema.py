@@ -12,23 +12,24 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 from workers.errors import InvalidRequest
-from workers.request import INT64_MAX, INT64_MIN, MAX_ENTRIES, MAX_TOP_LOGPROBS
+from workers.limits import MAX_ENTRIES
+from workers.request import INT64_MAX, INT64_MIN, MAX_TOP_LOGPROBS
 from workers.status import Role
 
 Number = StrictInt | StrictFloat
-_MESSAGES = Field(max_length=8192)
+MESSAGES = Field(max_length=8192)
 """Of a conversation: every one of them is read and rendered in Python."""
 MAX_VALUES = 512 << 10
 """Of one body, counted by its commas before it is read: the reader lets nothing else run meanwhile."""
 _MAX_WORK = 3 << 20
-"""What reading one body may take, about 0.1 s: a value counts 1, a bracket 10 and a name 20. What a text of 131,072 tokens holds of
+"""What reading one body may take, about 0.1 s: a value counts 1, a quotation mark 4, a bracket 10 and a name 20. What a text of 131,072 tokens holds of
 their signs stays below."""
 _COUNT_BYTES = 1 << 20
-_SHORT = Field(max_length=MAX_ENTRIES)
-"""A longer list is refused before its entries are read: those are looked at for every token, or prepared before the first."""
+SHORT = Field(max_length=MAX_ENTRIES)
+"""A longer list is refused before its entries are read, whatever worker.limits says; that is looked at when they have been."""
 
 
-def _said(kind: str, **bounds: Any) -> WithJsonSchema:
+def said(kind: str, **bounds: Any) -> WithJsonSchema:
     """What /openapi.json says of a value that is looked at later than here: in prompts.py, tools.py, translate.py and workers/request.py."""
     return WithJsonSchema({"type": kind, **bounds})
 
@@ -37,8 +38,8 @@ _TOKEN = {"type": "integer", "minimum": 0}
 _NAMED = {"type": "string", "minLength": 1}
 _Messages = Annotated[
     list[dict[str, Any]],
-    _MESSAGES,
-    _said(
+    MESSAGES,
+    said(
         "array",
         minItems=1,
         maxItems=8192,
@@ -66,7 +67,7 @@ _Messages = Annotated[
 ]
 _Tools = Annotated[
     list[Any],
-    _said(
+    said(
         "array",
         maxItems=128,
         items={
@@ -100,44 +101,50 @@ _Prompt = Annotated[
         }
     ),
 ]
-_TopLogprobs = Annotated[StrictInt, _said("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)]
-_Target = Annotated[Number, _said("number", exclusiveMinimum=0, maximum=3600)]
-_Penalty = Annotated[Number, _said("number", minimum=-2, maximum=2)]
-_Limit = Annotated[StrictInt, _said("integer", minimum=0)]
+_FORM = said(
+    "object",
+    required=["type"],
+    properties={"type": {"enum": ["text", "json_object", "json_schema", "structural_tag", "regex", "grammar"]}},
+)
+_Budget = Annotated[StrictInt, said("integer", minimum=-1)]
+_TopLogprobs = Annotated[StrictInt, said("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)]
+_Target = Annotated[Number, said("number", exclusiveMinimum=0, maximum=3600)]
+_Penalty = Annotated[Number, said("number", minimum=-2, maximum=2)]
+_Limit = Annotated[StrictInt, said("integer", minimum=0)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: StrictBool | None = None
     continuous_usage_stats: StrictBool | None = None
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both generating endpoints share. None means: left open."""
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[StrictInt, _said("integer", minimum=1)] | None = None
+    n: Annotated[StrictInt, said("integer", minimum=1)] | None = None
     max_tokens: _Limit | None = None
     max_completion_tokens: _Limit | None = None
     min_tokens: _Limit | None = None
-    temperature: Annotated[Number, _said("number", minimum=0, maximum=2)] | None = None
-    top_p: Annotated[Number, _said("number", exclusiveMinimum=0, maximum=1)] | None = None
-    top_k: Annotated[StrictInt, _said("integer", minimum=-1)] | None = None
-    min_p: Annotated[Number, _said("number", minimum=0, maximum=1)] | None = None
+    temperature: Annotated[Number, said("number", minimum=0, maximum=2)] | None = None
+    top_p: Annotated[Number, said("number", exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[StrictInt, said("integer", minimum=-1)] | None = None
+    min_p: Annotated[Number, said("number", minimum=0, maximum=1)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[Number, _said("number", exclusiveMinimum=0, maximum=100)] | None = None
-    seed: Annotated[StrictInt, _said("integer", minimum=INT64_MIN, maximum=INT64_MAX)] | None = None
+    repetition_penalty: Annotated[Number, said("number", exclusiveMinimum=0, maximum=100)] | None = None
+    seed: Annotated[StrictInt, said("integer", minimum=INT64_MIN, maximum=INT64_MAX)] | None = None
     logit_bias: (
         Annotated[
             dict[str, Number],
-            _SHORT,
-            _said(
+            SHORT,
+            said(
                 "object",
                 maxProperties=MAX_ENTRIES,
                 propertyNames={"pattern": "^[0-9]{1,10}$"},
@@ -149,8 +156,8 @@ class GenerationBody(_Body):
     bad_words: (
         Annotated[
             list[StrictStr | list[StrictInt]],
-            _SHORT,
-            _said(
+            SHORT,
+            said(
                 "array",
                 maxItems=MAX_ENTRIES,
                 items={"anyOf": [{**_NAMED, "pattern": r"\S"}, {"type": "array", "minItems": 1, "items": _TOKEN}]},
@@ -159,16 +166,18 @@ class GenerationBody(_Body):
         | None
     ) = None
     stop: (
-        Annotated[list[StrictStr], _SHORT, _said("array", maxItems=MAX_ENTRIES, items=_NAMED)]
-        | Annotated[StrictStr, _said("string", minLength=1)]
+        Annotated[list[StrictStr], SHORT, said("array", maxItems=MAX_ENTRIES, items=_NAMED)]
+        | Annotated[StrictStr, said("string", minLength=1)]
         | None
     ) = None
-    stop_token_ids: Annotated[list[StrictInt], _SHORT, _said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = None
+    clamp_max_tokens: StrictBool | None = None
+    truncate_prompt_tokens: Annotated[StrictInt, said("integer", minimum=-1)] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
     prompt_logprobs: _TopLogprobs | None = None
-    priority: Annotated[StrictInt, _said("integer", minimum=-(2**31) + 1, maximum=2**31 - 1)] | None = None
+    priority: Annotated[StrictInt, said("integer", minimum=-(2**31) + 1, maximum=2**31 - 1)] | None = None
     add_special_tokens: StrictBool | None = None
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
@@ -178,6 +187,22 @@ class GenerationBody(_Body):
     session_id: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     user: Any = None
+    allowed_token_ids: Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = (
+        None
+    )
+    response_format: Annotated[dict[str, Any], _FORM] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_decoding: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_json_object: StrictBool | None = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: StrictStr | None = None
+    structural_tag: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    json_schema: Any = None
 
 
 class ChatBody(GenerationBody):
@@ -185,24 +210,53 @@ class ChatBody(GenerationBody):
     logprobs: StrictBool | None = None
     top_logprobs: _TopLogprobs | None = None
     add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    echo: StrictBool | None = None
+    documents: Annotated[list[dict[str, Any]], SHORT] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
     enable_thinking: StrictBool | None = None
     thinking: (
         Annotated[
             dict[str, Any],
-            _said(
+            said(
                 "object",
                 required=["type"],
-                properties={"type": {"enum": ["enabled", "disabled"]}},
+                properties={
+                    "type": {"enum": ["enabled", "disabled", "adaptive"]},
+                    "budget_tokens": {"type": ["integer", "null"], "minimum": 0},
+                },
                 additionalProperties=False,
             ),
         ]
         | None
     ) = None
     include_reasoning: StrictBool | None = None
+    thinking_token_budget: _Budget | None = None
+    reasoning_max_tokens: _Budget | None = None
     tools: _Tools | None = None
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
+    tool_choice: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"enum": ["none", "auto", "required", None]},
+                    {
+                        "type": "object",
+                        "required": ["type", "function"],
+                        "properties": {
+                            "type": {"const": "function"},
+                            "function": {
+                                "type": "object",
+                                "required": ["name"],
+                                "properties": {"name": {"type": "string"}},
+                            },
+                        },
+                    },
+                ]
+            }
+        ),
+    ] = None
     parallel_tool_calls: StrictBool | None = None
 
 
@@ -212,7 +266,7 @@ class CompletionBody(GenerationBody):
     echo: StrictBool | None = None
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """Either `prompt` or `messages`."""
 
     model: StrictStr | None = None
@@ -225,57 +279,57 @@ class TokenizeBody(_Body):
     return_token_strs: StrictBool | None = None
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     model: StrictStr | None = None
-    tokens: Annotated[list[Any], _said("array", items=_TOKEN)]
+    tokens: Annotated[list[Any], said("array", items=_TOKEN)]
     skip_special_tokens: StrictBool | None = None
 
 
-class RoleBody(_Body):
+class RoleBody(Body):
     role: Annotated[StrictStr, WithJsonSchema({"enum": list(Role)})]
     force: StrictBool | None = None
+    pin: StrictBool | None = None
 
 
-class DrainBody(_Body):
+class PinBody(Body):
+    pin: StrictBool = True
+
+
+class DrainBody(Body):
     drain: StrictBool = True
     force: StrictBool | None = None
 
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "best_of": (1,),
     "bad_words_ids": (),
     "cache_salt": (),
     "chat_template": (),
-    "continue_final_message": (),
-    "documents": (),
-    "echo": (),
     "enable_thinking": (),
     "function_call": ("none", "auto"),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_decoding": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
+    "custom_logit_processor": (),
+    "lora_path": (),
+    "max_new_tokens": (),
+    "return_hidden_states": (),
+    "stop_regex": (),
+    "vllm_xargs": (),
     "logits_processors": (),
+    "logprob_token_ids": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "structural_tag": (),
-    "structured_outputs": (),
+    "prompt_token_ids": (),
     "suffix": (),
     "thinking": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (),
+    "web_search": (),
     "web_search_options": (),
 }
 """Fields that would change the answer in a way Baton does not offer yet, and the values that ask for nothing."""
@@ -289,9 +343,10 @@ def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
     if num_values > MAX_VALUES:
         raise InvalidRequest(f"the request body has more than {MAX_VALUES} values, or commas: send less at once")
     num_brackets = _count(body, b"{") + _count(body, b"[")
-    if num_values + 10 * num_brackets + 20 * _count(body, b":") > _MAX_WORK:
+    num_quotes = _count(body, b'"')
+    if num_values + 4 * num_quotes + 10 * num_brackets + 20 * _count(body, b":") > _MAX_WORK:
         raise InvalidRequest(
-            "the request body has too many names, lists and objects, or colons and brackets: send less at once"
+            "the request body has too many texts, names, lists and objects, or quotation marks, colons and brackets: send less at once"
         )
     try:
         content = pydantic_core.from_json(body)

@@ -14,6 +14,7 @@ HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+_encode_text = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -23,6 +24,12 @@ def to_json(value: Any) -> str:
     if text.isascii():
         return text
     return text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def text_to_json(text: str) -> str:
+    """As `to_json`, of a string."""
+    written = _encode_text(text)
+    return written if written.isascii() else to_json(text)
 
 
 BITE = 64
@@ -82,6 +89,11 @@ def json_parts(value: Any) -> Iterator[str]:
             yield from lazy_list(len(value), lambda places: value[places.start : places.stop]).parts
         case _:
             yield to_json(value)
+
+
+def named_event(value: dict[str, Any]) -> str:
+    """An event that goes by the value's own type."""
+    return f"event: {value['type']}\ndata: {to_json(value)}\n\n"
 
 
 def event(data: bytes) -> bytes:

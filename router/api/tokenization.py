@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: the served model's tokenizer over HTTP."""
+"""/tokenize, /detokenize and /tokenizer_info: the served model's tokenizer over HTTP."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Services, offload
 from router.api.prompts import check_token_ids, encode_chat, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
+from router.api.speech import require_model
 from router.api.sse import json_parts
 from router.api.tools import read_tools
-from router.api.translate import require_model
 from workers.errors import InvalidRequest
 from workers.status import ModelInfo
 
@@ -30,6 +30,19 @@ def tokenization_routes(services: Services) -> APIRouter:
     @routes.post("/detokenize", response_model=None)
     async def detokenize(http: HttpRequest) -> Response:
         return await _answer(http, services, _detokenize)
+
+    @routes.get("/tokenizer_info", response_model=None)
+    async def tokenizer_info() -> Response:
+        model, tokenizer = require_model(None, services.backend.model), services.tokenizer
+        info = {
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": model.max_model_len,
+            "chat_template": tokenizer.chat_template(False) or None,
+            "special_tokens": tokenizer.special_tokens,
+            "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "added_tokens": tokenizer.added_tokens,
+        }
+        return Response("".join(json_parts(info)), media_type="application/json")
 
     return routes
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from router.api.formats.grammars import CallableTool
 from workers.errors import InvalidRequest
 
 MAX_TOOLS = 128
+_MAX_BUDGET = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -21,17 +23,26 @@ class ToolUse:
     tools: tuple[Mapping[str, Any], ...]
     is_parallel: bool
     """More than one call in an answer is of use."""
+    is_required: bool = False
+    """An answer without a call is of no use."""
+    only: str | None = None
+    """The one that is to be called."""
+
+    def callable(self) -> list[CallableTool]:
+        """Those that may be called, each with the schema of its arguments."""
+        functions = [tool["function"] for tool in self.tools]
+        return [
+            CallableTool(function["name"], function.get("parameters"), function.get("strict") is True)
+            for function in functions
+            if self.only in (None, function["name"])
+        ]
 
 
 def read_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> ToolUse | None:
     """None: the model is to call nothing. Raises InvalidRequest naming the tool that cannot be offered."""
-    if choice is not None and choice not in ("none", "auto"):
-        if not tools:
-            raise InvalidRequest("tool_choice needs tools", "tool_choice")
-        raise InvalidRequest(
-            "tool_choice takes none and auto: a call cannot be enforced, so say in the prompt that one is wanted",
-            "tool_choice",
-        )
+    only = _read_choice(choice)
+    if (only or choice == "required") and not tools:
+        raise InvalidRequest("tool_choice needs tools", "tool_choice")
     if not tools:
         return None
     if len(tools) > MAX_TOOLS:
@@ -40,7 +51,21 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) 
         _check_tool(tool, f"tools[{place}]")
     if choice == "none":
         return None
-    return ToolUse(tuple(tools), parallel is not False)
+    if only and all(tool["function"]["name"] != only for tool in tools):
+        raise InvalidRequest(f"tool_choice names {only!r:.80}, which is none of the tools", "tool_choice")
+    return ToolUse(tuple(tools), parallel is not False and not only, bool(only) or choice == "required", only)
+
+
+def _read_choice(choice: Any) -> str | None:
+    """The function that is to be called. Raises InvalidRequest."""
+    match choice:
+        case None | "none" | "auto" | "required":
+            return None
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return name
+        case _:
+            what = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
+            raise InvalidRequest(f"tool_choice must be {what}", "tool_choice")
 
 
 def _check_tool(tool: Any, where: str) -> None:
@@ -91,11 +116,31 @@ def read_thinking(
     kwargs = dict(template_kwargs or {})
     if thinking is not None:
         kind = thinking.get("type")
-        if kind not in ("enabled", "disabled") or thinking.keys() - {"type"}:
-            raise InvalidRequest('thinking must be {"type": "enabled"} or {"type": "disabled"}', "thinking")
-        enable_thinking = kind == "enabled" if enable_thinking is None else enable_thinking
+        if kind not in ("enabled", "disabled", "adaptive") or thinking.keys() - {"type", "budget_tokens"}:
+            what = '{"type": "enabled"} or {"type": "disabled"}, with budget_tokens if there is a bound'
+            raise InvalidRequest(f"thinking must be {what}", "thinking")
+        if kind != "adaptive" and enable_thinking is None:
+            enable_thinking = kind == "enabled"
     if enable_thinking is not None:
         kwargs.setdefault("enable_thinking", enable_thinking)
     if reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", reasoning_effort)
     return kwargs
+
+
+def read_budget(
+    thinking: Mapping[str, Any] | None, thinking_token_budget: int | None, reasoning_max_tokens: int | None
+) -> tuple[int, str] | None:
+    """Tokens of reasoning at most, and the field that says so; None: no bound. Raises InvalidRequest."""
+    asked = (
+        ("thinking_token_budget", thinking_token_budget),
+        ("reasoning_max_tokens", reasoning_max_tokens),
+        ("thinking", (thinking or {}).get("budget_tokens")),
+    )
+    for field, value in asked:
+        if value is None or value == -1:
+            continue
+        if type(value) is not int or not 0 <= value <= _MAX_BUDGET:
+            raise InvalidRequest(f"{field} must be a number of tokens from 0 to {_MAX_BUDGET}, or -1", field)
+        return value, field
+    return None

@@ -9,15 +9,16 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from router.api.formats.formats import OutputFormat, output_format
-from router.api.problems import rejected
-from router.api.prompts import Prompt, check_length, check_token_ids, read_chat, read_prompts
+from router.api.formats.grammars import whole
+from router.api.prompts import Prompt, check_length, check_token_ids, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
-from router.api.tools import MAX_TOOLS, read_thinking, read_tools
+from router.api.speech import Speech, num_kept, read_conversation, require_model, speech_of
+from router.api.structure import read_structure
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
-from workers.errors import InvalidRequest, Refusal, Refused
+from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
+from workers.limits import RequestLimits
 from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -25,24 +26,8 @@ from workers.text.tokenizer import Tokenizer
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_TARGET_S = 3600
-_MAX_BAD_WORD_CHARACTERS = 32 << 10
-"""They are tokenized, each in two forms, before the request can be answered."""
-
-
-_AS_IT_STANDS = OutputFormat()
-
-
-@dataclass(frozen=True, slots=True)
-class Speech:
-    """How the text of an answer is read. The default: as it stands."""
-
-    form: OutputFormat = _AS_IT_STANDS
-    opens_reasoning: bool = False
-    max_calls: int = 0
-    """Calls of tools that are shown; 0: none were offered, and what looks like one is text."""
-    include_reasoning: bool = True
-    reasoning_end: int | None = None
-    """The token that ends reasoning, where one token does."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of bad words, which are tokenized, each in two forms, before the request can be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,43 +59,16 @@ class Job:
 
 def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
     """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
-    info = require_model(body.model, model)
+    require_model(body.model, model)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
     if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
         raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
-    kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
-    use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    template = tokenizer.chat_template(use is not None)
-    form = output_format(config.reasoning_parser, config.tool_parser, template)
-    if use is not None and ("tools" not in template or form.call is None):
-        why = (
-            "its chat template takes none"
-            if "tools" not in template
-            else "router.api.tool_parser names no format of calls"
-        )
-        raise InvalidRequest(f"this model cannot be offered tools: {why}", "tools")
-    prompt = read_chat(
-        body.messages,
-        tokenizer,
-        info,
-        body.add_generation_prompt is not False,
-        bool(body.add_special_tokens),
-        kwargs,
-        config.allow_control_tokens,
-        use.tools if use else None,
-    )
+    chat = read_conversation(body, model, tokenizer, config)
+    info, prompt = chat.info, chat.prompt
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if not use:
-        form = replace(form, call=None)
-    speech = Speech(
-        form,
-        prompt.opens_reasoning,
-        (MAX_TOOLS if use.is_parallel else 1) if use else 0,
-        body.include_reasoning is not False,
-        tokenizer.token_id(form.reasoning[1]) if form.reasoning else None,
-    )
+    speech = speech_of(body, chat, tokenizer)
     return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech)
 
 
@@ -119,17 +77,8 @@ def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenize
     info = require_model(body.model, model)
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
         _check_bound(len(body.prompt), config.max_prompts, "prompt")
-    prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False)
+    prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False, num_kept(body, info))
     return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
-
-
-def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
-    """The served model, if that is the one meant. Leaving the name out means the served one."""
-    if model is None:
-        raise Refused(Refusal.NO_WORKERS, "no worker has reported a model yet")
-    if name is not None and name != model.name:
-        raise rejected(404, "model_not_found", f"the model {name!r:.200} does not exist", "model")
-    return model
 
 
 def make_job(
@@ -155,7 +104,11 @@ def make_job(
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
-    speech = speech or Speech()
+    speech = speech or Speech(wanted=read_structure(body, tokenizer.added_tokens))
+    if speech.budget is not None:
+        params = replace(params, thinking=speech.budget)
+    if speech.wanted is not None:
+        params = replace(params, grammar=whole(speech.wanted.rule))
     if tokenizer.hides(speech.form.tags):
         params = replace(params, skip_special_tokens=False)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
@@ -169,8 +122,10 @@ def make_job(
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
+        if body.clamp_max_tokens:
+            max_tokens = max(1, min(max_tokens, room))
         own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
-        own.validate(info.vocab_size)
+        own.validate(info.vocab_size, info.limits)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         requests += [
             Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
@@ -219,18 +174,21 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
     for name in ("seed", "min_tokens", "ignore_eos", "skip_special_tokens"):
         if (value := getattr(body, name)) is not None:
             given[name] = value
+    if body.include_stop_str_in_output is not None:
+        given["include_stop"] = body.include_stop_str_in_output
+    if body.stop is not None:
+        given["stop"] = tuple(dict.fromkeys([body.stop] if isinstance(body.stop, str) else body.stop))
+    if body.stop_token_ids is not None:
+        given["stop_token_ids"] = check_token_ids(body.stop_token_ids, info.vocab_size, "stop_token_ids")
+    if body.allowed_token_ids is not None:
+        given["allowed_token_ids"] = check_token_ids(body.allowed_token_ids, info.vocab_size, "allowed_token_ids")
+    if body.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(body.logit_bias)
+    if body.bad_words is not None:
+        given["bad_words"] = _bad_words(body.bad_words, tokenizer, info.limits)
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return replace(
-        defaults,
-        **given,
-        include_stop=bool(body.include_stop_str_in_output),
-        stop=tuple(dict.fromkeys(stop)),
-        stop_token_ids=check_token_ids(body.stop_token_ids or [], info.vocab_size, "stop_token_ids"),
-        logit_bias=_logit_bias(body.logit_bias or {}),
-        bad_words=_bad_words(body.bad_words or [], tokenizer),
-    )
+    return replace(defaults, **given)
 
 
 def _finite(value: float, param: str) -> float:
@@ -249,12 +207,14 @@ def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-def _bad_words(words: list[str | list[int]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+def _bad_words(
+    words: list[str | list[int]], tokenizer: Tokenizer, limits: RequestLimits
+) -> tuple[tuple[int, ...], ...]:
     """A word is forbidden as it begins a text and as it follows a blank: those are different tokens."""
-    if sum(len(word) for word in words) > _MAX_BAD_WORD_CHARACTERS:
-        raise InvalidRequest(
-            f"bad_words takes at most {_MAX_BAD_WORD_CHARACTERS} characters or tokens in all", "bad_words"
-        )
+    if len(words) > limits.bad_words:
+        raise InvalidRequest(f"bad_words takes at most {limits.bad_words} words", "bad_words")
+    if sum(len(word) for word in words) > (most := _CHARACTERS_PER_TOKEN * limits.bad_word_tokens):
+        raise InvalidRequest(f"bad_words takes at most {most} characters or tokens in all", "bad_words")
     sequences: list[tuple[int, ...]] = []
     for word in words:
         if isinstance(word, str):

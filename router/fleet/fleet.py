@@ -117,7 +117,7 @@ class Fleet:
         """A frame came on the worker's current connection."""
         entry.update(frame, now)
         entry.heard_awake_s = self._awake_s
-        self._open.move_to_end(entry.worker_id)
+        self._open.move_to_end(entry.address.worker_id)
         if frame.status is not None:
             self.note_must_move(entry)
             kind = self._step_times.kind_of(frame.status)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from router.fleet.worker_table import ANYTHING, NOTHING, WorkerTable
 from workers.request import Output
-from workers.status import Load, Role, WorkerAddress, WorkerStatus, starts_of
+from workers.status import NUM_COUNTS, Load, Role, WorkerAddress, WorkerStatus, starts_of
 from workers.wire.attach import WorkerFrame
 
 
@@ -30,7 +30,8 @@ class OptimisticLoad:
     def __init__(self, settle_s: float) -> None:
         """A load report that arrives `settle_s` after a request was sent is taken to contain it."""
         self._settle_s = settle_s
-        self._open: dict[str, Charge] = {}
+        self.open: dict[str, Charge] = {}
+        """By attempt what the worker's reports may not contain yet."""
         self.num_sequences = 0
         self.num_blocks = 0
         self.prefill_tokens = 0
@@ -39,11 +40,11 @@ class OptimisticLoad:
         """Prompt tokens of requests that were sent there to be computed, and that have no token yet."""
 
     def __len__(self) -> int:
-        return len(self._open) + len(self._owed)
+        return len(self.open) + len(self._owed)
 
     def add(self, wire_id: str, charge: Charge) -> None:
         self.release(wire_id)
-        self._open[wire_id] = charge
+        self.open[wire_id] = charge
         self.num_sequences += charge.num_sequences
         self.num_blocks += charge.num_blocks
         self.prefill_tokens += charge.prefill_tokens
@@ -57,7 +58,7 @@ class OptimisticLoad:
         self.owed_tokens -= self._owed.pop(wire_id, 0)
 
     def _settle(self, wire_id: str) -> None:
-        charge = self._open.pop(wire_id, None)
+        charge = self.open.pop(wire_id, None)
         if charge is not None:
             self.num_sequences -= charge.num_sequences
             self.num_blocks -= charge.num_blocks
@@ -66,8 +67,8 @@ class OptimisticLoad:
     def settle(self, now: float) -> bool:
         """A load report arrived. True: it contains what was charged until now."""
         has_settled = False
-        while self._open:
-            wire_id, oldest = next(iter(self._open.items()))
+        while self.open:
+            wire_id, oldest = next(iter(self.open.items()))
             if now - oldest.sent_s < self._settle_s:
                 break
             self._settle(wire_id)
@@ -75,7 +76,7 @@ class OptimisticLoad:
         return has_settled
 
     def clear(self) -> None:
-        for wire_id in [*self._open, *self._owed]:
+        for wire_id in [*self.open, *self._owed]:
             self.release(wire_id)
 
 
@@ -211,7 +212,8 @@ class WorkerEntry:
             if load.step_s != self.load.step_s and load.step_s > 0:
                 self._show_step(load)
             before, self.load = self.load, load
-            if self.charges.settle(now) or load.counts != before.counts or frame.status is not None:
+            has_settled = bool(self.charges.open) and self.charges.settle(now)
+            if has_settled or load[:NUM_COUNTS] != before[:NUM_COUNTS] or frame.status is not None:
                 self.show_load()
 
     def _show_step(self, load: Load) -> None:

@@ -7,7 +7,6 @@ the wire, so what an earlier attempt still says is recognised and ignored. Knows
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 from router.config import RouterConfig
 from router.events import Command, Deliver, Explain, Reject, SendMessage
@@ -17,12 +16,14 @@ from router.forecast.pace import Pace
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.admission import AdmissionQueue
+from router.requests.arrivals import Arrivals
+from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
+from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.wishes import Wishes
 from workers.errors import Refusal
-from workers.kv_cache.block_hash import block_hashes
 from workers.request import FinishReason, Output, Request
 from workers.wire.attach import Cancel
 
@@ -47,13 +48,14 @@ class InFlightRequests:
         self._counters = counters
         self._flights: dict[str, InFlightRequest] = {}
         self._attempts: dict[str, InFlightRequest] = {}
+        self._arrivals = Arrivals(config, fleet, dispatcher)
         self._queue = AdmissionQueue(config.max_queue)
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
         self._finished = Pace()
+        self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
-        self._left: dict[str, dict[str, str]] = {}
-        """By worker whose stream is lost: the attempts that may still run there, with their requests."""
+        self._leftovers = Leftovers(fleet, self.migrations, out)
         self._num_arrived = 0
         self._unroutable_since_s: float | None = None
         self._blocked: InFlightRequest | None = None
@@ -75,6 +77,11 @@ class InFlightRequests:
     def num_running(self) -> int:
         return len(self._attempts)
 
+    def demand(self, now: float) -> DemandReport:
+        """What is asked of this router, as measured."""
+        share = self._dispatcher.uncached_share
+        return self._demand.report(len(self._queue), self._waiting_tokens * share, len(self._attempts), share, now)
+
     def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
         return [self._attempts[wire_id] for wire_id in entry.attempts if wire_id in self._attempts]
@@ -83,17 +90,18 @@ class InFlightRequests:
 
     def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
         flight = InFlightRequest(
-            request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._with_defaults(wishes)
+            request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._arrivals.with_defaults(wishes)
         )
-        rejection = self._rejection_of(request) or self._out_of_reach(flight, now)
+        rejection = self._rejection_of(request) or self._arrivals.out_of_reach(flight, self._line(now), now)
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
             self._out.append(rejection)
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
-        self._hash(flight)
+        self._arrivals.hash(flight)
         self._flights[request.request_id] = flight
+        self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
@@ -108,42 +116,15 @@ class InFlightRequests:
             self._queue.remove(flight.request.request_id)
             self._waiting_tokens -= len(flight.request.prompt_token_ids)
 
-    def _out_of_reach(self, flight: InFlightRequest, now: float) -> Reject | None:
-        """Why a request with targets is refused at its arrival, where that is wanted: they cannot be met."""
-        wishes = flight.wishes
-        if self._config.admission != "strict" or not (wishes.ttft_s or wishes.tpot_s):
-            return None
-        self._hash(flight)
+    def _line(self, now: float) -> WaitingLine:
+        """What a request that comes now has before it."""
         tokens = self._waiting_tokens * self._dispatcher.uncached_share
-        expected = self._dispatcher.promise(
-            flight, WaitingLine(len(self._queue), tokens, self._finished.per_s(now)), now
-        )
-        miss = expected.miss(wishes.ttft_s, wishes.tpot_s) if expected is not None else ""
-        if expected is None or not miss:
-            return None
-        retry_s = max(1.0, expected.ttft_s - wishes.ttft_s)
-        return Reject(flight.request.request_id, Refusal.TARGET_MISSED, miss, retry_after_s=retry_s)
-
-    def _with_defaults(self, wishes: Wishes) -> Wishes:
-        ttft_s, tpot_s = wishes.ttft_s or self._config.ttft_target_s, wishes.tpot_s or self._config.tpot_target_s
-        return (
-            wishes
-            if (ttft_s, tpot_s) == (wishes.ttft_s, wishes.tpot_s)
-            else replace(wishes, ttft_s=ttft_s, tpot_s=tpot_s)
-        )
-
-    def _hash(self, flight: InFlightRequest) -> None:
-        """The choices of a client's request have one prompt object among them (PromptTokens): it is hashed once."""
-        model, prompt = self._fleet.model, flight.request.prompt_token_ids
-        if model is None or flight.block_size == model.block_size:
-            return
-        block_size = flight.block_size = model.block_size
-        flight.hashes = block_hashes(prompt, block_size)
+        return WaitingLine(len(self._queue), tokens, self._finished.per_s(now))
 
     def change_model(self, now: float) -> None:
         """Another model is served from now on; nothing runs. What waits for its first token waits on, if the model can take it."""
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
-            rejection = self._unfit(flight.request)
+            rejection = self._arrivals.unfit(flight.request)
             if flight.is_started or flight.has_scores:
                 self._fail(flight, Refusal.NO_WORKERS, "the model that this answer began with is served no more", now)
             elif rejection is not None:
@@ -155,23 +136,11 @@ class InFlightRequests:
             return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
         if name in self._flights:
             return Reject(name, Refusal.INVALID, f"request id {name!r} is in use", "request_id")
-        unfit = self._unfit(request)
+        unfit = self._arrivals.unfit(request)
         if unfit is not None:
             return unfit
         if self._queue.is_full:
             return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
-        return None
-
-    def _unfit(self, request: Request) -> Reject | None:
-        """Why the served model cannot take a request."""
-        name, model, num_tokens = request.request_id, self._fleet.model, len(request.prompt_token_ids)
-        if model is None:
-            return Reject(name, Refusal.NO_WORKERS, "no worker has connected yet", retry_after_s=1.0)
-        if num_tokens == 0:
-            return Reject(name, Refusal.INVALID, "the prompt is empty", "prompt")
-        if num_tokens >= model.max_model_len:
-            what = f"the prompt has {num_tokens} tokens; prompt and output have room for {model.max_model_len}"
-            return Reject(name, Refusal.INVALID, what, "prompt")
         return None
 
     def dispatch(self, now: float) -> None:
@@ -190,7 +159,7 @@ class InFlightRequests:
                 return
             table.has_opened = False
             self.num_tried += 1
-            self._hash(flight)
+            self._arrivals.hash(flight)
             route = self._dispatcher.route(flight, now) if table.num_decoding else None
             if route is None:
                 self._blocked = flight
@@ -207,7 +176,7 @@ class InFlightRequests:
             self._out.append(self._dispatcher.submit(flight, route, now))
             self._attempts[flight.wire_id] = flight
             if flight.left is not None and flight.left[0] != flight.worker_id:
-                self._end_left(*flight.left)
+                self._leftovers.end(*flight.left)
             flight.left = None
             self._counters["replayed_tokens"] += len(flight.delivered)
             self._counters[f"routed_by_{route.reason}"] += 1
@@ -231,12 +200,15 @@ class InFlightRequests:
         if flight is None or flight.worker_id != worker_id:
             self._counters["stale_outputs"] += not self.migrations.take(output, worker_id, now)
             return
-        if output.finish_reason is FinishReason.MOVED:
-            self._leave(flight, now)
-            return
-        if output.finish_reason is FinishReason.ERROR:
-            self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
-            return
+        match output.finish_reason:
+            case None:
+                pass
+            case FinishReason.MOVED:
+                self._leave(flight, now)
+                return
+            case FinishReason.ERROR:
+                self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
+                return
         accepted = flight.accept(output)
         if isinstance(accepted, Output):
             self._deliver(flight, accepted, now)
@@ -272,16 +244,22 @@ class InFlightRequests:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
-        if output.token_ids and flight.history.num_setbacks:
-            flight.history.progress()
+        if output.token_ids:
+            self._demand.generated(len(output.token_ids), now)
+            if flight.history.num_setbacks:
+                flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            if flight.spoke_s is None:
+                flight.spoke_s = now
+                self._demand.first_token(now - flight.arrived_s, now)
             self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
+            self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
             self._forget(flight, now)
 
     # ---- trouble ----
@@ -291,8 +269,7 @@ class InFlightRequests:
         left = {flight.wire_id: flight.request.request_id for flight in running} | self.migrations.lose_worker(
             worker_id, now
         )
-        if left:
-            self._left[worker_id] = left
+        self._leftovers.add(worker_id, left)
         for flight in running:
             has_moved = flight.incoming is not None and bool(flight.incoming.buffered)
             if not has_moved and flight.history.worker_lost(self._retry):
@@ -301,32 +278,8 @@ class InFlightRequests:
                 self._set_back(flight, Refusal.WORKER_LOST, message, now)
 
     def find_again(self, entry: WorkerEntry, is_same_process: bool, now: float) -> None:
-        """A worker's stream is up again. What was left there and runs elsewhere by now goes on wherever it is further; what has
-        ended is ended there. One that still waits may be sent there again, where the worker knows it by its name."""
-        left = self._left.pop(entry.worker_id, {})
-        if not is_same_process or entry.connection is None:
-            return
-        for wire_id, request_id in left.items():
-            flight = self._flights.get(request_id)
-            if flight is not None:
-                flight.history.worker_is_back()
-            if (
-                flight is not None
-                and flight.wire_id
-                and flight.incoming is None
-                and flight.worker_id != entry.worker_id
-            ):
-                self.migrations.take_back(flight, entry, now)
-            elif flight is not None and not flight.wire_id and flight.left is None:
-                flight.left, flight.avoid_worker_id = (entry.worker_id, wire_id), ""
-            else:
-                self._end_left(entry.worker_id, wire_id)
-
-    def _end_left(self, worker_id: str, wire_id: str) -> None:
-        """Nobody wants what may still run there."""
-        entry = self._fleet.get(worker_id)
-        if entry is not None and entry.connection is not None:
-            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(wire_id)))
+        """A worker's stream is up again."""
+        self._leftovers.find_again(entry, is_same_process, self._flights, now)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Nobody wants this request any more; no output follows. `reason` names a counter."""
@@ -339,9 +292,7 @@ class InFlightRequests:
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
-        self._left = {
-            worker_id: left for worker_id, left in self._left.items() if self._fleet.get(worker_id) is not None
-        }
+        self._leftovers.forget()
         for flight in self._too_old(now):
             self._cancel_attempt(flight)
             self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
@@ -415,6 +366,6 @@ class InFlightRequests:
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
         if flight.left is not None:
-            self._end_left(*flight.left)
+            self._leftovers.end(*flight.left)
         self._dequeue(flight)
         del self._flights[flight.request.request_id]

@@ -68,10 +68,13 @@ class Result:
         return not self.leaks and not any(outcome.trouble for outcome in self.outcomes)
 
 
+WORDS = "start: /([a-z]{2,9} )+/"
+
+
 def draw_requests(
     seed: int, transport: str, num_requests: int, lengths: tuple[int, ...] = (2, 8, 24, 60, 120)
 ) -> list[Request]:
-    """Prompts of 4 to 10 blocks of 64, some with a common beginning, greedy and sampled; answers of so many tokens."""
+    """Prompts of 4 to 10 blocks of 64, some with a common beginning, greedy, sampled and with a grammar; answers of so many tokens."""
     vocab = range(10, 1000)
     dice = random.Random(f"requests/{seed}/{transport}")
     common = [dice.choice(vocab) for _ in range(130)]
@@ -88,6 +91,7 @@ def draw_requests(
                 temperature=dice.choice((0.0, 1.0)),
                 seed=dice.randrange(1 << 30),
                 ignore_eos=True,
+                grammar=WORDS if index % 4 == 3 else "",
             )
         )
     return requests

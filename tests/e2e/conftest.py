@@ -29,6 +29,8 @@ def cluster() -> Iterator[ClusterProcess]:
         "worker.transfer_timeout_s=5",
         "--set",
         "router.max_local_prefill_tokens=0",
+        "--set",
+        "roles.mode=off",
     )
     yield running
     running.stop()
@@ -47,9 +49,10 @@ def jobs() -> list[Job]:
         length = (1, 2, 63, 64, 65, 128, 3000)[index] if index < 7 else round(3000 ** rng.random())
         start = rng.choice([0, 0, length // 2, length])
         prompt = shared[:start] + [rng.randrange(300, 1400) for _ in range(length - start)]
+        form = {"structured_outputs": {"regex": "([a-z]{2,9} )+"}} if index % 5 == 2 else {}
         max_tokens = rng.randrange(1, 49)
         sampling: dict[str, Any] = {"temperature": 0.0} if index % 2 else {"temperature": 0.9, "top_p": 0.95}
         if index % 6 == 0:
             sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
-        asked.append((prompt, {"max_tokens": max_tokens, "seed": rng.randrange(2**31), **sampling}))
+        asked.append((prompt, {"max_tokens": max_tokens, "seed": rng.randrange(2**31), **sampling, **form}))
     return golden_jobs(asked, kv_memory_bytes=400_000_000)

@@ -20,6 +20,13 @@ class Job:
     text: str
 
 
+def _body(prompt: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+    """In the terms of the openai client, which knows no structured_outputs."""
+    own = {name: value for name, value in sampling.items() if name == "structured_outputs"}
+    known = {name: value for name, value in sampling.items() if name not in own}
+    return {"model": MODEL.name, "prompt": prompt, **known, "extra_body": EXTRA | own}
+
+
 def golden_jobs(asked: Sequence[tuple[list[int], dict[str, Any]]], **settings: Any) -> list[Job]:
     """Runs prompts, each with its own sampling fields (max_tokens, seed, ...), to their bounds. `settings` are those of LLM."""
     from cluster.llm import LLM, SamplingParams
@@ -29,7 +36,7 @@ def golden_jobs(asked: Sequence[tuple[list[int], dict[str, Any]]], **settings: A
     generations = llm.generate([prompt for prompt, _ in asked], params, progress=False)
     return [
         Job(
-            {"model": MODEL.name, "prompt": prompt, **sampling, "extra_body": dict(EXTRA)},
+            _body(prompt, sampling),
             generation.outputs[0].token_ids,
             generation.outputs[0].text,
         )

@@ -38,6 +38,8 @@ def long_jobs() -> list[Job]:
         sampling: dict[str, Any] = {"temperature": 0.0} if index % 3 == 0 else {"temperature": 0.9, "top_p": 0.95}
         if index % 2:
             sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3}
+        if index % 4 == 1:
+            sampling["structured_outputs"] = {"regex": "([a-z]{2,9} )+"}
         asked.append((prompt, {"max_tokens": MAX_TOKENS, "seed": rng.randrange(2**31), **sampling}))
     return golden_jobs(asked, kv_memory_bytes=200_000_000)
 

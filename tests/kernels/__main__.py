@@ -6,33 +6,30 @@ python -m tests.kernels   from the root of the repository, or `make kernels-emul
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.kernels.builds import EMULATED, Build, Missing, by_case, native, sanitized
 
 
 def main() -> int:
     expected: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
 
-        def lines_of(build: Build, *arguments: str) -> list[str]:
-            try:
-                return build.run(build.compile(Path(folder)), *arguments)
-            except Missing as error:
-                print(f"{build.name}: left out, {error} is not installed")
-                return []
+    def lines_of(build: Build, *arguments: str) -> list[str]:
+        try:
+            return build.run(build.compile(), *arguments)
+        except Missing as error:
+            print(f"{build.name}: left out, {error} is not installed")
+            return []
 
-        for build in (*native(), *EMULATED.values()):
-            lines = lines_of(build)
-            if not lines:
-                continue
-            found = by_case(lines)
-            differ = [case for case, hashes in found.items() if expected.setdefault(case, hashes) != hashes]
-            print(f"{build.name}: {'OTHER BITS: ' + ', '.join(differ) if differ else 'same bits'}", flush=True)
-            if differ:
-                return 1
-        lines_of(sanitized(), "hostile", "1")
+    for build in (*native(), *EMULATED.values()):
+        lines = lines_of(build)
+        if not lines:
+            continue
+        found = by_case(lines)
+        differ = [case for case, hashes in found.items() if expected.setdefault(case, hashes) != hashes]
+        print(f"{build.name}: {'OTHER BITS: ' + ', '.join(differ) if differ else 'same bits'}", flush=True)
+        if differ:
+            return 1
+    lines_of(sanitized(), "hostile", "1")
     for case, hashes in expected.items():
         print(case, hashes)
     return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.machine.native_build import default_cache_folder
 from workers.model.native.build import supported
 
 _HERE = Path(__file__).parent
@@ -23,6 +26,8 @@ _SANITIZE = (
     "asan-instrumentation-with-call-threshold=0",
 )
 _TIMEOUT_S = 600.0
+_MAX_KEPT = 3
+"""Drivers of one build that stay: those of the last sources."""
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _CROSS_COMPILER = "aarch64-linux-gnu-g++"
 _QEMU = ("qemu-aarch64-static", "qemu-aarch64")  # as the processor "max", which has all that qemu knows
@@ -41,15 +46,24 @@ class Build:
     compilers: tuple[str, ...] = ("g++",)
     runners: tuple[str, ...] = ()
 
-    def compile(self, folder: Path) -> Path:
-        """Raises Missing."""
+    def compile(self) -> Path:
+        """The driver, in a folder that outlives the run: nothing is compiled twice from one source. Raises Missing."""
         compiler = _found(self.compilers)
-        driver = folder / f"driver-{self.name}"
-        subprocess.run(
-            [compiler, *_FLAGS, *self.flags, str(_HERE / "driver.cpp"), "-o", str(driver)],
-            check=True,
-            timeout=_TIMEOUT_S,
-        )
+        command = [compiler, *_FLAGS, *self.flags, str(_HERE / "driver.cpp")]
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+        digest = hashlib.blake2b(version + "\0".join(command).encode(), digest_size=8)
+        for path in sorted(path for folder in (_SOURCE, _HERE) for path in folder.glob("*.*") if path.suffix != ".py"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        folder = default_cache_folder() / "test-drivers"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        driver = folder / f"{self.name}-{digest.hexdigest()}"
+        if not driver.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                made = Path(fresh, self.name)
+                subprocess.run([*command, "-o", str(made)], check=True, timeout=_TIMEOUT_S)
+                made.replace(driver)
+            for former in sorted(folder.glob(f"{self.name}-*"), key=lambda path: path.stat().st_mtime)[:-_MAX_KEPT]:
+                former.unlink(missing_ok=True)
         return driver
 
     def run(self, driver: Path, *arguments: str) -> list[str]:

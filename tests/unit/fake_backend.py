@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import openai
+from llguidance import LLMatcher
 
 from router.api.app import create_app
 from router.backend import RouterStatus, WorkerView
@@ -23,15 +25,22 @@ from router.forecast.steps import KindForecast
 from router.http_server import HttpServer
 from router.policies.explain import Decision
 from router.policies.policy import Reason
+from router.roles import RolesReport, SwitchCount
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidRequest
+from workers.grammar.language import engine_name
+from workers.grammar.sequence_constraint import SequenceConstraint
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
+from workers.sampling.constraint import tokens_in
 from workers.status import Load, ModelInfo, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 DECISION = Decision("kv_aware", "decode-0", ("prefill-0",), Reason.LEAST_COST, False, 0.5, 0.25, 0.02, 1, 1, (), ())
-MODEL = ModelInfo("ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16)
+MODEL = ModelInfo(
+    "ernie-tiny", "fingerprint", vocab_size=1408, max_model_len=512, block_size=16, grammars=engine_name()
+)
 WORDS = (" the", " is", " a", "é", "你", "好", "\n", "7", " day")
 """What the fake says; several of these are tokens that end inside a character."""
 
@@ -64,10 +73,30 @@ Script = Callable[["FakeBackend", Request], list[Step]]
 
 def draw_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     """Tokens that depend on prompt, seed and choice alone, as the engine's do; ends inside a character now and then."""
+    if request.params.grammar:
+        return follow(tokenizer, request)
     ids = [token_id for word in WORDS for token_id in tokenizer.encode(word)]
     key = f"{request.prompt_token_ids} {request.params.seed} {request.choice_index}".encode()
     digest = hashlib.shake_256(key).digest(request.params.max_tokens)
     return [ids[byte % len(ids)] for byte in digest]
+
+
+def follow(tokenizer: Tokenizer, request: Request) -> list[int]:
+    """Tokens as the request's grammar wants them, drawn from what it allows; the end is not among them."""
+    params = replace(request.params, thinking=None)
+    vocabulary = GrammarVocabulary(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids))
+    constraint = SequenceConstraint(params, tokenizer.vocab_size, vocabulary.eos_token_ids)
+    constraint.begin(LLMatcher(vocabulary.tokenizer, params.grammar, log_level=0))
+    drawn: list[int] = []
+    chance = random.Random(f"{params.seed} {request.choice_index}")
+    while len(drawn) < params.max_tokens:
+        mask = constraint.allowed(drawn)
+        assert mask is not None and not constraint.error, constraint.error
+        token_id = int(chance.choice(tokens_in(mask)))
+        if token_id in tokenizer.eos_token_ids:
+            break
+        drawn.append(token_id)
+    return drawn
 
 
 def speak(backend: FakeBackend, request: Request) -> list[Step]:
@@ -84,7 +113,8 @@ def say(backend: FakeBackend, request: Request, token_ids: list[int]) -> list[St
         is_last = position == len(token_ids) - 1
         text = detokenizer.push(token_id) + (detokenizer.flush() if is_last else "")
         scores = () if params.logprobs is None else (score(token_id, params.logprobs),)
-        reason = FinishReason.LENGTH if is_last else None
+        ended = FinishReason.STOP if params.grammar and position + 1 < params.max_tokens else FinishReason.LENGTH
+        reason = ended if is_last else None
         outputs.append(Output(request.request_id, position, (token_id,), text, scores, reason))
     report = HandoffReport("prefill-0", "decode-0", "shm", kv_bytes=4096, transfer_s=0.25, prefill_s=0.5)
     outputs[0] = outputs[0]._replace(cached_tokens=backend.cached_tokens, handoff=report)
@@ -155,7 +185,7 @@ class FakeBackend:
     def __init__(self, tokenizer: Tokenizer, script: Script = speak) -> None:
         self.tokenizer = tokenizer
         self.script = script
-        self.model: ModelInfo | None = MODEL
+        self.model: ModelInfo | None = replace(MODEL, vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size))
         self.ready = True
         self.cached_tokens = 0
         self.refusals: dict[int, Exception] = {}
@@ -165,6 +195,7 @@ class FakeBackend:
         self._changed = threading.Condition()
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
         self.drained: set[str] = set()
+        self.pinned: set[str] = set()
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
@@ -199,7 +230,11 @@ class FakeBackend:
         forecast = ForecastStatus(kinds, handoff_s=0.002)
         return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast)
 
-    async def set_role(self, worker_id: str, role: Role, force: bool = False) -> WorkerStatus:
+    async def set_role(
+        self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
+    ) -> WorkerStatus:
+        if is_pinned is not None:
+            await self.set_pinned(worker_id, is_pinned)
         others = [self.roles[name] for name in self.roles if name != worker_id]
         if not force and not any(other.can_decode for other in (*others, role)):
             raise InvalidRequest("no worker could decode afterwards", "role")
@@ -211,6 +246,14 @@ class FakeBackend:
             raise InvalidRequest("no worker could decode afterwards", "worker_id")
         (self.drained.add if is_draining else self.drained.discard)(worker_id)
         return self._worker(worker_id)
+
+    async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
+        (self.pinned.add if is_pinned else self.pinned.discard)(worker_id)
+
+    def role_report(self) -> RolesReport:
+        page = {"leader": "router-0", "workers": [{"worker_id": name} for name in self.roles]}
+        counts = (SwitchCount("decode", "prefill", "controller", "done", 2),)
+        return RolesReport(page, True, 5, counts, (("fencing", 0.004, 0.009),), 1.5, 1.25)
 
     def _worker(self, name: str) -> WorkerStatus:
         load = Load(num_free_blocks=7, num_blocks=9)

@@ -19,7 +19,7 @@ from router.api.document import ENDPOINTS
 from router.config import ApiConfig
 
 CONFIG = ApiConfig(api_keys=("key",), admin_keys=("key",), max_n=4, max_prompts=4, max_choices=8)
-EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "0")) or 10
+EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "1000")) // 100
 """Random bodies for each endpoint, beside those at the edges of its schema."""
 
 

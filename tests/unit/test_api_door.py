@@ -114,11 +114,33 @@ def test_without_keys_a_foreign_web_page_is_refused(headers: dict[str, str]) -> 
     assert door_says(ApiConfig(admin_keys=("root",)), "/admin/status", authorization="Bearer root", **headers) == 403
 
 
-def test_a_page_of_this_host_may_ask_but_for_admin() -> None:
+def test_a_page_of_this_host_may_ask_but_admin_takes_its_own_page_alone() -> None:
     for origin in ("http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]:5"):
         assert door_says(ApiConfig(), "/v1/chat/completions", method="POST", **JSON_HEADER, origin=origin) == 200
-        assert door_says(ApiConfig(), "/admin/status", origin=origin) == 403
+        is_own = origin == "http://127.0.0.1:8000"
+        assert door_says(ApiConfig(), "/admin/status", origin=origin) == (200 if is_own else 403)
     assert door_says(ApiConfig(), "/admin/status", sec_fetch_site="none") == 200, "an address that somebody typed"
+    own = {"origin": "http://127.0.0.1:8000", "sec_fetch_site": "same-origin"}
+    keyed = ApiConfig(admin_keys=("root",))
+    assert door_says(ApiConfig(), "/admin/workers/decode-0/drain", method="POST", **JSON_HEADER, **own) == 200
+    assert door_says(keyed, "/admin/status", **own) == 401
+    assert door_says(keyed, "/admin/status", **own, authorization="Bearer root") == 200
+    for foreign in (
+        {"sec_fetch_site": "same-site"},
+        {**own, "sec_fetch_site": "cross-site"},
+        {**own, "origin": "https://127.0.0.1:9"},
+    ):
+        assert door_says(keyed, "/admin/status", authorization="Bearer root", **foreign) == 403
+    # A page whose name was made to point here is its own page to the browser, and has another Host.
+    rebound = {"origin": "http://evil.example:8000", "host": "evil.example:8000", "sec_fetch_site": "same-origin"}
+    assert door_says(ApiConfig(), "/admin/status", **rebound) == 403
+
+
+def test_the_operators_page_is_served_to_whoever_may_show_a_key() -> None:
+    assert door_says(ApiConfig(admin_keys=("root",)), "/admin/ui", client="10.0.0.7", host="baton.example") == 200
+    assert door_says(ApiConfig(api_keys=("user",)), "/admin/ui") == 403, "there is no key that would open anything"
+    assert door_says(ApiConfig(), "/admin/ui") == 200
+    assert door_says(ApiConfig(), "/admin/ui", client="10.0.0.7") == 403
 
 
 def test_without_keys_another_host_is_refused_and_served_where_that_was_asked_for_but_not_admin() -> None:

@@ -114,6 +114,22 @@ def test_a_switch_of_an_unknown_worker_is_404_and_to_an_unknown_role_400(api: Ap
     assert response.status_code == 400 and response.json()["error"]["param"] == "role"
 
 
+def test_an_operator_pins_a_worker_and_reads_what_decides_on_roles(api: Api) -> None:
+    path = "/admin/workers/prefill-0"
+    assert api.http.post(f"{path}/pin", json={}).json() == {"worker_id": "prefill-0", "pinned": True}
+    assert api.backend.pinned == {"prefill-0"}
+    assert api.http.post(f"{path}/role", json={"role": "prefill", "pin": False}).status_code == 200
+    assert not api.backend.pinned
+    assert api.http.post("/admin/workers/nobody/pin", json={}).status_code == 404
+    assert api.http.get("/admin/roles").json()["leader"] == "router-0"
+    told = metrics(api)
+    labels = {"from": "decode", "to": "prefill", "reason": "controller", "outcome": "done"}
+    assert told["baton_role_switches_total", frozenset(labels.items())] == 2
+    assert told["baton_desired_workers", frozenset()] == 5 and told["baton_roles_leader", frozenset()] == 1
+    assert told["baton_role_gain_requests_per_second", frozenset({("kind", "measured")})] == 1.25
+    assert told["baton_role_switch_phase_seconds", frozenset({("phase", "fencing"), ("quantile", "0.99")})] == 0.009
+
+
 def test_metrics_count_requests_by_status_and_reason(api: Api) -> None:
     def count(status: str, refusal: str) -> float:
         labels = {"endpoint": "/v1/completions", "status": status, "refusal": refusal}

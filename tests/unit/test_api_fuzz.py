@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from fake_backend import MODEL, Api, error_of, open_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, RoleBody, TokenizeBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
 from router.config import ApiConfig
 
 BODIES = {
@@ -21,6 +22,7 @@ BODIES = {
     "/detokenize": DetokenizeBody,
     "/admin/workers/decode-0/role": RoleBody,
     "/admin/workers/decode-0/drain": DrainBody,
+    "/admin/workers/decode-0/pin": PinBody,
 }
 GOOD = {
     "prompt": "Hi",
@@ -29,7 +31,8 @@ GOOD = {
     "role": "mixed",
     "max_tokens": 3,
 }
-SETTINGS = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "250"))
+SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NUMBERS = (
     st.integers() | st.integers(-3, 30) | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**30, -0.0, 1e308])
 )
@@ -86,7 +89,7 @@ def test_any_value_in_any_field_is_answered_or_refused(small: Api, path: str) ->
     fuzz()
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=EXAMPLES * 3 // 5)
 @given(
     content=st.binary(max_size=80) | st.from_regex(rb'\{"(prompt|messages|n)":[\[\]{}",:0-9a-z\\ ]*\}', fullmatch=True)
 )
@@ -95,7 +98,7 @@ def test_any_bytes_are_answered_or_refused(small: Api, content: bytes) -> None:
         check(small, path, content)
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=EXAMPLES * 3 // 5)
 @given(data=st.data())
 def test_a_body_with_any_bytes_changed_is_answered_or_refused(small: Api, data: st.DataObject) -> None:
     whole = bytearray(json.dumps({**GOOD, "model": MODEL.name, "stop": ["a"], "logit_bias": {"5": 1}, "n": 2}).encode())

@@ -65,6 +65,12 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_read(api: Api, path: 
     assert answer.status_code == 400 and str(MAX_VALUES) in answer.json()["error"]["message"]
 
 
+def test_a_body_of_too_many_texts_is_refused_before_it_is_read(api: Api) -> None:
+    body = b'{"stop":[' + b'"a",' * 400_000 + b'"a", this is no JSON'
+    answer = api.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "too many texts" in answer.json()["error"]["message"]
+
+
 def test_a_conversation_of_too_many_messages_is_refused(api: Api) -> None:
     body = {"messages": [{"role": "user", "content": "a"}] * 9000}
     answer = api.http.post("/v1/chat/completions", json=body)

@@ -20,7 +20,7 @@ COMPLETION = {"model": MODEL.name, "prompt": "Hi"}
 
 
 def test_an_unknown_route_is_404_in_the_shape_of_all_errors(api: Api) -> None:
-    for path in ("/nothing", "/v1", "/v1/responses/none", "//v1/models"):
+    for path in ("/nothing", "/v1", "/v1/embeddings", "//v1/models"):
         response = api.http.get(path)
         assert response.status_code == 404 and error_of(response)["code"] == "not_found"
 
@@ -69,7 +69,7 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length(api: Api
         ("seed", -(2**63) - 1),
         ("stop", ""),
         ("stop", ["a", 3]),
-        ("stop", ["a"] * 1025),
+        ("stop", [f"a{n}" for n in range(1025)]),
         ("stop_token_ids", [1] * 1025),
         ("logit_bias", {"5": 1, "05": 1}),
         ("bad_words", [[1]] * 1025),
@@ -151,17 +151,19 @@ def test_a_missing_prompt_or_messages_is_400_and_named(api: Api) -> None:
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        ("structured_outputs", {"choice": ["a"]}),
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
+        ("stop_regex", "a+"),
+        ("lora_path", "x"),
+        ("custom_logit_processor", "x"),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("use_beam_search", True),
         ("best_of", 3),
-        ("continue_final_message", True),
+        ("documents", [{"text": "x"}]),
         ("chat_template", "x"),
+        ("cache_salt", "x"),
+        ("logprob_token_ids", [5]),
+        ("prompt_token_ids", [5]),
+        ("web_search", {"references": []}),
     ],
 )
 def test_what_would_change_the_answer_and_is_not_offered_is_400_and_named(api: Api, field: str, value: Any) -> None:

@@ -13,7 +13,15 @@ from router.config import ApiConfig, load_sampling_defaults
 from workers.errors import InvalidConfig
 from workers.request import INT64_MAX, INT64_MIN, SamplingParams
 
-DEFAULTS = SamplingParams(temperature=0.8, top_p=0.7, top_k=9, repetition_penalty=1.1)
+DEFAULTS = SamplingParams(
+    temperature=0.8,
+    top_p=0.7,
+    top_k=9,
+    repetition_penalty=1.1,
+    stop=("END",),
+    logit_bias=((4, 1.0),),
+    bad_words=((8, 9),),
+)
 API_CONFIG = ApiConfig(sampling_defaults=DEFAULTS)
 
 
@@ -46,16 +54,20 @@ def test_every_sampling_field_reaches_the_engine(api: Api) -> None:
         "ignore_eos": True,
         "skip_special_tokens": False,
     }
-    asked = params(api, **fields, include_stop_str_in_output=True, stop_token_ids=[7], logit_bias={"5": -3})
+    lists: dict[str, Any] = {"stop_token_ids": [7], "logit_bias": {"5": -3}, "stop": "x", "bad_words": []}
+    asked = params(api, **fields, include_stop_str_in_output=True, **lists)
     assert asked == SamplingParams(
-        **fields, include_stop=True, stop_token_ids=(7,), logit_bias=((5, -3.0),), logprobs=None
+        **fields, include_stop=True, stop=("x",), stop_token_ids=(7,), logit_bias=((5, -3.0),), logprobs=None
     )
 
 
 def test_what_a_client_leaves_open_or_null_comes_from_the_checkpoints_defaults(api: Api) -> None:
     asked = params(api, temperature=None)
     assert (asked.temperature, asked.top_p, asked.top_k, asked.repetition_penalty) == (0.8, 0.7, 9, 1.1)
+    assert (asked.stop, asked.logit_bias, asked.bad_words) == (("END",), ((4, 1.0),), ((8, 9),))
     assert params(api, top_p=1, temperature=0).top_p == 1
+    own = params(api, stop=[], logit_bias={}, bad_words=[[3]])
+    assert (own.stop, own.logit_bias, own.bad_words) == ((), (), ((3,),))
 
 
 def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
@@ -141,7 +153,7 @@ def test_max_tokens_and_max_completion_tokens_both_bound_a_chat(api: Api) -> Non
 def test_stop_takes_any_number_of_strings(api: Api) -> None:
     many = [f"stop {number}" for number in range(40)]
     assert params(api, stop=many).stop == tuple(many)
-    assert params(api, stop="x").stop == ("x",) and params(api, stop=None).stop == ()
+    assert params(api, stop="x").stop == ("x",) and params(api, stop=None).stop == DEFAULTS.stop
 
 
 def test_bad_words_are_tokenized_with_and_without_a_blank_or_taken_as_ids(api: Api) -> None:

@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
+from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
 
+from router.api.answer import ChunkWriter, Shape
+from router.api.chat import ChatShape
+from router.api.completions import CompletionShape
+from router.api.job_run import JobProgress
+from router.api.metrics import Metrics
+from router.api.schema import ChatBody, CompletionBody, parse_body
+from router.api.translate import translate_chat, translate_completion
 from router.config import ApiConfig
 from workers.request import FinishReason, Output, Request
+from workers.text.tokenizer import Tokenizer
 
 SAMPLED = {"model": MODEL.name, "seed": 7, "max_tokens": 40}
 
@@ -26,6 +34,35 @@ def texts(chunks: list[Any], n: int) -> list[str]:
         for choice in chunk.choices:
             said[choice.index] += choice.delta.content if hasattr(choice, "delta") else choice.text
     return said
+
+
+TEXTS = ("word", 'say "no"', "\\", "\n", "\0", "\x1f", "é你🙂", "a\u2028b\u2029c\x85", "</think>", "data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("of_chat", [True, False])
+def test_a_chunk_of_text_alone_is_to_the_byte_what_its_shape_writes(of_chat: bool, include_usage: bool) -> None:
+    tokenizer, config = Tokenizer.load(str(CHECKPOINT)), ApiConfig()
+    asked: dict[str, Any] = {"stream": True, "n": 2, "stream_options": {"include_usage": include_usage}}
+    asked |= {"messages": MESSAGES} if of_chat else {"prompt": "Hi"}
+    raw = json.dumps(asked).encode()
+    if of_chat:
+        job = translate_chat(parse_body(ChatBody, raw), MODEL, tokenizer, config)
+        shape: Shape = ChatShape(job, tokenizer)
+    else:
+        job = translate_completion(parse_body(CompletionBody, raw), MODEL, tokenizer, config)
+        shape = CompletionShape(job, tokenizer)
+    progress = JobProgress(job, Metrics(FakeBackend(tokenizer)), 0.0)
+    writer = ChunkWriter(job, shape, progress)
+    assert shape.shows_text_alone
+    for choice in progress.choices:
+        choice.is_announced = True
+        for text in TEXTS:
+            output = Output("r", 0, (5,), text)
+            end = ',"usage":null}\n\n' if include_usage else "}\n\n"
+            (chunk,) = writer.chunk(choice, output)
+            assert chunk == f"data: {shape.head()}{shape.piece(choice, output)}]{end}"
+        assert list(writer.chunk(choice, Output("r", 0, (5,)))) == []
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -167,6 +167,30 @@ def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Ap
         assert prompt.endswith("assistant:")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"thinking_token_budget": 5},
+        {"reasoning_max_tokens": 5},
+        {"thinking": {"type": "enabled", "budget_tokens": 5}},
+    ],
+)
+def test_a_budget_of_thinking_closes_the_reasoning_of_a_model_that_marks_it(
+    thinking: Api, body: dict[str, Any]
+) -> None:
+    ask(thinking, extra_body=body)
+    budget = thinking.backend.requests[-1].params.thinking
+    tokenizer = thinking.backend.tokenizer
+    assert budget is not None and (budget.num_tokens, budget.start_token_id) == (5, None)
+    assert tokenizer.decode(budget.closing) == "\n</think>\n\n" and budget.end_token_id == tokenizer.token_id(
+        "</think>"
+    )
+    ask(thinking, extra_body={**body, "enable_thinking": False})
+    assert thinking.backend.requests[-1].params.thinking is None
+    ask(thinking, extra_body={"thinking_token_budget": -1})
+    assert thinking.backend.requests[-1].params.thinking is None
+
+
 def test_a_user_who_writes_a_tag_opens_no_reasoning(thinking: Api) -> None:
     thinking.backend.script = says("Just text.")
     body = {"enable_thinking": False}
@@ -221,8 +245,15 @@ def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api
         ),
         ({"tools": TOOLS * 129}, "tools", "at most 128"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "cannot be enforced"),
+        ({"tools": TOOLS, "tool_choice": "must"}, "tool_choice", "none, auto, required or"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "none of the tools",
+        ),
         ({"thinking": {"type": "maybe"}}, "thinking", "enabled"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -2}}, "thinking", "from 0"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget", "from 0"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id belongs to every message"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "an assistant's message"),
         (
@@ -242,6 +273,51 @@ def test_what_cannot_be_used_is_named(thinking: Api, fields: dict[str, Any], par
 def test_a_model_that_knows_no_tools_says_so() -> None:
     with open_api() as api, pytest.raises(openai.BadRequestError, match="its chat template takes none"):
         ask(api, tools=TOOLS)
+
+
+def test_an_answer_goes_on_from_the_last_message(thinking: Api) -> None:
+    messages: list[Any] = [*ASK, {"role": "assistant", "content": ""}]
+    for content in ("It is ", "It is <think>"):
+        messages[-1] = {"role": "assistant", "content": content}
+        body = {"continue_final_message": True, "add_generation_prompt": False}
+        thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        assert prompt.rstrip().endswith(content.rstrip()) and "assistant: It is" in prompt
+    thinking.backend.script = says("rainy.")
+    messages[-1] = {"role": "assistant", "content": "It is "}
+    body = {"continue_final_message": True, "echo": True, "enable_thinking": False}
+    for stream in (False, True):
+        answer = thinking.client.chat.completions.create(
+            model="ernie-tiny", messages=messages, extra_body=body, stream=stream
+        )
+        assert (joined(answer)[0]["content"] if stream else answer.choices[0].message.content) == "It is rainy."
+    for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
+        response = thinking.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
+        assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
+
+
+def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(thinking: Api) -> None:
+    body = {"messages": ASK, "max_tokens": 100_000}
+    assert thinking.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert thinking.http.post("/v1/chat/completions", json={**body, "clamp_max_tokens": True}).status_code == 200
+    request = thinking.backend.requests[-1]
+    assert request.params.max_tokens == 512 - len(request.prompt_token_ids)
+
+
+def test_a_long_prompt_is_cut_to_its_end_where_that_is_asked_for(thinking: Api) -> None:
+    whole = thinking.backend.tokenizer.encode("word " * 700)
+    for prompt in ("word " * 700, whole):
+        body = {"prompt": prompt, "max_tokens": 12}
+        assert thinking.http.post("/v1/completions", json=body).status_code == 400
+        for asked, kept in ((100, 100), (-1, 500)):
+            response = thinking.http.post("/v1/completions", json={**body, "truncate_prompt_tokens": asked})
+            assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] == kept
+            assert thinking.backend.requests[-1].prompt_token_ids == tuple(whole[-kept:])
+    answer = thinking.http.post(
+        "/v1/chat/completions", json={"messages": ASK, "truncate_prompt_tokens": 5, "max_tokens": 2}
+    )
+    assert answer.json()["usage"]["prompt_tokens"] == 5
+    assert thinking.http.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0}).status_code == 400
 
 
 def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:

@@ -26,14 +26,25 @@ MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 BOUND_S = 120.0
 
 
+def own_disk(folder: str, num_bytes: int) -> tuple[str, ...]:
+    """The beginning of a command that runs with a new disk at `folder`."""
+    script = f'mount -t tmpfs -o size={num_bytes},mode=700 none "$0" && exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", script, folder)
+
+
 class Serve:
     """A `baton serve` with a temporary folder of its own, by which all its processes are found."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, disk_bytes: int = 0) -> None:
+        """`disk_bytes`: the folder is a disk of that size, which these processes alone see (`inside` is the way to it)."""
         self.folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")  # short: it ends up in the paths of sockets
         self.environment = {**os.environ, "TMPDIR": self.folder, "XDG_STATE_HOME": f"{self.folder}/state"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--model", str(MODEL), "--port", "0", *arguments],
+            [
+                *(own_disk(self.folder, disk_bytes) if disk_bytes else ()),
+                *(sys.executable, "-m", "cluster.cli", "serve", "--model", str(MODEL), "--port", "0"),
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -43,6 +54,11 @@ class Serve:
         self.pid = self._process.pid
         self._watchdog = threading.Timer(BOUND_S, self._process.kill)
         self._watchdog.start()
+
+    @property
+    def inside(self) -> Path:
+        """The folder as its processes see it."""
+        return Path(f"/proc/{self.pid}/root{self.folder}")
 
     def read_stdout_until(self, text: str) -> str:
         return self._read(self._process.stdout, text)
@@ -95,6 +111,12 @@ def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     running = Serve(*getattr(request, "param", ()))
     yield running
     running.clean()
+
+
+of_one_worker = pytest.mark.parametrize(
+    "serve", [("--mixed", "1", "--prefill", "0", "--decode", "0")], indirect=True, ids=[""]
+)
+"""For what is said of a cluster's processes, whatever each does: it starts sooner."""
 
 
 def baton(
@@ -173,6 +195,7 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(serve: Serve, times: int) -> Non
     assert os.listdir(serve.folder) == []
 
 
+@of_one_worker
 def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
@@ -183,6 +206,7 @@ def test_a_second_ctrl_c_ends_a_running_cluster_at_once(serve: Serve) -> None:
     assert processes.alive(members) == () and serve.members() == ()
 
 
+@of_one_worker
 def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None:
     serve.read_stdout_until("Ctrl-C")
     members = serve.members()
@@ -191,6 +215,7 @@ def test_a_killed_serve_leaves_neither_processes_nor_files(serve: Serve) -> None
     serve.wait_until_gone(members)
 
 
+@of_one_worker
 @pytest.mark.parametrize(("program", "name"), [("gcs_server", "GCS"), ("raylet", "raylet")])
 def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Serve, program: str, name: str) -> None:
     serve.read_stdout_until("Ctrl-C")
@@ -201,6 +226,62 @@ def test_the_death_of_rays_own_processes_is_said_and_ends_the_cluster(serve: Ser
     assert "Traceback" not in said
     assert serve.wait() == 3
     assert processes.alive(members) == () and serve.members() == () and os.listdir(serve.folder) == []
+
+
+def may_mount() -> bool:
+    tried = subprocess.run([*own_disk("/mnt", 1 << 20), "true"], capture_output=True, timeout=BOUND_S)
+    return tried.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not may_mount(), reason="this user may make no disks")
+def test_a_full_disk_costs_logs_and_no_answer_and_is_said() -> None:
+    serve = Serve(disk_bytes=96 << 20)
+    try:
+        banner = serve.read_stdout_until("Ctrl-C")
+        url = re.search(r"API +(http://\S+)/v1", banner)[1]  # type: ignore[index]
+
+        def ask() -> str:
+            body = b'{"prompt": "Hello", "max_tokens": 8, "temperature": 0}'
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
+                return str(json.loads(answer.read())["choices"][0]["text"])
+
+        golden = ask()
+        filler = serve.inside / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 20)):
+                pass
+        serve.read_stderr_until("is full")
+        assert os.statvfs(serve.inside).f_bavail == 0
+        status = json.loads(baton("status", "--json", "--url", url).stdout)
+        pids = {view["status"]["worker_id"]: view["status"]["pid"] for view in status["workers"]}
+        assert [ask() for _ in range(3)] == [golden] * 3
+        os.kill(pids["decode-0"], signal.SIGKILL)  # Ray starts no process without room for its logs
+        filler.unlink()
+        serve.read_stderr_until("has room again")
+        assert ask() == golden
+        members = serve.members()
+        os.kill(serve.pid, signal.SIGTERM)
+        assert serve.wait() == 0 and processes.alive(members) == ()
+    finally:
+        serve.clean()
+
+
+@pytest.mark.parametrize("serve", [("--detach",)], indirect=True)
+def test_a_detached_cluster_whose_ray_dies_says_so_in_its_log_and_is_gone(serve: Serve) -> None:
+    banner = serve.read_stdout_until("`baton stop` stops it")
+    assert serve.wait() == 0
+    log = Path(re.search(r"is in (\S+)\.\n", banner)[1])  # type: ignore[index]
+    members = serve.members()
+    (victim,) = [each for each in members if "/gcs_server -" in each.command]
+    os.kill(victim.pid, signal.SIGKILL)
+    deadline = time.monotonic() + BOUND_S
+    while f"Ray's GCS (process {victim.pid}) has died" not in log.read_text():  # the last that it says
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert processes.alive(members) == () and os.listdir(serve.folder) == ["state"]
+    none = baton("stop", environment=serve.environment)
+    assert none.returncode == 2 and "no cluster of this user" in none.stderr
 
 
 @pytest.mark.parametrize("serve", [("--detach",)], indirect=True)

@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig, load_config, schema
 from cluster.settings import build
 from router.config import hashed
 from workers.errors import InvalidConfig
-from workers.request import SamplingParams
+from workers.request import SamplingParams, ThinkingBudget
 from workers.status import Role
 
 MODEL = {"worker.model": "m"}
@@ -116,6 +116,8 @@ def test_workers_are_named_by_pool_and_routers_get_ports_of_their_own() -> None:
             r"^router\.api\.sampling_defaults\.temperature must be between 0 and 2$",
         ),
         ("router.api.sampling_defaults.stop_token_ids=[-1]", r"sampling_defaults\.stop_token_ids needs token ids"),
+        ("router.api.sampling_defaults.max_tokens=100", r"sampling_defaults\.max_tokens is for each request to say"),
+        ("router.api.sampling_defaults.logprobs=1", r"sampling_defaults\.logprobs is for each request to say"),
         ("router.api.sampling_defaults.logit_bias=[[1]]", r"logit_bias\[0\] must be a list of at least 2 values"),
     ],
 )
@@ -239,7 +241,7 @@ def test_every_setting_is_described_or_speaks_for_itself() -> None:
     assert undescribed <= {
         "host", "http", "mixed", "decode", "prefill", "num_threads", "kv_memory_fraction", "prefix_cache", "max_retry_backoff_s",
         "store", "pools", "ray", "worker", "parallel", "dashboard", "api", "policy", "namespace",
-    } | {field.name for field in dataclasses.fields(SamplingParams)}  # fmt: skip
+    } | {field.name for kind in (SamplingParams, ThinkingBudget) for field in dataclasses.fields(kind)}  # fmt: skip
 
 
 def test_workers_reserve_a_gpu_only_where_they_compute_on_one() -> None:

@@ -168,6 +168,8 @@ def test_a_step_that_fails_tells_of_nothing_afterwards_and_its_blocks_are_copied
 class CudaModel:
     """A LoadedModel around a runner."""
 
+    vocabulary = None
+
     def __init__(self, runner: CudaRunner) -> None:
         self.runner, self.info, self.eos_token_ids = runner, runner.model_info, runner.eos_token_ids
 

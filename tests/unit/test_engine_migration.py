@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from builders import REPORT, fake_runner, generate_alone, make_engine, make_request, run_to_end, tokens_of
+from byte_tokens import vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,9 @@ class Move:
 
     def __post_init__(self) -> None:
         self.source_runner, self.target_runner = fake_runner(self.source_blocks), fake_runner(self.target_blocks)
-        self.source, self.target = make_engine(self.source_runner), make_engine(self.target_runner)
+        known = vocabulary()
+        self.source = make_engine(self.source_runner, vocabulary=known)
+        self.target = make_engine(self.target_runner, vocabulary=known)
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):

@@ -28,7 +28,8 @@ from workers.group.step_codec import BatchReader, BatchWriter, decode_results, e
 from workers.pb import group_pb2 as pb
 from workers.request import PromptScores, SamplingParams, TokenLogprob
 from workers.runner import Batch, LogitEdits, Sampled, SampleSpec, SequenceSlice
-from workers.sampling.edits import edits_of
+from workers.sampling.constraint import mask_of, tokens_in
+from workers.sampling.edits import EditTracker, edits_of
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, 99, "host", ""),
@@ -127,7 +128,19 @@ def check(batch: Batch, found: Batch) -> None:
         if wanted is not None and after.sample.edits is not None:
             for field in fields(LogitEdits):
                 sent, found_array = getattr(wanted, field.name), getattr(after.sample.edits, field.name)
-                assert found_array.dtype == sent.dtype and found_array.tolist() == sent.tolist()
+                assert (found_array is None) == (sent is None)
+                if sent is not None:
+                    assert found_array.dtype == sent.dtype and found_array.tolist() == sent.tolist()
+
+
+def test_a_mask_arrives_and_its_grammar_stays_where_it_is() -> None:
+    spec = SampleSpec(SamplingParams(seed=1, grammar="start: /a/"), 0, 0, (), ())
+    spec.edits = replace(EditTracker(SamplingParams(), ()).edits(()), allowed=mask_of([3, 40], 99))
+    data = BatchWriter().write(1, Batch((), (SequenceSlice(5, (5,), 0, [0], spec),)))
+    (found,) = BatchReader().read(1, data).decode
+    assert found.sample is not None and found.sample.edits is not None and found.sample.edits.allowed is not None
+    assert tokens_in(found.sample.edits.allowed).tolist() == [3, 40]
+    assert not found.sample.params.grammar
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -49,6 +50,23 @@ def test_n_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert [c.text for c in first.outputs] == [c.text for c in second.outputs]
     free = SamplingParams(max_tokens=16, temperature=1.5, ignore_eos=True)
     assert llm.generate("Once", free, progress=False) != llm.generate("Once", free, progress=False)
+
+
+def test_an_answer_may_be_bound_to_a_form(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    forms: list[dict[str, Any]] = [
+        {"structured_outputs": {"json": schema}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"structured_outputs": {"regex": r"\{\"a\": [12]\}"}},
+    ]
+    each = [SamplingParams(max_tokens=60, temperature=1.0, seed=seed, **form) for seed in range(2) for form in forms]
+    together = llm.generate(["How much is 17 + 25?"] * len(each), each, progress=False)
+    for params, generation in zip(each, together, strict=True):
+        (choice,) = generation.outputs
+        assert choice.finish_reason == "stop" and json.loads(choice.text)["a"] in (1, 2)
+        assert llm.generate("How much is 17 + 25?", params, progress=False)[0].outputs == [choice]
+    with pytest.raises(InvalidRequest, match="unclosed group"):
+        llm.generate("x", SamplingParams(structured_outputs={"regex": "("}), progress=False)
 
 
 def test_logprobs_come_with_tokens_and_prompts(llm: LLM) -> None:

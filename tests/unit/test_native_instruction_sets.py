@@ -22,14 +22,13 @@ needs_avx2 = pytest.mark.skipif(AVX2 not in supported(), reason="the emulation o
 
 
 @pytest.fixture(scope="module")
-def drivers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Compiled beside each other: each takes some twenty seconds."""
-    folder = tmp_path_factory.mktemp("drivers")
+def drivers() -> dict[str, Path]:
+    """Compiled beside each other, where an earlier run has left none: each takes some twenty seconds."""
     builds = [sanitized(), *native(), *(EMULATED.values() if AVX2 in supported() else ())]
 
     def compiled(build: Build) -> Path | None:
         try:
-            return build.compile(folder)
+            return build.compile()
         except Missing:
             return None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +21,9 @@ from workers.model.native.build import build, default_cache_folder, supported
 from workers.model.native.draw import NativeRowKernel
 from workers.model.native.library import Library
 from workers.request import SamplingParams
-from workers.runner import SampleSpec
+from workers.runner import LogitEdits, SampleSpec
+from workers.sampling.constraint import mask_of
+from workers.sampling.edits import EditTracker
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
 from workers.sampling.sampler import sample, scores_of
@@ -62,6 +66,13 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def edits_among(one: SampleSpec, allowed: Sequence[int], size: int) -> LogitEdits:
+    """What the spec's parameters change, and that one of these tokens is to be drawn."""
+    tracker = EditTracker(one.params, one.prompt_token_ids)
+    edits = tracker.edits(one.output_token_ids, one.suppressed_token_ids)
+    return replace(edits, allowed=mask_of(allowed, size))
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Tensor, list[SampleSpec]]:
     """Logits of some rows, and how to draw from each."""
@@ -90,7 +101,10 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, list[SampleSpec]]:
             logprobs=draw(st.sampled_from([None, None, 0, 3, 20])),
         )
         suppressed = tuple(draw(tokens)[:3])
-        specs.append(SampleSpec(params, draw(st.integers(0, 3)), len(specs), draw(tokens), draw(tokens), suppressed))
+        one = SampleSpec(params, draw(st.integers(0, 3)), len(specs), draw(tokens), draw(tokens), suppressed)
+        if draw(st.booleans()):
+            one.edits = edits_among(one, [*draw(tokens), draw(st.integers(0, size - 1))], size)
+        specs.append(one)
     return logits_RV, specs
 
 
@@ -109,6 +123,18 @@ def test_every_draw_from_a_real_vocabulary_is_that_of_pytorch(kernel: NativeRowK
     specs = [spec(9, seed=5, prompt=(1, 2), output=(2,), **{"temperature": 1.0, **params}) for params in VARIANTS]
     logits = numbers(len(specs), 103_424, seed=9) * scale
     assert sample(logits, specs, kernel) == sample(logits, specs)
+
+
+@pytest.mark.parametrize("params", VARIANTS)
+def test_nothing_is_drawn_but_what_a_mask_allows(kernel: NativeRowKernel, params: dict[str, Any]) -> None:
+    size, allowed = 103_424, [5, 31, 32, 63, 64, 1000, 103_423]
+    specs = [spec(position, output=(2,), **{"temperature": 1.0, **params}) for position in range(16)]
+    for one in specs:
+        one.edits = edits_among(one, allowed, size)
+    logits = numbers(16, size, seed=3) * 3
+    found = sample(logits, specs, kernel)
+    assert found == sample(logits, specs)
+    assert {drawn.token_id for drawn in found} <= set(allowed)
 
 
 def test_a_forced_token_is_returned_and_its_neighbours_are_drawn(kernel: NativeRowKernel) -> None:

@@ -13,6 +13,7 @@ import pytest
 from builders import fake_layout, make_request
 from handoff_wire import opening
 
+from cluster.roles.switches import SWITCH
 from workers.errors import InvariantViolated
 from workers.group.formation import FORMATION, Formation
 from workers.handoff.protocol import source_session, target_session
@@ -29,7 +30,7 @@ from workers.serving.served_request import SERVED_REQUEST, ServedRequest
 from workers.state_table import Rule, StateTable
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "state_machines.md"
-TABLES: tuple[StateTable[Any], ...] = (SEQUENCE, SERVED_REQUEST, SOURCE, TARGET, FORMATION)
+TABLES: tuple[StateTable[Any], ...] = (SEQUENCE, SERVED_REQUEST, SOURCE, TARGET, FORMATION, SWITCH)
 
 
 def page() -> str:

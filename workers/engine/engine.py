@@ -15,10 +15,13 @@ from workers.engine.live_sequences import Live, LiveSequences
 from workers.engine.messages import StepResult
 from workers.engine.outgoing import Moves, OutgoingKv
 from workers.errors import DeviceStuck, InvalidRequest, PoolsLost, Refusal, Refused
+from workers.grammar.grammars import Grammars
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.kv_cache.manager import KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.kv_tiers.tiers import KvTiers
-from workers.request import Request, refusal_output
+from workers.limits import DEFAULT_LIMITS, RequestLimits
+from workers.request import Request, error_output, refusal_output
 from workers.runner import BLOCK_SIZE, Batch, LaunchingRunner, Runner, Sampled, SequenceSlice
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.load import StepWork, has_work, load_of, work_of
@@ -57,7 +60,7 @@ class Engine:
     """Runs sequences on one Runner. One thread owns it.
 
     What concerns other workers goes through `incoming`, `outgoing` and `moves`: what they write here, copy from here, take over.
-    `make_detokenizer(request)` gives a fresh Detokenizer. `max_model_len` bounds prompt + output in tokens. With
+    `make_detokenizer(request)` gives a fresh Detokenizer; without `vocabulary` requests with a grammar are refused. `max_model_len` bounds prompt + output in tokens. With
     `overlap_steps`, a runner that can launch (LaunchingRunner) computes a step while the next one is scheduled.
     """
 
@@ -74,7 +77,10 @@ class Engine:
         worker_id: str = "local",
         overlap_steps: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        vocabulary: GrammarVocabulary | None = None,
+        request_limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
+        self._grammars = Grammars(vocabulary, runner.vocab_size, eos_token_ids, clock)
         self._runner = runner
         self._launcher = runner if overlap_steps and isinstance(runner, LaunchingRunner) else None
         self._running: _Running | None = None
@@ -94,6 +100,8 @@ class Engine:
             max_model_len=max_model_len,
             worker_id=worker_id,
             clock=clock,
+            grammars=self._grammars,
+            limits=request_limits,
         )
         self._promotions = Promotions(tiers, self._scheduler)
         self.incoming = IncomingKv(self._sequences, runner.kv_memory)
@@ -171,6 +179,7 @@ class Engine:
         """
         started = self._clock()
         self._promotions.poll(started)
+        self._fail_grammars(started)
         self.incoming.advance()
         self.outgoing.advance()
         running = self._running or self._start(self._scheduler.schedule(), None)
@@ -325,6 +334,9 @@ class Engine:
             live, piece = running.lives[index], slices[index]
             if live.sequence.state is State.ENDING:
                 continue
+            if live.sequence.constraint is not None and live.sequence.constraint.error:
+                self._sequences.fail(live, Refusal.INVALID, f"grammar: {live.sequence.constraint.error}")
+                continue
             if index >= num_prefill:
                 self._scheduler.computed_decode(live.sequence)
                 self._sequences.drew(live, sampled)
@@ -338,6 +350,16 @@ class Engine:
             if sampled.token_id is not None:
                 self._sequences.drew(live, sampled)
 
+    def _fail_grammars(self, now: float) -> None:
+        for sequence_id, error in self._grammars.poll(now):
+            live = self._sequences.lives.get(sequence_id)
+            if live is None:
+                continue
+            output = error_output(live.sequence.request, Refusal.INVALID, f"grammar: {error}")
+            self._sequences.pending.outputs.append((sequence_id, output))
+            if not self.incoming.cancel(live):
+                self._sequences.drop(live)
+
     def _note_rate(self) -> None:
         step_s, num_tokens = self.last_step.step_s, self.last_step.step_prompt_tokens
         if num_tokens >= BLOCK_SIZE and step_s > 0:
@@ -346,17 +368,20 @@ class Engine:
 
     # ---- beside the steps ----
 
-    def on_tiers_ready(self, notify: Callable[[], None]) -> None:
-        """`notify` is called, on another thread, when a step would find something new from a lower tier."""
+    def on_ready(self, notify: Callable[[], None]) -> None:
+        """`notify` is called, on another thread, when a step would find a grammar, or something new from a lower tier."""
         self._promotions.on_ready(notify)
+        self._grammars.on_ready(notify)
 
     def rest(self, timeout_s: float) -> None:
         """After a step without progress: returns when another could make some, or after so long."""
-        self._promotions.wait(timeout_s)
+        if not self._grammars.wait(timeout_s):
+            self._promotions.wait(timeout_s)
 
     def close(self) -> None:
         """Ends what works beside the engine; no step after this."""
         self._promotions.close()
+        self._grammars.close()
 
     def forget_cache(self) -> None:
         """Empties the prefix cache: what it holds may be gone with a rank."""

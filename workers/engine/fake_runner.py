@@ -10,6 +10,7 @@ import numpy as np
 from workers.kv_memory.memory import KvMemory
 from workers.request import TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
+from workers.sampling.constraint import tokens_in
 
 
 class FakeRunner:
@@ -66,7 +67,12 @@ class FakeRunner:
         if spec.params.repetition_penalty != 1:
             salt += f"/{list(spec.output_token_ids)}"
         digest = hashlib.blake2b(seen.tobytes() + salt.encode(), digest_size=8).digest()
-        token = int.from_bytes(digest, "little") % (self._vocab_size - 10) + 10
+        number = int.from_bytes(digest, "little")
+        if spec.edits is None or spec.edits.allowed is None:
+            token = number % (self._vocab_size - 10) + 10
+        else:
+            tokens = tokens_in(spec.edits.allowed)
+            token = int(tokens[number % len(tokens)])
         logprob = None if spec.params.logprobs is None else TokenLogprob(token, -0.5)
         return Sampled(piece.sequence_id, token, logprob)
 

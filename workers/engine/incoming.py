@@ -180,6 +180,7 @@ class IncomingKv:
                 return
             assert live.answer is not None
             live.answer.continue_from(known_token_ids)
+            self._sequences.constrain(live.sequence)
 
         self._adopt(live, table.blocks[table.num_cached : self._scheduler.kv.blocks_for(num_computed)], go_on)
 

@@ -35,7 +35,12 @@ def leapers(scheduler: Scheduler, sequences: LiveSequences) -> tuple[list[Sequen
                 continue
             return [], 0
         answer = lives[sequence.sequence_id].answer
-        if answer is None or sequence.export is not None or sequence.num_drawn < len(sequence.known):
+        if (
+            answer is None
+            or sequence.export is not None
+            or sequence.constraint is not None
+            or sequence.num_drawn < len(sequence.known)
+        ):
             return [], 0
         num_steps = min(num_steps, answer.can_run)
         decoding.append(sequence)

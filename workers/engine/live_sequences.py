@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
 from workers.kv_cache.block_hash import PromptTokens
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
+
+if TYPE_CHECKING:
+    from workers.grammar.grammars import Grammars
 
 
 class SequenceOutputs:
@@ -155,21 +160,26 @@ class LiveSequences:
         max_model_len: int,
         worker_id: str,
         clock: Callable[[], float],
+        grammars: Grammars,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self.scheduler = scheduler
+        self._grammars = grammars
         self.clock = clock
         self.lives: dict[int, Live] = {}
         self.pending = StepResult()
         self._make_detokenizer = make_detokenizer
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
+        self._limits = limits
         self._max_model_len = max_model_len
         self._worker_id = worker_id
         self._num_arrivals = 0
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
-        request.params.validate(self._vocab_size)
+        request.params.validate(self._vocab_size, self._limits)
+        self._grammars.check(request.params)
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")
@@ -217,6 +227,8 @@ class LiveSequences:
             max_output_tokens=self.longest(request) - len(request.prompt_token_ids),
             hint=hint if hint is not None and hint.peer.worker_id != self._worker_id else None,
         )
+        if request.params.is_constrained and kind is not Kind.MIGRANT:
+            sequence.constraint = self._grammars.begin(sequence_id, request.params)
         arrived_s, answer = self.clock(), None
         if kind is not Kind.SOURCE:
             text = OutputState(request, self._make_detokenizer(request), frozenset(self._eos), self._max_model_len)
@@ -233,6 +245,12 @@ class LiveSequences:
             self.pending.outputs.append((live.sequence.sequence_id, output))
             if output.finish_reason is not None:
                 self.drop(live)
+
+    def constrain(self, sequence: Sequence) -> None:
+        """A sequence that came from elsewhere goes on behind the tokens it has."""
+        params = sequence.request.params
+        if params.is_constrained:
+            sequence.constraint = self._grammars.begin(sequence.sequence_id, params, sequence.known)
 
     def scored(self, live: Live, scores: PromptScores) -> None:
         """Says what the tokens of a prompt scored that have been computed."""

@@ -74,7 +74,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        self._engine.on_tiers_ready(lambda: self._commands.put(Wake()))
+        self._engine.on_ready(lambda: self._commands.put(Wake()))
         self._thread.start()
 
     def post(self, command: EngineCommand) -> bool:
@@ -92,7 +92,7 @@ class EngineThread:
             log.error("the engine thread did not end within %s s", timeout_s)
         # Nobody is told any more, and what pointed here would keep the pool until the collector comes.
         self._engine.outgoing.on_layers = None
-        self._engine.on_tiers_ready(lambda: None)
+        self._engine.on_ready(lambda: None)
 
     def _run(self) -> None:
         stalled = False

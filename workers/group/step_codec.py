@@ -179,7 +179,16 @@ def _spec(spec: SampleSpec, known: SamplingParams | None) -> pb.Spec:
         # A client's lists are in the edits, or of no use to a rank.
         message.params.CopyFrom(
             params_to_pb(
-                dataclasses.replace(spec.params, logit_bias=(), bad_words=(), stop=(), stop_token_ids=()).with_seed(0)
+                dataclasses.replace(
+                    spec.params,
+                    logit_bias=(),
+                    bad_words=(),
+                    stop=(),
+                    stop_token_ids=(),
+                    grammar="",
+                    allowed_token_ids=(),
+                    thinking=None,
+                ).with_seed(0)
             )
         )
     edits = edits_of(spec) if spec.forced_token_id is None else None
@@ -191,6 +200,7 @@ def _spec(spec: SampleSpec, known: SamplingParams | None) -> pb.Spec:
                 banned_ids=edits.banned_ids.astype("<i4").tobytes(),
                 seen_ids=edits.seen_ids.astype("<i4").tobytes(),
                 seen_counts=edits.seen_counts.astype("<i4").tobytes(),
+                allowed=None if edits.allowed is None else edits.allowed.astype("<i4").tobytes(),
             )
         )
     return message
@@ -205,7 +215,12 @@ def _read_spec(message: pb.Spec, known: SamplingParams | None) -> SampleSpec:
         wire = message.edits
         biases = np.frombuffer(wire.biases, "<f4").astype(np.float32)
         edits = LogitEdits(
-            _ints(wire.bias_ids), biases, _ints(wire.banned_ids), _ints(wire.seen_ids), _ints(wire.seen_counts)
+            _ints(wire.bias_ids),
+            biases,
+            _ints(wire.banned_ids),
+            _ints(wire.seen_ids),
+            _ints(wire.seen_counts),
+            _ints(wire.allowed) if wire.HasField("allowed") else None,
         )
     forced = message.forced_token_id if message.HasField("forced_token_id") else None
     return SampleSpec(params, message.choice_index, message.position, (), (), forced_token_id=forced, edits=edits)

@@ -187,8 +187,8 @@ class KvCacheManager:
         num_arrived = promotion.num_arrived
         arrived = promotion.keys[:num_arrived]
         self._cache.publish(promotion.blocks[:num_arrived], arrived)
-        self._tiers.promoted(arrived)
         self._tiers.unpin(promotion.keys)
+        self._tiers.promoted(arrived)
         table.num_cached += num_arrived
         table.num_published = table.num_cached
         table.promotion = None

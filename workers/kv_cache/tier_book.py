@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from workers.errors import InvariantViolated
 from workers.kv_cache.block_hash import BlockKey
 from workers.kv_cache.prefix_cache import Ledger
+from workers.kv_cache.use_order import UseOrder
 from workers.status import Tier
 
 
@@ -128,12 +129,12 @@ class TierBook:
 
     def __init__(self, num_host_blocks: int, num_disk_blocks: int, ledger: Ledger) -> None:
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
-        self._host: OrderedDict[int, _Kept] = OrderedDict()
+        self._pins: Counter[int] = Counter()
+        self._host: UseOrder[_Kept] = UseOrder(self._pins)
         self._num_disk_blocks = num_disk_blocks
-        self._disk: OrderedDict[int, int | None] = OrderedDict()
+        self._disk: UseOrder[int | None] = UseOrder(self._pins)
         """Parent of each block by its hash, None where only its file knows; the whole key is in the file, and compared when it is read."""
         self._writing: dict[int, int] = {}
-        self._pins: Counter[int] = Counter()
         self._ledger = ledger
         self._has_host = num_host_blocks > 0
         self.counters: Counter[str] = Counter()
@@ -149,39 +150,47 @@ class TierBook:
 
     def holds(self, key: BlockKey) -> Tier | None:
         """The fastest tier with this block; the hash alone is not believed, and the disk's word not before it has been read."""
-        kept = self._host.get(key.block_hash)
+        kept = self._host.get(key.block_hash, None)
         if kept is not None and kept.key == key:
             return Tier.HOST
         return Tier.DISK if self._disk.get(key.block_hash, -1) in (key.parent, None) else None
 
     def slot_of(self, key: BlockKey) -> int:
         """Where the host tier keeps a block that it holds."""
-        return self._host[key.block_hash].slot
+        kept = self._host.get(key.block_hash, None)
+        if kept is None:
+            raise InvariantViolated(f"the host tier does not hold block {key.block_hash:016x}")
+        return kept.slot
 
     def pin(self, keys: Iterable[BlockKey]) -> None:
         """Pinned blocks stay in their tier. Counted."""
-        self._pins.update(key.block_hash for key in keys)
+        for block_hash, _, _ in keys:
+            self._pins[block_hash] += 1
+            self._host.pinned(block_hash)
+            self._disk.pinned(block_hash)
 
     def unpin(self, keys: Iterable[BlockKey]) -> None:
-        for key in keys:
-            if self._pins[key.block_hash] <= 0:
-                raise InvariantViolated(f"block {key.block_hash:016x} was unpinned more often than pinned")
-            self._pins[key.block_hash] -= 1
-            if not self._pins[key.block_hash]:
-                del self._pins[key.block_hash]
+        for block_hash, _, _ in keys:
+            if self._pins[block_hash] <= 0:
+                raise InvariantViolated(f"block {block_hash:016x} was unpinned more often than pinned")
+            self._pins[block_hash] -= 1
+            if not self._pins[block_hash]:
+                del self._pins[block_hash]
+                self._host.unpinned(block_hash)
+                self._disk.unpinned(block_hash)
 
     def demote(self, key: BlockKey, can_write: bool) -> list[Command]:
         """The pool has evicted a block. `can_write`: one more block may be given to the disk now."""
         if not self._has_host:
             return self._spill(key, None, can_write)
-        kept = self._host.get(key.block_hash)
+        kept = self._host.get(key.block_hash, None)
         if kept is not None:
             kept.is_above = False
-            self._host.move_to_end(key.block_hash)
+            self._host.used(key.block_hash)
             return []
         commands: list[Command] = []
         if not self._free_slots:
-            victim = self._coldest(self._host)
+            victim = self._host.coldest()
             if victim is None:
                 return self._spill(key, None, can_write)
             old = self._forget_kept(victim)
@@ -189,32 +198,33 @@ class TierBook:
             if not old.is_above:
                 commands += self._spill(old.key, old.slot, can_write)
         slot = self._free_slots.pop()
-        self._host[key.block_hash] = _Kept(key, slot)
+        self._host.put(key.block_hash, _Kept(key, slot))
         self._ledger.add((key.block_hash,), Tier.HOST)
         return [*commands, Keep(key, slot)]
 
     def promoted(self, keys: Iterable[BlockKey]) -> None:
         """The pool holds the blocks again: the host tier's copies are the first to go, the disk's the last."""
         for block_hash, _, _ in keys:
-            kept = self._host.get(block_hash)
+            kept = self._host.get(block_hash, None)
             if kept is not None:
                 kept.is_above = True
-                self._host.move_to_end(block_hash, last=False)
-            elif block_hash in self._disk:
-                self._disk.move_to_end(block_hash)
+                self._host.spare(block_hash)
+            else:
+                self._disk.used(block_hash)
 
     def written(self, block_hash: int) -> None:
         """A Spill has succeeded."""
         parent = self._writing.pop(block_hash, None)
         if parent is not None:
-            self._disk[block_hash] = parent
+            self._disk.put(block_hash, parent)
             self._ledger.add((block_hash,), Tier.DISK)
 
     def spoiled(self, key: BlockKey, tier: Tier) -> list[Command]:
         """What a tier kept of the block is not what was put there."""
         if tier is Tier.HOST and key.block_hash in self._host:
             self._forget_kept(key.block_hash)
-        elif tier is Tier.DISK and self._disk.pop(key.block_hash, None) is not None:
+        elif tier is Tier.DISK and key.block_hash in self._disk:
+            self._disk.pop(key.block_hash)
             self._ledger.remove(key.block_hash, Tier.DISK)
             return [Delete(key.block_hash)]
         return []
@@ -225,10 +235,12 @@ class TierBook:
             return []
         for block_hash in hashes:
             if block_hash not in self._disk and block_hash not in self._writing:
-                self._disk[block_hash] = None
+                self._disk.put(block_hash, None)
                 self._ledger.add((block_hash,), Tier.DISK)
-        excess = max(0, len(self._disk) - self._num_disk_blocks)
-        return [self._evict_from_disk(block_hash) for block_hash in list(self._disk)[:excess]]
+        deletions: list[Command] = []
+        while len(self._disk) > self._num_disk_blocks and (coldest := self._disk.coldest()) is not None:
+            deletions.append(self._evict_from_disk(coldest))
+        return deletions
 
     def close_disk(self) -> None:
         """The disk tier is off from now on, with all it holds."""
@@ -242,12 +254,12 @@ class TierBook:
         if key.block_hash in self._writing:
             return []
         if key.block_hash in self._disk:
-            self._disk.move_to_end(key.block_hash)
+            self._disk.used(key.block_hash)
             return []
         if not self._num_disk_blocks:
             return []
         commands: list[Command] = []
-        victim = self._coldest(self._disk) if self.num_disk_blocks >= self._num_disk_blocks else None
+        victim = self._disk.coldest() if self.num_disk_blocks >= self._num_disk_blocks else None
         if not can_write or (victim is None and self.num_disk_blocks >= self._num_disk_blocks):
             self.counters["kv_disk_dropped_blocks"] += 1
             return []
@@ -256,9 +268,6 @@ class TierBook:
         self._writing[key.block_hash] = key.parent
         return [*commands, Spill(key, slot)]
 
-    def _coldest(self, tier: Iterable[int]) -> int | None:
-        return next((block_hash for block_hash in tier if block_hash not in self._pins), None)
-
     def _forget_kept(self, block_hash: int) -> _Kept:
         kept = self._host.pop(block_hash)
         self._free_slots.append(kept.slot)
@@ -266,7 +275,7 @@ class TierBook:
         return kept
 
     def _evict_from_disk(self, block_hash: int) -> Delete:
-        del self._disk[block_hash]
+        self._disk.pop(block_hash)
         self._ledger.remove(block_hash, Tier.DISK)
         self.counters["kv_disk_evicted_blocks"] += 1
         return Delete(block_hash)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.grammar.language import engine_name
+from workers.grammar.vocabulary import GrammarVocabulary
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
 from workers.model.cpu.rank_runner import Rank, load_rank, rank_layout
@@ -59,6 +61,9 @@ class ServedModel:
         self._runner = runner
         self.tokenizer = tokenizer
         self._info = replace(runner.model_info, name=served_name)
+        self.vocabulary = (
+            GrammarVocabulary(tokenizer, runner.vocab_size, runner.eos_token_ids) if engine_name() else None
+        )
 
     @classmethod
     def load(cls, config: WorkerConfig) -> ServedModel:

@@ -222,18 +222,20 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., form: _Optional[_Union[Form, _Mapping]] = ..., formed: _Optional[_Union[Formed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., get_blocks: _Optional[_Union[GetBlocks, _Mapping]] = ..., put_blocks: _Optional[_Union[PutBlocks, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
 
 class Edits(_message.Message):
-    __slots__ = ("bias_ids", "biases", "banned_ids", "seen_ids", "seen_counts")
+    __slots__ = ("bias_ids", "biases", "banned_ids", "seen_ids", "seen_counts", "allowed")
     BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
     BIASES_FIELD_NUMBER: _ClassVar[int]
     BANNED_IDS_FIELD_NUMBER: _ClassVar[int]
     SEEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SEEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
     bias_ids: bytes
     biases: bytes
     banned_ids: bytes
     seen_ids: bytes
     seen_counts: bytes
-    def __init__(self, bias_ids: _Optional[bytes] = ..., biases: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seen_ids: _Optional[bytes] = ..., seen_counts: _Optional[bytes] = ...) -> None: ...
+    allowed: bytes
+    def __init__(self, bias_ids: _Optional[bytes] = ..., biases: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ..., seen_ids: _Optional[bytes] = ..., seen_counts: _Optional[bytes] = ..., allowed: _Optional[bytes] = ...) -> None: ...
 
 class Spec(_message.Message):
     __slots__ = ("params", "choice_index", "position", "forced_token_id", "edits")

@@ -11,8 +11,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from workers.errors import InvariantViolated
 from workers.request import SamplingParams
 from workers.runner import Ids, LogitEdits, SampleSpec
+from workers.sampling.constraint import Constraint, without
 
 _NO_IDS: Ids = np.zeros(0, dtype=np.int32)
 
@@ -22,20 +24,25 @@ def has_penalty(params: SamplingParams) -> bool:
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    return bool(params.logit_bias or params.bad_words or has_penalty(params))
+    return bool(params.logit_bias or params.bad_words or has_penalty(params) or params.is_constrained)
 
 
 def edits_of(spec: SampleSpec) -> LogitEdits | None:
     """Those that came with it, or, of a spec that stands alone, found from its histories; None where nothing changes."""
     if spec.edits is not None or not (spec.suppressed_token_ids or changes_logits(spec.params)):
         return spec.edits
+    if spec.params.is_constrained:
+        raise InvariantViolated("which tokens a grammar allows is found before they are drawn")
     return EditTracker(spec.params, spec.prompt_token_ids).edits(spec.output_token_ids, spec.suppressed_token_ids)
 
 
 class EditTracker:
     """Makes the edits of one sequence's draws, in the order of its tokens."""
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_token_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
+        self._constraint = constraint
         self._bias_ids, self._biases = _biases(params.logit_bias)
         self._words = _BadWords(params.bad_words, prompt_token_ids)
         self._prompt = prompt_token_ids if params.repetition_penalty != 1 else ()
@@ -46,12 +53,15 @@ class EditTracker:
         banned = self._words.banned(output_token_ids)
         if suppressed_token_ids:
             banned = np.concatenate((banned, np.array(suppressed_token_ids, dtype=np.int32)))
+        allowed = None if self._constraint is None else self._constraint.allowed(output_token_ids)
+        if allowed is not None:
+            allowed, banned = without(allowed, banned), _NO_IDS
         if self._counts is None:
-            return LogitEdits(self._bias_ids, self._biases, banned, _NO_IDS, _NO_IDS)
+            return LogitEdits(self._bias_ids, self._biases, banned, _NO_IDS, _NO_IDS, allowed)
         if self._counts.num_read > len(output_token_ids):
             self._counts = _Counts(self._prompt)
         self._counts.read(output_token_ids)
-        return LogitEdits(self._bias_ids, self._biases, banned, self._counts.ids, self._counts.counts)
+        return LogitEdits(self._bias_ids, self._biases, banned, self._counts.ids, self._counts.counts, allowed)
 
 
 class _Counts:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.request import PromptScores, SamplingParams, TokenLogprob
-from workers.runner import LogitEdits, SampleSpec
+from workers.runner import LogitEdits, SampleSpec, TokenMask
 from workers.sampling.arithmetic import on_device
 from workers.sampling.edits import changes_logits, edits_of
 from workers.sampling.filters import drop_unlikely
@@ -33,7 +34,7 @@ class RowKernel(Protocol):
 
 
 def adjust(row_V: Tensor, edits: LogitEdits, params: SamplingParams) -> None:
-    """Changes fp32 logits [V] in place: logit_bias, bad words and suppressed tokens, then penalties."""
+    """Changes fp32 logits [V] in place: logit_bias, bad words and suppressed tokens, then penalties. What is allowed is not looked at."""
     device = row_V.device
     if len(edits.bias_ids):
         row_V[on_device(edits.bias_ids, device)] += on_device(edits.biases, device)
@@ -52,6 +53,15 @@ def adjust(row_V: Tensor, edits: LogitEdits, params: SamplingParams) -> None:
         penalties = params.frequency_penalty * edits.seen_counts + params.presence_penalty * (edits.seen_counts > 0)
         logits = logits - on_device(penalties, device, torch.float32)
     row_V[seen] = logits
+
+
+def keep_allowed(logits_RV: Tensor, masks: Sequence[tuple[int, TokenMask]]) -> None:
+    """Sets what the masks of some rows leave out to -inf, in place; one copy to the device for all of them."""
+    rows = on_device([row for row, _ in masks], logits_RV.device)
+    words_RW = on_device(np.stack([mask for _, mask in masks]), logits_RV.device)
+    bits_32 = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
+    is_allowed_RV = ((words_RW[:, :, None] >> bits_32) & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    logits_RV.index_copy_(0, rows, logits_RV.index_select(0, rows).masked_fill_(~is_allowed_RV, -torch.inf))
 
 
 GREEDY_BELOW = 1e-5
@@ -78,7 +88,7 @@ def is_plain(spec: SampleSpec) -> bool:
 def sample(logits_RV: Tensor, specs: Sequence[SampleSpec], kernel: RowKernel | None = None) -> list[Drawn]:
     """One token a row from fp32 logits, which are left as they are.
 
-    The order is: logit_bias, bad words, suppressed tokens, penalties, temperature, top_k, top_p, min_p, Gumbel-max
+    The order is: logit_bias, bad words, suppressed tokens, penalties, what is allowed, temperature, top_k, top_p, min_p, Gumbel-max
     with the noise of (seed, choice index, position, token id). Temperature 0 takes the largest logit, of equals the
     lowest id. A seed of None counts as 0. Logprobs are those of the logits as given. `kernel`, for logits on the
     host, changes the time it takes and no bit of the result.
@@ -127,6 +137,9 @@ def _adjusted(logits_RV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     adjusted_RV = logits_RV.clone()
     for row, spec, edits in changed:
         adjust(adjusted_RV[row], edits, spec.params)
+    masks = [(row, edits.allowed) for row, _, edits in changed if edits.allowed is not None]
+    if masks:
+        keep_allowed(adjusted_RV, masks)
     return adjusted_RV
 
 

@@ -61,7 +61,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
             piece = pieces.get(sequence.sequence_id)
             num_ahead = len(piece.token_ids) if piece else 0
             length = min(sequence.num_uncomputed_prompt - num_ahead, budget)
-            if length > 0:
+            if length > 0 and (length < sequence.num_uncomputed_prompt - num_ahead or sequence.can_draw):
                 prefill.append(sequence.prefill_slice(length, num_ahead))
                 budget -= length
     promotions: list[Sequence] = []
@@ -72,7 +72,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
 def _will_decode(sequence: Sequence, piece: SequenceSlice | None) -> bool:
     """Whether the sequence decodes once its piece has run, unless a token ends it before its length does."""
     if piece is None:
-        return sequence.state is State.DECODING
+        return sequence.state is State.DECODING and sequence.can_draw
     if sequence.state is State.PREFILLING and len(piece.token_ids) < sequence.num_uncomputed_prompt:
         return False
     return sequence.num_drawn + 1 < sequence.max_output_tokens

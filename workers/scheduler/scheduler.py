@@ -195,7 +195,8 @@ class Scheduler:
 
     def _schedule_decodes(self, budget: int) -> list[SequenceSlice]:
         chosen: dict[int, SequenceSlice] = {}
-        for sequence in sorted((s for s in self.active if s.state is State.DECODING), key=lambda s: s.rank):
+        decoding = (s for s in self.active if s.state is State.DECODING and s.can_draw)
+        for sequence in sorted(decoding, key=lambda s: s.rank):
             if len(chosen) >= budget:
                 break
             while sequence.state is State.DECODING:
@@ -213,6 +214,8 @@ class Scheduler:
 
     def _take_chunk(self, sequence: Sequence, budget: int, into: list[SequenceSlice]) -> int:
         length = min(sequence.num_uncomputed_prompt, budget)
+        if length == sequence.num_uncomputed_prompt and not sequence.can_draw:
+            return 0
         if length > 0:
             into.append(sequence.prefill_slice(length))
         return max(length, 0)

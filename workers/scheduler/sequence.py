@@ -10,6 +10,7 @@ from workers.kv_cache.block_hash import PromptBlocks
 from workers.kv_cache.manager import BlockTable
 from workers.request import Request
 from workers.runner import LogitEdits, SampleSpec, SequenceSlice
+from workers.sampling.constraint import Constraint
 from workers.sampling.edits import EditTracker, changes_logits
 from workers.state_table import Rule, StateTable
 from workers.status import PrefixHint
@@ -153,6 +154,8 @@ class Sequence:
     """Where the beginning of the prompt can be had."""
     tracker: EditTracker | None = None
     """Of what parameters and tokens do to the logits; made with the first draw."""
+    constraint: Constraint | None = None
+    """Which tokens may be drawn; None: all."""
 
     @property
     def num_prompt(self) -> int:
@@ -167,6 +170,11 @@ class Sequence:
     def num_uncomputed_prompt(self) -> int:
         return max(0, self.num_prompt - self.num_computed)
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether the next token can be drawn, or is known: a grammar may still be in preparation."""
+        return self.constraint is None or self.constraint.is_ready or self.num_drawn < len(self.known)
+
     def take(self, turn: Turn) -> Effect | None:
         """What is to be done about it. Raises InvariantViolated, and changes nothing, when the table has no rule for it."""
         step = SEQUENCE.step(self.state, turn)
@@ -180,9 +188,12 @@ class Sequence:
         params = self.request.params
         if position < len(self.known):
             forced = self.known[position]
+            if self.constraint is not None:  # step by step: all at once, a long replay would hold others up
+                self.constraint.follow(self.known, position)
             prompt, output = self.request.prompt_token_ids, self.known[:position]
             return SampleSpec(params, self.request.choice_index, position, prompt, output, forced_token_id=forced)
-        suppressed = self.suppressed_token_ids if position < params.min_tokens else ()
+        has_no_end = params.ignore_eos and params.grammar  # whose end would be the output's
+        suppressed = self.suppressed_token_ids if position < params.min_tokens or has_no_end else ()
         return SampleSpec(
             params=params,
             choice_index=self.request.choice_index,
@@ -198,7 +209,7 @@ class Sequence:
         if not (suppressed or changes_logits(self.request.params)):
             return None
         if self.tracker is None:
-            self.tracker = EditTracker(self.request.params, self.request.prompt_token_ids)
+            self.tracker = EditTracker(self.request.params, self.request.prompt_token_ids, self.constraint)
         return self.tracker.edits(self.known, suppressed)
 
     def prefill_slice(self, num_tokens: int, num_ahead: int = 0) -> SequenceSlice:

@@ -132,7 +132,7 @@ class OutputState:
         self._detokenizer = detokenizer
         self._stops = StopStrings(params.stop, params.include_stop)
         self._stop_ids = frozenset(params.stop_token_ids)
-        self._eos = frozenset() if params.ignore_eos else eos_token_ids
+        self._eos = frozenset() if params.ignore_eos and not params.grammar else eos_token_ids
         self._limit = min(params.max_tokens, max_len - len(request.prompt_token_ids))
         self._num_tokens = 0
 
@@ -140,7 +140,8 @@ class OutputState:
         """Accounts for the next token. A token that ends the output adds no text of its own."""
         self._num_tokens += 1
         may_stop = self._num_tokens > self._params.min_tokens
-        if may_stop and token_id in self._eos:
+        # Where a grammar has to end the output ends, whatever else was asked for.
+        if token_id in self._eos and (may_stop or self._params.grammar):
             return TokenText(self._rest(), FinishReason.STOP)
         if may_stop and token_id in self._stop_ids:
             own = self._detokenizer.push(token_id) if self._params.include_stop else ""

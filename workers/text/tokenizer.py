@@ -65,6 +65,9 @@ class Tokenizer:
         for token, token_id in vocabulary.items():
             self._bytes[token_id] = to_bytes(token)
         added = backend.get_added_tokens_decoder()
+        self.added_token_ids = frozenset(added)
+        self._added_tokens = {token.content: token_id for token_id, token in added.items()}
+        """Control tokens and others that no text is cut into."""
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._longest_token = _longest_token(json.loads(backend.to_str()), vocabulary)
 
@@ -150,6 +153,16 @@ class Tokenizer:
         """Whether one of these texts is a special token, which decoding may leave out."""
         ids = (self._backend.token_to_id(text) for text in texts)
         return any(token_id in self._special_ids for token_id in ids if token_id is not None)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token ..., as templates know them."""
+        return self._special_tokens
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Control tokens and others that no text is cut into, by their texts."""
+        return self._added_tokens
 
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text; None where there is none."""

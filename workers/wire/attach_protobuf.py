@@ -6,11 +6,14 @@ is unknown.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import inf, isfinite
 
 from workers.kv_memory.memory import KvLayout
+from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.pb import worker_pb2 as pb
+from workers.request import make_tuple
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Migration, RouterHello, RouterMessage, Submit, WorkerFrame
 from workers.wire.request_protobuf import (
@@ -45,21 +48,23 @@ def load_to_pb(load: Load) -> pb.Load:
 
 def load_from_pb(message: pb.Load) -> Load:
     """By hand, and in the order of the fields: it comes with every step of every worker. Raises ValueError."""
-    if not 0.0 <= message.step_s < inf:
-        raise ValueError(f"a step of {message.step_s} s")
-    return Load(
+    step_s = message.step_s
+    if not 0.0 <= step_s < inf:
+        raise ValueError(f"a step of {step_s} s")
+    fields = (
         message.num_waiting,
         message.num_running,
         message.num_transferring,
         message.waiting_prefill_tokens,
         message.num_free_blocks,
         message.num_blocks,
-        message.step_s,
+        step_s,
         message.step_decodes,
         message.step_context,
         message.step_prompt_tokens,
         message.step_prompt_context,
     )
+    return make_tuple(Load, fields)
 
 
 def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
@@ -75,12 +80,13 @@ def kv_event_from_pb(message: pb.KvEvent) -> KvEvent:
 
 
 def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
-    return pb.ModelInfo(**fields_of(model))
+    return pb.ModelInfo(**fields_of(model) | {"limits": pb.RequestLimits(**fields_of(model.limits))})
 
 
 def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
     """Raises ValueError for a model that nothing can be computed of."""
-    model = from_fields(ModelInfo, message)
+    limits = from_fields(RequestLimits, message.limits) if message.HasField("limits") else DEFAULT_LIMITS
+    model = replace(from_fields(ModelInfo, message), limits=limits)
     if min(model.vocab_size, model.max_model_len, model.block_size) < 1:
         raise ValueError("a model without vocabulary, context or blocks")
     return model

@@ -17,7 +17,17 @@ import numpy as np
 from workers.errors import InvariantViolated, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.pb import worker_pb2 as pb
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
+from workers.request import (
+    FinishReason,
+    HandoffReport,
+    Output,
+    PromptScores,
+    Request,
+    SamplingParams,
+    ThinkingBudget,
+    TokenLogprob,
+    make_tuple,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -71,6 +81,9 @@ def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
         skip_special_tokens=params.skip_special_tokens,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        grammar=params.grammar,
+        allowed_token_ids=params.allowed_token_ids,
+        thinking=None if params.thinking is None else pb.ThinkingBudget(**fields_of(params.thinking)),
     )
 
 
@@ -96,14 +109,25 @@ def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
         skip_special_tokens=message.skip_special_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=message.grammar,
+        allowed_token_ids=tuple(message.allowed_token_ids) if message.allowed_token_ids else (),
+        thinking=_thinking_from_pb(message.thinking) if message.HasField("thinking") else None,
     )
 
 
+def _thinking_from_pb(message: pb.ThinkingBudget) -> ThinkingBudget:
+    start = message.start_token_id if message.HasField("start_token_id") else None
+    return ThinkingBudget(message.num_tokens, message.end_token_id, tuple(message.closing), start)
+
+
 def request_to_pb(request: Request) -> pb.Request:
+    """A worker of an older version reads no parameters in a constrained request, and refuses it rather than answer freely."""
+    params, is_constrained = params_to_pb(request.params), request.params.is_constrained
     return pb.Request(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        params=params_to_pb(request.params),
+        params=None if is_constrained else params,
+        constrained=params if is_constrained else None,
         choice_index=request.choice_index,
         replay_token_ids=request.replay_token_ids,
         priority=request.priority,
@@ -115,7 +139,7 @@ def request_from_pb(message: pb.Request) -> Request:
     return Request(
         request_id=message.request_id,
         prompt_token_ids=PromptTokens(message.prompt_token_ids),
-        params=params_from_pb(message.params),
+        params=params_from_pb(message.constrained if message.HasField("constrained") else message.params),
         choice_index=message.choice_index,
         replay_token_ids=tuple(message.replay_token_ids),
         priority=message.priority,
@@ -208,9 +232,8 @@ def output_from_pb(message: pb.Output) -> Output:
     token_ids = (ids[0],) if len(ids) == 1 else tuple(ids)
     finish, position = message.finish_reason, message.position
     if not (finish or position == 0 or message.logprobs or message.prompt_logprobs or message.HasField("handoff")):
-        return Output(
-            message.request_id, position, token_ids, message.text, (), None, None, None, "", message.cached_tokens
-        )
+        name, text, cached = message.request_id, message.text, message.cached_tokens
+        return make_tuple(Output, (name, position, token_ids, text, (), None, None, None, "", cached, (), None))
     return Output(
         request_id=message.request_id,
         position=position,

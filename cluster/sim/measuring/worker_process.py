@@ -31,6 +31,7 @@ class FakeModel:
     """Implements workers.worker.LoadedModel: a fake runner over a pool of a real model's shape."""
 
     eos_token_ids: tuple[int, ...] = ()
+    vocabulary = None
 
     def __init__(self, tokenizer: Tokenizer, layout: KvLayout, max_model_len: int, vocab_size: int) -> None:
         self._tokenizer = tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
+from workers.grammar.language import engine_name
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, fingerprint
@@ -158,10 +159,12 @@ def describe_model(
     kv_format = (layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim, layout.dtype)
     return ModelInfo(
         name=config.served_model_name or folder.resolve().name,
-        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, DRAW_VERSION, *facts),
+        fingerprint=fingerprint(folder, checkpoint.files, config.dtype, kv_format, DRAW_VERSION, engine_name(), *facts),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
+        grammars=engine_name(),
+        limits=config.limits,
     )
 
 

@@ -23,14 +23,14 @@ from workers.sampling.logprobs import floored
 from workers.sampling.noise import noise_key
 from workers.sampling.sampler import GREEDY_BELOW
 
-_SPEC = struct.Struct("=qQffdqddfiqqqQQQQQ")
+_SPEC = struct.Struct("=qQffdqddfiqqqQQQQQQ")
 """`struct DrawSpec` of source/draw.h."""
 _DRAWN = np.dtype(
     [("token", "i8"), ("rank", "i8"), ("logprob", "f4"), ("num_top", "i4"), ("ids", "i4", 20), ("logprobs", "f4", 20)]
 )
 """`struct Drawn` of source/draw.h."""
 _NO_NUMBER, _OUTSIDE = -1, -2
-_NO_EDITS = (0, 0, 0, 0, 0, 0, 0, 0)
+_NO_EDITS = (0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class NativeRowKernel:
@@ -106,6 +106,7 @@ def _addresses(edits: LogitEdits) -> tuple[int, ...]:
         edits.banned_ids.ctypes.data,
         edits.seen_ids.ctypes.data,
         edits.seen_counts.ctypes.data,
+        0 if edits.allowed is None else edits.allowed.ctypes.data,
     )
 
 

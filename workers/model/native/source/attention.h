@@ -70,7 +70,7 @@ template <class T> class HeadAttention {
   // The finished output of a row, rounded to T.
   void finish(int64_t row, Operand<T>* to) const {
     for (int64_t c = 0; c < channels_; c += kLanes)
-      write(to + c, as_stored<T>(output(c / kPanel, row)[c % kPanel / kLanes] / total_[row]));
+      write_as<T>(to + c, output(c / kPanel, row)[c % kPanel / kLanes] / total_[row]);
   }
 
  private:
@@ -82,14 +82,23 @@ template <class T> class HeadAttention {
   // What a weight becomes when it is rounded to T; written at `to` as well.
   BATON_INLINE static Floats write_weight(Floats weight, Operand<T>* to) {
     if constexpr (sizeof(Operand<T>) == 2) {
-      const Words words = rounded(weight);
-      store_halves(to, words);
-      return as<Floats>(words << 16);
+      return each<Floats>([&](int p) {
+        return write_rounded(weight.part[p], reinterpret_cast<uint16_t*>(to) + p * kPartLanes);
+      });
     } else {
       weight = as_stored<T>(weight);
       write(to, weight);
       return weight;
     }
+  }
+
+  // `folded` of each of the first M rows.
+  template <int kMost, class Join>
+  BATON_INLINE static void fold(int M, const Floats (&rows)[kLanes], Join&& join, float* to) {
+    if constexpr (kMost == kLanes)
+      store(to, folded_rows(rows, join));
+    else
+      for (int m = 0; m < M; ++m) to[m] = folded(rows[m], join);
   }
 
   // A row's unfinished output for the channels of a panel.
@@ -129,28 +138,33 @@ template <class T> class HeadAttention {
     std::memset(scores, 0, sizeof scores[0] * M);
     add_products(M, x, keys_.data(), groups_, scores);
     alignas(64) Operand<T> weights[kMost][kBlock];
-    alignas(64) float rescale[kLanes] = {};
-    float totals[kMost];
+    alignas(64) float peaks[kLanes], rescale[kLanes] = {}, totals[kLanes];
+    Floats found[kLanes] = {};  // of each row, lane by lane, the largest score, and then the sum of its weights
     const Ints lane = lane_numbers();
     for (int m = 0; m < M; ++m) {
-      const int num_valid = valid(row + m);
-      for (int v = 0; v < kVectors; ++v) {
-        scores[m][v] = scores[m][v] * scale;
-        if (num_valid < kBlock) scores[m][v] = pick(lane < all_ints(num_valid - v * kLanes), scores[m][v], all(-INFINITY));
-      }
-      const float before = maximum_[row + m];
-      const float peak = std::max(
-          before, largest(larger(larger(scores[m][0], scores[m][1]), larger(scores[m][2], scores[m][3]))));
-      maximum_[row + m] = peak;
-      rescale[m] = before - peak;
-      Floats added = Floats{};
-      for (int v = 0; v < kVectors; ++v) {
-        Floats weight = power(scores[m][v] - peak);
-        if (num_valid < kBlock) weight = pick(lane < all_ints(num_valid - v * kLanes), weight, Floats{});
-        added = added + write_weight(weight, weights[m] + v * kLanes);
-      }
-      totals[m] = sum(added);
+      for (int v = 0; v < kVectors; ++v) scores[m][v] = scores[m][v] * scale;
+      if (const int num_valid = valid(row + m); num_valid < kBlock)
+        for (int v = 0; v < kVectors; ++v)
+          scores[m][v] = pick(lane < all_ints(num_valid - v * kLanes), scores[m][v], all(-INFINITY));
+      found[m] = larger(larger(scores[m][0], scores[m][1]), larger(scores[m][2], scores[m][3]));
     }
+    fold<kMost>(M, found, [](auto a, auto b) { return a > b ? a : b; }, peaks);
+    for (int m = 0; m < M; ++m) {
+      const float before = maximum_[row + m];
+      maximum_[row + m] = peaks[m] = std::max(before, peaks[m]);
+      rescale[m] = before - peaks[m];
+    }
+    for (int m = 0; m < M; ++m) {
+      const Floats peak = all(peaks[m]);
+      Floats powers[kVectors];
+      for (int v = 0; v < kVectors; ++v) powers[v] = power(scores[m][v] - peak);
+      if (const int num_valid = valid(row + m); num_valid < kBlock)
+        for (int v = 0; v < kVectors; ++v)
+          powers[v] = pick(lane < all_ints(num_valid - v * kLanes), powers[v], Floats{});
+      found[m] = Floats{};
+      for (int v = 0; v < kVectors; ++v) found[m] = found[m] + write_weight(powers[v], weights[m] + v * kLanes);
+    }
+    fold<kMost>(M, found, [](auto a, auto b) { return a + b; }, totals);
     store(rescale, power(load<Floats>(rescale)));
     const Operand<T>* p[kMost];
     for (int m = 0; m < M; ++m) {

@@ -35,6 +35,7 @@ struct DrawSpec {
   const int32_t* banned_ids;
   const int32_t* seen_ids;
   const int32_t* seen_counts;
+  const uint32_t* allowed;  // 32 tokens a word; nullptr: all
 };
 
 struct Drawn {
@@ -61,6 +62,7 @@ class RowDraw {
       drawn->token = spec.token;
     } else {
       edit(spec);
+      if (spec.allowed) keep_allowed(spec.allowed);
       drawn->token = draw(spec);
       if (x_ != logits) look_at(logits, size);
       restore();
@@ -121,6 +123,20 @@ class RowDraw {
         value -= static_cast<float>(spec.frequency * count + (count > 0 ? spec.presence : 0.0));
       set(id, value);
     }
+  }
+
+  // Looks from now on at a copy of the row in which nothing else can be drawn.
+  void keep_allowed(const uint32_t* allowed) {
+    allowed_.resize(size_);
+    for (int64_t first = 0; first < size_; first += 32) {
+      const int64_t end = std::min(size_, first + 32);
+      const uint32_t word = allowed[first / 32];
+      if (word == 0)
+        std::fill(allowed_.begin() + first, allowed_.begin() + end, -INFINITY);
+      else
+        for (int64_t i = first; i < end; ++i) allowed_[i] = (word >> (i - first)) & 1 ? x_[i] : -INFINITY;
+    }
+    look_at(allowed_.data(), size_);
   }
 
   void restore() {
@@ -420,7 +436,7 @@ class RowDraw {
   float* x_ = nullptr;
   int64_t size_ = 0, num_groups_ = 0;
   bool is_scanned_ = false, is_sound_ = false;
-  std::vector<float> maxima_, tops_, bounds_, members_, few_;
+  std::vector<float> maxima_, tops_, bounds_, members_, few_, allowed_;
   std::vector<int32_t> few_ids_;
   int64_t num_members_ = 0;
   float top_ = 0, temperature_ = 1;

@@ -101,6 +101,19 @@ inline bool has_any(IntRegister mask) { return vmaxvq_u32(vreinterpretq_u32_s32(
 
 #endif
 
+// Writes what each float, none of them a NaN or denormal, is as bfloat16, rounded to nearest even, and returns that as floats.
+inline FloatRegister write_rounded(FloatRegister x, uint16_t* to) {
+#if defined(__AVX512BF16__) && !defined(BATON_EMULATE_AVX512)
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+  return (FloatRegister)((WordRegister)_mm512_cvtepu16_epi32(halves) << 16);
+#else
+  const WordRegister bits = (WordRegister)x, words = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  narrow_halves(words, to);
+  return (FloatRegister)(words << 16);
+#endif
+}
+
 // Where the processor multiplies pairs of bfloat16: acc plus the product of the odd members, then that of the even ones, each
 // by a fused multiply-add, as the manuals of VDPBF16PS and of BFMLALT and BFMLALB say. Sets without it do the same one by one,
 // so that all give the same bits.

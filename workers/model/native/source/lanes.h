@@ -221,10 +221,50 @@ template <class T> inline void write_some(T* to, Floats x, int count) {
   if (count > 0) std::memcpy(to, whole, count * sizeof(T));
 }
 
+// Of thirty-two consecutive numbers those at even and those at odd places, and back.
+BATON_INLINE void apart(Floats low, Floats high, Floats& even, Floats& odd) {
+  typedef float All __attribute__((vector_size(kLanes * 8)));
+  typedef float Half __attribute__((vector_size(kLanes * 4)));
+  alignas(64) float numbers[2 * kLanes], halves[2 * kLanes];
+  store(numbers, low);
+  store(numbers + kLanes, high);
+  All all;
+  std::memcpy(&all, numbers, sizeof all);
+  const Half a = __builtin_shufflevector(all, all, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Half b = __builtin_shufflevector(all, all, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  std::memcpy(halves, &a, sizeof a);
+  std::memcpy(halves + kLanes, &b, sizeof b);
+  even = load<Floats>(halves);
+  odd = load<Floats>(halves + kLanes);
+}
+BATON_INLINE void together(Floats even, Floats odd, Floats& low, Floats& high) {
+  typedef float Half __attribute__((vector_size(kLanes * 4)));
+  alignas(64) float halves[2 * kLanes], numbers[2 * kLanes];
+  store(halves, even);
+  store(halves + kLanes, odd);
+  Half e, o;
+  std::memcpy(&e, halves, sizeof e);
+  std::memcpy(&o, halves + kLanes, sizeof o);
+  const Half a = __builtin_shufflevector(e, o, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Half b = __builtin_shufflevector(e, o, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  std::memcpy(numbers, &a, sizeof a);
+  std::memcpy(numbers + kLanes, &b, sizeof b);
+  low = load<Floats>(numbers);
+  high = load<Floats>(numbers + kLanes);
+}
+
 // What a number becomes when it is stored as T.
 template <class T> BATON_INLINE Floats as_stored(Floats x) {
   if constexpr (sizeof(T) == 2) return as<Floats>(rounded(x) << 16);
   return x;
+}
+
+// Writes what a number becomes when it is stored as T.
+template <class T, class To> BATON_INLINE void write_as(To* to, Floats x) {
+  if constexpr (std::is_same_v<T, To>)
+    write(to, x);
+  else
+    write(to, as_stored<T>(x));
 }
 
 // One lane out of sixteen: lanes eight apart first, then four, two and one apart.
@@ -243,6 +283,23 @@ BATON_INLINE float sum(Floats x) {
 }
 BATON_INLINE float largest(Floats x) {
   return folded(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// `folded` of each of sixteen rows, in the row's lane. The same bits as row by row; on sixteen lanes a register, all at once.
+template <class Join> BATON_INLINE Floats folded_rows(const Floats (&rows)[kLanes], Join&& join) {
+  if constexpr (kParts == 1) {
+    WordRegister square[kPartLanes];
+    repeat<kPartLanes>([&](auto row) BATON_BODY { square[row] = (WordRegister)rows[row].part[0]; });
+    transpose_square(square);
+    for (int apart = kPartLanes / 2; apart; apart /= 2)
+      for (int lane = 0; lane < apart; ++lane)
+        square[lane] = (WordRegister)join((FloatRegister)square[lane], (FloatRegister)square[lane + apart]);
+    return {(FloatRegister)square[0]};
+  } else {
+    alignas(64) float found[kLanes];
+    for (int row = 0; row < kLanes; ++row) found[row] = folded(rows[row], join);
+    return load<Floats>(found);
+  }
 }
 
 // e^x for x within +-87, and the value there beyond: 2^n times a Taylor polynomial of the rest, 1 ulp or so.

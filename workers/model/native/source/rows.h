@@ -17,23 +17,20 @@ template <class T> void normalize(const T* x, const T* weight, int64_t size, flo
   }
   const float scale = 1.0f / std::sqrt(sum(squares) / size + eps);
   for (int64_t i = 0; i < size; i += kLanes)
-    write(to + i, as_stored<T>(as_stored<T>(read(x + i) * scale) * read(weight + i)));
+    write_as<T>(to + i, as_stored<T>(read(x + i) * scale) * read(weight + i));
 }
 
 // Turns each channel pair (2i, 2i+1) by its angle, in fp32, and rounds to T; cos and sin have channels / 2 entries,
 // channels % 32 == 0. `to` may be `x`.
 template <class T, class To> void rotate(const T* x, const float* cos, const float* sin, int64_t channels, To* to) {
   for (int64_t i = 0; i < channels; i += 2 * kLanes) {
-    alignas(64) float pairs[2 * kLanes], even[kLanes], odd[kLanes];
-    write(pairs, read(x + i));
-    write(pairs + kLanes, read(x + i + kLanes));
-    for (int j = 0; j < kLanes; ++j) even[j] = pairs[2 * j], odd[j] = pairs[2 * j + 1];
-    const Floats a = load<Floats>(even), b = load<Floats>(odd), c = load<Floats>(cos + i / 2), s = load<Floats>(sin + i / 2);
-    store(even, a * c - b * s);
-    store(odd, b * c + a * s);
-    for (int j = 0; j < kLanes; ++j) pairs[2 * j] = even[j], pairs[2 * j + 1] = odd[j];
-    write(to + i, as_stored<T>(load<Floats>(pairs)));
-    write(to + i + kLanes, as_stored<T>(load<Floats>(pairs + kLanes)));
+    Floats even, odd;
+    apart(read(x + i), read(x + i + kLanes), even, odd);
+    const Floats c = load<Floats>(cos + i / 2), s = load<Floats>(sin + i / 2);
+    Floats low, high;
+    together(even * c - odd * s, odd * c + even * s, low, high);
+    write_as<T>(to + i, low);
+    write_as<T>(to + i + kLanes, high);
   }
 }
 

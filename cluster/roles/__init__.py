@@ -1,0 +1,1 @@
+"""Which worker has which role: decided by predicted goodput, carried out safely, and explained."""

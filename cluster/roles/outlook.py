@@ -1,0 +1,170 @@
+"""Expects how many requests a second a split of workers would answer within their targets, from a forecast of the load and what workers' steps take.
+
+A model of queues in steady state: prompts wait for whoever prefills (M/G/c, Allen-Cunneen's approximation of the mean wait with
+Sakasegawa's exponent, exponential tails); sequences that decode are as many as Little's law says, which sets how long a step takes. It
+ranks splits; it does not promise times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.roles.values import Forecast, RoleSplit
+
+Floats = npt.NDArray[np.float64]
+
+FULL = 0.97
+"""A queue that is busier than this has no steady state."""
+LOADS = np.array((0.97, 0.9, 0.8, 0.7, 0.55, 0.4))
+PARTIAL = 0.1
+"""Of an answer's worth counts for how near its worker comes to the target: where no split keeps it, the nearer one is better."""
+REMEMBERED = 0.8
+"""Sequences that decode now count so much where fewer are expected in the long run."""
+MAX_MIXED_SHARE = 0.95
+"""Of a MIXED worker's time for prompts at most."""
+MARGINS = ((1.0, 0.7), (1.3, 0.3))
+"""Loads in relation to the forecast, and what each counts: of splits that serve the forecast the one with more in hand is better."""
+BLOCKS_USED = 0.95
+LEAST_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What work takes on an average worker, and what fits on it."""
+
+    step_s: float
+    decode_s: float
+    context_s: float
+    prompt_s: float
+    look_s: float
+    batch_tokens: int
+    max_num_seqs: int
+    kv_tokens: int
+    """Of the pool."""
+    handoff_s: float = 0.0
+    local_tokens: int = 0
+    """Prompts of at most so many uncached tokens may be computed by the DECODE worker itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleTargets:
+    ttft_s: float
+    tpot_s: float
+
+
+def goodput(splits: list[RoleSplit], forecast: Forecast, costs: Costs, targets: RoleTargets) -> Floats:
+    """Good requests a second of each split, [C]."""
+    prefill, decode, mixed = (np.array(counts, np.float64) for counts in zip(*splits, strict=True))
+    total = np.zeros(len(splits))
+    for factor, weight in MARGINS:
+        rate = forecast.asked_per_s + (factor - 1) * forecast.requests_per_s
+        at_load = np.zeros(len(splits))
+        for local_tokens in {0, costs.local_tokens}:
+            good = _goodput(prefill, decode, mixed, rate, forecast, costs, targets, local_tokens)
+            at_load = np.maximum(at_load, good)
+        total += weight / factor * at_load
+    norm = sum(weight for _, weight in MARGINS)
+    result: Floats = total / norm
+    return result
+
+
+def _goodput(
+    prefill: Floats,
+    decode: Floats,
+    mixed: Floats,
+    rate: float,
+    forecast: Forecast,
+    costs: Costs,
+    targets: RoleTargets,
+    local_tokens: int,
+) -> Floats:
+    """At one load, with prompts of up to `local_tokens` computed where they decode."""
+    seconds = _prompt_seconds(forecast, costs)
+    is_local = np.array(forecast.uncached) <= local_tokens if local_tokens else np.zeros(len(seconds), np.bool_)
+    local_work = rate * float(np.mean(np.where(is_local, seconds, 0.0)))
+    work = rate * float(seconds.mean()) - local_work
+    lent = np.minimum(MAX_MIXED_SHARE, local_work / np.maximum(decode, 1e-9))
+    """The part of a DECODE worker's time that local prompts take."""
+    lent = np.where(decode > 0, lent, 0.0)
+    to_prefill: Floats = work + np.where(decode > 0, 0.0, local_work)
+
+    share = np.clip((to_prefill - 0.85 * prefill) / np.maximum(mixed, 1e-9), 0.0, MAX_MIXED_SHARE)
+    """The part of a MIXED worker's time that prompts take."""
+    share = np.where(mixed > 0, share, 0.0)
+    busy = to_prefill / np.maximum(prefill + MAX_MIXED_SHARE * mixed, 1e-9)
+    in_time = _prompts_in_time(busy, prefill + mixed, seconds, costs.handoff_s, targets.ttft_s)
+    if is_local.any():
+        local_share = float(is_local.mean())
+        alone = (seconds[is_local] <= targets.ttft_s).mean()
+        in_time = np.where(decode > 0, (1 - local_share) * in_time + local_share * alone, in_time)
+    admitted = rate * np.minimum(1.0, FULL / np.maximum(busy, 1e-9))
+    served = _decodes_in_time(decode * (1 - lent), lent, mixed * (1 - share), share, admitted, forecast, costs, targets)
+    good: Floats = rate * in_time * served
+    return np.where((prefill + mixed > 0) & (decode + mixed > 0), good, 0.0)
+
+
+def _prompt_seconds(forecast: Forecast, costs: Costs) -> Floats:
+    """What prompts take at the points of their distribution, [K]."""
+    uncached = np.maximum(1.0, np.array(forecast.uncached))
+    chunk = max(LEAST_CHUNK, costs.batch_tokens or 512)
+    before = np.maximum(0.0, forecast.prompt_tokens - uncached.mean()) + 0.5 * uncached
+    seconds: Floats = np.ceil(uncached / chunk) * costs.step_s + uncached * (costs.prompt_s + before * costs.look_s)
+    return seconds
+
+
+def _prompts_in_time(busy: Floats, servers: Floats, seconds: Floats, handoff_s: float, ttft_s: float) -> Floats:
+    """The share of prompts whose first token comes in time, [C].
+
+    A router lets those that can still be in time pass those that are late, so of too many prompts it serves as many in time as the
+    best load would: `loads` are those that it may choose from.
+    """
+    loads = np.minimum(busy[:, None], LOADS[None, :])
+    mean, spread = seconds.mean(), 0.5 * (1 + seconds.var() / seconds.mean() ** 2)
+    count = np.maximum(servers, 1.0)[:, None]
+    must_wait = loads ** (np.sqrt(2 * (count + 1)) - 1)
+    tail_s = spread * mean / (count * (1 - loads))
+    left_s = ttft_s - handoff_s - seconds
+    """[K]: how long each may wait."""
+    late = must_wait[:, :, None] * np.exp(-np.maximum(0.0, left_s)[None, None, :] / tail_s[:, :, None])
+    in_time = np.where(left_s[None, None, :] > 0, 1 - late, 0.0).mean(axis=2)
+    result: Floats = (in_time * loads / np.maximum(busy, 1e-9)[:, None]).max(axis=1)
+    return result
+
+
+def _decodes_in_time(
+    alone: Floats,
+    lent: Floats,
+    shared: Floats,
+    share: Floats,
+    rate: Floats,
+    forecast: Forecast,
+    costs: Costs,
+    targets: RoleTargets,
+) -> Floats:
+    """The share of answers that are served, and in time, [C]. `alone` and `shared`: whole workers' worth of DECODE and of MIXED time."""
+    units = np.maximum(alone + shared, 1e-9)
+    length = forecast.prompt_tokens + 0.5 * forecast.output_tokens
+    each_s = costs.decode_s + length * costs.context_s
+    tokens_per_s = rate * max(1.0, forecast.output_tokens) / units
+    room = max(1.0, min(costs.max_num_seqs or 256, BLOCKS_USED * costs.kv_tokens / max(1.0, length)))
+    load = np.minimum(tokens_per_s * each_s, FULL)
+    expected = tokens_per_s * costs.step_s / (1 - load)
+    running = np.minimum(room, np.maximum(expected, REMEMBERED * forecast.num_sequences / units))
+    most_per_s = room / (costs.step_s + room * each_s)
+    served = np.minimum(1.0, most_per_s / np.maximum(tokens_per_s, 1e-9))
+    in_alone = _steps_in_time(running, (targets.tpot_s * (1 - lent) - costs.step_s) / each_s)
+    in_shared = _steps_in_time(running, (targets.tpot_s * (1 - share) - costs.step_s) / each_s)
+    result: Floats = served * (alone * in_alone + shared * in_shared) / units
+    return result
+
+
+def _steps_in_time(running: Floats, most: Floats) -> Floats:
+    """The share of answers on a worker with `running` sequences, give or take their root, that may have `most`: about a normal distribution."""
+    running = np.maximum(running, 1.0)
+    in_time = 1 / (1 + np.exp(np.clip(-1.7 * (most - running) / np.sqrt(running), -60, 60)))
+    near = np.clip(most / running, 0.0, 1.0)
+    result: Floats = (1 - PARTIAL) * in_time + PARTIAL * near
+    return result

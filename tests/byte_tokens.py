@@ -1,0 +1,38 @@
+"""A vocabulary for FakeRunner's thousand tokens: every byte, then pairs of letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from workers.grammar.vocabulary import GrammarVocabulary
+
+EOS = 2
+_FIRST_BYTE, _FIRST_PAIR = 10, 266
+
+
+class ByteTokens:
+    """Implements workers.grammar.vocabulary.TokenTable."""
+
+    vocab_size = 1000
+    added_token_ids = frozenset(range(_FIRST_BYTE))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if _FIRST_BYTE <= token_id < _FIRST_PAIR:
+            return bytes((token_id - _FIRST_BYTE,))
+        first, second = divmod(token_id - _FIRST_PAIR, 26)
+        return bytes((97 + first, 97 + second)) if 0 <= first < 26 else b""
+
+    def encode(self, text: str) -> list[int]:
+        return [_FIRST_BYTE + byte for byte in text.encode()]
+
+    def text(self, token_ids: Iterable[int]) -> str:
+        return b"".join(b"" if token == EOS else self.token_bytes(token) for token in token_ids).decode()
+
+
+TOKENS = ByteTokens()
+
+
+@cache
+def vocabulary() -> GrammarVocabulary:
+    return GrammarVocabulary(TOKENS, TOKENS.vocab_size, (EOS,))

@@ -1,0 +1,1 @@
+"""Grammars: what the output of a constrained request may be."""
