@@ -14,6 +14,8 @@ from cluster.sim.simulation import Simulation
 from cluster.sim.traces.generated import generate
 
 DONE = ["intended", "draining", "fencing", "verifying", "done"]
+LEFT_OUT = {("roles_leader_death_intended", "draining")}
+"""Nothing decodes there any more when the other router leads."""
 BY_ORDER = [name for name, scenario in ROLE_SCENARIOS.items() if any(" switch " in fault for fault in scenario.faults)]
 
 
@@ -46,7 +48,7 @@ def play(name: str) -> Told:
 @pytest.mark.parametrize("name", BY_ORDER)
 def test_a_switch_that_is_asked_for_is_whole_whoever_dies_or_is_cut_off_in_the_middle_of_it(name: str) -> None:
     told = play(name)
-    assert told.phases == {"decode-0": DONE}
+    assert told.phases == {"decode-0": [phase for phase in DONE if (name, phase) not in LEFT_OUT]}
     assert told.leaders == (["router-0"] if name == "roles_worker_death" else ["router-0", "router-1"])
     assert [(switch.worker, switch.role) for switch in told.run.switches] == [("decode-0", "prefill")]
 
