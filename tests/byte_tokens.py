@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 from workers.grammar.vocabulary import GrammarVocabulary
 
@@ -33,6 +32,6 @@ class ByteTokens:
 TOKENS = ByteTokens()
 
 
-@cache
 def vocabulary() -> GrammarVocabulary:
+    """Made in 10 ms. It is not kept: what functools.cache makes of a function does not travel whole to an actor."""
     return GrammarVocabulary(TOKENS, TOKENS.vocab_size, (EOS,))

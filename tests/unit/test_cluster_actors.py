@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import builders
+import byte_tokens
 import pytest
 import ray
 import ray_listens
@@ -66,7 +67,7 @@ def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_here(hostile_folder: Path) -> Iterator[str]:
     """One Ray for this file, started from a folder that shadows every import; afterwards no process and no file of it is left."""
     # Actors run without this folder on their path: what the tests hand them travels whole.
-    for module in (builders, sys.modules[__name__]):
+    for module in (byte_tokens, builders, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)
     folder = make_folder()
     config = load_config(None, {"worker.model": "fake", "ray.dashboard": False})
