@@ -101,7 +101,10 @@ def file_of(folder: Path, block_hash: int) -> Path:
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
+    """Nothing is left to damage of a file that has been cut to nothing."""
     raw = bytearray(path.read_bytes())
+    if not raw and how in ("flip", "cut"):
+        return
     match how:
         case "flip":
             raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
