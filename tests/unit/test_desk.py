@@ -15,6 +15,7 @@ from fake_backend import FakeBackend, serve
 from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.desk import MAX_VIEWERS, Desk
+from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
@@ -70,7 +71,9 @@ def lines(stream: httpx.Response) -> list[str]:
 
 async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -> None:
     config, draining = ApiConfig(), Draining()
-    desk = Desk(Services(backend, Tokenizer.load(MODEL), config, Metrics(backend), OpenBodies(config)), draining)
+    tokenizer = Tokenizer.load(MODEL)
+    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
+    desk = Desk(services, draining)
     pages = [desk.open() for _ in range(MAX_VIEWERS)]
     for page in pages:
         await anext(page)
