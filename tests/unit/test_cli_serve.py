@@ -23,7 +23,7 @@ import ray_listens
 from cluster.ray_session import processes
 
 MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
-BOUND_S = 120.0
+BOUND_S = 240.0
 
 
 def own_disk(folder: str, num_bytes: int) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ async def test_corrupted_pieces_never_reach_the_tokens(monkeypatch: pytest.Monke
         described = describe(memory, cut, pieces)
         if not spoiled:
             spoiled.append(described[0].piece)
-            described = (replace(described[0], checksum=described[0].checksum ^ 1), *described[1:])
+            described = (described[0]._replace(checksum=described[0].checksum ^ 1), *described[1:])
         return described
 
     monkeypatch.setattr("workers.handoff.source_driver.describe_pieces", spoil_once)
