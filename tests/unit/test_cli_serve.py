@@ -23,13 +23,18 @@ import ray_listens
 from cluster.ray_session import processes
 
 MODEL = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
-BOUND_S = 240.0
+BOUND_S = 120.0
 
 
 def own_disk(folder: str, num_bytes: int) -> tuple[str, ...]:
     """The beginning of a command that runs with a new disk at `folder`."""
     script = f'mount -t tmpfs -o size={num_bytes},mode=700 none "$0" && exec "$@"'
     return ("unshare", "--mount", "sh", "-c", script, folder)
+
+
+def heed_hangups() -> None:
+    """In the new process, whatever the tests run under: `nohup` has SIGHUP ignored, which `baton serve` would keep to."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Serve:
@@ -50,6 +55,7 @@ class Serve:
             text=True,
             start_new_session=True,
             env=self.environment,
+            preexec_fn=heed_hangups,
         )
         self.pid = self._process.pid
         self._watchdog = threading.Timer(BOUND_S, self._process.kill)
