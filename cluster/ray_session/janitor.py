@@ -6,13 +6,16 @@ dies. An owner that cleans up by itself ends the janitor as one of the cluster's
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 
+from cluster.ray_session import processes
 from cluster.ray_session.defaults import own_paths
 from cluster.ray_session.folders import end_local
 
 _PATIENCE_S = 1.0
+_LOOK_S = 2.0
 
 
 def engage(folder: str) -> subprocess.Popen[bytes]:
@@ -38,5 +41,9 @@ def dismiss(janitor: subprocess.Popen[bytes]) -> None:
 
 
 def main(folder: str) -> None:
-    sys.stdin.buffer.read()
-    end_local(folder, _PATIENCE_S)
+    """Ray's node process dies with the owner. Its agents would outlive it by a minute, nameless and nobody's children: they are
+    known from the last look while it lived."""
+    members: tuple[processes.Process, ...] = ()
+    while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+        members = processes.family(folder)
+    end_local(folder, _PATIENCE_S, members)
