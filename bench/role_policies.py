@@ -5,6 +5,7 @@ Both decide one flip at a time from the load that workers report; the switches t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from cluster.roles.config import RolesConfig
@@ -16,7 +17,7 @@ from router.fleet.seen import WorkerSeen
 from workers.status import Role
 
 
-class FlipPlanner:
+class FlipPlanner(ABC):
     """Asks `_flip` once an interval for a worker to flip between PREFILL and DECODE; the last of its kind stays."""
 
     def __init__(self, config: RolesConfig, targets: RoleTargets, local_tokens: int = 0) -> None:
@@ -49,8 +50,9 @@ class FlipPlanner:
         move = Move(worker.worker_id, worker.role, target)
         return [Decision(self._num_decisions, (move,), reason, nothing, nothing, (), forecast, 0)]
 
+    @abstractmethod
     def _flip(self, prefill: list[WorkerSeen], decode: list[WorkerSeen]) -> tuple[WorkerSeen | None, str]:
-        raise NotImplementedError
+        """The worker to switch, and why; None: nobody."""
 
     def _wait_s(self, worker: WorkerSeen) -> float:
         """Until what waits at a prefill worker has been computed."""
