@@ -23,12 +23,12 @@ START_TIMEOUT_S = 180
 class ClusterProcess:
     """A running `baton serve`; `url` is where its router listens."""
 
-    def __init__(self, *flags: str, key: str = "") -> None:
-        """`key` opens the API and /admin."""
+    def __init__(self, *flags: str, key: str = "", roles: str = "off") -> None:
+        """`key` opens the API and /admin; workers change roles by themselves (`roles.mode`) only where a test is about that."""
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._environment = os.environ | ({"BATON_API_KEY": key, "BATON_ADMIN_KEY": key} if key else {})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--port", str(free_port()), *flags],
+            [sys.executable, "-m", "cluster.cli", "serve", "--port", str(free_port()), "--set", f"roles.mode={roles}", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

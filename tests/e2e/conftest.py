@@ -29,8 +29,6 @@ def cluster() -> Iterator[ClusterProcess]:
         "worker.transfer_timeout_s=5",
         "--set",
         "router.max_local_prefill_tokens=0",
-        "--set",
-        "roles.mode=off",
     )
     yield running
     running.stop()
