@@ -27,6 +27,7 @@ from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
 from router.backend import Backend
 from router.config import ApiConfig
+from router.direct import DIRECT, DirectWriter
 from router.policies.explain import route_of
 from workers.errors import Refusal, Refused
 from workers.request import Output
@@ -235,9 +236,22 @@ class Answer(Response):
             generation.wrote()
 
         writer = self._shape.writer(progress)
+        connection: DirectWriter | None = scope.get("extensions", {}).get(DIRECT)
+
+        def show(index: int, output: Output) -> bool:
+            """Writes what comes in the middle of an answer at once. The beginning and the end go through every ASGI layer."""
+            is_middle = output.finish_reason is None and progress.choices[index].is_announced
+            if connection is None or not (is_middle and connection.is_open):
+                return False
+            chunk = writer.chunk(*progress.accept(index, output, time.monotonic()))
+            if body := "".join(chunk).encode():
+                connection.write(body)
+                generation.wrote()
+            return True
+
         try:
             while progress.num_unfinished:
-                batch = await generation.next_batch()
+                batch = await generation.next_batch(show)
                 now_s = time.monotonic()
                 chunks: list[str] = []
                 for index, output in batch:

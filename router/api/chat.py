@@ -12,6 +12,7 @@ from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
+from router.api.plain_route import plain_post
 from router.api.schema import ChatBody
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
@@ -22,7 +23,7 @@ from workers.text.tokenizer import Tokenizer
 def chat_routes(services: Services) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @plain_post(routes, "/v1/chat/completions")
     async def create_chat_completion(http: HttpRequest) -> Response:
         job = await read_job(http, services, ChatBody, translate_chat)
         return Answer(services, job, ChatShape(job, services.tokenizer))
