@@ -50,7 +50,8 @@ class RouterCore:
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config, secret)
         self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
-        self.mover = Mover(config, self.fleet, dispatcher, self.flights)
+        phase = int.from_bytes(secret[:4]) / (1 << 32)
+        self.mover = Mover(config, self.fleet, dispatcher, self.flights, phase)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event and returns what to do, in this order."""

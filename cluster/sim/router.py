@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from hashlib import sha256
 from typing import Any, Protocol, assert_never
 
 from cluster.sim.network import Network
@@ -49,7 +50,7 @@ class SimRouter:
     def __init__(self, world: World, config: RouterConfig, name: str, grace_s: float, doubt_s: float) -> None:
         self.world = world
         self.name = name
-        self.core = RouterCore(config, make_policy(config))
+        self.core = RouterCore(config, make_policy(config), sha256(name.encode()).digest())
         self.membership = Membership(grace_s, doubt_s)
         self.is_dead = False
         self._config = config
