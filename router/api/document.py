@@ -128,6 +128,25 @@ ENDPOINTS = (
     Endpoint(
         "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
     ),
+    Endpoint("get", "/admin/keys", "The keys of tenants, by their hashes", answers.KeysAnswer, key="admin"),
+    Endpoint(
+        "post",
+        "/admin/keys",
+        "Keeps the hash of a tenant's new key",
+        answers.KeyAnswer,
+        KeyBody,
+        key="admin",
+        errors=_STEER,
+    ),
+    Endpoint(
+        "post",
+        "/admin/keys/{key_id}/end",
+        "Revokes a tenant's key, now or at a time that comes",
+        answers.KeyAnswer,
+        KeyEndBody,
+        key="admin",
+        errors=_STEER,
+    ),
     Endpoint(
         "post",
         "/admin/workers/{worker_id}/pin",
