@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from router.api.access_log import AccessLog
 from router.api.admin import admin_routes
 from router.api.admin_keys import key_routes
 from router.api.answer import Services
@@ -26,6 +27,7 @@ from router.api.problems import answer_problem
 from router.api.responses import response_routes
 from router.api.tenant_metrics import TenantMetrics
 from router.api.tokenization import tokenization_routes
+from router.api.web import Cors, PlainMethods, Prefix
 from router.backend import Backend
 from router.config import ApiConfig
 from router.tenants.config import TenantsConfig
@@ -46,8 +48,9 @@ def create_app(
 ) -> FastAPI:
     """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics.
 
-    Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics. Without a `tenancy` the
-    keys of `config` are all there are.
+    Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics; whoever ends the app
+    closes `app.state.access_log`. Without a `tenancy` the keys of `config` are all there are. Raises InvalidConfig when the log cannot
+    be written.
     """
     draining = draining or Draining()
     tenancy = tenancy or Tenancy(TenantsConfig(), config.api_keys)
@@ -73,6 +76,13 @@ def create_app(
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_problem)
+    app.state.access_log = AccessLog(config)
+    app.add_middleware(PlainMethods)  # the innermost layer first
     app.add_middleware(DrainingGate, draining=draining, open_paths=MONITOR_PATHS)
-    app.add_middleware(Gate, config=config, metrics=services.metrics, tenancy=tenancy)
+    log = app.state.access_log
+    app.add_middleware(Gate, config=config, metrics=services.metrics, tenancy=tenancy, access_log=log)
+    if config.cors.origins:
+        app.add_middleware(Cors, config=config.cors)
+    if config.root_path:
+        app.add_middleware(Prefix, prefix=config.root_path)
     return app

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.api.access_log import AccessLog
 from router.api.callers import RATE_HEADERS
 from router.api.door import Door
 from router.api.metrics import Metrics
@@ -95,12 +97,15 @@ DISCONNECTED = "client_disconnected"
 
 
 class Gate:
-    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id and is counted once."""
+    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id, and is counted and logged once."""
 
-    def __init__(self, app: ASGIApp, config: ApiConfig, metrics: Metrics, tenancy: Tenancy) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ApiConfig, metrics: Metrics, tenancy: Tenancy, access_log: AccessLog
+    ) -> None:
         self._app = app
         self._config = config
         self._metrics = metrics
+        self._access_log = access_log
         self._door = Door(config, tenancy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +117,7 @@ class Gate:
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        begin_s = time.monotonic()
         status = 0
         is_counted = False
 
@@ -120,6 +126,7 @@ class Gate:
             if not is_counted:
                 is_counted = True
                 self._metrics.count_request(scope["path"], status, state.get("refusal", ""))
+                self._access_log.note(scope, status, begin_s)
 
         async def send_with_id(message: Message) -> None:
             """Counts before the last byte goes out: whoever has the answer finds it in the metrics."""

@@ -45,12 +45,13 @@ def response_routes(services: Services) -> APIRouter:
         job = await read_job(http, services, ResponsesBody, translate)
         return Answer(services, job, ResponseShape(job, asked, store, owner))
 
-    # One route, so that a 405 names both methods.
-    @routes.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], response_model=None)
-    async def show_or_delete_response(http: HttpRequest, response_id: str) -> Response:
-        stored = _find(store, response_id, _owner(http))
-        if http.method == "GET":
-            return _json(stored.response)
+    @routes.get("/v1/responses/{response_id}", response_model=None)
+    async def show_response(http: HttpRequest, response_id: str) -> Response:
+        return _json(_find(store, response_id, _owner(http)).response)
+
+    @routes.delete("/v1/responses/{response_id}", response_model=None)
+    async def delete_response(http: HttpRequest, response_id: str) -> Response:
+        _find(store, response_id, _owner(http))
         store.delete(response_id, _owner(http))
         return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 

@@ -20,6 +20,7 @@ class TenantLimits:
     minute's."""
 
     requests_per_min: Natural = 0
+    """HTTP requests that are run; those that are refused for lack of room do not count."""
     input_tokens_per_min: Natural = 0
     """Of prompts, cached ones included."""
     output_tokens_per_min: Natural = 0
@@ -31,6 +32,7 @@ class TenantLimits:
     min_priority: Priority = -_INT32
     """Lower runs first, among the tenant's own requests."""
     max_priority: Priority = _INT32
+    """Another one is refused; a request that names none gets 0, or what is nearest."""
     models: tuple[Text, ...] = ()
     """That it may use; empty: all."""
     shared_prefixes: bool = False
@@ -67,6 +69,7 @@ class TenantsConfig:
     shared_prefixes: bool = False
     """Prompts of all tenants share cached blocks, as if each said so."""
     max_tenants: Count = 4096
+    """In the file."""
     max_keys: Count = 16_384
     """Further keys do not count, and are named in the log."""
     slice_s: Seconds = 1.0
@@ -76,6 +79,7 @@ class TenantsConfig:
     metric_labels: Natural = 50
     """Tenants that have a label of their own in /metrics: those that came first since the start. Others are told as `other`."""
     usage: UsageConfig = field(default_factory=UsageConfig)
+    """The usage log."""
 
     @property
     def is_on(self) -> bool:

@@ -294,6 +294,7 @@ def serve(
     finally:
         server.should_exit = True
         thread.join(30)
+        app.state.access_log.close()
 
 
 @dataclass(frozen=True, slots=True)
