@@ -55,6 +55,7 @@ class Endpoint:
 _WORK = (400, 404, 413, 415, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
 _READ = (400, 404, 413, 415, 429, 503)
 _STEER = (400, 404, 413, 415, 429, 500, 503)
+_KEYS_OF = (400, 404, 409, 413, 415, 429, 503)
 
 ENDPOINTS = (
     Endpoint(
@@ -146,7 +147,7 @@ ENDPOINTS = (
         answers.KeyAnswer,
         KeyBody,
         key="admin",
-        errors=_STEER,
+        errors=_KEYS_OF,
     ),
     Endpoint(
         "post",
@@ -155,7 +156,7 @@ ENDPOINTS = (
         answers.KeyAnswer,
         KeyEndBody,
         key="admin",
-        errors=_STEER,
+        errors=_KEYS_OF,
     ),
     Endpoint(
         "post",
@@ -190,7 +191,7 @@ _PHRASES = {
     401: "The key is missing or wrong",
     403: "Not served to this client",
     404: "There is no such model, response or worker",
-    409: "The request is answered elsewhere",
+    409: "The request is answered elsewhere, or there is such a key already",
     413: "The body is too large",
     415: "The body is not sent as application/json",
     429: "Too much at once; retry-after says when to come back",
