@@ -15,8 +15,8 @@ import pytest
 from fake_backend import MESSAGES, Api, open_api
 
 from router.api.app import create_app
-from router.api.plain_route import plain_paths
 from router.api.document import ENDPOINTS
+from router.api.plain_route import plain_paths
 from router.config import ApiConfig
 
 CONFIG = ApiConfig(api_keys=("key",), admin_keys=("key",), max_n=4, max_prompts=4, max_choices=8)
