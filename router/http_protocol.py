@@ -138,7 +138,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stop(rejected(400, "too_many_requests_ahead", "too many requests were sent ahead of answers").problem)
         has_chunks = self.parser.get_http_version() != "1.0"
         if has_chunks:
-            self.scope["extensions"] = {DIRECT: self._writer}  # type: ignore[typeddict-unknown-key]
+            self.scope["extensions"] = {DIRECT: self._writer}  # type: ignore[dict-item]
         super().on_headers_complete()
         if self.cycle is not None and not has_chunks:
             self.cycle.__class__ = UnframedCycle  # before it runs, which it does in a task
