@@ -7,6 +7,7 @@ from typing import Any, Protocol, assert_never
 from cluster.sim.core_loop import CoreLoop
 from cluster.sim.network import Network
 from cluster.sim.product import (
+    NO_WISHES,
     Adopt,
     Membership,
     MembershipTick,
@@ -16,6 +17,7 @@ from cluster.sim.product import (
     RouterCore,
     Snapshot,
     Submit,
+    Wishes,
     WorkerFrame,
     make_policy,
     router_events,
@@ -160,9 +162,9 @@ class SimRouter(CoreLoop[router_events.Event, router_events.Command]):
 
     # ---- clients and the store ----
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> None:
         self._hear_steps()
-        self.handle(router_events.RequestArrived(request))
+        self.handle(router_events.RequestArrived(request, wishes))
 
     def cancel(self, request_id: str) -> None:
         self.handle(router_events.RequestCancelled(request_id))
