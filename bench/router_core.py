@@ -28,6 +28,7 @@ from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.translate import translate_chat
+from router.api.turns import Turns
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
@@ -176,7 +177,9 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     await settle()
     config = ApiConfig()
     tokenizer = Tokenizer.load(str(CHECKPOINT))
-    services = Services(driver, tokenizer, config, Metrics(driver), OpenBodies(config), GrammarChecks(tokenizer))
+    services = Services(
+        driver, tokenizer, config, Metrics(driver), OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0)
+    )
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     frames: list[bytes] = []
     sent = num_steps_sent = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -25,6 +26,7 @@ from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal
 from router.api.schema import AnyBody, parse_body
 from router.api.translate import Job
+from router.api.turns import Turns
 from router.backend import Backend
 from router.config import ApiConfig
 from router.policies.explain import route_of
@@ -81,6 +83,7 @@ class Services:
     metrics: Metrics
     bodies: OpenBodies
     grammars: GrammarChecks
+    turns: Turns
 
 
 class StreamWriter(Protocol):
@@ -141,6 +144,11 @@ def usage_and_trace(job: Job, progress: JobProgress) -> dict[str, Any]:
     return {"usage": progress.usage()} | ({"baton": progress.trace()} if job.trace else {})
 
 
+def owner_of(headers: Headers) -> bytes:
+    """Who sends the key of these headers; the same for all without one."""
+    return hashlib.sha256((headers.get("authorization") or headers.get("x-api-key") or "").encode()).digest()
+
+
 Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
 
 
@@ -150,7 +158,10 @@ async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], t
         model = services.backend.model
 
         def build() -> Job:
-            return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
+            job = translate(parse_body(kind, raw), model, services.tokenizer, services.config)
+            return services.turns.splice(job, owner, model) if model is not None else job
+
+        owner = owner_of(http.headers)
 
         # EBNF is turned into Lark's language in Python, a character at a time.
         may_take_long = b"grammar" in raw or b"ebnf" in raw

@@ -24,6 +24,7 @@ from router.api.models import model_routes
 from router.api.problems import answer_problem
 from router.api.responses import response_routes
 from router.api.tokenization import tokenization_routes
+from router.api.turns import Turns
 from router.api.web import Cors, PlainMethods, Prefix
 from router.backend import Backend
 from router.config import ApiConfig
@@ -38,7 +39,15 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
     closes `app.state.access_log`. Raises InvalidConfig when that cannot be written.
     """
     draining = draining or Draining()
-    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
+    services = Services(
+        backend,
+        tokenizer,
+        config,
+        Metrics(backend, config.metrics_compat),
+        OpenBodies(config),
+        GrammarChecks(tokenizer),
+        Turns(tokenizer, config.turn_memory_bytes),
+    )
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.metrics = services.metrics
     for routes in (

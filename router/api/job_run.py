@@ -16,6 +16,7 @@ from router.api.metrics import Metrics
 from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
+from router.api.turns import TurnRecorder
 from router.backend import Backend, OutputStream
 from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
@@ -186,6 +187,7 @@ class JobProgress:
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
         )
+        self._recorders = [TurnRecorder(job.turn, one.prompt_token_ids) for one in job.requests] if job.turn else None
         self.num_unfinished = len(self.choices)
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
         self.completion_tokens = 0
@@ -211,6 +213,8 @@ class JobProgress:
         if output.prompt_logprobs:
             _add_scores(choice, output.prompt_logprobs)
         choice.num_drawn += num_new
+        if self._recorders is not None:
+            self._recorders[index].add(output)
         if self._hides:
             reason = FinishReason.LENGTH if reason else None
             output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=reason, stop_reason=None)
@@ -232,6 +236,7 @@ class JobProgress:
             self._metrics.generation_tokens.inc(num_new)
         if reason is not None:
             choice.finish_reason = reason
+            self._metrics.finished.labels(reason.value).inc()
             choice.stop_reason = output.stop_reason
             self._finish(now_s)
         if self._keep:

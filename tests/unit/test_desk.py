@@ -19,6 +19,7 @@ from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
+from router.api.turns import Turns
 from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
 
@@ -72,7 +73,9 @@ def lines(stream: httpx.Response) -> list[str]:
 async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -> None:
     config, draining = ApiConfig(), Draining()
     tokenizer = Tokenizer.load(MODEL)
-    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
+    services = Services(
+        backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0)
+    )
     desk = Desk(services, draining)
     pages = [desk.open() for _ in range(MAX_VIEWERS)]
     for page in pages:
