@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
+from router.api.callers import caller_of
 from router.api.job_run import JobProgress
 from router.api.problems import Problem, rejected
 from router.api.response_store import ResponseStore, Stored
@@ -78,7 +78,7 @@ def _json(value: dict[str, Any]) -> Response:
 
 
 def _owner(http: HttpRequest) -> bytes:
-    return hashlib.sha256(http.headers.get("authorization", "").encode()).digest()
+    return caller_of(http.scope).owner
 
 
 def _find(store: ResponseStore, response_id: str, owner: bytes, param: str = "response_id") -> Stored:
