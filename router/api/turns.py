@@ -31,7 +31,7 @@ _TRIED = 4
 
 class Turns:
     """What one router remembers, the oldest forgotten first. Used by several threads. Texts are kept as keyed hashes, under the key of
-    the client that had them."""
+    the client that had them, and the salt of its request."""
 
     def __init__(self, tokenizer: Tokenizer, max_bytes: int) -> None:
         """`max_bytes` of tokens, 4 bytes each; 0: nothing is remembered."""
@@ -48,6 +48,7 @@ class Turns:
         rendered = job.prompts[0].rendered
         if not self._max_bytes or not rendered:
             return job
+        owner += hashlib.sha256(job.cache_salt.encode()).digest()
         job = replace(job, turn=Turn(self, self._hash(owner, rendered)))
         prompt = job.prompts[0]
         for end in prompt.turn_ends[: -_TRIED - 1 : -1]:
