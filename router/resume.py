@@ -107,7 +107,9 @@ class ResumingClient:
         while True:
             again = {"last-event-id": last_id} if last_id else {}
             try:
-                with self._http.stream("POST", f"{self._url}{path}", content=content, headers=self._all(headers | again)) as answer:
+                with self._http.stream(
+                    "POST", f"{self._url}{path}", content=content, headers=self._all(headers | again)
+                ) as answer:
                     if answer.status_code >= 400:
                         self._check(answer.status_code, answer.read(), patience)
                         continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import stat
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
@@ -19,6 +21,7 @@ from router.backend import RouterStatus
 from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
+from router.https import Certificate
 from router.roles import RoleDesk
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.machine.threads import NUM_HELPERS, started_threads
@@ -57,10 +60,13 @@ class RouterServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: RouterDriver | None = None
         self._stop_asked: asyncio.Event | None = None
+        self._certificate: Certificate | None = None
 
     async def start(self) -> str:
-        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, or
-        sampling_defaults name tokens that the model does not have."""
+        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, the certificate
+        cannot be used, or sampling_defaults name tokens that the model does not have."""
+        config = self._config
+        self._certificate = Certificate(config.cert_file, config.key_file) if config.cert_file else None
         tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
         await asyncio.to_thread(lambda: tokenizer.control)  # as long to make as the tokenizer
         if self._config.api.sampling_defaults == SamplingParams():
@@ -75,7 +81,8 @@ class RouterServer:
         self._thread.start()
         await asyncio.wrap_future(started)
         host, port = listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._certificate else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def set_workers(self, addresses: tuple[WorkerAddress, ...]) -> None:
         """The cluster's members now are these. Takes effect soon after; a stopped router ignores it."""
@@ -150,6 +157,7 @@ class RouterServer:
         await driver.start()
         draining = Draining()
         app = create_app(driver, tokenizer, self._config.api, draining)
+        unix = bind_unix(self._config.uds) if self._config.uds else None
         http = HttpServer(
             app,
             self._config.http,
@@ -157,7 +165,10 @@ class RouterServer:
             lambda: None if started.done() else started.set_result(None),
             app.state.metrics.count_refused_connection,
             LAST_WORDS_S,
+            self._certificate.context if self._certificate else None,
+            unix,
         )
+        watching = asyncio.create_task(self._certificate.watch()) if self._certificate else None
         self._stop_asked = asyncio.Event()
         self._loop, self._driver = asyncio.get_running_loop(), driver
         if self._listener is not None:
@@ -174,6 +185,12 @@ class RouterServer:
             await driver.stop()
             http.should_exit = True
             await serving
+            if watching is not None:
+                watching.cancel()
+            if unix is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._config.uds)
+            await asyncio.to_thread(app.state.access_log.close)
 
     async def _serve_http(self, http: HttpServer, driver: RouterDriver, listener: socket.socket) -> None:
         """Those who wait since another router died had workers then, and should not be told that there are none."""
@@ -196,3 +213,34 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise InvalidConfig(f"router.port {port} cannot be used on {host}: {error.strerror}; choose another") from error
     return listener
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A Unix socket that whoever may enter its folder can connect to, as every user of this host can to a port of loopback. What
+    a router that was killed has left there is removed. Raises InvalidConfig."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_abandoned(path):
+            os.unlink(path)
+        os.fchmod(listener.fileno(), 0o666)  # not chmod behind bind, when who is not to connect may have done so
+        listener.bind(path)
+        os.chmod(path, 0o666)  # bind takes off what the umask forbids
+    except OSError as error:
+        listener.close()
+        raise InvalidConfig(f"router.uds {path!r} cannot be used: {error.strerror or error}") from error
+    return listener
+
+
+def _is_abandoned(path: str) -> bool:
+    """A socket at which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as visitor:
+        try:
+            visitor.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False

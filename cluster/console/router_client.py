@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,11 @@ from urllib.parse import quote
 import httpx
 
 from workers.errors import BatonError, InvalidConfig
+
+
+def authorities(url: str) -> ssl.SSLContext | bool:
+    """Whose certificates are believed at a URL: the system's authorities, or those in SSL_CERT_FILE."""
+    return ssl.create_default_context() if url.startswith("https:") else False
 
 
 class RouterUnreachable(BatonError):
@@ -24,7 +30,9 @@ class RouterClient:
         self._url = url
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         # trust_env: a proxy for the internet must not be asked for this host.
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=timeout_s, trust_env=False, verify=authorities(url)
+        )
 
     def __enter__(self) -> RouterClient:
         return self

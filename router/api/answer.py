@@ -184,6 +184,7 @@ class Answer(Response):
                 span.end(repr(error))
                 raise
         progress = JobProgress(job, services.metrics, start_s, generation.decisions)
+        scope["state"]["work"] = progress
         try:
             if job.stream:
                 await self._send_stream(generation, progress, scope, send)

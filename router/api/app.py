@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from router.api.access_log import AccessLog
 from router.api.admin import admin_routes
 from router.api.answer import Services
 from router.api.bodies import OpenBodies
@@ -24,6 +25,7 @@ from router.api.problems import answer_problem
 from router.api.requests import request_routes
 from router.api.responses import response_routes
 from router.api.tokenization import tokenization_routes
+from router.api.web import Cors, PlainMethods, Prefix
 from router.backend import Backend
 from router.config import ApiConfig
 from workers.errors import BatonError
@@ -33,7 +35,8 @@ from workers.text.tokenizer import Tokenizer
 def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draining: Draining | None = None) -> FastAPI:
     """The OpenAI-style API over a backend. Several apps may live in one process; each has its own metrics.
 
-    Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics.
+    Whoever ends the app without cutting answers hands in a `draining`. `app.state.metrics` are its Metrics; whoever ends the app
+    closes `app.state.access_log`. Raises InvalidConfig when that cannot be written.
     """
     draining = draining or Draining()
     services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
@@ -55,6 +58,12 @@ def create_app(backend: Backend, tokenizer: Tokenizer, config: ApiConfig, draini
         app.include_router(routes)
     for kind in (BatonError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_problem)
+    app.state.access_log = AccessLog(config)
+    app.add_middleware(PlainMethods)  # the innermost layer first
     app.add_middleware(DrainingGate, draining=draining, open_paths=MONITOR_PATHS)
-    app.add_middleware(Gate, config=config, metrics=services.metrics)
+    app.add_middleware(Gate, config=config, metrics=services.metrics, access_log=app.state.access_log)
+    if config.cors.origins:
+        app.add_middleware(Cors, config=config.cors)
+    if config.root_path:
+        app.add_middleware(Prefix, prefix=config.root_path)
     return app

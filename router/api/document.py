@@ -234,7 +234,7 @@ class _Untitled(GenerateJsonSchema):
 
 
 def make_document(config: ApiConfig) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of an API with these settings, of which only the keys matter; what other settings bound is refused with 400."""
+    """The OpenAPI 3.1 document of an API with these settings, of which only the keys and the prefix matter; what other settings bound is refused with 400."""
     kinds: dict[type[BaseModel], JsonSchemaMode] = {}
     for endpoint in ENDPOINTS:
         for kind in (endpoint.body, endpoint.answer, endpoint.chunk, endpoint.error):
@@ -247,6 +247,7 @@ def make_document(config: ApiConfig) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Baton", "version": product_version()},
+        **({"servers": [{"url": config.root_path}]} if config.root_path else {}),
         "paths": paths,
         "components": {
             "schemas": schemas["$defs"],
@@ -320,7 +321,7 @@ def make_page(document: dict[str, Any]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Baton</title>",
         f"<style>{_STYLE}</style><h1>Baton {html.escape(document['info']['version'])}</h1>",
-        "<p>For programs: <a href=/openapi.json>/openapi.json</a></p>",
+        "<p>For programs: <a href=openapi.json>/openapi.json</a></p>",
     ]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

@@ -7,7 +7,7 @@
 | /docs, /openapi.json | as /metrics, by api.docs | as /metrics |
 | /admin/ui | everybody; no data in it | this host |
 | /admin | an admin key | this host; of web pages the one at /admin/ui alone |
-| everything else | an API key | this host (api.insecure: every host); no foreign web page |
+| everything else | an API key | this host (api.insecure: every host); no foreign web page but those of api.cors |
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Door:
         """By path, of those that may be open."""
         self._is_insecure = config.insecure
         self._allowed_hosts = frozenset(host.lower() for host in config.allowed_hosts)
+        self._allowed_origins = frozenset(config.cors.origins)
 
     def check(self, scope: Scope, headers: Headers) -> None:
         """Raises Rejected: 401 for a missing or wrong key, 403 for a client that has none to send, 415 for a body that is not JSON."""
@@ -83,6 +84,8 @@ class Door:
             _check_client(scope)
             self._check_host(headers)
         origin = headers.get("origin")
+        if origin is not None and origin in self._allowed_origins:
+            return
         if origin is not None:
             page = urlsplit(origin).hostname or ""
             if not (page == host or (self._is_here(page) and not self._is_insecure)):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.api.access_log import AccessLog
 from router.api.door import Door
 from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal, rejected
@@ -93,12 +95,13 @@ DISCONNECTED = "client_disconnected"
 
 
 class Gate:
-    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id and is counted once."""
+    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id, and is counted and logged once."""
 
-    def __init__(self, app: ASGIApp, config: ApiConfig, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, config: ApiConfig, metrics: Metrics, access_log: AccessLog) -> None:
         self._app = app
         self._config = config
         self._metrics = metrics
+        self._access_log = access_log
         self._door = Door(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,6 +113,7 @@ class Gate:
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        begin_s = time.monotonic()
         status = 0
         is_counted = False
 
@@ -118,6 +122,7 @@ class Gate:
             if not is_counted:
                 is_counted = True
                 self._metrics.count_request(scope["path"], status, state.get("refusal", ""))
+                self._access_log.note(scope, status, begin_s)
 
         async def send_with_id(message: Message) -> None:
             """Counts before the last byte goes out: whoever has the answer finds it in the metrics."""

@@ -66,25 +66,26 @@ def response_routes(services: Services) -> APIRouter:
             return Answer(services, asked, after, found or await services.seeker.find(asked.job.job_id))
         return _json(_shape(asked).response("queued", []))
 
-    # One route, so that a 405 names both methods.
-    @routes.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], response_model=None)
-    async def show_or_delete_response(http: HttpRequest, response_id: str) -> Response:
+    @routes.delete("/v1/responses/{response_id}", response_model=None)
+    async def delete_response(http: HttpRequest, response_id: str) -> Response:
+        owner = owner_of(http.headers)
+        there = await find(response_id, owner)
+        if there is not None:
+            await services.backend.find(there[0].job.job_id, ends=True)
+        if not store.delete(response_id, owner) and there is None:
+            raise UnknownResponse(response_id)
+        return _json({"id": response_id, "object": "response.deleted", "deleted": True})
+
+    @routes.get("/v1/responses/{response_id}", response_model=None)
+    async def show_response(http: HttpRequest, response_id: str) -> Response:
         owner = owner_of(http.headers)
         stored = store.get(response_id, owner)
-        if http.method == "DELETE":
-            there = await find(response_id, owner)
-            if there is not None:
-                await services.backend.find(there[0].job.job_id, ends=True)
-            if not store.delete(response_id, owner) and there is None:
-                raise UnknownResponse(response_id)
-            return _json({"id": response_id, "object": "response.deleted", "deleted": True})
         if http.query_params.get("stream") == "true":
             there = await find(response_id, owner)
             if there is None:
                 raise UnknownResponse(response_id, "the events of" if stored is not None else "")
-            asked, found = there
-            asked = await read_ticket(services, RESPONSE, asked.ticket, is_stream=True)
-            return Answer(services, asked, http.query_params.get("starting_after", ""), found)
+            asked = await read_ticket(services, RESPONSE, there[0].ticket, is_stream=True)
+            return Answer(services, asked, http.query_params.get("starting_after", ""), there[1])
         if stored is None and await fetch(response_id, owner):
             stored = store.get(response_id, owner)
         if stored is not None:

@@ -290,6 +290,7 @@ def serve(backend: FakeBackend, config: ApiConfig | None = None, http: HttpConfi
     finally:
         server.should_exit = True
         thread.join(30)
+        app.state.access_log.close()
 
 
 @dataclass(frozen=True, slots=True)

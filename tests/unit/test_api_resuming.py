@@ -162,7 +162,7 @@ def test_nobody_reads_what_another_key_has_asked_for(two: Any) -> None:
 
 
 def test_the_state_of_a_request_says_where_it_is(two: Any) -> None:
-    backend, first, second = two
+    _, first, second = two
     first.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 4, "n": 2}, headers={"idempotency-key": "k"})
     state = second.get("/v1/requests/k").json()
     assert state["status"] == "completed" and state["kind"] == "completion"
