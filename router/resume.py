@@ -77,13 +77,13 @@ class ResumingClient:
 
     def create(self, path: str, body: Mapping[str, Any], key: str = "") -> dict[str, Any]:
         """The whole answer of a POST to `path`, such as /v1/chat/completions. Raises RequestFailed, NotAnswered."""
-        answer = self.send(path, json.dumps(body).encode(), self._named(key))
+        answer = self.send(path, json.dumps(body).encode(), self.named(key))
         found: dict[str, Any] = answer.json()
         return found
 
     def stream(self, path: str, body: Mapping[str, Any], key: str = "") -> Iterator[dict[str, Any]]:
         """The events of the same as a stream, parsed, each once. Raises as `create`."""
-        for event in self.events(path, json.dumps({**body, "stream": True}).encode(), self._named(key)):
+        for event in self.events(path, json.dumps({**body, "stream": True}).encode(), self.named(key)):
             data = _data(event)
             if data and data != "[DONE]":
                 yield json.loads(data)
@@ -108,7 +108,7 @@ class ResumingClient:
             again = {"last-event-id": last_id} if last_id else {}
             try:
                 with self._http.stream(
-                    "POST", f"{self._url}{path}", content=content, headers=self._all(headers | again)
+                    "POST", f"{self._url}{path}", content=content, headers=self._all({**headers, **again})
                 ) as answer:
                     if answer.status_code >= 400:
                         self._check(answer.status_code, answer.read(), patience)
@@ -132,7 +132,18 @@ class ResumingClient:
                 failed_s = failed_s or time.monotonic()
                 self._turn_to_another(patience, error)
 
-    def _named(self, key: str) -> dict[str, str]:
+    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> httpx.Response:
+        """Anything else than to be answered: of the first router that is there."""
+        patience = _Patience(self._give_up_s)
+        while True:
+            try:
+                answer = self._http.request(method, f"{self._url}{path}", headers=self._all(headers))
+                return httpx.Response(answer.status_code, headers=_without_length(answer), content=answer.content)
+            except httpx.TransportError as error:
+                self._turn_to_another(patience, error)
+
+    def named(self, key: str) -> dict[str, str]:
+        """The headers by which a request is known when it is sent again."""
         return {"idempotency-key": key or uuid.uuid4().hex, "x-baton-created": str(int(time.time()))}
 
     def _all(self, headers: Mapping[str, str]) -> dict[str, str]:
@@ -216,3 +227,54 @@ _LAST = ("response.completed", "response.incomplete", "response.failed", "messag
 
 def _is_last(event: str) -> bool:
     return _data(event) == "[DONE]" or _field(event, "event") in _LAST
+
+
+class _Transport(httpx.BaseTransport):
+    """Below a client that knows nothing of routers, such as openai's. Anything but a POST of JSON goes to one router, once."""
+
+    def __init__(self, client: ResumingClient) -> None:
+        self._client = client
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        client, path = self._client, request.url.raw_path.decode()
+        kept = {name: value for name, value in request.headers.items() if name not in _HOP}
+        if request.method != "POST":
+            return client.ask(request.method, path, kept)
+        content = request.read()
+        headers = {**kept, **client.named(request.headers.get("idempotency-key", ""))}
+        try:
+            if json.loads(content or b"{}").get("stream"):
+                events = client.events(path, content, headers)
+                first = next(events, "")
+                body = _Body(itertools.chain((first,), events))
+                return httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, stream=body)
+            answer = client.send(path, content, headers)
+            return httpx.Response(answer.status_code, headers=_without_length(answer), content=answer.content)
+        except RequestFailed as failure:
+            return httpx.Response(failure.status, json={"error": dict(failure.error)})
+        except NotAnswered as failure:
+            raise httpx.ConnectError(str(failure)) from failure
+
+    def close(self) -> None:
+        self._client.close()
+
+
+_HOP = frozenset(("host", "content-length", "connection", "transfer-encoding", "accept-encoding"))
+
+
+def _without_length(answer: httpx.Response) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name not in {*_HOP, "content-encoding"}}
+
+
+class _Body(httpx.SyncByteStream):
+    def __init__(self, events: Iterator[str]) -> None:
+        self._events = events
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (event.encode() for event in self._events)
+
+
+def resuming_http(base_urls: str | Sequence[str], api_key: str = "", give_up_s: float = 60.0) -> httpx.Client:
+    """For `openai.OpenAI(http_client=...)`: what that client sends is answered as by a ResumingClient. Its own base_url may name any host."""
+    client = ResumingClient(base_urls, api_key, give_up_s)
+    return httpx.Client(transport=_Transport(client), timeout=None)

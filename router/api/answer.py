@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.api import sse
-from router.api.asking import Asked, Seeker, as_first_asked
+from router.api.asking import Inquiry, Seeker, as_first_asked
 from router.api.bodies import OpenBodies
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
 from router.api.grammar_check import GrammarChecks
@@ -123,7 +123,7 @@ def usage_and_trace(job: Job, progress: JobProgress) -> dict[str, Any]:
     return {"usage": progress.usage()} | ({"baton": progress.trace()} if job.trace else {})
 
 
-async def whole(services: Services, asked: Asked, found: FoundJob) -> dict[str, Any]:
+async def whole(services: Services, asked: Inquiry, found: FoundJob) -> dict[str, Any]:
     """The whole answer of a job that was found, once it has ended."""
     answer = Answer(services, asked, found=found)
     answer._number(found)
@@ -142,7 +142,7 @@ async def whole(services: Services, asked: Asked, found: FoundJob) -> dict[str, 
 class Answer(Response):
     """Sends a job's answer. Everything starts and ends inside the call, so no stream of the backend can be left open."""
 
-    def __init__(self, services: Services, asked: Asked, after: str = "", found: FoundJob | None = None) -> None:
+    def __init__(self, services: Services, asked: Inquiry, after: str = "", found: FoundJob | None = None) -> None:
         """`after`: the id of the last event that the client has. With `found` the job is taken up where it is."""
         super().__init__()
         self._services = services
@@ -210,8 +210,7 @@ class Answer(Response):
         model = services.backend.model
         if model is not None and (found is not None or self._after or (job.stream and self._shape.is_counted)):
             self._retellings = [
-                Retelling(request, services.tokenizer, model.max_model_len, found is None, self._ids.cut(index))
-                for index, request in enumerate(job.requests)
+                Retelling(request, services.tokenizer, model.max_model_len, found is None) for request in job.requests
             ]
 
     def _pieces(self, index: int, output: Output) -> Iterable[Output]:

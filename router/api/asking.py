@@ -63,7 +63,7 @@ class AnswerKind:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Inquiry:
     """What a client asks for. `key`: its own name for it; empty: it gave none."""
 
     kind: AnswerKind
@@ -96,7 +96,7 @@ async def read_asked(
     services: Services,
     kind: AnswerKind,
     fetch: Callable[[Rejected], Awaitable[bool]] | None = None,
-) -> Asked:
+) -> Inquiry:
     """Reads, checks and tokenizes one request; one that is not short in a thread. `fetch` may get what it was rejected for want
     of; then it is read again."""
     owner, key = owner_of(http.headers), key_in(http.headers, services.config)
@@ -119,7 +119,7 @@ def _created(headers: Headers) -> int:
     return int(text or 0)
 
 
-async def read_ticket(services: Services, kind: AnswerKind, ticket: Ticket, is_stream: bool | None = None) -> Asked:
+async def read_ticket(services: Services, kind: AnswerKind, ticket: Ticket, is_stream: bool | None = None) -> Inquiry:
     """What somebody has asked for before. `is_stream`: how it is to be answered now."""
     return await read_body(
         services, kind, ticket.body, ticket.owner, ticket.naming, earlier=ticket.earlier, is_stream=is_stream
@@ -135,16 +135,16 @@ async def read_body(
     key: str = "",
     earlier: list[dict[str, Any]] | None = None,
     is_stream: bool | None = None,
-) -> Asked:
+) -> Inquiry:
     model = services.backend.model
     reading = Reading(naming, owner, model, services.tokenizer, services.config, services.responses, earlier)
 
-    def build() -> Asked:
+    def build() -> Inquiry:
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
             job = replace(job, stream=is_stream)
         ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
-        return Asked(kind, job, make_shape(job), ticket, ticket.write(), key, reading.is_background)
+        return Inquiry(kind, job, make_shape(job), ticket, ticket.write(), key, reading.is_background)
 
     # EBNF is turned into Lark's language in Python, a character at a time.
     may_take_long = b"grammar" in raw or b"ebnf" in raw
@@ -162,7 +162,7 @@ class Seeker:
         self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
 
     @asynccontextmanager
-    async def turn(self, asked: Asked) -> AsyncIterator[None]:
+    async def turn(self, asked: Inquiry) -> AsyncIterator[None]:
         """Of several requests with one key the next looks when the one before has been submitted."""
         if not asked.key:
             yield
@@ -191,7 +191,7 @@ class Seeker:
             found = await self._backend.find(job)
         return found
 
-    async def look(self, asked: Asked) -> FoundJob | None:
+    async def look(self, asked: Inquiry) -> FoundJob | None:
         """None: nobody has it. Raises Rejected when another body was sent with this key."""
         if not asked.key:
             return None
@@ -209,7 +209,7 @@ class Seeker:
         return found
 
 
-async def as_first_asked(services: Services, asked: Asked, found: FoundJob) -> Asked:
+async def as_first_asked(services: Services, asked: Inquiry, found: FoundJob) -> Inquiry:
     """With the time at which it was first asked for: the answer says it."""
     ticket = Ticket.read(found.ticket)
     if ticket is None or ticket.naming == asked.ticket.naming:

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from router.api.asking import Asked
+from router.api.asking import Inquiry
 from router.api.job_run import JobOutputs, JobProgress
 from workers.errors import BatonError, Refusal, Refused
 
@@ -25,7 +25,7 @@ class BackgroundJobs:
         self._services = services
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    async def begin(self, asked: Asked) -> None:
+    async def begin(self, asked: Inquiry) -> None:
         """Submits a job and returns. Raises Refused, InvalidRequest."""
         if len(self._running) >= self._services.config.max_background:
             raise Refused(Refusal.QUEUE_FULL, "too many responses run in the background here", 1.0)
@@ -36,7 +36,7 @@ class BackgroundJobs:
         self._running[job.job_id] = task
         task.add_done_callback(lambda _: self._running.pop(job.job_id, None))
 
-    async def _run(self, asked: Asked, outputs: JobOutputs) -> None:
+    async def _run(self, asked: Inquiry, outputs: JobOutputs) -> None:
         progress = JobProgress(asked.job, self._services.metrics, time.monotonic(), outputs.decisions)
         try:
             while progress.num_unfinished:

@@ -34,10 +34,6 @@ class EventIds(Protocol):
         """The events behind all choices."""
         ...
 
-    def cut(self, index: int) -> int | None:
-        """The position of a choice at which a piece of it must end; None: every token is a piece."""
-        ...
-
 
 class NoIds:
     """Of a stream that is too broad."""
@@ -47,9 +43,6 @@ class NoIds:
 
     def last(self, events: Iterable[str]) -> str:
         return "".join(events)
-
-    def cut(self, index: int) -> int | None:
-        return 0
 
 
 class PositionIds:
@@ -87,9 +80,6 @@ class PositionIds:
         numbered = [f"id: {behind}+{number}\n{event}" for number, event in enumerate(events, start=1)]
         return "".join(numbered[self._num_last :])
 
-    def cut(self, index: int) -> int | None:
-        return self._after[index][0] if self._after else 0
-
 
 class CountIds:
     """As PositionIds; the first event is number 0."""
@@ -111,9 +101,6 @@ class CountIds:
 
     def last(self, events: Iterable[str]) -> str:
         return "".join(self._number(events))
-
-    def cut(self, index: int) -> int | None:
-        return None
 
 
 def _no_id(after: str) -> InvalidRequest:

@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, Shape, whole
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
-from router.api.asking import AnswerKind, Asked, Reading, read_asked, read_ticket
+from router.api.asking import AnswerKind, Inquiry, Reading, read_asked, read_ticket
 from router.api.background import BackgroundJobs
 from router.api.job_run import JobProgress
 from router.api.naming import owner_of
@@ -30,7 +30,7 @@ def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
     store, background = services.responses, BackgroundJobs(services)
 
-    async def find(response_id: str, owner: str) -> tuple[Asked, FoundJob] | None:
+    async def find(response_id: str, owner: str) -> tuple[Inquiry, FoundJob] | None:
         """What workers have of a response."""
         job_id = response_id.removeprefix("resp_")
         found = await services.seeker.find(job_id) if len(job_id) == _ID_LETTERS else FoundJob()
@@ -150,12 +150,12 @@ class UnknownResponse(Rejected):
         self.response_id = response_id
 
 
-def _has_ended(asked: Asked, found: FoundJob) -> bool:
+def _has_ended(asked: Inquiry, found: FoundJob) -> bool:
     names = [request.request_id for request in asked.job.requests]
     return all(name in found.requests and found.requests[name][1].finish_reason is not None for name in names)
 
 
-def _shape(asked: Asked) -> ResponseShape:
+def _shape(asked: Inquiry) -> ResponseShape:
     assert isinstance(asked.shape, ResponseShape)
     return asked.shape
 

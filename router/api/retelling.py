@@ -1,7 +1,7 @@
-"""Tells the outputs of one choice in other pieces than they came in: token by token, or cut where a client has come to. Knows no HTTP.
+"""Tells the outputs of one choice token by token, in whatever pieces they come. Knows no HTTP.
 
 How many tokens come in one output is a matter of the moment. An answer that is to be written twice, byte for byte, is written from
-pieces that are not.
+single tokens.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 class Retelling:
     """Outputs must come in their order, from the first token on."""
 
-    def __init__(
-        self, request: Request, tokenizer: Tokenizer, max_len: int, has_text: bool, cut: int | None = None
-    ) -> None:
-        """`has_text` False: texts are made here from the tokens alone. `cut`: a piece ends there; None: after each token."""
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_len: int, has_text: bool) -> None:
+        """`has_text` False: texts are made here from the tokens alone."""
         self._request = request
         self._tokenizer = tokenizer
         self._max_len = max_len
         self._has_text = has_text
-        self._cut = cut
         self._token_ids: list[int] = []
         self._text: OutputState | None = None
         """Has been told all of `_token_ids`; None: it was not needed yet."""
 
     def pieces(self, output: Output) -> Iterator[Output]:
         ids, start = output.token_ids, output.position
-        if self._has_text and not any(True for _ in self._inner_ends(output)):
+        if self._has_text and len(ids) <= 1:
             self._token_ids += ids
             if self._text is not None:
                 for token_id in ids:
@@ -44,30 +41,20 @@ class Retelling:
             )
             self._text = OutputState(self._request, detokenizer, self._tokenizer.eos_token_ids, self._max_len)
             self._push(self._token_ids)
-        begin = 0
-        for end in [*self._inner_ends(output), start + len(ids)]:
-            own = slice(begin, end - start)
+        for place in range(max(1, len(ids))):
+            own = slice(place, place + 1)
             piece = output._replace(
-                position=start + begin,
+                position=start + place,
                 token_ids=ids[own],
                 text=self._push(ids[own]),
-                logprobs=output.logprobs[own] if output.logprobs else (),
+                logprobs=output.logprobs[own],
             )
-            if begin:
+            if place:
                 piece = piece._replace(cached_tokens=0, prompt_logprobs=(), handoff=None)
-            if end < start + len(ids):
+            if place < len(ids) - 1:
                 piece = piece._replace(finish_reason=None, stop_reason=None, refusal=None, message="")
-            begin = end - start
             yield piece
         self._token_ids += ids
-
-    def _inner_ends(self, output: Output) -> Iterator[int]:
-        """Positions inside an output at which a piece ends."""
-        first, last = output.position + 1, output.position + len(output.token_ids)
-        if self._cut is None:
-            yield from range(first, last)
-        elif first <= self._cut < last:
-            yield self._cut
 
     def _push(self, token_ids: Sequence[int]) -> str:
         assert self._text is not None

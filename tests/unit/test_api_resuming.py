@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_backend import CHECKPOINT, error_of, serve
+from fake_backend import error_of, serve
 from keeping_backend import KeepingBackend
-from test_api_tools import ANSWER, ASK, CALLS, TEMPLATE, TOOLS, says
+from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
 
 from workers.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tools")
-    for path in CHECKPOINT.glob("*.json"):
-        shutil.copy(path, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def routers(folder: Path) -> Iterator[tuple[KeepingBackend, list[httpx.Client]]]:
+def routers(thinking_folder: Path) -> Iterator[tuple[KeepingBackend, list[httpx.Client]]]:
     """Two routers over the same workers."""
-    backend = KeepingBackend(Tokenizer.load(folder))
+    backend = KeepingBackend(Tokenizer.load(thinking_folder))
     with serve(backend) as first, serve(backend) as second:
         clients = [
             httpx.Client(base_url=url, timeout=30, headers={"authorization": "Bearer k"}) for url in (first, second)

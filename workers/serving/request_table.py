@@ -29,7 +29,7 @@ class RequestTable:
     def __init__(
         self, max_kept_tokens: int, max_orphans: int, orphan_grace_s: float, answers: KeptAnswers | None = None
     ) -> None:
-        self.answers = answers or KeptAnswers()
+        self.answers = KeptAnswers() if answers is None else answers
         self._max_kept = max_kept_tokens
         self._max_orphans = max_orphans
         self._grace_s = orphan_grace_s
