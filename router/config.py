@@ -13,6 +13,7 @@ from annotated_types import Ge
 
 from router.api.formats.formats import AUTO, check_parsers
 from router.policies.catalogue import check_name
+from router.tenants.config import TenantsConfig
 from workers.checkpoint_files import read_object
 from workers.config import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
@@ -289,13 +290,15 @@ class RouterConfig:
     """URL of an OpenTelemetry collector, as worker.otlp_endpoint."""
     http: HttpConfig = field(default_factory=HttpConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    tenants: TenantsConfig = field(default_factory=TenantsConfig)
+    """Whose keys there are, and what each may use (docs/tenants.md)."""
 
     def __post_init__(self) -> None:
         check_name(self.policy)
-        if not (self.api.api_keys or self.api.insecure or is_loopback(self.host)):
+        if not (self.api.api_keys or self.tenants.is_on or self.api.insecure or is_loopback(self.host)):
             raise InvalidConfig(
                 f"router.host {self.host} is reached from other hosts, and no API keys are set: set them (--api-key-file, "
-                "BATON_API_KEY, router.api.api_keys), or say --insecure to serve whoever asks"
+                "BATON_API_KEY, router.api.api_keys, router.tenants), or say --insecure to serve whoever asks"
             )
         if self.key_file and not self.cert_file:
             raise InvalidConfig("router.key_file needs router.cert_file")

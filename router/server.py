@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -23,6 +23,11 @@ from router.driver import RouterDriver
 from router.http_server import HttpServer
 from router.https import Certificate
 from router.roles import RoleDesk
+from router.tenants.config import TenantLimits
+from router.tenants.desk import TenantDesk
+from router.tenants.roster import Key
+from router.tenants.tenancy import Tenancy
+from router.tenants.usage_log import UsageLog
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.request import SamplingParams
@@ -48,14 +53,18 @@ class RouterServer:
         credentials: Credentials | None = None,
         listener: socket.socket | None = None,
         desk: RoleDesk | None = None,
+        tenants: TenantDesk | None = None,
+        secret: bytes = b"",
     ) -> None:
-        """`desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
+        """`tenants` keeps what tenants of several routers share, and `secret` is the cluster's. `desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
         is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
         self._credentials = credentials
         self._listener = listener
         self._desk = desk
         self._router_id = router_id
+        self._tenancy = Tenancy(config.tenants, config.api.api_keys, router_id, secret, tenants)
+        self._usage_log: UsageLog | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: RouterDriver | None = None
@@ -73,6 +82,8 @@ class RouterServer:
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
         self._config.api.check_sampling_defaults(tokenizer.vocab_size)
+        usage = self._config.tenants.usage
+        self._usage_log = await asyncio.to_thread(UsageLog, usage, self._router_id) if usage.folder else None
         listener = self._listener or bind(self._config.host, self._config.port)
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -90,6 +101,10 @@ class RouterServer:
         if loop is not None and driver is not None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(driver.set_workers, addresses)
+
+    def set_tenants(self, tenants: Mapping[str, TenantLimits], keys: Sequence[Key]) -> None:
+        """From now on these tenants and keys count, beside those of the configuration."""
+        self._tenancy.set_roster(tenants, keys)
 
     def status(self) -> RouterStatus:
         """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run, and what went wrong there."""
@@ -156,7 +171,15 @@ class RouterServer:
         driver = RouterDriver(self._config, self._router_id, credentials=self._credentials, desk=self._desk)
         await driver.start()
         draining = Draining()
-        app = create_app(driver, tokenizer, self._config.api, draining)
+        app = create_app(
+            driver,
+            tokenizer,
+            self._config.api,
+            draining,
+            self._tenancy,
+            self._usage_log,
+            self._config.expected_output_tokens,
+        )
         unix = bind_unix(self._config.uds) if self._config.uds else None
         http = HttpServer(
             app,
@@ -191,6 +214,9 @@ class RouterServer:
                 with contextlib.suppress(OSError):
                     os.unlink(self._config.uds)
             await asyncio.to_thread(app.state.access_log.close)
+            await self._tenancy.close()
+            if self._usage_log is not None:
+                await asyncio.to_thread(self._usage_log.close)
 
     async def _serve_http(self, http: HttpServer, driver: RouterDriver, listener: socket.socket) -> None:
         """Those who wait since another router died had workers then, and should not be told that there are none."""

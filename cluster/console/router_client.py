@@ -62,6 +62,18 @@ class RouterClient:
         body = {"drain": is_draining, "force": force}
         return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/drain", body)
 
+    def keys(self) -> dict[str, Any]:
+        """GET /admin/keys: those of all tenants, as JSON, without the keys themselves."""
+        return self._ask("GET", "/admin/keys")
+
+    def create_key(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Has the hash of a new key kept. Raises InvalidConfig when the router refuses."""
+        return self._ask("POST", "/admin/keys", body)
+
+    def end_key(self, key_id: str, expires_s: float | None) -> dict[str, Any]:
+        """A key counts no more, from now or from then on. Raises InvalidConfig when the router refuses."""
+        return self._ask("POST", f"/admin/keys/{quote(key_id, safe='')}/end", {"expires_s": expires_s})
+
     def stream_chat(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The answer's text as it comes. `options` are further fields of the request body."""
         body = {"messages": messages, "stream": True, **options}

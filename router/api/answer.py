@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from router.api import sse
 from router.api.asking import Inquiry, Seeker, as_first_asked
 from router.api.bodies import OpenBodies
+from router.api.callers import Account, Callers
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
 from router.api.grammar_check import GrammarChecks
 from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
@@ -30,7 +32,7 @@ from router.backend import Backend
 from router.config import ApiConfig
 from router.job_part import FoundJob
 from router.policies.explain import route_of
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, Refusal
 from workers.request import FinishReason, Output
 from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
@@ -55,6 +57,7 @@ class Services:
     metrics: Metrics
     bodies: OpenBodies
     grammars: GrammarChecks
+    callers: Callers
     responses: ResponseStore = field(default_factory=ResponseStore)
     seeker: Seeker = field(init=False)
 
@@ -157,17 +160,33 @@ class Answer(Response):
         """The last of it is on its way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_disconnected(receive, self._run(scope, receive, send), lambda: self._is_sent)
-
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services = self._services
-        start_s = time.monotonic()
-        async with services.seeker.turn(self._asked):
-            found = self._found or await services.seeker.look(self._asked)
-            if found is not None:
-                self._asked = await as_first_asked(services, self._asked, found)
+        seeker, outcome = self._services.seeker, Refusal.INTERNAL.value
+        async with AsyncExitStack() as begun:
+            await begun.enter_async_context(seeker.turn(self._asked))
+            self._found = self._found or await seeker.look(self._asked)
+            if self._found is not None:
+                self._asked = await as_first_asked(self._services, self._asked, self._found, scope)
                 self._job, self._shape = self._asked.job, self._asked.shape
-            job = self._job
+            account = await self._services.callers.admit(self._job, scope, self._found is not None)
+            begun = begun.pop_all()
+        try:
+            run = self._run(begun, account, scope, receive, send)
+            await unless_disconnected(receive, run, lambda: self._is_sent)
+            outcome = scope["state"].get("refusal", "") or "ok"
+        except ClientDisconnect:
+            outcome = "client_disconnected"
+            raise
+        except Exception as error:
+            outcome = describe(error).label
+            raise
+        finally:
+            await begun.aclose()  # a client that left at once
+            account.close(outcome)
+
+    async def _run(self, begun: AsyncExitStack, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        services, job, found = self._services, self._job, self._found
+        start_s = time.monotonic()
+        async with begun:  # until all is submitted
             self._number(found)
             heartbeat_s = services.config.heartbeat_s if job.stream else None
             attributes = {"job": job.job_id, "model": job.model, "choices": len(job.requests)}
@@ -183,7 +202,7 @@ class Answer(Response):
             except BaseException as error:
                 span.end(repr(error))
                 raise
-        progress = JobProgress(job, services.metrics, start_s, generation.decisions)
+        progress = account.progress = JobProgress(job, services.metrics, start_s, generation.decisions)
         scope["state"]["work"] = progress
         try:
             if job.stream:

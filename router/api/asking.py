@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
 from starlette.datastructures import Headers
+from starlette.types import Scope
 
-from router.api.naming import Naming, job_of_key, key_in, owner_of
+from router.api.callers import owner_of
+from router.api.naming import Naming, job_of_key, key_in
 from router.api.offload import offload
 from router.api.problems import Rejected, rejected
 from router.api.response_store import ResponseStore
@@ -99,17 +101,17 @@ async def read_asked(
 ) -> Inquiry:
     """Reads, checks and tokenizes one request; one that is not short in a thread. `fetch` may get what it was rejected for want
     of; then it is read again."""
-    owner, key = owner_of(http.headers), key_in(http.headers, services.config)
+    owner, key = owner_of(http.scope), key_in(http.headers, services.config)
     naming = Naming.new(job_of_key(owner, key) if key else "")
     if key and (created := _created(http.headers)):
         naming = replace(naming, created=created)
     async with services.bodies.receive(http) as raw:
         try:
-            return await read_body(services, kind, raw, owner, naming, key)
+            return await read_body(services, kind, raw, owner, naming, http.scope, key)
         except Rejected as error:
             if fetch is None or not await fetch(error):
                 raise
-        return await read_body(services, kind, raw, owner, naming, key)
+        return await read_body(services, kind, raw, owner, naming, http.scope, key)
 
 
 def _created(headers: Headers) -> int:
@@ -119,10 +121,12 @@ def _created(headers: Headers) -> int:
     return int(text or 0)
 
 
-async def read_ticket(services: Services, kind: AnswerKind, ticket: Ticket, is_stream: bool | None = None) -> Inquiry:
+async def read_ticket(
+    services: Services, kind: AnswerKind, ticket: Ticket, scope: Scope, is_stream: bool | None = None
+) -> Inquiry:
     """What somebody has asked for before. `is_stream`: how it is to be answered now."""
     return await read_body(
-        services, kind, ticket.body, ticket.owner, ticket.naming, earlier=ticket.earlier, is_stream=is_stream
+        services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream
     )
 
 
@@ -132,6 +136,7 @@ async def read_body(
     raw: bytes,
     owner: str,
     naming: Naming,
+    scope: Scope,
     key: str = "",
     earlier: list[dict[str, Any]] | None = None,
     is_stream: bool | None = None,
@@ -139,19 +144,21 @@ async def read_body(
     model = services.backend.model
     reading = Reading(naming, owner, model, services.tokenizer, services.config, services.responses, earlier)
 
-    def build() -> Inquiry:
+    def build() -> tuple[Job, Callable[[Job], Shape], Ticket, bytes]:
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
             job = replace(job, stream=is_stream)
         ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
-        return Inquiry(kind, job, make_shape(job), ticket, ticket.write(), key, reading.is_background)
+        return job, make_shape, ticket, ticket.write()
 
     # EBNF is turned into Lark's language in Python, a character at a time.
     may_take_long = b"grammar" in raw or b"ebnf" in raw
-    asked = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    read = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    job, make_shape, ticket, written = read
+    job = services.callers.own(job, scope)
     if model is not None:
-        await services.grammars.check(asked.job, model)
-    return asked
+        await services.grammars.check(job, model)
+    return Inquiry(kind, job, make_shape(job), ticket, written, key, reading.is_background)
 
 
 class Seeker:
@@ -209,10 +216,12 @@ class Seeker:
         return found
 
 
-async def as_first_asked(services: Services, asked: Inquiry, found: FoundJob) -> Inquiry:
+async def as_first_asked(services: Services, asked: Inquiry, found: FoundJob, scope: Scope) -> Inquiry:
     """With the time at which it was first asked for: the answer says it."""
     ticket = Ticket.read(found.ticket)
     if ticket is None or ticket.naming == asked.ticket.naming:
         return asked
     body = asked.ticket.body
-    return await read_body(services, asked.kind, body, ticket.owner, ticket.naming, asked.key, asked.ticket.earlier)
+    return await read_body(
+        services, asked.kind, body, ticket.owner, ticket.naming, scope, asked.key, asked.ticket.earlier
+    )

@@ -16,7 +16,17 @@ from router.api.health import product_version
 from router.api.messages_body import CountBody, MessagesBody
 from router.api.problems import REFUSALS
 from router.api.responses_body import ResponsesBody
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
+from router.api.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    DrainBody,
+    KeyBody,
+    KeyEndBody,
+    PinBody,
+    RoleBody,
+    TokenizeBody,
+)
 from router.config import ApiConfig
 
 _REF = "#/components/schemas/{model}"
@@ -47,6 +57,7 @@ class Endpoint:
 _WORK = (400, 404, 413, 415, 422, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
 _READ = (400, 404, 413, 415, 429, 503)
 _STEER = (400, 404, 413, 415, 429, 500, 503)
+_KEYS_OF = (400, 404, 409, 413, 415, 429, 503)
 
 ENDPOINTS = (
     Endpoint(
@@ -159,6 +170,25 @@ ENDPOINTS = (
     Endpoint(
         "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
     ),
+    Endpoint("get", "/admin/keys", "The keys of tenants, by their hashes", answers.KeysAnswer, key="admin"),
+    Endpoint(
+        "post",
+        "/admin/keys",
+        "Keeps the hash of a tenant's new key",
+        answers.KeyAnswer,
+        KeyBody,
+        key="admin",
+        errors=_KEYS_OF,
+    ),
+    Endpoint(
+        "post",
+        "/admin/keys/{key_id}/end",
+        "Revokes a tenant's key, now or at a time that comes",
+        answers.KeyAnswer,
+        KeyEndBody,
+        key="admin",
+        errors=_KEYS_OF,
+    ),
     Endpoint(
         "post",
         "/admin/workers/{worker_id}/pin",
@@ -192,7 +222,7 @@ _PHRASES = {
     401: "The key is missing or wrong",
     403: "Not served to this client",
     404: "There is no such model, response, request or worker",
-    409: "The request was cancelled, or is answered elsewhere",
+    409: "The request was cancelled or is answered elsewhere, or there is such a key already",
     413: "The body is too large",
     415: "The body is not sent as application/json",
     422: "Another body was sent with this Idempotency-Key",

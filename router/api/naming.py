@@ -34,12 +34,6 @@ class Naming:
         return int.from_bytes(hashlib.sha256(f"seed {self.job_id}".encode()).digest()[:8]) >> 1
 
 
-def owner_of(headers: Headers) -> str:
-    """Who asks, as a hash of the key that was sent. Only who sends the same one finds what was asked for with it."""
-    sent = headers.get("authorization", "").partition(" ")[2] or headers.get("x-api-key", "")
-    return hashlib.sha256(f"owner {sent.strip()}".encode()).hexdigest()
-
-
 def job_of_key(owner: str, key: str) -> str:
     """The job that an owner calls so."""
     return hashlib.sha256(f"job {owner} {key}".encode()).hexdigest()[:32]

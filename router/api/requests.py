@@ -10,10 +10,11 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services
 from router.api.asking import AnswerKind, read_ticket
+from router.api.callers import owner_of
 from router.api.chat import CHAT
 from router.api.completions import COMPLETION
 from router.api.messages import MESSAGE
-from router.api.naming import jobs_called, owner_of
+from router.api.naming import jobs_called
 from router.api.problems import Rejected, rejected
 from router.api.responses import RESPONSE
 from router.api.sse import to_json
@@ -28,7 +29,7 @@ def request_routes(services: Services) -> APIRouter:
 
     async def find(http: HttpRequest, request_id: str) -> tuple[Ticket, FoundJob]:
         """Raises Rejected where it is not there, and where it is somebody else's, which sounds the same."""
-        owner = owner_of(http.headers)
+        owner = owner_of(http.scope)
         for job_id in jobs_called(request_id, owner):
             found = await services.seeker.find(job_id)
             ticket = Ticket.read(found.ticket)
@@ -51,7 +52,7 @@ def request_routes(services: Services) -> APIRouter:
                 "request_not_kept",
                 "this request is too long to be kept with its answer; send it again with its Idempotency-Key and Last-Event-ID",
             )
-        asked = await read_ticket(services, KINDS[ticket.kind], ticket, is_stream=True)
+        asked = await read_ticket(services, KINDS[ticket.kind], ticket, http.scope, is_stream=True)
         return Answer(services, asked, after, found)
 
     return routes

@@ -7,13 +7,14 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
+from starlette.types import Scope
 
 from router.api.answer import Answer, Services, Shape, whole
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
 from router.api.asking import AnswerKind, Inquiry, Reading, read_asked, read_ticket
 from router.api.background import BackgroundJobs
+from router.api.callers import owner_of
 from router.api.job_run import JobProgress
-from router.api.naming import owner_of
 from router.api.problems import Problem, Rejected, rejected
 from router.api.response_store import ResponseStore, Stored
 from router.api.responses_body import ResponsesBody, as_chat, echoed, read_items
@@ -30,18 +31,18 @@ def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
     store, background = services.responses, BackgroundJobs(services)
 
-    async def find(response_id: str, owner: str) -> tuple[Inquiry, FoundJob] | None:
+    async def find(response_id: str, scope: Scope) -> tuple[Inquiry, FoundJob] | None:
         """What workers have of a response."""
         job_id = response_id.removeprefix("resp_")
         found = await services.seeker.find(job_id) if len(job_id) == _ID_LETTERS else FoundJob()
         ticket = Ticket.read(found.ticket)
-        if ticket is None or ticket.owner != owner or ticket.kind != RESPONSE.name or not ticket.body:
+        if ticket is None or ticket.owner != owner_of(scope) or ticket.kind != RESPONSE.name or not ticket.body:
             return None
-        return await read_ticket(services, RESPONSE, ticket, is_stream=False), found
+        return await read_ticket(services, RESPONSE, ticket, scope, is_stream=False), found
 
-    async def fetch(response_id: str, owner: str) -> bool:
+    async def fetch(response_id: str, scope: Scope) -> bool:
         """Takes over what another router has made, or this one in the background."""
-        there = await find(response_id, owner)
+        there = await find(response_id, scope)
         if there is None or not _has_ended(*there):
             return False
         await whole(services, *there)
@@ -52,7 +53,7 @@ def response_routes(services: Services) -> APIRouter:
         async def fetch_earlier(error: Rejected) -> bool:
             if not isinstance(error, UnknownResponse):
                 return False
-            return await fetch(error.response_id, owner_of(http.headers))
+            return await fetch(error.response_id, http.scope)
 
         asked = await read_asked(http, services, RESPONSE, fetch_earlier)
         after = http.headers.get("last-event-id", "")
@@ -61,15 +62,15 @@ def response_routes(services: Services) -> APIRouter:
         async with services.seeker.turn(asked):
             found = await services.seeker.look(asked)
             if found is None:
-                await background.begin(asked)
+                await background.begin(asked, http.scope)
         if asked.job.stream:
             return Answer(services, asked, after, found or await services.seeker.find(asked.job.job_id))
         return _json(_shape(asked).response("queued", []))
 
     @routes.delete("/v1/responses/{response_id}", response_model=None)
     async def delete_response(http: HttpRequest, response_id: str) -> Response:
-        owner = owner_of(http.headers)
-        there = await find(response_id, owner)
+        owner = owner_of(http.scope)
+        there = await find(response_id, http.scope)
         if there is not None:
             await services.backend.find(there[0].job.job_id, ends=True)
         if not store.delete(response_id, owner) and there is None:
@@ -78,34 +79,34 @@ def response_routes(services: Services) -> APIRouter:
 
     @routes.get("/v1/responses/{response_id}", response_model=None)
     async def show_response(http: HttpRequest, response_id: str) -> Response:
-        owner = owner_of(http.headers)
+        owner = owner_of(http.scope)
         stored = store.get(response_id, owner)
         if http.query_params.get("stream") == "true":
-            there = await find(response_id, owner)
+            there = await find(response_id, http.scope)
             if there is None:
                 raise UnknownResponse(response_id, "the events of" if stored is not None else "")
-            asked = await read_ticket(services, RESPONSE, there[0].ticket, is_stream=True)
+            asked = await read_ticket(services, RESPONSE, there[0].ticket, http.scope, is_stream=True)
             return Answer(services, asked, http.query_params.get("starting_after", ""), there[1])
-        if stored is None and await fetch(response_id, owner):
+        if stored is None and await fetch(response_id, http.scope):
             stored = store.get(response_id, owner)
         if stored is not None:
             return _json(stored.response)
-        there = await find(response_id, owner)
+        there = await find(response_id, http.scope)
         if there is None:
             raise UnknownResponse(response_id)
         return _json(_shape(there[0]).response("in_progress", []))
 
     @routes.post("/v1/responses/{response_id}/cancel", response_model=None)
     async def cancel_response(http: HttpRequest, response_id: str) -> Response:
-        owner = owner_of(http.headers)
-        there = await find(response_id, owner)
+        owner = owner_of(http.scope)
+        there = await find(response_id, http.scope)
         stored = store.get(response_id, owner)
         if there is None and stored is None:
             raise UnknownResponse(response_id)
         if not (there[0].is_background if there is not None else stored is not None and stored.response["background"]):
             raise InvalidRequest("only responses that run in the background can be cancelled", "response_id")
         if there is None or _has_ended(*there):
-            await fetch(response_id, owner)
+            await fetch(response_id, http.scope)
             ended = store.get(response_id, owner)
             if ended is None:
                 raise UnknownResponse(response_id)
@@ -118,9 +119,9 @@ def response_routes(services: Services) -> APIRouter:
 
     @routes.get("/v1/responses/{response_id}/input_items", response_model=None)
     async def list_input_items(http: HttpRequest, response_id: str) -> Response:
-        owner = owner_of(http.headers)
+        owner = owner_of(http.scope)
         stored = store.get(response_id, owner)
-        there = await find(response_id, owner) if stored is None else None
+        there = await find(response_id, http.scope) if stored is None else None
         if stored is None and there is None:
             raise UnknownResponse(response_id)
         items = stored.input_items if stored is not None else _shape(there[0]).input_items if there is not None else []
