@@ -192,6 +192,8 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
+    share_port: bool = False
+    """Other routers of this user listen on the port as well (SO_REUSEPORT); see pools.share_port."""
     uds: str = ""
     """Path of a Unix socket to listen on besides; who may use it is said by the folder it is in. Further routers add .1, .2 ..."""
     cert_file: str = ""
