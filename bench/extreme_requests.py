@@ -143,8 +143,12 @@ class Extremes:
             "guided_json_object",
         )
         values |= {name: [{name: value} for value in (True, False)] for name in flags}
-        values |= {name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot")}
-        values |= {name: [{name: "x" * self._huge}] for name in ("session_id", "prompt_cache_key", "user")}
+        values |= {
+            name: [{name: value} for value in (1e-9, 1e9, 0, -1, 10**400)] for name in ("ttft", "tpot", "timeout")
+        }
+        values |= {
+            name: [{name: "x" * self._huge}] for name in ("session_id", "prompt_cache_key", "user", "cache_salt")
+        }
         values["user"] += [{"user": self.unknown[2]}]
         half = DEFAULT_LIMITS.bad_words // 2
         words = [[5 + place % 1000, *[7] * (DEFAULT_LIMITS.bad_word_tokens // half - 2), 9] for place in range(half)]

@@ -23,15 +23,19 @@ from machine_facts import machine_facts
 
 from router.api.answer import Answer, Services
 from router.api.bodies import OpenBodies
+from router.api.callers import Callers
 from router.api.chat import ChatShape
 from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
+from router.api.tenant_metrics import TenantMetrics
 from router.api.translate import translate_chat
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
 from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, SendMessage, Tick, WorkersChanged
+from router.tenants.config import TenantsConfig
+from router.tenants.tenancy import Tenancy
 from workers.kv_cache.block_hash import block_hashes
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, Output, Request, SamplingParams
@@ -176,7 +180,9 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     await settle()
     config = ApiConfig()
     tokenizer = Tokenizer.load(str(CHECKPOINT))
-    services = Services(driver, tokenizer, config, Metrics(driver), OpenBodies(config), GrammarChecks(tokenizer))
+    metrics = Metrics(driver)
+    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
+    services = Services(driver, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), callers)
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     frames: list[bytes] = []
     sent = num_steps_sent = 0

@@ -20,6 +20,7 @@ from cluster.commands import (
     drain,
     info,
     join,
+    keys,
     plan,
     profile,
     ray_nodes,
@@ -29,6 +30,7 @@ from cluster.commands import (
     stop,
     store,
     tls,
+    usage,
 )
 from cluster.commands.flags import INTERRUPTED
 from workers.errors import BatonError
@@ -67,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
         admin,
         roles,
         drain,
+        keys,
+        usage,
         join,
         doctor,
         debug,

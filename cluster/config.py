@@ -116,8 +116,9 @@ class ClusterConfig:
         return replace(self.worker, cpus=self.pools.cpu_sets[names.index(worker_id)])
 
     def router_at(self, at: int) -> RouterConfig:
-        """The settings of router number `at`: like the first, on a port of its own."""
-        return replace(self.router, port=self.router.port + at if self.router.port else 0)
+        """The settings of router number `at`: like the first, on a port and a socket of its own."""
+        uds = f"{self.router.uds}.{at}" if at and self.router.uds else self.router.uds
+        return replace(self.router, port=self.router.port + at if self.router.port else 0, uds=uds)
 
 
 def load_config(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tqdm import tqdm
 
+from cluster.aliases import BLOCKS, BY_KEYWORD, kv_bytes, read_dtype, settings_of
 from cluster.preflight import check_model
-from cluster.settings import build
+from cluster.settings import build, lay
 from router.api.grammar_check import check_job
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
@@ -68,13 +70,16 @@ class PromptCompletions:
 class LLM:
     """Loads a "-PT" checkpoint and generates.
 
-    `settings` are fields of workers.config.WorkerConfig, such as dtype, kv_memory_bytes, max_num_seqs or num_threads.
+    `settings` are fields of workers.config.WorkerConfig, such as dtype, kv_memory_bytes, max_num_seqs or num_threads, or the names
+    that vLLM and FastDeploy have for them (docs/aliases.md), such as tensor_parallel_size or num_gpu_blocks_override.
     Raises InvalidConfig when the model cannot be loaded. Several threads may call it: one call runs after the other. A call
     that raised or was interrupted leaves nothing behind.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self._config = build(WorkerConfig, {"model": model, "max_queue": _MANY, **settings}, "worker")
+        self._config = build(
+            WorkerConfig, {"model": model, "max_queue": _MANY, **_read_settings(model, settings)}, "worker"
+        )
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         check_model(model)
@@ -221,6 +226,25 @@ class LLM:
             raise BatonError(f"{Refusal(output.refusal)}: {output.message}")
         choice.finish_reason, choice.stop_reason = output.finish_reason.value, output.stop_reason
         return True
+
+
+def _read_settings(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a worker; what aliases among them stand for, laid as they are. Raises InvalidConfig."""
+    own = {name: value for name, value in given.items() if name not in BY_KEYWORD}
+    if "dtype" in own and (dtype := read_dtype(own.pop("dtype"))) is not None:
+        own["dtype"] = dtype
+    laid, notes = settings_of({name: value for name, value in given.items() if name in BY_KEYWORD})
+    for setting, value in laid.items():
+        group, *path = setting.split(".")
+        if group == "worker":
+            own = lay(own, path, value)
+        else:
+            notes.append(f"{setting} is of a cluster, and changes nothing in LLM")
+    if (blocks := given.get(BLOCKS.replace("-", "_"))) is not None:
+        own["kv_memory_bytes"] = kv_bytes(model, own.get("dtype", "float32"), 1, blocks)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return own
 
 
 def _listed(value: Any, what: str) -> list[Any]:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 ENVIRONMENT_PREFIX = "BATON__"
 """BATON__WORKER__MAX_NUM_SEQS=32 is worker.max_num_seqs; further names of the environment are none of ours."""
-_SECRETS = frozenset(("api_keys", "admin_keys", "url"))
+_SECRETS = frozenset(("api_keys", "admin_keys", "keys", "url"))
 """Settings whose value no message shows; a store's URL may hold a password."""
 _MUST_BE = {
     "missing": "is required",

@@ -13,12 +13,27 @@ from annotated_types import Ge
 
 from router.api.formats.formats import AUTO, check_parsers
 from router.policies.catalogue import check_name
+from router.tenants.config import TenantsConfig
 from workers.checkpoint_files import read_object
 from workers.config import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
 
 _ANY_VOCABULARY = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class CorsConfig:
+    """Which web pages of other places may call the API from a browser; /admin is never for them."""
+
+    origins: tuple[Text, ...] = ()
+    """Such as https://chat.example.com; "*": all pages, which needs API keys; empty: none."""
+    methods: tuple[Text, ...] = ("GET", "POST", "DELETE")
+    """What such a page may ask with."""
+    headers: tuple[Text, ...] = ("*",)
+    """Of requests, beside those that need no leave; "*": all."""
+    max_age_s: Natural = 600
+    """For so long a browser need not ask again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,14 @@ class ApiConfig:
     """How the model writes its reasoning (router/api/formats/formats.py); auto: as its chat template shows."""
     tool_parser: Text = AUTO
     """How it writes calls of tools; auto likewise."""
+    cors: CorsConfig = field(default_factory=CorsConfig)
+    """Off by default."""
+    root_path: str = ""
+    """A prefix that a proxy before this router puts before all paths, such as /baton; paths without it are served too."""
+    access_log: Literal["off", "text", "json"] = "off"
+    """One line for each request, without any text of it. json: one for each choice, which `baton simulate` reads as a trace."""
+    access_log_file: str = ""
+    """Lines are appended here, by all routers of a host; a file that was moved away is made anew. Empty: standard error."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     """Used for what a client leaves open, but for `max_tokens` and logprobs, which are the client's alone; see `load_sampling_defaults`.
     Token ids are checked when the vocabulary is known."""
@@ -69,6 +92,12 @@ class ApiConfig:
     def __post_init__(self) -> None:
         self.check_sampling_defaults(_ANY_VOCABULARY)
         check_parsers(self.reasoning_parser, self.tool_parser)
+        if "*" in self.cors.origins and not self.api_keys:
+            raise InvalidConfig("router.api.cors.origins must name pages where no API keys are set; it is *")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise InvalidConfig(
+                f"router.api.root_path must begin with a slash and not end in one; it is {self.root_path!r}"
+            )
         for name in ("api_keys", "admin_keys"):
             object.__setattr__(self, name, tuple(hashed(key) for key in getattr(self, name)))
 
@@ -158,6 +187,12 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
+    uds: str = ""
+    """Path of a Unix socket to listen on besides; who may use it is said by the folder it is in. Further routers add .1, .2 ..."""
+    cert_file: str = ""
+    """PEM file with the certificate, and those up to its authority, that HTTPS is served with; empty: HTTP. A file that changes is read again."""
+    key_file: str = ""
+    """Its private key; empty: it is in cert_file."""
     policy: Text = "kv_aware"
     """Who gets a request: kv_aware, session_affinity, prefix_affinity, least_loaded, round_robin or random."""
     policy_seed: Natural = 0
@@ -248,14 +283,18 @@ class RouterConfig:
     """URL of an OpenTelemetry collector, as worker.otlp_endpoint."""
     http: HttpConfig = field(default_factory=HttpConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    tenants: TenantsConfig = field(default_factory=TenantsConfig)
+    """Whose keys there are, and what each may use (docs/tenants.md)."""
 
     def __post_init__(self) -> None:
         check_name(self.policy)
-        if not (self.api.api_keys or self.api.insecure or is_loopback(self.host)):
+        if not (self.api.api_keys or self.tenants.is_on or self.api.insecure or is_loopback(self.host)):
             raise InvalidConfig(
                 f"router.host {self.host} is reached from other hosts, and no API keys are set: set them (--api-key-file, "
-                "BATON_API_KEY, router.api.api_keys), or say --insecure to serve whoever asks"
+                "BATON_API_KEY, router.api.api_keys, router.tenants), or say --insecure to serve whoever asks"
             )
+        if self.key_file and not self.cert_file:
+            raise InvalidConfig("router.key_file needs router.cert_file")
         if self.max_retry_backoff_s < self.retry_backoff_s:
             raise InvalidConfig(
                 f"router.max_retry_backoff_s must be at least retry_backoff_s; it is {self.max_retry_backoff_s!r}"

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.api.problems import Problem, rejected
 from router.config import HttpConfig
@@ -27,6 +27,21 @@ class Phase(Enum):
 
 class _Stop(Exception):
     """Ends the parser in the middle of what arrived."""
+
+
+class UnframedCycle(RequestResponseCycle):
+    """The answer to a client of HTTP/1.0, which knows no chunks: what has no length goes on until the connection is closed."""
+
+    is_unframed = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.is_unframed = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if self.is_unframed:
+                self.chunked_encoding = False
+        elif self.is_unframed:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -102,6 +117,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= self._bounds.max_pipelined:
             self._stop(rejected(400, "too_many_requests_ahead", "too many requests were sent ahead of answers").problem)
         super().on_headers_complete()
+        if self.cycle is not None and self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = UnframedCycle  # before it runs, which it does in a task
 
     def on_body(self, body: bytes) -> None:
         self._idle_bytes = 0

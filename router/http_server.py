@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -24,9 +26,11 @@ class HttpServer(uvicorn.Server):
         on_started: Callable[[], None],
         on_refused: Callable[[str], None],
         last_words_s: int | None = None,
+        tls: ssl.SSLContext | None = None,
+        unix: socket.socket | None = None,
     ) -> None:
         """`on_refused` hears why a connection was closed. `last_words_s`: how long clients may take to read what ends their
-        answers when the server stops."""
+        answers when the server stops. `tls`: HTTPS is served. `unix`: a bound Unix socket that HTTP is served on besides."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -44,7 +48,17 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._on_started = on_started
+        self._tls = tls
+        self._unix = unix
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.ssl = self._tls
         await super().startup(sockets=sockets)
+        if self._unix is not None:
+            loop = asyncio.get_running_loop()
+            make = cast(Any, self.config.http_protocol_class)
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            self.servers.append(
+                await loop.create_unix_server(partial(make, config=self.config, **state), sock=self._unix)
+            )
         self._on_started()

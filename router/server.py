@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import stat
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -19,7 +21,13 @@ from router.backend import RouterStatus
 from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
+from router.https import Certificate
 from router.roles import RoleDesk
+from router.tenants.config import TenantLimits
+from router.tenants.desk import TenantDesk
+from router.tenants.roster import Key
+from router.tenants.tenancy import Tenancy
+from router.tenants.usage_log import UsageLog
 from workers.errors import InvalidConfig, Refusal, Refused
 from workers.machine.threads import NUM_HELPERS, started_threads
 from workers.request import SamplingParams
@@ -45,28 +53,37 @@ class RouterServer:
         credentials: Credentials | None = None,
         listener: socket.socket | None = None,
         desk: RoleDesk | None = None,
+        tenants: TenantDesk | None = None,
+        secret: bytes = b"",
     ) -> None:
-        """`desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
+        """`tenants` keeps what tenants of several routers share, and `secret` is the cluster's. `desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
         is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
         self._credentials = credentials
         self._listener = listener
         self._desk = desk
         self._router_id = router_id
+        self._tenancy = Tenancy(config.tenants, config.api.api_keys, router_id, secret, tenants)
+        self._usage_log: UsageLog | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: RouterDriver | None = None
         self._stop_asked: asyncio.Event | None = None
+        self._certificate: Certificate | None = None
 
     async def start(self) -> str:
-        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, or
-        sampling_defaults name tokens that the model does not have."""
+        """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, the certificate
+        cannot be used, or sampling_defaults name tokens that the model does not have."""
+        config = self._config
+        self._certificate = Certificate(config.cert_file, config.key_file) if config.cert_file else None
         tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
         await asyncio.to_thread(lambda: tokenizer.control)  # as long to make as the tokenizer
         if self._config.api.sampling_defaults == SamplingParams():
             defaults = load_sampling_defaults(self._config.model)
             self._config = replace(self._config, api=replace(self._config.api, sampling_defaults=defaults))
         self._config.api.check_sampling_defaults(tokenizer.vocab_size)
+        usage = self._config.tenants.usage
+        self._usage_log = await asyncio.to_thread(UsageLog, usage, self._router_id) if usage.folder else None
         listener = self._listener or bind(self._config.host, self._config.port)
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -75,7 +92,8 @@ class RouterServer:
         self._thread.start()
         await asyncio.wrap_future(started)
         host, port = listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._certificate else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def set_workers(self, addresses: tuple[WorkerAddress, ...]) -> None:
         """The cluster's members now are these. Takes effect soon after; a stopped router ignores it."""
@@ -83,6 +101,10 @@ class RouterServer:
         if loop is not None and driver is not None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(driver.set_workers, addresses)
+
+    def set_tenants(self, tenants: Mapping[str, TenantLimits], keys: Sequence[Key]) -> None:
+        """From now on these tenants and keys count, beside those of the configuration."""
+        self._tenancy.set_roster(tenants, keys)
 
     def status(self) -> RouterStatus:
         """Waits for the router's thread, at most STATUS_TIMEOUT_S. Raises Refused when the router does not run, and what went wrong there."""
@@ -149,7 +171,16 @@ class RouterServer:
         driver = RouterDriver(self._config, self._router_id, credentials=self._credentials, desk=self._desk)
         await driver.start()
         draining = Draining()
-        app = create_app(driver, tokenizer, self._config.api, draining)
+        app = create_app(
+            driver,
+            tokenizer,
+            self._config.api,
+            draining,
+            self._tenancy,
+            self._usage_log,
+            self._config.expected_output_tokens,
+        )
+        unix = bind_unix(self._config.uds) if self._config.uds else None
         http = HttpServer(
             app,
             self._config.http,
@@ -157,7 +188,10 @@ class RouterServer:
             lambda: None if started.done() else started.set_result(None),
             app.state.metrics.count_refused_connection,
             LAST_WORDS_S,
+            self._certificate.context if self._certificate else None,
+            unix,
         )
+        watching = asyncio.create_task(self._certificate.watch()) if self._certificate else None
         self._stop_asked = asyncio.Event()
         self._loop, self._driver = asyncio.get_running_loop(), driver
         if self._listener is not None:
@@ -174,6 +208,15 @@ class RouterServer:
             await driver.stop()
             http.should_exit = True
             await serving
+            if watching is not None:
+                watching.cancel()
+            if unix is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._config.uds)
+            await asyncio.to_thread(app.state.access_log.close)
+            await self._tenancy.close()
+            if self._usage_log is not None:
+                await asyncio.to_thread(self._usage_log.close)
 
     async def _serve_http(self, http: HttpServer, driver: RouterDriver, listener: socket.socket) -> None:
         """Those who wait since another router died had workers then, and should not be told that there are none."""
@@ -196,3 +239,34 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise InvalidConfig(f"router.port {port} cannot be used on {host}: {error.strerror}; choose another") from error
     return listener
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A Unix socket that whoever may enter its folder can connect to, as every user of this host can to a port of loopback. What
+    a router that was killed has left there is removed. Raises InvalidConfig."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_abandoned(path):
+            os.unlink(path)
+        os.fchmod(listener.fileno(), 0o666)  # not chmod behind bind, when who is not to connect may have done so
+        listener.bind(path)
+        os.chmod(path, 0o666)  # bind takes off what the umask forbids
+    except OSError as error:
+        listener.close()
+        raise InvalidConfig(f"router.uds {path!r} cannot be used: {error.strerror or error}") from error
+    return listener
+
+
+def _is_abandoned(path: str) -> bool:
+    """A socket at which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as visitor:
+        try:
+            visitor.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False

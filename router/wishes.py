@@ -19,6 +19,11 @@ class Wishes:
     """Requests that belong together have the same number; 0: it belongs to none."""
     explain: bool = False
     """Say what was considered when it was routed."""
+    timeout_s: float = 0.0
+    """From arrival to the last token, at most."""
+    tenant: str = ""
+    """Whose request it is; empty: of nobody in particular. Tenants share the queue by `weight`."""
+    weight: float = 1.0
 
 
 NO_WISHES = Wishes()

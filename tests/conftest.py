@@ -25,3 +25,18 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: the end-to-end tests, which share a cluster, run in one process, and so do the tests of
+    any other file. What takes minutes begins first, so that no process is left alone with it at the end.
+    """
+    slow = ("test_cli_serve.py", "test_cluster_actors.py", "test_native_instruction_sets.py")
+
+    def order(item: pytest.Item) -> int:
+        return 0 if item.path.parent.name == "e2e" else 1 if item.path.name in slow else 2
+
+    items.sort(key=order)
+    for item in items:
+        group = "e2e" if item.path.parent.name == "e2e" else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))

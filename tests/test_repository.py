@@ -48,11 +48,11 @@ FLOORS = {
         "model", "group", "worker", "group_worker",
     ),
     "router": (
-        "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "config", "wishes", "events", "fleet",
-        "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "server",
+        "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "events", "fleet",
+        "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (
-        "settings", "secret_files", "store", "roles/config", "config", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
+        "settings", "aliases", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

@@ -193,6 +193,8 @@ class Request:
     """Lower runs first."""
     traceparent: str = ""
     """W3C trace context that spans of this request hang below; decides nothing."""
+    cache_salt: int = 0
+    """Unsigned 64 bit. Prompts with different salts share no cached block, in no tier and from no peer: tenants have one each."""
 
 
 class FinishReason(StrEnum):

@@ -27,6 +27,8 @@ from cluster.ray_session.defaults import own_address
 from cluster.roles.config import RolesConfig
 from cluster.store.open import open_store
 from cluster.store.store import Store, StoreConfig, StoreUnavailable
+from cluster.tenants.driver import TenantsDriver
+from cluster.tenants.records import salt_secret
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
@@ -317,14 +319,19 @@ class RouterActor(Actor):
         credentials = credentials_of(self._tls, parties.router(self._name))
         make_roles = await asyncio.to_thread(lambda: importlib.import_module("cluster.roles.driver").RolesDriver)
         roles = make_roles(self._roles_config, self._config, self._name, self._store_config.lease_ttl_s)
-        router = make(self._config, self._name, credentials, listener, roles)
+        store = self._store
+        tenants = TenantsDriver(self._config.tenants, store)
+        secret = await _insist(lambda: salt_secret(store, self._store_config))
+        router = make(self._config, self._name, credentials, listener, roles, tenants, secret)
         self._router, self._roles = router, roles
+        await _insist(lambda: tenants.prepare(router))
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
             self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
             tasks.create_task(roles.run(self._store, router))
+            tasks.create_task(tenants.run(router))
 
     async def _announce(self, store: Store, url: str) -> None:
         """Keeps a lease with the router's URL, for those who look for one."""

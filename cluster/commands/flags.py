@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +19,7 @@ INTERRUPTED = 130
 """The exit code of a command that a signal ended."""
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
+_ALIAS = "alias:"
 _URL_HELP = f"the router; default: $BATON_URL, else this host's cluster, else {DEFAULT_URL}"
 KEYS = {"api": "BATON_API_KEY", "admin": "BATON_ADMIN_KEY"}
 """Variables of the environment that hold a key of each kind."""
@@ -34,7 +37,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         help="any setting, such as worker.max_num_seqs=32; may be repeated; `baton config-schema` lists them; the environment's BATON__WORKER__MAX_NUM_SEQS=32 says the same",
     )
     parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder; default: models/ernie-4.5-tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of weights and KV; default: float32")
+    parser.add_argument("--dtype", help="type of weights and KV: float32 or bfloat16; default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per worker; default: 1")
     parser.add_argument("--store", metavar="URL", help="memory (default) or redis://HOST:PORT/DB")
 
@@ -53,6 +56,27 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure", action="store_true", default=None, help="serve other hosts without API keys (not /admin)"
     )
+
+
+def add_aliases(parser: argparse.ArgumentParser) -> None:
+    """Names that vLLM and FastDeploy have for settings; docs/aliases.md lists them."""
+    from cluster.aliases import ALIASES
+
+    for alias in ALIASES:
+        names = [
+            f"--{alias.name}",
+            *([f"--{alias.keyword}"] if "-" in alias.name else []),
+            *filter(None, [alias.short]),
+        ]
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if alias.is_switch else {}
+        if alias.is_switch:
+            names = names[:1]
+        parser.add_argument(*names, dest=f"{_ALIAS}{alias.keyword}", default=None, help=argparse.SUPPRESS, **kind)
+
+
+def _aliases(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that were given, by keyword."""
+    return {name.removeprefix(_ALIAS): value for name, value in args.items() if name.startswith(_ALIAS)}
 
 
 def add_key_file(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -135,10 +159,12 @@ def _url_of_this_host() -> str:
 
 def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Dotted settings of the common flags; None for those not given."""
+    from cluster.aliases import read_dtype
+
     given = vars(args)
     return {
         "worker.model": args.model,
-        "worker.dtype": args.dtype,
+        "worker.dtype": None if args.dtype is None else read_dtype(args.dtype),
         "worker.num_threads": args.threads,
         "store.url": args.store,
         "router.host": given.get("host"),
@@ -170,6 +196,7 @@ def config_from(
 
     The model's path is made absolute here, because the actors that load it run in other folders. Raises InvalidConfig.
     """
+    from cluster.aliases import BLOCKS, kv_bytes, settings_of
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
     from cluster.settings import from_environment
     from cluster.store.store import has_credentials
@@ -178,7 +205,11 @@ def config_from(
     if shown:
         name = shown[0].partition("=")[0]
         raise InvalidConfig(f"every user of this host can read a command line: set {name} in a file or the environment")
-    flags = settings(args, environment)
+    aliases = _aliases(vars(args))
+    laid, notes = settings_of(aliases)
+    flags = laid | {name: value for name, value in settings(args, environment).items() if value is not None}
+    for note in notes:
+        print(f"baton: {note}", file=sys.stderr)
     for name, value in defaults.items():
         dotted = name.replace("__", ".")
         if flags.get(dotted) is None:
@@ -186,11 +217,11 @@ def config_from(
     in_file = read_file(args.config) if args.config else {}
     worker = in_file.get("worker")
     assigned = {text.partition("=")[0]: text.partition("=")[2] for text in args.assignments}
-    model = assigned.get("worker.model") or flags["worker.model"] or from_environment(environment).get("worker.model")
+    model = assigned.get("worker.model") or args.model or from_environment(environment).get("worker.model")
     if model is None and isinstance(worker, dict) and worker.get("model"):
         # A relative path in a file is meant from that file's folder.
         model = args.config.parent / str(worker["model"])
-    for given in (flags["store.url"], assigned.get("store.url")):
+    for given in (flags.get("store.url"), assigned.get("store.url")):
         if given and has_credentials(given):
             raise InvalidConfig(
                 "a password on the command line can be read by everybody on this host: put it into a file "
@@ -199,6 +230,10 @@ def config_from(
     flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
     config = load_config(args.config, flags, assignments, environment)
+    if (blocks := aliases.get(BLOCKS.replace("-", "_"))) is not None:
+        worker = config.worker
+        size = kv_bytes(worker.model, worker.dtype, worker.parallel.tensor_parallel, blocks)
+        config = replace(config, worker=replace(worker, kv_memory_bytes=size))
     if environment is os.environ:
         for name in [name for name in os.environ if name in KEYS.values() or name.startswith("BATON__")]:
             del os.environ[name]  # the processes that this one starts need no keys

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from cluster.commands.detaching import Detached, detach, log_file
-from cluster.commands.flags import add_cluster_flags, add_router_flags, config_from
+from cluster.commands.flags import add_aliases, add_cluster_flags, add_router_flags, config_from
 from cluster.console.output import StepPrinter
 from workers.errors import InvalidConfig
 
@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "serve",
         help="start workers and a router",
         description="Starts prefill, decode and mixed workers and a router, and serves until Ctrl-C.",
+        epilog="Flags that vLLM and FastDeploy have, such as --max-model-len, are taken too: docs/aliases.md.",
     )
     parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers; default: 1")
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers; default: 1")
@@ -44,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--ray-address", metavar="ADDRESS", help="place the actors in a running Ray: auto or HOST:PORT")
     add_cluster_flags(parser)
+    add_aliases(parser)
     parser.set_defaults(run=run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,11 @@ from urllib.parse import quote
 import httpx
 
 from workers.errors import BatonError, InvalidConfig
+
+
+def authorities(url: str) -> ssl.SSLContext | bool:
+    """Whose certificates are believed at a URL: the system's authorities, or those in SSL_CERT_FILE."""
+    return ssl.create_default_context() if url.startswith("https:") else False
 
 
 class RouterUnreachable(BatonError):
@@ -24,7 +30,9 @@ class RouterClient:
         self._url = url
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         # trust_env: a proxy for the internet must not be asked for this host.
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=timeout_s, trust_env=False, verify=authorities(url)
+        )
 
     def __enter__(self) -> RouterClient:
         return self
@@ -53,6 +61,18 @@ class RouterClient:
         """Has a worker take no new work, or take it again; returns the WorkerStatus as JSON. Raises InvalidConfig."""
         body = {"drain": is_draining, "force": force}
         return self._ask("POST", f"/admin/workers/{quote(worker_id, safe='')}/drain", body)
+
+    def keys(self) -> dict[str, Any]:
+        """GET /admin/keys: those of all tenants, as JSON, without the keys themselves."""
+        return self._ask("GET", "/admin/keys")
+
+    def create_key(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Has the hash of a new key kept. Raises InvalidConfig when the router refuses."""
+        return self._ask("POST", "/admin/keys", body)
+
+    def end_key(self, key_id: str, expires_s: float | None) -> dict[str, Any]:
+        """A key counts no more, from now or from then on. Raises InvalidConfig when the router refuses."""
+        return self._ask("POST", f"/admin/keys/{quote(key_id, safe='')}/end", {"expires_s": expires_s})
 
     def stream_chat(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The answer's text as it comes. `options` are further fields of the request body."""

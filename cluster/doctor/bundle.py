@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 
 from cluster.config import ClusterConfig
+from cluster.console.router_client import authorities
 from cluster.doctor.findings import Finding
 from cluster.doctor.looking import LOOK_TIMEOUT_S, look_at_host, look_at_ray, look_at_router, look_at_store
 from cluster.ray_session import processes
@@ -42,7 +43,9 @@ def collect(config: ClusterConfig, url: str, admin_key: str) -> dict[str, bytes]
         "settings.json": to_json(without_secrets(asdict(config))),
     }
     headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}
-    with httpx.Client(base_url=url, timeout=LOOK_TIMEOUT_S, headers=headers, trust_env=False) as client:
+    with httpx.Client(
+        base_url=url, timeout=LOOK_TIMEOUT_S, headers=headers, trust_env=False, verify=authorities(url)
+    ) as client:
         for name, path in (("status.json", "/admin/status"), ("metrics.txt", "/metrics"), ("version.json", "/version")):
             try:
                 parts[name] = client.get(path).content

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from cluster.config import ClusterConfig
+from cluster.console.router_client import authorities
 from cluster.doctor.findings import (
     Finding,
     HostFacts,
@@ -172,7 +173,7 @@ def ask(url: str, api_key: str) -> list[Finding]:
 
 
 def _client(url: str, timeout_s: float) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False)
+    return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, verify=authorities(url))
 
 
 def _bearer(key: str) -> dict[str, str]:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.sim.load import TraceRequest
-from cluster.sim.product import FinishReason, HandoffReport, InvariantViolated, Output, Request, SamplingParams
+from cluster.sim.product import (
+    FinishReason,
+    HandoffReport,
+    InvariantViolated,
+    Output,
+    Request,
+    Salts,
+    SamplingParams,
+    Wishes,
+)
 from cluster.sim.profiles.profile import Profile
 from cluster.sim.record import RequestRecord
 from cluster.sim.router import SimRouter
@@ -76,6 +85,7 @@ class Clients:
         self._connect_s = profile.connect_s
         self._token_s = profile.router_token_s
         self._begin_s = 0.0
+        self._salts = Salts(b"simulated")
 
     def start(self, begin_s: float) -> None:
         """The trace begins at that time."""
@@ -94,7 +104,8 @@ class Clients:
         number, now = self.num_asked, self._timeline.now
         self.asked_at_s = now
         params = SamplingParams(max_tokens=asked.output_tokens, temperature=0.0, seed=number, ignore_eos=True)
-        request = Request(f"r{number}", asked.prompt(), params)
+        salt = self._salts.of(asked.tenant)
+        request = Request(f"r{number}", asked.prompt(), params, cache_salt=salt)
         waiting = self.waiting[request.request_id] = _Waiting(number, asked, request, now, last_s=now)
         if asked.hangs_up_after is not None:
             self.hang_ups[number] = asked.hangs_up_after
@@ -107,7 +118,8 @@ class Clients:
         if router is None:
             self._timeline.after(RETRY_S, self._send_again, waiting)
         else:
-            self._timeline.after(self._on_its_way_s(waiting), router.submit, waiting.request)
+            wishes = Wishes(timeout_s=waiting.asked.timeout_s, tenant=waiting.asked.tenant)
+            self._timeline.after(self._on_its_way_s(waiting), router.submit, waiting.request, wishes)
 
     def _on_its_way_s(self, waiting: _Waiting) -> float:
         """From a client's wish to the router's hearing of it."""

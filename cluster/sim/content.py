@@ -91,7 +91,7 @@ class KvContent:
         if numbers is None:
             request, prompt = sequence.request, sequence.request.prompt_token_ids
             assert isinstance(prompt, PromptTokens)
-            hashes = prompt.chain(BLOCK_SIZE).hashes
+            hashes = prompt.chain(BLOCK_SIZE, request.cache_salt).hashes
             tail = prompt[len(hashes) * BLOCK_SIZE :]
             beginning = hash((hashes[-1] if hashes else 0, tail, request.params.seed))
             num_blocks = -(-(len(prompt) + request.params.max_tokens) // BLOCK_SIZE)

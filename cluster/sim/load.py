@@ -20,6 +20,10 @@ class TraceRequest:
     output_tokens: int
     hangs_up_after: int | None = None
     """The client leaves when it has so many output tokens; None: it stays."""
+    tenant: str = ""
+    """Who asks; tenants share the routers' queues equally, and no cached block. Empty: nobody in particular."""
+    timeout_s: float = 0.0
+    """The whole answer must be there so long after it was asked for; 0: whenever."""
 
     def prompt(self) -> PromptTokens:
         return prompt_of(self.texts, self.text_tokens, self.prompt_tokens)

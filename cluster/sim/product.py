@@ -17,6 +17,8 @@ from router.core import RouterCore
 from router.driver import make_policy
 from router.fleet.seen import workers_seen
 from router.roles import Order
+from router.tenants.salts import Salts
+from router.wishes import NO_WISHES, Wishes
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import EngineCommand, LayersFilled, Report, StepResult
@@ -56,6 +58,7 @@ __all__ = [
     "ABSENT",
     "BLOCK_SIZE",
     "CONTROL",
+    "NO_WISHES",
     "SETTLE_S",
     "STALL_CHECK_S",
     "SWITCHES",
@@ -107,6 +110,7 @@ __all__ = [
     "RolesCore",
     "RouterConfig",
     "RouterCore",
+    "Salts",
     "Sampled",
     "SamplingParams",
     "Sequence",
@@ -118,6 +122,7 @@ __all__ = [
     "Submit",
     "TargetSession",
     "TransferState",
+    "Wishes",
     "WorkerAddress",
     "WorkerConfig",
     "WorkerCore",

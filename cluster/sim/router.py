@@ -7,6 +7,7 @@ from typing import Any, Protocol, assert_never
 
 from cluster.sim.network import Network
 from cluster.sim.product import (
+    NO_WISHES,
     Adopt,
     Membership,
     MembershipTick,
@@ -16,6 +17,7 @@ from cluster.sim.product import (
     RouterCore,
     Snapshot,
     Submit,
+    Wishes,
     WorkerFrame,
     make_policy,
     router_events,
@@ -175,9 +177,9 @@ class SimRouter:
 
     # ---- clients and the store ----
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> None:
         self._hear_steps()
-        self.handle(router_events.RequestArrived(request))
+        self.handle(router_events.RequestArrived(request, wishes))
 
     def cancel(self, request_id: str) -> None:
         self.handle(router_events.RequestCancelled(request_id))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
 
 from cluster.store.memory import MemoryStore
 from cluster.store.store import SETTLE_S, Changes, Entry, Mirror, Snapshot, StoreUnavailable, check_entry
+from router.tenants.buckets import Ask, Given
 
 STORE_HOST_NAME = "store"
 
@@ -51,6 +52,9 @@ class StoreHost:
 
     async def list(self, prefix: str) -> Snapshot:
         return await self._store.list(prefix)
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        return await self._store.ask(asks)
 
     async def next_changes(self, prefix: str, epoch: str, revision: int, hold_s: float) -> Changes | None:
         """What has changed under the prefix after `revision`, as soon as something has; None when nothing does for `hold_s`."""
@@ -111,6 +115,10 @@ class ActorStore:
             if changes is not None and mirror.apply(changes):
                 yield mirror.snapshot
                 await asyncio.sleep(SETTLE_S)
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        given: tuple[Given, ...] = await self._call("ask", tuple(asks))
+        return given
 
     async def close(self) -> None:
         """The host keeps the store: others use it."""

@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.store.store import ABSENT, SETTLE_S, Changes, Entry, Mirror, Snapshot, check_entry
+from router.tenants.buckets import Ask, Buckets, Given
 
 MAX_CHANGES = 4096
 """Revisions that are remembered; a watcher that is further behind gets everything."""
@@ -28,6 +29,7 @@ class MemoryStore:
         self._epoch = uuid.uuid4().hex
         self._revision = 0
         self._slots: dict[str, _Slot] = {}
+        self._buckets = Buckets()
         self._changes: deque[tuple[int, str]] = deque(maxlen=MAX_CHANGES)
         """The last revisions with the key that each one wrote or removed."""
         self._changed = asyncio.Event()
@@ -91,6 +93,9 @@ class MemoryStore:
     def _newer(self, revision: int) -> Iterator[tuple[int, str]]:
         """The changes after a revision, latest first."""
         return itertools.takewhile(lambda change: change[0] > revision, reversed(self._changes))
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        return self._buckets.ask(asks, asyncio.get_running_loop().time())
 
     async def close(self) -> None:
         for slot in self._slots.values():

@@ -12,6 +12,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import NoScriptError, RedisError
 
+from cluster.store.redis_buckets import ASK, arguments_of
 from cluster.store.store import (
     ABSENT,
     MAX_VALUE_BYTES,
@@ -23,6 +24,7 @@ from cluster.store.store import (
     StoreUnavailable,
     check_entry,
 )
+from router.tenants.buckets import Ask, Given
 
 MAX_ENTRIES = 16384
 """Entries under a prefix that are read; a cluster has a few a worker."""
@@ -162,7 +164,9 @@ class RedisStore:
             socket_timeout=timeout_s,
             health_check_interval=10,
         )
-        self._scripts = {text: self._client.register_script(text) for text in (_WRITE, _RENEW, _DELETE, _LOOK, _LIST)}
+        self._scripts = {
+            text: self._client.register_script(text) for text in (_WRITE, _RENEW, _DELETE, _LOOK, _LIST, ASK)
+        }
 
     async def check(self) -> None:
         """Raises StoreUnavailable unless Redis answers."""
@@ -218,6 +222,12 @@ class RedisStore:
                         names = await self._next_names(messages, prefix, ends_s, again_s)
             except (RedisError, OSError, StoreUnavailable):
                 await asyncio.sleep(0.5)
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        found = await self._run(
+            ASK, "", f"{self._space}bucket:", *(text for each in asks for text in arguments_of(each))
+        )
+        return tuple([Given(float(found[at]), float(found[at + 1])) for at in range(0, len(found), 2)])
 
     async def close(self) -> None:
         with contextlib.suppress(RedisError, OSError):

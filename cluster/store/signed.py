@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from cluster.store.store import ABSENT, Entry, Snapshot, Store
+from router.tenants.buckets import Ask, Given
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,10 @@ class SignedStore:
         async with aclosing(self._store.watch(prefix)) as snapshots:
             async for snapshot in snapshots:
                 yield self._of_ours(snapshot)
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        """Not signed: who writes to the store can give tenants more, or less."""
+        return await self._store.ask(asks)
 
     async def close(self) -> None:
         await self._store.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
+from router.tenants.buckets import Ask, Given
 from workers.errors import BatonError, InvalidConfig
 
 MAX_KEY_BYTES = 512
@@ -116,6 +117,11 @@ class Store(Protocol):
 
         Outages are waited out: the state is yielded again once the store answers. Never ends by itself; `aclose` it.
         """
+        ...
+
+    async def ask(self, asks: Sequence[Ask]) -> tuple[Given, ...]:
+        """Takes from allowances that all share, all in one step; see router.tenants.buckets.Buckets, which says what comes of it. They
+        are no entries: no watcher hears of them, and a store that comes back empty has full ones."""
         ...
 
     async def close(self) -> None: ...

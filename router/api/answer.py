@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.api import sse
 from router.api.bodies import OpenBodies
+from router.api.callers import Account, Callers
 from router.api.grammar_check import GrammarChecks
 from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
@@ -81,6 +82,7 @@ class Services:
     metrics: Metrics
     bodies: OpenBodies
     grammars: GrammarChecks
+    callers: Callers
 
 
 class StreamWriter(Protocol):
@@ -155,6 +157,7 @@ async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], t
         # EBNF is turned into Lark's language in Python, a character at a time.
         may_take_long = b"grammar" in raw or b"ebnf" in raw
         job = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    job = services.callers.own(job, http.scope)
     if model is not None:
         await services.grammars.check(job, model)
     return job
@@ -172,9 +175,21 @@ class Answer(Response):
         """The last of it is on its way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_disconnected(receive, self._run(scope, receive, send), lambda: self._is_sent)
+        account = await self._services.callers.admit(self._job, scope)
+        outcome = Refusal.INTERNAL.value
+        try:
+            await unless_disconnected(receive, self._run(scope, receive, send, account), lambda: self._is_sent)
+            outcome = scope["state"].get("refusal", "") or "ok"
+        except ClientDisconnect:
+            outcome = "client_disconnected"
+            raise
+        except Exception as error:
+            outcome = describe(error).label
+            raise
+        finally:
+            account.close(outcome)
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
         services, job = self._services, self._job
         start_s = time.monotonic()
         heartbeat_s = services.config.heartbeat_s if job.stream else None
@@ -191,7 +206,8 @@ class Answer(Response):
         except BaseException as error:
             span.end(repr(error))
             raise
-        progress = JobProgress(job, services.metrics, start_s, generation.decisions)
+        progress = account.progress = JobProgress(job, services.metrics, start_s, generation.decisions)
+        scope["state"]["work"] = progress
         try:
             if job.stream:
                 await self._send_stream(generation, progress, scope, send)

@@ -374,3 +374,18 @@ class RolesAnswer(BaseModel):
 class PinAnswer(BaseModel):
     worker_id: str
     pinned: bool
+
+
+class KeyAnswer(BaseModel):
+    """A tenant's key, without the key itself. Times in seconds since 1970."""
+
+    id: str
+    tenant: str
+    sha256: str
+    expires_s: float | None
+    revoked_s: float | None
+    stored: bool
+
+
+class KeysAnswer(BaseModel):
+    keys: list[KeyAnswer]

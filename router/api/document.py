@@ -16,7 +16,17 @@ from router.api.health import product_version
 from router.api.messages_body import CountBody, MessagesBody
 from router.api.problems import REFUSALS
 from router.api.responses_body import ResponsesBody
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
+from router.api.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    DrainBody,
+    KeyBody,
+    KeyEndBody,
+    PinBody,
+    RoleBody,
+    TokenizeBody,
+)
 from router.config import ApiConfig
 
 _REF = "#/components/schemas/{model}"
@@ -45,6 +55,7 @@ class Endpoint:
 _WORK = (400, 404, 413, 415, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
 _READ = (400, 404, 413, 415, 429, 503)
 _STEER = (400, 404, 413, 415, 429, 500, 503)
+_KEYS_OF = (400, 404, 409, 413, 415, 429, 503)
 
 ENDPOINTS = (
     Endpoint(
@@ -128,6 +139,25 @@ ENDPOINTS = (
     Endpoint(
         "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
     ),
+    Endpoint("get", "/admin/keys", "The keys of tenants, by their hashes", answers.KeysAnswer, key="admin"),
+    Endpoint(
+        "post",
+        "/admin/keys",
+        "Keeps the hash of a tenant's new key",
+        answers.KeyAnswer,
+        KeyBody,
+        key="admin",
+        errors=_KEYS_OF,
+    ),
+    Endpoint(
+        "post",
+        "/admin/keys/{key_id}/end",
+        "Revokes a tenant's key, now or at a time that comes",
+        answers.KeyAnswer,
+        KeyEndBody,
+        key="admin",
+        errors=_KEYS_OF,
+    ),
     Endpoint(
         "post",
         "/admin/workers/{worker_id}/pin",
@@ -161,7 +191,7 @@ _PHRASES = {
     401: "The key is missing or wrong",
     403: "Not served to this client",
     404: "There is no such model, response or worker",
-    409: "The request is answered elsewhere",
+    409: "The request is answered elsewhere, or there is such a key already",
     413: "The body is too large",
     415: "The body is not sent as application/json",
     429: "Too much at once; retry-after says when to come back",
@@ -202,7 +232,7 @@ class _Untitled(GenerateJsonSchema):
 
 
 def make_document(config: ApiConfig) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of an API with these settings, of which only the keys matter; what other settings bound is refused with 400."""
+    """The OpenAPI 3.1 document of an API with these settings, of which only the keys and the prefix matter; what other settings bound is refused with 400."""
     kinds: dict[type[BaseModel], JsonSchemaMode] = {}
     for endpoint in ENDPOINTS:
         for kind in (endpoint.body, endpoint.answer, endpoint.chunk, endpoint.error):
@@ -215,6 +245,7 @@ def make_document(config: ApiConfig) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Baton", "version": product_version()},
+        **({"servers": [{"url": config.root_path}]} if config.root_path else {}),
         "paths": paths,
         "components": {
             "schemas": schemas["$defs"],
@@ -286,7 +317,7 @@ def make_page(document: dict[str, Any]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Baton</title>",
         f"<style>{_STYLE}</style><h1>Baton {html.escape(document['info']['version'])}</h1>",
-        "<p>For programs: <a href=/openapi.json>/openapi.json</a></p>",
+        "<p>For programs: <a href=openapi.json>/openapi.json</a></p>",
     ]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

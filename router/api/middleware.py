@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.api.access_log import AccessLog
+from router.api.callers import RATE_HEADERS
 from router.api.door import Door
 from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal, rejected
 from router.config import ApiConfig
+from router.tenants.tenancy import Caller, Tenancy
 from workers.errors import Refusal, Refused
 
 
@@ -93,13 +97,16 @@ DISCONNECTED = "client_disconnected"
 
 
 class Gate:
-    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id and is counted once."""
+    """An ASGI layer in front of the whole app; whatever passes it carries x-request-id, and is counted and logged once."""
 
-    def __init__(self, app: ASGIApp, config: ApiConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ApiConfig, metrics: Metrics, tenancy: Tenancy, access_log: AccessLog
+    ) -> None:
         self._app = app
         self._config = config
         self._metrics = metrics
-        self._door = Door(config)
+        self._access_log = access_log
+        self._door = Door(config, tenancy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,6 +117,7 @@ class Gate:
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        begin_s = time.monotonic()
         status = 0
         is_counted = False
 
@@ -118,20 +126,22 @@ class Gate:
             if not is_counted:
                 is_counted = True
                 self._metrics.count_request(scope["path"], status, state.get("refusal", ""))
+                self._access_log.note(scope, status, begin_s)
 
         async def send_with_id(message: Message) -> None:
             """Counts before the last byte goes out: whoever has the answer finds it in the metrics."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                more = [(b"x-request-id", request_id.encode()), *state.get(RATE_HEADERS, ())]
+                message["headers"] = [*message["headers"], *more]
             elif not message.get("more_body", False):
                 count()
             await send(message)
 
         problem: Problem | None = None
         try:
-            self._check(scope, headers)
+            state["caller"] = self._check(scope, headers)
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             state["refusal"] = DISCONNECTED
@@ -145,12 +155,13 @@ class Gate:
             await problem.response(scope["path"])(scope, receive, send_with_id)
         count()
 
-    def _check(self, scope: Scope, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> Caller:
         """Raises Rejected for who may not ask, and for a body that says it is too long."""
-        self._door.check(scope, headers)
+        caller = self._door.check(scope, headers)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:19]) > self._config.max_body_bytes:
             raise too_large(self._config)
+        return caller
 
 
 def too_large(config: ApiConfig) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, Services, read_job
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
+from router.api.callers import caller_of
 from router.api.job_run import JobProgress
 from router.api.problems import Problem, rejected
 from router.api.response_store import ResponseStore, Stored
@@ -45,12 +45,13 @@ def response_routes(services: Services) -> APIRouter:
         job = await read_job(http, services, ResponsesBody, translate)
         return Answer(services, job, ResponseShape(job, asked, store, owner))
 
-    # One route, so that a 405 names both methods.
-    @routes.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], response_model=None)
-    async def show_or_delete_response(http: HttpRequest, response_id: str) -> Response:
-        stored = _find(store, response_id, _owner(http))
-        if http.method == "GET":
-            return _json(stored.response)
+    @routes.get("/v1/responses/{response_id}", response_model=None)
+    async def show_response(http: HttpRequest, response_id: str) -> Response:
+        return _json(_find(store, response_id, _owner(http)).response)
+
+    @routes.delete("/v1/responses/{response_id}", response_model=None)
+    async def delete_response(http: HttpRequest, response_id: str) -> Response:
+        _find(store, response_id, _owner(http))
         store.delete(response_id, _owner(http))
         return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 
@@ -77,7 +78,7 @@ def _json(value: dict[str, Any]) -> Response:
 
 
 def _owner(http: HttpRequest) -> bytes:
-    return hashlib.sha256(http.headers.get("authorization", "").encode()).digest()
+    return caller_of(http.scope).owner
 
 
 def _find(store: ResponseStore, response_id: str, owner: bytes, param: str = "response_id") -> Stored:

@@ -184,6 +184,8 @@ class GenerationBody(Body):
     trace: StrictBool | None = None
     ttft: _Target | None = None
     tpot: _Target | None = None
+    timeout: _Target | None = None
+    cache_salt: Annotated[StrictStr, said("string", minLength=1, maxLength=1024)] | None = None
     session_id: StrictStr | None = None
     prompt_cache_key: StrictStr | None = None
     user: Any = None
@@ -293,6 +295,17 @@ class RoleBody(Body):
 
 class PinBody(Body):
     pin: StrictBool = True
+
+
+class KeyBody(Body):
+    id: StrictStr
+    tenant: StrictStr
+    sha256: StrictStr
+    expires_s: Number | None = None
+
+
+class KeyEndBody(Body):
+    expires_s: Number | None = None
 
 
 class DrainBody(Body):

@@ -26,6 +26,7 @@ from workers.text.tokenizer import Tokenizer
 _INT32_MAX = 2**31 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_TARGET_S = 3600
+_MAX_SALT_CHARACTERS = 1024
 _CHARACTERS_PER_TOKEN = 4
 """Of bad words, which are tokenized, each in two forms, before the request can be answered."""
 
@@ -55,6 +56,10 @@ class Job:
     speech: Speech
     wishes: Wishes = NO_WISHES
     """The same for all requests."""
+    priority: int | None = None
+    """As the client has it; None: it says none."""
+    cache_salt: str = ""
+    """The client's own; what becomes of it is in the requests."""
 
 
 def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
@@ -150,6 +155,8 @@ def make_job(
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         trace=bool(body.trace),
         wishes=_wishes(body),
+        priority=body.priority,
+        cache_salt=_cache_salt(body),
         speech=speech,
     )
 
@@ -162,7 +169,28 @@ def _wishes(body: GenerationBody) -> Wishes:
             raise InvalidRequest(f"{name} must be above 0 and at most {_MAX_TARGET_S} seconds", name)
         targets[f"{name}_s"] = float(value or 0.0)
     session = body.session_id or body.prompt_cache_key or (body.user if isinstance(body.user, str) else "")
-    return Wishes(**targets, session=session_number(session), explain=bool(body.trace))
+    return Wishes(
+        targets["ttft_s"], targets["tpot_s"], session_number(session), bool(body.trace), read_timeout(body.timeout)
+    )
+
+
+def read_timeout(asked: float | str | None, other_s: float = 0.0) -> float:
+    """Seconds that a request may take, the shorter of two; 0: nothing is said. Raises InvalidRequest."""
+    if asked is None:
+        return other_s
+    try:
+        timeout_s = float(asked)
+    except (ValueError, OverflowError):
+        timeout_s = math.nan
+    if not 0 < timeout_s <= _MAX_TARGET_S:
+        raise InvalidRequest(f"timeout must be above 0 and at most {_MAX_TARGET_S} seconds", "timeout")
+    return min(timeout_s, other_s) if other_s else timeout_s
+
+
+def _cache_salt(body: GenerationBody) -> str:
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= _MAX_SALT_CHARACTERS:
+        raise InvalidRequest(f"cache_salt must have 1 to {_MAX_SALT_CHARACTERS} characters", "cache_salt")
+    return body.cache_salt or ""
 
 
 def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defaults: SamplingParams) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""Decides who goes next among the requests that have no worker yet. Knows neither workers nor why they wait."""
+"""Decides who goes next among the requests of one tenant that have no worker yet. Knows neither workers nor why they wait."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ class _Place:
 
 
 class AdmissionQueue:
-    """A bounded queue: lower priority value first, then whose first token is due first, then first come first served; some entries
-    are not ready yet. One that is late is in no hurry any more: those that can still be in time go first, for a while.
-
-    `max_queue` bounds new requests only: one that is put back after a fault was admitted before, and the number of
-    those is bounded by the requests that run.
+    """Lower priority value first, then whose first token is due first, then first come first served; some entries are not ready yet.
+    One that is late is in no hurry any more: those that can still be in time go first, for a while. Whoever fills it bounds it.
     """
 
-    def __init__(self, max_queue: int) -> None:
-        self._max_queue = max_queue
+    def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
         self._ready: list[tuple[int, float, int, int, str]] = []
         self._delayed: list[tuple[float, int, str]] = []
@@ -34,17 +30,6 @@ class AdmissionQueue:
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._places
-
-    @property
-    def is_full(self) -> bool:
-        return len(self._places) >= self._max_queue
-
-    def ids(self) -> list[str]:
-        """All waiting requests, in no particular order."""
-        return list(self._places)
 
     def push(
         self,

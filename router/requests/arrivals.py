@@ -40,7 +40,7 @@ class Arrivals:
         if model is None or flight.block_size == model.block_size:
             return
         block_size = flight.block_size = model.block_size
-        flight.hashes = block_hashes(prompt, block_size)
+        flight.hashes = block_hashes(prompt, block_size, flight.request.cache_salt)
 
     def unfit(self, request: Request) -> Reject | None:
         """Why the served model cannot take a request."""

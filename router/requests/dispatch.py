@@ -165,6 +165,17 @@ class Dispatcher:
         """What permits to take an attempt over are made with."""
         return make_key(self._secret, attempt)
 
+    def ends_s(self, flight: InFlightRequest) -> float:
+        """When it must be done, by what the router allows and the client wants."""
+        bounds = (self._request_timeout_s, flight.wishes.timeout_s or self._request_timeout_s)
+        return flight.arrived_s + min(bounds)
+
+    def predicted_tokens(self, flight: InFlightRequest) -> float:
+        """What its tenant's share pays for it: what is not cached of its prompt, as far as that can be told, and its expected answer."""
+        request = flight.request
+        num_output = min(request.params.max_tokens, self._expected_output_tokens)
+        return len(request.prompt_token_ids) * self.uncached_share + num_output
+
     def num_blocks(self, flight: InFlightRequest) -> int:
         """KV blocks that the request is taken to need in the end."""
         return self._demand(flight).num_blocks
@@ -216,7 +227,7 @@ class Dispatcher:
         bounds = [bound_s for bound_s in (self._first_token_deadline_s, flight.wishes.ttft_s) if bound_s]
         if bounds and not flight.is_started:
             due_s = max(1e-3, min(bounds) - age_s)
-        return max(1e-3, self._request_timeout_s - age_s), due_s
+        return max(1e-3, self.ends_s(flight) - now), due_s
 
     def note_answer(self, flight: InFlightRequest, output: Output, now: float) -> None:
         """A first output has come: what it says of the times that were foretold."""

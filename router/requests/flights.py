@@ -15,10 +15,11 @@ from router.fleet.worker_entry import WorkerEntry
 from router.forecast.pace import Pace
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
-from router.requests.admission import AdmissionQueue
 from router.requests.arrivals import Arrivals
+from router.requests.deadlines import Deadlines
 from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
+from router.requests.fair_queue import FairQueue
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
@@ -49,7 +50,8 @@ class InFlightRequests:
         self._flights: dict[str, InFlightRequest] = {}
         self._attempts: dict[str, InFlightRequest] = {}
         self._arrivals = Arrivals(config, fleet, dispatcher)
-        self._queue = AdmissionQueue(config.max_queue)
+        self._queue = FairQueue(config.max_queue)
+        self._deadlines = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
         self._finished = Pace()
@@ -92,7 +94,9 @@ class InFlightRequests:
         flight = InFlightRequest(
             request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._arrivals.with_defaults(wishes)
         )
-        rejection = self._rejection_of(request) or self._arrivals.out_of_reach(flight, self._line(now), now)
+        rejection = self._rejection_of(request, wishes.tenant) or self._arrivals.out_of_reach(
+            flight, self._line(now), now
+        )
         if rejection is not None:
             self._counters[f"rejected_{rejection.refusal}"] += 1
             self._out.append(rejection)
@@ -101,6 +105,7 @@ class InFlightRequests:
         self._num_arrived += 1
         self._arrivals.hash(flight)
         self._flights[request.request_id] = flight
+        self._deadlines.add(request.request_id, self._dispatcher.ends_s(flight))
         self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
@@ -108,7 +113,20 @@ class InFlightRequests:
         patient_until_s = flight.arrived_s + self._config.patience_s
         due_s = flight.arrived_s + flight.wishes.ttft_s if flight.wishes.ttft_s else patient_until_s
         name, priority = flight.request.request_id, flight.request.priority
-        self._queue.push(name, priority, flight.order, ready_s, due_s, patient_until_s)
+        # What runs again has been counted; the fault is not its tenant's.
+        num_tokens = 0.0 if flight.num_attempts else self._dispatcher.predicted_tokens(flight)
+        wishes = flight.wishes
+        self._queue.push(
+            name,
+            priority,
+            flight.order,
+            ready_s,
+            due_s,
+            patient_until_s,
+            tenant=wishes.tenant,
+            weight=wishes.weight,
+            num_tokens=num_tokens,
+        )
         self._waiting_tokens += len(flight.request.prompt_token_ids)
 
     def _dequeue(self, flight: InFlightRequest) -> None:
@@ -130,7 +148,7 @@ class InFlightRequests:
             elif rejection is not None:
                 self._fail(flight, rejection.refusal, rejection.message, now)
 
-    def _rejection_of(self, request: Request) -> Reject | None:
+    def _rejection_of(self, request: Request, tenant: str) -> Reject | None:
         name = request.request_id
         if self._is_closed:
             return Reject(name, Refusal.SHUTTING_DOWN, "this router is shutting down")
@@ -139,7 +157,7 @@ class InFlightRequests:
         unfit = self._arrivals.unfit(request)
         if unfit is not None:
             return unfit
-        if self._queue.is_full:
+        if self._queue.is_full(tenant):
             return Reject(name, Refusal.QUEUE_FULL, "too many requests are waiting", retry_after_s=1.0)
         return None
 
@@ -168,9 +186,10 @@ class InFlightRequests:
                 return
             self._blocked = None
             self._unroutable_since_s = None
-            self._dequeue(flight)
             if self._is_hopeless(flight, route, now):
                 continue
+            self._queue.take(request_id)
+            self._waiting_tokens -= len(flight.request.prompt_token_ids)
             if flight.wishes.explain:
                 self._out.append(Explain(request_id, self._dispatcher.explain(flight, route, now)))
             self._out.append(self._dispatcher.submit(flight, route, now))
@@ -293,9 +312,11 @@ class InFlightRequests:
         """Fails requests that live too long, and those for which no worker has come back in time."""
         self.migrations.check_time(now)
         self._leftovers.forget()
-        for flight in self._too_old(now):
+        for request_id in self._deadlines.past(now):
+            self.num_visited += 1
+            flight = self._flights[request_id]
             self._cancel_attempt(flight)
-            self._fail(flight, Refusal.DEADLINE_EXCEEDED, "the request took longer than the router allows", now)
+            self._fail(flight, Refusal.DEADLINE_EXCEEDED, _too_long(flight), now)
         if self._fleet.can_decode:
             self._unroutable_since_s = None
             return
@@ -305,16 +326,6 @@ class InFlightRequests:
         for flight in [self._flights[request_id] for request_id in self._queue.ids()]:
             if now - max(flight.queued_s, since_s) >= self._config.recovery_timeout_s:
                 self._fail(flight, Refusal.NO_WORKERS, "no worker came back in time", now)
-
-    def _too_old(self, now: float) -> list[InFlightRequest]:
-        """They are kept in the order in which they arrived, so those that live too long come first."""
-        old: list[InFlightRequest] = []
-        for flight in self._flights.values():
-            self.num_visited += 1
-            if now - flight.arrived_s <= self._config.request_timeout_s:
-                break
-            old.append(flight)
-        return old
 
     def close(self, now: float) -> None:
         """Fails everything and accepts nothing more."""
@@ -368,4 +379,12 @@ class InFlightRequests:
         if flight.left is not None:
             self._leftovers.end(*flight.left)
         self._dequeue(flight)
+        self._deadlines.remove(flight.request.request_id)
         del self._flights[flight.request.request_id]
+
+
+def _too_long(flight: InFlightRequest) -> str:
+    timeout_s = flight.wishes.timeout_s
+    if timeout_s:
+        return f"the request was not done within timeout = {timeout_s:g} s"
+    return "the request took longer than the router allows"

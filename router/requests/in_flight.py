@@ -203,8 +203,11 @@ class InFlightRequest:
             params=request.params,
             choice_index=request.choice_index,
             replay_token_ids=tuple(self.delivered),
-            priority=request.priority,
+            priority=0
+            if self.wishes.tenant
+            else request.priority,  # it counts among one tenant's requests, in the queue
             traceparent=request.traceparent,
+            cache_salt=request.cache_salt,
         )
 
     def accept(self, output: Output) -> Output | Mismatch:

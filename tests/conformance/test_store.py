@@ -7,6 +7,7 @@ import contextlib
 import socket
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cluster.store.memory import MAX_CHANGES, MemoryStore
 from cluster.store.redis_store import RedisStore
 from cluster.store.signed import SignedStore
 from cluster.store.store import ABSENT, MAX_VALUE_BYTES, Changes, Entry, Mirror, Snapshot, Store, StoreUnavailable
+from router.tenants.buckets import Draw, Hold
 
 BOUND_S = 60.0
 SHORT_S, KEPT_S = 0.2, 4.0
@@ -296,3 +298,27 @@ async def test_a_watch_outlives_a_restart_of_redis_and_tells_of_the_new_epoch(tm
     finally:
         await store.close()
         server.stop()
+
+
+async def test_allowances_are_shared_as_the_buckets_in_memory_share_them(store: Store) -> None:
+    draw = Draw("t/requests", 7.0, 10.0, 0.0)
+    assert [given.amount for given in await store.ask([draw, draw, draw])] == [7.0, 3.0, 0.0]
+    (back,) = await store.ask([replace(draw, want=-4.0)])
+    assert (back.amount, back.left) == (-4.0, 4.0)
+    (full,) = await store.ask([replace(draw, want=-400.0)])
+    assert full.left == 10.0, "no more than it holds"
+    first, other, more = await store.ask(
+        [Hold("t/places", "a", 6, 8, 60.0), Hold("t/places", "b", 6, 8, 60.0), Hold("t/places", "a", 8, 8, 60.0)]
+    )
+    assert (first.amount, other.amount, more.amount, more.left) == (6, 2, 6, 0), "an owner holds so many in all"
+    gone, rest = await store.ask([Hold("t/places", "a", 0, 8, 60.0), Hold("t/places", "c", 8, 8, SHORT_S)])
+    assert (gone.amount, rest.amount) == (0, 6)
+    async with asyncio.timeout(BOUND_S):
+        while (await store.ask([Hold("t/places", "d", 6, 8, 60.0)]))[0].amount < 6:
+            await asyncio.sleep(0.05)  # the lease of c ends
+    assert (await store.list("")).entries == (), "they are no entries"
+    slow = Draw("t/filling", 1.0, 1.0, 1000.0)
+    assert (await store.ask([slow]))[0].amount == 1.0
+    async with asyncio.timeout(BOUND_S):
+        while (await store.ask([slow]))[0].amount < 0.5:
+            pass

@@ -28,7 +28,17 @@ class ClusterProcess:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._environment = os.environ | ({"BATON_API_KEY": key, "BATON_ADMIN_KEY": key} if key else {})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "serve", "--port", str(free_port()), "--set", f"roles.mode={roles}", *flags],
+            [
+                sys.executable,
+                "-m",
+                "cluster.cli",
+                "serve",
+                "--port",
+                str(free_port()),
+                "--set",
+                f"roles.mode={roles}",
+                *flags,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -26,6 +26,8 @@ from router.http_server import HttpServer
 from router.policies.explain import Decision
 from router.policies.policy import Reason
 from router.roles import RolesReport, SwitchCount
+from router.tenants.tenancy import Tenancy
+from router.tenants.usage_log import UsageLog
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidRequest
 from workers.grammar.language import engine_name
@@ -273,9 +275,15 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 @contextmanager
-def serve(backend: FakeBackend, config: ApiConfig | None = None, http: HttpConfig | None = None) -> Iterator[str]:
+def serve(
+    backend: FakeBackend,
+    config: ApiConfig | None = None,
+    http: HttpConfig | None = None,
+    tenancy: Tenancy | None = None,
+    usage_log: UsageLog | None = None,
+) -> Iterator[str]:
     """A real HTTP server on a free port of this host, in a thread; the value is its URL."""
-    app = create_app(backend, backend.tokenizer, config or ApiConfig())
+    app = create_app(backend, backend.tokenizer, config or ApiConfig(), None, tenancy, usage_log)
     listening = threading.Event()
     server = HttpServer(app, http or HttpConfig(), 30.0, listening.set, app.state.metrics.count_refused_connection)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -286,6 +294,7 @@ def serve(backend: FakeBackend, config: ApiConfig | None = None, http: HttpConfi
     finally:
         server.should_exit = True
         thread.join(30)
+        app.state.access_log.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +309,18 @@ class Api:
 
 @contextmanager
 def open_api(
-    config: ApiConfig | None = None, key: str = "any", http: HttpConfig | None = None, checkpoint: Path = CHECKPOINT
+    config: ApiConfig | None = None,
+    key: str = "any",
+    http: HttpConfig | None = None,
+    checkpoint: Path = CHECKPOINT,
+    tenancy: Tenancy | None = None,
+    usage_log: UsageLog | None = None,
 ) -> Iterator[Api]:
     """Serves a checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
     backend = FakeBackend(Tokenizer.load(checkpoint))
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with (
-        serve(backend, config, http) as url,
+        serve(backend, config, http, tenancy, usage_log) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client,
         httpx.Client(base_url=url, headers=headers, timeout=30) as plain,
     ):

@@ -19,6 +19,8 @@ from cluster.commands.flags import client_target, config_from
 from router.api.door import Door
 from router.api.problems import Rejected
 from router.config import ApiConfig, RouterConfig, hashed, is_loopback
+from router.tenants.config import TenantsConfig
+from router.tenants.tenancy import Tenancy
 from workers.errors import InvalidConfig
 
 OPEN = ("/health", "/ready", "/version")
@@ -36,7 +38,7 @@ def door_says(config: ApiConfig, path: str, client: str = "127.0.0.1", method: s
     named = {name.replace("_", "-"): value for name, value in ({"host": "127.0.0.1:8000"} | headers).items()}
     scope: dict[str, Any] = {"type": "http", "path": path, "method": method, "client": (client, 5)}
     try:
-        Door(config).check(scope, Headers(named))
+        Door(config, Tenancy(TenantsConfig(), config.api_keys)).check(scope, Headers(named))
     except Rejected as rejection:
         return rejection.problem.row.status
     return 200

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from fake_backend import Api, open_api
+from fake_backend import Api
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
-from test_api_tools import CALLS, folder, says
+from test_api_tools import CALLS, says
 
-__all__ = ["folder"]
+API_THINKS = True
 
 
 class Order(BaseModel):
@@ -25,18 +23,6 @@ class Order(BaseModel):
 def weather(city: Literal["Berlin", "Paris"]) -> str:
     """The weather of a city."""
     return f"rain in {city}"
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[Api]:
-    with open_api(checkpoint=folder) as api:
-        yield api
-
-
-@pytest.fixture
-def api(shared: Api) -> Api:
-    shared.backend.reset()
-    return shared
 
 
 def model(api: Api, **fields: Any) -> ChatOpenAI:

@@ -9,12 +9,10 @@ from typing import Any
 import anthropic
 import pytest
 from fake_backend import Api, open_api
-from test_api_tools import ANSWER, CALLS, folder, says
+from test_api_tools import ANSWER, CALLS, says
 
 from router.config import ApiConfig
 from workers.request import FinishReason
-
-__all__ = ["folder"]
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Berlin", "Paris"]}}, "required": ["city"], "additionalProperties": False}  # fmt: skip
 TOOLS: list[Any] = [{"name": "weather", "description": "The weather of a city.", "input_schema": CITY}]
@@ -22,10 +20,10 @@ ASK: list[Any] = [{"role": "user", "content": "How is the weather in Berlin?"}]
 
 
 @pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[tuple[Api, anthropic.Anthropic]]:
+def shared(thinking_folder: Path) -> Iterator[tuple[Api, anthropic.Anthropic]]:
     config = ApiConfig(api_keys=("key-of-this-test-000",))
     with (
-        open_api(config, key="key-of-this-test-000", checkpoint=folder) as api,
+        open_api(config, key="key-of-this-test-000", checkpoint=thinking_folder) as api,
         anthropic.Anthropic(base_url=api.url, api_key="key-of-this-test-000", max_retries=0, timeout=30) as client,
     ):
         yield api, client

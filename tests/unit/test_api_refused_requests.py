@@ -160,7 +160,6 @@ def test_a_missing_prompt_or_messages_is_400_and_named(api: Api) -> None:
         ("best_of", 3),
         ("documents", [{"text": "x"}]),
         ("chat_template", "x"),
-        ("cache_salt", "x"),
         ("logprob_token_ids", [5]),
         ("prompt_token_ids", [5]),
         ("web_search", {"references": []}),

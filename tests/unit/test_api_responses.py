@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import openai
 import pytest
-from fake_backend import Api, error_of, open_api
+from fake_backend import Api, error_of
 from pydantic import BaseModel
-from test_api_tools import ANSWER, CALLS, folder, says
+from test_api_tools import ANSWER, CALLS, says
 
 from router.api.response_store import ResponseStore, Stored
 from workers.request import FinishReason
 
-__all__ = ["folder"]
+API_THINKS = True
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Berlin", "Paris"]}}, "required": ["city"], "additionalProperties": False}  # fmt: skip
 TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": CITY, "strict": True}]
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[Api]:
-    with open_api(checkpoint=folder) as api:
-        yield api
-
-
-@pytest.fixture
-def api(shared: Api) -> Api:
-    shared.backend.reset()
-    return shared
 
 
 def ask(api: Api, **fields: Any) -> Any:

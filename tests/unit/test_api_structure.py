@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
 from byte_tokens import vocabulary
-from fake_backend import MODEL, Api, error_of, open_api
+from fake_backend import MODEL, Api, error_of
 from llguidance import LLMatcher
 from pydantic import BaseModel
-from test_api_tools import ASK, folder, joined
+from test_api_tools import ASK, joined
 
 from router.api.formats import grammars
 from workers.grammar.vocabulary import GrammarVocabulary
 
-__all__ = ["folder"]
+API_THINKS = True
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -30,18 +28,6 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "order", "schema": SCHEMA, "strict": True}}
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[Api]:
-    with open_api(checkpoint=folder) as api:
-        yield api
-
-
-@pytest.fixture
-def api(shared: Api) -> Api:
-    shared.backend.reset()
-    return shared
 
 
 def ask(api: Api, **fields: Any) -> Any:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import tokenizers
-from fake_backend import CHECKPOINT, Api, FakeBackend, Script, error_of, open_api, say
+from fake_backend import Api, FakeBackend, Script, error_of, open_api, say
 
 from router.config import ApiConfig
 from workers.request import FinishReason
 from workers.text.tokenizer import Tokenizer
 
-TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}: {{ tool.function.parameters | tojson }}]{% endfor -%}
-{%- for message in messages -%}
-{{ message.role }}: {% if message.reasoning_content %}({{ message.reasoning_content }}){% endif %}{{ message.content }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.city }}</tool_call>{% endfor %}
-{% endfor -%}
-assistant:{% if enable_thinking is not defined or enable_thinking %} <think>
-{% endif %}{# <response> <tool_call> #}"""
+API_THINKS = True
 TOOLS: list[Any] = [
     {
         "type": "function",
@@ -38,31 +29,6 @@ TOOLS: list[Any] = [
 ASK: list[Any] = [{"role": "user", "content": "How is the weather in Berlin?"}]
 CALLS = 'He asks.\n</think>\n\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Berlin"}}\n</tool_call>\n'
 ANSWER = "I know it.\n</think>\n\n\n<response>\nIt is a <nice> day.\n</response>\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint's tokenizer whose template knows tools and thinking, and whose tags are special tokens."""
-    folder = tmp_path_factory.mktemp("thinking")
-    for path in CHECKPOINT.glob("*.json"):
-        shutil.copy(path, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[Api]:
-    with open_api(checkpoint=folder) as api:
-        yield api
-
-
-@pytest.fixture
-def thinking(shared: Api) -> Api:
-    shared.backend.reset()
-    return shared
 
 
 def says(text: str, reason: FinishReason = FinishReason.STOP) -> Script:
@@ -97,32 +63,32 @@ def joined(stream: Any) -> tuple[dict[str, Any], str | None]:
     return message, reason
 
 
-def test_a_call_comes_with_its_arguments_and_asks_for_an_answer(thinking: Api) -> None:
-    thinking.backend.script = says(CALLS)
-    answer = ask(thinking, tools=TOOLS)
+def test_a_call_comes_with_its_arguments_and_asks_for_an_answer(api: Api) -> None:
+    api.backend.script = says(CALLS)
+    answer = ask(api, tools=TOOLS)
     (choice,) = answer.choices
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Berlin"})
     assert choice.message.reasoning_content == choice.message.reasoning == "He asks."
 
-    streamed, reason = joined(ask(thinking, tools=TOOLS, stream=True))
+    streamed, reason = joined(ask(api, tools=TOOLS, stream=True))
     assert reason == "tool_calls" and streamed["content"] == "" and streamed["reasoning"] == "He asks."
     [(call_id, name, arguments)] = streamed["calls"]
     assert (name, arguments) == ("weather", call.function.arguments)
     assert call_id.startswith("call_") and call_id != call.id
 
 
-def test_the_tools_and_the_history_of_calls_reach_the_template(thinking: Api) -> None:
-    called = ask_calls(thinking)
+def test_the_tools_and_the_history_of_calls_reach_the_template(api: Api) -> None:
+    called = ask_calls(api)
     history = [
         *ASK,
         {**called, "reasoning_content": "He asks."},
         {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": "rain"},
     ]
-    thinking.backend.script = says(ANSWER)
-    thinking.client.chat.completions.create(model="ernie-tiny", messages=history, tools=TOOLS)
-    prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+    api.backend.script = says(ANSWER)
+    api.client.chat.completions.create(model="ernie-tiny", messages=history, tools=TOOLS)
+    prompt = api.backend.tokenizer.decode(api.backend.requests[-1].prompt_token_ids)
     assert prompt == (
         '[weather: {"type": "object", "properties": {"city": {"type": "string"}}}]'
         "user: How is the weather in Berlin?"
@@ -139,31 +105,31 @@ def ask_calls(api: Api) -> dict[str, Any]:
     return message
 
 
-def test_reasoning_is_told_from_the_answer_and_counted(thinking: Api) -> None:
-    thinking.backend.script = says(ANSWER)
-    answer = ask(thinking)
+def test_reasoning_is_told_from_the_answer_and_counted(api: Api) -> None:
+    api.backend.script = says(ANSWER)
+    answer = ask(api)
     message = answer.choices[0].message
     assert (message.content, message.reasoning_content) == ("It is a <nice> day.", "I know it.")
-    num_reasoning = len(thinking.backend.tokenizer.encode("I know it.\n</think>"))
+    num_reasoning = len(api.backend.tokenizer.encode("I know it.\n</think>"))
     assert answer.usage.completion_tokens_details.reasoning_tokens == num_reasoning
-    assert answer.usage.completion_tokens == len(thinking.backend.tokenizer.encode(ANSWER))
+    assert answer.usage.completion_tokens == len(api.backend.tokenizer.encode(ANSWER))
 
-    chunks = list(ask(thinking, stream=True, stream_options={"include_usage": True}))
+    chunks = list(ask(api, stream=True, stream_options={"include_usage": True}))
     assert joined(chunks) == ({"content": "It is a <nice> day.", "reasoning": "I know it.", "calls": []}, "stop")
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == num_reasoning
 
 
-def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Api) -> None:
-    thinking.backend.script = says(ANSWER)
-    message = ask(thinking, extra_body={"include_reasoning": False}).choices[0].message
+def test_reasoning_is_left_out_on_request_and_thinking_switched_off(api: Api) -> None:
+    api.backend.script = says(ANSWER)
+    message = ask(api, extra_body={"include_reasoning": False}).choices[0].message
     assert message.content == "It is a <nice> day." and not hasattr(message, "reasoning_content")
-    thinking.backend.script = says("<response>Yes.</response>")
+    api.backend.script = says("<response>Yes.</response>")
     for body in ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}):
-        answer = ask(thinking, extra_body=body)
+        answer = ask(api, extra_body=body)
         assert answer.choices[0].message.content == "Yes."
         assert answer.usage.completion_tokens_details.reasoning_tokens == 0
-        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        prompt = api.backend.tokenizer.decode(api.backend.requests[-1].prompt_token_ids)
         assert prompt.endswith("assistant:")
 
 
@@ -175,34 +141,32 @@ def test_reasoning_is_left_out_on_request_and_thinking_switched_off(thinking: Ap
         {"thinking": {"type": "enabled", "budget_tokens": 5}},
     ],
 )
-def test_a_budget_of_thinking_closes_the_reasoning_of_a_model_that_marks_it(
-    thinking: Api, body: dict[str, Any]
-) -> None:
-    ask(thinking, extra_body=body)
-    budget = thinking.backend.requests[-1].params.thinking
-    tokenizer = thinking.backend.tokenizer
+def test_a_budget_of_thinking_closes_the_reasoning_of_a_model_that_marks_it(api: Api, body: dict[str, Any]) -> None:
+    ask(api, extra_body=body)
+    budget = api.backend.requests[-1].params.thinking
+    tokenizer = api.backend.tokenizer
     assert budget is not None and (budget.num_tokens, budget.start_token_id) == (5, None)
     assert tokenizer.decode(budget.closing) == "\n</think>\n\n" and budget.end_token_id == tokenizer.token_id(
         "</think>"
     )
-    ask(thinking, extra_body={**body, "enable_thinking": False})
-    assert thinking.backend.requests[-1].params.thinking is None
-    ask(thinking, extra_body={"thinking_token_budget": -1})
-    assert thinking.backend.requests[-1].params.thinking is None
+    ask(api, extra_body={**body, "enable_thinking": False})
+    assert api.backend.requests[-1].params.thinking is None
+    ask(api, extra_body={"thinking_token_budget": -1})
+    assert api.backend.requests[-1].params.thinking is None
 
 
-def test_a_user_who_writes_a_tag_opens_no_reasoning(thinking: Api) -> None:
-    thinking.backend.script = says("Just text.")
+def test_a_user_who_writes_a_tag_opens_no_reasoning(api: Api) -> None:
+    api.backend.script = says("Just text.")
     body = {"enable_thinking": False}
     messages: list[Any] = [{"role": "user", "content": "What does <think> mean?"}]
-    answer = thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+    answer = api.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
     assert answer.choices[0].message.content == "Just text."
 
 
-def test_a_truncated_call_is_reported_as_such(thinking: Api) -> None:
-    thinking.backend.script = says(CALLS[: CALLS.index("rlin")], FinishReason.LENGTH)
+def test_a_truncated_call_is_reported_as_such(api: Api) -> None:
+    api.backend.script = says(CALLS[: CALLS.index("rlin")], FinishReason.LENGTH)
     for stream in (False, True):
-        answer = ask(thinking, tools=TOOLS, stream=stream)
+        answer = ask(api, tools=TOOLS, stream=stream)
         if stream:
             message, reason = joined(answer)
             [(_, _, arguments)] = message["calls"]
@@ -212,24 +176,24 @@ def test_a_truncated_call_is_reported_as_such(thinking: Api) -> None:
         assert reason == "length" and arguments == '{"city": "Be'
 
 
-def test_calls_are_text_without_tools_and_one_is_shown_where_one_is_asked_for(thinking: Api) -> None:
-    thinking.backend.script = says(CALLS)
-    message = ask(thinking, tools=TOOLS, tool_choice="none").choices[0].message
+def test_calls_are_text_without_tools_and_one_is_shown_where_one_is_asked_for(api: Api) -> None:
+    api.backend.script = says(CALLS)
+    message = ask(api, tools=TOOLS, tool_choice="none").choices[0].message
     assert message.tool_calls is None and "<tool_call>" in message.content
-    assert "[weather" not in thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
-    thinking.backend.script = says(CALLS + CALLS.split("\n\n\n")[1])
-    assert len(ask(thinking, tools=TOOLS).choices[0].message.tool_calls) == 2
-    assert len(ask(thinking, tools=TOOLS, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+    assert "[weather" not in api.backend.tokenizer.decode(api.backend.requests[-1].prompt_token_ids)
+    api.backend.script = says(CALLS + CALLS.split("\n\n\n")[1])
+    assert len(ask(api, tools=TOOLS).choices[0].message.tool_calls) == 2
+    assert len(ask(api, tools=TOOLS, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
 
 
-def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api) -> None:
-    thinking.backend.script = says(CALLS)
-    answer = ask(thinking, tools=TOOLS, n=2, logprobs=True)
+def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(api: Api) -> None:
+    api.backend.script = says(CALLS)
+    answer = ask(api, tools=TOOLS, n=2, logprobs=True)
     ids = [choice.message.tool_calls[0].id for choice in answer.choices]
     assert len(set(ids)) == 2
-    num_tokens = len(thinking.backend.tokenizer.encode(CALLS))
+    num_tokens = len(api.backend.tokenizer.encode(CALLS))
     assert [len(choice.logprobs.content) for choice in answer.choices] == [num_tokens] * 2
-    chunks = list(ask(thinking, tools=TOOLS, stream=True, logprobs=True))
+    chunks = list(ask(api, tools=TOOLS, stream=True, logprobs=True))
     assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks) == num_tokens
 
 
@@ -263,8 +227,8 @@ def test_every_choice_has_calls_of_its_own_and_logprobs_stay_whole(thinking: Api
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(thinking: Api, fields: dict[str, Any], param: str, message: str) -> None:
-    response = thinking.http.post("/v1/chat/completions", json={"messages": ASK, **fields})
+def test_what_cannot_be_used_is_named(api: Api, fields: dict[str, Any], param: str, message: str) -> None:
+    response = api.http.post("/v1/chat/completions", json={"messages": ASK, **fields})
     error = error_of(response)
     assert response.status_code == 400 and error["param"] == param
     assert re.search(message, error["message"])
@@ -275,57 +239,55 @@ def test_a_model_that_knows_no_tools_says_so() -> None:
         ask(api, tools=TOOLS)
 
 
-def test_an_answer_goes_on_from_the_last_message(thinking: Api) -> None:
+def test_an_answer_goes_on_from_the_last_message(api: Api) -> None:
     messages: list[Any] = [*ASK, {"role": "assistant", "content": ""}]
     for content in ("It is ", "It is <think>"):
         messages[-1] = {"role": "assistant", "content": content}
         body = {"continue_final_message": True, "add_generation_prompt": False}
-        thinking.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
-        prompt = thinking.backend.tokenizer.decode(thinking.backend.requests[-1].prompt_token_ids)
+        api.client.chat.completions.create(model="ernie-tiny", messages=messages, extra_body=body)
+        prompt = api.backend.tokenizer.decode(api.backend.requests[-1].prompt_token_ids)
         assert prompt.rstrip().endswith(content.rstrip()) and "assistant: It is" in prompt
-    thinking.backend.script = says("rainy.")
+    api.backend.script = says("rainy.")
     messages[-1] = {"role": "assistant", "content": "It is "}
     body = {"continue_final_message": True, "echo": True, "enable_thinking": False}
     for stream in (False, True):
-        answer = thinking.client.chat.completions.create(
+        answer = api.client.chat.completions.create(
             model="ernie-tiny", messages=messages, extra_body=body, stream=stream
         )
         assert (joined(answer)[0]["content"] if stream else answer.choices[0].message.content) == "It is rainy."
     for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
-        response = thinking.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
+        response = api.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
         assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
 
 
-def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(thinking: Api) -> None:
+def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(api: Api) -> None:
     body = {"messages": ASK, "max_tokens": 100_000}
-    assert thinking.http.post("/v1/chat/completions", json=body).status_code == 400
-    assert thinking.http.post("/v1/chat/completions", json={**body, "clamp_max_tokens": True}).status_code == 200
-    request = thinking.backend.requests[-1]
+    assert api.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert api.http.post("/v1/chat/completions", json={**body, "clamp_max_tokens": True}).status_code == 200
+    request = api.backend.requests[-1]
     assert request.params.max_tokens == 512 - len(request.prompt_token_ids)
 
 
-def test_a_long_prompt_is_cut_to_its_end_where_that_is_asked_for(thinking: Api) -> None:
-    whole = thinking.backend.tokenizer.encode("word " * 700)
+def test_a_long_prompt_is_cut_to_its_end_where_that_is_asked_for(api: Api) -> None:
+    whole = api.backend.tokenizer.encode("word " * 700)
     for prompt in ("word " * 700, whole):
         body = {"prompt": prompt, "max_tokens": 12}
-        assert thinking.http.post("/v1/completions", json=body).status_code == 400
+        assert api.http.post("/v1/completions", json=body).status_code == 400
         for asked, kept in ((100, 100), (-1, 500)):
-            response = thinking.http.post("/v1/completions", json={**body, "truncate_prompt_tokens": asked})
+            response = api.http.post("/v1/completions", json={**body, "truncate_prompt_tokens": asked})
             assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] == kept
-            assert thinking.backend.requests[-1].prompt_token_ids == tuple(whole[-kept:])
-    answer = thinking.http.post(
-        "/v1/chat/completions", json={"messages": ASK, "truncate_prompt_tokens": 5, "max_tokens": 2}
-    )
+            assert api.backend.requests[-1].prompt_token_ids == tuple(whole[-kept:])
+    answer = api.http.post("/v1/chat/completions", json={"messages": ASK, "truncate_prompt_tokens": 5, "max_tokens": 2})
     assert answer.json()["usage"]["prompt_tokens"] == 5
-    assert thinking.http.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0}).status_code == 400
+    assert api.http.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0}).status_code == 400
 
 
-def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(folder: Path) -> None:
+def test_parsers_are_chosen_by_name_where_the_template_does_not_tell(thinking_folder: Path) -> None:
     config = ApiConfig(reasoning_parser="none", tool_parser="none")
-    with open_api(config, checkpoint=folder) as api:
+    with open_api(config, checkpoint=thinking_folder) as api:
         api.backend.script = says(ANSWER)
-        assert ask(api).choices[0].message.content == Tokenizer.load(folder).decode(
-            Tokenizer.load(folder).encode(ANSWER), skip_special_tokens=True
+        assert ask(api).choices[0].message.content == Tokenizer.load(thinking_folder).decode(
+            Tokenizer.load(thinking_folder).encode(ANSWER), skip_special_tokens=True
         )
         with pytest.raises(openai.BadRequestError, match="tool_parser names no format"):
             ask(api, tools=TOOLS)

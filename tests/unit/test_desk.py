@@ -14,12 +14,16 @@ from fake_backend import FakeBackend, serve
 
 from router.api.answer import Services
 from router.api.bodies import OpenBodies
+from router.api.callers import Callers
 from router.api.desk import MAX_VIEWERS, Desk
 from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
+from router.api.tenant_metrics import TenantMetrics
 from router.config import ApiConfig
+from router.tenants.config import TenantsConfig
+from router.tenants.tenancy import Tenancy
 from workers.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "ernie-4.5-tiny"
@@ -72,7 +76,9 @@ def lines(stream: httpx.Response) -> list[str]:
 async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -> None:
     config, draining = ApiConfig(), Draining()
     tokenizer = Tokenizer.load(MODEL)
-    services = Services(backend, tokenizer, config, Metrics(backend), OpenBodies(config), GrammarChecks(tokenizer))
+    metrics = Metrics(backend)
+    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
+    services = Services(backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), callers)
     desk = Desk(services, draining)
     pages = [desk.open() for _ in range(MAX_VIEWERS)]
     for page in pages:

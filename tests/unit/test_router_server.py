@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 import tokenizers
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from fake_worker import FakeWorker, golden_text
 from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
+from router import https
 from router.config import ApiConfig, RouterConfig
 from router.driver import RouterDriver
 from router.server import RouterServer, bind
@@ -98,6 +106,72 @@ async def serving(
     finally:
         await server.stop()
         await worker.die()
+
+
+def write_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+    """A self-signed one and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    end, serial = now + timedelta(days=1), x509.random_serial_number()
+    made = x509.CertificateBuilder(subject, subject, key.public_key(), serial, now, end).add_extension(
+        x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False
+    )
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return files
+
+
+async def test_https_is_served_a_unix_socket_besides_and_a_new_certificate_without_a_cut(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = write_certificate(checkpoint)
+    uds = checkpoint / "http.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(uds))  # what a router that was killed leaves
+    monkeypatch.setattr(https, "LOOK_S", 0.02)
+    files = {"cert_file": str(cert), "key_file": str(key), "uds": str(uds)}
+    server = RouterServer(RouterConfig(str(checkpoint), port=0, **files), "router-0")  # type: ignore[arg-type]
+    url = (await server.start()).replace("127.0.0.1", "localhost")
+    try:
+        assert url.startswith("https://")
+
+        async def ask(trusted: str) -> int:
+            verify = ssl.create_default_context(cadata=trusted)
+            async with httpx.AsyncClient(base_url=url, trust_env=False, verify=verify) as client:
+                return (await client.get("/health")).status_code
+
+        assert await ask(cert.read_text()) == 200
+        with pytest.raises(InvalidConfig, match="cannot be used"):
+            await RouterServer(RouterConfig(str(checkpoint), port=0, uds=str(uds)), "router-1").start()
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(uds))) as client:
+            assert (await client.get("http://localhost/health")).status_code == 200
+        old = cert.read_text()
+        key.write_text("half of a new pair")
+        new, _ = write_certificate(checkpoint)
+        with pytest.raises(httpx.ConnectError):
+            while True:
+                assert await ask(old) == 200
+        assert await ask(new.read_text()) == 200
+    finally:
+        await server.stop()
+    assert not uds.exists()
+
+
+@pytest.mark.parametrize("spoil", ["missing", "other key"])
+async def test_a_certificate_that_cannot_be_used_is_a_setting_to_change(checkpoint: Path, spoil: str) -> None:
+    cert, key = write_certificate(checkpoint)
+    if spoil == "missing":
+        cert.unlink()
+    else:
+        kept = cert.read_text()
+        write_certificate(checkpoint)
+        cert.write_text(kept)
+    config = RouterConfig(str(checkpoint), port=0, cert_file=str(cert), key_file=str(key))
+    with pytest.raises(InvalidConfig, match=r"router\.cert_file .* cannot be used"):
+        await RouterServer(config, "router-0").start()
 
 
 BODY = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 5, "seed": 1}

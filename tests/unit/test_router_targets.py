@@ -44,7 +44,7 @@ def refusals(commands: list[Command]) -> list[Reject]:
 
 
 def test_whose_first_token_is_due_first_goes_first_and_without_targets_who_came_first() -> None:
-    queue = AdmissionQueue(10)
+    queue = AdmissionQueue()
     queue.push("a", 0, 1, due_s=30.0, patient_until_s=30.0)
     queue.push("b", 0, 2, due_s=31.0, patient_until_s=31.0)
     queue.push("soon", 0, 3, due_s=3.0, patient_until_s=32.0)
@@ -57,7 +57,7 @@ def test_whose_first_token_is_due_first_goes_first_and_without_targets_who_came_
 
 
 def test_one_that_is_late_lets_those_pass_that_can_still_be_in_time_but_not_for_ever() -> None:
-    queue = AdmissionQueue(10)
+    queue = AdmissionQueue()
     queue.push("late", 0, 1, due_s=2.0, patient_until_s=30.0)
     queue.push("in time", 0, 2, due_s=4.0, patient_until_s=32.0)
     assert queue.first(1.0) == "late"

@@ -19,8 +19,8 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: int = 0) -> li
     A hash is xxh3_64 over the parent's hash (8 bytes little endian; `salt` for the first block) and the block's tokens
     (int32 little endian each), so equal hashes mean equal prefixes. Prompts with different salts share no block.
     """
-    if isinstance(token_ids, PromptTokens) and not salt:
-        return token_ids.chain(block_size).hashes
+    if isinstance(token_ids, PromptTokens):
+        return token_ids.chain(block_size, salt).hashes
     return _hashes(token_bytes(token_ids[: len(token_ids) // block_size * block_size]), block_size, salt)
 
 
@@ -47,7 +47,7 @@ def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
 
 
 class BlockKey(NamedTuple):
-    """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, 0 for the first.
+    """What names a full prompt block beyond doubt. `parent` is the hash of the block before it, the salt for the first.
 
     Many are kept, one a cached block, and those of a long prompt are made and compared between two steps: so it is a tuple, and the
     tokens are bytes, as `token_bytes` writes them.
@@ -67,11 +67,12 @@ class BlockKey(NamedTuple):
 
 
 class Chain:
-    """The full blocks of a prompt, by content: their hashes, and their keys, which are made when the first is wanted."""
+    """The full blocks of a prompt, by content and salt: their hashes, and their keys, which are made when the first is wanted."""
 
-    def __init__(self, tokens: bytes, block_size: int) -> None:
+    def __init__(self, tokens: bytes, block_size: int, salt: int = 0) -> None:
         self.block_size = block_size
-        self.hashes = _hashes(tokens[: len(tokens) // (4 * block_size) * 4 * block_size], block_size)
+        self.salt = salt
+        self.hashes = _hashes(tokens[: len(tokens) // (4 * block_size) * 4 * block_size], block_size, salt)
         self._tokens = tokens
 
     @cached_property
@@ -82,7 +83,7 @@ class Chain:
         make, new = tuple.__new__, BlockKey
         return [
             make(new, (block_hash, parent, tokens[start : start + size]))
-            for block_hash, parent, start in zip(self.hashes, [0, *self.hashes], starts, strict=False)
+            for block_hash, parent, start in zip(self.hashes, [self.salt, *self.hashes], starts, strict=False)
         ]
 
 
@@ -105,14 +106,14 @@ class PromptTokens(tuple[int, ...]):
         return int(tokens.min()), int(tokens.max())
 
     @cached_property
-    def _chains(self) -> dict[int, Chain]:
+    def _chains(self) -> dict[tuple[int, int], Chain]:
         return {}
 
-    def chain(self, block_size: int) -> Chain:
-        """Its full blocks of so many tokens."""
-        chain = self._chains.get(block_size)
+    def chain(self, block_size: int, salt: int = 0) -> Chain:
+        """Its full blocks of so many tokens, named from this salt on."""
+        chain = self._chains.get((block_size, salt))
         if chain is None:
-            chain = self._chains[block_size] = Chain(self.packed, block_size)
+            chain = self._chains[block_size, salt] = Chain(self.packed, block_size, salt)
         return chain
 
 
@@ -142,11 +143,11 @@ class PromptBlocks:
         self.num_usable = min(len(self.hashes), max(0, self.num_tokens - 1) // self.block_size)
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], block_size: int, use_cache: bool = True) -> PromptBlocks:
+    def of(cls, token_ids: Sequence[int], block_size: int, use_cache: bool = True, salt: int = 0) -> PromptBlocks:
         if not use_cache:
             return cls(len(token_ids), block_size)
         prompt = token_ids if isinstance(token_ids, PromptTokens) else PromptTokens(token_ids)
-        return cls(len(prompt), block_size, prompt.chain(block_size))
+        return cls(len(prompt), block_size, prompt.chain(block_size, salt))
 
     def key(self, index: int) -> BlockKey:
         """Of block number `index`."""

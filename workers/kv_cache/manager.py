@@ -120,9 +120,9 @@ class KvCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True) -> PromptBlocks:
+    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True, salt: int = 0) -> PromptBlocks:
         """The prompt as the other methods take it; caches leave it alone when the prefix cache is off."""
-        return PromptBlocks.of(token_ids, self.block_size, use_cache and self._enabled)
+        return PromptBlocks.of(token_ids, self.block_size, use_cache and self._enabled, salt)
 
     def reserve_prompt(
         self,

@@ -56,8 +56,8 @@ class PooledKvCache:
     def num_compared(self) -> int:
         return sum(pool.num_compared for pool in self._pools)
 
-    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True) -> PromptBlocks:
-        return self._pools[0].prompt_blocks(token_ids, use_cache)
+    def prompt_blocks(self, token_ids: Sequence[int], use_cache: bool = True, salt: int = 0) -> PromptBlocks:
+        return self._pools[0].prompt_blocks(token_ids, use_cache, salt)
 
     def reserve_prompt(
         self,

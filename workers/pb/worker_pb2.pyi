@@ -81,7 +81,7 @@ class ThinkingBudget(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., end_token_id: _Optional[int] = ..., closing: _Optional[_Iterable[int]] = ..., start_token_id: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "params", "choice_index", "replay_token_ids", "priority", "traceparent", "constrained")
+    __slots__ = ("request_id", "prompt_token_ids", "params", "choice_index", "replay_token_ids", "priority", "traceparent", "cache_salt", "constrained")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class Request(_message.Message):
     REPLAY_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -97,8 +98,9 @@ class Request(_message.Message):
     replay_token_ids: _containers.RepeatedScalarFieldContainer[int]
     priority: int
     traceparent: str
+    cache_salt: int
     constrained: SamplingParams
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., choice_index: _Optional[int] = ..., replay_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., constrained: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., choice_index: _Optional[int] = ..., replay_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[int] = ..., constrained: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")

@@ -225,7 +225,7 @@ class Scheduler:
         request = sequence.request
         if sequence.prompt_blocks is None:
             use_cache = request.params.prompt_logprobs is None
-            sequence.prompt_blocks = self.kv.prompt_blocks(request.prompt_token_ids, use_cache)
+            sequence.prompt_blocks = self.kv.prompt_blocks(request.prompt_token_ids, use_cache, request.cache_salt)
         # One block per decoding sequence stays free, so that an admission does not at once cause a preemption.
         spare = Counter(self.kv.pool_of(s.table) for s in self.active if s.state is State.DECODING)
         try:

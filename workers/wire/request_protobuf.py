@@ -132,6 +132,7 @@ def request_to_pb(request: Request) -> pb.Request:
         replay_token_ids=request.replay_token_ids,
         priority=request.priority,
         traceparent=request.traceparent,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -144,6 +145,7 @@ def request_from_pb(message: pb.Request) -> Request:
         replay_token_ids=tuple(message.replay_token_ids),
         priority=message.priority,
         traceparent=message.traceparent,
+        cache_salt=message.cache_salt,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads traces by their ending: Mooncake's JSON lines and Azure's CSV. A line that cannot be read is named. Knows no simulation."""
+"""Reads traces by their ending: Mooncake's JSON lines, which a router's access log has too, and Azure's CSV. A line that cannot be read is named. Knows no simulation."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def _read_mooncake(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
             raise InvalidConfig(f"{where}: this line is no JSON") from None
         if not isinstance(row, dict):
             raise InvalidConfig(f"{where}: this line is no JSON object")
+        if "status" in row and not row.get("output_length"):
+            continue  # of a router's access log, about something else than an answer
         num_prompt = _count(row.get("input_length"), f"{where}: input_length")
         texts = row.get("hash_ids")
         if not isinstance(texts, list) or not all(type(text) is int and 0 <= text < _OWN_TEXT for text in texts):

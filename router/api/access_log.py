@@ -1,0 +1,161 @@
+"""Writes a line for each request that was answered: who, what, how long and how many tokens, and no text of it.
+
+Lines of the kind json are also a trace as Mooncake's: `timestamp` (ms), `input_length`, `output_length`, and `hash_ids`, one for each
+512 tokens of the prompt. Equal ids are equal beginnings of prompts; they are salted anew by each router's process, so that nobody
+learns from them whether a prompt was one that he guesses.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import xxhash
+from starlette.types import Scope
+
+from router.api.job_run import Choice, JobProgress
+from router.api.sse import to_json
+from router.config import ApiConfig
+from workers.errors import InvalidConfig
+from workers.kv_cache.block_hash import PromptTokens, token_bytes
+
+HASHED_TOKENS = 512
+"""As in Mooncake's traces."""
+_ID_BITS = 28
+MAX_WAITING = 4096
+"""Lines; what comes while so many wait for a slow disk is counted, and left out."""
+_CLOSE_S = 5.0
+
+
+class AccessLog:
+    """Of one router's API."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        """Raises InvalidConfig when the file cannot be written."""
+        self._is_json = config.access_log == "json"
+        self._lines = LineFile(config.access_log_file) if config.access_log != "off" else None
+        self._salt = secrets.token_bytes(8)
+
+    def note(self, scope: Scope, status: int, begin_s: float) -> None:
+        """A request that began at `begin_s` (of the monotonic clock) has been answered."""
+        if self._lines is None:
+            return
+        now, took_s = time.time(), time.monotonic() - begin_s
+        state, client = scope["state"], scope.get("client")
+        entry = {
+            "timestamp": round((now - took_s) * 1000, 3),
+            "time": datetime.fromtimestamp(now - took_s, UTC).isoformat(timespec="milliseconds"),
+            "request_id": state["request_id"],
+            "client": client[0] if client else "",
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": status,
+            "refusal": state.get("refusal", ""),
+            "duration_s": round(took_s, 6),
+        }
+        work: JobProgress | None = state.get("work")
+        if self._is_json:
+            for more in self._choices(work, begin_s) if work else ({},):
+                self._lines.write(to_json({**entry, **more}))
+        else:
+            tokens = f" {work.prompt_tokens}+{work.completion_tokens} tokens" if work else ""
+            path = to_json(f"{entry['method']} {entry['path']}")
+            self._lines.write(
+                f"{entry['time']} {entry['client'] or '-'} {path} {status} {took_s:.3f}s{tokens} {entry['request_id']}"
+            )
+
+    def close(self) -> None:
+        """What waits is written."""
+        if self._lines is not None:
+            self._lines.close()
+
+    def _choices(self, work: JobProgress, begin_s: float) -> Iterator[dict[str, Any]]:
+        hashed: dict[int, list[int]] = {}
+        for choice in work.choices:
+            place = choice.index // work.job.n
+            if place not in hashed:
+                hashed[place] = self._hash_ids(choice)
+            yield {
+                "choice": choice.index,
+                "input_length": len(choice.request.prompt_token_ids),
+                "output_length": choice.num_tokens,
+                "cached_tokens": choice.cached_tokens,
+                "ttft_s": None if choice.first_s is None else round(choice.first_s - begin_s, 6),
+                "hash_ids": hashed[place],
+            }
+
+    def _hash_ids(self, choice: Choice) -> list[int]:
+        prompt = choice.request.prompt_token_ids
+        if not isinstance(prompt, PromptTokens):
+            prompt = PromptTokens(prompt)
+        hashes = prompt.chain(HASHED_TOKENS).hashes
+        named = [hash_.to_bytes(8, "little") for hash_ in hashes]
+        if rest := prompt[len(hashes) * HASHED_TOKENS :]:
+            named.append((named[-1] if named else b"") + token_bytes(rest))
+        return [xxhash.xxh3_64_intdigest(self._salt + name) >> (64 - _ID_BITS) for name in named]
+
+
+class LineFile:
+    """Appends lines to a file from a thread of its own, so that a slow disk holds up no request. Empty path: standard error."""
+
+    def __init__(self, path: str) -> None:
+        """Raises InvalidConfig."""
+        self._path = path
+        self._file: TextIO = sys.stderr
+        if path:
+            try:
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it stays open
+            except OSError as error:
+                raise InvalidConfig(
+                    f"router.api.access_log_file {path!r} cannot be written: {error.strerror}"
+                ) from error
+        self._waiting: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._num_lost = 0
+        self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        try:
+            self._waiting.put_nowait(line)
+        except queue.Full:
+            self._num_lost += 1
+
+    def close(self) -> None:
+        """Waits until what waits is written, but not long for a disk that takes nothing."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=_CLOSE_S)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            if self._num_lost:
+                lost, self._num_lost = self._num_lost, 0
+                line = f"{to_json({'lost_lines': lost, 'status': 0})}\n{line}"
+            with suppress(OSError, ValueError):  # a full disk ends no router
+                self._reopen()
+                self._file.write(line + "\n")
+                if self._waiting.empty():
+                    self._file.flush()
+        with suppress(OSError, ValueError):
+            self._file.flush()
+            if self._path:
+                self._file.close()
+
+    def _reopen(self) -> None:
+        """Where the file was moved away, as logrotate does."""
+        if not self._path:
+            return
+        with suppress(FileNotFoundError):
+            there, own = os.stat(self._path), os.fstat(self._file.fileno())
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        self._file.close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115

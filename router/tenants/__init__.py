@@ -1,0 +1,1 @@
+"""Whose request it is, and what its tenant may use: keys, rations, usage."""
