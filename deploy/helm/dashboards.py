@@ -339,6 +339,44 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
             ),
         ),
     ),
+    "tenants": (
+        "Baton / Tenants",
+        (
+            Panel(
+                "Requests",
+                "reqps",
+                ((or_none(rate("baton_tenant_requests_total", "tenant")), "{{tenant}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Requests that did not end well",
+                "reqps",
+                (
+                    (
+                        or_none(rate('baton_tenant_requests_total{outcome!="ok"}', "tenant, outcome")),
+                        "{{tenant}} {{outcome}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Tokens generated",
+                "short",
+                ((or_none(rate('baton_tenant_tokens_total{kind="output"}', "tenant")), "{{tenant}} /s"),),
+                stacked=True,
+            ),
+            Panel(
+                "Tokens of prompts",
+                "short",
+                ((or_none(rate('baton_tenant_tokens_total{kind="input"}', "tenant")), "{{tenant}} /s"),),
+                stacked=True,
+            ),
+            Panel(
+                "Refused by an allowance",
+                "reqps",
+                ((or_none(rate("baton_tenant_limited_total", "tenant, limit")), "{{tenant}} {{limit}}"),),
+            ),
+        ),
+    ),
     "gpus": (
         "Baton / GPUs",
         (

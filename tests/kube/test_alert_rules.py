@@ -65,6 +65,11 @@ SCENARIOS: dict[str, Series] = {
     "BatonRolesUnsteady": {
         'baton_role_switches_total{from="decode",to="prefill",reason="load",outcome="done",instance="r"}': changed("0", "1+1")
     },
+    "BatonTenantLimited": {
+        'baton_tenant_requests_total{tenant="a",outcome="ok",instance="r"}': f"0+60x{MINUTES}",
+        'baton_tenant_limited_total{tenant="a",limit="requests",instance="r"}': f"0+30x{MINUTES}",
+        'baton_tenant_limited_total{tenant="b",limit="requests",instance="r"}': changed("0", "60+60"),
+    },
     "BatonHandoffsDegraded": {'baton_kv_handoff_degradations_total{instance="r"}': changed("0", "12+12")},
     "BatonKvCorrupt": {'baton_worker_kv_disk_corrupt_blocks_total{worker_id="d-0",instance="r"}': changed("_", "1")},
     "BatonKvDiskOff": {'baton_worker_kv_disk_failures_total{worker_id="d-0",instance="r"}': changed("_", "1")},
