@@ -63,6 +63,11 @@ class ApiConfig:
     """Prompts in one completions request."""
     max_choices: Count = 2048
     """Prompts times n of one request."""
+    max_background: Count = 256
+    """Responses that one router runs in the background at once."""
+    join_request_ids: bool = False
+    """Take X-Request-Id for an Idempotency-Key where there is none. For each such request all workers are asked first, so not behind
+    a proxy that gives every request one."""
     heartbeat_s: Seconds = 15.0
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: Natural = 4 << 10
@@ -187,6 +192,8 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
+    share_port: bool = False
+    """Other routers of this user listen on the port as well (SO_REUSEPORT); see pools.share_port."""
     uds: str = ""
     """Path of a Unix socket to listen on besides; who may use it is said by the folder it is in. Further routers add .1, .2 ..."""
     cert_file: str = ""
@@ -265,6 +272,8 @@ class RouterConfig:
     """Rest after the two have become even."""
     rebalance_moves_per_s: Seconds = 4.0
     """At most so many moves for the sake of balance."""
+    find_timeout_s: Seconds = 2.0
+    """How long workers may take to say what they have of a request that a client asks for again."""
     max_buffered_tokens: Count = 8192
     """Tokens that wait for a slow client before its request is cancelled."""
     max_pending_messages: Count = 4096

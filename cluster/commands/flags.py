@@ -175,6 +175,8 @@ def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
         "pools.prefill": given.get("prefill"),
         "pools.decode": given.get("decode"),
         "pools.mixed": given.get("mixed"),
+        "pools.routers": given.get("routers"),
+        "pools.share_port": True if given.get("routers") else None,
         "ray.dashboard": given.get("dashboard"),
         "ray.address": given.get("ray_address"),
     }

@@ -24,6 +24,7 @@ from router.api.metrics import Metrics
 from router.api.middleware import Draining, DrainingGate, Gate
 from router.api.models import model_routes
 from router.api.problems import answer_problem
+from router.api.requests import request_routes
 from router.api.responses import response_routes
 from router.api.tenant_metrics import TenantMetrics
 from router.api.tokenization import tokenization_routes
@@ -65,6 +66,7 @@ def create_app(
         completion_routes(services),
         message_routes(services),
         response_routes(services),
+        request_routes(services),
         model_routes(services),
         tokenization_routes(services),
         health_routes(services, draining),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -17,6 +18,7 @@ from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
 from router.backend import Backend, OutputStream
+from router.job_part import NO_JOB, JobPart
 from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
@@ -52,15 +54,16 @@ class JobOutputs:
         requests: tuple[Request, ...],
         heartbeat_s: float | None = None,
         wishes: Wishes = NO_WISHES,
+        parts: Sequence[JobPart] = (),
     ) -> JobOutputs:
-        """Submits every request; when one is refused, those before it are closed and the refusal is raised.
+        """Submits every request, each as its part of the job; when one is refused, those before it are closed and the refusal is raised.
 
         Others have a turn between a few of them: a job may have thousands.
         """
         streams: list[OutputStream] = []
         try:
-            for number, request in enumerate(requests, 1):
-                streams.append(backend.submit(request, wishes))
+            for number, (request, part) in enumerate(zip(requests, parts or repeat(NO_JOB), strict=False), 1):
+                streams.append(backend.submit(request, wishes, part))
                 if number % _SUBMITS_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
