@@ -80,7 +80,7 @@ class Migrations:
         self._incoming[incoming.wire_id] = flight
         self._adopted.add(incoming.wire_id)
         key = self._dispatcher.key_of(incoming.wire_id)
-        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered), key)
+        adopt = Adopt(flight.name, incoming.wire_id, len(flight.delivered), key)
         self._out.append(SendMessage(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
 
