@@ -143,8 +143,10 @@ def test_continuous_usage_grows_strictly_up_to_the_exact_count(api: Api) -> None
 def test_a_stream_ends_with_done_and_is_one_event_per_paragraph(api: Api) -> None:
     text = api.http.post("/v1/completions", json={**SAMPLED, "prompt": "Hi", "stream": True}).text
     *chunks, done, rest = text.split("\n\n")
-    assert done == "data: [DONE]" and rest == ""
-    assert {json.loads(chunk.removeprefix("data: "))["object"] for chunk in chunks} == {"text_completion"}
+    assert done == "id: 40e+1\ndata: [DONE]" and rest == ""
+    counts = [int(chunk.partition("\n")[0].removeprefix("id: ")) for chunk in chunks[:-1]]
+    assert counts == sorted(set(counts)) and chunks[-1].startswith("id: 40e\n")
+    assert {json.loads(chunk.partition("data: ")[2])["object"] for chunk in chunks} == {"text_completion"}
 
 
 def test_characters_that_some_clients_take_for_line_ends_are_escaped(api: Api) -> None:
@@ -152,7 +154,7 @@ def test_characters_that_some_clients_take_for_line_ends_are_escaped(api: Api) -
     api.backend.script = lambda backend, request: say(backend, request, backend.tokenizer.encode(said))
     body = {**SAMPLED, "messages": MESSAGES, "stream": True}
     raw = api.http.post("/v1/chat/completions", json=body).text
-    assert all(line == "" or line.startswith("data: ") for line in raw.splitlines())
+    assert all(line == "" or line.startswith(("data: ", "id: ")) for line in raw.splitlines())
     assert texts(stream_chat(api), 1) == [said]
 
 
@@ -213,7 +215,7 @@ def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
         api.backend.script = wordless  # type: ignore[assignment]
         body = {**SAMPLED, "messages": MESSAGES, "stream": True}
         with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = (line for line in response.iter_lines() if line)
+            lines = (line for line in response.iter_lines() if line and not line.startswith("id: "))
             assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
             assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
             is_enough.set()
@@ -221,15 +223,21 @@ def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
 
 
 def raw_stream(api: Api, version: str = "1.1") -> bytes:
-    """All bytes of a streamed answer's body, chunks of the transfer included."""
+    """The bytes of a streamed answer, put together from its chunks, which must be whole and end with the empty one."""
     body = json.dumps({**SAMPLED, "messages": MESSAGES, "stream": True, "max_tokens": 12}).encode()
     parts = urlsplit(api.url)
     head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: {parts.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-    without_names = re.sub(rb'"id":"chatcmpl-\w+"|"created":\d+', b"", got.partition(b"\r\n\r\n")[2])
-    return without_names
+    rest = got.partition(b"\r\n\r\n")[2]
+    parts_of_body = [rest] if version == "1.0" else []
+    while version != "1.0" and rest != b"0\r\n\r\n":
+        size, _, rest = rest.partition(b"\r\n")
+        parts_of_body.append(rest[: int(size, 16)])
+        assert rest[int(size, 16) :][:2] == b"\r\n"
+        rest = rest[int(size, 16) + 2 :]
+    return re.sub(rb'"id":"chatcmpl-\w+"|"created":\d+', b"", b"".join(parts_of_body))
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
