@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
+from cluster.hub import HubConfig
 from cluster.roles.config import RolesConfig
 from cluster.settings import build, from_environment, json_schema, lay, override
 from cluster.store.store import StoreConfig
@@ -42,6 +43,8 @@ class PoolsConfig:
     mixed: Natural = 0
     routers: Annotated[int, Ge(1), Le(64)] = 1
     """The first router listens on router.port, each further one on the next port."""
+    share_port: bool = False
+    """All routers of this host listen on router.port, and the kernel deals connections out (SO_REUSEPORT); `--routers` says so too."""
     cpu_sets: tuple[str, ...] = ()
     """One worker.cpus for each worker, in the order prefill, decode, mixed, so that they do not share processors; empty: worker.cpus holds for all."""
 
@@ -99,6 +102,8 @@ class ClusterConfig:
     router: RouterConfig
     """Its model is the workers' unless it names its own copy."""
     pools: PoolsConfig = field(default_factory=PoolsConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    """For a worker.model that is OWNER/NAME of a repository on the Hugging Face Hub."""
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
@@ -108,6 +113,10 @@ class ClusterConfig:
     stop_timeout_s: Delay = 10.0
     """Time for routers (beyond router.shutdown_timeout_s) and workers to stop by themselves before their processes are ended."""
 
+    def __post_init__(self) -> None:
+        if self.pools.share_port and not self.router.port:
+            raise InvalidConfig("routers share a port that is known before they start: set router.port (--port)")
+
     def worker_named(self, worker_id: str) -> WorkerConfig:
         """The settings of one worker: those of all, on the processors that pools.cpu_sets gives it."""
         names = [name for name, _ in self.pools.workers]
@@ -116,9 +125,10 @@ class ClusterConfig:
         return replace(self.worker, cpus=self.pools.cpu_sets[names.index(worker_id)])
 
     def router_at(self, at: int) -> RouterConfig:
-        """The settings of router number `at`: like the first, on a port and a socket of its own."""
+        """The settings of router number `at`: like the first, on a socket of its own and, unless they share it, on a port."""
         uds = f"{self.router.uds}.{at}" if at and self.router.uds else self.router.uds
-        return replace(self.router, port=self.router.port + at if self.router.port else 0, uds=uds)
+        own = 0 if self.pools.share_port or not self.router.port else at
+        return replace(self.router, port=self.router.port + own, uds=uds, share_port=self.pools.share_port)
 
 
 def load_config(

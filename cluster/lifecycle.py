@@ -217,7 +217,7 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     holder = cluster.held_ports = PortHolder(cluster.session.folder) if cluster.session.folder else None
 
     def make_router(name: str, at: int) -> Any:
-        if holder is None:
+        if holder is None or config.pools.share_port:  # a port that others share is open when one of them dies
             return pools.create_router(name, at)
         router = config.router_at(at)
         holder.hold(name, router.host, router.port)
@@ -241,7 +241,8 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
         await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
         with told("a router"):
-            cluster.urls = tuple([_reachable(await actor.ready.remote()) for actor in cluster.routers.values()])
+            urls = [_reachable(await actor.ready.remote()) for actor in cluster.routers.values()]
+            cluster.urls = tuple(dict.fromkeys(urls))
     with progress.step("connecting routers to workers"):
         for url in cluster.urls:
             await bounded(
@@ -363,6 +364,29 @@ def remove_actors(actors: list[Any]) -> None:
     for actor in actors:
         with suppress(Exception):
             ray.kill(actor, no_restart=True)
+
+
+async def ask_head(work: Callable[[], object], timeout_s: float) -> bool:
+    """Runs what waits for Ray's head in a thread that nothing else waits for: a head that is gone would hold it for minutes.
+
+    False when that took longer than `timeout_s`. What the work raises is not for who ends.
+    """
+    done = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        with suppress(Exception):
+            work()
+        with suppress(RuntimeError):  # the loop may have ended meanwhile
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, name="ask-head", daemon=True).start()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await done.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:

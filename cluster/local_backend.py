@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from router.backend import RequestStream, RouterStatus
+from router.job_part import NO_JOB, FoundJob, JobPart
 from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.config import WorkerConfig
@@ -44,7 +45,7 @@ class LocalBackend:
     def is_ready(self) -> bool:
         return self._thread is not None
 
-    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> RequestStream:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> RequestStream:
         if self._thread is None:
             raise Refused(Refusal.SHUTTING_DOWN, "the engine does not run")
         self._engine.check(request)
@@ -56,6 +57,9 @@ class LocalBackend:
             raise Refused(Refusal.QUEUE_FULL, "too many requests at once", retry_after_s=1.0)
         self._streams[sequence_id] = stream
         return stream
+
+    async def find(self, job: str, ends: bool = False) -> FoundJob:
+        return FoundJob()
 
     def status(self) -> RouterStatus:
         return RouterStatus(ROUTER_ID, (), 0, len(self._streams))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.forecast.forecasts import ForecastStatus
+from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.explain import Decision
 from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
-from workers.request import FinishReason, Output, Request
+from workers.request import FinishReason, Output, Request, merged
 from workers.status import ModelInfo, Role, WorkerStatus
 
 
@@ -71,8 +72,15 @@ class Backend(Protocol):
         """True when a request could run now: some worker can decode. (It computes prompts itself when nobody else can.)"""
         ...
 
-    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> OutputStream:
-        """Accepts a request at once or raises Refused (QUEUE_FULL, TARGET_MISSED, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest."""
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> OutputStream:
+        """Accepts a request at once or raises Refused (QUEUE_FULL, TARGET_MISSED, NO_WORKERS, SHUTTING_DOWN) or InvalidRequest.
+
+        With `part.at` it is taken up there, from its first token on; what is not kept there is computed anew.
+        """
+        ...
+
+    async def find(self, job: str, ends: bool = False) -> FoundJob:
+        """What all workers together have of a job, whichever router has sent it. `ends`: it is stopped, and kept no more."""
         ...
 
     def status(self) -> RouterStatus: ...
@@ -158,22 +166,3 @@ class RequestStream:
         wake, self._wake = self._wake, None
         if wake is not None:
             wake()
-
-
-def merged(outputs: Sequence[Output]) -> Output:
-    """One output that says what several in a row say; each is copied once."""
-    first, last = outputs[0], outputs[-1]
-    return Output(
-        request_id=first.request_id,
-        position=first.position,
-        token_ids=tuple([token_id for output in outputs for token_id in output.token_ids]),
-        text="".join([output.text for output in outputs]),
-        logprobs=tuple([entry for output in outputs for entry in output.logprobs]),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        refusal=last.refusal,
-        message=last.message,
-        cached_tokens=next((output.cached_tokens for output in outputs if output.cached_tokens), 0),
-        prompt_logprobs=tuple([part for output in outputs for part in output.prompt_logprobs]),
-        handoff=next((output.handoff for output in outputs if output.handoff is not None), None),
-    )

@@ -51,6 +51,8 @@ class ApiConfig:
     """Without api_keys: names beside localhost that a request's Host may have, such as that of a proxy."""
     metrics: Literal["open", "key"] = "open"
     """Who may read /metrics, which names workers and says how busy they are: everybody, or who has an API key or an admin key."""
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """vllm: /metrics has the main numbers under vLLM's names besides, for autoscalers and gateways that read those."""
     docs: Literal["open", "key"] = "open"
     """Who may read /docs and /openapi.json, which are the same for every cluster of this version; as metrics."""
     max_body_bytes: Annotated[int, Ge(1024)] = 16 << 20
@@ -63,6 +65,11 @@ class ApiConfig:
     """Prompts in one completions request."""
     max_choices: Count = 2048
     """Prompts times n of one request."""
+    max_background: Count = 256
+    """Responses that one router runs in the background at once."""
+    join_request_ids: bool = False
+    """Take X-Request-Id for an Idempotency-Key where there is none. For each such request all workers are asked first, so not behind
+    a proxy that gives every request one."""
     heartbeat_s: Seconds = 15.0
     """A stream that is silent for this long sends an SSE comment, so that proxies keep it open."""
     offload_bytes: Natural = 4 << 10
@@ -73,6 +80,11 @@ class ApiConfig:
     max_prompt_scores: Natural = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
+    allow_chat_template: bool = False
+    """Whether a client may send a chat template of its own (`chat_template`), which runs in the sandbox that checkpoints' run in."""
+    turn_memory_bytes: Natural = 0
+    """What this router may remember of assistants' turns, 4 bytes a token, so that the next prompt of a conversation begins with the tokens
+    that were generated and finds their KV. The tokens of a prompt then depend on what is remembered, not on its messages alone; 0: off."""
     reasoning_parser: Text = AUTO
     """How the model writes its reasoning (router/api/formats/formats.py); auto: as its chat template shows."""
     tool_parser: Text = AUTO
@@ -187,6 +199,8 @@ class RouterConfig:
     host: Text = "127.0.0.1"
     port: Port = 8000
     """HTTP port; 0: any free one."""
+    share_port: bool = False
+    """Other routers of this user listen on the port as well (SO_REUSEPORT); see pools.share_port."""
     uds: str = ""
     """Path of a Unix socket to listen on besides; who may use it is said by the folder it is in. Further routers add .1, .2 ..."""
     cert_file: str = ""
@@ -240,9 +254,10 @@ class RouterConfig:
     """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: Natural = 3
     """Prefill workers that a decode worker may try for one request."""
-    max_local_prefill_tokens: Natural = 2048
-    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there, and that is
-    expected to be quicker than a prefill worker and not to slow down what decodes there; 0: never (but see worker.local_prefill_tokens)."""
+    max_local_prefill_tokens: Natural = 16_384
+    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there (2,048 where the request
+    has no `tpot`), and that is expected to be quicker than a prefill worker and to let what decodes there keep its `tpot`; 0: never (but see
+    worker.local_prefill_tokens)."""
     lower_tier_cost_tokens: Natural = 8
     """What bringing back one cached block from a worker's host memory or disk weighs against computing prompt tokens; a block has 64."""
     pull_min_blocks: Natural = 8
@@ -265,6 +280,8 @@ class RouterConfig:
     """Rest after the two have become even."""
     rebalance_moves_per_s: Seconds = 4.0
     """At most so many moves for the sake of balance."""
+    find_timeout_s: Seconds = 2.0
+    """How long workers may take to say what they have of a request that a client asks for again."""
     max_buffered_tokens: Count = 8192
     """Tokens that wait for a slow client before its request is cancelled."""
     max_pending_messages: Count = 4096

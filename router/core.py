@@ -14,6 +14,7 @@ from router.events import (
     Detach,
     Event,
     FrameArrived,
+    JobSought,
     RequestArrived,
     RequestCancelled,
     SendMessage,
@@ -30,6 +31,7 @@ from router.policies.policy import Policy
 from router.requests.dispatch import Dispatcher
 from router.requests.flights import InFlightRequests
 from router.requests.move_planner import Mover
+from router.requests.searches import Searches
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
 
@@ -50,6 +52,7 @@ class RouterCore:
         self.index = PrefixIndex(config.max_prefix_index_blocks)
         dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config, secret)
         self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
+        self.searches = Searches(self.fleet, config.find_timeout_s, self._out)
         self.mover = Mover(config, self.fleet, dispatcher, self.flights)
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -57,8 +60,10 @@ class RouterCore:
         match event:
             case FrameArrived():
                 self._on_frame(event, now)
-            case RequestArrived(request, wishes):
-                self.flights.arrive(request, wishes, now)
+            case RequestArrived(request, wishes, part):
+                self.flights.arrive(request, wishes, part, now)
+            case JobSought(number, job, ends):
+                self.searches.begin(number, job, ends, self.flights.waits(job), now)
             case RequestCancelled(request_id, reason):
                 self.flights.cancel(request_id, reason, now)
             case Tick():
@@ -108,6 +113,11 @@ class RouterCore:
             self._out.append(SendMessage(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
             self.flights.take(output, event.worker_id, now)
+        if self.flights.migrations.has_ended and not self._is_shut_down:
+            self.flights.migrations.has_ended = False
+            self.mover.leave(now)
+        for found in frame.found:
+            self.searches.take(event.worker_id, found)
 
     # ---- which workers there are ----
 
@@ -126,6 +136,7 @@ class RouterCore:
         running = self.flights.running_on(entry)
         self.fleet.close(entry, now + reconnect_s)
         self.index.drop(entry.row)
+        self.searches.lose_worker(entry.worker_id)
         self.flights.lose_worker(entry.worker_id, running, f"lost worker {entry.worker_id}: {message or reason}", now)
 
     # ---- time ----
@@ -142,6 +153,7 @@ class RouterCore:
         self.fleet.table.has_opened = True
         self.forecasts.learn(self.fleet.table)
         self.flights.check_time(now)
+        self.searches.check_time(now)
         if not self._is_shut_down:
             self.mover.run(now)
 

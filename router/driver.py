@@ -20,17 +20,20 @@ from router.events import (
     Event,
     Explain,
     FrameArrived,
+    JobSought,
     Reject,
     RequestArrived,
     RequestCancelled,
     SendMessage,
     ShutDown,
+    TellFound,
     Tick,
     WorkerDetached,
     WorkersChanged,
 )
 from router.fleet.seen import WorkerSeen, workers_seen
 from router.fleet.worker_entry import WorkerEntry
+from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
 from router.requests.demand import DemandReport
@@ -74,6 +77,8 @@ class RouterDriver:
         self._clock = clock
         self._core = RouterCore(config, make_policy(config), secrets.token_bytes(32))
         self._streams: dict[str, RequestStream] = {}
+        self._sought: dict[int, asyncio.Future[FoundJob]] = {}
+        self._num_sought = 0
         self._links: dict[int, WorkerLink] = {}
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -120,13 +125,28 @@ class RouterDriver:
         while not self.is_ready():
             await self._status_changed.wait()
 
-    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> RequestStream:
+    async def find(self, job: str, ends: bool = False) -> FoundJob:
+        number = self._num_sought = self._num_sought + 1
+        asked: asyncio.Future[FoundJob] = asyncio.get_running_loop().create_future()
+        self._sought[number] = asked
+        try:
+            self._handle(JobSought(number, job, ends))
+            async with asyncio.timeout(2 * self._config.find_timeout_s):
+                return await asked
+        except TimeoutError:  # this router is about to end, and does not look at the time any more
+            return FoundJob()
+        finally:
+            del self._sought[number]
+
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> RequestStream:
         name = request.request_id
         if name in self._streams:
             raise InvalidRequest(f"request id {name!r} is in use", "request_id")
-        stream = self._streams[name] = RequestStream(name, self._config.max_buffered_tokens, self._leave)
+        # What is taken up comes at once, as far as it has come.
+        max_tokens = self._config.max_buffered_tokens + (request.params.max_tokens if part.at else 0)
+        stream = self._streams[name] = RequestStream(name, max_tokens, self._leave)
         try:
-            rejection = self._handle(RequestArrived(request, wishes))
+            rejection = self._handle(RequestArrived(request, wishes, part))
         except BaseException:
             self._streams.pop(name, None)
             raise
@@ -270,6 +290,9 @@ class RouterDriver:
                     self._detach(connection)
                 case Reject():
                     rejection = command
+                case TellFound(number, found):
+                    if (asked := self._sought.get(number)) is not None and not asked.done():
+                        asked.set_result(found)
                 case Explain(request_id, decision):
                     if request_id in self._streams:
                         self._streams[request_id].decision = decision

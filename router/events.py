@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import Output, Request
 from workers.status import WorkerAddress
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit, WorkerFrame
+from workers.wire.attach import WorkerFrame, WorkerMessage
 
 # ---- events ----
 
@@ -46,6 +47,16 @@ class WorkerDetached:
 class RequestArrived:
     request: Request
     wishes: Wishes = NO_WISHES
+    part: JobPart = NO_JOB
+
+
+@dataclass(frozen=True, slots=True)
+class JobSought:
+    """Some router's client asks for a job: all workers are asked for it. `ends`: what they have of it is to end."""
+
+    number: int
+    job: str
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,7 @@ class ShutDown:
     """End every request and every stream."""
 
 
-Event = WorkersChanged | FrameArrived | WorkerDetached | RequestArrived | RequestCancelled | Tick | ShutDown
+Event = WorkersChanged | FrameArrived | WorkerDetached | RequestArrived | RequestCancelled | JobSought | Tick | ShutDown
 
 # ---- commands ----
 
@@ -92,7 +103,7 @@ class Detach:
 class SendMessage:
     worker_id: str
     connection: int
-    message: Submit | Cancel | Adopt | DumpRequest
+    message: WorkerMessage
 
 
 class Deliver(NamedTuple):
@@ -113,6 +124,14 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class TellFound:
+    """Every worker has answered, or all there is of the job has been found, or the time is up."""
+
+    number: int
+    found: FoundJob
+
+
+@dataclass(frozen=True, slots=True)
 class Explain:
     """How a request was routed, for a client that wants to know. It may come again: a request that is run again is routed again."""
 
@@ -120,4 +139,4 @@ class Explain:
     decision: Decision
 
 
-Command = Attach | Detach | SendMessage | Deliver | Reject | Explain
+Command = Attach | Detach | SendMessage | Deliver | Reject | TellFound | Explain

@@ -84,7 +84,7 @@ class RouterServer:
         self._config.api.check_sampling_defaults(tokenizer.vocab_size)
         usage = self._config.tenants.usage
         self._usage_log = await asyncio.to_thread(UsageLog, usage, self._router_id) if usage.folder else None
-        listener = self._listener or bind(self._config.host, self._config.port)
+        listener = self._listener or bind(self._config.host, self._config.port, self._config.share_port)
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(tokenizer, listener, started), name=f"router-{self._router_id}", daemon=True
@@ -203,6 +203,9 @@ class RouterServer:
         finally:
             asked.cancel()
             draining.begin()
+            if self._config.share_port:  # who connects from now on reaches the others
+                for server in http.servers:
+                    server.close()
             if not serving.done():
                 await draining.wait_idle(self._config.shutdown_timeout_s)
             await driver.stop()
@@ -226,13 +229,16 @@ class RouterServer:
         await http.serve(sockets=[listener])
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections send at once (TCP_NODELAY is inherited). Raises InvalidConfig."""
+def bind(host: str, port: int, share_port: bool = False) -> socket.socket:
+    """A listening socket whose connections send at once (TCP_NODELAY is inherited). `share_port`: others of this user, who say so
+    as well, may listen there too. Raises InvalidConfig."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if share_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:

@@ -48,11 +48,11 @@ FLOORS = {
         "model", "group", "worker", "group_worker",
     ),
     "router": (
-        "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "events", "fleet",
+        "resume", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
         "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (
-        "settings", "aliases", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
+        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip
@@ -131,6 +131,7 @@ PURE = (
     "workers/serving/core.py",
     "workers/serving/events.py",
     "workers/serving/exports.py",
+    "workers/serving/kept_answers.py",
     "workers/serving/fetches.py",
     "workers/serving/request_table.py",
     "workers/serving/requests.py",
@@ -144,6 +145,7 @@ PURE = (
     "router/fleet",
     "router/policies",
     "router/forecast",
+    "router/job_part.py",
     "router/wishes.py",
     "cluster/membership/membership.py",
     "cluster/roles/candidates.py",

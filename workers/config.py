@@ -169,6 +169,10 @@ class WorkerConfig:
     """Requests without a router at once; beyond that the oldest are given up."""
     max_kept_tokens: Natural = 8192
     """Output tokens of each request that are kept for a router that takes it up; an alternative among logprobs counts as one more."""
+    answers_kept_s: Delay = 120.0
+    """An answer that has ended is kept for so long, for clients that ask for it again by its id or Idempotency-Key, of whichever router; 0: none is."""
+    max_kept_answer_bytes: Natural = 64 << 20
+    """Of all these together, about; the oldest go first."""
     host: str = "127.0.0.1"
     port: Port = 0
     """gRPC port; 0: any free one."""

@@ -46,6 +46,7 @@ class Refusal(StrEnum):
     NOT_MOVABLE = "not_movable"
     NOT_KEPT = "not_kept"
     TAKEN_UP = "taken_up"
+    CANCELLED = "cancelled"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal_error"
 

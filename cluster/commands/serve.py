@@ -31,6 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers; default: 1")
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers; default: 1")
     parser.add_argument("--mixed", type=int, metavar="N", help="workers that do both; default: 0")
+    parser.add_argument("--routers", type=int, metavar="N", help="routers, which share the port; default: 1")
     add_router_flags(parser)
     parser.add_argument(
         "--dashboard",

@@ -5,64 +5,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.api import sse
+from router.api.asking import Inquiry, Seeker, as_first_asked
 from router.api.bodies import OpenBodies
 from router.api.callers import Account, Callers
+from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
 from router.api.grammar_check import GrammarChecks
 from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
 from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal
-from router.api.schema import AnyBody, parse_body
+from router.api.response_store import ResponseStore
+from router.api.retelling import Retelling
 from router.api.translate import Job
+from router.api.turns import Turns
 from router.backend import Backend
 from router.config import ApiConfig
+from router.job_part import FoundJob
 from router.policies.explain import route_of
-from workers.errors import Refusal, Refused
-from workers.request import Output
-from workers.status import ModelInfo
+from workers.errors import InvalidRequest, Refusal
+from workers.request import FinishReason, Output
 from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
 
-T = TypeVar("T")
-
-HUGE_BYTES = 256 << 10
-NUM_HUGE = 2
-"""Huge requests that are read at once: a prompt takes tens of times its own size while it is tokenized."""
-
-_huge = ThreadPoolExecutor(NUM_HUGE, thread_name_prefix="huge-request")
-
-
 _log = logging.getLogger(__name__)
-
-
-async def offload(work: Callable[[], T], num_bytes: int, inline_bytes: int) -> T:
-    """What `work` on a request of so many bytes returns or raises; up to `inline_bytes` it is done here and now.
-
-    In a thread it must let go of the interpreter's lock every few milliseconds, as Python code and tokenizers do.
-    """
-    if num_bytes <= inline_bytes:
-        return work()
-    try:
-        done = asyncio.get_running_loop().run_in_executor(_huge if num_bytes > HUGE_BYTES else None, work)
-    except RuntimeError as error:
-        _log.warning("this host starts no more threads (%s): requests that need one are refused", error)
-        raise Refused(
-            Refusal.QUEUE_FULL, "this host is too busy for a request of this size", retry_after_s=1.0
-        ) from None
-    return await done
-
 
 _MAX_ENTRIES_AT_ONCE = 1000
 """Tokens and logprobs that the event loop writes itself."""
@@ -82,7 +58,13 @@ class Services:
     metrics: Metrics
     bodies: OpenBodies
     grammars: GrammarChecks
+    turns: Turns
     callers: Callers
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    seeker: Seeker = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeker", Seeker(self.backend))
 
 
 class StreamWriter(Protocol):
@@ -92,7 +74,7 @@ class StreamWriter(Protocol):
         """Events in parts, to be taken before the next ones are asked for; none when the output has nothing to show yet."""
         ...
 
-    def last_chunk(self) -> str:
+    def last_events(self) -> list[str]:
         """What ends a stream whose choices have ended."""
         ...
 
@@ -103,6 +85,9 @@ class StreamWriter(Protocol):
 
 class Shape(Protocol):
     """How one endpoint writes its answers."""
+
+    is_counted: bool
+    """Its streams are written token by token, and their events counted (router/api/event_ids.py)."""
 
     def writer(self, progress: JobProgress) -> StreamWriter:
         """Of this job's stream."""
@@ -143,42 +128,52 @@ def usage_and_trace(job: Job, progress: JobProgress) -> dict[str, Any]:
     return {"usage": progress.usage()} | ({"baton": progress.trace()} if job.trace else {})
 
 
-Translate = Callable[[AnyBody, ModelInfo | None, Tokenizer, ApiConfig], Job]
-
-
-async def read_job(http: HttpRequest, services: Services, kind: type[AnyBody], translate: Translate[AnyBody]) -> Job:
-    """Reads, checks and tokenizes one request; one that is not short in a thread."""
-    async with services.bodies.receive(http) as raw:
-        model = services.backend.model
-
-        def build() -> Job:
-            return translate(parse_body(kind, raw), model, services.tokenizer, services.config)
-
-        # EBNF is turned into Lark's language in Python, a character at a time.
-        may_take_long = b"grammar" in raw or b"ebnf" in raw
-        job = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
-    job = services.callers.own(job, http.scope)
-    if model is not None:
-        await services.grammars.check(job, model)
-    return job
+async def whole(services: Services, asked: Inquiry, found: FoundJob) -> dict[str, Any]:
+    """The whole answer of a job that was found, once it has ended."""
+    answer = Answer(services, asked, found=found)
+    answer._number(found)
+    requests, parts = asked.requests(found)
+    start_s = time.monotonic()
+    generation = await JobOutputs.open(services.backend, requests, None, asked.job.wishes, parts)
+    progress = JobProgress(asked.job, services.metrics, start_s, generation.decisions)
+    try:
+        await answer._gather(generation, progress)
+        return asked.shape.whole(progress)
+    finally:
+        progress.abandon()
+        generation.close()
 
 
 class Answer(Response):
     """Sends a job's answer. Everything starts and ends inside the call, so no stream of the backend can be left open."""
 
-    def __init__(self, services: Services, job: Job, shape: Shape) -> None:
+    def __init__(self, services: Services, asked: Inquiry, after: str = "", found: FoundJob | None = None) -> None:
+        """`after`: the id of the last event that the client has. With `found` the job is taken up where it is."""
         super().__init__()
         self._services = services
-        self._job = job
-        self._shape = shape
+        self._asked = asked
+        self._job, self._shape = asked.job, asked.shape
+        self._after = after
+        self._found = found
+        self._ids: EventIds = NoIds()
+        self._retellings: list[Retelling] = []
+        """Of the choices, where what they say is to be told in other pieces than it comes in."""
         self._is_sent = False
         """The last of it is on its way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        account = await self._services.callers.admit(self._job, scope)
-        outcome = Refusal.INTERNAL.value
+        seeker, outcome = self._services.seeker, Refusal.INTERNAL.value
+        async with AsyncExitStack() as begun:
+            await begun.enter_async_context(seeker.turn(self._asked))
+            self._found = self._found or await seeker.look(self._asked)
+            if self._found is not None:
+                self._asked = await as_first_asked(self._services, self._asked, self._found, scope)
+                self._job, self._shape = self._asked.job, self._asked.shape
+            account = await self._services.callers.admit(self._job, scope, self._found is not None)
+            begun = begun.pop_all()
         try:
-            await unless_disconnected(receive, self._run(scope, receive, send, account), lambda: self._is_sent)
+            run = self._run(begun, account, scope, receive, send)
+            await unless_disconnected(receive, run, lambda: self._is_sent)
             outcome = scope["state"].get("refusal", "") or "ok"
         except ClientDisconnect:
             outcome = "client_disconnected"
@@ -187,25 +182,28 @@ class Answer(Response):
             outcome = describe(error).label
             raise
         finally:
+            await begun.aclose()  # a client that left at once
             account.close(outcome)
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, account: Account) -> None:
-        services, job = self._services, self._job
+    async def _run(self, begun: AsyncExitStack, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        services, job, found = self._services, self._job, self._found
         start_s = time.monotonic()
-        heartbeat_s = services.config.heartbeat_s if job.stream else None
-        attributes = {"job": job.job_id, "model": job.model, "choices": len(job.requests)}
-        span = start_span(
-            "request", clean_traceparent(Headers(scope=scope).get("traceparent", "")), start_s, attributes
-        )
-        requests = job.requests
-        if span.traceparent:
-            requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
-        try:
-            wishes = replace(job.wishes, explain=True) if span.traceparent else job.wishes
-            generation = await JobOutputs.open(services.backend, requests, heartbeat_s, wishes)
-        except BaseException as error:
-            span.end(repr(error))
-            raise
+        async with begun:  # until all is submitted
+            self._number(found)
+            heartbeat_s = services.config.heartbeat_s if job.stream else None
+            attributes = {"job": job.job_id, "model": job.model, "choices": len(job.requests)}
+            span = start_span(
+                "request", clean_traceparent(Headers(scope=scope).get("traceparent", "")), start_s, attributes
+            )
+            requests, parts = self._asked.requests(found)
+            if span.traceparent:
+                requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
+            try:
+                wishes = replace(job.wishes, explain=True) if span.traceparent else job.wishes
+                generation = await JobOutputs.open(services.backend, requests, heartbeat_s, wishes, parts)
+            except BaseException as error:
+                span.end(repr(error))
+                raise
         progress = account.progress = JobProgress(job, services.metrics, start_s, generation.decisions)
         scope["state"]["work"] = progress
         try:
@@ -219,12 +217,32 @@ class Answer(Response):
             progress.abandon()
             generation.close()
 
+    def _number(self, found: FoundJob | None) -> None:
+        """Chooses how events are numbered, and makes what it takes to tell them from where the client has come to."""
+        job, services = self._job, self._services
+        if not job.stream:
+            self._ids = NoIds()
+        elif self._shape.is_counted:
+            self._ids = CountIds(self._after)
+        elif len(job.requests) <= MAX_NUMBERED_CHOICES:
+            self._ids = PositionIds(len(job.requests), self._after)
+        elif self._after:
+            raise InvalidRequest(f"streams of more than {MAX_NUMBERED_CHOICES} choices cannot be had in part", "after")
+        model = services.backend.model
+        if model is not None and (found is not None or self._after or (job.stream and self._shape.is_counted)):
+            self._retellings = [
+                Retelling(request, services.tokenizer, model.max_model_len, found is None) for request in job.requests
+            ]
+
+    def _pieces(self, index: int, output: Output) -> Iterable[Output]:
+        if not self._retellings or output.finish_reason is FinishReason.ERROR:
+            return (output,)
+        return self._retellings[index].pieces(output)
+
     async def _send_whole(
         self, generation: JobOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        while progress.num_unfinished:
-            for index, output in await generation.next_batch():
-                progress.accept(index, output, time.monotonic())
+        await self._gather(generation, progress)
         parts = sse.json_parts(self._shape.whole(progress))
         if not is_long(self._job, progress.choices):
             response = Response("".join(parts).encode(), media_type="application/json")
@@ -236,6 +254,12 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         self._is_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _gather(self, generation: JobOutputs, progress: JobProgress) -> None:
+        while progress.num_unfinished:
+            for index, output in await generation.next_batch():
+                for piece in self._pieces(index, output):
+                    progress.accept(index, piece, time.monotonic())
 
     async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
@@ -250,28 +274,29 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
             generation.wrote()
 
-        writer = self._shape.writer(progress)
+        writer, ids = self._shape.writer(progress), self._ids
         try:
             while progress.num_unfinished:
                 batch = await generation.next_batch()
                 now_s = time.monotonic()
                 chunks: list[str] = []
                 for index, output in batch:
-                    choice, shown = progress.accept(index, output, now_s)
-                    is_first = not choice.is_announced
-                    chunk = writer.chunk(choice, shown)
-                    if is_first and chunk and is_long(self._job, (choice,)):
-                        before, chunks = chunks, []
-                        async for body in _bodies(chain(before, chunk)):
-                            await transmit(body)
-                    else:
-                        chunks += chunk
+                    for piece in self._pieces(index, output):
+                        choice, shown = progress.accept(index, piece, now_s)
+                        is_first = not choice.is_announced
+                        chunk = ids.mark(choice, writer.chunk(choice, shown))
+                        if is_first and chunk and is_long(self._job, (choice,)):
+                            before, chunks = chunks, []
+                            async for body in _bodies(chain(before, chunk)):
+                                await transmit(body)
+                        else:
+                            chunks += chunk
                 body = "".join(chunks).encode()
                 if not body and generation.is_heartbeat_due:
                     body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
                     await transmit(body)
-            await transmit(body + writer.last_chunk().encode(), more=False)
+            await transmit(body + ids.last(writer.last_events()).encode(), more=False)
         except OSError as error:
             raise ClientDisconnect from error
         except Exception as error:
@@ -363,14 +388,14 @@ class ChunkWriter:
             extras += f',"baton":{sse.to_json(progress.trace())}'
         return f"{extras}}}\n\n"
 
-    def last_chunk(self) -> str:
+    def last_events(self) -> list[str]:
         """With include_usage a chunk without choices comes before the end."""
         if not self._job.include_usage:
-            return sse.DONE.decode()
+            return [sse.DONE.decode()]
         extras = f',"usage":{sse.to_json(self._progress.usage())}'
         if self._job.trace:
             extras += f',"baton":{sse.to_json(self._progress.trace())}'
-        return f"{self._head}]{extras}}}\n\n{sse.DONE.decode()}"
+        return [f"{self._head}]{extras}}}\n\n", sse.DONE.decode()]
 
     def broken(self, problem: Problem) -> str:
         return (sse.event(problem.body()) + sse.DONE).decode()

@@ -254,7 +254,7 @@ class ResponseObject(BaseModel):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     model: str
     output: list[OutputItem]
     usage: ResponseUsage | None
@@ -267,6 +267,41 @@ class ResponseEvent(BaseModel):
 
     type: str
     sequence_number: int
+
+
+class AnyEvent(BaseModel):
+    """An event of the stream that the request has: a chunk, or an event of a message or a response."""
+
+
+class RequestChoice(_Answer):
+    """One choice of a request. `is_whole`: its stream can be had from its beginning; otherwise it is computed anew."""
+
+    prompt: int
+    choice: int
+    finish_reason: Literal["stop", "length"] | None
+    completion_tokens: int
+    cached_tokens: int
+    worker: str
+    is_whole: bool
+
+
+class RequestUsage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class RequestState(_Answer):
+    """What has become of a request."""
+
+    id: str
+    object: Literal["request"]
+    job: str
+    kind: Literal["chat", "completion", "message", "response"]
+    created: int
+    status: Literal["running", "completed"]
+    usage: RequestUsage
+    choices: list[RequestChoice]
 
 
 class ResponseDeleted(_Answer):

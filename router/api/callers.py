@@ -37,6 +37,11 @@ def caller_of(scope: Scope) -> Caller:
     return caller
 
 
+def owner_of(scope: Scope) -> str:
+    """Who may ask for it again: whoever is let in as the same."""
+    return caller_of(scope).owner.hex()
+
+
 class Callers:
     """What the endpoints of one router ask of its tenants. `expected_output_tokens`: of an answer, before it is there."""
 
@@ -72,9 +77,10 @@ class Callers:
             wishes=replace(wishes, session=session, timeout_s=asked_s, tenant=caller.tenant, weight=limits.weight),
         )
 
-    async def admit(self, job: Job, scope: Scope) -> Account:
-        """Returns when the tenant's allowances have paid for the job. Raises Rejected (429)."""
-        account = Account(self, caller_of(scope), job, scope)
+    async def admit(self, job: Job, scope: Scope, is_joined: bool = False) -> Account:
+        """Returns when the tenant's allowances have paid for the job; `is_joined`: its tokens have been paid for by who sent it
+        first. Raises Rejected (429)."""
+        account = Account(self, caller_of(scope), job, scope, is_joined)
         await account.open()
         return account
 
@@ -91,13 +97,14 @@ class Callers:
 class Account:
     """Of one job, from its admission to its end."""
 
-    def __init__(self, callers: Callers, caller: Caller, job: Job, scope: Scope) -> None:
+    def __init__(self, callers: Callers, caller: Caller, job: Job, scope: Scope, is_joined: bool) -> None:
         self._callers = callers
         self._caller = caller
         self._job = job
         self._scope = scope
         self._begun_s = time.monotonic()
-        self._costs = callers.costs(job)
+        self._is_joined = is_joined
+        self._costs = {Kind.REQUESTS: 1.0, Kind.INPUT: 0.0, Kind.OUTPUT: 0.0} if is_joined else callers.costs(job)
         limit = caller.limits.output_tokens_per_min
         if limit:  # one answer may be longer than an allowance
             self._costs[Kind.OUTPUT] = min(self._costs[Kind.OUTPUT], limit)
@@ -119,10 +126,13 @@ class Account:
 
     def close(self, outcome: str) -> None:
         """The job has ended. `outcome` as in Usage; one that did not begin costs its tenant nothing."""
-        caller, progress, job = self._caller, self.progress, self._job
+        caller, job = self._caller, self._job
+        progress = None if self._is_joined else self.progress
+        if self._is_joined:
+            outcome = "joined" if outcome == "ok" else outcome
         num_output = 0 if progress is None else progress.completion_tokens
         if caller.tenant:
-            if progress is None:
+            if progress is None and not self._is_joined:
                 extra = {kind: -self._costs[kind] for kind in BUCKETS}
             else:
                 extra = {Kind.OUTPUT: num_output - self._costs[Kind.OUTPUT]}

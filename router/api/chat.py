@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and_trace
+from router.api.answer import Answer, ChunkWriter, Services, Shape, usage_and_trace
+from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
-from router.api.schema import ChatBody
+from router.api.schema import ChatBody, parse_body
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
 from workers.request import Output
@@ -24,14 +25,24 @@ def chat_routes(services: Services) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(http: HttpRequest) -> Response:
-        job = await read_job(http, services, ChatBody, translate_chat)
-        return Answer(services, job, ChatShape(job, services.tokenizer))
+        return Answer(services, await read_asked(http, services, CHAT), http.headers.get("last-event-id", ""))
 
     return routes
 
 
+def _read(raw: bytes, reading: Reading) -> tuple[Job, Callable[[Job], Shape]]:
+    tokenizer = reading.tokenizer
+    job = translate_chat(parse_body(ChatBody, raw), reading.model, tokenizer, reading.config, reading.naming)
+    return job, lambda job: ChatShape(job, tokenizer)
+
+
+CHAT = AnswerKind("chat", _read)
+
+
 class ChatShape:
     """The JSON of chat completions and their chunks."""
+
+    is_counted = False
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._job = job

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, ChunkWriter, Services, read_job, usage_and_trace
+from router.api.answer import Answer, ChunkWriter, Services, Shape, usage_and_trace
+from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import (
     CompletionLogprobs,
     LogprobWriter,
@@ -18,7 +19,7 @@ from router.api.choice_fields import (
     more_fields,
 )
 from router.api.job_run import Choice, JobProgress
-from router.api.schema import CompletionBody
+from router.api.schema import CompletionBody, parse_body
 from router.api.sse import json_parts, lazy_each, to_json
 from router.api.translate import Job, translate_completion
 from workers.request import Output
@@ -30,14 +31,25 @@ def completion_routes(services: Services) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=None)
     async def create_completion(http: HttpRequest) -> Response:
-        job = await read_job(http, services, CompletionBody, translate_completion)
-        return Answer(services, job, CompletionShape(job, services.tokenizer))
+        return Answer(services, await read_asked(http, services, COMPLETION), http.headers.get("last-event-id", ""))
 
     return routes
 
 
+def _read(raw: bytes, reading: Reading) -> tuple[Job, Callable[[Job], Shape]]:
+    tokenizer = reading.tokenizer
+    body = parse_body(CompletionBody, raw)
+    job = translate_completion(body, reading.model, tokenizer, reading.config, reading.naming)
+    return job, lambda job: CompletionShape(job, tokenizer)
+
+
+COMPLETION = AnswerKind("completion", _read)
+
+
 class CompletionShape:
     """The JSON of text completions; chunks and whole answers have the same form."""
+
+    is_counted = False
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._job = job

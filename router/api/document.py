@@ -50,9 +50,11 @@ class Endpoint:
     error: type[BaseModel] = answers.Error
     errors: tuple[int, ...] = ()
     """Beside those that stand at the door: 401, 403, 413, 415."""
+    query: tuple[str, ...] = ()
+    """What may stand behind the path, as text."""
 
 
-_WORK = (400, 404, 413, 415, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
+_WORK = (400, 404, 413, 415, 422, 429, *sorted({row.status for row in REFUSALS.values()} - {400, 429}))
 _READ = (400, 404, 413, 415, 429, 503)
 _STEER = (400, 404, 413, 415, 429, 500, 503)
 _KEYS_OF = (400, 404, 409, 413, 415, 429, 503)
@@ -98,27 +100,56 @@ ENDPOINTS = (
     Endpoint(
         "post",
         "/v1/responses",
-        "Answers a list of items, whole or as a stream of server-sent events; the answer is kept in this router's memory",
+        "Answers a list of items, whole, as a stream of server-sent events, or in the background; the answer is kept for a while",
         answers.ResponseObject,
         ResponsesBody,
         answers.ResponseEvent,
         errors=_WORK,
     ),
-    Endpoint("get", "/v1/responses/{response_id}", "Shows a kept response", answers.ResponseObject, errors=(404,)),
-    Endpoint("delete", "/v1/responses/{response_id}", "Forgets a response", answers.ResponseDeleted, errors=(404,)),
+    Endpoint(
+        "get",
+        "/v1/responses/{response_id}",
+        "Shows a response, or with stream=true its events, from the one behind number starting_after on",
+        answers.ResponseObject,
+        chunk=answers.ResponseEvent,
+        errors=_WORK,
+        query=("stream", "starting_after"),
+    ),
+    Endpoint(
+        "delete",
+        "/v1/responses/{response_id}",
+        "Forgets a response; one that runs in the background is stopped",
+        answers.ResponseDeleted,
+        errors=(400, 404, 429),
+    ),
     Endpoint(
         "post",
         "/v1/responses/{response_id}/cancel",
-        "Refused: nothing runs in the background",
+        "Stops a response that runs in the background",
         answers.ResponseObject,
-        errors=(400, 404, 413, 415),
+        errors=_WORK,
     ),
     Endpoint(
         "get",
         "/v1/responses/{response_id}/input_items",
         "Lists what a kept response was given",
         answers.InputItems,
-        errors=(404,),
+        errors=_WORK,
+    ),
+    Endpoint(
+        "get",
+        "/v1/requests/{request_id}",
+        "Says what has become of a request, by the id of its answer or by its Idempotency-Key",
+        answers.RequestState,
+        errors=(400, 404, 429),
+    ),
+    Endpoint(
+        "get",
+        "/v1/requests/{request_id}/stream",
+        "The rest of a request's stream behind the event with the id `after`, whichever router it was sent to",
+        chunk=answers.AnyEvent,
+        errors=_WORK,
+        query=("after",),
     ),
     Endpoint("get", "/v1/models", "Names the served model", answers.ModelList),
     Endpoint("get", "/v1/models/{name}", "Says what is known of a model", answers.ModelCard, errors=(404, 503)),
@@ -190,10 +221,11 @@ _PHRASES = {
     400: "The body is wrong; `error.param` names the field",
     401: "The key is missing or wrong",
     403: "Not served to this client",
-    404: "There is no such model, response or worker",
-    409: "The request is answered elsewhere, or there is such a key already",
+    404: "There is no such model, response, request or worker",
+    409: "The request was cancelled or is answered elsewhere, or there is such a key already",
     413: "The body is too large",
     415: "The body is not sent as application/json",
+    422: "Another body was sent with this Idempotency-Key",
     429: "Too much at once; retry-after says when to come back",
     500: "An internal error, or workers died one after the other under the request",
     503: "No worker can run it now; x-should-retry says whether to send it again",
@@ -276,10 +308,12 @@ def _operation(endpoint: Endpoint, config: ApiConfig) -> dict[str, Any]:
         "security": _security(endpoint, config),
         "responses": responses,
     }
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters += [
+        {"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in endpoint.query
+    ]
+    if parameters:
+        operation["parameters"] = parameters
     if endpoint.body is not None:
         schema = {"$ref": _REF.format(model=endpoint.body.__name__)}
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}

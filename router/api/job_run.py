@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -16,7 +17,9 @@ from router.api.metrics import Metrics
 from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
+from router.api.turns import TurnRecorder
 from router.backend import Backend, OutputStream
+from router.job_part import NO_JOB, JobPart
 from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
@@ -52,15 +55,16 @@ class JobOutputs:
         requests: tuple[Request, ...],
         heartbeat_s: float | None = None,
         wishes: Wishes = NO_WISHES,
+        parts: Sequence[JobPart] = (),
     ) -> JobOutputs:
-        """Submits every request; when one is refused, those before it are closed and the refusal is raised.
+        """Submits every request, each as its part of the job; when one is refused, those before it are closed and the refusal is raised.
 
         Others have a turn between a few of them: a job may have thousands.
         """
         streams: list[OutputStream] = []
         try:
-            for number, request in enumerate(requests, 1):
-                streams.append(backend.submit(request, wishes))
+            for number, (request, part) in enumerate(zip(requests, parts or repeat(NO_JOB), strict=False), 1):
+                streams.append(backend.submit(request, wishes, part))
                 if number % _SUBMITS_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
@@ -186,6 +190,7 @@ class JobProgress:
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
         )
+        self._recorders = [TurnRecorder(job.turn, one.prompt_token_ids) for one in job.requests] if job.turn else None
         self.num_unfinished = len(self.choices)
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
         self.completion_tokens = 0
@@ -211,6 +216,8 @@ class JobProgress:
         if output.prompt_logprobs:
             _add_scores(choice, output.prompt_logprobs)
         choice.num_drawn += num_new
+        if self._recorders is not None:
+            self._recorders[index].add(output)
         if self._hides:
             reason = FinishReason.LENGTH if reason else None
             output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=reason, stop_reason=None)
@@ -232,6 +239,7 @@ class JobProgress:
             self._metrics.generation_tokens.inc(num_new)
         if reason is not None:
             choice.finish_reason = reason
+            self._metrics.finished.labels(reason.value).inc()
             choice.stop_reason = output.stop_reason
             self._finish(now_s)
         if self._keep:

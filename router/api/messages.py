@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services, offload, read_job
+from router.api.answer import Answer, Services, Shape
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
+from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.job_run import Choice, JobProgress
 from router.api.messages_body import CountBody, MessagesBody, as_chat
+from router.api.offload import offload
 from router.api.problems import Problem, anthropic_error
 from router.api.schema import parse_body
 from router.api.speech import read_conversation
 from router.api.sse import named_event, to_json
 from router.api.translate import Job, translate_chat
-from router.config import ApiConfig
 from workers.request import FinishReason, Output
-from workers.status import ModelInfo
-from workers.text.tokenizer import Tokenizer
 
 
 def message_routes(services: Services) -> APIRouter:
@@ -29,8 +28,7 @@ def message_routes(services: Services) -> APIRouter:
 
     @routes.post("/v1/messages", response_model=None)
     async def create_message(http: HttpRequest) -> Response:
-        job = await read_job(http, services, MessagesBody, _translate)
-        return Answer(services, job, MessageShape(job))
+        return Answer(services, await read_asked(http, services, MESSAGE), http.headers.get("last-event-id", ""))
 
     @routes.post("/v1/messages/count_tokens", response_model=None)
     async def count_tokens(http: HttpRequest) -> Response:
@@ -47,12 +45,18 @@ def message_routes(services: Services) -> APIRouter:
     return routes
 
 
-def _translate(body: MessagesBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
-    return translate_chat(as_chat(body), model, tokenizer, config)
+def _read(raw: bytes, reading: Reading) -> tuple[Job, Callable[[Job], Shape]]:
+    chat = as_chat(parse_body(MessagesBody, raw))
+    return translate_chat(chat, reading.model, reading.tokenizer, reading.config, reading.naming), MessageShape
+
+
+MESSAGE = AnswerKind("message", _read)
 
 
 class MessageShape:
     """A message of content blocks."""
+
+    is_counted = True
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -96,11 +100,11 @@ class MessageEvents:
                         yield named_event({"type": "content_block_delta", "index": index, "delta": signed})
                     yield named_event({"type": "content_block_stop", "index": index})
 
-    def last_chunk(self) -> str:
+    def last_events(self) -> list[str]:
         (choice,) = self._progress.choices
         blocks = [] if self._reader is None else [_block(item) for item in self._reader.items]
         delta = {"type": "message_delta", "delta": _stop(choice, blocks), "usage": _usage(self._progress)}
-        return named_event(delta) + named_event({"type": "message_stop"})
+        return [named_event(delta), named_event({"type": "message_stop"})]
 
     def broken(self, problem: Problem) -> str:
         return named_event(anthropic_error(problem))

@@ -39,6 +39,7 @@ REFUSALS: dict[Refusal, Row] = {
     Refusal.NOT_MOVABLE: Row(503, "service_unavailable_error", True),
     Refusal.NOT_KEPT: Row(503, "service_unavailable_error", True),
     Refusal.TAKEN_UP: Row(409, "conflict_error", False),
+    Refusal.CANCELLED: Row(409, "conflict_error", False),
     Refusal.SHUTTING_DOWN: Row(503, "service_unavailable_error", True, 1.0),
     Refusal.INTERNAL: Row(500, "server_error", False),
 }
@@ -54,6 +55,7 @@ SENTENCES: dict[Refusal, str] = {
     Refusal.NOT_MOVABLE: "no worker could take the request; send it again",
     Refusal.NOT_KEPT: "no worker could take the request; send it again",
     Refusal.TAKEN_UP: "the request is answered elsewhere",
+    Refusal.CANCELLED: "the request was cancelled",
     Refusal.SHUTTING_DOWN: "the service is stopping; send the request again later",
     Refusal.INTERNAL: "an internal error ended the request",
 }

@@ -13,7 +13,7 @@ MAX_STORED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    owner: bytes
+    owner: str
     """Whoever asks with another key does not find it."""
     response: dict[str, Any]
     input_items: list[dict[str, Any]]
@@ -44,11 +44,11 @@ class ResponseStore:
             _, oldest = self._by_id.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
 
-    def get(self, response_id: str, owner: bytes) -> Stored | None:
+    def get(self, response_id: str, owner: str) -> Stored | None:
         stored = self._by_id.get(response_id)
         return stored if stored is not None and stored.owner == owner else None
 
-    def delete(self, response_id: str, owner: bytes) -> bool:
+    def delete(self, response_id: str, owner: str) -> bool:
         stored = self.get(response_id, owner)
         if stored is None:
             return False

@@ -2,69 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
+from starlette.types import Scope
 
-from router.api.answer import Answer, Services, read_job
+from router.api.answer import Answer, Services, Shape, whole
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
-from router.api.callers import caller_of
+from router.api.asking import AnswerKind, Inquiry, Reading, read_asked, read_ticket
+from router.api.background import BackgroundJobs
+from router.api.callers import owner_of
 from router.api.job_run import JobProgress
-from router.api.problems import Problem, rejected
+from router.api.problems import Problem, Rejected, rejected
 from router.api.response_store import ResponseStore, Stored
 from router.api.responses_body import ResponsesBody, as_chat, echoed, read_items
+from router.api.schema import parse_body
 from router.api.sse import named_event, to_json
+from router.api.tickets import Ticket
 from router.api.translate import Job, translate_chat
-from router.config import ApiConfig
+from router.job_part import FoundJob
 from workers.errors import InvalidRequest
 from workers.request import FinishReason, Output
-from workers.status import ModelInfo
-from workers.text.tokenizer import Tokenizer
 
 
 def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
-    store = ResponseStore()
+    store, background = services.responses, BackgroundJobs(services)
+
+    async def find(response_id: str, scope: Scope) -> tuple[Inquiry, FoundJob] | None:
+        """What workers have of a response."""
+        job_id = response_id.removeprefix("resp_")
+        found = await services.seeker.find(job_id) if len(job_id) == _ID_LETTERS else FoundJob()
+        ticket = Ticket.read(found.ticket)
+        if ticket is None or ticket.owner != owner_of(scope) or ticket.kind != RESPONSE.name or not ticket.body:
+            return None
+        return await read_ticket(services, RESPONSE, ticket, scope, is_stream=False), found
+
+    async def fetch(response_id: str, scope: Scope) -> bool:
+        """Takes over what another router has made, or this one in the background."""
+        there = await find(response_id, scope)
+        if there is None or not _has_ended(*there):
+            return False
+        await whole(services, *there)
+        return True
 
     @routes.post("/v1/responses", response_model=None)
     async def create_response(http: HttpRequest) -> Response:
-        owner, asked = _owner(http), _Asked()
+        async def fetch_earlier(error: Rejected) -> bool:
+            if not isinstance(error, UnknownResponse):
+                return False
+            return await fetch(error.response_id, http.scope)
 
-        def translate(body: ResponsesBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
-            before: list[dict[str, Any]] = []
-            if body.previous_response_id is not None:
-                before = _find(store, body.previous_response_id, owner, "previous_response_id").messages
-            chat, asked.messages = as_chat(body, before)
-            asked.echoed = echoed(body)
-            asked.input_items = _input_items(body)
-            return translate_chat(chat, model, tokenizer, config)
-
-        job = await read_job(http, services, ResponsesBody, translate)
-        return Answer(services, job, ResponseShape(job, asked, store, owner))
-
-    @routes.get("/v1/responses/{response_id}", response_model=None)
-    async def show_response(http: HttpRequest, response_id: str) -> Response:
-        return _json(_find(store, response_id, _owner(http)).response)
+        asked = await read_asked(http, services, RESPONSE, fetch_earlier)
+        after = http.headers.get("last-event-id", "")
+        if not asked.is_background:
+            return Answer(services, asked, after)
+        async with services.seeker.turn(asked):
+            found = await services.seeker.look(asked)
+            if found is None:
+                await background.begin(asked, http.scope)
+        if asked.job.stream:
+            return Answer(services, asked, after, found or await services.seeker.find(asked.job.job_id))
+        return _json(_shape(asked).response("queued", []))
 
     @routes.delete("/v1/responses/{response_id}", response_model=None)
     async def delete_response(http: HttpRequest, response_id: str) -> Response:
-        _find(store, response_id, _owner(http))
-        store.delete(response_id, _owner(http))
+        owner = owner_of(http.scope)
+        there = await find(response_id, http.scope)
+        if there is not None:
+            await services.backend.find(there[0].job.job_id, ends=True)
+        if not store.delete(response_id, owner) and there is None:
+            raise UnknownResponse(response_id)
         return _json({"id": response_id, "object": "response.deleted", "deleted": True})
+
+    @routes.get("/v1/responses/{response_id}", response_model=None)
+    async def show_response(http: HttpRequest, response_id: str) -> Response:
+        owner = owner_of(http.scope)
+        stored = store.get(response_id, owner)
+        if http.query_params.get("stream") == "true":
+            there = await find(response_id, http.scope)
+            if there is None:
+                raise UnknownResponse(response_id, "the events of" if stored is not None else "")
+            asked = await read_ticket(services, RESPONSE, there[0].ticket, http.scope, is_stream=True)
+            return Answer(services, asked, http.query_params.get("starting_after", ""), there[1])
+        if stored is None and await fetch(response_id, http.scope):
+            stored = store.get(response_id, owner)
+        if stored is not None:
+            return _json(stored.response)
+        there = await find(response_id, http.scope)
+        if there is None:
+            raise UnknownResponse(response_id)
+        return _json(_shape(there[0]).response("in_progress", []))
 
     @routes.post("/v1/responses/{response_id}/cancel", response_model=None)
     async def cancel_response(http: HttpRequest, response_id: str) -> Response:
-        _find(store, response_id, _owner(http))
-        raise InvalidRequest(
-            "only responses that run in the background can be cancelled, and there are none", "response_id"
-        )
+        owner = owner_of(http.scope)
+        there = await find(response_id, http.scope)
+        stored = store.get(response_id, owner)
+        if there is None and stored is None:
+            raise UnknownResponse(response_id)
+        if not (there[0].is_background if there is not None else stored is not None and stored.response["background"]):
+            raise InvalidRequest("only responses that run in the background can be cancelled", "response_id")
+        if there is None or _has_ended(*there):
+            await fetch(response_id, http.scope)
+            ended = store.get(response_id, owner)
+            if ended is None:
+                raise UnknownResponse(response_id)
+            return _json(ended.response)
+        asked, _ = there
+        await services.backend.find(asked.job.job_id, ends=True)
+        response = _shape(asked).response("cancelled", [])
+        store.put(Stored(owner, response, [], [], len(to_json(response))))
+        return _json(response)
 
     @routes.get("/v1/responses/{response_id}/input_items", response_model=None)
     async def list_input_items(http: HttpRequest, response_id: str) -> Response:
-        items = _find(store, response_id, _owner(http)).input_items
+        owner = owner_of(http.scope)
+        stored = store.get(response_id, owner)
+        there = await find(response_id, http.scope) if stored is None else None
+        if stored is None and there is None:
+            raise UnknownResponse(response_id)
+        items = stored.input_items if stored is not None else _shape(there[0]).input_items if there is not None else []
         ends = (
             {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": None, "last_id": None}
         )
@@ -73,21 +133,53 @@ def response_routes(services: Services) -> APIRouter:
     return routes
 
 
+_ID_LETTERS = 32
+
+
+class UnknownResponse(Rejected):
+    """Neither this router nor a worker has it for whoever asks."""
+
+    def __init__(self, response_id: str, what: str = "", param: str = "response_id") -> None:
+        error = rejected(
+            404, "response_not_found", f"there is no response {response_id!r:.80} here, or not any more", param
+        )
+        if what:
+            error = rejected(
+                404, "response_not_found", f"{what} {response_id!r:.80} are kept no more; ask without stream", param
+            )
+        super().__init__(error.problem)
+        self.response_id = response_id
+
+
+def _has_ended(asked: Inquiry, found: FoundJob) -> bool:
+    names = [request.request_id for request in asked.job.requests]
+    return all(name in found.requests and found.requests[name][1].finish_reason is not None for name in names)
+
+
+def _shape(asked: Inquiry) -> ResponseShape:
+    assert isinstance(asked.shape, ResponseShape)
+    return asked.shape
+
+
 def _json(value: dict[str, Any]) -> Response:
     return Response(to_json(value), media_type="application/json")
 
 
-def _owner(http: HttpRequest) -> bytes:
-    return caller_of(http.scope).owner
+def _read(raw: bytes, reading: Reading) -> tuple[Job, Callable[[Job], Shape]]:
+    body, store, owner = parse_body(ResponsesBody, raw), reading.responses, reading.owner
+    if body.previous_response_id is not None and reading.earlier is None:
+        stored = store.get(body.previous_response_id, owner)
+        if stored is None:
+            raise UnknownResponse(body.previous_response_id, param="previous_response_id")
+        reading.earlier = stored.messages
+    chat, messages = as_chat(body, reading.earlier or [])
+    reading.is_background = bool(body.background)
+    job = translate_chat(chat, reading.model, reading.tokenizer, reading.config, reading.naming)
+    echo = echoed(body) | {"background": bool(body.background)}
+    return job, lambda job: ResponseShape(job, messages, echo, _input_items(body), store, owner)
 
 
-def _find(store: ResponseStore, response_id: str, owner: bytes, param: str = "response_id") -> Stored:
-    stored = store.get(response_id, owner)
-    if stored is None:
-        raise rejected(
-            404, "response_not_found", f"there is no response {response_id!r:.80} here, or not any more", param
-        )
-    return stored
+RESPONSE = AnswerKind("response", _read)
 
 
 def _input_items(body: ResponsesBody) -> list[dict[str, Any]]:
@@ -95,21 +187,25 @@ def _input_items(body: ResponsesBody) -> list[dict[str, Any]]:
     return [{"id": f"item_{place}", "type": "message", **item} for place, item in enumerate(items)]
 
 
-@dataclass(slots=True)
-class _Asked:
-    """What is kept of a request; filled in when its body is read."""
-
-    messages: list[dict[str, Any]] | None = None
-    echoed: Mapping[str, Any] | None = None
-    input_items: list[dict[str, Any]] | None = None
-
-
 class ResponseShape:
     """A response with its list of output items."""
 
-    def __init__(self, job: Job, asked: _Asked, store: ResponseStore, owner: bytes) -> None:
+    is_counted = True
+
+    def __init__(
+        self,
+        job: Job,
+        messages: list[dict[str, Any]],
+        echo: Mapping[str, Any],
+        input_items: list[dict[str, Any]],
+        store: ResponseStore,
+        owner: str,
+    ) -> None:
+        """`messages`: the conversation so far; `echo`: what is repeated of the request."""
         self._job = job
-        self._asked = asked
+        self._messages = messages
+        self._echo = echo
+        self.input_items = input_items
         self._store = store
         self._owner = owner
 
@@ -133,9 +229,9 @@ class ResponseShape:
         response["usage"] = _usage(progress)
         if response["store"]:
             said = read_items(output)
-            messages = [*(self._asked.messages or ()), *said]
+            messages = [*self._messages, *said]
             num_bytes = len(to_json(response)) + len(to_json(messages))
-            self._store.put(Stored(self._owner, response, self._asked.input_items or [], messages, num_bytes))
+            self._store.put(Stored(self._owner, response, self.input_items, messages, num_bytes))
         return response
 
     def response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,8 +243,8 @@ class ResponseShape:
             "status": status,
             "model": job.model,
         }
-        rest = {"output": output, "error": None, "incomplete_details": None, "usage": None, "background": False}
-        return {**fixed, **rest, **(self._asked.echoed or {})}
+        rest = {"output": output, "error": None, "incomplete_details": None, "usage": None}
+        return {**fixed, **rest, **self._echo}
 
     def item(self, place: int, item: Item, status: str) -> dict[str, Any]:
         """As far as it has come."""
@@ -230,9 +326,9 @@ class ResponseEvents:
             yield self._event("content_part.done", **at, part=part)
         yield self._event("output_item.done", output_index=place, item=whole)
 
-    def last_chunk(self) -> str:
+    def last_events(self) -> list[str]:
         response = self._shape.finished([] if self._reader is None else self._reader.items, self._progress)
-        return self._event(response["status"], response=response)
+        return [self._event(response["status"], response=response)]
 
     def broken(self, problem: Problem) -> str:
         response = self._shape.response("failed", [])

@@ -52,9 +52,11 @@ def echoed(body: ResponsesBody) -> dict[str, Any]:
 def as_chat(body: ResponsesBody, before: Sequence[Mapping[str, Any]]) -> tuple[ChatBody, list[dict[str, Any]]]:
     """The same as a body of /v1/chat/completions, behind the conversation of an earlier response; and the conversation without
     instructions, which are those of one response. Raises InvalidRequest naming the field that has no meaning here."""
-    for field in ("background", "conversation", "prompt", "top_logprobs"):
+    for field in ("conversation", "prompt", "top_logprobs"):
         if getattr(body, field):
             raise InvalidRequest(f"{field} is not supported", field)
+    if body.background and body.store is False:
+        raise InvalidRequest("a response of the background is kept: leave store out", "store")
     if body.truncation not in (None, "disabled"):
         raise InvalidRequest("truncation must be disabled", "truncation")
     said_so_far = [*map(dict, before), *read_items(body.input)]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import secrets
-import time
-import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
 from router.api.formats.grammars import whole
+from router.api.naming import Naming
 from router.api.prompts import Prompt, check_length, check_token_ids, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.speech import Speech, num_kept, read_conversation, require_model, speech_of
 from router.api.structure import read_structure
+from router.api.turns import Turn
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
@@ -56,13 +55,17 @@ class Job:
     speech: Speech
     wishes: Wishes = NO_WISHES
     """The same for all requests."""
+    turn: Turn | None = None
+    """Set where the answer is remembered for the conversation's next turn."""
     priority: int | None = None
     """As the client has it; None: it says none."""
     cache_salt: str = ""
     """The client's own; what becomes of it is in the requests."""
 
 
-def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
+def translate_chat(
+    body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig, naming: Naming | None = None
+) -> Job:
     """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
     require_model(body.model, model)
     if body.top_logprobs and not body.logprobs:
@@ -74,16 +77,20 @@ def translate_chat(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     speech = speech_of(body, chat, tokenizer)
-    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech)
+    param = "messages" if body.prompt_token_ids is None else "prompt_token_ids"
+    return make_job(body, info, tokenizer, config, [prompt], param, room, logprobs, speech, naming)
 
 
-def translate_completion(body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Job:
+def translate_completion(
+    body: CompletionBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig, naming: Naming | None = None
+) -> Job:
     """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
     info = require_model(body.model, model)
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
         _check_bound(len(body.prompt), config.max_prompts, "prompt")
     prompts = read_prompts(body.prompt, tokenizer, info, body.add_special_tokens is not False, num_kept(body, info))
-    return make_job(body, info, tokenizer, config, prompts, "prompt", _DEFAULT_COMPLETION_TOKENS, body.logprobs)
+    default_tokens = _DEFAULT_COMPLETION_TOKENS
+    return make_job(body, info, tokenizer, config, prompts, "prompt", default_tokens, body.logprobs, naming=naming)
 
 
 def make_job(
@@ -96,8 +103,11 @@ def make_job(
     default_max_tokens: int,
     logprobs: int | None,
     speech: Speech | None = None,
+    naming: Naming | None = None,
 ) -> Job:
-    """The job of prompts that share what `body` asks for; `param` names them in errors. Raises InvalidRequest, Rejected."""
+    """The job of prompts that share what `body` asks for; `param` names them in errors. `naming` None: a new one. Raises
+    InvalidRequest, Rejected."""
+    naming = naming or Naming.new()
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     n = 1 if body.n is None else body.n
     _check_bound(n, config.max_n, "n")
@@ -117,12 +127,12 @@ def make_job(
     if tokenizer.hides(speech.form.tags):
         params = replace(params, skip_special_tokens=False)
     scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
-    params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(secrets.randbits(63))
+    params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(naming.seed)
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
     if num_scores > config.max_prompt_scores:
         message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
         raise InvalidRequest(message, "prompt_logprobs" if body.prompt_logprobs is not None else "echo")
-    job_id = uuid.uuid4().hex
+    job_id = naming.job_id
     requests = []
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
@@ -139,7 +149,7 @@ def make_job(
     options = body.stream_options
     return Job(
         job_id=job_id,
-        created=int(time.time()),
+        created=naming.created,
         model=info.name,
         prompts=tuple(prompts),
         requests=tuple(requests),

@@ -23,8 +23,10 @@ from workers.errors import InvariantViolated
 from workers.request import Output
 from workers.status import PrefixHint
 from workers.trust.permits import make_key, make_permit
-from workers.wire.attach import Migration, Submit
+from workers.wire.attach import Adopt, Migration, Submit
 
+UNBOUND_LOCAL_TOKENS = 2048
+"""Without a target between two tokens nothing says what answers may lose to a prompt beside them: a DECODE worker computes short ones only."""
 MIN_ANSWERS = 20
 """So many first tokens say how well they are foretold."""
 
@@ -110,7 +112,8 @@ class Dispatcher:
         if self._max_local_tokens and table.num_prefilling and not is_scored:
             num_uncached = demand.num_prompt_tokens - prefixes.cached * demand.block_size
             short = table.can_decode & ~table.can_prefill & table.takes_prompt & table.is_known
-            short &= num_uncached <= self._max_local_tokens
+            most = self._max_local_tokens if demand.tpot_s else min(self._max_local_tokens, UNBOUND_LOCAL_TOKENS)
+            short &= num_uncached <= most
         reachable = table.can_decode & (computes | short | (prefills.sum() > prefills))
         handoffs, lower_tier_tokens = self._forecasts.handoffs, self._lower_tier_tokens
         prices = handoffs.fixed_s, handoffs.block_s, lower_tier_tokens
@@ -139,10 +142,22 @@ class Dispatcher:
             remaining_s,
             first_token_s,
             prefix=hint,
-            name=flight.request.request_id,
+            name=flight.name,
             key=self.key_of(flight.wire_id),
+            kept=flight.part.kept,
+            cached_tokens=flight.cached_tokens,
         )
         return SendMessage(decode.worker_id, decode.connection, submit)
+
+    def take_up(self, flight: InFlightRequest, worker: WorkerEntry, now: float) -> SendMessage:
+        """Begins an attempt that has begun already: another router has sent it to `worker`, which tells it from its first token on."""
+        if worker.connection is None:
+            raise InvariantViolated(f"a request shall be taken up at {worker.worker_id}, which has no stream")
+        flight.submitted_s, flight.foretold_ttft_s = now, 0.0
+        flight.begin_attempt(worker.worker_id, worker.worker_id)
+        worker.attempts[flight.wire_id] = None
+        adopt = Adopt(flight.name, flight.wire_id, 0, self.key_of(flight.wire_id), joins=True)
+        return SendMessage(worker.worker_id, worker.connection, adopt)
 
     def submit_migration(
         self, flight: InFlightRequest, source: WorkerEntry, target: WorkerEntry, now: float
@@ -157,8 +172,16 @@ class Dispatcher:
         target.charge(incoming.wire_id, Charge(now, 1, self.num_blocks(flight)))
         remaining_s, _ = self._time_left(flight, now)
         request = flight.attempt_request(incoming.wire_id)
-        name, key = flight.request.request_id, self.key_of(incoming.wire_id)
-        submit = Submit(request, target.generation, remaining_s=remaining_s, migration=running, name=name, key=key)
+        submit = Submit(
+            request,
+            target.generation,
+            remaining_s=remaining_s,
+            migration=running,
+            name=flight.name,
+            key=self.key_of(incoming.wire_id),
+            kept=flight.part.kept,
+            cached_tokens=flight.cached_tokens,
+        )
         return SendMessage(target.worker_id, target.connection, submit)
 
     def key_of(self, attempt: str) -> bytes:

@@ -13,6 +13,7 @@ from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import WorkerEntry
 from router.forecast.pace import Pace
+from router.job_part import JobPart
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.arrivals import Arrivals
@@ -90,10 +91,9 @@ class InFlightRequests:
 
     # ---- arrival ----
 
-    def arrive(self, request: Request, wishes: Wishes, now: float) -> None:
-        flight = InFlightRequest(
-            request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=self._arrivals.with_defaults(wishes)
-        )
+    def arrive(self, request: Request, wishes: Wishes, part: JobPart, now: float) -> None:
+        wishes = self._arrivals.with_defaults(wishes)
+        flight = InFlightRequest(request, self._num_arrived + 1, arrived_s=now, queued_s=now, wishes=wishes, part=part)
         rejection = self._rejection_of(request, wishes.tenant) or self._arrivals.out_of_reach(
             flight, self._line(now), now
         )
@@ -106,8 +106,21 @@ class InFlightRequests:
         self._arrivals.hash(flight)
         self._flights[request.request_id] = flight
         self._deadlines.add(request.request_id, self._dispatcher.ends_s(flight))
+        place = self._fleet.get(part.at) if part.at else None
+        if place is not None and place.is_up and place.connection is not None:
+            self._counters["requests_taken_up"] += 1
+            self._out.append(self._dispatcher.take_up(flight, place, now))
+            self._attempts[flight.wire_id] = flight
+            return
         self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
+
+    def waits(self, job: str) -> bool:
+        """Whether part of a job waits here for a worker."""
+        return any(
+            kept is not None and kept.job == job
+            for kept in (self._flights[request_id].part.kept for request_id in self._queue.ids())
+        )
 
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
@@ -305,7 +318,7 @@ class InFlightRequests:
         flight = self._flights.get(request_id)
         if flight is not None:
             self._counters[f"cancelled_{reason}"] += 1
-            self._cancel_attempt(flight)
+            self._cancel_attempt(flight, flight.part.lets_go)
             self._forget(flight, now)
 
     def check_time(self, now: float) -> None:
@@ -331,7 +344,7 @@ class InFlightRequests:
         """Fails everything and accepts nothing more."""
         self._is_closed = True
         for flight in list(self._flights.values()):
-            self._cancel_attempt(flight)
+            self._cancel_attempt(flight, flight.part.lets_go)
             self._fail(flight, Refusal.SHUTTING_DOWN, "the router is shutting down", now)
 
     def _set_back(self, flight: InFlightRequest, refusal: Refusal, message: str, now: float) -> None:
@@ -360,10 +373,10 @@ class InFlightRequests:
         self._out.append(Deliver(error))
         self._forget(flight, now)
 
-    def _cancel_attempt(self, flight: InFlightRequest) -> None:
+    def _cancel_attempt(self, flight: InFlightRequest, lets_go: bool = False) -> None:
         entry = self._fleet.get(flight.worker_id)
         if flight.wire_id and entry is not None and entry.connection is not None:
-            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(flight.wire_id)))
+            self._out.append(SendMessage(entry.worker_id, entry.connection, Cancel(flight.wire_id, lets_go)))
         self._end_attempt(flight)
 
     def _end_attempt(self, flight: InFlightRequest) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from router.job_part import NO_JOB, JobPart
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, make_tuple
@@ -35,6 +36,7 @@ TREATMENTS: dict[Refusal, Treatment] = {
     Refusal.NOT_MOVABLE: Treatment.BUSY,
     Refusal.NOT_KEPT: Treatment.BUSY,
     Refusal.TAKEN_UP: Treatment.FINAL,
+    Refusal.CANCELLED: Treatment.FINAL,
     Refusal.SHUTTING_DOWN: Treatment.BUSY,
     Refusal.INTERNAL: Treatment.ONCE,
 }
@@ -144,6 +146,9 @@ class InFlightRequest:
     arrived_s: float
     queued_s: float
     wishes: Wishes = NO_WISHES
+    part: JobPart = NO_JOB
+    cached_tokens: int = 0
+    """Of the prompt, as its first output said."""
     hashes: list[int] = field(default_factory=list)
     """Names of the prompt's full blocks, of so many tokens each:"""
     block_size: int = 0
@@ -174,6 +179,11 @@ class InFlightRequest:
     moves_at_s: float = 0.0
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
+
+    @property
+    def name(self) -> str:
+        """By which every router and worker knows it."""
+        return self.part.name or self.request.request_id
 
     def begin_attempt(self, worker_id: str, prefill_worker_id: str) -> None:
         """Names the next attempt on the wire and remembers where it runs, and who is to compute the prompt."""
@@ -225,6 +235,7 @@ class InFlightRequest:
         self.delivered += token_ids
         is_first = not self.is_started and bool(token_ids or output.finish_reason)
         self.is_started |= is_first
+        self.cached_tokens = self.cached_tokens or output.cached_tokens
         self.has_scores |= bool(output.prompt_logprobs)
         accepted = make_tuple(Output, (request.request_id, *output[1:]))
         if skip:

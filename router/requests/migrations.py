@@ -53,6 +53,8 @@ class Migrations:
         self._adopted: set[str] = set()
         """Those of `_incoming` that moved nothing anywhere: they were there before."""
         self._departures: dict[str, _Departure] = {}
+        self.has_ended = False
+        """There is room for another move since this was last made False."""
 
     def __len__(self) -> int:
         """Sequences that are being moved; those that are taken up again are not."""
@@ -78,7 +80,7 @@ class Migrations:
         self._incoming[incoming.wire_id] = flight
         self._adopted.add(incoming.wire_id)
         key = self._dispatcher.key_of(incoming.wire_id)
-        adopt = Adopt(flight.request.request_id, incoming.wire_id, len(flight.delivered), key)
+        adopt = Adopt(flight.name, incoming.wire_id, len(flight.delivered), key)
         self._out.append(SendMessage(worker.worker_id, worker.connection, adopt))
         self._counters["adoptions_begun"] += 1
 
@@ -131,6 +133,7 @@ class Migrations:
         del self._incoming[incoming.wire_id]
         self._adopted.discard(incoming.wire_id)
         flight.incoming = None
+        self.has_ended = True
 
     def lose_worker(self, worker_id: str, now: float) -> dict[str, str]:
         """Its stream is gone: nothing arrives there any more, and what left it need not say so. Returns the attempts

@@ -23,6 +23,7 @@ from router.config import ApiConfig, HttpConfig
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
 from router.http_server import HttpServer
+from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.explain import Decision
 from router.policies.policy import Reason
 from router.roles import RolesReport, SwitchCount
@@ -206,7 +207,7 @@ class FakeBackend:
     def is_ready(self) -> bool:
         return self.ready
 
-    def submit(self, request: Request, wishes: Wishes = NO_WISHES) -> FakeStream:
+    def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> FakeStream:
         with self._changed:
             refusal = self.refusals.get(len(self.requests))
             if refusal is not None:
@@ -225,6 +226,9 @@ class FakeBackend:
         """Called from a test's thread: True once the promise holds, False when it never does."""
         with self._changed:
             return self._changed.wait_for(lambda: promise(self), timeout=30)
+
+    async def find(self, job: str, ends: bool = False) -> FoundJob:
+        return FoundJob()
 
     def status(self) -> RouterStatus:
         views = tuple(WorkerView(self._worker(name), True, 0.0, 0, speed=1.5) for name in self.roles)

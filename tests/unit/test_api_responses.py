@@ -141,7 +141,7 @@ def test_responses_are_kept_listed_and_deleted_unless_they_were_not_to_be(api: A
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "store"),
         ({"truncation": "auto"}, "truncation"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),

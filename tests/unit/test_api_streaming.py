@@ -139,8 +139,10 @@ def test_continuous_usage_grows_strictly_up_to_the_exact_count(api: Api) -> None
 def test_a_stream_ends_with_done_and_is_one_event_per_paragraph(api: Api) -> None:
     text = api.http.post("/v1/completions", json={**SAMPLED, "prompt": "Hi", "stream": True}).text
     *chunks, done, rest = text.split("\n\n")
-    assert done == "data: [DONE]" and rest == ""
-    assert {json.loads(chunk.removeprefix("data: "))["object"] for chunk in chunks} == {"text_completion"}
+    assert done == "id: 40e+1\ndata: [DONE]" and rest == ""
+    counts = [int(chunk.partition("\n")[0].removeprefix("id: ")) for chunk in chunks[:-1]]
+    assert counts == sorted(set(counts)) and chunks[-1].startswith("id: 40e\n")
+    assert {json.loads(chunk.partition("data: ")[2])["object"] for chunk in chunks} == {"text_completion"}
 
 
 def test_characters_that_some_clients_take_for_line_ends_are_escaped(api: Api) -> None:
@@ -148,7 +150,7 @@ def test_characters_that_some_clients_take_for_line_ends_are_escaped(api: Api) -
     api.backend.script = lambda backend, request: say(backend, request, backend.tokenizer.encode(said))
     body = {**SAMPLED, "messages": MESSAGES, "stream": True}
     raw = api.http.post("/v1/chat/completions", json=body).text
-    assert all(line == "" or line.startswith("data: ") for line in raw.splitlines())
+    assert all(line == "" or line.startswith(("data: ", "id: ")) for line in raw.splitlines())
     assert texts(stream_chat(api), 1) == [said]
 
 
@@ -209,7 +211,7 @@ def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
         api.backend.script = wordless  # type: ignore[assignment]
         body = {**SAMPLED, "messages": MESSAGES, "stream": True}
         with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = (line for line in response.iter_lines() if line)
+            lines = (line for line in response.iter_lines() if line and not line.startswith("id: "))
             assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
             assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
             is_enough.set()

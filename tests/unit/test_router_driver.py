@@ -14,7 +14,6 @@ from stream_reader import Reader
 from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver
-from router.wishes import Wishes
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import Role
@@ -140,7 +139,7 @@ async def test_a_router_without_workers_refuses_at_once() -> None:
 async def test_a_request_that_could_not_be_taken_in_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(FakeWorker("w-0")) as driver:
 
-        def break_down(request: Request, wishes: Wishes, now: float) -> None:
+        def break_down(*_: object) -> None:
             raise RuntimeError("a bug")
 
         with monkeypatch.context() as broken:

@@ -25,9 +25,11 @@ from workers.kv_memory.pieces import Cut
 from workers.request import FinishReason, Output
 from workers.scheduler.sequence import SEQUENCE, Kind, Sequence, State, Turn
 from workers.serving import served_request
+from workers.serving.kept_answers import KeptAnswers
 from workers.serving.request_table import RequestTable
 from workers.serving.served_request import SERVED_REQUEST, ServedRequest
 from workers.state_table import Rule, StateTable
+from workers.wire.attach import Kept
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "state_machines.md"
 TABLES: tuple[StateTable[Any], ...] = (SEQUENCE, SERVED_REQUEST, SOURCE, TARGET, FORMATION, SWITCH)
@@ -139,14 +141,17 @@ def test_a_group_serves_only_when_all_have_met() -> None:
 
 def request_in(state: served_request.State) -> tuple[RequestTable, ServedRequest]:
     """A table with one request that has come into this state, and the request."""
-    table, ends = RequestTable(100, 10, 30.0), Output("a#1", 0, (7,), finish_reason=FinishReason.LENGTH)
-    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, b"", 0)
+    table = RequestTable(100, 10, 30.0, KeptAnswers(30.0, 1 << 20))
+    ends = Output("a#1", 0, (7,), finish_reason=FinishReason.LENGTH)
+    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, b"", 0, job=Kept("j"))
     table.add(served)
-    if state in (served_request.State.UNHEARD, served_request.State.LEFT):
+    if state.name in ("UNHEARD", "LEFT", "KEPT"):
         table.keep(served, ends)
         table.end(served, ends, 1)
-    if state in (served_request.State.ORPHANED, served_request.State.LEFT):
-        table.orphan(4, 0.0)
+    if state.name in ("ORPHANED", "LEFT"):
+        table.orphan(4, 0.0, lambda _: 0)
+    if state is served_request.State.KEPT:
+        table.written(4, 1)
     if state is served_request.State.GONE:
         table.drop(served)
     return table, served
@@ -163,7 +168,9 @@ def test_a_request_is_in_the_books_of_its_state_and_no_turn_without_a_rule_chang
     table, served = request_in(state)
     runs, is_left = state.name in ("RUNNING", "ORPHANED"), state.name in ("ORPHANED", "LEFT")
     owner = (4, "a#1") if state.name in ("RUNNING", "UNHEARD") else None
-    left = (served, served, 30.0) if is_left else (None, None, inf)
+    left: tuple[object, ...] = (served, served, 30.0) if is_left else (None, None, inf)
+    if state is served_request.State.KEPT:
+        left = (served, None, 30.0)
     assert books() == (runs, *left, owner, served if state.name == "RUNNING" else None, is_left, state)
     for turn in served_request.Turn:
         if SERVED_REQUEST.find(state, turn) is None:

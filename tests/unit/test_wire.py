@@ -39,7 +39,19 @@ from workers.request import FinishReason, HandoffReport, Output, PromptScores, R
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
 from workers.wire import attach_protobuf as wire
 from workers.wire import request_protobuf as wire_request
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Migration, RouterHello, Submit, WorkerFrame
+from workers.wire.attach import (
+    Adopt,
+    Cancel,
+    DumpRequest,
+    Find,
+    Found,
+    FoundRequest,
+    Kept,
+    Migration,
+    RouterHello,
+    Submit,
+    WorkerFrame,
+)
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -177,7 +189,11 @@ handoff_ups = (
     | st.builds(HandoffRefused, st.sampled_from(Refusal), text)
     | st.builds(CancelHandoff, text)
 )
-frames = st.builds(WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses)
+found_requests = st.builds(FoundRequest, text, u32, u32, u32, st.none() | st.sampled_from(FinishReason), st.booleans())
+founds = st.builds(Found, u64, tuples(found_requests), u32, st.binary(max_size=20))
+frames = st.builds(
+    WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses, tuples(founds)
+)
 router_messages = (
     st.builds(
         Submit,
@@ -189,9 +205,13 @@ router_messages = (
         st.none() | st.builds(Migration, addresses, text),
         st.none() | hints,
         text,
+        kept=st.none()
+        | st.builds(Kept, st.text("abc", min_size=1, max_size=20), u32, st.binary(max_size=20), st.booleans()),
+        cached_tokens=u32,
     )
-    | st.builds(Adopt, text, text, u32)
-    | st.builds(Cancel, text)
+    | st.builds(Adopt, text, text, u32, joins=st.booleans())
+    | st.builds(Cancel, text, st.booleans())
+    | st.builds(Find, u64, text, st.booleans())
     | st.just(DumpRequest())
     | st.builds(RouterHello, text)
 )

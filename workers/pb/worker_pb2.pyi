@@ -225,7 +225,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix", "name", "key")
+    __slots__ = ("request", "generation", "prefill_workers", "remaining_s", "first_token_s", "migration", "prefix", "name", "key", "kept", "cached_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,8 @@ class Submit(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: Request
     generation: int
     prefill_workers: _containers.RepeatedCompositeFieldContainer[WorkerAddress]
@@ -244,7 +246,21 @@ class Submit(_message.Message):
     prefix: PrefixHint
     name: str
     key: bytes
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ..., key: _Optional[bytes] = ...) -> None: ...
+    kept: Kept
+    cached_tokens: int
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ..., key: _Optional[bytes] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
+class Kept(_message.Message):
+    __slots__ = ("job", "num_requests", "ticket", "is_background")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    IS_BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    num_requests: int
+    ticket: bytes
+    is_background: bool
+    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_background: bool = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("source", "request_id", "permit")
@@ -257,42 +273,58 @@ class Migration(_message.Message):
     def __init__(self, source: _Optional[_Union[WorkerAddress, _Mapping]] = ..., request_id: _Optional[str] = ..., permit: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "lets_go")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LETS_GO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    lets_go: bool
+    def __init__(self, request_id: _Optional[str] = ..., lets_go: bool = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("name", "request_id", "position", "key")
+    __slots__ = ("name", "request_id", "position", "key", "joins")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    JOINS_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     position: int
     key: bytes
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+    joins: bool
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ..., key: _Optional[bytes] = ..., joins: bool = ...) -> None: ...
+
+class Find(_message.Message):
+    __slots__ = ("number", "job", "ends")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    job: str
+    ends: bool
+    def __init__(self, number: _Optional[int] = ..., job: _Optional[str] = ..., ends: bool = ...) -> None: ...
 
 class DumpRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "number")
+    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "find", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DUMP_FIELD_NUMBER: _ClassVar[int]
     ADOPT_FIELD_NUMBER: _ClassVar[int]
+    FIND_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     dump: DumpRequest
     adopt: Adopt
+    find: Find
     number: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., find: _Optional[_Union[Find, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s", "step_decodes", "step_context", "step_prompt_tokens", "step_prompt_context")
@@ -426,8 +458,36 @@ class WorkerStatus(_message.Message):
     max_batch_tokens: int
     def __init__(self, worker_id: _Optional[str] = ..., generation: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., kv_block_bytes: _Optional[int] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ..., is_draining: bool = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., is_rebuilding: bool = ..., max_num_seqs: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
 
+class FoundRequest(_message.Message):
+    __slots__ = ("name", "num_prompt_tokens", "num_tokens", "cached_tokens", "finish_reason", "is_whole")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    IS_WHOLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_prompt_tokens: int
+    num_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    is_whole: bool
+    def __init__(self, name: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., is_whole: bool = ...) -> None: ...
+
+class Found(_message.Message):
+    __slots__ = ("number", "requests", "num_requests", "ticket")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    requests: _containers.RepeatedCompositeFieldContainer[FoundRequest]
+    num_requests: int
+    ticket: bytes
+    def __init__(self, number: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[FoundRequest, _Mapping]]] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
 class WorkerFrame(_message.Message):
-    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard")
+    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard", "found")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -435,6 +495,7 @@ class WorkerFrame(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HEARD_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
     generation: int
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     load: Load
@@ -442,7 +503,8 @@ class WorkerFrame(_message.Message):
     status: WorkerStatus
     number: int
     heard: int
-    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ...) -> None: ...
+    found: _containers.RepeatedCompositeFieldContainer[Found]
+    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ..., found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_blocks", "num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "itemsize")

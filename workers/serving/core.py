@@ -26,7 +26,7 @@ from workers.serving.requests import QUEUE_IS_FULL, Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Identity, Load, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Find, RouterHello, RouterMessage, Submit
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class WorkerCore:
     def handle(self, event: events.Event, now: float) -> list[events.Command]:
         """Takes one event and returns what to do, in this order."""
         out = self._out
+        self._requests.tell_time(now)
         match event:
             case events.StepReported(report):
                 self._on_report(report, now)
@@ -162,8 +163,10 @@ class WorkerCore:
         match message:
             case Submit():
                 self._out += self._requests.submit(session, message, now)
-            case Cancel(request_id):
-                self._out += self._requests.cancel(session, request_id)
+            case Cancel():
+                self._out += self._requests.cancel(session, message, now)
+            case Find():
+                self._out += self._requests.look_up(session, message)
             case Adopt():
                 self._requests.adopt(session, message)
             case DumpRequest():

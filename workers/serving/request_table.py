@@ -1,28 +1,35 @@
 """The requests of one worker, by owner and name, and what outlives its router. Knows no stream, no engine and no batch.
 
 A request belongs to the worker. Its owner is the session that hears of it; a request whose session is lost has none, goes on for a
-grace, and can be taken up by another session from the output that its client has. So can what has ended meanwhile.
+grace, and can be taken up by another session from the output that its client has. So can what has ended meanwhile, and for a while
+what has ended long ago (workers/serving/kept_answers.py). Other sessions may hear of a request beside its owner; when the owner goes,
+the first of them is the owner.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 
 from workers.request import FinishReason, Output
+from workers.serving.kept_answers import KeptAnswers
 from workers.serving.served_request import SERVED_REQUEST, Effect, ServedRequest, State, Turn
 from workers.wire.attach import Adopt
 
 
 class RequestTable:
     """At most `max_kept_tokens` entries are kept of each request (a token is one, each alternative among logprobs another), and at
-    most `max_orphans` requests without a session, each for `orphan_grace_s`.
+    most `max_orphans` requests without a session, each for `orphan_grace_s`; those of the background do not count. What has ended
+    and can be asked for by its job goes to `answers`.
 
     An attempt's name belongs to its session: two routers may use the same one.
     """
 
-    def __init__(self, max_kept_tokens: int, max_orphans: int, orphan_grace_s: float) -> None:
+    def __init__(
+        self, max_kept_tokens: int, max_orphans: int, orphan_grace_s: float, answers: KeptAnswers | None = None
+    ) -> None:
+        self.answers = KeptAnswers() if answers is None else answers
         self._max_kept = max_kept_tokens
         self._max_orphans = max_orphans
         self._grace_s = orphan_grace_s
@@ -35,6 +42,8 @@ class RequestTable:
         """By session what has ended, as long as the frame that says so has not been written."""
         self._orphans: dict[int, ServedRequest] = {}
         """By sequence id, the oldest first."""
+        self._by_job: dict[str, dict[str, ServedRequest]] = {}
+        """The last attempt of each request of a job, by name."""
 
     def __len__(self) -> int:
         """Those that run."""
@@ -51,6 +60,8 @@ class RequestTable:
         assert served.owner is not None
         self._running[served.sequence_id] = served
         self._by_name[served.name] = served
+        if served.job is not None:
+            self._by_job.setdefault(served.job.job, {})[served.name] = served
         self._owned.setdefault(served.owner, {})[served.attempt] = served
 
     def get(self, sequence_id: int) -> ServedRequest | None:
@@ -75,6 +86,18 @@ class RequestTable:
         served = self._by_name.get(name)
         return served if served is not None and served.owner is None else None
 
+    def of_job(self, job: str) -> list[ServedRequest]:
+        """What is here of a job, running or ended."""
+        return list(self._by_job.get(job, {}).values())
+
+    def listener_of(self, session: int, attempt: str) -> ServedRequest | None:
+        """What a session that is not its owner hears of as `attempt`."""
+        return next((served for served in self if (session, attempt) in served.listeners), None)
+
+    def named(self, name: str) -> ServedRequest | None:
+        """The last attempt of a request."""
+        return self._by_name.get(name)
+
     def owner_of(self, name: str) -> tuple[int, str] | None:
         """The session that hears of a request, and what it calls it."""
         served = self._by_name.get(name)
@@ -92,7 +115,10 @@ class RequestTable:
             self._take(served, Turn.BREAK)
             return
         served.finish, served.last_said = output, num_said
+        served.listeners.clear()  # they have heard it
         self._take(served, Turn.FINISH, served.owner)
+        if served.owner is None and served.sequence_id not in self._orphans:  # of the background: it has no grace
+            self._take(served, Turn.WAIT_OUT)
 
     def written(self, owner: int, num_outputs: int) -> None:
         """The first so many outputs of a session have been written: what they ended is over."""
@@ -104,15 +130,57 @@ class RequestTable:
         """Nobody wants it any more. True: it ran."""
         return self._take(served, Turn.DROP) is Effect.STOP
 
-    def orphan(self, owner: int, now: float) -> list[ServedRequest]:
-        """A session is lost: its requests have no owner from now on. Returns those that are too many, and those that were begun
+    def wait_out(self, served: ServedRequest) -> bool:
+        """Its grace has passed. False: it has not ended, and is to be dropped."""
+        if served.state is not State.LEFT:
+            return False
+        self._take(served, Turn.WAIT_OUT)
+        return True
+
+    def join(self, served: ServedRequest, session: int, attempt: str, key: bytes) -> list[Output] | None:
+        """A session hears of somebody else's request from its first token on; returns what it is to hear at once. None: that is
+        not kept."""
+        outputs = served.since(0, may_lack_text=True)
+        if outputs is None:
+            return None
+        if served.state is State.RUNNING:
+            served.listeners[session, attempt] = key
+        return [output._replace(request_id=attempt) for output in outputs]
+
+    def pass_on(self, served: ServedRequest, num_said: Callable[[int], int]) -> bool:
+        """Its owner goes; the first of those who hear of it beside him is the owner now. False: there is none."""
+        for (session, attempt), key in list(served.listeners.items()):
+            del served.listeners[session, attempt]
+            served.last_said, served.key = num_said(session), key
+            self._take(served, Turn.TAKE_UP, session, attempt)
+            return True
+        return False
+
+    def let_go(self, served: ServedRequest, now: float) -> list[ServedRequest]:
+        """Its owner does not want to hear of it any more, and it goes on as one whose session is lost. Returns those that are too
+        many now."""
+        served.orphaned_s, served.orphaned_at = now, served.end
+        self._take(served, Turn.LOSE_SESSION)
+        return self._surplus()
+
+    def _surplus(self) -> list[ServedRequest]:
+        num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
+        return list(self._orphans.values())[:num_too_many]
+
+    def orphan(self, owner: int, now: float, num_said: Callable[[int], int]) -> list[ServedRequest]:
+        """A session is lost: its requests have no owner from now on, but for those that others hear of. Returns those that are too many, and those that were begun
         anew meanwhile, which nobody could take up."""
+        for served in self:
+            for listener in [each for each in served.listeners if each[0] == owner]:
+                del served.listeners[listener]
         lost = [*self._owned.get(owner, {}).values(), *self._unwritten.get(owner, ())]
-        for served in lost:
+        for served in lost.copy():
+            if self.pass_on(served, num_said):
+                lost.remove(served)
+                continue
             served.orphaned_s, served.orphaned_at = now, served.end
             self._take(served, Turn.LOSE_SESSION)
-        num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
-        too_many = list(self._orphans.values())[:num_too_many]
+        too_many = self._surplus()
         return too_many + [each for each in lost if self._by_name.get(each.name) is not each and each not in too_many]
 
     def adopt(self, adopt: Adopt, owner: int, num_said: int) -> list[Output] | None:
@@ -121,7 +189,7 @@ class RequestTable:
         changes: it is not here, or not kept from there.
         """
         served, attempt = self._by_name.get(adopt.name), adopt.request_id
-        outputs = None if served is None else served.since(adopt.position)
+        outputs = None if served is None else served.since(adopt.position, adopt.joins)
         if served is None or outputs is None:
             return None
         served.last_said, served.key = num_said + len(outputs), adopt.key
@@ -137,8 +205,10 @@ class RequestTable:
             self._running.pop(served.sequence_id, None)
         if step.to not in (State.ORPHANED, State.LEFT):
             self._orphans.pop(served.sequence_id, None)
-        if step.to is State.GONE and self._by_name.get(served.name) is served:
-            del self._by_name[served.name]
+        if step.to is not State.KEPT:
+            self.answers.remove(served)
+        if step.to is State.GONE:
+            self._forget(served)
         effect: Effect | None = step.action
         match effect:
             case Effect.TELL:
@@ -147,9 +217,25 @@ class RequestTable:
             case Effect.AWAIT_WRITING:
                 assert owner is not None
                 self._unwritten.setdefault(owner, deque()).append(served)
+            case Effect.BEGIN_GRACE if step.to is State.ORPHANED and served.is_background:
+                pass
             case Effect.BEGIN_GRACE:
                 self._orphans[served.sequence_id] = served
+            case Effect.KEEP:
+                for least in self.answers.add(served):
+                    self._take(least, Turn.DROP)
         return effect
+
+    def _forget(self, served: ServedRequest) -> None:
+        if self._by_name.get(served.name) is served:
+            del self._by_name[served.name]
+        if served.job is None:
+            return
+        of_job = self._by_job.get(served.job.job, {})
+        if of_job.get(served.name) is served:
+            del of_job[served.name]
+            if not of_job:
+                del self._by_job[served.job.job]
 
     def _take_from_session(self, served: ServedRequest) -> None:
         owner = served.owner
@@ -170,9 +256,13 @@ class RequestTable:
 
     @property
     def next_due_s(self) -> float:
-        """When the oldest orphan's grace ends; infinity: there is none."""
+        """When the oldest orphan's grace ends, or the oldest answer has been kept long enough; infinity: there are none."""
         oldest = next(iter(self._orphans.values()), None)
-        return inf if oldest is None else oldest.orphaned_s + self._grace_s
+        return min(self.answers.next_due_s, inf if oldest is None else oldest.orphaned_s + self._grace_s)
+
+    def drop_old_answers(self, now: float) -> None:
+        for served in self.answers.expired(now):
+            self._take(served, Turn.DROP)
 
     def expired(self, now: float) -> list[ServedRequest]:
         """Orphans that nobody has taken up in time."""

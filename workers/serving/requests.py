@@ -5,6 +5,7 @@ Knows no batch, no handoff and no stream; the books are RequestTable's.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from math import inf
@@ -16,13 +17,14 @@ from workers.handoff.protocol.messages import RunningSubject
 from workers.request import Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Post
+from workers.serving.kept_answers import KeptAnswers
 from workers.serving.observer import Observer
 from workers.serving.request_table import RequestTable
-from workers.serving.served_request import ServedRequest
+from workers.serving.served_request import ServedRequest, State
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.trust.permits import is_permit
-from workers.wire.attach import Adopt, Submit
+from workers.wire.attach import Adopt, Cancel, Find, Found, Submit
 
 QUEUE_IS_FULL = "the worker is so far behind that it takes no new request"
 
@@ -39,7 +41,8 @@ class Requests:
         counters: Counter[str],
         observer: Observer,
     ) -> None:
-        self._table = RequestTable(config.max_kept_tokens, config.max_orphans, config.orphan_grace_s)
+        answers = KeptAnswers(config.answers_kept_s, config.max_kept_answer_bytes)
+        self._table = RequestTable(config.max_kept_tokens, config.max_orphans, config.orphan_grace_s, answers)
         self._standing = standing
         self._sessions = sessions
         self._new_number = new_number
@@ -64,6 +67,15 @@ class Requests:
             self._counters["moves_not_permitted"] += 1
             return None
         return served.sequence_id
+
+    def tell_time(self, now: float) -> None:
+        """What ends from here on ends now."""
+        self._table.answers.now = now
+
+    @property
+    def answer_bytes(self) -> int:
+        """That kept answers take, about."""
+        return self._table.answers.num_bytes
 
     # ---- routers ----
 
@@ -99,6 +111,9 @@ class Requests:
             owner=session,
             key=submit.key,
             end=len(request.replay_token_ids),
+            job=submit.kept,
+            cached_tokens=submit.cached_tokens,
+            token_ids=array("I", request.replay_token_ids),
         )
         self._table.add(served)
         self._observer.submitted(sequence_id, request.traceparent, now)
@@ -107,15 +122,49 @@ class Requests:
         kind = Kind.TARGET if candidates else Kind.LOCAL
         return [*commands, Post(AddSequence(sequence_id, request, kind, submit.prefix))]
 
-    def cancel(self, session: int, attempt: str) -> list[Post]:
-        """By its owner, or by anybody when it has none. Unknown names are ignored."""
-        served = self._table.of(session, attempt) or self._table.orphan_as(attempt)
-        return [] if served is None else self._give_up(served)
+    def cancel(self, session: int, cancel: Cancel, now: float) -> list[Post]:
+        """By its owner, or by anybody when it has none; while others hear of it, it is theirs. Unknown names are ignored."""
+        attempt, table = cancel.request_id, self._table
+        owned = table.of(session, attempt)
+        if owned is not None:
+            if table.pass_on(owned, self._sessions.num_said):
+                return []
+            if cancel.lets_go:
+                self._counters["requests_let_go"] += 1
+                return self._give_up_orphans(table.let_go(owned, now))
+            return self._give_up(owned)
+        heard = table.listener_of(session, attempt)
+        if heard is not None:
+            del heard.listeners[session, attempt]
+            return []
+        orphan = table.orphan_as(attempt)
+        return [] if orphan is None or cancel.lets_go else self._give_up(orphan)
+
+    def look_up(self, session: int, find: Find) -> list[Post]:
+        """What is here of a job; with `ends` it is here no more afterwards, and who hears of it is told."""
+        served = self._table.of_job(find.job)
+        jobs = [each.job for each in served if each.job is not None]
+        ticket = next((job.ticket for job in jobs if job.ticket), b"")
+        num_requests = max((job.num_requests for job in jobs), default=0)
+        found = Found(find.number, tuple(each.found() for each in served), num_requests, ticket)
+        self._sessions.tell_found(session, found)
+        commands: list[Post] = []
+        for each in served if find.ends else ():
+            owner = [] if each.owner is None or each.state is not State.RUNNING else [(each.owner, each.attempt)]
+            for hearer, attempt in [*owner, *each.listeners]:
+                self._sessions.say(
+                    hearer, end_output(attempt, Refusal.CANCELLED, "it was cancelled by who had asked for it")
+                )
+            each.listeners.clear()
+            commands += self._give_up(each)
+        return commands
 
     def adopt(self, session: int, adopt: Adopt) -> None:
         """A router takes a request up where its client is, whoever had it before."""
         attempt, former = adopt.request_id, self._table.owner_of(adopt.name)
-        if self._table.of(session, attempt) is not None:
+        if adopt.joins and former is not None:
+            self._join(session, adopt)
+        elif self._table.of(session, attempt) is not None:
             self._sessions.say(session, end_output(attempt, Refusal.INVALID, f"request {attempt} is running already"))
         elif not self._take_up(session, adopt):
             self._counters["adoptions_refused"] += 1
@@ -123,6 +172,15 @@ class Requests:
             self._sessions.say(session, end_output(attempt, Refusal.NOT_KEPT, text))
         elif former is not None:
             self._sessions.say(former[0], end_output(former[1], Refusal.TAKEN_UP, "another router has taken it up"))
+
+    def _join(self, session: int, adopt: Adopt) -> None:
+        served = self._table.named(adopt.name)
+        outputs = None if served is None else self._table.join(served, session, adopt.request_id, adopt.key)
+        self._counters["joins_refused" if outputs is None else "requests_joined"] += 1
+        if outputs is None:
+            outputs = [end_output(adopt.request_id, Refusal.NOT_KEPT, f"request {adopt.name} is not kept here")]
+        for output in outputs:
+            self._sessions.say(session, output)
 
     def _take_up(self, session: int, adopt: Adopt) -> bool:
         """False: it is not here, or not from there."""
@@ -141,7 +199,7 @@ class Requests:
     def lose_router(self, session: int, now: float) -> list[Post]:
         """What it asked for runs on for a while, for whoever takes it up."""
         before = self._table.num_orphans
-        too_many = self._table.orphan(session, now)
+        too_many = self._table.orphan(session, now, self._sessions.num_said)
         self._counters["requests_orphaned"] += self._table.num_orphans - before
         return self._give_up_orphans(too_many)
 
@@ -155,6 +213,8 @@ class Requests:
         can_be_taken_up = self._table.keep(served, output)
         if served.owner is not None:
             self._sessions.say(served.owner, output)
+        for session, attempt in served.listeners:
+            self._sessions.say(session, output._replace(request_id=attempt))
         if output.finish_reason is not None:
             self._table.end(served, output, self._sessions.num_said(served.owner))
         elif not can_be_taken_up:
@@ -183,16 +243,18 @@ class Requests:
 
     @property
     def next_due_s(self) -> float:
-        """When an orphan's grace ends."""
+        """When an orphan's grace ends, or an answer has been kept long enough."""
         return self._table.next_due_s
 
     def check_time(self, now: float) -> list[Post]:
-        """Gives up what nobody has taken up in time."""
+        """Gives up what nobody has taken up in time; what has ended is kept with the other answers."""
+        self._table.drop_old_answers(now)
         return self._give_up_orphans(self._table.expired(now))
 
     def _give_up_orphans(self, orphans: list[ServedRequest]) -> list[Post]:
-        self._counters["orphans_given_up"] += len(orphans)
-        return [command for served in orphans for command in self._give_up(served)]
+        given_up = [served for served in orphans if not self._table.wait_out(served)]
+        self._counters["orphans_given_up"] += len(given_up)
+        return [command for served in given_up for command in self._give_up(served)]
 
     def _give_up(self, served: ServedRequest) -> list[Post]:
         """Nobody wants it any more."""

@@ -1,15 +1,16 @@
-"""One request of a router at its worker: whose it is, what was said of it lately, and from where on it can be taken up. Knows no other request."""
+"""One request of a router at its worker: whose it is, who else hears of it, what was said of it lately, and from where on it can be taken up. Knows no other request."""
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from workers.request import Output, Request
+from workers.request import Output, Request, merged
 from workers.state_table import Rule, StateTable
 from workers.status import WorkerAddress
-from workers.wire.attach import Migration
+from workers.wire.attach import FoundRequest, Kept, Migration
 
 
 class State(Enum):
@@ -21,6 +22,8 @@ class State(Enum):
     """It has ended, and the frame that says so has not been written to its session."""
     LEFT = auto()
     """It has ended, its session is lost, and nobody has taken it up."""
+    KEPT = auto()
+    """Its answer is complete, whoever had it has it, and it stays for a while for who asks for it by its job."""
     GONE = auto()
     """Nobody can take it up any more."""
 
@@ -37,6 +40,8 @@ class Turn(Enum):
     LOSE_SESSION = auto()
     TAKE_UP = auto()
     """A session, another one or the same, hears of it from now on."""
+    WAIT_OUT = auto()
+    """Its grace has passed."""
     DROP = auto()
     """Nobody wants it any more."""
 
@@ -47,18 +52,20 @@ class Effect(Enum):
     TELL = "its session hears of what it says"
     AWAIT_WRITING = "it is kept until the frame that says so has been written"
     BEGIN_GRACE = "its grace begins"
+    KEEP = "it is kept with the other answers"
     STOP = "the engine is to stop it"
 
 
 _RUNS = (State.RUNNING, State.ORPHANED)
-_ENDED = (State.UNHEARD, State.LEFT)
+_ENDED = (State.UNHEARD, State.LEFT, State.KEPT)
 SERVED_REQUEST: StateTable[State] = StateTable(
     "a request at its worker",
     (
         Rule((State.RUNNING,), (Turn.FINISH,), State.UNHEARD, Effect.AWAIT_WRITING),
         Rule((State.ORPHANED,), (Turn.FINISH,), State.LEFT),
         Rule(_RUNS, (Turn.BREAK,), State.GONE),
-        Rule((State.UNHEARD,), (Turn.WRITTEN,), State.GONE),
+        Rule((State.UNHEARD,), (Turn.WRITTEN,), State.KEPT, Effect.KEEP),
+        Rule((State.LEFT,), (Turn.WAIT_OUT,), State.KEPT, Effect.KEEP),
         Rule((State.RUNNING,), (Turn.LOSE_SESSION,), State.ORPHANED, Effect.BEGIN_GRACE),
         Rule((State.UNHEARD,), (Turn.LOSE_SESSION,), State.LEFT, Effect.BEGIN_GRACE),
         Rule(_RUNS, (Turn.TAKE_UP,), State.RUNNING, Effect.TELL),
@@ -91,6 +98,14 @@ class ServedRequest:
     """Who has a permit made with it may take the request over."""
     end: int
     """Position that the next output has: tokens said here, or given with the request."""
+    job: Kept | None = None
+    cached_tokens: int = 0
+    """Of the prompt, as was said with its first token."""
+    listeners: dict[tuple[int, str], bytes] = field(default_factory=dict)
+    """Sessions that hear of it beside its owner, each with what it calls it, and the key that comes into force when it becomes
+    the owner."""
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
+    """All output tokens, those given with the request included."""
     state: State = State.RUNNING
     kept: deque[Output] = field(default_factory=deque)
     num_kept: int = 0
@@ -114,17 +129,38 @@ class ServedRequest:
         """Remembers an output, and at most so many entries in all. False: an orphan has said so much that nobody could take it
         up any more."""
         self.kept.append(output)
-        self.num_kept += _num_entries(output)
+        self.num_kept += num_entries(output)
         self.end = output.position + len(output.token_ids)
+        self.token_ids.extend(output.token_ids)
+        self.cached_tokens = self.cached_tokens or output.cached_tokens
         while self.num_kept > max_kept:
             self.dropped = self.kept[0].position
-            self.num_kept -= _num_entries(self.kept.popleft())
+            self.num_kept -= num_entries(self.kept.popleft())
         while self.kept and self.kept[0].position == self.dropped:  # the scores of a prompt come in several outputs
-            self.num_kept -= _num_entries(self.kept.popleft())
-        return self.owner is not None or self.first_kept <= self.orphaned_at
+            self.num_kept -= num_entries(self.kept.popleft())
+        return self.owner is not None or self.is_background or self.first_kept <= self.orphaned_at
 
-    def since(self, position: int) -> list[Output] | None:
-        """Its outputs from a position on. None: they are not kept, or none begins there."""
+    @property
+    def is_background(self) -> bool:
+        return self.job is not None and self.job.is_background
+
+    @property
+    def is_whole(self) -> bool:
+        """Everything from its first token on can be had here. What is not kept is made of its tokens again, where these alone
+        say it: then texts are missing."""
+        params = self.request.params
+        return (self.first_kept == 0 and self.dropped < 0) or (
+            params.logprobs is None and params.prompt_logprobs is None
+        )
+
+    def since(self, position: int, may_lack_text: bool = False) -> list[Output] | None:
+        """Its outputs from a position on. None: they are not kept, or none begins there. With `may_lack_text` those that are not
+        kept are made of their tokens, as `is_whole` says."""
+        if may_lack_text and position == 0 and self.first_kept > 0 and self.is_whole:
+            first = self.first_kept
+            known = Output(self.attempt, 0, tuple(self.token_ids[:first]), cached_tokens=self.cached_tokens)
+            rest = self.since(first)
+            return None if rest is None else [known, *rest]
         if position <= self.dropped:
             return None
         outputs = [output for output in self.kept if output.position >= position]
@@ -138,8 +174,26 @@ class ServedRequest:
         finish = self.finish
         return [Output(self.attempt, position, finish_reason=finish.finish_reason, stop_reason=finish.stop_reason)]
 
+    def merge(self) -> None:
+        """It has ended: its outputs become one, which takes less."""
+        if len(self.kept) > 1 and self.dropped < 0:
+            self.kept = deque([merged(self.kept)])
 
-def _num_entries(output: Output) -> int:
+    def found(self) -> FoundRequest:
+        reason = None if self.finish is None else self.finish.finish_reason
+        num_prompt = len(self.request.prompt_token_ids)
+        return FoundRequest(self.name, num_prompt, self.end, self.cached_tokens, reason, self.is_whole)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes to keep it once it has ended, about."""
+        texts = sum(len(output.text) for output in self.kept)
+        prompt = 8 * len(self.request.prompt_token_ids)
+        ticket = 0 if self.job is None else len(self.job.ticket)
+        return 2048 + 48 * self.num_kept + 4 * len(self.token_ids) + 4 * texts + prompt + ticket
+
+
+def num_entries(output: Output) -> int:
     """What it takes to keep it: tokens, and alternatives of logprobs."""
     entries = len(output.token_ids) or 1
     entries += sum(len(logprob.top) for logprob in output.logprobs)

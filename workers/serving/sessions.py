@@ -14,7 +14,7 @@ from workers.engine.messages import DumpKv
 from workers.request import Output
 from workers.serving.events import CutStream, EndStream, Post, WriteFrame
 from workers.status import Identity, KvEvent, Load, WorkerStatus
-from workers.wire.attach import WorkerFrame
+from workers.wire.attach import Found, WorkerFrame
 
 STATUS_INTERVAL_S = 1.0
 """Every router hears so often that the worker lives."""
@@ -26,6 +26,11 @@ MAX_FRAME_BYTES = 8 << 20
 
 MAX_SCORE_BYTES = 256 << 20
 """Scores of prompts that may wait for one router."""
+
+MAX_FOUND = 16
+"""Of jobs that a router has asked for, in one frame: each has a ticket of at most 256 KiB."""
+MAX_FOUND_WAITING = 1024
+"""For one router; the answers to what it asks beyond that are not given."""
 
 MAX_CACHE_EVENTS = 256
 """Kept for routers that have not heard of them; one that is further behind gets a dump."""
@@ -58,6 +63,7 @@ class Session:
     number: int
     router_id: str
     outputs: list[Output] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
@@ -81,7 +87,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """Something that is worth a frame of its own."""
-        return bool(self.outputs) or self.is_status_due or self.is_load_due
+        return bool(self.outputs or self.found) or self.is_status_due or self.is_load_due
 
     def is_behind(self, events: CacheEvents) -> bool:
         """The cache has changed since it heard of it."""
@@ -96,7 +102,8 @@ class Session:
         outputs, self.outputs = tuple(self.outputs[:count]), self.outputs[count:]
         if self.score_bytes:
             self.score_bytes -= sum(_about_bytes(output) for output in outputs if output.prompt_logprobs)
-        frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status)
+        found, self.found = tuple(self.found[:MAX_FOUND]), self.found[MAX_FOUND:]
+        frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status, found)
         self.said_load = load
         self.num_framed += count
         self.wants_frame = self.is_load_due = self.is_status_due = False
@@ -190,6 +197,13 @@ class Sessions:
             session.outputs.append(output)
             if output.prompt_logprobs:
                 session.score_bytes += _about_bytes(output)
+            self._touched[number] = session
+
+    def tell_found(self, number: int, found: Found) -> None:
+        """The answer to what a router has asked for."""
+        session = self._sessions.get(number)
+        if session is not None and len(session.found) < MAX_FOUND_WAITING:
+            session.found.append(found)
             self._touched[number] = session
 
     def stepped(self, load: Load, event: KvEvent | None, dump: KvEvent | None, askers: list[int], now: float) -> None:

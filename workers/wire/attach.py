@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from workers.request import Output, Request
+from workers.request import FinishReason, Output, Request
 from workers.status import KvEvent, Load, PrefixHint, Role, WorkerAddress, WorkerStatus
 
 
@@ -30,6 +30,20 @@ class Migration:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a worker keeps beside a request, for routers that have not sent it. A job is what one client sent: it has several
+    requests where that has several choices or prompts."""
+
+    job: str
+    num_requests: int = 1
+    """That the job has in all."""
+    ticket: bytes = b""
+    """What it takes to write the job's answer anew; routers alone can read it. With the job's first request only."""
+    is_background: bool = False
+    """No client waits for it: it goes on without a router for as long as it takes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Run a request. `generation` is the decode worker's as the router knows it.
 
@@ -50,13 +64,18 @@ class Submit:
     """The request's own, the same for each attempt (`request.request_id` names the attempt); empty: there is one attempt only."""
     key: bytes = b""
     """Of this attempt: who has a permit made with it may take it over."""
+    kept: Kept | None = None
+    """None: nobody will ask for it by its job."""
+    cached_tokens: int = 0
+    """Of the prompt, as an earlier attempt has said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Forget a request; it gets no further output."""
+    """Forget a request; it gets no further output. With `lets_go` it goes on for a grace, as one whose router is lost."""
 
     request_id: str
+    lets_go: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +84,49 @@ class Adopt:
 
     Its outputs come from position `position` on, the number of output tokens that the client has. When they are not kept any
     more, or it is not there, the answer is an error with NOT_KEPT; whoever heard of it before is told TAKEN_UP. `key` is as in
-    Submit, in place of the one that it had.
+    Submit, in place of the one that it had. With `joins` whoever heard of it goes on hearing of it, and
+    it stays his; outputs that are not kept any more may come as tokens without their text.
     """
 
     name: str
     request_id: str
     position: int
     key: bytes = b""
+    joins: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """Say what is here of a job, as Found with this number. `ends`: stop what runs of it and keep nothing of it any more."""
+
+    number: int
+    job: str
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRequest:
+    """One request of a job, as far as it is at a worker."""
+
+    name: str
+    num_prompt_tokens: int
+    num_tokens: int
+    """Said so far."""
+    cached_tokens: int
+    finish_reason: FinishReason | None
+    """None: it runs."""
+    is_whole: bool
+    """Everything from its first token on can be had there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a worker has of a job; without requests: nothing."""
+
+    number: int
+    requests: tuple[FoundRequest, ...] = ()
+    num_requests: int = 0
+    ticket: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +134,10 @@ class DumpRequest:
     """Send the whole set of prefix-cache hashes again, as a KvEvent with `reset`."""
 
 
-RouterMessage = RouterHello | Submit | Cancel | Adopt | DumpRequest
+WorkerMessage = Submit | Cancel | Adopt | Find | DumpRequest
+"""What a worker is told once a router has said who it is."""
+
+RouterMessage = RouterHello | WorkerMessage
 
 
 class WorkerFrame(NamedTuple):
@@ -93,6 +151,7 @@ class WorkerFrame(NamedTuple):
     load: Load | None = None
     kv_events: tuple[KvEvent, ...] = ()
     status: WorkerStatus | None = None
+    found: tuple[Found, ...] = ()
 
 
 class WorkerLink(Protocol):
@@ -102,7 +161,7 @@ class WorkerLink(Protocol):
         """Frames in order; raises WorkerLost, once, when the stream ends for any reason but `close`."""
         ...
 
-    def send(self, message: Submit | Cancel | Adopt | DumpRequest) -> bool:
+    def send(self, message: WorkerMessage) -> bool:
         """Queues a message, without waiting. False: the queue is full or the link is gone, nothing was queued."""
         ...
 

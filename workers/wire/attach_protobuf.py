@@ -13,9 +13,22 @@ from math import inf, isfinite
 from workers.kv_memory.memory import KvLayout
 from workers.limits import DEFAULT_LIMITS, RequestLimits
 from workers.pb import worker_pb2 as pb
-from workers.request import make_tuple
+from workers.request import FinishReason, make_tuple
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Migration, RouterHello, RouterMessage, Submit, WorkerFrame
+from workers.wire.attach import (
+    Adopt,
+    Cancel,
+    DumpRequest,
+    Find,
+    Found,
+    FoundRequest,
+    Kept,
+    Migration,
+    RouterHello,
+    RouterMessage,
+    Submit,
+    WorkerFrame,
+)
 from workers.wire.request_protobuf import (
     fields_of,
     from_fields,
@@ -152,6 +165,26 @@ def layout_from_pb(message: pb.KvLayout) -> KvLayout:
     return from_fields(KvLayout, message)
 
 
+def found_to_pb(found: Found) -> pb.Found:
+    requests = [
+        pb.FoundRequest(**fields_of(each) | {"finish_reason": each.finish_reason or ""}) for each in found.requests
+    ]
+    return pb.Found(number=found.number, requests=requests, num_requests=found.num_requests, ticket=found.ticket)
+
+
+def found_from_pb(message: pb.Found) -> Found:
+    """Raises ValueError for an unknown finish reason."""
+    requests = tuple(
+        replace(from_fields(FoundRequest, each), finish_reason=_finish_reason(each.finish_reason))
+        for each in message.requests
+    )
+    return Found(message.number, requests, message.num_requests, message.ticket)
+
+
+def _finish_reason(name: str) -> FinishReason | None:
+    return FinishReason(name) if name else None
+
+
 def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:
     message = pb.WorkerFrame(generation=frame.generation, outputs=[output_to_pb(output) for output in frame.outputs])
     if frame.load is not None:
@@ -160,43 +193,52 @@ def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:
         message.kv_events.extend([kv_event_to_pb(event) for event in frame.kv_events])
     if frame.status is not None:
         message.status.CopyFrom(status_to_pb(frame.status))
+    if frame.found:
+        message.found.extend([found_to_pb(found) for found in frame.found])
     return message
 
 
 def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
-    events = message.kv_events
+    events, found = message.kv_events, message.found
     return WorkerFrame(
         message.generation,
         tuple([output_from_pb(output) for output in message.outputs]),
         load_from_pb(message.load) if message.HasField("load") else None,
         tuple([kv_event_from_pb(event) for event in events]) if events else (),
         status_from_pb(message.status) if message.HasField("status") else None,
+        tuple([found_from_pb(each) for each in found]) if found else (),
     )
+
+
+def _submit_to_pb(submit: Submit) -> pb.Submit:
+    message = pb.Submit(
+        request=request_to_pb(submit.request),
+        generation=submit.generation,
+        prefill_workers=[address_to_pb(address) for address in submit.prefill_workers],
+        remaining_s=submit.remaining_s,
+        first_token_s=submit.first_token_s,
+        prefix=hint_to_pb(submit.prefix) if submit.prefix is not None else None,
+        name=submit.name,
+        key=submit.key,
+        kept=pb.Kept(**fields_of(submit.kept)) if submit.kept is not None else None,
+        cached_tokens=submit.cached_tokens,
+    )
+    if (moved := submit.migration) is not None:
+        source = address_to_pb(moved.source)
+        message.migration.CopyFrom(pb.Migration(source=source, request_id=moved.request_id, permit=moved.permit))
+    return message
 
 
 def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
     match message:
-        case Submit(request, generation, prefill_workers, remaining_s, first_token_s, migration, prefix, name, key):
-            submit = pb.Submit(
-                request=request_to_pb(request),
-                generation=generation,
-                prefill_workers=[address_to_pb(address) for address in prefill_workers],
-                remaining_s=remaining_s,
-                first_token_s=first_token_s,
-                prefix=hint_to_pb(prefix) if prefix is not None else None,
-                name=name,
-                key=key,
-            )
-            if migration is not None:
-                source = address_to_pb(migration.source)
-                submit.migration.CopyFrom(
-                    pb.Migration(source=source, request_id=migration.request_id, permit=migration.permit)
-                )
-            return pb.RouterMessage(submit=submit)
-        case Cancel(request_id):
-            return pb.RouterMessage(cancel=pb.Cancel(request_id=request_id))
-        case Adopt(name, request_id, position, key):
-            return pb.RouterMessage(adopt=pb.Adopt(name=name, request_id=request_id, position=position, key=key))
+        case Submit():
+            return pb.RouterMessage(submit=_submit_to_pb(message))
+        case Cancel():
+            return pb.RouterMessage(cancel=pb.Cancel(**fields_of(message)))
+        case Adopt():
+            return pb.RouterMessage(adopt=pb.Adopt(**fields_of(message)))
+        case Find():
+            return pb.RouterMessage(find=pb.Find(**fields_of(message)))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
         case RouterHello(router_id):
@@ -204,6 +246,8 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
 
 
 MAX_KEY_BYTES = 64
+MAX_JOB_LETTERS = 64
+MAX_TICKET_BYTES = 256 << 10
 
 
 def _check_key(key: bytes) -> None:
@@ -211,27 +255,45 @@ def _check_key(key: bytes) -> None:
         raise ValueError(f"a key of {len(key)} bytes")
 
 
+def _kept_from_pb(message: pb.Kept) -> Kept:
+    if not 0 < len(message.job) <= MAX_JOB_LETTERS or len(message.ticket) > MAX_TICKET_BYTES:
+        raise ValueError(f"a job's name of {len(message.job)} letters, a ticket of {len(message.ticket)} bytes")
+    return from_fields(Kept, message)
+
+
+def _submit_from_pb(submit: pb.Submit) -> Submit:
+    migration = None
+    if submit.HasField("migration"):
+        moved = submit.migration
+        migration = Migration(address_from_pb(moved.source), moved.request_id, moved.permit)
+    _check_key(submit.key)
+    return Submit(
+        request_from_pb(submit.request),
+        submit.generation,
+        tuple(address_from_pb(address) for address in submit.prefill_workers),
+        submit.remaining_s,
+        submit.first_token_s,
+        migration,
+        hint_from_pb(submit.prefix) if submit.HasField("prefix") else None,
+        submit.name,
+        submit.key,
+        _kept_from_pb(submit.kept) if submit.HasField("kept") else None,
+        submit.cached_tokens,
+    )
+
+
 def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
     """Raises ValueError for a message of a kind that this version does not know."""
     match message.WhichOneof("message"):
         case "submit":
-            submit = message.submit
-            addresses = tuple(address_from_pb(address) for address in submit.prefill_workers)
-            migration = None
-            if submit.HasField("migration"):
-                moved = submit.migration
-                migration = Migration(address_from_pb(moved.source), moved.request_id, moved.permit)
-            request = request_from_pb(submit.request)
-            prefix = hint_from_pb(submit.prefix) if submit.HasField("prefix") else None
-            times = (submit.remaining_s, submit.first_token_s)
-            _check_key(submit.key)
-            return Submit(request, submit.generation, addresses, *times, migration, prefix, submit.name, submit.key)
+            return _submit_from_pb(message.submit)
         case "cancel":
-            return Cancel(message.cancel.request_id)
+            return from_fields(Cancel, message.cancel)
         case "adopt":
-            adopt = message.adopt
-            _check_key(adopt.key)
-            return Adopt(adopt.name, adopt.request_id, adopt.position, adopt.key)
+            _check_key(message.adopt.key)
+            return from_fields(Adopt, message.adopt)
+        case "find":
+            return from_fields(Find, message.find)
         case "dump":
             return DumpRequest()
         case "hello":

@@ -19,7 +19,7 @@ from workers.trust import parties
 from workers.trust.channels import open_channel
 from workers.trust.credentials import Credentials
 from workers.wire import attach_protobuf
-from workers.wire.attach import Adopt, Cancel, DumpRequest, RouterHello, RouterMessage, Submit, WorkerFrame
+from workers.wire.attach import RouterHello, RouterMessage, WorkerFrame, WorkerMessage
 from workers.wire.streams import ROUTER_CHANNEL, Sealer, verified
 
 UNHEARD_S = 5.0
@@ -98,7 +98,7 @@ class GrpcWorkerLink:
         if was_open:
             raise WorkerLost(f"{self._target} closed the stream")
 
-    def send(self, message: Submit | Cancel | Adopt | DumpRequest) -> bool:
+    def send(self, message: WorkerMessage) -> bool:
         if not self._is_open:
             return False
         try:

@@ -1,0 +1,35 @@
+"""Which part of which client's job a request is, what workers keep of it, and where it is already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from workers.wire.attach import FoundRequest, Kept
+
+
+@dataclass(frozen=True, slots=True)
+class JobPart:
+    """Workers hear of `kept` alone."""
+
+    kept: Kept | None = None
+    name: str = ""
+    """The request's own, by which every router and worker knows it; empty: its id. Ids are one router's."""
+    lets_go: bool = False
+    """When its reader leaves before the end it goes on at its worker for a while: the client may come back."""
+    at: str = ""
+    """The worker where it runs, or has ended, already: there it is taken up from its first token on. Empty: it is to be run."""
+
+
+NO_JOB = JobPart()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJob:
+    """What the workers have of a job; nothing at all where `requests` is empty."""
+
+    ticket: bytes = b""
+    """Empty: its first request, which has it, was not found."""
+    requests: dict[str, tuple[str, FoundRequest]] = field(default_factory=dict)
+    """By name, each with the worker that has most of it."""
+    is_waiting: bool = False
+    """Some of it waits at this router for a worker."""

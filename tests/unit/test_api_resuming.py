@@ -1,0 +1,188 @@
+"""Any router tells the rest of a stream, to the byte, from whichever event a client has come to, and a request that is sent again is not computed again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_backend import error_of, serve
+from keeping_backend import KeepingBackend
+from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
+
+from workers.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def routers(thinking_folder: Path) -> Iterator[tuple[KeepingBackend, list[httpx.Client]]]:
+    """Two routers over the same workers."""
+    backend = KeepingBackend(Tokenizer.load(thinking_folder))
+    with serve(backend) as first, serve(backend) as second:
+        clients = [
+            httpx.Client(base_url=url, timeout=30, headers={"authorization": "Bearer k"}) for url in (first, second)
+        ]
+        yield backend, clients
+        for client in clients:
+            client.close()
+
+
+@pytest.fixture
+def two(routers: tuple[KeepingBackend, list[httpx.Client]]) -> tuple[KeepingBackend, httpx.Client, httpx.Client]:
+    backend, (first, second) = routers
+    backend.reset()
+    return backend, first, second
+
+
+def events(text: str) -> list[str]:
+    return [f"{event}\n\n" for event in text.split("\n\n")[:-1]]
+
+
+def id_of(event: str) -> str:
+    found = re.match(r"id: (\S+)\n", event)
+    assert found is not None, event
+    return found[1]
+
+
+CHAT = {"messages": ASK, "stream": True, "max_tokens": 30}
+STREAMS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "plain": ("/v1/chat/completions", CHAT, None),
+    "usage": ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, None),
+    "logprobs": ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "return_token_ids": True}, None),
+    "tools": ("/v1/chat/completions", CHAT | {"tools": TOOLS}, says(CALLS)),
+    "reasoning": ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}, says(ANSWER)),
+    "completion": ("/v1/completions", {"prompt": "Hi", "stream": True, "max_tokens": 30, "echo": True, "logprobs": 2}, None),
+    "response": ("/v1/responses", {"input": "Hi", "stream": True, "max_output_tokens": 30}, says(ANSWER)),
+    "response_tools": ("/v1/responses", {"input": "Hi", "stream": True, "tools": [{"type": "function", **TOOLS[0]["function"]}]}, says(CALLS)),
+    "message": ("/v1/messages", {"messages": ASK, "stream": True, "max_tokens": 30}, says(CALLS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_rest_of_a_stream_is_the_same_to_the_byte_on_any_router(two: Any, name: str) -> None:
+    backend, first, second = two
+    path, body, script = STREAMS[name]
+    if script is not None:
+        backend.script = script
+    whole = first.post(path, json=body).text
+    told = events(whole)
+    assert len(told) > 10
+    job = next(iter(backend.tickets))
+    for place, event in enumerate(told):
+        rest = second.get(f"/v1/requests/{job}/stream", params={"after": id_of(event)})
+        assert rest.text == "".join(told[place + 1 :]), event
+    header = second.get(f"/v1/requests/{job}/stream", headers={"last-event-id": id_of(told[2])})
+    assert header.text == "".join(told[3:])
+    assert second.get(f"/v1/requests/{job}/stream").text == whole
+    assert all(part.at == "decode-0" for part in backend.parts[1:])
+
+
+def by_choice(told: list[str]) -> dict[int, list[str]]:
+    said: dict[int, list[str]] = {}
+    for event in told:
+        _, _, data = event.partition("data: ")
+        for choice in json.loads(data)["choices"] if data.startswith("{") else ():
+            said.setdefault(choice["index"], []).append(json.dumps(choice))
+    return said
+
+
+def test_each_choice_goes_on_where_the_client_has_come_to(two: Any) -> None:
+    backend, first, second = two
+    body = {"prompt": ["Hi", "Ho"], "n": 2, "stream": True, "max_tokens": 9, "stream_options": {"include_usage": True}}
+    told = events(first.post("/v1/completions", json=body).text)
+    whole, job = by_choice(told), next(iter(backend.tickets))
+    assert len(whole) == 4
+    for place, event in enumerate(told):
+        rest = events(second.get(f"/v1/requests/{job}/stream", params={"after": id_of(event)}).text)
+        had, more = by_choice(told[: place + 1]), by_choice(rest)
+        assert {index: had.get(index, []) + more.get(index, []) for index in whole} == whole
+        assert rest[-1:] == told[-1:] or place == len(told) - 1
+
+
+def test_a_request_that_is_sent_again_is_answered_by_what_runs_or_has_run(two: Any) -> None:
+    backend, first, second = two
+    headers = {"idempotency-key": "one", "x-baton-created": "1700000000"}
+    answers = [client.post("/v1/chat/completions", json=CHAT, headers=headers) for client in (first, second)]
+    assert answers[0].text == answers[1].text and '"created":1700000000' in answers[0].text
+    assert [part.at for part in backend.parts] == ["", "decode-0"]
+    whole = {"messages": ASK, "max_tokens": 30}
+    headers = {"idempotency-key": "two"}
+    answers = [client.post("/v1/chat/completions", json=whole, headers=headers) for client in (first, second)]
+    assert answers[0].json() == answers[1].json()
+    backend.is_kept = False  # computed anew it is the same: its seed is made of its name
+    again = second.post("/v1/chat/completions", json=whole, headers=headers)
+    assert again.json() | {"created": 0} == answers[0].json() | {"created": 0}
+    assert backend.parts[-1].at == ""
+
+
+def test_a_stream_that_nobody_keeps_is_computed_again_up_to_where_the_client_is(two: Any) -> None:
+    backend, first, second = two
+    headers = {"idempotency-key": "lost", "x-baton-created": "1700000000"}
+    told = events(first.post("/v1/chat/completions", json=CHAT, headers=headers).text)
+    backend.is_kept = False
+    for place in (0, 7, len(told) - 2):
+        rest = second.post("/v1/chat/completions", json=CHAT, headers=headers | {"last-event-id": id_of(told[place])})
+        assert rest.text == "".join(told[place + 1 :])
+
+
+def test_another_body_under_the_same_key_is_refused(two: Any) -> None:
+    _, first, second = two
+    headers = {"idempotency-key": "same"}
+    assert first.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+    other = second.post("/v1/chat/completions", json=CHAT | {"max_tokens": 3}, headers=headers)
+    assert other.status_code == 422 and error_of(other)["code"] == "idempotency_key_reused"
+
+
+def test_nobody_reads_what_another_key_has_asked_for(two: Any) -> None:
+    backend, first, second = two
+    body, headers = CHAT, {"idempotency-key": "mine"}
+    first.post("/v1/chat/completions", json=body, headers=headers)
+    job = next(iter(backend.tickets))
+    foreign = {"authorization": "Bearer other"}
+    for name in (job, f"chatcmpl-{job}", "mine"):
+        assert second.get(f"/v1/requests/{name}").status_code == 200
+        for path in (f"/v1/requests/{name}", f"/v1/requests/{name}/stream"):
+            refused = second.get(path, headers=foreign)
+            assert refused.status_code == 404 and error_of(refused)["code"] == "request_not_found"
+    second.post("/v1/chat/completions", json=body, headers=headers | foreign)
+    assert backend.parts[-1].at == "", "the same key of another client names another request"
+
+
+def test_the_state_of_a_request_says_where_it_is(two: Any) -> None:
+    _, first, second = two
+    first.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 4, "n": 2}, headers={"idempotency-key": "k"})
+    state = second.get("/v1/requests/k").json()
+    assert state["status"] == "completed" and state["kind"] == "completion"
+    assert state["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert [choice["worker"] for choice in state["choices"]] == ["decode-0"] * 2
+
+
+@pytest.mark.parametrize("after", ["x", "3,4", "1e1", "5+", "-1"])
+def test_what_is_no_event_s_id_is_refused(two: Any, after: str) -> None:
+    backend, first, second = two
+    first.post("/v1/chat/completions", json=CHAT)
+    refused = second.get(f"/v1/requests/{next(iter(backend.tickets))}/stream", params={"after": after})
+    assert refused.status_code == 400 and error_of(refused)["param"] == "after"
+
+
+def test_a_body_that_is_too_long_to_be_kept_is_told_again_to_who_sends_it_again(two: Any, monkeypatch: Any) -> None:
+    backend, first, second = two
+    monkeypatch.setattr("router.api.tickets.MAX_TICKET_BYTES", 400)
+    body = CHAT | {"metadata": {"letters": "".join(chr(33 + place * 7 % 90) for place in range(3000))}}
+    headers = {"idempotency-key": "long"}
+    told = events(first.post("/v1/chat/completions", json=body, headers=headers).text)
+    refused = second.get("/v1/requests/long/stream")
+    assert refused.status_code == 404 and error_of(refused)["code"] == "request_not_kept"
+    rest = second.post("/v1/chat/completions", json=body, headers=headers | {"last-event-id": id_of(told[4])})
+    assert rest.text == "".join(told[5:]) and backend.parts[-1].at == "decode-0"
+
+
+def test_a_stream_of_very_many_choices_has_no_ids(two: Any) -> None:
+    backend, first, second = two
+    told = first.post("/v1/completions", json={"prompt": "Hi", "n": 65, "stream": True, "max_tokens": 2}).text
+    assert "id: " not in told
+    refused = second.get(f"/v1/requests/{next(iter(backend.tickets))}/stream", params={"after": "3"})
+    assert refused.status_code == 400
