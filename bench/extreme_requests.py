@@ -178,6 +178,15 @@ class Extremes:
                 {"allowed_token_ids": list(range(400_000))},
             ],
             "documents": [{"documents": [{"text": "x" * self._huge}]}, {"documents": [{}] * 100_000}],
+            "chat_template": [{"chat_template": "{{ 1 }}" * 9000}, {"chat_template": "x" * self._huge}],
+            "prompt_token_ids": [
+                {"prompt_token_ids": [5] * self._full, "messages": []},
+                {"prompt_token_ids": [5] * 400_000, "messages": []},
+            ],
+            "web_search": [
+                {"web_search": {"references": "x" * self._huge, "date": "today"}},
+                {"web_search": {"references": [{"title": "x"}] * 100_000, "date": "today"}},
+            ],
             "enable_thinking": [{"enable_thinking": True}, {"enable_thinking": False}],
             "include_reasoning": [{"include_reasoning": False}],
             "parallel_tool_calls": [{"parallel_tool_calls": True}],

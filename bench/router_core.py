@@ -30,6 +30,7 @@ from router.api.metrics import Metrics
 from router.api.schema import ChatBody, parse_body
 from router.api.tenant_metrics import TenantMetrics
 from router.api.translate import translate_chat
+from router.api.turns import Turns
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.driver import RouterDriver, make_policy
@@ -182,7 +183,9 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     tokenizer = Tokenizer.load(str(CHECKPOINT))
     metrics = Metrics(driver)
     callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
-    services = Services(driver, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), callers)
+    services = Services(
+        driver, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0), callers
+    )
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     frames: list[bytes] = []
     sent = num_steps_sent = 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
+from cluster.hub import HubConfig
 from cluster.roles.config import RolesConfig
 from cluster.settings import build, from_environment, json_schema, lay, override
 from cluster.store.store import StoreConfig
@@ -101,6 +102,8 @@ class ClusterConfig:
     router: RouterConfig
     """Its model is the workers' unless it names its own copy."""
     pools: PoolsConfig = field(default_factory=PoolsConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    """For a worker.model that is OWNER/NAME of a repository on the Hugging Face Hub."""
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)

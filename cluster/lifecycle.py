@@ -366,6 +366,29 @@ def remove_actors(actors: list[Any]) -> None:
             ray.kill(actor, no_restart=True)
 
 
+async def ask_head(work: Callable[[], object], timeout_s: float) -> bool:
+    """Runs what waits for Ray's head in a thread that nothing else waits for: a head that is gone would hold it for minutes.
+
+    False when that took longer than `timeout_s`. What the work raises is not for who ends.
+    """
+    done = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        with suppress(Exception):
+            work()
+        with suppress(RuntimeError):  # the loop may have ended meanwhile
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, name="ask-head", daemon=True).start()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await done.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:
     """Raises StartFailed with `what` when the work takes too long."""
     try:

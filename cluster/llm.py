@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cluster.aliases import BLOCKS, BY_KEYWORD, kv_bytes, read_dtype, settings_of
+from cluster.hub import HubConfig, fetch, is_repository
 from cluster.preflight import check_model
 from cluster.settings import build, lay
 from router.api.grammar_check import check_job
@@ -68,7 +69,7 @@ class PromptCompletions:
 
 
 class LLM:
-    """Loads a "-PT" checkpoint and generates.
+    """Loads a "-PT" checkpoint, from a folder or, as OWNER/NAME, from the Hugging Face Hub, and generates.
 
     `settings` are fields of workers.config.WorkerConfig, such as dtype, kv_memory_bytes, max_num_seqs or num_threads, or the names
     that vLLM and FastDeploy have for them (docs/aliases.md), such as tensor_parallel_size or num_gpu_blocks_override.
@@ -77,12 +78,10 @@ class LLM:
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self._config = build(
-            WorkerConfig, {"model": model, "max_queue": _MANY, **_read_settings(model, settings)}, "worker"
-        )
+        self._config = build(WorkerConfig, _read_settings(model, settings), "worker")
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
-        check_model(model)
+        check_model(self._config.model)
         self._checkpoint = ServedModel.load(self._config)
         self._engine = make_engine(self._config, self._checkpoint)
         self._lock = threading.Lock()
@@ -229,21 +228,29 @@ class LLM:
 
 
 def _read_settings(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a worker; what aliases among them stand for, laid as they are. Raises InvalidConfig."""
+    """Settings of a worker: those given, what aliases among them stand for, and the folder of a model that is named as a repository.
+    Raises InvalidConfig."""
     own = {name: value for name, value in given.items() if name not in BY_KEYWORD}
     if "dtype" in own and (dtype := read_dtype(own.pop("dtype"))) is not None:
         own["dtype"] = dtype
     laid, notes = settings_of({name: value for name, value in given.items() if name in BY_KEYWORD})
+    hub: dict[str, Any] = {}
     for setting, value in laid.items():
         group, *path = setting.split(".")
         if group == "worker":
             own = lay(own, path, value)
+        elif group == "hub":
+            hub = lay(hub, path, value)
         else:
             notes.append(f"{setting} is of a cluster, and changes nothing in LLM")
-    if (blocks := given.get(BLOCKS.replace("-", "_"))) is not None:
-        own["kv_memory_bytes"] = kv_bytes(model, own.get("dtype", "float32"), 1, blocks)
     for note in notes:
         warnings.warn(note, stacklevel=3)
+    own = {"model": model, "max_queue": _MANY, **own}
+    if is_repository(model):
+        own = {**own, "model": fetch(model, build(HubConfig, hub, "hub"))}
+        own["served_model_name"] = own.get("served_model_name") or model
+    if (blocks := given.get(BLOCKS.replace("-", "_"))) is not None:
+        own["kv_memory_bytes"] = kv_bytes(own["model"], own.get("dtype", "float32"), 1, blocks)
     return own
 
 

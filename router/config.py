@@ -51,6 +51,8 @@ class ApiConfig:
     """Without api_keys: names beside localhost that a request's Host may have, such as that of a proxy."""
     metrics: Literal["open", "key"] = "open"
     """Who may read /metrics, which names workers and says how busy they are: everybody, or who has an API key or an admin key."""
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """vllm: /metrics has the main numbers under vLLM's names besides, for autoscalers and gateways that read those."""
     docs: Literal["open", "key"] = "open"
     """Who may read /docs and /openapi.json, which are the same for every cluster of this version; as metrics."""
     max_body_bytes: Annotated[int, Ge(1024)] = 16 << 20
@@ -78,6 +80,11 @@ class ApiConfig:
     max_prompt_scores: Natural = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
+    allow_chat_template: bool = False
+    """Whether a client may send a chat template of its own (`chat_template`), which runs in the sandbox that checkpoints' run in."""
+    turn_memory_bytes: Natural = 0
+    """What this router may remember of assistants' turns, 4 bytes a token, so that the next prompt of a conversation begins with the tokens
+    that were generated and finds their KV. The tokens of a prompt then depend on what is remembered, not on its messages alone; 0: off."""
     reasoning_parser: Text = AUTO
     """How the model writes its reasoning (router/api/formats/formats.py); auto: as its chat template shows."""
     tool_parser: Text = AUTO

@@ -33,10 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = ("test_cli_serve.py", "test_cluster_actors.py", "test_native_instruction_sets.py")
 
+    def has_cluster(item: pytest.Item) -> bool:
+        return item.path.parent.name == "e2e" or item.path.name == "test_chart_pods.py"
+
     def order(item: pytest.Item) -> int:
-        return 0 if item.path.parent.name == "e2e" else 1 if item.path.name in slow else 2
+        return 0 if has_cluster(item) else 1 if item.path.name in slow else 2
 
     items.sort(key=order)
     for item in items:
-        group = "e2e" if item.path.parent.name == "e2e" else item.nodeid.partition("::")[0]
+        group = "e2e" if has_cluster(item) else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))

@@ -70,6 +70,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         overlap_steps=config.overlap_steps,
         vocabulary=model.vocabulary,
         request_limits=config.limits,
+        keeps_outputs=getattr(model.runner, "decode_agrees", False),
     )
 
 

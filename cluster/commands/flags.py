@@ -36,7 +36,11 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any setting, such as worker.max_num_seqs=32; may be repeated; `baton config-schema` lists them; the environment's BATON__WORKER__MAX_NUM_SEQS=32 says the same",
     )
-    parser.add_argument("--model", metavar="FOLDER", help="checkpoint folder; default: models/ernie-4.5-tiny")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="checkpoint folder, or OWNER/NAME on the Hugging Face Hub; default: models/ernie-4.5-tiny",
+    )
     parser.add_argument("--dtype", help="type of weights and KV: float32 or bfloat16; default: float32")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per worker; default: 1")
     parser.add_argument("--store", metavar="URL", help="memory (default) or redis://HOST:PORT/DB")
@@ -191,6 +195,19 @@ def find_default_model() -> str:
     raise InvalidConfig(f"there is no {DEFAULT_MODEL} here; give the path of a checkpoint folder with --model")
 
 
+def _fetched(config: ClusterConfig) -> ClusterConfig:
+    """With the folder of a model that is named as a repository, which keeps its name for clients. Raises InvalidConfig."""
+    from cluster.hub import fetch, is_repository
+
+    name = config.worker.model
+    if not is_repository(name):
+        return config
+    folder = fetch(name, config.hub)
+    worker = replace(config.worker, model=folder, served_model_name=config.worker.served_model_name or name)
+    router = replace(config.router, model=folder) if config.router.model == name else config.router
+    return replace(config, worker=worker, router=router)
+
+
 def config_from(
     args: argparse.Namespace, environment: Mapping[str, str] = os.environ, **defaults: Any
 ) -> ClusterConfig:
@@ -200,6 +217,7 @@ def config_from(
     """
     from cluster.aliases import BLOCKS, kv_bytes, settings_of
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
+    from cluster.hub import is_repository
     from cluster.settings import from_environment
     from cluster.store.store import has_credentials
 
@@ -222,16 +240,20 @@ def config_from(
     model = assigned.get("worker.model") or args.model or from_environment(environment).get("worker.model")
     if model is None and isinstance(worker, dict) and worker.get("model"):
         # A relative path in a file is meant from that file's folder.
-        model = args.config.parent / str(worker["model"])
+        named = str(worker["model"])
+        model = named if is_repository(named) else args.config.parent / named
     for given in (flags.get("store.url"), assigned.get("store.url")):
         if given and has_credentials(given):
             raise InvalidConfig(
                 "a password on the command line can be read by everybody on this host: put it into a file "
                 "(--set store.password_file=PATH), or the whole URL into BATON__STORE__URL"
             )
-    flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
+    if model is not None and is_repository(str(model)):
+        flags["worker.model"] = str(model)
+    else:
+        flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
-    config = load_config(args.config, flags, assignments, environment)
+    config = _fetched(load_config(args.config, flags, assignments, environment))
     if (blocks := aliases.get(BLOCKS.replace("-", "_"))) is not None:
         worker = config.worker
         size = kv_bytes(worker.model, worker.dtype, worker.parallel.tensor_parallel, blocks)

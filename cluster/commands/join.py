@@ -146,11 +146,11 @@ async def _attach(
     from cluster.actors.pools import Pools
     from cluster.commands.running import tell_changes
     from cluster.identity.local import join, needs_certificates
-    from cluster.lifecycle import leave, patiently, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import ask_head, leave, patiently, remove_actors, stop_actors, wait_ready
     from cluster.preflight import check_store
     from cluster.probes import Probes, ProbeServer
     from cluster.ray_session.failures import told
-    from cluster.ray_session.node import while_it_lives
+    from cluster.ray_session.node import END_S, while_it_lives
     from cluster.store.actor_store import STORE_HOST_NAME
     from cluster.store.open import open_store
 
@@ -164,7 +164,7 @@ async def _attach(
         stack.enter_context(closing(ProbeServer(probes, config.worker.host, probe_port)))
         config, session, node = await stack.enter_async_context(_joined(config, starts_node, progress))
         pools = Pools(config, here=True)
-        actor = None
+        actor, head_is_gone = None, False
         watching: list[asyncio.Future[None]] = []
 
         async def serve() -> None:
@@ -201,11 +201,18 @@ async def _attach(
                 await leave(actor, name, config.worker.drain_timeout_s, progress)
                 with progress.step(f"removing {name}"):
                     await stop_actors([actor], config.router.shutdown_timeout_s + config.stop_timeout_s)
-                    await asyncio.to_thread(remove_actors, [actor])
-                    await asyncio.to_thread(pools.remove_worker, name)
-                if starts_node:
-                    await _forget(config, name)
-            await asyncio.to_thread(session.stop)
+                    if starts_node:
+                        await _forget(config, name)
+
+                    def remove() -> None:
+                        remove_actors([actor])
+                        pools.remove_worker(name)
+
+                    if not await ask_head(remove, END_S):
+                        head_is_gone = True
+                        progress.say("Ray's head does not answer; the worker ends with its node")
+            if not head_is_gone:
+                await asyncio.to_thread(session.stop)
 
 
 @asynccontextmanager

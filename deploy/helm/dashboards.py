@@ -29,6 +29,11 @@ def rate(metric: str, by: str = "", window: str = "$__rate_interval") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}[{window}]))"
 
 
+def or_none(query: str, by_worker: bool = False) -> str:
+    """Zero where nothing was counted yet: a counter with labels is there from its first event on."""
+    return f"{query} or {'0 * sum by (worker_id) (baton_worker_up)' if by_worker else 'vector(0)'}"
+
+
 def quantiles(metric: str, *shares: float) -> tuple[tuple[str, str], ...]:
     return tuple(
         (
@@ -62,7 +67,7 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                 "reqps",
                 (
                     (
-                        rate('baton_requests_total{refusal!=""}', "refusal"),
+                        or_none(rate('baton_requests_total{refusal!=""}', "refusal")),
                         "{{refusal}}",
                     ),
                 ),
@@ -201,7 +206,7 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
             Panel(
                 "Lost handoffs, by how they were answered",
                 "short",
-                ((rate("baton_kv_handoff_recoveries_total", "way"), "{{way}}"),),
+                ((or_none(rate("baton_kv_handoff_recoveries_total", "way")), "{{way}}"),),
             ),
             Panel(
                 "Blocks in use",
@@ -264,7 +269,7 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                 "short",
                 (
                     (
-                        rate("baton_worker_preemptions_total", "worker_id"),
+                        or_none(rate("baton_worker_preemptions_total", "worker_id"), by_worker=True),
                         "{{worker_id}} /s",
                     ),
                 ),
@@ -272,11 +277,9 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
             Panel(
                 "Workers that routers lost",
                 "short",
-                (
-                    (
-                        'sum by (__name__) (increase({__name__=~"baton_router_workers_lost_.+"}[5m]))',
-                        "{{__name__}}",
-                    ),
+                tuple(
+                    (or_none(f"sum(increase(baton_router_workers_lost_{reason}_total[5m]))"), reason)
+                    for reason in ("detached", "stale", "moved", "left")
                 ),
                 "By what was noticed.",
             ),
@@ -284,9 +287,120 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                 "Migrations",
                 "short",
                 (
-                    (rate("baton_router_migrations_done_total"), "done /s"),
-                    (rate("baton_router_migrations_refused_total"), "refused /s"),
+                    (or_none(rate("baton_router_migrations_done_total")), "done /s"),
+                    (or_none(rate("baton_router_migrations_refused_total")), "refused /s"),
                 ),
+            ),
+        ),
+    ),
+    "roles": (
+        "Baton / Roles",
+        (
+            Panel("Workers by role", "short", (("sum by (role) (baton_worker_up)", "{{role}}"),), stacked=True),
+            Panel(
+                "Switches, by reason and outcome",
+                "short",
+                (
+                    (
+                        or_none("sum by (reason, outcome) (increase(baton_role_switches_total[5m]))"),
+                        "{{reason}} {{outcome}}",
+                    ),
+                ),
+                "In five minutes.",
+            ),
+            Panel(
+                "Switches, from which role to which",
+                "short",
+                ((or_none("sum by (from, to) (increase(baton_role_switches_total[5m]))"), "{{from}} to {{to}}"),),
+                "In five minutes.",
+            ),
+            Panel(
+                "How long phases of switches took",
+                "s",
+                ((or_none("max by (phase, quantile) (baton_role_switch_phase_seconds)"), "{{phase}} {{quantile}}"),),
+            ),
+            Panel(
+                "Workers wanted, and there",
+                "short",
+                (
+                    (or_none("max(baton_desired_workers)"), "wanted"),
+                    ("count(count by (worker_id) (baton_worker_up == 1))", "there"),
+                ),
+                "Wanted by the load in all; 0: not known.",
+            ),
+            Panel(
+                "What the last change of roles gained",
+                "reqps",
+                ((or_none("max by (kind) (baton_role_gain_requests_per_second)"), "{{kind}}"),),
+                "Good requests a second, as predicted and as measured 30 s later.",
+            ),
+            Panel(
+                "Whose role controller acts", "short", (("baton_roles_leader", "{{instance}}"),), kind="state-timeline"
+            ),
+        ),
+    ),
+    "tenants": (
+        "Baton / Tenants",
+        (
+            Panel(
+                "Requests",
+                "reqps",
+                ((or_none(rate("baton_tenant_requests_total", "tenant")), "{{tenant}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Requests that did not end well",
+                "reqps",
+                (
+                    (
+                        or_none(rate('baton_tenant_requests_total{outcome!="ok"}', "tenant, outcome")),
+                        "{{tenant}} {{outcome}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Tokens generated",
+                "short",
+                ((or_none(rate('baton_tenant_tokens_total{kind="output"}', "tenant")), "{{tenant}} /s"),),
+                stacked=True,
+            ),
+            Panel(
+                "Tokens of prompts",
+                "short",
+                ((or_none(rate('baton_tenant_tokens_total{kind="input"}', "tenant")), "{{tenant}} /s"),),
+                stacked=True,
+            ),
+            Panel(
+                "Refused by an allowance",
+                "reqps",
+                ((or_none(rate("baton_tenant_limited_total", "tenant, limit")), "{{tenant}} {{limit}}"),),
+            ),
+        ),
+    ),
+    "gpus": (
+        "Baton / GPUs",
+        (
+            Panel("Busy", "percent", (("max by (Hostname, gpu) (DCGM_FI_DEV_GPU_UTIL)", "{{Hostname}} {{gpu}}"),)),
+            Panel(
+                "Memory in use",
+                "percentunit",
+                (
+                    (
+                        "max by (Hostname, gpu) (DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE))",
+                        "{{Hostname}} {{gpu}}",
+                    ),
+                ),
+            ),
+            Panel("Power", "watt", (("max by (Hostname, gpu) (DCGM_FI_DEV_POWER_USAGE)", "{{Hostname}} {{gpu}}"),)),
+            Panel(
+                "Temperature", "celsius", (("max by (Hostname, gpu) (DCGM_FI_DEV_GPU_TEMP)", "{{Hostname}} {{gpu}}"),)
+            ),
+            Panel("Clock", "hertz", (("1e6 * max by (Hostname, gpu) (DCGM_FI_DEV_SM_CLOCK)", "{{Hostname}} {{gpu}}"),)),
+            Panel(
+                "Errors that the driver reported",
+                "short",
+                (("max by (Hostname, gpu) (DCGM_FI_DEV_XID_ERRORS)", "{{Hostname}} {{gpu}}"),),
+                "The number of the last one; 0: none.",
             ),
         ),
     ),

@@ -28,6 +28,7 @@ from router.api.problems import Problem, describe, note_refusal
 from router.api.response_store import ResponseStore
 from router.api.retelling import Retelling
 from router.api.translate import Job
+from router.api.turns import Turns
 from router.backend import Backend
 from router.config import ApiConfig
 from router.job_part import FoundJob
@@ -57,6 +58,7 @@ class Services:
     metrics: Metrics
     bodies: OpenBodies
     grammars: GrammarChecks
+    turns: Turns
     callers: Callers
     responses: ResponseStore = field(default_factory=ResponseStore)
     seeker: Seeker = field(init=False)

@@ -28,6 +28,7 @@ from router.api.requests import request_routes
 from router.api.responses import response_routes
 from router.api.tenant_metrics import TenantMetrics
 from router.api.tokenization import tokenization_routes
+from router.api.turns import Turns
 from router.api.web import Cors, PlainMethods, Prefix
 from router.backend import Backend
 from router.config import ApiConfig
@@ -55,10 +56,13 @@ def create_app(
     """
     draining = draining or Draining()
     tenancy = tenancy or Tenancy(TenantsConfig(), config.api_keys)
-    metrics = Metrics(backend)
+    metrics = Metrics(backend, config.metrics_compat)
     tenant_metrics = TenantMetrics(metrics.registry, tenancy.config.metric_labels)
     callers = Callers(tenancy, tenant_metrics, expected_output_tokens, usage_log)
-    services = Services(backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), callers)
+    turns = Turns(tokenizer, config.turn_memory_bytes)
+    services = Services(
+        backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), turns, callers
+    )
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.metrics = services.metrics
     for routes in (

@@ -107,11 +107,11 @@ async def read_asked(
         naming = replace(naming, created=created)
     async with services.bodies.receive(http) as raw:
         try:
-            return await read_body(services, kind, raw, owner, naming, http.scope, key)
+            return await read_body(services, kind, raw, owner, naming, http.scope, key, is_new=not key)
         except Rejected as error:
             if fetch is None or not await fetch(error):
                 raise
-        return await read_body(services, kind, raw, owner, naming, http.scope, key)
+        return await read_body(services, kind, raw, owner, naming, http.scope, key, is_new=not key)
 
 
 def _created(headers: Headers) -> int:
@@ -140,7 +140,9 @@ async def read_body(
     key: str = "",
     earlier: list[dict[str, Any]] | None = None,
     is_stream: bool | None = None,
+    is_new: bool = False,
 ) -> Inquiry:
+    """`is_new`: nobody but this router has to read it the same, so it may go on from a turn that is remembered here."""
     model = services.backend.model
     reading = Reading(naming, owner, model, services.tokenizer, services.config, services.responses, earlier)
 
@@ -148,6 +150,8 @@ async def read_body(
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
             job = replace(job, stream=is_stream)
+        if is_new and model is not None:
+            job = services.turns.splice(job, owner.encode(), model)
         ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
         return job, make_shape, ticket, ticket.write()
 

@@ -17,6 +17,7 @@ from router.api.metrics import Metrics
 from router.api.problems import SENTENCES
 from router.api.prompts import Prompt
 from router.api.translate import Job
+from router.api.turns import TurnRecorder
 from router.backend import Backend, OutputStream
 from router.job_part import NO_JOB, JobPart
 from router.policies.explain import Decision
@@ -189,6 +190,7 @@ class JobProgress:
         self.choices = tuple(
             Choice(index, job.prompts[index // job.n], request, []) for index, request in enumerate(job.requests)
         )
+        self._recorders = [TurnRecorder(job.turn, one.prompt_token_ids) for one in job.requests] if job.turn else None
         self.num_unfinished = len(self.choices)
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
         self.completion_tokens = 0
@@ -214,6 +216,8 @@ class JobProgress:
         if output.prompt_logprobs:
             _add_scores(choice, output.prompt_logprobs)
         choice.num_drawn += num_new
+        if self._recorders is not None:
+            self._recorders[index].add(output)
         if self._hides:
             reason = FinishReason.LENGTH if reason else None
             output = output._replace(token_ids=(), text="", logprobs=(), finish_reason=reason, stop_reason=None)
@@ -235,6 +239,7 @@ class JobProgress:
             self._metrics.generation_tokens.inc(num_new)
         if reason is not None:
             choice.finish_reason = reason
+            self._metrics.finished.labels(reason.value).inc()
             choice.stop_reason = output.stop_reason
             self._finish(now_s)
         if self._keep:

@@ -14,6 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from router.api.vllm_metrics import vllm_metrics
 from router.backend import Backend, RouterStatus
 from router.roles import RolesReport
 from workers.config import BEST_FIRST
@@ -43,7 +44,9 @@ _TRANSFER_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 class Metrics:
     """The counters of one app, in a registry of its own, so that several apps share a process."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, compat: str = "none") -> None:
+        """`compat`: whose names the numbers have besides; see ApiConfig.metrics_compat."""
+        self._compat = compat
         self.registry = CollectorRegistry()
         registry = self.registry
         self._requests = Counter(
@@ -73,6 +76,7 @@ class Metrics:
         self.cached_tokens = Counter(
             "baton_cached_prompt_tokens", "Prompt tokens of finished requests found in a cache", registry=registry
         )
+        self.finished = Counter("baton_choices_finished", "Choices that have ended", ("reason",), registry=registry)
         self._handoff_bytes = Counter(
             "baton_kv_handoff_bytes", "KV bytes moved from prefill to decode", ("transport",), registry=registry
         )
@@ -141,7 +145,9 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
-        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report())
+        model = self._backend.model
+        named = model.name if model is not None and self._compat == "vllm" else ""
+        snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report(), named)
         return await asyncio.to_thread(encode, snapshot), content_type
 
 
@@ -186,14 +192,21 @@ class Tally(Collector):
 class Snapshot:
     """What an encoder reads: the API's own numbers, and those of the router at one moment; nothing is kept twice."""
 
-    def __init__(self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, status: RouterStatus, roles: RolesReport, vllm_model: str = ""
+    ) -> None:
+        """`vllm_model`: the model whose numbers have vLLM's names besides; empty: none has."""
+        self._vllm_model = vllm_model
         self._registry = registry
         self._status = status
         self._roles = roles
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._registry.collect()
+        own = list(self._registry.collect())
+        yield from own
         status = self._status
+        if self._vllm_model:
+            yield from vllm_metrics(own, status, self._vllm_model)
         waiting = GaugeMetricFamily("baton_num_requests_waiting", "Requests that wait for a worker")
         waiting.add_metric((), status.num_waiting)
         yield waiting

@@ -26,6 +26,10 @@ class Prompt:
     text: str | None = None
     opens_reasoning: bool = False
     """A conversation whose template ends inside the model's reasoning."""
+    rendered: str = ""
+    """The text of a conversation, where these are its tokens and control tokens in it are none of a client's."""
+    turn_ends: tuple[int, ...] = ()
+    """Where the assistants' messages end in it."""
 
     def end(self, num_kept: int | None) -> Prompt:
         """Its last tokens; None: all of them."""
@@ -103,9 +107,25 @@ def read_chat(
     token_ids = encode_chat(conversation, tokenizer, add_special_tokens, allow_control_tokens)
     if not token_ids:
         raise InvalidRequest("messages give an empty prompt", "messages")
-    prompt = Prompt(tuple(token_ids), None, _opens_reasoning(conversation.text, messages)).end(num_kept)
+    prompt = Prompt(tuple(token_ids), None, _opens_reasoning(conversation.text, messages))
+    if not add_special_tokens and not goes_on and not tokenizer.control.is_in(conversation.messages):
+        prompt = replace(prompt, rendered=conversation.text, turn_ends=_turn_ends(conversation))
+    prompt = prompt.end(num_kept)
     check_length(len(prompt.token_ids), info, "messages")
     return prompt
+
+
+def _turn_ends(conversation: Conversation) -> tuple[int, ...]:
+    """As far as messages stand in the text as they are."""
+    ends, place = [], 0
+    for message in conversation.messages:
+        found = conversation.text.find(message["content"], place)
+        if found < 0:
+            break
+        place = found + len(message["content"])
+        if message["role"] == "assistant":
+            ends.append(place)
+    return tuple(ends)
 
 
 def _opens_reasoning(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:

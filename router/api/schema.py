@@ -19,6 +19,8 @@ from workers.status import Role
 Number = StrictInt | StrictFloat
 MESSAGES = Field(max_length=8192)
 """Of a conversation: every one of them is read and rendered in Python."""
+MAX_TEMPLATE = 64 << 10
+"""Characters of a chat template that a client sends: it is compiled in Python."""
 MAX_VALUES = 512 << 10
 """Of one body, counted by its commas before it is read: the reader lets nothing else run meanwhile."""
 _MAX_WORK = 3 << 20
@@ -208,7 +210,25 @@ class GenerationBody(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: _Messages
+    messages: _Messages = []
+    prompt_token_ids: Annotated[list[StrictInt], said("array", minItems=1, items=_TOKEN)] | None = None
+    chat_template: Annotated[StrictStr, Field(max_length=MAX_TEMPLATE)] | None = None
+    web_search: (
+        Annotated[
+            dict[str, Any],
+            said(
+                "object",
+                required=["references", "date"],
+                properties={
+                    "references": {"anyOf": [_NAMED, {"type": "array", "minItems": 1, "maxItems": 256}]},
+                    "date": _NAMED,
+                    "language": {"enum": ["zh", "en", None]},
+                },
+                additionalProperties=False,
+            ),
+        ]
+        | None
+    ) = None
     logprobs: StrictBool | None = None
     top_logprobs: _TopLogprobs | None = None
     add_generation_prompt: StrictBool | None = None

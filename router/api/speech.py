@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from router.api.formats.formats import OutputFormat, output_format
+from router.api.formats.formats import THINK, OutputFormat, output_format
 from router.api.formats.grammars import (
     around_answer,
     behind_reasoning,
@@ -14,10 +14,11 @@ from router.api.formats.grammars import (
     text_with_calls,
 )
 from router.api.problems import rejected
-from router.api.prompts import Prompt, read_chat
+from router.api.prompts import Prompt, check_length, check_token_ids, read_chat
 from router.api.schema import ChatBody, GenerationBody
 from router.api.structure import Wanted, read_structure
 from router.api.tools import MAX_TOOLS, ToolUse, read_budget, read_thinking, read_tools
+from router.api.web_search import with_references
 from router.config import ApiConfig
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.request import ThinkingBudget
@@ -64,6 +65,13 @@ class Chat:
 def read_conversation(body: ChatBody, model: ModelInfo | None, tokenizer: Tokenizer, config: ApiConfig) -> Chat:
     """Raises InvalidRequest, Rejected (unknown model, too long) or Refused (no model is known yet)."""
     info = require_model(body.model, model)
+    if body.chat_template:
+        if not config.allow_chat_template:
+            raise InvalidRequest(
+                "chat_template is not allowed here (router.api.allow_chat_template): the model's own is used",
+                "chat_template",
+            )
+        tokenizer = tokenizer.with_template(body.chat_template)
     kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidRequest(
@@ -83,8 +91,12 @@ def read_conversation(body: ChatBody, model: ModelInfo | None, tokenizer: Tokeni
             else "router.api.tool_parser names no format of calls"
         )
         raise InvalidRequest(f"this model cannot be offered tools: {why}", "tools")
+    may_think = kwargs.get("enable_thinking") is not False
+    if body.prompt_token_ids is not None:
+        prompt = _given_prompt(body, info, tokenizer)
+        return Chat(info, prompt, use, form if use else replace(form, call=None), may_think or prompt.opens_reasoning)
     prompt = read_chat(
-        body.messages,
+        with_references(body.messages, body.web_search) if body.web_search else body.messages,
         tokenizer,
         info,
         body.add_generation_prompt is not False,
@@ -95,8 +107,22 @@ def read_conversation(body: ChatBody, model: ModelInfo | None, tokenizer: Tokeni
         bool(body.continue_final_message),
         num_kept(body, info),
     )
-    may_think = prompt.opens_reasoning or kwargs.get("enable_thinking") is not False
-    return Chat(info, prompt, use, form if use else replace(form, call=None), may_think)
+    return Chat(info, prompt, use, form if use else replace(form, call=None), may_think or prompt.opens_reasoning)
+
+
+def _given_prompt(body: ChatBody, info: ModelInfo, tokenizer: Tokenizer) -> Prompt:
+    """A conversation that the client has rendered and tokenized itself. Raises InvalidRequest or Rejected."""
+    name = "prompt_token_ids"
+    for other in ("messages", "documents", "web_search", "continue_final_message", "echo"):
+        if getattr(body, other):
+            raise InvalidRequest(f"{name} stands for the whole prompt: leave {other} out", name)
+    token_ids = body.prompt_token_ids or []
+    check_length(len(token_ids), info, name)
+    if not token_ids:
+        raise InvalidRequest(f"{name} must have at least one token", name)
+    prompt = Prompt(check_token_ids(token_ids, info.vocab_size, name))
+    text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    return replace(prompt, opens_reasoning=text.rfind(THINK[0]) > text.rfind(THINK[1]))
 
 
 def speech_of(body: ChatBody, chat: Chat, tokenizer: Tokenizer) -> Speech:

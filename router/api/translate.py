@@ -12,6 +12,7 @@ from router.api.prompts import Prompt, check_length, check_token_ids, read_promp
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.speech import Speech, num_kept, read_conversation, require_model, speech_of
 from router.api.structure import read_structure
+from router.api.turns import Turn
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
@@ -54,6 +55,8 @@ class Job:
     speech: Speech
     wishes: Wishes = NO_WISHES
     """The same for all requests."""
+    turn: Turn | None = None
+    """Set where the answer is remembered for the conversation's next turn."""
     priority: int | None = None
     """As the client has it; None: it says none."""
     cache_salt: str = ""
@@ -74,7 +77,8 @@ def translate_chat(
     room = info.max_model_len - len(prompt.token_ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     speech = speech_of(body, chat, tokenizer)
-    return make_job(body, info, tokenizer, config, [prompt], "messages", room, logprobs, speech, naming)
+    param = "messages" if body.prompt_token_ids is None else "prompt_token_ids"
+    return make_job(body, info, tokenizer, config, [prompt], param, room, logprobs, speech, naming)
 
 
 def translate_completion(

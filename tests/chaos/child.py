@@ -152,12 +152,21 @@ class Child:
                 # asyncio's own helper threads stay until the loop closes.
                 "threads": {k: v for k, v in too_many(python_threads(), self._before[1]).items() if k != "asyncio"},
                 "pools": sorted(mapped_pools()),
-                "tasks": [str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()],
+                "tasks": [place(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()],
             }
             left["tasks"] = [name for name in left["tasks"] if "main" not in name]
             if not any(left.values()) or time.monotonic() > deadline:
                 return {"left": {k: v for k, v in left.items() if v}}
             await asyncio.sleep(0.05)
+
+
+def place(task: asyncio.Task[Any]) -> str:
+    """The coroutine of a task and those that it waits in, down to the innermost."""
+    names, inner = [], task.get_coro()
+    while inner is not None and len(names) < 20:
+        names.append(getattr(inner, "__qualname__", repr(inner)))
+        inner = getattr(inner, "cr_await", None)
+    return " > ".join(names)
 
 
 async def main() -> None:

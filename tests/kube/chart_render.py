@@ -19,8 +19,9 @@ KUBERNETES = "1.35.0"
 Object = dict[str, Any]
 
 
-def run_helm(major: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HELM_CACHE_HOME": "/nonexistent", "KUBECONFIG": "/nonexistent"}
+def run_helm(major: int, *arguments: str, cluster: str = "/nonexistent") -> subprocess.CompletedProcess[str]:
+    """`cluster`: a kubeconfig, where Helm is to find one."""
+    environment = {**os.environ, "HELM_CACHE_HOME": "/nonexistent", "KUBECONFIG": cluster}
     return subprocess.run([helm(major), *arguments], capture_output=True, text=True, env=environment, timeout=60)
 
 

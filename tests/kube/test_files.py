@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import re
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from chart_queries import panels, rules
 from chart_readme import text as readme_text
 from chart_render import CHART, ROOT, render
 
@@ -34,19 +34,12 @@ def dashboards() -> Any:
     return module
 
 
-def rules() -> list[dict[str, Any]]:
-    groups = yaml.safe_load((CHART / "alerts.yaml").read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
-
-
 def queries() -> Iterator[tuple[str, str]]:
     """Where each PromQL text stands, and the text, with Grafana's variables filled in."""
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"]
-    for path in sorted((CHART / "dashboards").glob("*.json")):
-        for panel in json.loads(path.read_text())["panels"]:
-            for target in panel["targets"]:
-                yield f"{path.stem}: {panel['title']}", target["expr"].replace("$__rate_interval", "1m")
+    for dashboard, panel, query in panels():
+        yield f"{dashboard}: {panel}: {query}", query
 
 
 def test_generated_files_are_up_to_date() -> None:

@@ -42,6 +42,8 @@ SAID: dict[str, tuple[str, Any]] = {
     "enable-prefix-caching": ("", True),
     "enable-expert-parallel": ("", 1),
     "device": ("cpu", "cpu"),
+    "revision": ("v2", "v2"),
+    "download-dir": ("/tmp/d", "/tmp/d"),
     "allowed-origins": ('["https://a.example"]', ("https://a.example",)),
     "allowed-methods": ('["POST"]', ("POST",)),
     "allowed-headers": ('["authorization"]', ("authorization",)),

@@ -28,7 +28,7 @@ def test_an_unknown_route_is_404_in_the_shape_of_all_errors(api: Api) -> None:
 def test_a_wrong_method_is_405_and_names_the_right_one(api: Api) -> None:
     response = api.http.get("/v1/chat/completions")
     assert response.status_code == 405 and error_of(response)["code"] == "method_not_allowed"
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "OPTIONS, POST"
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b"3", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 4000])

@@ -21,6 +21,7 @@ from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
 from router.api.tenant_metrics import TenantMetrics
+from router.api.turns import Turns
 from router.config import ApiConfig
 from router.tenants.config import TenantsConfig
 from router.tenants.tenancy import Tenancy
@@ -78,7 +79,9 @@ async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -
     tokenizer = Tokenizer.load(MODEL)
     metrics = Metrics(backend)
     callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
-    services = Services(backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), callers)
+    services = Services(
+        backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0), callers
+    )
     desk = Desk(services, draining)
     pages = [desk.open() for _ in range(MAX_VIEWERS)]
     for page in pages:

@@ -238,6 +238,17 @@ def test_grammars_are_read_once_while_they_are_kept() -> None:
     grammars.close()
 
 
+def test_a_host_that_starts_no_more_threads_reads_grammars_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(vocabulary=vocabulary())
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    engine.add(0, constrained(grammar='start: "yes"'))
+    assert text_of(run_to_end(engine), 0) == "yes"
+
+
 def test_a_grammar_that_takes_too_long_is_given_up() -> None:
     engine = make_engine(vocabulary=vocabulary())
     grammars = engine._grammars

@@ -9,6 +9,7 @@ from fake_backend import FakeBackend
 from prometheus_client.core import Metric
 
 from router.api.metrics import Metrics, Snapshot
+from router.api.tenant_metrics import TenantMetrics
 from workers.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ def shown_name(metric: Metric) -> str:
 def test_the_table_is_what_a_router_says() -> None:
     backend = FakeBackend(Tokenizer.load(ROOT / "models" / "ernie-4.5-tiny"))
     metrics = Metrics(backend)
+    TenantMetrics(metrics.registry, 1)
     said = {
         shown_name(metric): metric
         for metric in Snapshot(metrics.registry, backend.status(), backend.role_report()).collect()

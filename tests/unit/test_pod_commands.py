@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -13,6 +14,7 @@ from cluster_process import free_port
 
 from cluster.cli import main
 from cluster.config import RayConfig, load_config
+from cluster.lifecycle import ask_head
 from cluster.probes import LIVE_S, Probes, ProbeServer
 from cluster.ray_session.node import plan_head, plan_member
 from cluster.secret_files import is_private
@@ -48,6 +50,15 @@ def test_a_head_keeps_its_tables_where_the_store_is(token: str, tmp_path: Path) 
     assert plan.environment["RAY_REDIS_ADDRESS"] == "rediss://redis:7000"
     assert plan.environment["RAY_REDIS_CA_CERT"] == "/ca"
     assert {"--redis-password=hush", "--redis-username=u", "--num-cpus=0"} <= set(plan.arguments)
+
+
+async def test_a_head_that_is_gone_is_not_waited_for() -> None:
+    """Ray's calls hold their thread until the head is back; the process must be able to end meanwhile."""
+    answers = threading.Event()
+    assert not await ask_head(lambda: answers.wait(), 0.01)
+    answers.set()
+    asked: list[str] = []
+    assert await ask_head(lambda: asked.append("removed"), 60) and asked == ["removed"]
 
 
 def test_probes_tell_loading_from_broken() -> None:

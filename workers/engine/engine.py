@@ -60,7 +60,7 @@ class Engine:
     """Runs sequences on one Runner. One thread owns it.
 
     What concerns other workers goes through `incoming`, `outgoing` and `moves`: what they write here, copy from here, take over.
-    `make_detokenizer(request)` gives a fresh Detokenizer; without `vocabulary` requests with a grammar are refused. `max_model_len` bounds prompt + output in tokens. With
+    `make_detokenizer(request)` gives a fresh Detokenizer; without `vocabulary` requests with a grammar are refused. `max_model_len` bounds prompt + output in tokens. `keeps_outputs`: see Scheduler. With
     `overlap_steps`, a runner that can launch (LaunchingRunner) computes a step while the next one is scheduled.
     """
 
@@ -79,6 +79,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         vocabulary: GrammarVocabulary | None = None,
         request_limits: RequestLimits = DEFAULT_LIMITS,
+        keeps_outputs: bool = False,
     ) -> None:
         self._grammars = Grammars(vocabulary, runner.vocab_size, eos_token_ids, clock)
         self._runner = runner
@@ -91,7 +92,7 @@ class Engine:
             if num_pools == 1
             else PooledKvCache(num_pools, num_blocks // num_pools, BLOCK_SIZE, prefix_cache)
         )
-        self._scheduler = Scheduler(self._kv, limits)
+        self._scheduler = Scheduler(self._kv, limits, keeps_outputs)
         self._sequences = LiveSequences(
             self._scheduler,
             make_detokenizer=make_detokenizer,

@@ -9,7 +9,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from workers.errors import InvalidRequest
 from workers.grammar.language import MISSING, limits, said
 from workers.grammar.sequence_constraint import SequenceConstraint
 from workers.grammar.vocabulary import GrammarVocabulary
+from workers.machine.threads import started_threads
 from workers.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Grammars:
         self._waiting: dict[int, _Unread] = {}
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         """Used by the pool's one thread alone."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        # Its thread runs from now on: one that cannot be started later, under a full process table, would end the engine's.
+        self._pool = started_threads(1, "grammars") if vocabulary is not None else None
         self._news = threading.Event()
         self._notify: Callable[[], None] = lambda: None
 
@@ -69,7 +70,10 @@ class Grammars:
         constraint = SequenceConstraint(params, self._vocab_size, self._eos)
         if params.grammar:
             self._waiting[sequence_id] = _Unread(constraint, self._clock())
-            self._pool.submit(self._prepare, constraint, params.grammar, tuple(output_token_ids))
+            if self._pool is None:
+                constraint.fail(MISSING)
+            else:
+                self._pool.submit(self._prepare, constraint, params.grammar, tuple(output_token_ids))
         return constraint
 
     def poll(self, now: float) -> list[tuple[int, str]]:
@@ -99,7 +103,8 @@ class Grammars:
         return True
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, constraint: SequenceConstraint, grammar: str, output_token_ids: tuple[int, ...]) -> None:
         try:

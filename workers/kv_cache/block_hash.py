@@ -35,6 +35,16 @@ def token_ids(written: bytes) -> list[int]:
     return ids
 
 
+def keys_behind(parent: int, tokens: bytes, block_size: int) -> list[BlockKey]:
+    """Of the full blocks among tokens (as `token_bytes` writes them) that stand behind a block with the hash `parent`, or the salt."""
+    size = 4 * block_size
+    hashes = _hashes(tokens[: len(tokens) // size * size], block_size, parent)
+    parents = [parent, *hashes]
+    return [
+        BlockKey(block_hash, parents[at], tokens[at * size : (at + 1) * size]) for at, block_hash in enumerate(hashes)
+    ]
+
+
 def _hashes(tokens: bytes, block_size: int, salt: int = 0) -> list[int]:
     block_bytes = 4 * block_size
     digest = xxhash.xxh3_64_intdigest
@@ -73,12 +83,12 @@ class Chain:
         self.block_size = block_size
         self.salt = salt
         self.hashes = _hashes(tokens[: len(tokens) // (4 * block_size) * 4 * block_size], block_size, salt)
-        self._tokens = tokens
+        self.tokens = tokens
 
     @cached_property
     def keys(self) -> list[BlockKey]:
         """One a block."""
-        tokens, size = self._tokens, 4 * self.block_size
+        tokens, size = self.tokens, 4 * self.block_size
         starts = range(0, len(tokens), size)
         make, new = tuple.__new__, BlockKey
         return [
@@ -153,6 +163,14 @@ class PromptBlocks:
         """Of block number `index`."""
         assert self.chain is not None
         return self.chain.keys[index]
+
+    def keys_behind(self, output: Sequence[int]) -> list[BlockKey]:
+        """Of the full blocks that an output behind this prompt makes, with the prompt's tokens that no full block holds."""
+        if self.chain is None:
+            return []
+        parent = self.hashes[-1] if self.hashes else self.chain.salt
+        rest = self.chain.tokens[4 * self.block_size * len(self.hashes) :]
+        return keys_behind(parent, rest + token_bytes(output), self.block_size)
 
     def keys(self, first: int, end: int) -> list[BlockKey]:
         """Of the blocks number first .. end-1."""

@@ -211,6 +211,14 @@ class KvCacheManager:
             self._cache.publish(table.blocks[first:full], table.prompt.keys(first, full))
             table.num_published = full
 
+    def publish_output(self, table: BlockTable, output: Sequence[int]) -> None:
+        """Makes the full blocks behind the prompt's findable, with the output tokens whose KV is in them. Only where the decode path
+        writes the bits of the prefill path."""
+        first = len(table.prompt.hashes)
+        if table.num_published == first:
+            keys = table.prompt.keys_behind(output)
+            self._cache.publish(table.blocks[first : first + len(keys)], keys)
+
     def release(self, table: BlockTable) -> None:
         """Gives all blocks of a sequence back."""
         if self._tiers is not None and table.promotion is not None:

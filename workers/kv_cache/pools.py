@@ -109,6 +109,9 @@ class PooledKvCache:
     def publish_prompt(self, table: BlockTable, num_computed: int) -> None:
         self._pools[self.pool_of(table)].publish_prompt(table, num_computed)
 
+    def publish_output(self, table: BlockTable, output: Sequence[int]) -> None:
+        self._pools[self.pool_of(table)].publish_output(table, output)
+
     def release(self, table: BlockTable) -> None:
         self._pools[self.pool_of(table)].release(table)
 

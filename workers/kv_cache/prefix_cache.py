@@ -93,7 +93,7 @@ class Ledger:
 
 
 class PrefixCache:
-    """Maps chained block hashes (workers.kv_cache.block_hash) to blocks whose bits the prefill path wrote.
+    """Maps chained block hashes (workers.kv_cache.block_hash) to blocks whose bits are those that the prefill path writes.
 
     A hash alone is not believed: the entry's tokens and its parent must match too, so a collision is a miss.
     """
@@ -134,7 +134,7 @@ class PrefixCache:
         return block if block is not None and self._keys[block] == key else None
 
     def publish(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
-        """Makes full, finished prompt blocks findable. The first block of a hash stays; a later twin is ignored."""
+        """Makes full, finished blocks findable. The first block of a hash stays; a later twin is ignored."""
         fresh = []
         for block, key in zip(blocks, keys, strict=True):
             block_hash = key.block_hash

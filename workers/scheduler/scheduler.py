@@ -50,6 +50,8 @@ class Scheduler:
 
     kv: KvCacheManager | PooledKvCache
     limits: Limits
+    keeps_outputs: bool = False
+    """Blocks of outputs stay in the prefix cache: decoding writes the KV that computing a prompt writes, bit for bit."""
     waiting: list[Sequence] = field(default_factory=list)
     active: list[Sequence] = field(default_factory=list)
     """All sequences that hold blocks, in order of admission."""
@@ -261,6 +263,9 @@ class Scheduler:
             case Effect.LEAVE_QUEUE:
                 self.waiting.remove(sequence)
             case Effect.FREE:
+                if self.keeps_outputs:
+                    computed = max(0, sequence.num_computed - sequence.num_prompt)
+                    self.kv.publish_output(sequence.table, sequence.known[:computed])
                 self._free(sequence)
             case Effect.START_AGAIN:
                 self._free(sequence)

@@ -7,6 +7,7 @@ joined. That makes incremental decoding exact and O(1) per token for byte-level 
 from __future__ import annotations
 
 import codecs
+import copy
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,6 +161,11 @@ class Tokenizer:
         return self._special_tokens
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Of tokens that are left out of texts."""
+        return self._special_ids
+
+    @property
     def added_tokens(self) -> dict[str, int]:
         """Control tokens and others that no text is cut into, by their texts."""
         return self._added_tokens
@@ -168,6 +174,16 @@ class Tokenizer:
         """The token that stands for exactly this text; None where there is none."""
         token_id: int | None = self._backend.token_to_id(text)
         return token_id
+
+    def with_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template. Raises InvalidRequest when that does not parse."""
+        try:
+            template = self._sandbox.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            raise InvalidRequest(f"chat_template does not parse: {error!s:.200}", "chat_template") from error
+        other = copy.copy(self)
+        other._sources, other._templates = {"default": source}, {"default": template}
+        return other
 
     def render_chat(
         self,

@@ -47,6 +47,8 @@ class TorchRunner(ModelRunner[Ernie | NativeErnie]):
         self._thread = 0
         if isinstance(model, NativeErnie):
             self.row_kernel = model.row_kernel
+        self.decode_agrees = isinstance(model, NativeErnie)
+        """The KV that decoding writes has the bits that computing the same tokens as a prompt gives."""
 
     @staticmethod
     def load(config: WorkerConfig) -> TorchRunner:

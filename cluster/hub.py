@@ -1,0 +1,63 @@
+"""Turns the name of a repository on the Hugging Face Hub into a folder on this host: downloaded once, resumed when it was interrupted.
+
+What is taken are weights as safetensors, and files of configuration and tokenizer: nothing that could be run. HF_TOKEN, HF_ENDPOINT,
+HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.errors import InvalidConfig
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "*.jinja", "*_tokens*.json"]
+_UNWANTED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
+"""Also what stands in folders: other formats of the same weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubConfig:
+    """Where a worker.model that is no folder is taken from."""
+
+    revision: str = ""
+    """A branch, tag or commit; empty: main."""
+    cache_folder: str = ""
+    """Where downloads are kept; empty: huggingface_hub's own place."""
+
+
+def is_repository(model: str) -> bool:
+    """OWNER/NAME, and no path that is there."""
+    return _REPOSITORY.fullmatch(model) is not None and not Path(model).exists() and ".." not in model
+
+
+def fetch(repository: str, config: HubConfig) -> str:
+    """The folder with the checkpoint, with a bar that shows its progress. Raises InvalidConfig."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.snapshot_download(
+            repository,
+            revision=config.revision or None,
+            cache_dir=config.cache_folder or None,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+        )
+    except errors.GatedRepoError:
+        why = "its owner gives it to those who have agreed to terms: agree on its page, and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        why = "there is no such repository for who asks: is the name right, or HF_TOKEN missing?"
+    except errors.RevisionNotFoundError:
+        why = f"it has no revision {config.revision!r}"
+    except errors.LocalEntryNotFoundError:
+        why = "it is not in the cache, and the hub does not answer or HF_HUB_OFFLINE is set"
+    except errors.HfHubHTTPError as error:
+        why = f"the hub answered with HTTP {getattr(error.response, 'status_code', '?')}"
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+    raise InvalidConfig(
+        f"cannot download the model {repository!r}: {why}; --model also takes the path of a checkpoint folder"
+    )
