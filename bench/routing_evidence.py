@@ -3,15 +3,17 @@
 python bench/routing_evidence.py --trace ../shared/traces/mooncake_conversation.jsonl --requests 3000 --rates 14 18 22 26
 python bench/routing_evidence.py --trace generated:requests=2000,rate=10,shift=1 --workers 64 --rates 2 4 6 8
 
-A way is a split and a policy. Its curve is the goodput at each of --rates (arrivals of the trace come so many times as fast), its *capacity*
-the load at which --attain (0.9) of all requests still end within both targets, between two rates by a straight line. Ways are compared
-at equal hardware and equal admission: with `soft` nobody is refused, with `strict` the same router refuses what it cannot keep, whoever routes.
-Splits are tried at the middle rate with Baton's policy; the best one gets a curve. Goodput counts over the time in which requests arrive.
+A way is a split and a policy. All ways are compared at the middle one of --rates (arrivals of the trace come so many times as fast). A way's
+*capacity* is the load at which --attain (0.9) of all requests still end within both targets, between two rates by a straight line: from the middle
+rate on, rates are tried upwards or downwards until two that are next to each other enclose it. Ways are compared at equal hardware and equal
+admission: with `soft` nobody is refused, with `strict` the same router refuses what it cannot keep, whoever routes. Splits are tried at the
+middle rate with Baton's policy; the best one gets a capacity. Goodput counts over the time in which requests arrive.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -26,8 +28,8 @@ from cluster.sim.simulation import simulate
 from cluster.sim.traces.files import read_trace
 from cluster.sim.traces.generated import PREFIX, generate, recipe_of
 
-HOPELESS = 0.5
-"""A way that keeps fewer of its promises is not tried at a higher rate."""
+WINDOW_BYTES = 1 << 30
+"""KV that may be under way at once in a handoff: with that the pieces of a step travel together, and a simulation has fewer events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,10 @@ class Bench:
                 "admission": way.admission,
                 **({"pull_min_blocks": 0, "max_local_prefill_tokens": 0} if way.is_colocated else {}),
             },
-            worker={"local_prefill_tokens": 1 << 24} if way.is_colocated else {},
+            worker={
+                "transfer_window_bytes": WINDOW_BYTES,
+                **({"local_prefill_tokens": 1 << 24} if way.is_colocated else {}),
+            },
         )
         began_s = time.process_time()
         record = simulate(settings, requests)
@@ -97,28 +102,25 @@ class Bench:
         )
         return row
 
-    def curve(self, way: Way) -> list[dict[str, Any]]:
-        """Rows at rising rates, until nothing can be hoped for."""
-        rows: list[dict[str, Any]] = []
-        for rate in self.args.rates:
+    def curve(self, way: Way, middle: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Rows from the middle rate (`middle`, where there is one already) up or down, until the wanted attainment lies between the last two."""
+        rates, at = self.args.rates, len(self.args.rates) // 2
+        rows = [middle or self.run(way, rates[at])]
+        keeps = rows[0]["share"] >= self.args.attain
+        for rate in rates[at + 1 :] if keeps else rates[:at][::-1]:
             rows.append(self.run(way, rate))
-            if rows[-1]["share"] < HOPELESS:
+            if (rows[-1]["share"] >= self.args.attain) is not keeps:
                 break
-        return rows
+        return sorted(rows, key=lambda row: float(row["rate"]))
 
 
 def capacity(rows: list[dict[str, Any]], attain: float) -> float:
-    """Requests a second at which so many are within the SLO; 0: not at any of the rates. What even the highest rate keeps is a bound."""
-    best, before = 0.0, (0.0, 1.0)
-    for row in rows:
-        load, share = row["load"], row["share"]
-        if share >= attain:
-            best = load
-        elif before[1] >= attain:
-            best = before[0] + (load - before[0]) * (before[1] - attain) / (before[1] - share) if before[0] else 0.0
-            break
-        before = (load, share)
-    return best
+    """Requests a second at which so many are within the SLO. Where no two rates enclose it: the highest rate that keeps it, 0: none does."""
+    for low, high in itertools.pairwise(rows):
+        if low["share"] >= attain > high["share"]:
+            part = (low["share"] - attain) / (low["share"] - high["share"])
+            return float(low["load"] + part * (high["load"] - low["load"]))
+    return max((float(row["load"]) for row in rows if row["share"] >= attain), default=0.0)
 
 
 def figures(record: RunRecord, span_s: float) -> dict[str, Any]:
@@ -146,6 +148,10 @@ def quantile(values: list[float], part: float) -> float:
     return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
 
 
+def named(split: tuple[int, int]) -> str:
+    return "all mixed" if split == (0, 0) else f"{split[0]}:{split[1]}"
+
+
 def splits(num_workers: int, given: list[str] | None) -> list[tuple[int, int]]:
     """Prefill and decode workers; what they leave does both. All of them mixed is the first."""
     if given:
@@ -161,7 +167,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=3000, help="so many; a generated load is taken as a whole")
     parser.add_argument("--profile", default="h200:21B-A3B:bf16:tp1")
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="+", default=[14.0, 18.0, 22.0, 26.0])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0], help="rising"
+    )
     parser.add_argument("--splits", nargs="+", metavar="P:D", help="default: all mixed, and every eighth")
     parser.add_argument("--ttft", type=float, default=2.0)
     parser.add_argument("--tpot", type=float, default=0.05)
@@ -172,7 +180,7 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args)
     print(
-        f"{args.trace}, {len(bench.trace)} requests: {args.workers} x {args.profile}, ttft {args.ttft:g} s, tpot {args.tpot:g} s\n"
+        f"{Path(args.trace).name}, {len(bench.trace)} requests: {args.workers} x {args.profile}, ttft {args.ttft:g} s, tpot {args.tpot:g} s\n"
     )
     print(
         "| way | admission | rate x | load, 1/s | goodput, 1/s | within SLO | TTFT p50 / p90, s | TPOT p50 / p90, ms | cached | refused | local |"
@@ -180,26 +188,26 @@ def main() -> int:
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     middle = args.rates[len(args.rates) // 2]
     found = {
-        split: bench.run(Way(f"(b) {split[0]}:{split[1]}", "kv_aware", *split), middle)
+        split: bench.run(Way(f"(b) {named(split)}", "kv_aware", *split), middle)
         for split in splits(args.workers, args.splits)
     }
     best = max(found, key=lambda split: float(found[split]["goodput"]))
-    name = "all mixed" if best == (0, 0) else f"{best[0]}:{best[1]}"
     ways = [
         Way("(a) colocated, least loaded", "least_loaded", is_colocated=True),
         Way("(c) colocated, round robin", "round_robin", is_colocated=True),
-        Way(f"(d) {name}, Baton", "kv_aware", *best),
+        Way(f"(d) {named(best)}, Baton", "kv_aware", *best),
     ]
     summary = []
     for admission in ("soft",) if args.soft_only else ("soft", "strict"):
-        curves = [bench.curve(replace(way, admission=admission)) for way in ways]
+        known = found[best] if admission == "soft" else None
+        curves = [bench.curve(replace(way, admission=admission), known if way is ways[-1] else None) for way in ways]
         carried = [capacity(rows, args.attain) for rows in curves]
-        peaks = [max(row["goodput"] for row in rows) for rows in curves]
-        base, peak = max(carried[:2]), max(peaks[:2])
+        at_middle = [next(row["goodput"] for row in rows if row["rate"] == middle) for rows in curves]
+        base, goodput = max(carried[:2]), max(at_middle[:2])
         ratio = f"{carried[2] / base:.2f}" if base else "-"
         summary.append(
-            f"{admission}: capacity {', '.join(f'{value:.1f}' for value in carried)} requests a second for (a), (c), (d), "
-            f"ratio {ratio}; highest goodput {', '.join(f'{value:.1f}' for value in peaks)}, ratio {peaks[2] / peak:.2f}"
+            f"{admission}: capacity {', '.join(f'{value:.1f}' for value in carried)} requests a second for (a), (c), (d), ratio {ratio}; "
+            f"goodput at x {middle:g} {', '.join(f'{value:.1f}' for value in at_middle)}, ratio {at_middle[2] / goodput:.2f}"
         )
     print("\n" + "\n".join(summary))
     if args.json:

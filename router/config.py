@@ -254,9 +254,10 @@ class RouterConfig:
     """Prompt tokens that may wait at a worker to be computed; below that it takes another prompt of any length."""
     max_prefill_candidates: Natural = 3
     """Prefill workers that a decode worker may try for one request."""
-    max_local_prefill_tokens: Natural = 2048
-    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there, and that is
-    expected to be quicker than a prefill worker and not to slow down what decodes there; 0: never (but see worker.local_prefill_tokens)."""
+    max_local_prefill_tokens: Natural = 16_384
+    """A decode worker may be told to compute a prompt itself when at most so many of its tokens are uncached there (2,048 where the request
+    has no `tpot`), and that is expected to be quicker than a prefill worker and to let what decodes there keep its `tpot`; 0: never (but see
+    worker.local_prefill_tokens)."""
     lower_tier_cost_tokens: Natural = 8
     """What bringing back one cached block from a worker's host memory or disk weighs against computing prompt tokens; a block has 64."""
     pull_min_blocks: Natural = 8

@@ -113,6 +113,9 @@ class RouterCore:
             self._out.append(SendMessage(event.worker_id, event.connection, DumpRequest()))
         for output in frame.outputs:
             self.flights.take(output, event.worker_id, now)
+        if self.flights.migrations.has_ended and not self._is_shut_down:
+            self.flights.migrations.has_ended = False
+            self.mover.leave(now)
         for found in frame.found:
             self.searches.take(event.worker_id, found)
 

@@ -33,6 +33,7 @@ class Plain:
     last_context: int
     unit: tuple[float, float, float, float, float]
     looked_back: float
+    lent_s: float
     tie: int
 
 
@@ -75,8 +76,19 @@ class PlainPolicy:
         queued = w.prefill_tokens * (self.step_s(w) / self.chunk(w) + w.unit[3] + w.looked_back * w.unit[4])
         return self.step_s(w) + queued + self.own_prefill_s(w)
 
+    def lent(self, w: Plain) -> float:
+        return min(0.9, w.lent_s / 5.0) if w.num_sequences > 0 else 0.0
+
+    def strain(self, w: Plain) -> float:
+        """How much of the time for prompts that the target leaves is used with this one."""
+        if not self.demand.tpot_s:
+            return 1.0
+        lent = self.lent(w) + (self.prefill_s(w) - self.step_s(w)) / 5.0
+        left = 1 - self.step_s(w) / (0.9 * self.demand.tpot_s)
+        return lent / left if left > lent else 1.0
+
     def compute_s(self, w: Plain) -> float:
-        return self.prefill_s(w) + self.decoding(w) * self.own_prefill_s(w)
+        return self.prefill_s(w) + self.decoding(w) * self.own_prefill_s(w) * self.strain(w) ** 3
 
     def handoff_s(self, w: Plain) -> float:
         missing = max(0, self.demand.num_prompt_blocks - w.in_pool)
@@ -91,7 +103,8 @@ class PlainPolicy:
         return math.inf if best is None else self.compute_s(best) + self.handoff_s(w)
 
     def local_s(self, w: Plain) -> float:
-        return self.compute_s(w) if w.computes or w.is_short else math.inf
+        has_room = not self.demand.tpot_s or self.strain(w) < 1
+        return self.compute_s(w) if w.computes or (w.is_short and has_room) else math.inf
 
     def ttft_s(self, w: Plain) -> float:
         best = self.best_other(w)
@@ -103,7 +116,7 @@ class PlainPolicy:
         own_context = self.demand.num_prompt_tokens + 0.5 * self.demand.num_output_tokens
         others = w.num_sequences
         step = w.unit[0] + (others + 1) * w.unit[1] + (others * self.context(w) + own_context) * w.unit[2]
-        return step + w.prefill_tokens * w.unit[3] / self.demand.num_output_tokens
+        return step / (1 - self.lent(w)) + w.prefill_tokens * w.unit[3] / self.demand.num_output_tokens
 
     def answer_s(self, w: Plain) -> float:
         num_output = self.demand.num_output_tokens
@@ -138,7 +151,10 @@ class PlainPolicy:
         }
         decode_cost, prefill_cost = costs[name]
         careful = name in ("kv_aware", "session_affinity")
-        may = self.not_avoided([w for w in self.workers if w.decodes])
+        able = [w for w in self.workers if w.decodes]
+        if careful:
+            able = [w for w in able if self.local_s(w) < math.inf or self.best_other(w) is not None]
+        may = self.not_avoided(able)
         if careful and self.demand.tpot_s:
             may = [w for w in may if self.tpot_s(w) <= self.demand.tpot_s] or may
         if not may:

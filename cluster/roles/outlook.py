@@ -7,6 +7,7 @@ ranks splits; it does not promise times.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,13 +63,20 @@ def goodput(splits: list[RoleSplit], forecast: Forecast, costs: Costs, targets: 
     for factor, weight in MARGINS:
         rate = forecast.asked_per_s + (factor - 1) * forecast.requests_per_s
         at_load = np.zeros(len(splits))
-        for local_tokens in {0, costs.local_tokens}:
+        for local_tokens in local_limits(forecast, costs):
             good = _goodput(prefill, decode, mixed, rate, forecast, costs, targets, local_tokens)
             at_load = np.maximum(at_load, good)
         total += weight / factor * at_load
     norm = sum(weight for _, weight in MARGINS)
     result: Floats = total / norm
     return result
+
+
+def local_limits(forecast: Forecast, costs: Costs) -> list[int]:
+    """Lengths up to which prompts may be computed where they decode: none, and some points of their distribution within what settings allow. A router
+    finds by itself what workers can take beside their answers."""
+    points = forecast.uncached[1::2]
+    return [0, *sorted({math.ceil(point) for point in points if point <= costs.local_tokens})]
 
 
 def _goodput(

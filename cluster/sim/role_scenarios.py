@@ -1,4 +1,4 @@
-"""Named situations that the role controllers of a cluster must master; tests/unit/test_role_scenarios.py says how each has to end."""
+"""Named situations that the role controllers of a cluster must master: tests/unit/test_role_scenarios.py says how each has to end, tests/sim/golden how it went."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cluster.sim.load import TraceRequest
 from cluster.sim.product import RolesConfig
+from cluster.sim.profiles.profile import LinearCost, Profile
 from cluster.sim.scenarios import Scenario
 from cluster.sim.settings import Settings
 from cluster.sim.traces.generated import Recipe
@@ -16,7 +17,12 @@ _BY_ORDER = RolesConfig(mode="off", drain_timeout_s=4.0, step_timeout_s=3.0)
 _SIX = Settings(num_prefill=2, num_decode=4, seed=1, check_interval=2000, ttft_s=1.0, tpot_s=0.02, roles=_AUTO)
 _STEADY = Recipe(requests=120, rate=8.0, prompt=1500, output=150, pause=2.0)
 _TWO_ROUTERS = replace(_SIX, num_routers=2, num_prefill=2, num_decode=3, roles=_BY_ORDER)
+_SLOW = Profile(cost=LinearCost(prefill_token_s=1e-4, decode_s=4e-4))
+"""A worker that few requests keep busy."""
 _ORDER = "4 switch decode-0 role=prefill"
+_BUSY = replace(_STEADY, requests=240, rate=14.0, output=500)
+"""Something decodes on every worker at every moment."""
+_BURSTS = replace(_STEADY, requests=320, prompt=9000, output=40, turns=1.0)
 
 
 def _burst(trace: Sequence[TraceRequest]) -> list[TraceRequest]:
@@ -36,7 +42,18 @@ ROLE_SCENARIOS = {
     "roles_burst": Scenario(
         "Prompts come in a burst: workers go from decode to prefill within seconds.",
         settings=_SIX,
-        recipe=replace(_STEADY, requests=320, prompt=9000, output=40, turns=1.0),
+        recipe=_BURSTS,
+        reshape=_burst,
+    ),
+    "roles_shift_and_back": Scenario(
+        "Long prompts, then long answers, then long prompts again: workers help out with prompts, and then with answers.",
+        settings=replace(_SIX, profile=_SLOW, num_decode=3, tpot_s=0.012),
+        recipe=Recipe(requests=480, rate=8.0, prompt=1000, output=160, turns=1.0, shift=1),
+    ),
+    "roles_one_of_each": Scenario(
+        "One worker of each role: a burst of prompts draws the one that can be spared, and both kinds of work go on.",
+        settings=replace(_SIX, num_prefill=1, num_decode=1, num_mixed=1),
+        recipe=replace(_BURSTS, requests=160),
         reshape=_burst,
     ),
     "roles_lull": Scenario(
@@ -51,6 +68,7 @@ ROLE_SCENARIOS = {
         f"roles_leader_death_{phase}": Scenario(
             f"The leader dies when a switch is {phase}; the other router goes on with it.",
             settings=_TWO_ROUTERS,
+            recipe=_BUSY,
             faults=(_ORDER, f"{at_s} kill router-0 restart=20"),
         )
         for phase, at_s in (("intended", 4.0003), ("draining", 4.02), ("fencing", 4.1203), ("verifying", 4.1403))
@@ -68,5 +86,22 @@ ROLE_SCENARIOS = {
             router={"max_migrations": 1},
         ),
         recipe=replace(_STEADY, requests=240, rate=12.0, prompt=9000, output=200, turns=1.0),
+    ),
+    "roles_stale_observations": Scenario(
+        "A burst comes while the only router hears nothing of its workers, and later everything two seconds late: no switch is half done.",
+        settings=_SIX,
+        recipe=_BURSTS,
+        reshape=_burst,
+        faults=(
+            "9.5 cut router-0 from=prefill-0,prefill-1,decode-0,decode-1,decode-2,decode-3 for=3",
+            "12.5 late router-0 by=2 for=8",
+        ),
+    ),
+    "roles_misfit_pin": Scenario(
+        "A worker is pinned to a role that does not fit the load: it stays, others do what they can.",
+        settings=_SIX,
+        recipe=_BURSTS,
+        reshape=_burst,
+        faults=("2 pin decode-0", "2 pin decode-1", "2 pin decode-2"),
     ),
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
+from cluster.sim.core_loop import CoreLoop
 from cluster.sim.network import Network
 from cluster.sim.product import (
     CONTROL,
@@ -52,8 +52,10 @@ class World(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class SimRoles:
+class SimRoles(CoreLoop[roles_events.Event, roles_events.Command]):
     """Of a router from its start to its end."""
+
+    core: RolesCore
 
     def __init__(
         self,
@@ -63,12 +65,11 @@ class SimRoles:
         make_planner: Callable[[], Planner],
         lease_ttl_s: float,
     ) -> None:
+        super().__init__(world.timeline)
         self.world = world
         self._router = router
         self._config = config
         self.core = RolesCore(config, router.name, make_planner, lease_ttl_s, lambda now: now)
-        self._events: deque[roles_events.Event] = deque()
-        self._is_handling = False
         self._names = itertools.count(1)
         self._watcher = f"{router.name}/roles"
 
@@ -78,6 +79,7 @@ class SimRoles:
 
     def stop(self) -> None:
         """The router is gone."""
+        self.is_dead = True
         self.world.store.unwatch(self._watcher)
 
     def order(self, order: Order) -> None:
@@ -85,7 +87,7 @@ class SimRoles:
         self.handle(roles_events.Ordered(f"{self._router.name}-{next(self._names)}", order))
 
     def _look(self) -> None:
-        if self._router.is_dead:
+        if self.is_dead:
             return
         core, now = self._router.core, self.world.timeline.now
         handoff_s = core.forecasts.handoffs.fixed_s
@@ -96,28 +98,13 @@ class SimRoles:
     def _seen(self, snapshot: Snapshot) -> None:
         if self._reaches_store():
             self.handle(roles_events.StoreSeen(snapshot))
-        elif not self._router.is_dead:  # a watch that is cut off asks again
+        elif not self.is_dead:  # a watch that is cut off asks again
             self.world.timeline.after(AGAIN_S, self.world.store.watch, self._watcher, self._seen, CONTROL)
 
     def _reaches_store(self) -> bool:
         return not self.world.store.is_away and not self.world.network.is_cut(self._router.name, STORE)
 
-    # ---- the loop around the core ----
-
-    def handle(self, event: roles_events.Event) -> None:
-        """Takes an event now, or right behind the one that is being handled."""
-        if self._router.is_dead:
-            return
-        events = self._events
-        events.append(event)
-        if self._is_handling:
-            return
-        self._is_handling = True
-        now = self.world.timeline.now
-        while events:
-            for command in self.core.handle(events.popleft(), now):
-                self._execute(command)
-        self._is_handling = False
+    # ---- what the core says ----
 
     def _execute(self, command: roles_events.Command) -> None:
         world = self.world

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, Protocol, assert_never
 
+from cluster.sim.core_loop import CoreLoop
 from cluster.sim.network import Network
 from cluster.sim.product import (
     NO_WISHES,
@@ -45,21 +45,21 @@ class World(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class SimRouter:
+class SimRouter(CoreLoop[router_events.Event, router_events.Command]):
     """A process from its start to its end. `grace_s` and `doubt_s` are its membership's."""
 
+    core: RouterCore
+
     def __init__(self, world: World, config: RouterConfig, name: str, grace_s: float, doubt_s: float) -> None:
+        super().__init__(world.timeline)
         self.world = world
         self.name = name
         self.core = RouterCore(config, make_policy(config))
         self.membership = Membership(grace_s, doubt_s)
-        self.is_dead = False
         self._config = config
         self._streams: dict[int, Stream] = {}
         self._known: set[str] = set()
         """Workers that it has connected to before."""
-        self._events: deque[router_events.Event] = deque()
-        self._is_handling = False
 
     def start(self) -> None:
         self._tick()
@@ -90,22 +90,7 @@ class SimRouter:
                 if entry is not None and entry.is_up:
                     fleet.table.note_step(entry.row, step.num_decodes, step.context, 0, 0, step.seconds)
 
-    # ---- the loop around the core ----
-
-    def handle(self, event: router_events.Event) -> None:
-        """Takes an event now, or right behind the one that is being handled."""
-        if self.is_dead:
-            return
-        events = self._events
-        events.append(event)
-        if self._is_handling:
-            return
-        self._is_handling = True
-        core, now = self.core, self.world.timeline.now
-        while events:
-            for command in core.handle(events.popleft(), now):
-                self._execute(command)
-        self._is_handling = False
+    # ---- what the core says ----
 
     def _execute(self, command: router_events.Command) -> None:
         match command:

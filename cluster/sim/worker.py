@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
+from cluster.sim.core_loop import CoreLoop
 from cluster.sim.engine_loop import EngineLoop
 from cluster.sim.handoffs import Receiving, Sending, refuse
 from cluster.sim.model import BytelessMemory, info_of, layout_of
@@ -72,8 +72,10 @@ class Stream:
         self._damaged_below(reason)
 
 
-class SimWorker:
+class SimWorker(CoreLoop[worker_events.Event, worker_events.Command]):
     """A process from its start to its end; a restart is another one of the same name."""
+
+    core: WorkerCore
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class SimWorker:
         leap_until: Callable[[float], float],
         hang_ups: Mapping[int, int],
     ) -> None:
+        super().__init__(world.timeline)
         self.world = world
         self.config = config
         self.name = name
@@ -94,7 +97,6 @@ class SimWorker:
         self.model = info_of(world.profile)
         self.layout = layout_of(world.profile, num_parts)
         self.latency_s = world.profile.control_latency_s
-        self.is_dead = False
         self._pid = start_count
         self._frozen: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
         self.core = WorkerCore(config, self.identity, self.layout, self.model.fingerprint, self._describe)
@@ -118,8 +120,6 @@ class SimWorker:
         self._sessions = itertools.count(1)
         self._transfers = itertools.count(1)
         self._answer: worker_events.AcceptHandoff | worker_events.RefuseHandoff | None = None
-        self._events: deque[worker_events.Event] = deque()
-        self._is_handling = False
         self._timer: Timer | None = None
         self._counted = -1
         self._counters: tuple[tuple[str, float], ...] = ()
@@ -165,23 +165,7 @@ class SimWorker:
             return True
         return self.is_dead
 
-    # ---- the loop around the core ----
-
-    def handle(self, event: worker_events.Event) -> None:
-        """Takes an event now, or right behind the one that is being handled."""
-        if self.is_dead:
-            return
-        events = self._events
-        events.append(event)
-        if self._is_handling:
-            return
-        self._is_handling = True
-        now = self.world.timeline.now
-        while events:
-            for command in self.core.handle(events.popleft(), now):
-                self._execute(command)
-        self._is_handling = False
-        self._set_timer()
+    # ---- what the core says ----
 
     def _execute(self, command: worker_events.Command) -> None:
         match command:
@@ -216,7 +200,8 @@ class SimWorker:
             case _:
                 assert_never(command)
 
-    def _set_timer(self) -> None:
+    def _rest(self) -> None:
+        """The core is asked again when it wants to be."""
         due_s = self.core.next_due_s
         timer = self._timer
         if timer is not None and timer.call is not None and timer.at_s <= due_s:
@@ -232,7 +217,7 @@ class SimWorker:
         if self.core.next_due_s <= self.world.timeline.now:
             self.handle(worker_events.Tick())
         else:
-            self._set_timer()
+            self._rest()
 
     def _on_report(self, report: Report) -> None:
         if not self.defer(self._on_report, report):

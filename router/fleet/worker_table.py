@@ -15,9 +15,11 @@ NUM_WORK = 5
 """Kinds of work that a step's time is made of (router.forecast.steps.WORK)."""
 NUM_RATIOS = 9
 """Steps of a worker whose median says how fast it is: four odd ones among them change nothing."""
+LENT_S = 5.0
+"""So far back it counts what prompts have taken from sequences that decode beside them: about an answer."""
 _COLUMNS = (
     "seeds", "can_decode", "can_prefill", "num_sequences", "prefill_tokens", "free_blocks", "takes_blocks", "takes_prompt",
-    "batch_tokens", "steps", "has_step", "num_steps", "kinds", "ratios", "speeds", "seconds", "looked_back", "is_known",
+    "batch_tokens", "steps", "has_step", "lent_s", "num_steps", "kinds", "ratios", "speeds", "seconds", "looked_back", "is_known",
 )  # fmt: skip
 
 
@@ -43,6 +45,8 @@ class WorkerTable:
         self.steps: Seconds = np.zeros((0, NUM_WORK + 1))
         """The step that a worker has reported last: its work, and its seconds. `has_step`: nobody has learnt from it yet."""
         self.has_step: Flags = np.zeros(0, np.bool_)
+        self.lent_s: Seconds = np.zeros(0)
+        """Seconds that prompts have taken from sequences that decode there, of the last LENT_S or so: older ones fade."""
         self.num_steps: Numbers = np.zeros(0, np.int64)
         """That were learnt from."""
         self.kinds: Numbers = np.zeros(0, np.int64)
@@ -75,7 +79,7 @@ class WorkerTable:
             row = self._free_rows.pop()
             self.ids[row] = worker_id
             self.seeds[row] = seed
-            self.has_step[row], self.num_steps[row] = False, 0
+            self.has_step[row], self.num_steps[row], self.lent_s[row] = False, 0, 0.0
             return row
         self.ids.append(worker_id)
         for name in _COLUMNS:
@@ -91,6 +95,9 @@ class WorkerTable:
         """A worker's last step, in the order of WORK, for whoever learns from it."""
         self.steps[row] = (1, decodes, context, prompt_tokens, prompt_context, seconds)
         self.has_step[row] = decodes + prompt_tokens > 0
+        if decodes and prompt_tokens:
+            unit = self.seconds[row]
+            self.lent_s[row] += prompt_tokens * unit[3] + prompt_context * unit[4]
 
     def remove(self, row: int) -> None:
         """The worker has been closed before: its row takes no requests."""

@@ -29,6 +29,8 @@ SLOWEST, FASTEST = 20.0, 0.05
 IDLE_MEMORY = 0.9
 """What each tick leaves of the logarithm of an idle worker's speed: after 2 s, at ten ticks a second, an eighth."""
 FORGOTTEN = 0.01
+LENT_MEMORY = 0.98
+"""What each tick leaves of WorkerTable.lent_s: after LENT_S, at ten ticks a second, about a third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class StepTimes:
     def learn(self, table: WorkerTable) -> None:
         """Takes the step that each worker has reported last, if it is a new one; vector operations over the workers that have."""
         self._forget_idle(table)
+        table.lent_s *= LENT_MEMORY
         rows = np.flatnonzero(table.has_step)
         if not len(rows):
             return

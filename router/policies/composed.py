@@ -31,7 +31,9 @@ class ComposedPolicy:
         if not candidates.decodes.any():
             return None
         outlook = Outlook(demand, candidates)
-        may = candidates.decodes
+        may = outlook.decodes if self.weighs_places else candidates.decodes
+        if not may.any():
+            return None
         for keeps in self.filters:
             may = keeps(outlook, may)
         (decode,) = _first(outlook, may, self._cost(outlook, self.decode), 1)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from router.fleet.worker_table import Numbers, Seconds
+from router.fleet.worker_table import LENT_S, Flags, Numbers, Seconds
 from router.policies.policy import Candidates, Demand
 
 UNKNOWN_BATCH = 512
 """Tokens of a step where a worker has not said."""
+PACE_MARGIN = 0.9
+"""Of a target between two tokens, what is planned with."""
+MOST_LENT = 0.9
+"""Of a worker's time, as what prompts take at most."""
 LEAST_BUDGET = 64
 """Tokens of a step that are left for prompts, however many sequences decode."""
 
@@ -55,18 +59,42 @@ class Outlook:
         own_context = num_prompt + 0.5 * num_output
         num_others = table.num_sequences
         last_s = step_s + (num_others + 1) * decode_s + (num_others * self.context + own_context) * context_s
-        self.tpot_s: Seconds = last_s + table.prefill_tokens * prompt_s / num_output
-        """Between two tokens of the answer, with the sequences that are or will be there, and with the prompts that wait there."""
+        lent = np.where(num_others > 0, np.minimum(MOST_LENT, table.lent_s / LENT_S), 0.0)
+        self.tpot_s: Seconds = last_s / (1 - lent) + table.prefill_tokens * prompt_s / num_output
+        """Between two tokens of the answer, with the sequences that are or will be there, with the prompts that wait there, and with as
+        many more as came lately."""
         self.slowing_s: Seconds = (num_output * num_others) * (decode_s + own_context * context_s)
         """What all that decodes there loses together by one more sequence."""
 
-        self.compute_cost_s: Seconds = self.prefill_s + self.num_decoding * self.own_prefill_s
-        """Of the prompt: until it has been computed, and what those lose that decode there and wait meanwhile."""
+        self.strain: Seconds = self._strain(lent + (queued_s + self.own_prefill_s) / LENT_S)
+        """0 to 1: how much of the time that the target between two tokens leaves for prompts there would be used with this one. 1 as well where
+        there is no target."""
+        self.compute_cost_s: Seconds = self.prefill_s + self.num_decoding * self.own_prefill_s * self.strain**3
+        """Of the prompt: until it has been computed, and what those lose that decode there and wait meanwhile: little, while all keep the
+        target."""
         self.remote_cost_s: Seconds = self._of_best_other(self.compute_cost_s, self.compute_cost_s) + self.handoff_s
         """For each worker that would decode: the prompt computed by the best of the others, and moved there."""
-        may = candidates.computes | candidates.short
-        self.local_cost_s: Seconds = np.where(may, self.compute_cost_s, np.inf)
+        self.computes: Flags = candidates.computes | (
+            candidates.short & (self.strain < 1) if demand.tpot_s else candidates.short
+        )
+        """Who may compute the prompt of what it decodes: a DECODE worker only while what decodes there keeps its target with it."""
+        self.local_cost_s: Seconds = np.where(self.computes, self.compute_cost_s, np.inf)
         """The prompt computed where it decodes; infinite for who may not."""
+
+    def _strain(self, lent: Seconds) -> Seconds:
+        """`lent`: the share of its time that prompts would take from sequences that decode there."""
+        if not self.demand.tpot_s:
+            return np.ones(len(self.table))
+        left = 1 - self.decode_step_s / (PACE_MARGIN * self.demand.tpot_s)
+        strain: Seconds = np.where(left > lent, lent / np.maximum(left, 1e-9), 1.0)
+        return strain
+
+    @property
+    def decodes(self) -> Flags:
+        """Candidates that decode and have somebody to compute the prompt: themselves or another one."""
+        prefills = self.candidates.prefills
+        able: Flags = self.candidates.decodes & (self.computes | (prefills.sum() > prefills))
+        return able
 
     @property
     def ttft_s(self) -> Seconds:

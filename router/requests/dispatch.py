@@ -25,6 +25,8 @@ from workers.status import PrefixHint
 from workers.trust.permits import make_key, make_permit
 from workers.wire.attach import Adopt, Migration, Submit
 
+UNBOUND_LOCAL_TOKENS = 2048
+"""Without a target between two tokens nothing says what answers may lose to a prompt beside them: a DECODE worker computes short ones only."""
 MIN_ANSWERS = 20
 """So many first tokens say how well they are foretold."""
 
@@ -110,7 +112,8 @@ class Dispatcher:
         if self._max_local_tokens and table.num_prefilling and not is_scored:
             num_uncached = demand.num_prompt_tokens - prefixes.cached * demand.block_size
             short = table.can_decode & ~table.can_prefill & table.takes_prompt & table.is_known
-            short &= num_uncached <= self._max_local_tokens
+            most = self._max_local_tokens if demand.tpot_s else min(self._max_local_tokens, UNBOUND_LOCAL_TOKENS)
+            short &= num_uncached <= most
         reachable = table.can_decode & (computes | short | (prefills.sum() > prefills))
         handoffs, lower_tier_tokens = self._forecasts.handoffs, self._lower_tier_tokens
         prices = handoffs.fixed_s, handoffs.block_s, lower_tier_tokens

@@ -53,6 +53,8 @@ class Migrations:
         self._adopted: set[str] = set()
         """Those of `_incoming` that moved nothing anywhere: they were there before."""
         self._departures: dict[str, _Departure] = {}
+        self.has_ended = False
+        """There is room for another move since this was last made False."""
 
     def __len__(self) -> int:
         """Sequences that are being moved; those that are taken up again are not."""
@@ -131,6 +133,7 @@ class Migrations:
         del self._incoming[incoming.wire_id]
         self._adopted.discard(incoming.wire_id)
         flight.incoming = None
+        self.has_ended = True
 
     def lose_worker(self, worker_id: str, now: float) -> dict[str, str]:
         """Its stream is gone: nothing arrives there any more, and what left it need not say so. Returns the attempts

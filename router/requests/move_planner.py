@@ -85,12 +85,16 @@ class Mover:
 
     def run(self, now: float) -> None:
         """Begins what is due now."""
+        self.leave(now)
+        if self._config.rebalance and self._fleet.table.num_decoding > 1:
+            self._even_out(now)
+
+    def leave(self, now: float) -> None:
+        """Goes on with emptying workers that have to be left, as far as there is room for moves."""
         for entry in self._fleet.to_leave():
             if not self._has_room:
                 break
             self._leave(entry, now)
-        if self._config.rebalance and self._fleet.table.num_decoding > 1:
-            self._even_out(now)
 
     @property
     def _has_room(self) -> bool:

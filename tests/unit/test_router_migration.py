@@ -218,8 +218,7 @@ def test_only_so_many_move_at_once() -> None:
     drain(story, "d-1", is_draining=False)
     drain(story, "d-0")
     assert len(submits(story.tell(Tick()))) == 2 and submits(story.tell(Tick())) == []
-    moved(story, "d-0", "r0#1", 1)
-    assert len(submits(story.tell(Tick()))) == 1
+    assert len(submits(moved(story, "d-0", "r0#1", 1))) == 1, "the next one goes at once, not at the next tick"
 
 
 def test_a_crowded_worker_gives_to_an_empty_one_until_they_are_even_and_not_back_again() -> None:

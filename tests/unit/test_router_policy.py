@@ -36,6 +36,7 @@ worker_states = st.fixed_dictionaries(
         "last_context": st.integers(0, 5000),
         "unit": st.tuples(seconds, seconds, seconds, seconds, seconds),
         "looked_back": st.sampled_from((0.0, 17.5, 4000.0)),
+        "lent_s": st.sampled_from((0.0, 0.4, 3.0, 9.0)),
     }
 )
 demands = st.builds(
@@ -65,7 +66,15 @@ def set_up(states: list[dict[str, Any]], demand: Demand, charged: Prices) -> tup
         state = dict(state)
         in_pool = max(0, state["cached"] - state.pop("num_lower"))
         worker = Plain(row, in_pool=in_pool, tie=int(ties[row]), **state)
-        for name in ("can_decode", "num_sequences", "prefill_tokens", "free_blocks", "batch_tokens", "looked_back"):
+        for name in (
+            "can_decode",
+            "num_sequences",
+            "prefill_tokens",
+            "free_blocks",
+            "batch_tokens",
+            "looked_back",
+            "lent_s",
+        ):
             getattr(table, name)[row] = getattr(worker, name)
         table.steps[row] = (1, worker.last_decodes, worker.last_context, 0, 0, 0.01)
         table.seconds[row] = worker.unit
