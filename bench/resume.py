@@ -33,7 +33,8 @@ def jobs_of(count: int, max_tokens: int, seed: int) -> list[Job]:
         sampling: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95} if index % 2 else {"temperature": 0.0}
         prompt = [rng.randrange(300, 1400) for _ in range(rng.choice([3, 64, 200]))]
         asked.append((prompt, {"max_tokens": max_tokens, "seed": rng.randrange(2**31), **sampling}))
-    return golden_jobs(asked, kv_memory_bytes=200_000_000)
+    jobs: list[Job] = golden_jobs(asked, kv_memory_bytes=200_000_000)
+    return jobs
 
 
 def pids(cluster: ClusterProcess, kind: str) -> list[int]:
