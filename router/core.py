@@ -53,7 +53,8 @@ class RouterCore:
         dispatcher = Dispatcher(policy, self.fleet, self.index, self.forecasts, config, secret)
         self.flights = InFlightRequests(config, self.fleet, dispatcher, self._out, self.counters)
         self.searches = Searches(self.fleet, config.find_timeout_s, self._out)
-        self.mover = Mover(config, self.fleet, dispatcher, self.flights)
+        phase = int.from_bytes(secret[:4]) / (1 << 32)
+        self.mover = Mover(config, self.fleet, dispatcher, self.flights, phase)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event and returns what to do, in this order."""

@@ -11,10 +11,12 @@ from enum import Enum
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.api.problems import Problem, rejected
 from router.config import HttpConfig
+from router.direct import DIRECT
 
 
 class Phase(Enum):
@@ -23,6 +25,23 @@ class Phase(Enum):
     IDLE = "idle"
     HEAD = "head"
     BODY = "body"
+
+
+class ChunkedWriter:
+    """A DirectWriter for one connection: the bytes that uvicorn writes for a part of a body of unknown length."""
+
+    __slots__ = ("_flow", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+
+    @property
+    def is_open(self) -> bool:
+        return not (self._flow.write_paused or self._transport.is_closing())
+
+    def write(self, body: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class _Stop(Exception):
@@ -66,6 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._writer = ChunkedWriter(transport, self.flow)
         if len(self.connections) > self._bounds.max_connections:
             self._refuse(rejected(503, "too_many_connections", "too many connections are open").problem)
             return
@@ -116,8 +136,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._enter(Phase.BODY)
         if len(self.pipeline) >= self._bounds.max_pipelined:
             self._stop(rejected(400, "too_many_requests_ahead", "too many requests were sent ahead of answers").problem)
+        has_chunks = self.parser.get_http_version() != "1.0"
+        if has_chunks:
+            self.scope["extensions"] = {DIRECT: self._writer}  # type: ignore[dict-item]
         super().on_headers_complete()
-        if self.cycle is not None and self.parser.get_http_version() == "1.0":
+        if self.cycle is not None and not has_chunks:
             self.cycle.__class__ = UnframedCycle  # before it runs, which it does in a task
 
     def on_body(self, body: bytes) -> None:

@@ -49,7 +49,7 @@ FLOORS = {
     ),
     "router": (
         "resume", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
-        "requests", "core", "roles", "backend", "driver", "api", "http_protocol", "http_server", "https", "server",
+        "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (
         "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",

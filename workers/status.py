@@ -166,6 +166,8 @@ class WorkerStatus:
     """Sequences that run at once; what comes beyond waits there. 0: not said."""
     max_batch_tokens: int = 0
     """Tokens that one step computes at most, of prompts and of decoding sequences. 0: not said."""
+    num_routers: int = 0
+    """Routers that have sent it requests in the last seconds; where none has, those that are attached. 0: not said."""
 
 
 @dataclass(slots=True)

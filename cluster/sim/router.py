@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any, Protocol, assert_never
 
 from cluster.sim.core_loop import CoreLoop
@@ -54,7 +55,7 @@ class SimRouter(CoreLoop[router_events.Event, router_events.Command]):
         super().__init__(world.timeline)
         self.world = world
         self.name = name
-        self.core = RouterCore(config, make_policy(config))
+        self.core = RouterCore(config, make_policy(config), sha256(name.encode()).digest())
         self.membership = Membership(grace_s, doubt_s)
         self._config = config
         self._streams: dict[int, Stream] = {}

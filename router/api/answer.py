@@ -31,6 +31,7 @@ from router.api.translate import Job
 from router.api.turns import Turns
 from router.backend import Backend
 from router.config import ApiConfig
+from router.direct import DIRECT, DirectWriter
 from router.job_part import FoundJob
 from router.policies.explain import route_of
 from workers.errors import InvalidRequest, Refusal
@@ -275,9 +276,23 @@ class Answer(Response):
             generation.wrote()
 
         writer, ids = self._shape.writer(progress), self._ids
+        connection: DirectWriter | None = scope.get("extensions", {}).get(DIRECT)
+
+        def show(index: int, output: Output) -> bool:
+            """Writes what comes in the middle of an answer at once. The beginning and the end go through every ASGI layer."""
+            is_middle = output.finish_reason is None and progress.choices[index].is_announced
+            if connection is None or self._retellings or not (is_middle and connection.is_open):
+                return False
+            choice, shown = progress.accept(index, output, time.monotonic())
+            chunk = ids.mark(choice, writer.chunk(choice, shown))
+            if body := "".join(chunk).encode():
+                connection.write(body)
+                generation.wrote()
+            return True
+
         try:
             while progress.num_unfinished:
-                batch = await generation.next_batch()
+                batch = await generation.next_batch(show)
                 now_s = time.monotonic()
                 chunks: list[str] = []
                 for index, output in batch:

@@ -13,6 +13,7 @@ from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
+from router.api.plain_route import plain_post
 from router.api.schema import ChatBody, parse_body
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
@@ -23,7 +24,7 @@ from workers.text.tokenizer import Tokenizer
 def chat_routes(services: Services) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @plain_post(routes, "/v1/chat/completions")
     async def create_chat_completion(http: HttpRequest) -> Response:
         return Answer(services, await read_asked(http, services, CHAT), http.headers.get("last-event-id", ""))
 

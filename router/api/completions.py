@@ -19,6 +19,7 @@ from router.api.choice_fields import (
     more_fields,
 )
 from router.api.job_run import Choice, JobProgress
+from router.api.plain_route import plain_post
 from router.api.schema import CompletionBody, parse_body
 from router.api.sse import json_parts, lazy_each, to_json
 from router.api.translate import Job, translate_completion
@@ -29,7 +30,7 @@ from workers.text.tokenizer import Tokenizer
 def completion_routes(services: Services) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=None)
+    @plain_post(routes, "/v1/completions")
     async def create_completion(http: HttpRequest) -> Response:
         return Answer(services, await read_asked(http, services, COMPLETION), http.headers.get("last-event-id", ""))
 

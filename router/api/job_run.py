@@ -41,6 +41,9 @@ class JobOutputs:
         self._ready = list(range(len(streams)))
         """Streams that may have something."""
         self._reader: asyncio.Future[None] | None = None
+        self._show: Callable[[int, Output], bool] | None = None
+        """Set while `next_batch` waits, where its caller gave one."""
+        self._not_shown: list[tuple[int, Output]] = []
         self._heartbeat_s = heartbeat_s
         self._written_s = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -77,10 +80,14 @@ class JobOutputs:
         """How each request was routed, as far as that was asked for."""
         return [stream.decision for stream in self._streams]
 
-    async def next_batch(self) -> list[tuple[int, Output]]:
-        """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure."""
+    async def next_batch(self, show: Callable[[int, Output], bool] | None = None) -> list[tuple[int, Output]]:
+        """Waits for an output, then takes all there are; empty when only a heartbeat is due. Raises a stream's failure.
+
+        With `show` an output that comes during the wait is given to it where it came, which costs no change of tasks. Once
+        `show` returns False for one, that output and all that follow are returned from here; what it raises is raised here.
+        """
         while True:
-            batch: list[tuple[int, Output]] = []
+            batch, self._not_shown = self._not_shown, []
             if self._ready:
                 ready, self._ready = self._ready, []
                 for place in ready:
@@ -90,7 +97,11 @@ class JobOutputs:
             if batch or self.is_heartbeat_due:
                 return batch
             reader = self._reader = self._loop.create_future()
-            await reader
+            self._show = show
+            try:
+                await reader
+            finally:
+                self._show = None
 
     def wrote(self) -> None:
         """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
@@ -105,8 +116,25 @@ class JobOutputs:
             stream.close()
 
     def _wake(self, place: int) -> None:
-        self._ready.append(place)
-        reader = self._reader
+        show, reader = self._show, self._reader
+        if show is None:
+            self._ready.append(place)
+            self._rouse()
+            return
+        try:
+            output = self._streams[place].take(self._wakes[place])
+            if output is None or show(place, output):
+                return
+            self._not_shown.append((place, output))
+        except Exception as error:  # whose output came has nothing to do with it
+            self._show = None
+            if reader is not None and not reader.done():
+                reader.set_exception(error)
+            return
+        self._rouse()
+
+    def _rouse(self) -> None:
+        self._show, reader = None, self._reader
         if reader is not None and not reader.done():
             reader.set_result(None)
 
@@ -117,8 +145,7 @@ class JobOutputs:
         left_s = self._written_s + self._heartbeat_s - self._loop.time()
         if left_s <= 0:
             self.is_heartbeat_due = True
-            if self._reader is not None and not self._reader.done():
-                self._reader.set_result(None)
+            self._rouse()
             left_s = self._heartbeat_s
         self._timer = self._loop.call_later(left_s, self._watch_silence)
 

@@ -266,31 +266,48 @@ class WorkerEntry:
             self.table.count(now[0] - before[0], now[1] - before[1], now[2] - before[2])
             self.table.has_opened = True
 
-    def show_load(self) -> None:
-        """Writes to the table what the worker has reported and what was sent to it since."""
-        table, row, load, charges = self.table, self.row, self.load, self.charges
-        num_reported = load.num_running + load.num_waiting + load.num_transferring
-        table.num_sequences[row] = num_reported + charges.num_sequences
-        table.prefill_tokens[row] = load.waiting_prefill_tokens + charges.prefill_tokens
-        table.free_blocks[row] = load.num_free_blocks - charges.num_blocks
-        self._show_room(num_reported)
+    @property
+    def num_others(self) -> int:
+        """Routers beside this one that send requests there, or may begin to."""
+        return max(0, self.status.num_routers - 1) if self.status is not None else 0
 
-    def _show_room(self, num_reported: int) -> None:
+    def show_load(self) -> None:
+        """Writes to the table what the worker has reported, what was sent to it since, and what others have probably sent.
+
+        A balancer shares requests out evenly, so when this router has sent several into what the last report showed, each of the
+        others has done so too. A single one says nothing of them.
+        """
+        table, row, load, charges, num_open = self.table, self.row, self.load, self.charges, len(self.charges.open)
+        others = self.num_others * (1 - 1 / num_open) if num_open > 1 else 0.0
+        num_reported = load.num_running + load.num_waiting + load.num_transferring
+        prefill_tokens, num_blocks = charges.prefill_tokens, charges.num_blocks
+        if others:
+            prefill_tokens += int(others * prefill_tokens)
+            num_blocks += int(others * num_blocks)
+        table.num_sequences[row] = num_reported + charges.num_sequences + int(others * charges.num_sequences)
+        table.prefill_tokens[row] = load.waiting_prefill_tokens + prefill_tokens
+        table.free_blocks[row] = load.num_free_blocks - num_blocks
+        self._show_room(num_reported, prefill_tokens - charges.prefill_tokens, num_blocks)
+
+    def _show_room(self, num_reported: int, others_tokens: int, num_blocks: int) -> None:
         """Writes to the table what may be sent there now: into room that is known, and a few requests more.
 
         A report may be older than what was sent, or than outputs that have come since, so of what it counts and what this router
-        knows to be there the greater number is believed. An idle worker takes a request whatever it needs.
+        knows to be there the greater number is believed. An idle worker takes a request whatever it needs. Slots are shared out
+        among all routers: each takes it that the others have sent as many requests as itself since the report.
         """
         load, charges, backlog = self.load, self.charges, self.backlog
-        num_there = max(num_reported, len(self.attempts))
+        num_sent = charges.num_sequences * (1 + self.num_others)
+        num_there = max(num_reported, len(self.attempts)) + num_sent - charges.num_sequences
         max_num_seqs = self.status.max_num_seqs if self.status is not None else 0
         if load.num_waiting >= backlog.num_requests or 0 < max_num_seqs <= num_there - backlog.num_requests:
             takes_blocks = NOTHING
-        elif load.num_waiting + charges.num_sequences < backlog.num_requests:
+        elif load.num_waiting + num_sent < backlog.num_requests:
             takes_blocks = ANYTHING
         else:
-            takes_blocks = load.num_free_blocks - charges.num_blocks
-        takes_prompt = max(load.waiting_prefill_tokens, charges.owed_tokens) < backlog.prompt_tokens
+            takes_blocks = load.num_free_blocks - num_blocks
+        prompt_tokens = max(load.waiting_prefill_tokens, charges.owed_tokens) + others_tokens
+        takes_prompt = prompt_tokens < backlog.prompt_tokens
         table, (took_blocks, took_prompt) = self.table, self._took
         self._took = takes_blocks, takes_prompt
         if takes_blocks != took_blocks:

@@ -38,15 +38,18 @@ class Rebalancer:
     """Holds the hysteresis, the rest between rounds and the rate. `now` is any clock in seconds."""
 
     limits: RebalanceLimits
+    phase: float = 0.0
+    """Where this router stands among those that see the same imbalance, from 0 to 1: they begin one after the other, and each then
+    hears of what the others have moved."""
     is_active: bool = False
     _rests_until_s: float = 0.0
     _next_move_s: float = 0.0
 
-    def is_due(self, gap: int, is_pressed: bool, now: float) -> bool:
+    def is_due(self, gap: int, is_pressed: bool, now: float, num_routers: int = 1) -> bool:
         """A sequence shall move now; tell `moved` if one does.
 
         `gap` is by how many sequences the fullest decode worker has more than the emptiest; `is_pressed`: it has requests
-        waiting, or has just preempted some.
+        waiting, or has just preempted some. `num_routers` share the rate.
         """
         if self.is_active and gap < EVEN_GAP:
             self.is_active = False
@@ -54,10 +57,13 @@ class Rebalancer:
         if not self.is_active:
             needed = self.limits.pressed_gap if is_pressed else self.limits.gap
             self.is_active = gap >= needed and now >= self._rests_until_s
+            if self.is_active and num_routers > 1:
+                turn_s = now + self.phase * num_routers / self.limits.moves_per_s
+                self._next_move_s = max(self._next_move_s, turn_s)
         return self.is_active and now >= self._next_move_s
 
-    def moved(self, now: float) -> None:
-        self._next_move_s = now + 1 / self.limits.moves_per_s
+    def moved(self, now: float, num_routers: int = 1) -> None:
+        self._next_move_s = now + num_routers / self.limits.moves_per_s
 
 
 MIN_TOKENS_LEFT = 16
@@ -68,7 +74,10 @@ _NOBODY = np.iinfo(np.int64).max
 class Mover:
     """Begins migrations, at most `max_migrations` at a time; each ends in `router.requests.migrations`."""
 
-    def __init__(self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, flights: InFlightRequests) -> None:
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, dispatcher: Dispatcher, flights: InFlightRequests, phase: float
+    ) -> None:
+        """`phase` is as the Rebalancer's."""
         self._config = config
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -79,7 +88,7 @@ class Mover:
             config.rebalance_cooldown_s,
             config.rebalance_moves_per_s,
         )
-        self._rebalancer = Rebalancer(limits)
+        self._rebalancer = Rebalancer(limits, phase)
         self.num_visited = 0
         """Requests looked at."""
 
@@ -121,7 +130,8 @@ class Mover:
         emptiest = int(np.where(table.can_decode, sequences, _NOBODY).argmin())
         source, target = self._fleet.at(fullest), self._fleet.at(emptiest)
         is_pressed = source.load.num_waiting > 0 or now < source.pressed_until_s
-        if not self._rebalancer.is_due(int(sequences[fullest] - sequences[emptiest]), is_pressed, now):
+        gap, num_routers = int(sequences[fullest] - sequences[emptiest]), source.num_others + 1
+        if not self._rebalancer.is_due(gap, is_pressed, now, num_routers):
             return
         if not self._has_room:
             return
@@ -134,7 +144,7 @@ class Mover:
         if flights:  # the shortest has least to copy
             shortest = min(flights, key=lambda f: (len(f.request.prompt_token_ids) + len(f.delivered), f.order))
             self._flights.migrations.begin(shortest, source, target, now)
-            self._rebalancer.moved(now)
+            self._rebalancer.moved(now, num_routers)
 
     def _movable(self, source: WorkerEntry, now: float) -> Iterable[InFlightRequest]:
         """Requests that decode there: the client has a token of each."""

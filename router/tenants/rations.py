@@ -181,7 +181,7 @@ class Rations:
     @staticmethod
     def _wait_s(bucket: _Bucket, cost: float, now: float, is_last: bool) -> float:
         """How long a request that costs so much has to wait; 0: until the next call."""
-        if not is_last and now >= bucket.pause_until_s:
+        if not is_last and (now >= bucket.pause_until_s or bucket.remaining(now) >= cost):
             return 0.0
         return max(MIN_PAUSE_S, (cost - bucket.remaining(now)) / bucket.rate_per_s)
 
@@ -225,7 +225,7 @@ class Rations:
         """Below 0: that much goes back; 0: nothing is to be done."""
         if bucket.here > 0 and not bucket.wanted and now - bucket.spent_s > IDLE_S:
             return -bucket.here
-        if now < bucket.pause_until_s:
+        if now < bucket.pause_until_s and not bucket.wanted:
             return 0.0
         pace_per_s = bucket.pace_per_s * math.exp(-max(0.0, now - bucket.spent_s))
         reserve = min(pace_per_s * self._slice_s, bucket.limit * self._slice_share)
@@ -263,8 +263,8 @@ class Rations:
                 state.buckets.pop(kind, None)
             elif bucket is None:
                 state.buckets[kind] = _Bucket(limit, level=limit, heard_s=now, spent_s=now)
-            else:
-                bucket.limit = limit
+            elif bucket.limit != limit:
+                bucket.limit, bucket.pause_until_s = limit, 0.0
         if not limits.max_concurrent:
             state.places = None
         elif state.places is None:

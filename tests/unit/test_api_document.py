@@ -16,6 +16,7 @@ from fake_backend import MESSAGES, Api, open_api
 
 from router.api.app import create_app
 from router.api.document import ENDPOINTS
+from router.api.plain_route import plain_paths
 from router.config import ApiConfig
 
 CONFIG = ApiConfig(api_keys=("key",), admin_keys=("key",), max_n=4, max_prompts=4, max_choices=8)
@@ -50,8 +51,9 @@ def test_every_endpoint_answers_as_the_document_says(keyed: Api, tmp_path: Path)
 
 
 def test_the_document_names_every_endpoint_and_no_other(keyed: Api) -> None:
-    paths = create_app(keyed.backend, keyed.backend.tokenizer, CONFIG).openapi()["paths"]
-    there = {(method, path) for path, operations in paths.items() for method in operations}
+    app = create_app(keyed.backend, keyed.backend.tokenizer, CONFIG)
+    there = {(method, path) for path, operations in app.openapi()["paths"].items() for method in operations}
+    there |= {(method.lower(), path) for method, path in plain_paths(app.router)}
     assert there == {(endpoint.method, endpoint.path) for endpoint in ENDPOINTS}
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
@@ -18,6 +21,7 @@ from router.api.metrics import Metrics
 from router.api.schema import ChatBody, CompletionBody, parse_body
 from router.api.translate import translate_chat, translate_completion
 from router.config import ApiConfig
+from router.http_protocol import ChunkedWriter
 from workers.request import FinishReason, Output, Request
 from workers.text.tokenizer import Tokenizer
 
@@ -216,3 +220,42 @@ def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
             assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
             is_enough.set()
             assert list(lines)[-1] == "data: [DONE]"
+
+
+def raw_stream(api: Api, version: str = "1.1") -> bytes:
+    """The bytes of a streamed answer, put together from its chunks, which must be whole and end with the empty one."""
+    body = json.dumps({**SAMPLED, "messages": MESSAGES, "stream": True, "max_tokens": 12}).encode()
+    parts = urlsplit(api.url)
+    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: {parts.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    rest = got.partition(b"\r\n\r\n")[2]
+    parts_of_body = [rest] if version == "1.0" else []
+    while version != "1.0" and rest != b"0\r\n\r\n":
+        size, _, rest = rest.partition(b"\r\n")
+        parts_of_body.append(rest[: int(size, 16)])
+        assert rest[int(size, 16) :][:2] == b"\r\n"
+        rest = rest[int(size, 16) + 2 :]
+    return re.sub(rb'"id":"chatcmpl-\w+"|"created":\d+', b"", b"".join(parts_of_body))
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_what_is_written_where_it_comes_is_to_the_byte_what_the_layers_write(
+    api: Api, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is never open for direct writing sends everything through the ASGI layers."""
+    written: list[bytes] = []
+    write = ChunkedWriter.write
+
+    def noted(self: ChunkedWriter, body: bytes) -> None:
+        written.append(body)
+        write(self, body)
+
+    monkeypatch.setattr(ChunkedWriter, "write", noted)
+    directly = raw_stream(api, version)
+    num_chunks = directly.count(b'"content"')
+    assert num_chunks > 5
+    assert len(written) == (num_chunks - 2 if version == "1.1" else 0)  # all but the first and the last
+    monkeypatch.setattr(ChunkedWriter, "is_open", property(lambda self: False))
+    assert raw_stream(api, version) == directly

@@ -154,3 +154,17 @@ def test_a_tenant_beside_one_that_sends_a_hundred_times_as_much_gets_its_first_t
     assert len(hog) > 90 * len(guest) and any(record.outcome == "queue_full" for record in both["hog"])
     assert all(record.outcome == "ok" for record in both["guest"])
     assert p99_ttft(both["guest"]) <= 1.3 * p99_ttft(alone["guest"])
+
+
+def test_work_that_nobody_waits_for_is_stopped_within_a_step_of_the_news() -> None:
+    """One answer of 5,000 tokens: its client hangs up, or its time is over. Steps are counted; a step takes 4 ms and a message 0.2 ms."""
+    settings = Settings(num_prefill=1, num_decode=1, max_leap_s=0.0, router={"max_local_prefill_tokens": 0})
+    left = simulate(settings, [TraceRequest(0.0, (1,), 512, 512, 5000, hangs_up_after=40)])
+    (record,) = left.requests
+    assert record.outcome == "cancelled" and left.num_steps <= 1 + 40 + 2, "one prefill step, and the answer's"
+    late = simulate(settings, [TraceRequest(0.0, (1,), 512, 512, 5000, timeout_s=1.0)])
+    (record,) = late.requests
+    tick_s = 0.1
+    assert record.outcome == "deadline_exceeded" and record.output_tokens > 200
+    assert record.finished_s is not None and 1.0 <= record.finished_s <= 1.0 + tick_s + 0.01
+    assert late.num_steps <= 1 + (1.0 + tick_s) / 0.004 + 2

@@ -133,6 +133,14 @@ def test_what_never_can_be_admitted_and_what_can_later_are_told_apart() -> None:
     assert (reading.limit, reading.remaining, reading.reset_s) == (600, 60, pytest.approx(54.0))
 
 
+def test_a_limit_that_is_raised_counts_at_once() -> None:
+    routers, limits = Routers(1), TenantLimits(requests_per_min=5)
+    assert sum(routers.admit(0, limits) for _ in range(20)) == 5
+    routers.pass_time(3.0)
+    routers.now += 1.0
+    assert all(routers.admit(0, TenantLimits(requests_per_min=6000)) for _ in range(90)), "a hundred a second"
+
+
 # ---- routers on one Redis ----
 
 

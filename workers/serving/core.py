@@ -143,7 +143,8 @@ class WorkerCore:
 
     def status(self) -> WorkerStatus:
         """The worker as it is now."""
-        return self._describe(self._sessions.load, self._engine_counters)
+        status = self._describe(self._sessions.load, self._engine_counters)
+        return replace(status, num_routers=self._sessions.num_sending)
 
     def _on_attached(self, session: int, router_id: str, now: float) -> None:
         """A router has one stream. An earlier one of the same router is dead, though nothing may have said so yet: its requests
@@ -162,6 +163,7 @@ class WorkerCore:
             return
         match message:
             case Submit():
+                self._sessions.sends(session, now)
                 self._out += self._requests.submit(session, message, now)
             case Cancel():
                 self._out += self._requests.cancel(session, message, now)

@@ -21,6 +21,9 @@ STATUS_INTERVAL_S = 1.0
 LOAD_INTERVAL_S = 0.25
 """A router that no output goes to hears so often of load and cache, as far as they change."""
 
+SENDING_S = 5.0
+"""A router that has sent a request within this time is taken to send more."""
+
 MAX_FRAME_BYTES = 8 << 20
 """Of what outputs say in one frame, far below what a gRPC message may have. An output has at most 1 MiB, or one token a step."""
 
@@ -150,6 +153,13 @@ class Sessions:
         self._sessions: dict[int, Session] = {}
         self._touched: dict[int, Session] = {}
         """Those that something has happened to since the last flush."""
+        self._sending: dict[int, float] = {}
+        """When each session that sends requests has last done so."""
+        self._sending_since_s = inf
+        """When the first of them began."""
+        self.num_sending = 0
+        """Routers that have lately sent requests. Where none has, and for a while after the first one has begun, all that are
+        attached: they may begin at the same moment."""
         self._events = CacheEvents()
         self._is_closed = False
         self._has_unsaid_load = False
@@ -173,8 +183,20 @@ class Sessions:
         return 0 if session is None else session.num_framed
 
     def attach(self, number: int, router_id: str) -> None:
-        session = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
-        self._sessions[number] = session
+        self._sessions[number] = Session(number, router_id, is_status_due=True, is_closing=self._is_closed)
+        if self._sending_since_s == inf:
+            self._count_sending(len(self._sessions))
+
+    def sends(self, number: int, now: float) -> None:
+        """A router has sent a request."""
+        self._sending_since_s = min(self._sending_since_s, now)
+        self._sending[number] = now
+        self._count_sending(max(self.num_sending, len(self._sending)))
+
+    def _count_sending(self, count: int) -> None:
+        if count != self.num_sending:
+            self.num_sending = count
+            self.tell_status()
 
     def ask_for_dump(self, number: int) -> list[Post]:
         """What changes in the cache is not said until the dump comes, which contains it."""
@@ -239,6 +261,8 @@ class Sessions:
         """The stream is gone."""
         self._sessions.pop(number, None)
         self._touched.pop(number, None)
+        self._sending.pop(number, None)
+        self._count_sending(min(self.num_sending, len(self._sessions)))
 
     @property
     def next_due_s(self) -> float:
@@ -248,8 +272,17 @@ class Sessions:
     def check_time(self, now: float) -> None:
         if now >= self._status_due_s:
             self._status_due_s = now + STATUS_INTERVAL_S
+            self._forget_silent(now)
             self.tell_status()
         self._tell_loads(now)
+
+    def _forget_silent(self, now: float) -> None:
+        """Routers that have sent nothing for a while leave their share to the others."""
+        self._sending = {number: at for number, at in self._sending.items() if now - at < SENDING_S}
+        if not self._sending:
+            self._sending_since_s = inf
+        is_settled = now - self._sending_since_s >= STATUS_INTERVAL_S
+        self._count_sending(len(self._sending if is_settled else self._sessions))
 
     def _tell_loads(self, now: float) -> None:
         if not self._has_unsaid_load or now < self._loads_due_s:

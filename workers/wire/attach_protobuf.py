@@ -121,6 +121,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         is_rebuilding=status.is_rebuilding,
         max_num_seqs=status.max_num_seqs,
         max_batch_tokens=status.max_batch_tokens,
+        num_routers=status.num_routers,
     )
 
 
@@ -152,6 +153,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         is_rebuilding=message.is_rebuilding,
         max_num_seqs=message.max_num_seqs,
         max_batch_tokens=message.max_batch_tokens,
+        num_routers=message.num_routers,
     )
 
 
