@@ -40,7 +40,7 @@ def _with_lull(trace: Sequence[TraceRequest]) -> list[TraceRequest]:
 
 ROLE_SCENARIOS = {
     "roles_burst": Scenario(
-        "Prompts come in a burst: workers go from decode to prefill within seconds.",
+        "Prompts come in a burst: workers that only decode come to compute prompts within seconds.",
         settings=_SIX,
         recipe=_BURSTS,
         reshape=_burst,
