@@ -55,9 +55,11 @@ class Prometheus:
 
     def is_ready(self) -> bool:
         try:
-            return bool(self.query("baton_num_requests_waiting"))
-        except OSError:
+            with urllib.request.urlopen(f"{self._url}/-/ready", timeout=30):
+                pass
+        except OSError:  # not listening yet, or 503 while it reads its files
             return False
+        return bool(self.query("baton_num_requests_waiting"))
 
     def alerts(self) -> set[str]:
         return {each["labels"]["alertname"] for each in self._get("alerts")["alerts"]}
