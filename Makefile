@@ -14,9 +14,8 @@ serve: $(SERVE)
 demo: $(SERVE)
 	$(BIN)/baton demo
 
-# Two processes: clusters in one, everything else beside it (tests/conftest.py says which tests stay together).
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 # What the C++ kernels compute on every instruction set that can be run or emulated here (docs/architecture/exactness.md).
 kernels-emulated: $(TEST)

@@ -202,10 +202,11 @@ def test_keys_come_from_files_or_the_environment(tmp_path: Path) -> None:
     api = config_from(parsed("serve"), {"BATON_API_KEY": "three", "BATON_ADMIN_KEY": "boss"}).router.api
     assert api.api_keys == (hashed("three"),) and api.admin_keys == (hashed("boss"),)
     environment = {"BATON_API_KEY": "three", "BATON_ADMIN_KEY": "boss"}
-    assert client_target(parsed("chat"), environment)[1] == "three"
-    assert client_target(parsed("chat", "--api-key-file", str(tmp_path / "keys")), environment)[1] == "one"
+    here = ("--url", "http://127.0.0.1:8000")  # whatever clusters run on this host
+    assert client_target(parsed("chat", *here), environment)[1] == "three"
+    assert client_target(parsed("chat", *here, "--api-key-file", str(tmp_path / "keys")), environment)[1] == "one"
     for command in (("status",), ("drain", "decode-0"), ("switch-role", "decode-0", "mixed")):
-        assert client_target(parsed(*command), environment)[1] == "boss"
+        assert client_target(parsed(*command, *here), environment)[1] == "boss"
 
 
 def test_a_file_without_a_key_is_one_sentence(tmp_path: Path) -> None:
