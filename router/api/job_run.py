@@ -44,6 +44,8 @@ class JobOutputs:
         self._show: Callable[[int, Output], bool] | None = None
         """Set while `next_batch` waits, where its caller gave one."""
         self._not_shown: list[tuple[int, Output]] = []
+        self._failure: Exception | None = None
+        """What `show`, or a stream, raised where an output came."""
         self._heartbeat_s = heartbeat_s
         self._written_s = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -102,6 +104,8 @@ class JobOutputs:
                 await reader
             finally:
                 self._show = None
+            if self._failure is not None:
+                raise self._failure
 
     def wrote(self) -> None:
         """Something has gone out to the client: silence begins anew. An output that shows nothing does not end it."""
@@ -116,7 +120,7 @@ class JobOutputs:
             stream.close()
 
     def _wake(self, place: int) -> None:
-        show, reader = self._show, self._reader
+        show = self._show
         if show is None:
             self._ready.append(place)
             self._rouse()
@@ -127,10 +131,7 @@ class JobOutputs:
                 return
             self._not_shown.append((place, output))
         except Exception as error:  # whose output came has nothing to do with it
-            self._show = None
-            if reader is not None and not reader.done():
-                reader.set_exception(error)
-            return
+            self._failure = error  # not the future's: that takes no StopIteration, and nobody would be roused
         self._rouse()
 
     def _rouse(self) -> None:
