@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -93,13 +94,16 @@ def test_every_panel_has_data_and_no_alert_fires_on_a_running_cluster(
     ending = threading.Event()
 
     def ask() -> None:
-        body = {
-            "model": MODEL.name,
-            "prompt": "A story of pages and windows " * 8,
-            "max_tokens": 24,
-            "ignore_eos": True,
-        }
-        while not ending.is_set():
+        for number in itertools.count():
+            if ending.is_set():
+                return
+            # Prompts that begin alike are found in the caches of decode workers, and none is handed over.
+            body = {
+                "model": MODEL.name,
+                "prompt": f"{number} pages and windows, a story " * 8,
+                "max_tokens": 24,
+                "ignore_eos": True,
+            }
             cluster.post("/v1/completions", body)
 
     asking = threading.Thread(target=ask)

@@ -37,10 +37,12 @@ class ApiClient:
             assert answer.status == 200, f"{answer.status}: {answer.read()[:500]!r}"
             text, is_done = "", False
             for line in answer:
+                if not line.startswith(b"data: "):  # an event's id, or a comment that keeps a quiet connection open
+                    continue
                 data = line.strip().removeprefix(b"data: ")
                 if data == b"[DONE]":
                     is_done = True
-                elif data and not data.startswith(b":"):  # a comment keeps a quiet connection open
+                else:
                     event = json.loads(data)
                     assert "choices" in event, event
                     text += "".join(choice["text"] for choice in event["choices"])

@@ -57,7 +57,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def test_a_job_of_many_choices_is_read_by_one_task_that_each_output_wakes_once() -> None:
     """There once were a task, two queues and two turns of the loop for each choice."""
     streams = [RequestStream(f"r{index}", 100, lambda request_id: None) for index in range(8)]
-    backend: Any = type("Backend", (), {"submit": lambda self, request, wishes: streams[int(request.request_id[1:])]})()
+    backend: Any = type("Backend", (), {"submit": lambda self, request, *more: streams[int(request.request_id[1:])]})()
     num_tasks = len(asyncio.all_tasks())
     generation = await JobOutputs.open(backend, tuple(request(f"r{index}") for index in range(8)))
     reading = asyncio.create_task(generation.next_batch())

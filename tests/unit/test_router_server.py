@@ -198,7 +198,11 @@ async def test_a_router_that_stops_lets_answers_finish_and_sends_new_requests_el
                 worker.steps.release()
             text = "".join(golden_text((6 * 31 + 17 + position * 7) % 1000) for position in range(5))
             rest = [first, *[line async for line in lines if line]]
-            pieces = [json.loads(line.removeprefix("data: ")) for line in rest if line and "[DONE]" not in line]
+            pieces = [
+                json.loads(line.removeprefix("data: "))
+                for line in rest
+                if line[:6] == "data: " and "[DONE]" not in line
+            ]
             assert "".join(piece["choices"][0]["text"] for piece in pieces) == text
             answer = await whole
             assert answer.json()["choices"][0]["text"] == text and answer.headers["connection"] == "close"
@@ -210,7 +214,7 @@ async def test_what_does_not_finish_in_time_ends_with_an_error(checkpoint: Path)
         worker.steps = asyncio.Semaphore(2)
         async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream:
             lines = stream.aiter_lines()
-            assert (await anext(lines)).startswith("data: ")
+            assert (await anext(lines)).startswith("id: ") and (await anext(lines)).startswith("data: ")
             await server.stop()
             rest = [line async for line in lines if line]
         assert "shutting_down" in rest[-2] and rest[-1] == "data: [DONE]"

@@ -107,7 +107,7 @@ def test_the_request_span_takes_its_clients_trace_and_hands_it_on(exporter: InMe
     body = {"model": "ernie", "prompt": "hello", "max_tokens": 2}
     seen: list[str] = []
     submit = backend.submit
-    backend.submit = lambda request, wishes: (seen.append(request.traceparent), submit(request, wishes))[1]  # type: ignore[method-assign]
+    backend.submit = lambda request, *more: (seen.append(request.traceparent), submit(request, *more))[1]  # type: ignore[method-assign]
     assert backend.model is not None
     answer = client.post("/v1/completions", json={**body, "model": backend.model.name}, headers={"traceparent": PARENT})
     assert answer.status_code == 200

@@ -13,7 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 
 from fake_backend import open_api  # noqa: E402
 
-from router.api.answer import HUGE_BYTES  # noqa: E402
+from router.api.offload import HUGE_BYTES  # noqa: E402
 from router.config import ApiConfig  # noqa: E402
 from workers.machine.threads import started_threads  # noqa: E402
 
