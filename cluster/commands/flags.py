@@ -241,7 +241,8 @@ def config_from(
     if model is None and isinstance(worker, dict) and worker.get("model"):
         # A relative path in a file is meant from that file's folder.
         named = str(worker["model"])
-        model = named if is_repository(named) else args.config.parent / named
+        beside = args.config.parent / named
+        model = named if is_repository(named) and not beside.exists() else beside
     for given in (flags.get("store.url"), assigned.get("store.url")):
         if given and has_credentials(given):
             raise InvalidConfig(

@@ -38,8 +38,9 @@ class ResponseStore:
         """One that is larger than all together may be is not kept."""
         if stored.num_bytes > self._max_bytes:
             return
+        before = self._by_id.pop(stored.response["id"], None)
         self._by_id[stored.response["id"]] = stored
-        self.num_bytes += stored.num_bytes
+        self.num_bytes += stored.num_bytes - (0 if before is None else before.num_bytes)
         while len(self._by_id) > self._max_responses or self.num_bytes > self._max_bytes:
             _, oldest = self._by_id.popitem(last=False)
             self.num_bytes -= oldest.num_bytes

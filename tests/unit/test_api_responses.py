@@ -169,4 +169,6 @@ def test_the_store_forgets_the_oldest_and_counts_what_it_keeps() -> None:
     assert (len(store), store.num_bytes) == (3, 90) and store.get("3", b"you") is None
     store.put(Stored(b"me", {"id": "5"}, [], [], 60))
     assert (len(store), store.num_bytes) == (2, 100)
+    store.put(Stored(b"me", {"id": "5"}, [], [], 60))
+    assert (len(store), store.num_bytes) == (2, 100), "one that is put again counts once"
     assert store.delete("5", b"me") and not store.delete("5", b"me") and store.num_bytes == 40

@@ -144,6 +144,17 @@ def test_what_is_kept_no_more_comes_as_tokens_where_these_say_everything() -> No
     assert story.last(2).refusal is Refusal.NOT_KEPT
 
 
+def test_tokens_that_another_worker_said_are_not_made_up_for_who_joins() -> None:
+    """A running request went on at its source after it had been sent here: positions 1 to 4 were never said by this worker."""
+    story, number = begun()
+    story.say(number, "r#1", 5, 12)
+    story.say(number, "r#1", 6, 13)
+    (running,) = found(story, 2).requests
+    assert not running.is_whole and running.num_tokens == 7
+    join(story, 2)
+    assert story.tokens(2, "r~2#1") == []
+
+
 def test_a_job_that_is_ended_is_stopped_and_all_who_hear_of_it_are_told() -> None:
     story, number = begun()
     join(story, 2)

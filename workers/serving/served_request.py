@@ -105,7 +105,9 @@ class ServedRequest:
     """Sessions that hear of it beside its owner, each with what it calls it, and the key that comes into force when it becomes
     the owner."""
     token_ids: array[int] = field(default_factory=lambda: array("I"))
-    """All output tokens, those given with the request included."""
+    """All output tokens, those given with the request included; without meaning where `has_gap`."""
+    has_gap: bool = False
+    """Tokens before the last ones were never said here: it came by migration, and went on elsewhere after it had been sent."""
     state: State = State.RUNNING
     kept: deque[Output] = field(default_factory=deque)
     num_kept: int = 0
@@ -128,6 +130,9 @@ class ServedRequest:
     def keep(self, output: Output, max_kept: int) -> bool:
         """Remembers an output, and at most so many entries in all. False: an orphan has said so much that nobody could take it
         up any more."""
+        if output.position > self.end:
+            self.has_gap, self.num_kept, self.dropped = True, 0, output.position - 1
+            self.kept.clear()
         self.kept.append(output)
         self.num_kept += num_entries(output)
         self.end = output.position + len(output.token_ids)
@@ -150,7 +155,7 @@ class ServedRequest:
         say it: then texts are missing."""
         params = self.request.params
         return (self.first_kept == 0 and self.dropped < 0) or (
-            params.logprobs is None and params.prompt_logprobs is None
+            not self.has_gap and params.logprobs is None and params.prompt_logprobs is None
         )
 
     def since(self, position: int, may_lack_text: bool = False) -> list[Output] | None:
