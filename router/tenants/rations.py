@@ -73,6 +73,8 @@ class _Bucket:
     heard_s: float = 0.0
     wanted: float = 0.0
     """By requests that wait for the next call."""
+    asked: float = 0.0
+    """Of that, what the call that runs carries."""
     pause_until_s: float = 0.0
     spent_s: float = 0.0
     """When something was last taken from here."""
@@ -103,6 +105,8 @@ class _Places:
     held: int = 0
     used: int = 0
     wanted: int = 0
+    asked: int = 0
+    """Of those wanted, what the call that runs carries."""
     pause_until_s: float = 0.0
     held_until_s: float = 0.0
     most: int = 0
@@ -158,12 +162,18 @@ class Rations:
                 state.buckets[name].wanted += costs[name]
             if places is not None and lacks_place:
                 places.wanted += 1
+            elif (
+                places is not None and places.used >= places.most
+            ):  # the place that is free for it is not given back meanwhile
+                places.most, places.most_until_s = places.used + 1, now + RELEASE_S
         limit = places.limit if kind is Kind.CONCURRENT and places is not None else state.buckets[kind].limit
         return Shortage(kind, limit, costs.get(kind, 1), waits_s[kind])
 
     def end(self, tenant: str, limits: TenantLimits, extra: Mapping[Kind, float], now: float) -> None:
-        """A request that was admitted has ended; `extra` is what it used beyond what it has paid for, below 0: less."""
-        state = self._state(tenant, limits, now)
+        """A request that was admitted has ended; `extra` is what it used beyond what it has paid for, below 0: less. Its `limits` are
+        of the time when it began, and count only where nothing newer is known."""
+        state = self._tenants.get(tenant) or self._state(tenant, limits, now)
+        state.seen_s = now
         for kind, amount in extra.items():
             if kind in state.buckets:
                 state.buckets[kind].here -= amount
@@ -193,10 +203,12 @@ class Rations:
         for name, state in list(self._tenants.items()):
             for kind, bucket in state.buckets.items():
                 want = self._want(bucket, now)
+                bucket.asked = bucket.wanted if want else 0.0
                 if want:
                     asks.append(Draw(f"{name}/{kind}", want, bucket.limit, bucket.rate_per_s))
             places = state.places
             if places is not None and (count := self._want_places(places, now)) is not None:
+                places.asked = places.wanted
                 asks.append(Hold(f"{name}/{Kind.CONCURRENT}", self._owner, count, places.limit, HOLD_S))
             is_idle = now - state.seen_s > FORGET_S and not any(bucket.here for bucket in state.buckets.values())
             if is_idle and (places is None or not (places.used or places.held)):
@@ -217,9 +229,9 @@ class Rations:
                 bucket.here += got.amount
                 bucket.level, bucket.heard_s = got.left, now
                 if got.amount < ask.want - _NEARLY:
-                    missing = min(ask.want, bucket.wanted or ask.want) - got.amount
+                    missing = min(ask.want, bucket.asked or ask.want) - got.amount
                     bucket.pause_until_s = now + min(MAX_PAUSE_S, max(MIN_PAUSE_S, missing / bucket.rate_per_s))
-                bucket.wanted = 0.0
+                bucket.wanted, bucket.asked = max(0.0, bucket.wanted - bucket.asked), 0.0
 
     def _want(self, bucket: _Bucket, now: float) -> float:
         """Below 0: that much goes back; 0: nothing is to be done."""
@@ -248,7 +260,7 @@ class Rations:
         places.held, places.held_until_s = int(got.amount), now + HOLD_S
         if got.amount < ask.want:
             places.pause_until_s = now + MIN_PAUSE_S
-        places.wanted = 0
+        places.wanted, places.asked = max(0, places.wanted - places.asked), 0
 
     def _state(self, tenant: str, limits: TenantLimits, now: float) -> _Tenant:
         """With the limits as they are now."""

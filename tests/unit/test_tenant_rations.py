@@ -133,6 +133,35 @@ def test_what_never_can_be_admitted_and_what_can_later_are_told_apart() -> None:
     assert (reading.limit, reading.remaining, reading.reset_s) == (600, 60, pytest.approx(54.0))
 
 
+@pytest.mark.parametrize("limits", [TenantLimits(max_concurrent=10), TenantLimits(requests_per_min=100)])
+def test_who_comes_while_a_call_runs_is_asked_for_by_the_next(limits: TenantLimits) -> None:
+    rations, buckets = Rations("r", 1.0, 0.01), Buckets()
+
+    def admit(is_last: bool) -> bool:
+        return rations.admit("t", limits, COSTS, 0.0, is_last) is None
+
+    assert not admit(False)
+    running = rations.asks(0.0)
+    assert not admit(False), "it comes when the call has begun"
+    rations.given(running, buckets.ask(running, 0.0), 0.0)
+    assert admit(True)
+    asks = rations.asks(0.0)
+    rations.given(asks, buckets.ask(asks, 0.0), 0.0)
+    assert admit(True)
+
+
+def test_a_request_that_ends_does_not_bring_its_old_limits_back() -> None:
+    routers, old, new = (
+        Routers(1),
+        TenantLimits(requests_per_min=50),
+        TenantLimits(requests_per_min=50, max_concurrent=2),
+    )
+    assert routers.admit(0, old)
+    assert routers.admit(0, new) and routers.admit(0, new)
+    routers.rations[0].end("t", old, {}, routers.now)
+    assert routers.admit(0, new) and not routers.admit(0, new), "places were not forgotten"
+
+
 def test_a_limit_that_is_raised_counts_at_once() -> None:
     routers, limits = Routers(1), TenantLimits(requests_per_min=5)
     assert sum(routers.admit(0, limits) for _ in range(20)) == 5
