@@ -170,7 +170,8 @@ class Answer(Response):
             if self._found is not None:
                 self._asked = await as_first_asked(self._services, self._asked, self._found, scope)
                 self._job, self._shape = self._asked.job, self._asked.shape
-            account = await self._services.callers.admit(self._job, scope, self._found is not None)
+            is_joined, goes_on = self._asked.is_there(self._found), self._asked.goes_on
+            account = await self._services.callers.admit(self._job, scope, is_joined, goes_on)
             begun = begun.pop_all()
         try:
             run = self._run(begun, account, scope, receive, send)

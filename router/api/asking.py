@@ -77,6 +77,16 @@ class Inquiry:
     key: str = ""
     is_background: bool = False
 
+    @property
+    def goes_on(self) -> bool:
+        """It runs on when its client has gone."""
+        return bool(self.key) or self.is_background
+
+    def is_there(self, found: FoundJob | None) -> bool:
+        """Nothing of it has to be computed again."""
+        names = [request.request_id for request in self.job.requests]
+        return found is not None and all(name in found.requests and found.requests[name][1].is_whole for name in names)
+
     def requests(self, found: FoundJob | None) -> tuple[tuple[Request, ...], tuple[JobPart, ...]]:
         """What is to be run, or to be taken up where it was found. One name may be run by several routers: ids differ."""
         job, requests = self.job, list[Request]()
@@ -89,7 +99,7 @@ class Inquiry:
             ticket = b"" if parts else self.written
             kept = Kept(job.job_id, len(job.requests), ticket, self.is_background)
             requests.append(replace(request, request_id=f"{name}~{secrets.token_hex(4)}") if is_named else request)
-            parts.append(JobPart(kept, name, bool(self.key) or self.is_background, at))
+            parts.append(JobPart(kept, name, self.goes_on, at))
         return tuple(requests), tuple(parts)
 
 

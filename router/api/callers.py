@@ -77,10 +77,10 @@ class Callers:
             wishes=replace(wishes, session=session, timeout_s=asked_s, tenant=caller.tenant, weight=limits.weight),
         )
 
-    async def admit(self, job: Job, scope: Scope, is_joined: bool = False) -> Account:
+    async def admit(self, job: Job, scope: Scope, is_joined: bool = False, goes_on: bool = False) -> Account:
         """Returns when the tenant's allowances have paid for the job; `is_joined`: its tokens have been paid for by who sent it
-        first. Raises Rejected (429)."""
-        account = Account(self, caller_of(scope), job, scope, is_joined)
+        first; `goes_on`: it runs on, and can be joined, when its client has gone. Raises Rejected (429)."""
+        account = Account(self, caller_of(scope), job, scope, is_joined, goes_on)
         await account.open()
         return account
 
@@ -97,13 +97,16 @@ class Callers:
 class Account:
     """Of one job, from its admission to its end."""
 
-    def __init__(self, callers: Callers, caller: Caller, job: Job, scope: Scope, is_joined: bool) -> None:
+    def __init__(
+        self, callers: Callers, caller: Caller, job: Job, scope: Scope, is_joined: bool, goes_on: bool
+    ) -> None:
         self._callers = callers
         self._caller = caller
         self._job = job
         self._scope = scope
         self._begun_s = time.monotonic()
         self._is_joined = is_joined
+        self._goes_on = goes_on
         self._costs = {Kind.REQUESTS: 1.0, Kind.INPUT: 0.0, Kind.OUTPUT: 0.0} if is_joined else callers.costs(job)
         limit = caller.limits.output_tokens_per_min
         if limit:  # one answer may be longer than an allowance
@@ -136,6 +139,9 @@ class Account:
                 extra = {kind: -self._costs[kind] for kind in BUCKETS}
             else:
                 extra = {Kind.OUTPUT: num_output - self._costs[Kind.OUTPUT]}
+                if self._goes_on and outcome == "client_disconnected":
+                    # Nobody tells here how it goes on, and who joins it pays nothing: what was expected stays paid.
+                    extra[Kind.OUTPUT] = max(0.0, extra[Kind.OUTPUT])
             self._callers.tenancy.end(caller, extra)
             num_cached = 0 if progress is None else progress.cached_tokens
             num_input = 0 if progress is None else progress.prompt_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_backend import MESSAGES, MODEL, Api, open_api
+from fake_backend import MESSAGES, MODEL, Api, Hang, open_api, speak
 
 from cluster.cli import main
 from cluster.settings import build
@@ -31,6 +31,7 @@ from workers.errors import InvalidConfig, Refusal, Refused
 TENANTS = {
     "acme": TenantLimits(requests_per_min=3, input_tokens_per_min=1000, output_tokens_per_min=100_000),
     "small": TenantLimits(max_concurrent=1, models=("another-model",)),
+    "slow": TenantLimits(output_tokens_per_min=120),
     "polite": TenantLimits(min_priority=0, max_priority=10, weight=3.0),
 }
 
@@ -109,6 +110,21 @@ def test_what_a_request_did_not_use_is_given_back_and_what_cannot_be_is_refused_
         assert ask(api, "acme").headers["x-ratelimit-remaining-requests"] == "2"
 
 
+@pytest.mark.parametrize("idempotency_key", ["", "mine"])
+def test_who_hangs_up_and_may_join_again_has_paid_for_what_goes_on(idempotency_key: str) -> None:
+    with tenants() as api:
+        api.backend.script = lambda backend, request: [*speak(backend, request)[:1], Hang()]
+        headers = {"authorization": "Bearer slow"} | ({"idempotency-key": idempotency_key} if idempotency_key else {})
+        body = {"prompt": [1, 2, 3], "max_tokens": 100, "stream": True}
+        with api.http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            next(answer.iter_lines())
+        while 'outcome="client_disconnected",tenant="slow"} 1.0' not in api.http.get("/metrics").text:
+            pass
+        api.backend.script = speak
+        left = 120 - int(ask(api, "slow", max_tokens=1).headers["x-ratelimit-remaining-output-tokens"])
+        assert left >= 50 if idempotency_key else left <= 10
+
+
 def test_keys_that_ended_models_and_priorities_are_told_apart() -> None:
     with tenants() as api:
         for name, code, what in (
@@ -178,7 +194,7 @@ def test_usage_is_counted_and_logged_without_a_word_of_the_prompt(
         answer = api.client.completions.create(model=MODEL.name, prompt="a secret word", max_tokens=5, n=2)
         assert ask(api, "polite", max_tokens=3, stream=True).status_code == 200
         assert ask(api, "stranger").status_code == 200
-        last_word = 'tenant="other"} 2.0'
+        last_word = 'outcome="ok",tenant="other"} 2.0'
         while last_word not in (metrics := api.http.get("/metrics").text):
             pass  # an account is closed when the answer has gone
     assert 'baton_tenant_requests_total{outcome="ok",tenant="acme"} 1.0' in metrics
