@@ -105,7 +105,7 @@ class Door:
         if origin is not None and origin in self._allowed_origins:
             return
         if origin is not None:
-            page = urlsplit(origin).hostname or ""
+            page = _page_of(origin)
             if not (page == host or (self._is_here(page) and not self._is_insecure)):
                 raise rejected(403, "foreign_origin", "web pages of other hosts are not served without API keys")
         elif headers.get("sec-fetch-site") == "cross-site":
@@ -120,6 +120,14 @@ class Door:
 
     def _is_here(self, host: str) -> bool:
         return is_loopback(host) or host in self._allowed_hosts
+
+
+def _page_of(origin: str) -> str:
+    """The host of a page; empty: that is no address."""
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_own_page(headers: Headers) -> bool:

@@ -105,6 +105,7 @@ def test_without_keys_a_name_that_was_made_to_point_here_is_refused(path: str) -
     [
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"origin": "https://127.0.0.1.evil.example"},
         {"sec_fetch_site": "cross-site"},
     ],

@@ -118,7 +118,7 @@ def test_an_answer_is_kept_for_a_while_within_a_bound() -> None:
 
 
 def test_of_too_many_answers_the_oldest_go() -> None:
-    story, number = begun(max_kept_answer_bytes=10_000)
+    story, number = begun(max_kept_answer_bytes=22_000)
     story.say(number, "r#1", 1, 8, ends=FinishReason.STOP)
     for place in range(5):
         name = f"s{place}"
