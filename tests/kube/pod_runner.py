@@ -121,14 +121,15 @@ class PodRunner:
             self._cordoned.discard(node)
 
     def everything(self) -> str:
-        """All states and the ends of all logs."""
+        """All states, then the ends of all logs (a long report may be cut)."""
         with self._lock:
             pods = [*self.pods.values(), *self.gone]
-        return "\n".join(
-            f"== {pod.name} on {pod.node} {pod.address} {pod.phase} ready={pod.is_ready} deleting={pod.is_deleting} "
-            f"restarts={pod.restarts} codes={pod.exit_codes}\n{pod.said()[-3000:]}"
+        states = [
+            f"{pod.name} on {pod.node} {pod.address} {pod.phase} ready={pod.is_ready} deleting={pod.is_deleting} "
+            f"restarts={pod.restarts} codes={pod.exit_codes}"
             for pod in pods
-        )
+        ]
+        return "\n".join([*states, *(f"== {pod.name}\n{pod.said()[-3000:]}" for pod in pods)])
 
     def remove_claims(self) -> None:
         """What persistentVolumeClaimRetentionPolicy does at the end of their StatefulSet, and how `helm uninstall` leaves no disk."""
