@@ -19,7 +19,7 @@ from workers.scheduler.sequence import Kind, Sequence, State
 
 _HISTORY_FREE = {
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop", "stop_token_ids",
-    "ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs",
+    "ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs", "logprob_token_ids",
 }  # fmt: skip
 """Parameters under which a token is drawn without a look at the output so far."""
 _NEUTRAL = tuple((f.name, f.default) for f in fields(SamplingParams) if f.name not in _HISTORY_FREE)
