@@ -48,7 +48,7 @@ FLOORS = {
         "model", "group", "worker", "group_worker",
     ),
     "router": (
-        "resume", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
+        "resume", "line_file", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
         "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (

@@ -171,9 +171,11 @@ async def read_body(
         ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
         return job, make_shape, ticket, ticket.write()
 
-    # EBNF is turned into Lark's language in Python, a character at a time.
-    may_take_long = b"grammar" in raw or b"ebnf" in raw
-    read = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    # EBNF is turned into Lark's language in Python, a character at a time. What is long goes to a thread without a look at it here.
+    inline_bytes = services.config.offload_bytes
+    if len(raw) <= inline_bytes and (b"grammar" in raw or b"ebnf" in raw):
+        inline_bytes = 0
+    read = await offload(build, len(raw), inline_bytes)
     job, make_shape, ticket, written = read
     job = services.callers.own(job, scope)
     if model is not None:
