@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.actors.held_ports import PortHolder
 from cluster.config import ClusterConfig
-from cluster.console.output import StepPrinter
+from cluster.console.output import StepPrinter, loading_text
 from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_cache_folder,
@@ -38,6 +38,7 @@ from cluster.store.actor_store import STORE_HOST_NAME
 from router.https import Certificate
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import usable_cpus
+from workers.status import LoadProgress
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ AT_ONCE = 16
 """Actors that are placed, and entries of the store that are written, at the same time."""
 
 
+LOOK_EVERY_S = 2.0
+"""How often workers that load are asked how far they have come."""
 AGAIN_S = 0.5
 """Between two attempts at what others must have started."""
 
@@ -239,7 +242,8 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     cluster.routers = {name: cluster.routers[name] for name in router_names}
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
-        await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
+        async with watched(cluster.workers, progress):
+            await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
         with told("a router"):
             urls = [_reachable(await actor.ready.remote()) for actor in cluster.routers.values()]
             cluster.urls = tuple(dict.fromkeys(urls))
@@ -280,6 +284,34 @@ async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@asynccontextmanager
+async def watched(workers: Mapping[str, Any], progress: StepPrinter) -> AsyncIterator[None]:
+    """Says in the meantime how far the workers have come with their checkpoint."""
+
+    async def ask(name: str, actor: Any, into: dict[str, LoadProgress]) -> None:
+        with suppress(Exception):  # what is wrong with an actor, whoever waits for it hears
+            found = await actor.loading.remote()
+            if found.num_bytes_read < found.num_bytes:
+                into[name] = found
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            coming: dict[str, LoadProgress] = {}
+            asking = [asyncio.ensure_future(ask(name, actor, coming)) for name, actor in workers.items()]
+            _, late = await asyncio.wait(asking, timeout=LOOK_EVERY_S)
+            for each in late:
+                each.cancel()
+            if coming:
+                progress.note(loading_text(coming))
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
 
 
 async def _ready(name: str, actor: Any) -> None:
