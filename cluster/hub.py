@@ -83,7 +83,9 @@ def _from_modelscope(repository: str, config: HubConfig) -> str:
     try:
         from modelscope_hub import HubApi, errors
     except ImportError as error:
-        raise _NotToBeHad("ModelScope needs the package modelscope-hub: pip install 'baton-serve[modelscope]'") from error
+        raise _NotToBeHad(
+            "ModelScope needs the package modelscope-hub: pip install 'baton-serve[modelscope]'"
+        ) from error
 
     def download(is_offline: bool) -> str:
         found = HubApi().download_repo(
