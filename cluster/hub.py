@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from workers.errors import InvalidConfig
 
@@ -56,6 +56,7 @@ def _from_hugging_face(repository: str, config: HubConfig) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
+    _bound_silence(huggingface_hub)
     try:
         return huggingface_hub.snapshot_download(
             repository,
@@ -74,7 +75,9 @@ def _from_hugging_face(repository: str, config: HubConfig) -> str:
         why = "it is not in the cache, and the hub does not answer or HF_HUB_OFFLINE is set"
     except errors.HfHubHTTPError as error:
         why = f"the hub answered with HTTP {getattr(error.response, 'status_code', '?')}"
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # of its HTTP library, which is another one from version to version, and of what reads its answers
         why = _in_short(error)
     raise _NotToBeHad(why)
 
@@ -110,10 +113,26 @@ def _from_modelscope(repository: str, config: HubConfig) -> str:
             return download(is_offline=True)
         except errors.HubError:
             why = f"it is not in the cache, and ModelScope does not answer: {_in_short(error)}"
-    except (errors.HubError, OSError, ValueError) as error:
+    except Exception as error:
         why = _in_short(error)
     raise _NotToBeHad(why)
 
 
 def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _bound_silence(hub: Any) -> None:
+    """A hub that says nothing for HF_HUB_DOWNLOAD_TIMEOUT is not waited for: some calls of the library have no limit of their own."""
+    first = hub.get_session()
+    hooks, kind = first.event_hooks["request"], type(first)
+
+    def bound(request: Any) -> None:
+        limits = request.extensions.get("timeout") or {}
+        bounds = dict.fromkeys(("connect", "read", "write", "pool"), float(hub.constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        request.extensions["timeout"] = bounds | {name: limit for name, limit in limits.items() if limit is not None}
+
+    if not any(getattr(hook, "__name__", "") == bound.__name__ for hook in hooks):
+        hub.set_client_factory(
+            lambda: kind(event_hooks={"request": [*hooks, bound]}, follow_redirects=True, timeout=None)
+        )

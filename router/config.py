@@ -67,7 +67,9 @@ class ApiConfig:
     max_choices: Count = 2048
     """Prompts times n of one request."""
     max_background: Count = 256
-    """Responses that one router runs in the background at once."""
+    """Responses of one tenant that one router runs in the background at once; without tenants of all together."""
+    client_grace_s: Delay = 30.0
+    """A request with an Idempotency-Key runs on for so long when its client has gone, because it may come back; 0: not at all."""
     join_request_ids: bool = False
     """Take X-Request-Id for an Idempotency-Key where there is none. For each such request all workers are asked first, so not behind
     a proxy that gives every request one."""

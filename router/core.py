@@ -64,7 +64,9 @@ class RouterCore:
             case RequestArrived(request, wishes, part):
                 self.flights.arrive(request, wishes, part, now)
             case JobSought(number, job, ends):
-                self.searches.begin(number, job, ends, self.flights.waits(job), now)
+                self.searches.begin(number, job, ends, self.flights.waiting(job), now)
+                if ends:
+                    self.flights.end_job(job, now)
             case RequestCancelled(request_id, reason):
                 self.flights.cancel(request_id, reason, now)
             case Tick():

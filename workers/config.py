@@ -132,6 +132,9 @@ class WorkerConfig:
     """Sequences that run at once."""
     max_batch_tokens: Count = 512
     """Token budget of one step, prefill chunks and decode tokens together."""
+    max_prefill_pause_s: Seconds = 0.04
+    """How long the prompts of a step may keep sequences waiting that decode in it, or as long as decoding takes, if that is longer: long
+    prompts are computed in as many steps as that needs."""
     overlap_steps: bool = True
     """On cuda, schedule and launch a step while the one before it runs. On the cpu, host and device are one."""
     max_queue: Count = 512

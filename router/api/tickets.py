@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Ticket:
     """Empty: it was too long to be kept."""
     earlier: list[dict[str, Any]] | None = None
     """The conversation that the request goes on from, where its body only names it."""
+
+    @property
+    def owner_number(self) -> int:
+        """Whose it is, as workers keep account of it."""
+        return int.from_bytes(hashlib.sha256(self.owner.encode()).digest()[:8])
 
     def write(self) -> bytes:
         """Without the body where it would be too long; without a conversation that it only names nothing is of use."""

@@ -17,7 +17,6 @@ from router.job_part import JobPart
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.arrivals import Arrivals
-from router.requests.deadlines import Deadlines
 from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
 from router.requests.fair_queue import FairQueue
@@ -25,6 +24,7 @@ from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAtte
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.wishes import Wishes
+from workers.deadlines import Deadlines
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
 from workers.wire.attach import Cancel
@@ -52,9 +52,11 @@ class InFlightRequests:
         self._attempts: dict[str, InFlightRequest] = {}
         self._arrivals = Arrivals(config, fleet, dispatcher)
         self._queue = FairQueue(config.max_queue)
-        self._deadlines = Deadlines()
+        self._deadlines: Deadlines[str] = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
+        self._waiting_jobs: dict[str, dict[str, None]] = {}
+        """The requests in the queue, by the job that they are part of."""
         self._finished = Pace()
         self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
@@ -109,18 +111,24 @@ class InFlightRequests:
         place = self._fleet.get(part.at) if part.at else None
         if place is not None and place.is_up and place.connection is not None:
             self._counters["requests_taken_up"] += 1
-            self._out.append(self._dispatcher.take_up(flight, place, now))
-            self._attempts[flight.wire_id] = flight
+            self._take_up(flight, place, now)
             return
         self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
-    def waits(self, job: str) -> bool:
-        """Whether part of a job waits here for a worker."""
-        return any(
-            kept is not None and kept.job == job
-            for kept in (self._flights[request_id].part.kept for request_id in self._queue.ids())
-        )
+    def _take_up(self, flight: InFlightRequest, place: WorkerEntry, now: float) -> None:
+        """It runs there already, or has ended there."""
+        self._out.append(self._dispatcher.take_up(flight, place, now))
+        self._attempts[flight.wire_id] = flight
+
+    def waiting(self, job: str) -> tuple[InFlightRequest, ...]:
+        """What waits here for a worker of a job."""
+        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.get(job, ()))
+
+    def end_job(self, job: str, now: float) -> None:
+        """What waits here of a job is not wanted any more."""
+        for flight in self.waiting(job):
+            self._fail(flight, Refusal.CANCELLED, "it was cancelled by who had asked for it", now)
 
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
@@ -141,11 +149,22 @@ class InFlightRequests:
             num_tokens=num_tokens,
         )
         self._waiting_tokens += len(flight.request.prompt_token_ids)
+        if flight.part.kept is not None:
+            self._waiting_jobs.setdefault(flight.part.kept.job, {})[name] = None
 
     def _dequeue(self, flight: InFlightRequest) -> None:
         if flight.request.request_id in self._queue:
             self._queue.remove(flight.request.request_id)
-            self._waiting_tokens -= len(flight.request.prompt_token_ids)
+            self._left_queue(flight)
+
+    def _left_queue(self, flight: InFlightRequest) -> None:
+        self._waiting_tokens -= len(flight.request.prompt_token_ids)
+        if flight.part.kept is None:
+            return
+        of_job = self._waiting_jobs[flight.part.kept.job]
+        del of_job[flight.request.request_id]
+        if not of_job:
+            del self._waiting_jobs[flight.part.kept.job]
 
     def _line(self, now: float) -> WaitingLine:
         """What a request that comes now has before it."""
@@ -202,7 +221,7 @@ class InFlightRequests:
             if self._is_hopeless(flight, route, now):
                 continue
             self._queue.take(request_id)
-            self._waiting_tokens -= len(flight.request.prompt_token_ids)
+            self._left_queue(flight)
             if flight.wishes.explain:
                 self._out.append(Explain(request_id, self._dispatcher.explain(flight, route, now)))
             self._out.append(self._dispatcher.submit(flight, route, now))
@@ -236,7 +255,7 @@ class InFlightRequests:
             case None:
                 pass
             case FinishReason.MOVED:
-                self._leave(flight, now)
+                self._leave(flight, output.message, now)
                 return
             case FinishReason.ERROR:
                 self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
@@ -259,10 +278,15 @@ class InFlightRequests:
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
 
-    def _leave(self, flight: InFlightRequest, now: float) -> None:
-        """The worker has handed the sequence over and says no more of it."""
+    def _leave(self, flight: InFlightRequest, target_id: str, now: float) -> None:
+        """The worker has handed the sequence over and says no more of it. `target_id`: whom another router has had it moved to."""
+        target = self._fleet.get(target_id)
         if flight.incoming is not None:
             self.migrations.switch(flight, now)
+        elif target is not None and target.is_up and target.connection is not None:
+            self._counters["moves_followed"] += 1
+            self._end_attempt(flight)
+            self._take_up(flight, target, now)
         else:
             self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
 
@@ -318,7 +342,9 @@ class InFlightRequests:
         flight = self._flights.get(request_id)
         if flight is not None:
             self._counters[f"cancelled_{reason}"] += 1
-            self._cancel_attempt(flight, flight.part.lets_go)
+            kept = flight.part.kept
+            is_background = kept is not None and kept.is_background
+            self._cancel_attempt(flight, flight.part.lets_go and (is_background or reason != "client_gone"))
             self._forget(flight, now)
 
     def check_time(self, now: float) -> None:
@@ -358,6 +384,8 @@ class InFlightRequests:
         if delay_s is None:
             if TREATMENTS[refusal] is Treatment.BUSY:  # it was accepted: that is no word for a client any more
                 refusal, message = Refusal.NO_WORKERS, "no worker could take the request in time; send it again later"
+            elif refusal is Refusal.DEADLINE_EXCEEDED:  # a worker has seen it first
+                message = _too_long(flight)
             self._fail(flight, refusal, message, now)
             return
         self._counters[f"reruns_{refusal}"] += 1

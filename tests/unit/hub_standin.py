@@ -27,6 +27,8 @@ class Hub:
         self.downloads: list[tuple[str, str | None]] = []
         """Name and range of each GET of a file."""
         self.url = ""
+        self.asked_enough = threading.Event()
+        """Until then baidu/silent answers nobody."""
 
     def entries(self) -> list[dict[str, Any]]:
         found = []
@@ -64,7 +66,16 @@ def open_hub(folder: Path) -> Iterator[Hub]:
             repository, _, rest = path.removeprefix("/api/models/").removeprefix("/").partition("/")
             name, _, rest = rest.partition("/")
             repository = f"{repository}/{name}"
-            if repository == "baidu/gated" and TOKEN not in self.headers.get("authorization", ""):
+            if repository == "baidu/closes":
+                self.close_connection = True
+            elif repository == "baidu/garbage":
+                self.wfile.write(b"\x00\xff\r\n\r\n")
+                self.close_connection = True
+            elif repository == "baidu/page":
+                self._send(200, b"<html>no JSON</html>", {"content-type": "text/html"})
+            elif repository == "baidu/silent":
+                hub.asked_enough.wait()
+            elif repository == "baidu/gated" and TOKEN not in self.headers.get("authorization", ""):
                 self._error(403, "GatedRepo")
             elif repository not in (REPOSITORY, "baidu/gated"):
                 self._error(404, "RepoNotFound")
@@ -138,6 +149,7 @@ def open_hub(folder: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.asked_enough.set()
         server.shutdown()
         server.server_close()
         thread.join(30)

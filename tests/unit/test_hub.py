@@ -101,6 +101,7 @@ def test_the_same_from_modelscope(tmp_path: Path) -> None:
         (["--model", REPOSITORY, "--revision", "v9"], {}, "it has no revision 'v9'"),
         (["--model", REPOSITORY], {"HF_HUB_OFFLINE": "1"}, "not in the cache"),
         (["--model", "baidu/gated"], {"HF_TOKEN": TOKEN}, "config.json is missing"),
+        (["--model", "baidu/garbage"], {}, "cannot download the model 'baidu/garbage': RemoteProtocolError"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence_and_code_2(
@@ -112,6 +113,24 @@ def test_what_cannot_be_had_is_one_sentence_and_code_2(
         ended = run(hub, tmp_path / "home", ["-m", "cluster.cli", "serve", *flags], **environment)
     assert ended.returncode == 2 and message in ended.stderr, ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("baton: ") and "Traceback" not in ended.stderr
+
+
+def test_a_hub_that_hangs_up_talks_nonsense_or_says_nothing_is_one_sentence_each(tmp_path: Path) -> None:
+    code = (
+        "from cluster.hub import HubConfig, fetch\n"
+        "from workers.errors import InvalidConfig\n"
+        "for name in ('closes', 'garbage', 'page', 'silent'):\n"
+        "    try:\n"
+        "        fetch(f'baidu/{name}', HubConfig())\n"
+        "    except InvalidConfig as error:\n"
+        "        print(error)\n"
+    )
+    with open_hub(tmp_path) as hub:
+        ended = run(hub, tmp_path / "home", ["-c", code], HF_HUB_DOWNLOAD_TIMEOUT="1")
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0 and len(lines) == 4, ended
+    for name, line in zip(("closes", "garbage", "page", "silent"), lines, strict=True):
+        assert line.startswith(f"cannot download the model 'baidu/{name}': ") and line.endswith("a checkpoint folder")
 
 
 def test_a_path_is_no_name_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

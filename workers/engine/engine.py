@@ -196,7 +196,8 @@ class Engine:
         if result.kv_event is None:
             result.kv_event = self._kv.take_event()
         if running is not None:
-            self.last_step = work_of(running.batch, self._clock() - started)
+            self.last_step = work = work_of(running.batch, self._clock() - started)
+            self._scheduler.pace.took(work.step_s, work.step_decodes, work.step_prompt_tokens, work.step_prompt_context)
             self._note_rate()
         return result
 

@@ -253,16 +253,18 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ..., key: _Optional[bytes] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Kept(_message.Message):
-    __slots__ = ("job", "num_requests", "ticket", "is_background")
+    __slots__ = ("job", "num_requests", "ticket", "is_background", "owner")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     IS_BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     job: str
     num_requests: int
     ticket: bytes
     is_background: bool
-    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_background: bool = ...) -> None: ...
+    owner: int
+    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_background: bool = ..., owner: _Optional[int] = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("source", "request_id", "permit")
