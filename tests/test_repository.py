@@ -52,7 +52,7 @@ FLOORS = {
         "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (
-        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
+        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "logs", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

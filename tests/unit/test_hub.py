@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hub_standin import COMMIT, REPOSITORY, TOKEN, Hub, open_hub
 
+from cluster.cli import make_parser
+from cluster.commands.flags import config_from
 from cluster.hub import is_repository
 from cluster.preflight import check_model
 
@@ -138,3 +140,18 @@ def test_a_path_is_no_name_of_a_repository(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert is_repository("baidu/ERNIE-4.5-21B-A3B-PT")
     assert not any(map(is_repository, ("models/mine", "/models/mine", "./models", "mine", "a/b/c", "../mine", "")))
+
+
+def test_a_relative_model_in_a_file_is_the_folder_beside_the_file_even_when_it_looks_like_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "models").mkdir()
+    (tmp_path / "etc" / "models" / "ernie").symlink_to(SHIPPED)
+    (tmp_path / "etc" / "baton.yaml").write_text("worker: {model: models/ernie}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = config_from(make_parser().parse_args(["serve", "--config", str(tmp_path / "etc" / "baton.yaml")]), {})
+    assert config.worker.model == str(SHIPPED.resolve())
+    assert is_repository("models/ernie")

@@ -316,7 +316,9 @@ class Engine:
         self._account(running, {again[place][0]: sampled for place, sampled in found.drawn.items()})
         for place, why in found.failed.items():
             live = running.lives[again[place][0]]
-            log.error("sequence %d fails", live.sequence.sequence_id, exc_info=why)
+            sequence = live.sequence
+            about = sequence.request.log_fields
+            log.error("sequence %d fails", sequence.sequence_id, exc_info=why, extra=about)
             self._sequences.fail(live, Refusal.INTERNAL, MODEL_FAILED)
         if found.lost is not None:
             self._lose(running, found.lost)
