@@ -78,15 +78,22 @@ def _installed(name: str) -> OutputFormat | None:
             form = entry.load()
         except Exception as error:
             raise InvalidConfig(f"the entry point {name!r:.80} of {GROUP} cannot be loaded: {error!r:.300}") from error
-        tags = [form.reasoning, form.answer, form.call] if isinstance(form, OutputFormat) else ["?"]
-        if not all(
-            pair is None or (len(pair) == 2 and all(isinstance(tag, str) and tag for tag in pair)) for pair in tags
-        ):
+        if not isinstance(form, OutputFormat) or not all(map(_are_tags, (form.reasoning, form.answer, form.call))):
             raise InvalidConfig(
                 f"the entry point {name!r:.80} of {GROUP} must be an OutputFormat, each kind of text None or an opening and a closing tag"
             )
         return form
     return None
+
+
+def _are_tags(pair: object) -> bool:
+    match pair:
+        case None:
+            return True
+        case (str(opening), str(closing)):
+            return bool(opening and closing)
+        case _:
+            return False
 
 
 def _format_of(name: str, known: dict[str, OutputFormat]) -> OutputFormat:
