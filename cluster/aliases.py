@@ -79,13 +79,18 @@ def _one_name(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     """vLLM's lists are JSON."""
-    return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InvalidConfig(f'{value!r:.80} is no list in JSON, such as ["https://a.example"]') from None
 
 
 def _bytes(value: Any) -> int:
     try:
         return round(float(value) * _GIB)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidConfig(f"{value!r:.80} is no number of GiB") from None
 
 
@@ -102,6 +107,9 @@ def _refused(what: str, *names: str, same: tuple[Any, ...] = (), **more: Any) ->
 
 
 BLOCKS = "num-gpu-blocks-override"
+_KV_DTYPE = Alias(
+    "kv-cache-dtype", Kind.REFUSED, "KV is kept in worker.dtype, and that name alone is taken", same=("auto",)
+)
 _EXPERTS = "enable-expert-parallel"
 _PORTS = "Baton places its processes itself and picks free ports: --prefill, --decode and --mixed say how many workers there are"
 _ALWAYS = "it is always so"
@@ -135,7 +143,7 @@ ALIASES: tuple[Alias, ...] = (
     ),
     Alias(BLOCKS, Kind.SETS, "worker.kv_memory_bytes", note=f"that many blocks of {BLOCK_SIZE} tokens"),
     *_refused(f"a block has {BLOCK_SIZE} tokens", "block-size", same=(BLOCK_SIZE, str(BLOCK_SIZE))),
-    *_refused("KV is kept in worker.dtype", "kv-cache-dtype", same=("auto", "bfloat16")),
+    _KV_DTYPE,
     _set("swap-space", "worker.kv_host_bytes", read=_bytes, note="GiB of host memory for prefix blocks; running sequences are not swapped"),
     _set("kv-offloading-size", "worker.kv_host_bytes", read=_bytes, note="GiB"),
     _set("enable-prefix-caching", "worker.prefix_cache", is_switch=True),
@@ -168,10 +176,11 @@ ALIASES: tuple[Alias, ...] = (
     # answers
     _set("reasoning-parser", "router.api.reasoning_parser"),
     _set("tool-call-parser", "router.api.tool_parser"),
-    *_refused("formats are those in docs/api.md", "tool-parser-plugin", "reasoning-parser-plugin"),
+    *_refused("install a package that offers the format as an entry point (docs/api.md), and name it", "tool-parser-plugin", "reasoning-parser-plugin"),
     *_told(_ALWAYS, "enable-auto-tool-choice", "enable-reasoning", "enable-logprob", is_switch=True),
     *_told("llguidance reads all grammars", "guided-decoding-backend", "structured-outputs-config"),
     *_refused("logprobs are the model's, before penalties and masks", "logprobs-mode", same=("raw_logprobs",)),
+    _set("max-logprobs", "worker.limits.logprobs", note="20 to 2048, alternatives of each token"),
     # the server
     _set("root-path", "router.api.root_path"),
     _set("uds", "router.uds", note="beside the port"),
@@ -210,14 +219,25 @@ def settings_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if alias.kind is Kind.TOLD:
             notes.append(f"{alias.name} changes nothing here: {alias.what}")
         elif alias.kind is Kind.REFUSED:
-            if value not in alias.same:
-                raise InvalidConfig(f"{alias.name} {value!r:.80} cannot be had: {alias.what}")
+            if alias is not _KV_DTYPE and value not in alias.same:
+                raise _refusal(alias, value)
         elif alias.name == _EXPERTS:
             if value:
                 laid[alias.what] = given.get("tensor_parallel_size") or 1
         elif alias.name != BLOCKS and (read := alias.read(value)) is not None:
             laid[alias.what] = read
     return laid, notes
+
+
+def _refusal(alias: Alias, value: Any) -> InvalidConfig:
+    return InvalidConfig(f"{alias.name} {value!r:.80} cannot be had: {alias.what}")
+
+
+def check_kv_dtype(given: Mapping[str, Any], dtype: str) -> None:
+    """`dtype` is what weights and KV will have, wherever that was said. Raises InvalidConfig for another one of KV."""
+    value = given.get(_KV_DTYPE.keyword)
+    if value is not None and str(value).removeprefix("torch.") not in (*_KV_DTYPE.same, dtype):
+        raise _refusal(_KV_DTYPE, value)
 
 
 def kv_bytes(model: str, dtype: str, tensor_parallel: int, num_blocks: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cluster.aliases import BLOCKS, BY_KEYWORD, kv_bytes, read_dtype, settings_of
+from cluster.aliases import BLOCKS, BY_KEYWORD, check_kv_dtype, kv_bytes, read_dtype, settings_of
 from cluster.hub import HubConfig, fetch, is_repository
 from cluster.preflight import check_model
 from cluster.settings import build, lay
@@ -31,7 +31,7 @@ __all__ = ["LLM", "Completion", "PromptCompletions", "SamplingParams"]
 Message = Mapping[str, Any]
 
 _MANY = 1 << 30
-_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY)
+_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY, max_alternatives=_MANY)
 """Whoever calls has the process for himself."""
 _DEFAULT_TOKENS = 16
 """Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
@@ -249,6 +249,7 @@ def _read_settings(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if is_repository(model):
         own = {**own, "model": fetch(model, build(HubConfig, hub, "hub"))}
         own["served_model_name"] = own.get("served_model_name") or model
+    check_kv_dtype(given, str(own.get("dtype", "float32")))
     if (blocks := given.get(BLOCKS.replace("-", "_"))) is not None:
         own["kv_memory_bytes"] = kv_bytes(own["model"], own.get("dtype", "float32"), 1, blocks)
     return own

@@ -60,6 +60,8 @@ class ApiConfig:
     """Larger request bodies are refused with 413."""
     max_open_body_bytes: Annotated[int, Ge(1024)] = 256 << 20
     """Of all bodies that are being received or wait to be read, beyond 64 KiB of each; a request that takes more is refused with 429."""
+    min_free_bytes: Annotated[int, Ge(0)] = 128 << 20
+    """While this host, or this container, has less memory left, bodies above 64 KiB are refused with 429; 0: never."""
     max_n: Count = 128
     """Choices per prompt."""
     max_prompts: Count = 1024
@@ -67,7 +69,9 @@ class ApiConfig:
     max_choices: Count = 2048
     """Prompts times n of one request."""
     max_background: Count = 256
-    """Responses that one router runs in the background at once."""
+    """Responses of one tenant that one router runs in the background at once; without tenants of all together."""
+    client_grace_s: Delay = 30.0
+    """A request with an Idempotency-Key runs on for so long when its client has gone, because it may come back; 0: not at all."""
     join_request_ids: bool = False
     """Take X-Request-Id for an Idempotency-Key where there is none. For each such request all workers are asked first, so not behind
     a proxy that gives every request one."""
@@ -81,6 +85,9 @@ class ApiConfig:
     max_prompt_scores: Natural = 3 << 20
     """Entries of one request's prompt_logprobs: prompt tokens times n times (k + 1). 131,072 tokens with 20 alternatives need 2.8
     million; each is 8 bytes here and some 60 in the answer."""
+    max_alternatives: Natural = 1 << 19
+    """Alternatives of one request's output tokens where it asks for more than 20 for each: n times max_tokens times those. Each takes some
+    100 bytes here until its answer is written."""
     allow_chat_template: bool = False
     """Whether a client may send a chat template of its own (`chat_template`), which runs in the sandbox that checkpoints' run in."""
     turn_memory_bytes: Natural = 0
@@ -116,7 +123,7 @@ class ApiConfig:
 
     def check_sampling_defaults(self, vocab_size: int) -> None:
         """Raises InvalidConfig for defaults that no request could be run with, and for such as would have no effect."""
-        for name in ("max_tokens", "logprobs", "prompt_logprobs"):
+        for name in ("max_tokens", "logprobs", "prompt_logprobs", "logprob_token_ids"):
             if getattr(self.sampling_defaults, name) != getattr(SamplingParams(), name):
                 raise InvalidConfig(f"router.api.sampling_defaults.{name} is for each request to say; leave it out")
         try:

@@ -35,6 +35,9 @@ from router.requests.searches import Searches
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
 
+IN_ORDER = frozenset(("moved", "left"))
+"""Ends of streams that are no fault."""
+
 
 class RouterCore:
     """The router's state machine. `now` is any clock in seconds that does not go back; `secret` is 32 random bytes, where workers
@@ -64,7 +67,9 @@ class RouterCore:
             case RequestArrived(request, wishes, part):
                 self.flights.arrive(request, wishes, part, now)
             case JobSought(number, job, ends):
-                self.searches.begin(number, job, ends, self.flights.waits(job), now)
+                self.searches.begin(number, job, ends, self.flights.waiting(job), now)
+                if ends:
+                    self.flights.end_job(job, now)
             case RequestCancelled(request_id, reason):
                 self.flights.cancel(request_id, reason, now)
             case Tick():
@@ -106,6 +111,11 @@ class RouterCore:
             return
         if not was_up:
             self.index.attach(entry.row)
+            if before:
+                again = starts_of(before) == starts_of(entry.generation)
+                self.flights.journal.fault(
+                    now, f"is there again{'' if again else ', as a new process'}", entry.worker_id, True
+                )
             self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
         if self.index.backlog:
             self.index.take_in()
@@ -132,6 +142,8 @@ class RouterCore:
         """Gives up a stream and moves its requests elsewhere. `reason` names a counter."""
         if entry.is_up:
             self.counters[f"workers_lost_{reason}"] += 1
+            if reason not in IN_ORDER:
+                self.flights.journal.fault(now, f"lost: {message or reason}", entry.worker_id)
         if entry.connection is not None:
             self._out.append(Detach(entry.worker_id, entry.connection))
         running = self.flights.running_on(entry)

@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -48,15 +48,18 @@ class ResumingClient:
         api_key: str = "",
         give_up_s: float = 60.0,
         http: httpx.Client | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`base_urls`: of routers, or of one balancer, without /v1; the first that answers is kept to. `give_up_s`: how long an
-        answer may make no progress at all. With `http` its pool and settings are used, and it is not closed here."""
+        answer may make no progress at all. With `http` its pool and settings are used, and it is not closed here. `sleep` waits for
+        so many seconds."""
         urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
         if not urls:
             raise ValueError("a ResumingClient needs the address of a router")
         self._urls = itertools.cycle([url.rstrip("/").removesuffix("/v1") for url in urls])
         self._url = next(self._urls)
         self._give_up_s = give_up_s
+        self._sleep = sleep
         self._is_own = http is None
         self._http = http or httpx.Client(timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S), trust_env=False)
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -90,7 +93,7 @@ class ResumingClient:
 
     def send(self, path: str, content: bytes, headers: Mapping[str, str]) -> httpx.Response:
         """`headers` with an Idempotency-Key; the same content must be sent each time."""
-        patience = _Patience(self._give_up_s)
+        patience = _Patience(self._give_up_s, self._sleep)
         while True:
             try:
                 answer = self._http.post(f"{self._url}{path}", content=content, headers=self._all(headers))
@@ -99,11 +102,11 @@ class ResumingClient:
                 continue
             if answer.status_code < 400:
                 return answer
-            self._check(answer.status_code, answer.content, patience)
+            self._check(answer, answer.content, patience)
 
     def events(self, path: str, content: bytes, headers: Mapping[str, str]) -> Iterator[str]:
         """The raw events of a stream, each with the empty line that ends it, exactly once, up to the last one."""
-        patience, last_id, failed_s = _Patience(self._give_up_s), "", 0.0
+        patience, last_id, failed_s, can_go_on = _Patience(self._give_up_s, self._sleep), "", 0.0, True
         while True:
             again = {"last-event-id": last_id} if last_id else {}
             try:
@@ -111,7 +114,7 @@ class ResumingClient:
                     "POST", f"{self._url}{path}", content=content, headers=self._all({**headers, **again})
                 ) as answer:
                     if answer.status_code >= 400:
-                        self._check(answer.status_code, answer.read(), patience)
+                        self._check(answer, answer.read(), patience)
                         continue
                     for event in _split(answer.iter_text()):
                         if (error := _error_in(event)) is not None:
@@ -124,17 +127,20 @@ class ResumingClient:
                             failed_s = 0.0
                         patience.progress()
                         yield event
-                        last_id = _field(event, "id") or last_id
+                        event_id = _field(event, "id")
+                        last_id, can_go_on = event_id or last_id, can_go_on and bool(event_id)
                         if _is_last(event):
                             return
                     raise _Broken("the stream ended before its last event")
             except (httpx.TransportError, _Broken) as error:
+                if not can_go_on:
+                    raise NotAnswered(f"the stream broke, and its events have no ids to go on from: {error}") from error
                 failed_s = failed_s or time.monotonic()
                 self._turn_to_another(patience, error)
 
     def ask(self, method: str, path: str, headers: Mapping[str, str]) -> httpx.Response:
         """Anything else than to be answered: of the first router that is there."""
-        patience = _Patience(self._give_up_s)
+        patience = _Patience(self._give_up_s, self._sleep)
         while True:
             try:
                 answer = self._http.request(method, f"{self._url}{path}", headers=self._all(headers))
@@ -149,20 +155,28 @@ class ResumingClient:
     def _all(self, headers: Mapping[str, str]) -> dict[str, str]:
         return {"content-type": "application/json", **self._headers, **headers}
 
-    def _check(self, status: int, content: bytes, patience: _Patience) -> None:
+    def _check(self, answer: httpx.Response, content: bytes, patience: _Patience) -> None:
         """Waits before the next try, or raises."""
+        status = answer.status_code
         try:
             error = json.loads(content)["error"]
         except (ValueError, KeyError, TypeError):
             error = {"message": content.decode(errors="replace")}
         failure = RequestFailed(status, error)
-        if status not in _STATUSES:
+        if status not in _STATUSES or answer.headers.get("x-should-retry") == "false":
             raise failure
-        self._turn_to_another(patience, failure)
+        self._turn_to_another(patience, failure, _seconds(answer.headers.get("retry-after", "")), status == 429)
 
-    def _turn_to_another(self, patience: _Patience, cause: Exception) -> None:
+    def _turn_to_another(
+        self, patience: _Patience, cause: Exception, after_s: float = 0.0, is_limit: bool = False
+    ) -> None:
         self._url = next(self._urls)
-        patience.wait(cause)
+        patience.wait(cause, after_s, is_limit)
+
+
+def _seconds(text: str) -> float:
+    """Of a retry-after; one that is a date says nothing here."""
+    return float(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0.0
 
 
 class _Broken(Exception):
@@ -170,23 +184,28 @@ class _Broken(Exception):
 
 
 class _Patience:
-    """The first try follows at once, later ones after a while that grows."""
+    """The first try follows at once, later ones after a while that grows, and not before the last answer has said."""
 
-    def __init__(self, give_up_s: float) -> None:
+    def __init__(self, give_up_s: float, sleep: Callable[[float], None]) -> None:
         self._give_up_s = give_up_s
+        self._sleep = sleep
         self.progress()
 
     def progress(self) -> None:
         self._since_s: float | None = None
         self._num_tries = 0
 
-    def wait(self, cause: Exception) -> None:
+    def wait(self, cause: Exception, after_s: float, is_limit: bool) -> None:
+        """`is_limit`: other routers would say no as well."""
         now = time.monotonic()
         self._since_s = now if self._since_s is None else self._since_s
-        if now - self._since_s > self._give_up_s:
-            raise NotAnswered(f"no router has answered for {self._give_up_s:g} s: {cause}") from cause
-        if self._num_tries:
-            time.sleep(min(AGAIN_S * 2 ** (self._num_tries - 1), MOST_AGAIN_S))
+        wait_s = 0.0
+        if self._num_tries or is_limit:
+            wait_s = max(after_s, min(AGAIN_S * 2 ** max(0, self._num_tries - 1), MOST_AGAIN_S))
+        if now + wait_s - self._since_s > self._give_up_s:
+            raise NotAnswered(f"no router will have answered for {self._give_up_s:g} s: {cause}") from cause
+        if wait_s:
+            self._sleep(wait_s)
         self._num_tries += 1
 
 
@@ -271,7 +290,13 @@ class _Body(httpx.SyncByteStream):
         self._events = events
 
     def __iter__(self) -> Iterator[bytes]:
-        return (event.encode() for event in self._events)
+        try:
+            for event in self._events:
+                yield event.encode()
+        except RequestFailed as failure:
+            yield f"data: {json.dumps({'error': dict(failure.error)})}\n\n".encode()
+        except NotAnswered as failure:
+            raise httpx.ReadError(str(failure)) from failure
 
 
 def resuming_http(base_urls: str | Sequence[str], api_key: str = "", give_up_s: float = 60.0) -> httpx.Client:

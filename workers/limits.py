@@ -7,6 +7,10 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+ALTERNATIVES = 20
+"""Of each token, that every worker says if it is asked."""
+MAX_ALTERNATIVES = 2048
+"""Whatever is set: each takes some microseconds and 100 bytes in a worker and in a router."""
 MAX_ENTRIES = 16_384
 """Of any list, whatever is set: a longer one is refused before its entries are read."""
 Entries = Annotated[int, Ge(0), Le(MAX_ENTRIES)]
@@ -28,6 +32,9 @@ class RequestLimits:
     logit_bias: Entries = 1024
     """OpenAI takes 300."""
     allowed_token_ids: Entries = 1024
+    logprobs: Annotated[int, Ge(ALTERNATIVES), Le(MAX_ALTERNATIVES)] = ALTERNATIVES
+    """Alternatives of a token (`top_logprobs`, `prompt_logprobs`) and tokens in `logprob_token_ids`. -1, all of the vocabulary, is taken
+    where that is no more."""
 
 
 DEFAULT_LIMITS = RequestLimits()

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import InvalidRequest, Refusal, Refused
-from workers.limits import DEFAULT_LIMITS, RequestLimits
+from workers.limits import ALTERNATIVES, DEFAULT_LIMITS, RequestLimits
 
-MAX_TOP_LOGPROBS = 20
 MAX_GRAMMAR_CHARACTERS = 128 << 10
 """Of a request's grammar; reading one takes longer the longer it is."""
 MAX_SCORES = 4096
-"""Prompt tokens whose logprobs one output says: 0.7 MiB with 20 alternatives each."""
+"""Prompt tokens whose logprobs one output says, with at most 20 alternatives each; fewer with more of them: 0.7 MiB."""
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 LOGPROB_FLOOR = -9999.0
 """Logprobs are clamped here: JSON has no -inf."""
@@ -43,7 +42,8 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. `seed` None means "any":
     it is made concrete (`with_seed`) before a request enters the system, so that a re-run draws the same tokens.
-    `logprobs` None: off; k: the drawn token's logprob and the k most likely ones (0 <= k <= 20).
+    `logprobs` None: off; k: the drawn token's logprob and the k most likely ones (0 <= k <= limits.logprobs), or in place of
+    these the tokens in `logprob_token_ids`.
     `bad_words` are token id sequences that must not appear. `logit_bias` is (token id, bias) pairs.
     `grammar` is what the output is, in the language of workers.grammar; empty: anything. `allowed_token_ids`, when there are
     any, are all that may be drawn, and those that end the output. Where a grammar leaves a single way to go on, it outranks
@@ -72,6 +72,12 @@ class SamplingParams:
     grammar: str = ""
     allowed_token_ids: tuple[int, ...] = ()
     thinking: ThinkingBudget | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+
+    @property
+    def alternatives(self) -> int | tuple[int, ...] | None:
+        """Those whose logprobs come with each token: so many of the most likely ones, or these tokens; None: no logprobs."""
+        return None if self.logprobs is None else self.logprob_token_ids or self.logprobs
 
     @property
     def is_constrained(self) -> bool:
@@ -136,15 +142,23 @@ class SamplingParams:
                 "must be at least 0, and needs tokens that end the reasoning",
             ),
             (
-                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                self.logprobs is None or 0 <= self.logprobs <= limits.logprobs,
                 "logprobs",
-                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+                f"must be between 0 and {limits.logprobs}",
             ),
             (
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= limits.logprobs,
                 "prompt_logprobs",
-                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+                f"must be between 0 and {limits.logprobs}",
             ),
+            (
+                len(self.logprob_token_ids) <= limits.logprobs
+                and len(set(self.logprob_token_ids)) == len(self.logprob_token_ids)
+                and all(0 <= token < vocab_size for token in self.logprob_token_ids),
+                "logprob_token_ids",
+                f"takes at most {limits.logprobs} different token ids below {vocab_size}",
+            ),
+            (not self.logprob_token_ids or self.logprobs is not None, "logprob_token_ids", "needs logprobs"),
             (
                 all(0 <= token < vocab_size and -100 <= bias <= 100 for token, bias in self.logit_bias),
                 "logit_bias",
@@ -195,6 +209,11 @@ class Request:
     """W3C trace context that spans of this request hang below; decides nothing."""
     cache_salt: int = 0
     """Unsigned 64 bit. Prompts with different salts share no cached block, in no tier and from no peer: tenants have one each."""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log message about it carries, as `extra`."""
+        return {"request_id": self.request_id, "traceparent": self.traceparent}
 
 
 class FinishReason(StrEnum):
@@ -382,6 +401,11 @@ class PromptScores:
     @property
     def _arrays(self) -> tuple[Ids, Floats, Ids, Ids, Floats]:
         return self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+
+
+def scores_at_once(num_top: int) -> int:
+    """Prompt tokens of one output with so many alternatives each."""
+    return max(1, min(MAX_SCORES, MAX_SCORES * (ALTERNATIVES + 1) // (num_top + 1)))
 
 
 def join(parts: Sequence[PromptScores]) -> PromptScores:

@@ -215,7 +215,7 @@ def config_from(
 
     The model's path is made absolute here, because the actors that load it run in other folders. Raises InvalidConfig.
     """
-    from cluster.aliases import BLOCKS, kv_bytes, settings_of
+    from cluster.aliases import BLOCKS, check_kv_dtype, kv_bytes, settings_of
     from cluster.config import load_config, read_file  # torch-free, but slower than a parser needs
     from cluster.hub import is_repository
     from cluster.settings import from_environment
@@ -255,6 +255,7 @@ def config_from(
         flags["worker.model"] = str(Path(model).expanduser().resolve()) if model else find_default_model()
     assignments = [text for text in args.assignments if not text.startswith("worker.model=")]
     config = _fetched(load_config(args.config, flags, assignments, environment))
+    check_kv_dtype(aliases, config.worker.dtype)
     if (blocks := aliases.get(BLOCKS.replace("-", "_"))) is not None:
         worker = config.worker
         size = kv_bytes(worker.model, worker.dtype, worker.parallel.tensor_parallel, blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -29,6 +29,7 @@ from router.api.response_store import ResponseStore
 from router.api.retelling import Retelling
 from router.api.translate import Job
 from router.api.turns import Turns
+from router.api.unattended import Unattended
 from router.backend import Backend
 from router.config import ApiConfig
 from router.direct import DIRECT, DirectWriter
@@ -45,6 +46,8 @@ _MAX_ENTRIES_AT_ONCE = 1000
 """Tokens and logprobs that the event loop writes itself."""
 _ENTRIES_PER_CHOICE = 4
 """That a choice's other fields take as long to write as."""
+_EVENTS_AT_ONCE = 1024
+"""Parts of events that are kept for one write, of an answer that is told again."""
 _BODY_CHARACTERS = 1 << 17
 """Of a long answer, at least so many are sent at once."""
 
@@ -63,9 +66,11 @@ class Services:
     callers: Callers
     responses: ResponseStore = field(default_factory=ResponseStore)
     seeker: Seeker = field(init=False)
+    unattended: Unattended = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeker", Seeker(self.backend))
+        object.__setattr__(self, "unattended", Unattended(self.config.client_grace_s))
 
 
 class StreamWriter(Protocol):
@@ -161,6 +166,8 @@ class Answer(Response):
         """Of the choices, where what they say is to be told in other pieces than it comes in."""
         self._is_sent = False
         """The last of it is on its way."""
+        self._left: JobOutputs | None = None
+        """What goes on when its client has gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         seeker, outcome = self._services.seeker, Refusal.INTERNAL.value
@@ -185,7 +192,10 @@ class Answer(Response):
             raise
         finally:
             await begun.aclose()  # a client that left at once
-            account.close(outcome)
+            if self._left is not None and account.progress is not None:
+                self._services.unattended.take(self._left, account.progress, account)
+            else:
+                account.close(outcome)
 
     async def _run(self, begun: AsyncExitStack, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
         services, job, found = self._services, self._job, self._found
@@ -213,11 +223,17 @@ class Answer(Response):
                 await self._send_stream(generation, progress, scope, send)
             else:
                 await self._send_whole(generation, progress, scope, receive, send)
+        except (asyncio.CancelledError, ClientDisconnect):
+            # What runs in the background has its own reader, or goes on at its worker.
+            if self._asked.key and not self._asked.is_background and not generation.has_ended:
+                self._left = generation
+            raise
         finally:
             span.set(completion_tokens=progress.completion_tokens, **route_of(generation.decisions()))
             span.end("not finished" if progress.num_unfinished else "")
-            progress.abandon()
-            generation.close()
+            if self._left is None:
+                progress.abandon()
+                generation.close()
 
     def _number(self, found: FoundJob | None) -> None:
         """Chooses how events are numbered, and makes what it takes to tell them from where the client has come to."""
@@ -236,10 +252,14 @@ class Answer(Response):
                 Retelling(request, services.tokenizer, model.max_model_len, found is None) for request in job.requests
             ]
 
-    def _pieces(self, index: int, output: Output) -> Iterable[Output]:
-        if not self._retellings or output.finish_reason is FinishReason.ERROR:
-            return (output,)
-        return self._retellings[index].pieces(output)
+    async def _pieces(self, batch: Sequence[tuple[int, Output]]) -> AsyncIterator[tuple[int, Output]]:
+        """Of a batch, where outputs are to be told in other pieces than they come in."""
+        for index, output in batch:
+            if output.finish_reason is FinishReason.ERROR:
+                yield index, output
+                continue
+            async for piece in self._retellings[index].pieces(output):
+                yield index, piece
 
     async def _send_whole(
         self, generation: JobOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
@@ -259,9 +279,13 @@ class Answer(Response):
 
     async def _gather(self, generation: JobOutputs, progress: JobProgress) -> None:
         while progress.num_unfinished:
-            for index, output in await generation.next_batch():
-                for piece in self._pieces(index, output):
+            batch = await generation.next_batch()
+            if self._retellings:
+                async for index, piece in self._pieces(batch):
                     progress.accept(index, piece, time.monotonic())
+                continue
+            for index, output in batch:
+                progress.accept(index, output, time.monotonic())
 
     async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
@@ -291,23 +315,34 @@ class Answer(Response):
                 generation.wrote()
             return True
 
+        chunks: list[str] = []
+
+        async def tell(index: int, output: Output, now_s: float) -> None:
+            nonlocal chunks
+            choice, shown = progress.accept(index, output, now_s)
+            is_first = not choice.is_announced
+            chunk = ids.mark(choice, writer.chunk(choice, shown))
+            if is_first and chunk and is_long(self._job, (choice,)):
+                before, chunks = chunks, []
+                async for body in _bodies(chain(before, chunk)):
+                    await transmit(body)
+            else:
+                chunks += chunk
+
         try:
             while progress.num_unfinished:
                 batch = await generation.next_batch(show)
                 now_s = time.monotonic()
-                chunks: list[str] = []
-                for index, output in batch:
-                    for piece in self._pieces(index, output):
-                        choice, shown = progress.accept(index, piece, now_s)
-                        is_first = not choice.is_announced
-                        chunk = ids.mark(choice, writer.chunk(choice, shown))
-                        if is_first and chunk and is_long(self._job, (choice,)):
-                            before, chunks = chunks, []
-                            async for body in _bodies(chain(before, chunk)):
-                                await transmit(body)
-                        else:
-                            chunks += chunk
-                body = "".join(chunks).encode()
+                if self._retellings:
+                    async for index, piece in self._pieces(batch):
+                        await tell(index, piece, now_s)
+                        if len(chunks) >= _EVENTS_AT_ONCE and progress.num_unfinished:
+                            body, chunks = "".join(chunks).encode(), []
+                            await transmit(body)
+                else:
+                    for index, output in batch:
+                        await tell(index, output, now_s)
+                body, chunks = "".join(chunks).encode(), []
                 if not body and generation.is_heartbeat_due:
                     body = sse.HEARTBEAT
                 if body and progress.num_unfinished:
@@ -321,7 +356,8 @@ class Answer(Response):
             problem = describe(error)
             note_refusal(scope, problem)
             if problem.row.status >= 500:
-                _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
+                job = self._job.job_id
+                _log.warning("a stream of job %s broke", job, exc_info=error, extra={"request_id": job})
             generation.close()
             await transmit(writer.broken(problem).encode(), more=False)
 

@@ -18,13 +18,16 @@ from router.api.callers import owner_of
 from router.api.naming import Naming, job_of_key, key_in
 from router.api.offload import offload
 from router.api.problems import Rejected, rejected
+from router.api.prompts import check_token_ids
 from router.api.response_store import ResponseStore
 from router.api.tickets import Ticket
 from router.api.translate import Job
+from router.api.turns import with_prompt
 from router.backend import Backend
 from router.config import ApiConfig
 from router.job_part import FoundJob, JobPart
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import Request
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -97,7 +100,7 @@ class Inquiry:
             if found is not None and name in found.requests and found.requests[name][1].is_whole:
                 at, _ = found.requests[name]
             ticket = b"" if parts else self.written
-            kept = Kept(job.job_id, len(job.requests), ticket, self.is_background)
+            kept = Kept(job.job_id, len(job.requests), ticket, self.is_background, self.ticket.owner_number)
             requests.append(replace(request, request_id=f"{name}~{secrets.token_hex(4)}") if is_named else request)
             parts.append(JobPart(kept, name, self.goes_on, at))
         return tuple(requests), tuple(parts)
@@ -112,6 +115,12 @@ async def read_asked(
     """Reads, checks and tokenizes one request; one that is not short in a thread. `fetch` may get what it was rejected for want
     of; then it is read again."""
     owner, key = owner_of(http.scope), key_in(http.headers, services.config)
+    if http.headers.get("last-event-id") and not key:
+        raise InvalidRequest(
+            "a new request has no events to go on from: send Last-Event-ID with the Idempotency-Key that the request was first sent with, "
+            "or ask GET /v1/requests/{id}/stream for the rest",
+            "Last-Event-ID",
+        )
     naming = Naming.new(job_of_key(owner, key) if key else "")
     if key and (created := _created(http.headers)):
         naming = replace(naming, created=created)
@@ -136,8 +145,9 @@ async def read_ticket(
 ) -> Inquiry:
     """What somebody has asked for before. `is_stream`: how it is to be answered now."""
     return await read_body(
-        services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream
-    )
+        services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream,
+        prompt=ticket.prompt,
+    )  # fmt: skip
 
 
 async def read_body(
@@ -151,8 +161,10 @@ async def read_body(
     earlier: list[dict[str, Any]] | None = None,
     is_stream: bool | None = None,
     is_new: bool = False,
+    prompt: tuple[int, ...] = (),
 ) -> Inquiry:
-    """`is_new`: nobody but this router has to read it the same, so it may go on from a turn that is remembered here."""
+    """`is_new`: it may go on from a turn that is remembered here; its ticket then tells other routers its prompt, which they give as
+    `prompt`."""
     model = services.backend.model
     reading = Reading(naming, owner, model, services.tokenizer, services.config, services.responses, earlier)
 
@@ -160,14 +172,23 @@ async def read_body(
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
             job = replace(job, stream=is_stream)
+        own_prompt: tuple[int, ...] = ()
         if is_new and model is not None:
+            plain = job.prompts[0].token_ids
             job = services.turns.splice(job, owner.encode(), model)
-        ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
+            own_prompt = job.prompts[0].token_ids if job.prompts[0].token_ids is not plain else ()
+        elif prompt and model is not None:
+            own_prompt = PromptTokens(check_token_ids(prompt, model.vocab_size, "messages"))
+            job = with_prompt(job, own_prompt)
+        digest = hashlib.sha256(raw).hexdigest()
+        ticket = Ticket(kind.name, owner, naming, digest, raw, reading.earlier, own_prompt)
         return job, make_shape, ticket, ticket.write()
 
-    # EBNF is turned into Lark's language in Python, a character at a time.
-    may_take_long = b"grammar" in raw or b"ebnf" in raw
-    read = await offload(build, len(raw), 0 if may_take_long else services.config.offload_bytes)
+    # EBNF is turned into Lark's language in Python, a character at a time. What is long goes to a thread without a look at it here.
+    inline_bytes = services.config.offload_bytes
+    if len(raw) <= inline_bytes and (b"grammar" in raw or b"ebnf" in raw):
+        inline_bytes = 0
+    read = await offload(build, len(raw), inline_bytes)
     job, make_shape, ticket, written = read
     job = services.callers.own(job, scope)
     if model is not None:
@@ -200,11 +221,11 @@ class Seeker:
             if num_users == 1:
                 del self._turns[job]
 
-    async def find(self, job: str) -> FoundJob:
-        """Where a job is; one that waits here for a worker is waited for."""
+    async def find(self, job: str, waits: bool = True) -> FoundJob:
+        """Where a job is; with `waits` one that waits here for a worker is waited for."""
         found = await self._backend.find(job)
         waited_s = 0.0
-        while not found.requests and found.is_waiting:
+        while waits and not found.requests and found.is_waiting:
             if waited_s >= MAX_WAIT_S:
                 raise Refused(Refusal.QUEUE_FULL, "the request still waits for a worker; ask again later", 1.0)
             await asyncio.sleep(WAIT_S)
@@ -212,19 +233,20 @@ class Seeker:
             found = await self._backend.find(job)
         return found
 
-    async def look(self, asked: Inquiry) -> FoundJob | None:
-        """None: nobody has it. Raises Rejected when another body was sent with this key."""
+    async def look(self, asked: Inquiry, waits: bool = True) -> FoundJob | None:
+        """None: nobody has it, or nobody knows any more what it was. Raises Rejected when another body was sent with this key, or to
+        another endpoint."""
         if not asked.key:
             return None
-        found = await self.find(asked.job.job_id)
-        if not found.requests:
-            return None
+        found = await self.find(asked.job.job_id, waits)
         ticket = Ticket.read(found.ticket)
-        if ticket is not None and ticket.digest != asked.ticket.digest:
+        if ticket is None or not (found.requests or found.is_waiting):
+            return None
+        if (ticket.kind, ticket.digest) != (asked.kind.name, asked.ticket.digest):
             raise rejected(
                 422,
                 "idempotency_key_reused",
-                "another request was sent with this Idempotency-Key: send the same body, or choose a new key",
+                "another request was sent with this Idempotency-Key: send the same body to the same endpoint, or choose a new key",
                 "Idempotency-Key",
             )
         return found

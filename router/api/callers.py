@@ -127,8 +127,9 @@ class Account:
         finally:
             self._scope.setdefault("state", {})[RATE_HEADERS] = rate_headers(tenancy.readings(caller))
 
-    def close(self, outcome: str) -> None:
-        """The job has ended. `outcome` as in Usage; one that did not begin costs its tenant nothing."""
+    def close(self, outcome: str, is_whole: bool = False) -> None:
+        """The job has ended. `outcome` as in Usage; one that did not begin costs its tenant nothing. `is_whole`: it has run to its end
+        all the same."""
         caller, job = self._caller, self._job
         progress = None if self._is_joined else self.progress
         if self._is_joined:
@@ -139,7 +140,7 @@ class Account:
                 extra = {kind: -self._costs[kind] for kind in BUCKETS}
             else:
                 extra = {Kind.OUTPUT: num_output - self._costs[Kind.OUTPUT]}
-                if self._goes_on and outcome == "client_disconnected":
+                if self._goes_on and outcome == "client_disconnected" and not is_whole:
                     # Nobody tells here how it goes on, and who joins it pays nothing: what was expected stays paid.
                     extra[Kind.OUTPUT] = max(0.0, extra[Kind.OUTPUT])
             self._callers.tenancy.end(caller, extra)

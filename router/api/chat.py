@@ -112,7 +112,11 @@ class ChatShape:
 
     def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]
-        content = lazy_list(len(entries), lambda places: self._logprobs.content(entries[places.start : places.stop]))
+        content = lazy_list(
+            len(entries),
+            lambda places: self._logprobs.content(entries[places.start : places.stop]),
+            self._logprobs.size,
+        )
         written: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", **message},

@@ -9,6 +9,7 @@ from typing import Any
 from router.api.job_run import Choice
 from router.api.sse import Lazy, json_parts, lazy_list, to_json
 from router.api.translate import Job
+from workers.limits import ALTERNATIVES
 from workers.request import LOGPROB_FLOOR, Output, PromptScores, TokenLogprob
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -55,6 +56,11 @@ class LogprobWriter:
         self._tokenizer = tokenizer
         self._tokens_as_ids = tokens_as_ids
         self._num_top = num_top
+
+    @property
+    def size(self) -> int:
+        """Of an entry, as lazy_list takes it; one with 20 alternatives counts as 1."""
+        return 1 + self._num_top // ALTERNATIVES
 
     def text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._tokens_as_ids else self._tokenizer.token_text(token_id)
@@ -120,7 +126,8 @@ class CompletionLogprobs:
             return read
 
         names, num_entries = ("tokens", "token_logprobs", "top_logprobs"), num_prompt + len(entries)
-        columns: dict[str, Any] = {name: lazy_list(num_entries, column(name)) for name in names}
+        size = self._writer.size
+        columns: dict[str, Any] = {name: lazy_list(num_entries, column(name), size) for name in names}
         return columns | {"text_offset": offsets}
 
     def _columns(self, entries: Sequence[TokenLogprob | None], token_ids: Sequence[int]) -> dict[str, Any]:
@@ -158,6 +165,7 @@ def write_prompt_logprobs(tokenizer: Tokenizer, choice: Choice, num_top: int) ->
     return lazy_list(
         len(choice.prompt.token_ids),
         lambda places: [_ranked(tokenizer, scores[place], num_top) for place in places],
+        1 + num_top // ALTERNATIVES,
     )
 
 

@@ -23,10 +23,12 @@ from router.job_part import NO_JOB, JobPart
 from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request
+from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, merged
 
 T = TypeVar("T")
 
+_CONDENSED = 64
+"""Outputs that are made one, where many are kept."""
 _SUBMITS_AT_ONCE = 8
 """Each takes the event loop for some 0.2 ms."""
 
@@ -38,6 +40,8 @@ class JobOutputs:
         self._loop = asyncio.get_running_loop()
         self._streams = streams
         self._wakes = [partial(self._wake, place) for place in range(len(streams))]
+        self._positions = [0] * len(streams)
+        self._num_open = len(streams)
         self._ready = list(range(len(streams)))
         """Streams that may have something."""
         self._reader: asyncio.Future[None] | None = None
@@ -95,6 +99,7 @@ class JobOutputs:
                 for place in ready:
                     output = self._streams[place].take(self._wakes[place])
                     if output is not None:
+                        self._note(place, output)
                         batch.append((place, output))
             if batch or self.is_heartbeat_due:
                 return batch
@@ -112,6 +117,21 @@ class JobOutputs:
         self.is_heartbeat_due = False
         self._written_s = self._loop.time()
 
+    def _note(self, place: int, output: Output) -> None:
+        self._positions[place] = output.position + len(output.token_ids)
+        if output.finish_reason is not None:
+            self._num_open -= 1
+
+    @property
+    def has_ended(self) -> bool:
+        """The end of every request has been taken."""
+        return not self._num_open
+
+    @property
+    def num_tokens(self) -> int:
+        """That were taken, of all requests."""
+        return sum(self._positions)
+
     def close(self) -> None:
         """Closes every stream; once is enough."""
         if self._timer is not None:
@@ -127,7 +147,10 @@ class JobOutputs:
             return
         try:
             output = self._streams[place].take(self._wakes[place])
-            if output is None or show(place, output):
+            if output is None:
+                return
+            self._note(place, output)
+            if show(place, output):
                 return
             self._not_shown.append((place, output))
         except Exception as error:  # whose output came has nothing to do with it
@@ -200,6 +223,14 @@ class Choice:
     """Of the prompt's tokens from the second on, in order, each once."""
     is_announced: bool = False
     """Its first chunk has been sent."""
+    num_condensed: int = 0
+    """The first of `outputs` that are several in one."""
+
+    def condense(self) -> None:
+        """Of an answer that takes its time: many small outputs take more room than one."""
+        if len(self.outputs) - self.num_condensed >= _CONDENSED:
+            self.outputs[self.num_condensed :] = [merged(self.outputs[self.num_condensed :])]
+            self.num_condensed += 1
 
 
 class JobProgress:
@@ -237,7 +268,10 @@ class JobProgress:
             refusal = output.refusal or Refusal.INTERNAL
             sentence = SENTENCES.get(refusal)
             if sentence is not None:
-                _log.warning("request %s was given up: %s: %s", choice.request.request_id, refusal, output.message)
+                request, about = choice.request, choice.request.log_fields
+                _log.warning(
+                    "request %s was given up: %s: %s", request.request_id, refusal, output.message, extra=about
+                )
             raise Refused(refusal, sentence or output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")
@@ -288,6 +322,13 @@ class JobProgress:
             self._metrics.e2e.observe(now_s - self._start_s)
             self._metrics.prompt_tokens.inc(self.prompt_tokens)
             self._metrics.cached_tokens.inc(self.cached_tokens)
+
+    def go_on_to(self, num_tokens: int) -> None:
+        """So many tokens were generated in all, the last of them for nobody."""
+        num_new = num_tokens - self.completion_tokens
+        if num_new > 0 and not self._hides:
+            self.completion_tokens += num_new
+            self._metrics.generation_tokens.inc(num_new)
 
     def abandon(self) -> None:
         """The job ends, whether or not its choices have."""

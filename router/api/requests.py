@@ -27,11 +27,11 @@ KINDS: Mapping[str, AnswerKind] = {kind.name: kind for kind in (CHAT, COMPLETION
 def request_routes(services: Services) -> APIRouter:
     routes = APIRouter()
 
-    async def find(http: HttpRequest, request_id: str) -> tuple[Ticket, FoundJob]:
-        """Raises Rejected where it is not there, and where it is somebody else's, which sounds the same."""
+    async def find(http: HttpRequest, request_id: str, waits: bool) -> tuple[Ticket, FoundJob]:
+        """With `waits` one that waits here for a worker is waited for. Raises Rejected where it is not there, and where it is somebody else's, which sounds the same."""
         owner = owner_of(http.scope)
         for job_id in jobs_called(request_id, owner):
-            found = await services.seeker.find(job_id)
+            found = await services.seeker.find(job_id, waits)
             ticket = Ticket.read(found.ticket)
             if ticket is not None and ticket.owner == owner and ticket.kind in KINDS:
                 return ticket, found
@@ -39,13 +39,13 @@ def request_routes(services: Services) -> APIRouter:
 
     @routes.get("/v1/requests/{request_id}", response_model=None)
     async def show_request(http: HttpRequest, request_id: str) -> Response:
-        ticket, found = await find(http, request_id)
+        ticket, found = await find(http, request_id, waits=False)
         return Response(to_json(_state(request_id, ticket, found)), media_type="application/json")
 
     @routes.get("/v1/requests/{request_id}/stream", response_model=None)
     async def follow_request(http: HttpRequest, request_id: str) -> Response:
         after = http.query_params.get("after") or http.headers.get("last-event-id", "")
-        ticket, found = await find(http, request_id)
+        ticket, found = await find(http, request_id, waits=True)
         if not ticket.body:
             raise rejected(
                 404,
@@ -87,7 +87,7 @@ def _state(request_id: str, ticket: Ticket, found: FoundJob) -> dict[str, Any]:
         "job": ticket.naming.job_id,
         "kind": ticket.kind,
         "created": ticket.naming.created,
-        "status": "completed" if is_over else "running",
+        "status": "queued" if not choices else "completed" if is_over else "running",
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+
+from workers.shares import Shares
 
 MAX_RESPONSES = 4096
 MAX_STORED_BYTES = 64 << 20
@@ -23,36 +24,43 @@ class Stored:
 
 
 class ResponseStore:
-    """Used by one event loop. The oldest go first."""
+    """Used by one event loop. Where there are too many, the oldest go of whoever has most."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORED_BYTES) -> None:
-        self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._by_id: OrderedDict[str, Stored] = OrderedDict()
-        self.num_bytes = 0
+        self._by_id: dict[str, Stored] = {}
+        self._counts: Shares[str, str] = Shares(max_responses)
+        self._bytes: Shares[str, str] = Shares(max_bytes)
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes.total
 
     def put(self, stored: Stored) -> None:
         """One that is larger than all together may be is not kept."""
         if stored.num_bytes > self._max_bytes:
             return
-        before = self._by_id.pop(stored.response["id"], None)
-        self._by_id[stored.response["id"]] = stored
-        self.num_bytes += stored.num_bytes - (0 if before is None else before.num_bytes)
-        while len(self._by_id) > self._max_responses or self.num_bytes > self._max_bytes:
-            _, oldest = self._by_id.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
+        response_id = stored.response["id"]
+        self._by_id[response_id] = stored
+        self._counts.add(response_id, stored.owner)
+        self._bytes.add(response_id, stored.owner, stored.num_bytes)
+        for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+            self._remove(surplus)
 
     def get(self, response_id: str, owner: str) -> Stored | None:
         stored = self._by_id.get(response_id)
         return stored if stored is not None and stored.owner == owner else None
 
     def delete(self, response_id: str, owner: str) -> bool:
-        stored = self.get(response_id, owner)
-        if stored is None:
+        if self.get(response_id, owner) is None:
             return False
-        del self._by_id[response_id]
-        self.num_bytes -= stored.num_bytes
+        self._remove(response_id)
         return True
+
+    def _remove(self, response_id: str) -> None:
+        del self._by_id[response_id]
+        self._counts.remove(response_id)
+        self._bytes.remove(response_id)

@@ -23,18 +23,18 @@ from router.api.sse import named_event, to_json
 from router.api.tickets import Ticket
 from router.api.translate import Job, translate_chat
 from router.job_part import FoundJob
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, Refusal
 from workers.request import FinishReason, Output
 
 
 def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
-    store, background = services.responses, BackgroundJobs(services)
+    store, background = services.responses, BackgroundJobs(services, _keep_end)
 
-    async def find(response_id: str, scope: Scope) -> tuple[Inquiry, FoundJob] | None:
-        """What workers have of a response."""
+    async def find(response_id: str, scope: Scope, waits: bool = False) -> tuple[Inquiry, FoundJob] | None:
+        """What workers have of a response, or what waits of it here; with `waits` until a worker has it."""
         job_id = response_id.removeprefix("resp_")
-        found = await services.seeker.find(job_id) if len(job_id) == _ID_LETTERS else FoundJob()
+        found = await services.seeker.find(job_id, waits) if len(job_id) == _ID_LETTERS else FoundJob()
         ticket = Ticket.read(found.ticket)
         if ticket is None or ticket.owner != owner_of(scope) or ticket.kind != RESPONSE.name or not ticket.body:
             return None
@@ -43,7 +43,7 @@ def response_routes(services: Services) -> APIRouter:
     async def fetch(response_id: str, scope: Scope) -> bool:
         """Takes over what another router has made, or this one in the background."""
         there = await find(response_id, scope)
-        if there is None or not _has_ended(*there):
+        if there is None or not _has_ended(*there) or background.is_running(there[0].job.job_id):
             return False
         await whole(services, *there)
         return True
@@ -60,18 +60,34 @@ def response_routes(services: Services) -> APIRouter:
         if not asked.is_background:
             return Answer(services, asked, after)
         async with services.seeker.turn(asked):
-            found = await services.seeker.look(asked)
+            found = await services.seeker.look(asked, waits=False)
             if found is None:
                 await background.begin(asked, http.scope)
         if asked.job.stream:
-            return Answer(services, asked, after, found or await services.seeker.find(asked.job.job_id))
-        return _json(_shape(asked).response("queued", []))
+            return Answer(services, asked, after, await services.seeker.find(asked.job.job_id))
+        if found is None:
+            return _json(_shape(asked).response("queued", []))
+        return await show(_id_of(asked), http.scope)
+
+    async def show(response_id: str, scope: Scope) -> Response:
+        """As far as it has come."""
+        stored = store.get(response_id, owner_of(scope))
+        if stored is None and await fetch(response_id, scope):
+            stored = store.get(response_id, owner_of(scope))
+        if stored is not None:
+            return _json(stored.response)
+        there = await find(response_id, scope)
+        if there is None:
+            raise UnknownResponse(response_id)
+        asked, found = there
+        return _json(_shape(asked).response("in_progress" if found.requests else "queued", []))
 
     @routes.delete("/v1/responses/{response_id}", response_model=None)
     async def delete_response(http: HttpRequest, response_id: str) -> Response:
         owner = owner_of(http.scope)
         there = await find(response_id, http.scope)
         if there is not None:
+            background.forget(there[0].job.job_id)
             await services.backend.find(there[0].job.job_id, ends=True)
         if not store.delete(response_id, owner) and there is None:
             raise UnknownResponse(response_id)
@@ -79,22 +95,14 @@ def response_routes(services: Services) -> APIRouter:
 
     @routes.get("/v1/responses/{response_id}", response_model=None)
     async def show_response(http: HttpRequest, response_id: str) -> Response:
-        owner = owner_of(http.scope)
-        stored = store.get(response_id, owner)
-        if http.query_params.get("stream") == "true":
-            there = await find(response_id, http.scope)
-            if there is None:
-                raise UnknownResponse(response_id, "the events of" if stored is not None else "")
-            asked = await read_ticket(services, RESPONSE, there[0].ticket, http.scope, is_stream=True)
-            return Answer(services, asked, http.query_params.get("starting_after", ""), there[1])
-        if stored is None and await fetch(response_id, http.scope):
-            stored = store.get(response_id, owner)
-        if stored is not None:
-            return _json(stored.response)
-        there = await find(response_id, http.scope)
+        if http.query_params.get("stream") != "true":
+            return await show(response_id, http.scope)
+        there = await find(response_id, http.scope, waits=True)
         if there is None:
-            raise UnknownResponse(response_id)
-        return _json(_shape(there[0]).response("in_progress", []))
+            is_stored = store.get(response_id, owner_of(http.scope)) is not None
+            raise UnknownResponse(response_id, "the events of" if is_stored else "")
+        asked = await read_ticket(services, RESPONSE, there[0].ticket, http.scope, is_stream=True)
+        return Answer(services, asked, http.query_params.get("starting_after", ""), there[1])
 
     @routes.post("/v1/responses/{response_id}/cancel", response_model=None)
     async def cancel_response(http: HttpRequest, response_id: str) -> Response:
@@ -105,17 +113,12 @@ def response_routes(services: Services) -> APIRouter:
             raise UnknownResponse(response_id)
         if not (there[0].is_background if there is not None else stored is not None and stored.response["background"]):
             raise InvalidRequest("only responses that run in the background can be cancelled", "response_id")
-        if there is None or _has_ended(*there):
-            await fetch(response_id, http.scope)
-            ended = store.get(response_id, owner)
-            if ended is None:
-                raise UnknownResponse(response_id)
-            return _json(ended.response)
+        if there is None or stored is not None or _has_ended(*there):
+            return await show(response_id, http.scope)
         asked, _ = there
+        background.forget(asked.job.job_id)
         await services.backend.find(asked.job.job_id, ends=True)
-        response = _shape(asked).response("cancelled", [])
-        store.put(Stored(owner, response, [], [], len(to_json(response))))
-        return _json(response)
+        return _json(_shape(asked).cancelled())
 
     @routes.get("/v1/responses/{response_id}/input_items", response_model=None)
     async def list_input_items(http: HttpRequest, response_id: str) -> Response:
@@ -154,6 +157,21 @@ class UnknownResponse(Rejected):
 def _has_ended(asked: Inquiry, found: FoundJob) -> bool:
     names = [request.request_id for request in asked.job.requests]
     return all(name in found.requests and found.requests[name][1].finish_reason is not None for name in names)
+
+
+def _id_of(asked: Inquiry) -> str:
+    return f"resp_{asked.job.job_id}"
+
+
+def _keep_end(asked: Inquiry, progress: JobProgress, problem: Problem | None) -> None:
+    """What came of a response of the background, for who asks for it."""
+    shape = _shape(asked)
+    if problem is None:
+        shape.whole(progress)
+    elif problem.code == Refusal.CANCELLED:
+        shape.cancelled()
+    else:
+        shape.failed(problem)
 
 
 def _shape(asked: Inquiry) -> ResponseShape:
@@ -227,12 +245,31 @@ class ResponseShape:
         response = self.response("incomplete" if is_cut else "completed", output)
         response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
         response["usage"] = _usage(progress)
+        self._keep(response, read_items(output) if response["store"] else [])
+        return response
+
+    def broken(self, problem: Problem) -> dict[str, Any]:
+        """As it is told to whom it cannot be told any further."""
+        error = {"code": problem.code, "message": problem.message}
+        return self.response("failed", []) | {"error": error}
+
+    def failed(self, problem: Problem) -> dict[str, Any]:
+        """The response of an answer that has failed for good; it is kept as one that is whole."""
+        response = self.broken(problem)
+        self._keep(response, [])
+        return response
+
+    def cancelled(self) -> dict[str, Any]:
+        """So that of one that was stopped."""
+        response = self.response("cancelled", [])
+        self._keep(response, [])
+        return response
+
+    def _keep(self, response: dict[str, Any], said: list[dict[str, Any]]) -> None:
         if response["store"]:
-            said = read_items(output)
             messages = [*self._messages, *said]
             num_bytes = len(to_json(response)) + len(to_json(messages))
             self._store.put(Stored(self._owner, response, self.input_items, messages, num_bytes))
-        return response
 
     def response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         job = self._job
@@ -331,9 +368,7 @@ class ResponseEvents:
         return [self._event(response["status"], response=response)]
 
     def broken(self, problem: Problem) -> str:
-        response = self._shape.response("failed", [])
-        response["error"] = {"code": problem.code, "message": problem.message}
-        return self._event("failed", response=response)
+        return self._event("failed", response=self._shape.broken(problem))
 
 
 _NAMES = {Kind.REASONING: "reasoning_text", Kind.TEXT: "output_text", Kind.CALL: "function_call_arguments"}

@@ -6,11 +6,15 @@ single tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 
 from workers.request import Output, Request
 from workers.text.output import OutputState
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
+
+BITE = 64
+"""Tokens that are told at once: some 2 ms of work, with what is written of them."""
 
 
 class Retelling:
@@ -26,7 +30,8 @@ class Retelling:
         self._text: OutputState | None = None
         """Has been told all of `_token_ids`; None: it was not needed yet."""
 
-    def pieces(self, output: Output) -> Iterator[Output]:
+    async def pieces(self, output: Output) -> AsyncIterator[Output]:
+        """Others have a turn between a few of them: what is taken up may be long."""
         ids, start = output.token_ids, output.position
         if self._has_text and len(ids) <= 1:
             self._token_ids += ids
@@ -40,8 +45,12 @@ class Retelling:
                 self._tokenizer, self._request.prompt_token_ids[-4:], self._request.params.skip_special_tokens
             )
             self._text = OutputState(self._request, detokenizer, self._tokenizer.eos_token_ids, self._max_len)
-            self._push(self._token_ids)
+            for place in range(0, len(self._token_ids), BITE):
+                self._push(self._token_ids[place : place + BITE])
+                await asyncio.sleep(0)
         for place in range(max(1, len(ids))):
+            if place and place % BITE == 0:
+                await asyncio.sleep(0)
             own = slice(place, place + 1)
             piece = output._replace(
                 position=start + place,

@@ -12,8 +12,8 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
 from workers.errors import InvalidRequest
-from workers.limits import MAX_ENTRIES
-from workers.request import INT64_MAX, INT64_MIN, MAX_TOP_LOGPROBS
+from workers.limits import MAX_ALTERNATIVES, MAX_ENTRIES
+from workers.request import INT64_MAX, INT64_MIN
 from workers.status import Role
 
 Number = StrictInt | StrictFloat
@@ -109,7 +109,7 @@ _FORM = said(
     properties={"type": {"enum": ["text", "json_object", "json_schema", "structural_tag", "regex", "grammar"]}},
 )
 _Budget = Annotated[StrictInt, said("integer", minimum=-1)]
-_TopLogprobs = Annotated[StrictInt, said("integer", minimum=0, maximum=MAX_TOP_LOGPROBS)]
+_TopLogprobs = Annotated[StrictInt, said("integer", minimum=-1, maximum=MAX_ALTERNATIVES)]
 _Target = Annotated[Number, said("number", exclusiveMinimum=0, maximum=3600)]
 _Penalty = Annotated[Number, said("number", minimum=-2, maximum=2)]
 _Limit = Annotated[StrictInt, said("integer", minimum=0)]
@@ -194,6 +194,9 @@ class GenerationBody(Body):
     allowed_token_ids: Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ENTRIES, items=_TOKEN)] | None = (
         None
     )
+    logprob_token_ids: (
+        Annotated[list[StrictInt], SHORT, said("array", maxItems=MAX_ALTERNATIVES, items=_TOKEN)] | None
+    ) = None
     response_format: Annotated[dict[str, Any], _FORM] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_decoding: dict[str, Any] | None = None
@@ -351,7 +354,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "vllm_xargs": (),
     "logits_processors": (),
-    "logprob_token_ids": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
@@ -366,6 +368,14 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that would change the answer in a way Baton does not offer yet, and the values that ask for nothing."""
+
+_WHY = {
+    "best_of": " above 1: ask for n choices with logprobs, and choose among them",
+    "use_beam_search": ": the next token of a beam depends on the other beams, and here a sequence's tokens depend on nothing beside it; "
+    "n choices with logprobs have exact scores to choose by",
+    "suffix": ": ERNIE 4.5 has no tokens for filling in",
+    "max_new_tokens": ": it is max_tokens here",
+}
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
@@ -390,7 +400,7 @@ def parse_body(kind: type[AnyBody], body: bytes) -> AnyBody:
     for name in _HARMLESS.keys() & content.keys() - kind.model_fields.keys():
         value = content[name]
         if value not in (None, False, [], {}, "") and value not in _HARMLESS[name]:
-            raise InvalidRequest(f"{name} is not supported", name)
+            raise InvalidRequest(f"{name} is not supported{_WHY.get(name, '')}", name)
     return read_fields(kind, content)
 
 

@@ -43,13 +43,14 @@ class Lazy:
     parts: Iterable[str]
 
 
-def lazy_list(num_entries: int, entries: Callable[[range], Sequence[Any]]) -> Lazy:
-    """An array of entries that `entries(places)` makes, a bite of them at a time."""
+def lazy_list(num_entries: int, entries: Callable[[range], Sequence[Any]], size: int = 1) -> Lazy:
+    """An array of entries that `entries(places)` makes, a bite of them at a time: the fewer, the larger each is (`size`)."""
+    bite = max(1, BITE // size)
 
     def parts() -> Iterator[str]:
         yield "["
-        for start in range(0, num_entries, BITE):
-            text = to_json(entries(range(start, min(start + BITE, num_entries))))[1:-1]
+        for start in range(0, num_entries, bite):
+            text = to_json(entries(range(start, min(start + bite, num_entries))))[1:-1]
             yield f",{text}" if start else text
         yield "]"
 

@@ -17,8 +17,8 @@ from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
-from workers.limits import RequestLimits
-from workers.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from workers.limits import ALTERNATIVES, RequestLimits
+from workers.request import Request, SamplingParams
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -70,8 +70,8 @@ def translate_chat(
     require_model(body.model, model)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
+    if body.logprob_token_ids and not body.logprobs:
+        raise InvalidRequest("logprob_token_ids needs logprobs: true", "logprob_token_ids")
     chat = read_conversation(body, model, tokenizer, config)
     info, prompt = chat.info, chat.prompt
     room = info.max_model_len - len(prompt.token_ids)
@@ -126,12 +126,18 @@ def make_job(
         params = replace(params, grammar=whole(speech.wanted.rule))
     if tokenizer.hides(speech.form.tags):
         params = replace(params, skip_special_tokens=False)
-    scored = max(logprobs, body.prompt_logprobs or 0) if echo and logprobs is not None else body.prompt_logprobs
-    params = replace(params, logprobs=logprobs, prompt_logprobs=scored).with_seed(naming.seed)
+    named = check_token_ids(body.logprob_token_ids or (), info.vocab_size, "logprob_token_ids")
+    asked_in = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    logprobs = 0 if named else _alternatives(logprobs, info, asked_in)
+    prompt_logprobs = _alternatives(body.prompt_logprobs, info, "prompt_logprobs")
+    scored = max(logprobs, prompt_logprobs or 0) if echo and logprobs is not None else prompt_logprobs
+    params = replace(params, logprobs=logprobs, prompt_logprobs=scored, logprob_token_ids=named)
+    params = params.with_seed(naming.seed)
+    logprobs = len(named) or logprobs
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
     if num_scores > config.max_prompt_scores:
         message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
-        raise InvalidRequest(message, "prompt_logprobs" if body.prompt_logprobs is not None else "echo")
+        raise InvalidRequest(message, "prompt_logprobs" if prompt_logprobs is not None else "echo")
     job_id = naming.job_id
     requests = []
     for place, prompt in enumerate(prompts):
@@ -142,6 +148,12 @@ def make_job(
         own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size, info.limits)
         check_length(len(prompt.token_ids), info, param, max_tokens)
+        if (logprobs or 0) > ALTERNATIVES and n * max_tokens * (logprobs or 0) > config.max_alternatives:
+            most = config.max_alternatives // (n * (logprobs or 0))
+            raise InvalidRequest(
+                f"with {logprobs} alternatives for each token, max_tokens is at most {most}, not {max_tokens}",
+                "max_tokens",
+            )
         requests += [
             Request(f"{job_id}-{place}-{choice}", tokens, own, choice, priority=body.priority or 0)
             for choice in range(n)
@@ -158,7 +170,7 @@ def make_job(
         include_usage=options is not None and bool(options.include_usage),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
         logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs=prompt_logprobs,
         echo=echo,
         hide_output=hide_output,
         return_token_ids=bool(body.return_token_ids),
@@ -169,6 +181,17 @@ def make_job(
         cache_salt=_cache_salt(body),
         speech=speech,
     )
+
+
+def _alternatives(asked: int | None, info: ModelInfo, param: str) -> int | None:
+    """-1 asks for all of the vocabulary. Raises InvalidRequest for more than the workers' limit."""
+    if asked is None:
+        return None
+    count = info.vocab_size if asked == -1 else asked
+    if not 0 <= count <= (most := info.limits.logprobs):
+        every = f"; -1 would be {count}, all of the vocabulary" if asked == -1 else ""
+        raise InvalidRequest(f"{param} must be between 0 and {most} (worker.limits.logprobs){every}", param)
+    return count
 
 
 def _wishes(body: GenerationBody) -> Wishes:

@@ -150,13 +150,14 @@ class Dispatcher:
         return SendMessage(decode.worker_id, decode.connection, submit)
 
     def take_up(self, flight: InFlightRequest, worker: WorkerEntry, now: float) -> SendMessage:
-        """Begins an attempt that has begun already: another router has sent it to `worker`, which tells it from its first token on."""
+        """Begins an attempt that has begun already: another router has sent it to `worker`, or had it moved there, which tells it from
+        where the client has come to."""
         if worker.connection is None:
             raise InvariantViolated(f"a request shall be taken up at {worker.worker_id}, which has no stream")
         flight.submitted_s, flight.foretold_ttft_s = now, 0.0
         flight.begin_attempt(worker.worker_id, worker.worker_id)
         worker.attempts[flight.wire_id] = None
-        adopt = Adopt(flight.name, flight.wire_id, 0, self.key_of(flight.wire_id), joins=True)
+        adopt = Adopt(flight.name, flight.wire_id, len(flight.delivered), self.key_of(flight.wire_id), joins=True)
         return SendMessage(worker.worker_id, worker.connection, adopt)
 
     def submit_migration(

@@ -7,6 +7,7 @@ the wire, so what an earlier attempt still says is recognised and ignored. Knows
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 from router.config import RouterConfig
 from router.events import Command, Deliver, Explain, Reject, SendMessage
@@ -17,14 +18,15 @@ from router.job_part import JobPart
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
 from router.requests.arrivals import Arrivals
-from router.requests.deadlines import Deadlines
 from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
 from router.requests.fair_queue import FairQueue
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
+from router.requests.journal import NUM_OLDEST, Journal, Way, by_age, is_called
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.wishes import Wishes
+from workers.deadlines import Deadlines
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request
 from workers.wire.attach import Cancel
@@ -52,9 +54,11 @@ class InFlightRequests:
         self._attempts: dict[str, InFlightRequest] = {}
         self._arrivals = Arrivals(config, fleet, dispatcher)
         self._queue = FairQueue(config.max_queue)
-        self._deadlines = Deadlines()
+        self._deadlines: Deadlines[str] = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
+        self._waiting_jobs: dict[str, dict[str, None]] = {}
+        """The requests in the queue, by the job that they are part of."""
         self._finished = Pace()
         self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
@@ -67,6 +71,7 @@ class InFlightRequests:
         """Requests that ticks have looked at."""
         self.num_tried = 0
         """How often a route was looked for."""
+        self.journal = Journal()
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -84,6 +89,20 @@ class InFlightRequests:
         """What is asked of this router, as measured."""
         share = self._dispatcher.uncached_share
         return self._demand.report(len(self._queue), self._waiting_tokens * share, len(self._attempts), share, now)
+
+    def ages(self, now: float) -> tuple[int, ...]:
+        """Requests in flight by age; see journal.AGES_S."""
+        return by_age((flight.arrived_s for flight in self._flights.values()), len(self._flights), now)
+
+    def oldest(self) -> tuple[Way, ...]:
+        """The oldest requests in flight, the oldest first."""
+        return tuple(flight.way() for flight in islice(self._flights.values(), NUM_OLDEST))
+
+    def ways_of(self, asked: str) -> tuple[Way, ...]:
+        """The ways of the requests that an operator may mean: those in flight, and of those that have ended the last ones."""
+        running = (flight.way() for name, flight in self._flights.items() if is_called(name, asked))
+        ended = (way for way in self.journal.ended() if is_called(way.request_id, asked))
+        return (*islice(running, NUM_OLDEST), *islice(ended, NUM_OLDEST))
 
     def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
@@ -109,18 +128,25 @@ class InFlightRequests:
         place = self._fleet.get(part.at) if part.at else None
         if place is not None and place.is_up and place.connection is not None:
             self._counters["requests_taken_up"] += 1
-            self._out.append(self._dispatcher.take_up(flight, place, now))
-            self._attempts[flight.wire_id] = flight
+            self._take_up(flight, place, now)
             return
         self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
-    def waits(self, job: str) -> bool:
-        """Whether part of a job waits here for a worker."""
-        return any(
-            kept is not None and kept.job == job
-            for kept in (self._flights[request_id].part.kept for request_id in self._queue.ids())
-        )
+    def _take_up(self, flight: InFlightRequest, place: WorkerEntry, now: float) -> None:
+        """It runs there already, or has ended there."""
+        self._out.append(self._dispatcher.take_up(flight, place, now))
+        self._attempts[flight.wire_id] = flight
+        flight.note(now, "taken up", place.worker_id)
+
+    def waiting(self, job: str) -> tuple[InFlightRequest, ...]:
+        """What waits here for a worker of a job."""
+        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.get(job, ()))
+
+    def end_job(self, job: str, now: float) -> None:
+        """What waits here of a job is not wanted any more."""
+        for flight in self.waiting(job):
+            self._fail(flight, Refusal.CANCELLED, "it was cancelled by who had asked for it", now)
 
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
@@ -143,11 +169,22 @@ class InFlightRequests:
             num_tokens=num_tokens,
         )
         self._waiting_tokens += len(flight.request.prompt_token_ids)
+        if flight.part.kept is not None:
+            self._waiting_jobs.setdefault(flight.part.kept.job, {})[name] = None
 
     def _dequeue(self, flight: InFlightRequest) -> None:
         if flight.request.request_id in self._queue:
             self._queue.remove(flight.request.request_id)
-            self._waiting_tokens -= len(flight.request.prompt_token_ids)
+            self._left_queue(flight)
+
+    def _left_queue(self, flight: InFlightRequest) -> None:
+        self._waiting_tokens -= len(flight.request.prompt_token_ids)
+        if flight.part.kept is None:
+            return
+        of_job = self._waiting_jobs[flight.part.kept.job]
+        del of_job[flight.request.request_id]
+        if not of_job:
+            del self._waiting_jobs[flight.part.kept.job]
 
     def _line(self, now: float) -> WaitingLine:
         """What a request that comes now has before it."""
@@ -204,11 +241,15 @@ class InFlightRequests:
             if self._is_hopeless(flight, route, now):
                 continue
             self._queue.take(request_id)
-            self._waiting_tokens -= len(flight.request.prompt_token_ids)
+            self._left_queue(flight)
             if flight.wishes.explain:
                 self._out.append(Explain(request_id, self._dispatcher.explain(flight, route, now)))
             self._out.append(self._dispatcher.submit(flight, route, now))
             self._attempts[flight.wire_id] = flight
+            computes = (
+                "" if flight.prefill_worker_id == flight.worker_id else f"prefill on {flight.prefill_worker_id}, "
+            )
+            flight.note(now, "sent", flight.worker_id, f"{computes}{route.reason}")
             if flight.left is not None and flight.left[0] != flight.worker_id:
                 self._leftovers.end(*flight.left)
             flight.left = None
@@ -238,7 +279,7 @@ class InFlightRequests:
             case None:
                 pass
             case FinishReason.MOVED:
-                self._leave(flight, now)
+                self._leave(flight, output.message, now)
                 return
             case FinishReason.ERROR:
                 self._set_back(flight, output.refusal or Refusal.INTERNAL, output.message, now)
@@ -261,16 +302,22 @@ class InFlightRequests:
                 self._cancel_attempt(flight)
                 self._set_back(flight, Refusal.WORKER_LOST, f"{worker_id} lost its place in the output", now)
 
-    def _leave(self, flight: InFlightRequest, now: float) -> None:
-        """The worker has handed the sequence over and says no more of it."""
+    def _leave(self, flight: InFlightRequest, target_id: str, now: float) -> None:
+        """The worker has handed the sequence over and says no more of it. `target_id`: whom another router has had it moved to."""
+        target = self._fleet.get(target_id)
         if flight.incoming is not None:
             self.migrations.switch(flight, now)
+        elif target is not None and target.is_up and target.connection is not None:
+            self._counters["moves_followed"] += 1
+            self._end_attempt(flight)
+            self._take_up(flight, target, now)
         else:
             self._set_back(flight, Refusal.WORKER_LOST, "the worker that it had moved to was lost", now)
 
     def _go_on(self, flight: InFlightRequest, incoming: MigrationAttempt, now: float) -> None:
         """The second attempt is the running one; its outputs so far follow."""
         self._end_attempt(flight)
+        flight.note(now, "moved", incoming.worker_id, f"after {len(flight.delivered)} tokens")
         flight.go_on(incoming)
         self._attempts[flight.wire_id] = flight
         self._dispatcher.note_running(flight)
@@ -284,6 +331,7 @@ class InFlightRequests:
                 flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            flight.note(now, "first output", flight.worker_id)
             if flight.spoke_s is None:
                 flight.spoke_s = now
                 self._demand.first_token(now - flight.arrived_s, now)
@@ -294,7 +342,7 @@ class InFlightRequests:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
             self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
-            self._forget(flight, now)
+            self._forget(flight, now, str(output.finish_reason))
 
     # ---- trouble ----
 
@@ -304,6 +352,10 @@ class InFlightRequests:
             worker_id, now
         )
         self._leftovers.add(worker_id, left)
+        if running:
+            self.journal.fault(
+                now, f"{len(running)} requests that ran there are run again", worker_id, is_recovery=True
+            )
         for flight in running:
             has_moved = flight.incoming is not None and bool(flight.incoming.buffered)
             if not has_moved and flight.history.worker_lost(self._retry):
@@ -320,8 +372,10 @@ class InFlightRequests:
         flight = self._flights.get(request_id)
         if flight is not None:
             self._counters[f"cancelled_{reason}"] += 1
-            self._cancel_attempt(flight, flight.part.lets_go)
-            self._forget(flight, now)
+            kept = flight.part.kept
+            is_background = kept is not None and kept.is_background
+            self._cancel_attempt(flight, flight.part.lets_go and (is_background or reason != "client_gone"))
+            self._forget(flight, now, f"cancelled: {reason}")
 
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
@@ -360,9 +414,12 @@ class InFlightRequests:
         if delay_s is None:
             if TREATMENTS[refusal] is Treatment.BUSY:  # it was accepted: that is no word for a client any more
                 refusal, message = Refusal.NO_WORKERS, "no worker could take the request in time; send it again later"
+            elif refusal is Refusal.DEADLINE_EXCEEDED:  # a worker has seen it first
+                message = _too_long(flight)
             self._fail(flight, refusal, message, now)
             return
         self._counters[f"reruns_{refusal}"] += 1
+        flight.note(now, "runs again", flight.worker_id, f"{refusal}: {message}")
         flight.avoid_worker_id = flight.worker_id
         flight.queued_s = now
         self._enqueue(flight, now + delay_s)
@@ -373,7 +430,7 @@ class InFlightRequests:
         name, position = flight.request.request_id, len(flight.delivered)
         error = Output(name, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
         self._out.append(Deliver(error))
-        self._forget(flight, now)
+        self._forget(flight, now, f"{refusal}: {message}")
 
     def _cancel_attempt(self, flight: InFlightRequest, lets_go: bool = False) -> None:
         entry = self._fleet.get(flight.worker_id)
@@ -388,7 +445,10 @@ class InFlightRequests:
             self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
-    def _forget(self, flight: InFlightRequest, now: float) -> None:
+    def _forget(self, flight: InFlightRequest, now: float, how: str) -> None:
+        """`how` it has ended, for operators."""
+        flight.note(now, "ended", flight.worker_id, how)
+        self.journal.end(flight.way(how))
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
         if flight.left is not None:

@@ -1,12 +1,14 @@
-"""Asks all workers what they have of a job, and gathers what they say. Knows no request."""
+"""Asks all workers what they have of a job, and gathers what they say."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.events import Command, SendMessage, TellFound
 from router.fleet.fleet import Fleet
 from router.job_part import FoundJob
+from router.requests.in_flight import InFlightRequest
 from workers.wire.attach import Find, Found, FoundRequest
 
 
@@ -30,10 +32,12 @@ class Searches:
         self._out = out
         self._searches: dict[int, _Search] = {}
 
-    def begin(self, number: int, job: str, ends: bool, is_waiting: bool, now: float) -> None:
-        """`is_waiting` goes into the answer."""
+    def begin(self, number: int, job: str, ends: bool, waiting: Sequence[InFlightRequest], now: float) -> None:
+        """`waiting`: what waits at this router of the job, which goes into the answer."""
         asked = [entry for entry in self._fleet if entry.is_up and entry.connection is not None]
-        self._searches[number] = _Search(now, {entry.worker_id for entry in asked}, is_waiting, ends)
+        tickets = [flight.part.kept.ticket for flight in waiting if flight.part.kept is not None]
+        ticket = next(filter(None, tickets), b"")
+        self._searches[number] = _Search(now, {entry.worker_id for entry in asked}, bool(waiting), ends, ticket)
         for entry in asked:
             assert entry.connection is not None
             self._out.append(SendMessage(entry.worker_id, entry.connection, Find(number, job, ends)))

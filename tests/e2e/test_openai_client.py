@@ -218,3 +218,33 @@ def test_the_trace_replay_measures_a_running_cluster(cluster: ClusterProcess) ->
     result = json.loads(ran.stdout)
     assert (result["requests"], result["failed"], result["wrong_length"]) == (12, 0, 0)
     assert result["output_tokens_per_s"] > 0 and result["ttft_ms"]["p50"] > 0 and result["handoffs"]["remote"] > 0
+
+
+def test_a_response_of_the_background_is_followed_stopped_and_deleted(client: OpenAI) -> None:
+    words = {"type": "array", "items": {"enum": ["baton", "relay"]}, "minItems": 400}
+    schema = {"type": "object", "properties": {"words": words}, "required": ["words"], "additionalProperties": False}
+    form = {"format": {"type": "json_schema", "name": "words", "schema": schema}}
+    asked = {"model": MODEL.name, "input": "Say words.", "temperature": 0, "max_output_tokens": 60, "text": form}
+    whole = client.responses.create(**asked)  # type: ignore[call-overload]
+    begun = client.responses.create(**asked, background=True)  # type: ignore[call-overload]
+    assert begun.status == "queued" and begun.id != whole.id
+    while (found := client.responses.retrieve(begun.id)).status in ("queued", "in_progress"):
+        pass
+    assert found.status == "incomplete" and found.output_text == whole.output_text
+    assert found.usage.output_tokens == whole.usage.output_tokens == 60
+    events = list(client.responses.retrieve(begun.id, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.incomplete" and events[-1].response.output_text == whole.output_text
+    rest = list(client.responses.retrieve(begun.id, stream=True, starting_after=7))
+    assert rest == events[8:]
+    endless = client.responses.create(**asked | {"max_output_tokens": 1500}, background=True)  # type: ignore[call-overload]
+    stream = iter(client.responses.retrieve(endless.id, stream=True))
+    assert next(stream).type == "response.created"
+    assert client.responses.retrieve(endless.id).status == "in_progress"
+    assert client.responses.cancel(endless.id).status == "cancelled"
+    assert [event.type for event in stream][-1] == "response.failed", "who follows it hears that it was stopped"
+    assert client.responses.retrieve(endless.id).status == "cancelled"
+    for response_id in (begun.id, endless.id):
+        client.responses.delete(response_id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from fake_backend import FakeBackend, FakeStream, Script, speak
+from fake_backend import FakeBackend, FakeStream, Hang, Script, speak
 
 from router.job_part import NO_JOB, FoundJob, JobPart
 from router.wishes import NO_WISHES, Wishes
@@ -24,6 +24,10 @@ class KeepingBackend(FakeBackend):
         self.chance = random.Random(7)
         self.parts: list[JobPart] = []
         self.ended: list[str] = []
+        self.is_waiting = False
+        """Everything waits at this router for a worker: no worker has any of it."""
+        self.hang = Hang()
+        """Released when a job is ended."""
 
     def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> FakeStream:
         self.parts.append(part)
@@ -49,9 +53,13 @@ class KeepingBackend(FakeBackend):
     async def find(self, job: str, ends: bool = False) -> FoundJob:
         if ends:
             self.ended.append(job)
+            self.hang.release()
+        ticket = self.tickets.get(job, b"")
+        if self.is_waiting and ticket:
+            return FoundJob(ticket, is_waiting=True)
         names = [name for name in self.said if name.startswith(job)] if self.is_kept else []
         found = {name: ("decode-0", self._found(name)) for name in names}
-        return FoundJob(self.tickets.get(job, b"") if names else b"", found)
+        return FoundJob(ticket if names else b"", found)
 
     def _found(self, name: str) -> FoundRequest:
         outputs = self.said[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ SAID: dict[str, tuple[str, Any]] = {
     "api-server-count": ("2", 2),
     "workers": ("2", 2),
     "max-concurrency": ("512", 512),
+    "max-logprobs": ("64", 64),
     "otlp-traces-endpoint": ("http://c:4318", "http://c:4318"),
     "kv-offloading-size": ("1", 1 << 30),
 }
@@ -122,6 +124,28 @@ def test_what_has_no_meaning_here_says_so_at_both_doors(alias: Any, capsys: pyte
         if not alias.is_switch:
             serve(f"--{alias.name}", str(value))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--allowed-origins", "[x"), "'[x' is no list in JSON"),
+        (("--swap-space", "inf"), "'inf' is no number of GiB"),
+        (("--kv-offloading-size", "1e308"), "'1e308' is no number of GiB"),
+        (("--kv-cache-dtype", "bfloat16"), "kv-cache-dtype 'bfloat16' cannot be had"),
+        (("--kv-cache-dtype", "fp8", "--dtype", "bfloat16"), "kv-cache-dtype 'fp8' cannot be had"),
+    ],
+)
+def test_what_a_value_cannot_be_is_one_sentence(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(message)):
+        serve(*flags)
+
+
+def test_the_type_of_kv_may_be_named_as_it_is() -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert serve("--kv-cache-dtype", dtype, "--set", f"worker.dtype={dtype}").worker.dtype == dtype
+    with pytest.raises(InvalidConfig, match="kv-cache-dtype"):
+        LLM(MODEL, kv_cache_dtype="bfloat16")
 
 
 def test_an_offline_llm_takes_the_same_names() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Step, say
 
+from workers.limits import RequestLimits
 from workers.request import Request
 
 SAID = " the day is é"
@@ -146,3 +148,31 @@ def test_tokens_can_be_named_by_their_ids(api: Api) -> None:
     choice = complete(api, logprobs=0, extra_body={"return_tokens_as_token_ids": True}).choices[0]
     token_ids = api.backend.tokenizer.encode(SAID)
     assert choice.logprobs.tokens == [f"token_id:{token_id}" for token_id in token_ids]
+
+
+def test_all_of_a_vocabulary_is_given_where_the_workers_limit_allows_it(api: Api) -> None:
+    refused = api.http.post("/v1/completions", json={"prompt": "a", "logprobs": -1})
+    assert refused.status_code == 400
+    assert "worker.limits.logprobs" in refused.text and f"{MODEL.vocab_size}, all of the vocabulary" in refused.text
+    assert api.backend.model is not None
+    api.backend.model = replace(api.backend.model, limits=RequestLimits(logprobs=2048))
+    (choice,) = chat(api, top_logprobs=-1, max_tokens=4).choices
+    assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [MODEL.vocab_size] * len(names(api, SAID))
+    assert len(complete(api, logprobs=100, max_tokens=4).choices[0].logprobs.top_logprobs[0]) == 101
+    (streamed,) = [chunk for chunk in complete(api, logprobs=100, max_tokens=4, stream=True)][:1]
+    assert len(streamed.choices[0].logprobs.top_logprobs[0]) == 101
+    scores = complete(api, extra_body={"prompt_logprobs": -1}).choices[0].prompt_logprobs
+    assert scores[0] is None and all(len(score) >= MODEL.vocab_size for score in scores[1:])
+    for fields in ({"max_tokens": 400}, {"max_tokens": 40, "n": 10}):
+        large = api.http.post("/v1/completions", json={"prompt": "a", "logprobs": 1408, **fields})
+        assert large.status_code == 400 and large.json()["error"]["param"] == "max_tokens"
+
+
+def test_the_alternatives_may_be_named_by_their_ids(api: Api) -> None:
+    chat(api, extra_body={"logprob_token_ids": [300, 7]})
+    assert api.backend.requests[-1].params.alternatives == (300, 7)
+    complete(api, extra_body={"logprob_token_ids": [7]})
+    assert api.backend.requests[-1].params.alternatives == (7,), "a completion's field asks for logprobs by itself"
+    for body in ({"logprob_token_ids": [7]}, {"logprob_token_ids": [MODEL.vocab_size], "logprobs": True}):
+        refused = api.http.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logprob_token_ids"

@@ -171,4 +171,8 @@ def test_the_store_forgets_the_oldest_and_counts_what_it_keeps() -> None:
     assert (len(store), store.num_bytes) == (2, 100)
     store.put(Stored(b"me", {"id": "5"}, [], [], 60))
     assert (len(store), store.num_bytes) == (2, 100), "one that is put again counts once"
-    assert store.delete("5", b"me") and not store.delete("5", b"me") and store.num_bytes == 40
+    store.put(Stored(b"you", {"id": "6"}, [], [], 30))
+    store.put(Stored(b"you", {"id": "7"}, [], [], 25))
+    assert [store.get("6", b"you") is None, store.get("5", b"me") is None] == [False, True], "who has most gives way"
+    store.put(Stored(b"me", {"id": "5"}, [], [], 40))
+    assert store.delete("5", b"me") and not store.delete("5", b"me") and store.num_bytes == 55

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_backend import error_of, serve
+from fake_backend import CHECKPOINT, error_of, serve
 from keeping_backend import KeepingBackend
 from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
 
+from router.api.retelling import BITE, Retelling
+from router.config import ApiConfig
+from workers.request import Output, Request, SamplingParams
 from workers.text.tokenizer import Tokenizer
 
 
@@ -80,6 +84,29 @@ def test_the_rest_of_a_stream_is_the_same_to_the_byte_on_any_router(two: Any, na
     assert all(part.at == "decode-0" for part in backend.parts[1:])
 
 
+def test_an_answer_that_went_on_from_a_remembered_turn_is_the_same_on_a_router_that_remembers_none() -> None:
+    backend = KeepingBackend(Tokenizer.load(CHECKPOINT))
+    with (
+        serve(backend, ApiConfig(turn_memory_bytes=1 << 20)) as first,
+        serve(backend) as second,
+        httpx.Client(timeout=30) as http,
+    ):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, "return_token_ids": True}
+        turn = http.post(f"{first}/v1/chat/completions", json=body).json()
+        known = [*turn["prompt_token_ids"], *turn["choices"][0]["token_ids"]]
+        history = [*body["messages"], turn["choices"][0]["message"], {"role": "user", "content": "And then?"}]
+        asked = CHAT | {"messages": history, "stream_options": {"include_usage": True}}
+        backend.reset()
+        told = events(http.post(f"{first}/v1/chat/completions", json=asked).text)
+        assert list(backend.requests[-1].prompt_token_ids[: len(known)]) == known, "it went on from the turn"
+        (job,) = backend.tickets
+        for place in (0, 7, len(told) - 2):
+            rest = http.get(f"{second}/v1/requests/{job}/stream", params={"after": id_of(told[place])})
+            assert rest.text == "".join(told[place + 1 :]), "the usage counts the same prompt"
+        prompts = {request.prompt_token_ids for request in backend.requests}
+        assert len(backend.requests) == 4 and len(prompts) == 1, "whoever has to compute it again computes the same"
+
+
 def by_choice(told: list[str]) -> dict[int, list[str]]:
     said: dict[int, list[str]] = {}
     for event in told:
@@ -136,6 +163,40 @@ def test_another_body_under_the_same_key_is_refused(two: Any) -> None:
     assert other.status_code == 422 and error_of(other)["code"] == "idempotency_key_reused"
 
 
+def test_one_key_does_not_stand_for_requests_to_two_endpoints(two: Any) -> None:
+    _, first, second = two
+    headers, body = {"idempotency-key": "both"}, {"messages": ASK, "max_tokens": 3}
+    assert first.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+    other = second.post("/v1/messages", json=body, headers=headers)
+    assert other.status_code == 422 and "same endpoint" in other.json()["error"]["message"]
+
+
+def test_what_nobody_knows_the_question_of_is_computed_anew(two: Any) -> None:
+    backend, first, second = two
+    headers = {"idempotency-key": "lost ticket".replace(" ", "-")}
+    first.post("/v1/chat/completions", json=CHAT, headers=headers)
+    backend.tickets = dict.fromkeys(backend.tickets, b"")
+    again = second.post("/v1/chat/completions", json=CHAT | {"max_tokens": 3}, headers=headers)
+    assert again.status_code == 200 and backend.parts[-1].at == ""
+
+
+@pytest.mark.parametrize("name", ["plain", "completion", "response", "message"])
+def test_a_new_request_has_no_events_to_go_on_from(two: Any, name: str) -> None:
+    backend, first, _ = two
+    path, body, _ = STREAMS[name]
+    refused = first.post(path, json=body, headers={"last-event-id": "3"})
+    assert refused.status_code == 400 and "Idempotency-Key" in refused.json()["error"]["message"]
+    assert not backend.requests
+
+
+def test_a_request_that_waits_for_a_worker_is_queued(two: Any) -> None:
+    backend, first, second = two
+    first.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 4}, headers={"idempotency-key": "k"})
+    backend.is_waiting = True
+    state = second.get("/v1/requests/k").json()
+    assert (state["status"], state["choices"]) == ("queued", [])
+
+
 def test_nobody_reads_what_another_key_has_asked_for(two: Any) -> None:
     backend, first, second = two
     body, headers = CHAT, {"idempotency-key": "mine"}
@@ -186,3 +247,23 @@ def test_a_stream_of_very_many_choices_has_no_ids(two: Any) -> None:
     assert "id: " not in told
     refused = second.get(f"/v1/requests/{next(iter(backend.tickets))}/stream", params={"after": "3"})
     assert refused.status_code == 400
+
+
+async def test_others_have_their_turn_while_a_long_answer_is_told_again(thinking_folder: Path) -> None:
+    tokenizer, turns = Tokenizer.load(thinking_folder), 0
+    request = Request("r", (5, 6, 7), SamplingParams(max_tokens=2000, seed=1))
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(take_turns())
+    retelling = Retelling(request, tokenizer, 4096, has_text=True)
+    for position in range(1000):
+        assert [piece async for piece in retelling.pieces(Output("r", position, (300,), "x"))]
+    assert turns == 0, "what comes piece by piece costs nothing more"
+    pieces = [piece async for piece in retelling.pieces(Output("r", 1000, (300,) * 1000))]
+    other.cancel()
+    assert len(pieces) == 1000 and turns >= 2 * 1000 // BITE - 2

@@ -31,6 +31,7 @@ from workers.errors import InvalidConfig, Refusal, Refused
 TENANTS = {
     "acme": TenantLimits(requests_per_min=3, input_tokens_per_min=1000, output_tokens_per_min=100_000),
     "small": TenantLimits(max_concurrent=1, models=("another-model",)),
+    "single": TenantLimits(max_concurrent=1, output_tokens_per_min=10_000),
     "slow": TenantLimits(output_tokens_per_min=120),
     "polite": TenantLimits(min_priority=0, max_priority=10, weight=3.0),
 }
@@ -49,9 +50,9 @@ KEYS = (
 
 
 @contextmanager
-def tenants(usage: Path | None = None, **settings: Any) -> Iterator[Api]:
+def tenants(usage: Path | None = None, grace_s: float = 30.0, **settings: Any) -> Iterator[Api]:
     config = TenantsConfig(enabled=True, **settings)
-    api = ApiConfig(api_keys=("plain",))
+    api = ApiConfig(api_keys=("plain",), client_grace_s=grace_s)
     tenancy = Tenancy(config, api.api_keys, secret=b"s")
     tenancy.set_roster(TENANTS, KEYS)
     log = UsageLog(UsageConfig(str(usage)), "router-0") if usage else None
@@ -112,7 +113,7 @@ def test_what_a_request_did_not_use_is_given_back_and_what_cannot_be_is_refused_
 
 @pytest.mark.parametrize("idempotency_key", ["", "mine"])
 def test_who_hangs_up_and_may_join_again_has_paid_for_what_goes_on(idempotency_key: str) -> None:
-    with tenants() as api:
+    with tenants(grace_s=0.05) as api:
         api.backend.script = lambda backend, request: [*speak(backend, request)[:1], Hang()]
         headers = {"authorization": "Bearer slow"} | ({"idempotency-key": idempotency_key} if idempotency_key else {})
         body = {"prompt": [1, 2, 3], "max_tokens": 100, "stream": True}
@@ -123,6 +124,25 @@ def test_who_hangs_up_and_may_join_again_has_paid_for_what_goes_on(idempotency_k
         api.backend.script = speak
         left = 120 - int(ask(api, "slow", max_tokens=1).headers["x-ratelimit-remaining-output-tokens"])
         assert left >= 50 if idempotency_key else left <= 10
+
+
+def test_what_goes_on_without_its_client_has_its_place_and_is_paid_for_as_it_ends() -> None:
+    with tenants() as api:
+        hang = Hang()
+        api.backend.script = lambda backend, request: [*speak(backend, request)[:1], hang, *speak(backend, request)[1:]]
+        headers = {"authorization": "Bearer single", "idempotency-key": "mine"}
+        body = {"prompt": [1, 2, 3], "max_tokens": 100, "stream": True}
+        with api.http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            next(answer.iter_lines())
+        api.backend.script = speak
+        for _ in range(3):
+            refused = ask(api, "single")
+            assert refused.status_code == 429 and "1 requests at once" in refused.json()["error"]["message"]
+        hang.release()
+        while ask(api, "single", max_tokens=1).status_code == 429:
+            pass
+        assert 'baton_tenant_tokens_total{kind="output",tenant="single"} 101.0' in api.http.get("/metrics").text
+        assert not api.backend.cancelled
 
 
 def test_keys_that_ended_models_and_priorities_are_told_apart() -> None:
@@ -243,14 +263,15 @@ def test_the_usage_log_is_bounded_and_outlives_a_disk_that_does_not_take_it(tmp_
     (only,) = (tmp_path / "one").iterdir()
     assert only.stat().st_size <= 1 << 16 and list(read_usage(tmp_path / "one", 0.0))[-1].request_id == "r999"
 
-    full = UsageLog(UsageConfig(str(tmp_path / "full")), "router-0")
+    (tmp_path / "full").mkdir()
     os.symlink("/dev/full", tmp_path / "full" / "usage-router-0.jsonl")
+    full = UsageLog(UsageConfig(str(tmp_path / "full")), "router-0")
     for number in range(100):
         full.write(usage(number))
     full.close()
     assert full.num_lost > 0
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidConfig, match="cannot be made"):
+    with pytest.raises(InvalidConfig, match="cannot be made or written"):
         UsageLog(UsageConfig(str(tmp_path / "file" / "usage")), "router-0")
 
 

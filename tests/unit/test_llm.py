@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ WHO = "<|begin_of_sentence|>User: Who are you?\nAssistant: "
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(str(MODEL), kv_memory_bytes=64_000_000)
+    return LLM(str(MODEL), kv_memory_bytes=64_000_000, max_logprobs=2048)
 
 
 def test_chat_answers_one_conversation_or_several(llm: LLM) -> None:
@@ -50,6 +52,27 @@ def test_n_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert [c.text for c in first.outputs] == [c.text for c in second.outputs]
     free = SamplingParams(max_tokens=16, temperature=1.5, ignore_eos=True)
     assert llm.generate("Once", free, progress=False) != llm.generate("Once", free, progress=False)
+
+
+def test_logprobs_may_be_those_of_all_tokens_or_of_some_that_are_named(llm: LLM) -> None:
+    every = SamplingParams(max_tokens=3, temperature=1.0, seed=3, logprobs=-1, prompt_logprobs=-1)
+    (whole,) = llm.generate("One list of", every, progress=False)
+    (score, *_), prompt_score = whole.outputs[0].logprobs, (whole.prompt_logprobs or [])[1]
+    assert prompt_score is not None
+    for top in (score.top, prompt_score.top):
+        assert {token for token, _ in top} == set(range(llm.tokenizer.vocab_size))
+        assert math.fsum(math.exp(logprob) for _, logprob in top) == pytest.approx(1, abs=1e-4)
+        assert all(one >= other for (_, one), (_, other) in pairwise(top))
+    ids = (900, 4, 20)
+    named = SamplingParams(max_tokens=3, temperature=1.0, seed=3, logprobs=0, logprob_token_ids=ids)
+    (some,) = llm.generate("One list of", named, progress=False)
+    assert some.outputs[0].token_ids == whole.outputs[0].token_ids
+    for own, of_all in zip(some.outputs[0].logprobs, whole.outputs[0].logprobs, strict=True):
+        assert own.top == tuple(entry for entry in of_all.top if entry[0] in ids)
+    with pytest.raises(InvalidRequest, match="between 0 and 2048"):
+        llm.generate("One", SamplingParams(logprobs=2049), progress=False)
+    with pytest.raises(InvalidRequest, match="logprob_token_ids needs token ids"):
+        llm.generate("One", SamplingParams(logprob_token_ids=(1408,)), progress=False)
 
 
 def test_an_answer_may_be_bound_to_a_form(llm: LLM) -> None:

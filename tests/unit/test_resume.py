@@ -90,6 +90,40 @@ def test_every_event_comes_once_wherever_connections_break(served: tuple[Keeping
     assert client.num_resumed >= 4
 
 
+def test_a_stream_whose_events_have_no_ids_is_not_told_twice(served: tuple[KeepingBackend, str]) -> None:
+    backend, url = served
+    backend.reset()
+    told = 0
+    with breaking(url, 20_000) as broken, ResumingClient(broken) as client, pytest.raises(NotAnswered, match="no ids"):
+        for _ in client.stream("/v1/completions", BODY | {"n": 65}):
+            told += 1
+    assert told and len(backend.requests) == 65
+    with breaking(url, 10) as broken, ResumingClient(broken) as client:  # nothing of it had come
+        assert len(list(client.stream("/v1/completions", BODY | {"n": 65, "max_tokens": 1}))) > 65
+
+
+def test_what_a_router_says_of_trying_again_is_heeded(served: tuple[KeepingBackend, str]) -> None:
+    backend, url = served
+    backend.reset()
+    waits: list[float] = []
+    with ResumingClient(url, give_up_s=30.0) as client, pytest.raises(RequestFailed, match="504"):
+        backend.refusals = {0: Refused(Refusal.DEADLINE_EXCEEDED, "too late")}
+        client.create("/v1/completions", {"prompt": "Hi"})
+    assert not backend.requests
+    backend.refusals = {0: Refused(Refusal.RATE_LIMITED, "later", 7.0)}
+
+    def pass_time(seconds: float) -> None:
+        waits.append(seconds)
+        backend.refusals.clear()
+
+    with ResumingClient(url, give_up_s=30.0, sleep=pass_time) as client:
+        assert client.create("/v1/completions", {"prompt": "Hi", "max_tokens": 2})["usage"]["completion_tokens"] == 2
+    assert waits == [7.0]
+    backend.refusals = {len(backend.requests): Refused(Refusal.RATE_LIMITED, "later", 70.0)}
+    with ResumingClient(url, give_up_s=30.0) as client, pytest.raises(NotAnswered, match="later"):
+        client.create("/v1/completions", {"prompt": "Hi"})
+
+
 def test_a_whole_answer_is_asked_for_again(served: tuple[KeepingBackend, str]) -> None:
     backend, url = served
     backend.reset()

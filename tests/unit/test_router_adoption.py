@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
 
-from router.events import RequestArrived, RequestCancelled, SendMessage
+from router.events import JobSought, RequestArrived, RequestCancelled, SendMessage, TellFound
+from router.job_part import JobPart
 from workers.errors import Refusal
 from workers.status import Role
 from workers.trust.permits import make_key
-from workers.wire.attach import Adopt, Cancel
+from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, WorkerFrame
 
 
 def lost(*tokens: int) -> tuple[Story, str, str]:
@@ -78,3 +79,26 @@ def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_h
     assert (submit.name, submit.request.request_id, submit.request.replay_token_ids) == ("r", "r#2", (5,))
     assert [c for c in story.commands if isinstance(c, SendMessage) and isinstance(c.message, Adopt | Cancel)] == []
     assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)
+
+
+def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> None:
+    story = Story(("m-0", Role.MIXED), max_running=1)
+    story.tell(RequestArrived(request("running")))
+    for choice in range(2):
+        part = JobPart(Kept("j", 2, b"" if choice else b"ticket"), f"j-0-{choice}")
+        story.tell(RequestArrived(request(f"j-0-{choice}"), part=part))
+
+    def sought(number: int, ends: bool = False) -> TellFound:
+        commands = story.tell(JobSought(number, "j", ends))
+        assert messages(commands, Find) == [Find(number, "j", ends)]
+        ended.extend(output.request_id for output in outputs(commands) if output.refusal is Refusal.CANCELLED)
+        told = story.frame("m-0", WorkerFrame(GENERATION, found=(Found(number),)))
+        (only,) = [command for command in told if isinstance(command, TellFound)]
+        return only
+
+    ended: list[str] = []
+    waiting = sought(1).found
+    assert (waiting.ticket, waiting.is_waiting, waiting.requests) == (b"ticket", True, {}) and not ended
+    assert sought(2, ends=True).found.is_waiting
+    assert ended == ["j-0-0", "j-0-1"] and len(story.core.flights) == 1
+    assert not sought(3).found.is_waiting

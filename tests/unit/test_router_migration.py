@@ -5,12 +5,13 @@ from __future__ import annotations
 from router_story import FREE, GENERATION, MODEL, Story, messages, outputs, request, submits, the_submit
 
 from router.events import Command, RequestArrived, RequestCancelled, Tick
+from router.job_part import JobPart
 from router.requests.move_planner import RebalanceLimits, Rebalancer
 from workers.errors import Refusal
 from workers.request import FinishReason, Output
 from workers.status import Load, Role, WorkerStatus
 from workers.trust.permits import is_permit, make_key
-from workers.wire.attach import Cancel, Submit, WorkerFrame
+from workers.wire.attach import Adopt, Cancel, Kept, Submit, WorkerFrame
 
 DD = (("d-0", Role.DECODE), ("d-1", Role.DECODE), ("p-0", Role.PREFILL))
 
@@ -40,6 +41,30 @@ def begin(story: Story, num_tokens: int = 2) -> tuple[str, str, Submit]:
 
 
 # ---- the way of one request ----
+
+
+def test_one_that_another_router_has_moved_is_followed_from_where_its_client_is() -> None:
+    story = Story(*DD)
+    part = JobPart(Kept("j"), "r", at="d-0")
+    story.tell(RequestArrived(request("r~1", max_tokens=64), part=part))
+    story.output("d-0", "r~1#1", 0, 5, 6)
+    gone = Output("r~1#1", 2, finish_reason=FinishReason.MOVED, message="d-1")
+    commands = story.frame("d-0", WorkerFrame(GENERATION, (gone,)))
+    assert submits(commands) == [] and messages(commands, Adopt) == [
+        Adopt("r", "r~1#2", 2, make_key(b"", "r~1#2"), joins=True)
+    ]
+    (last,) = outputs(story.output("d-1", "r~1#2", 2, 7, finish=True))
+    assert (last.position, last.token_ids) == (2, (7,)) and len(story.core.flights) == 0
+
+
+def test_one_that_was_moved_to_a_worker_that_is_gone_is_run_again() -> None:
+    story = Story(*DD)
+    story.tell(RequestArrived(request("r~1", max_tokens=64), part=JobPart(Kept("j"), "r", at="d-0")))
+    story.output("d-0", "r~1#1", 0, 5, 6)
+    story.lose("d-1")
+    gone = Output("r~1#1", 2, finish_reason=FinishReason.MOVED, message="d-1")
+    _, submit = the_submit(story.frame("d-0", WorkerFrame(GENERATION, (gone,))))
+    assert submit.request.replay_token_ids == (5, 6)
 
 
 def test_a_running_request_leaves_a_draining_worker_while_its_tokens_go_on() -> None:

@@ -179,6 +179,13 @@ def test_alternatives_of_equal_probability_come_in_order_of_id() -> None:
     assert len(logprobs(logits, logprobs=20).top) == 6
 
 
+def test_the_alternatives_may_be_named() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0]])
+    found, every = logprobs(logits, logprobs=0, logprob_token_ids=(3, 4, 1)), logprobs(logits, logprobs=6)
+    assert found.top == tuple(entry for entry in every.top if entry[0] in (1, 3, 4))
+    assert found.logprob == every.logprob and found.rank == every.rank
+
+
 def test_the_rank_of_a_token_is_its_place_among_the_alternatives() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, -torch.inf, -torch.inf]]).expand(7, -1)
     found = token_logprobs(logits, range(7), [7] * 7)

@@ -47,6 +47,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"top_k": 5000, "temperature": 1.5},
     {"top_p": 0.95, "temperature": 1.5, "repetition_penalty": 1.3, "logit_bias": ((3, 4.0),)},
     {"temperature": 0.0},
+    {"temperature": 1.0, "logprobs": 60},
+    {"temperature": 1.0, "logprobs": 0, "logprob_token_ids": (4, 0, 2)},
     {"temperature": 0.0, "logprobs": 20, "presence_penalty": 1.5, "bad_words": ((3,), (2, 4))},
 ]
 

@@ -97,6 +97,17 @@ def test_a_worker_says_how_many_routers_send_and_all_that_are_attached_while_non
     assert told.sessions.num_sending == 2
 
 
+def test_routers_that_come_when_all_have_gone_are_counted_at_once() -> None:
+    told = Told()
+    told.attach(1, 2)
+    told.second()
+    told.sessions.sends(1, told.now)
+    told.sessions.lose(1)
+    told.sessions.lose(2)
+    told.attach(3, 4)
+    assert told.heard() == {3: 2, 4: 2}
+
+
 def with_routers(story: Story, num_routers: int) -> Story:
     status = WorkerStatus(
         "m-0", story.members[0].generation, Role.MIXED, MODEL, FREE, pid=1, max_num_seqs=16, num_routers=num_routers

@@ -143,7 +143,7 @@ def request_in(state: served_request.State) -> tuple[RequestTable, ServedRequest
     """A table with one request that has come into this state, and the request."""
     table = RequestTable(100, 10, 30.0, KeptAnswers(30.0, 1 << 20))
     ends = Output("a#1", 0, (7,), finish_reason=FinishReason.LENGTH)
-    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, 4, b"", 0, job=Kept("j"))
+    served = ServedRequest(1, "a", "a#1", make_request(range(5, 9), 2), (), None, inf, inf, 4, b"", 0, job=Kept("j"))
     table.add(served)
     if state.name in ("UNHEARD", "LEFT", "KEPT"):
         table.keep(served, ends)

@@ -87,6 +87,7 @@ params = st.builds(
     skip_special_tokens=st.booleans(),
     logprobs=st.none() | u32,
     prompt_logprobs=st.none() | u32,
+    logprob_token_ids=tuples(u32),
 )
 requests = st.builds(
     Request,

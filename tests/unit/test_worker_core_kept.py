@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 from builders import make_request
-from worker_story import WorkerStory
+from worker_story import ASKER, PEER, WorkerStory, permitted
 
-from workers.engine.messages import CancelSequence
+from workers.engine.messages import CancelSequence, TransferWanted
 from workers.errors import Refusal
-from workers.request import FinishReason, TokenLogprob
+from workers.handoff.protocol.messages import Handoff, SequenceMoved
+from workers.request import FinishReason, Output, TokenLogprob
 from workers.serving import events
 from workers.status import Role
-from workers.wire.attach import Adopt, Cancel, Find, Found, Kept
+from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, Migration
 
 
 def found(story: WorkerStory, session: int, job: str = "j", ends: bool = False) -> Found:
@@ -38,8 +39,10 @@ def begun(**fields: Any) -> tuple[WorkerStory, int]:
     story = WorkerStory(Role.MIXED, **settings)
     story.attach(1)
     story.attach(2)
-    kept = Kept("j", 1, b"ticket", bool(fields.pop("background", False)))
-    number = story.submit(1, make_request(range(5, 105), 50, request_id="r#1", **fields), name="r", kept=kept)
+    kept = Kept("j", 1, b"ticket", bool(fields.pop("background", False)), fields.pop("owner", 0))
+    left_s = fields.pop("remaining_s", 0.0)
+    request = make_request(range(5, 105), 50, request_id="r#1", **fields)
+    number = story.submit(1, request, name="r", kept=kept, remaining_s=left_s)
     story.say(number, "r#1", 0, 7)
     return story, number
 
@@ -127,6 +130,89 @@ def test_of_too_many_answers_the_oldest_go() -> None:
         )
         story.say(other, f"{name}#1", 0, 8, ends=FinishReason.STOP)
     assert [len(found(story, 2, job).requests) for job in ("j", "j0", "j1", "j2", "j3", "j4")] == [0, 0, 0, 1, 1, 1]
+
+
+def test_who_keeps_little_is_not_pushed_out_by_who_keeps_much() -> None:
+    story, number = begun(max_kept_answer_bytes=22_000, owner=1)
+    story.say(number, "r#1", 1, 8, ends=FinishReason.STOP)
+    for place in range(9):
+        name, kept = f"s{place}", Kept(f"j{place}", owner=2)
+        other = story.submit(1, make_request(range(5, 105), 50, request_id=f"{name}#1"), name=name, kept=kept)
+        story.say(other, f"{name}#1", 0, 8, ends=FinishReason.STOP)
+    assert len(found(story, 2).requests) == 1
+    assert [len(found(story, 2, f"j{place}").requests) for place in range(9)] == [0] * 7 + [1] * 2
+
+
+def test_a_tenant_that_leaves_much_behind_costs_no_other_its_orphans() -> None:
+    story = WorkerStory(Role.MIXED, max_orphans=3)
+    story.attach(1)
+    story.attach(2)
+    mine = story.submit(1, "r#1", name="r", kept=Kept("j", owner=1))
+    for place in range(5):
+        story.submit(1, f"s{place}#1", name=f"s{place}", kept=Kept(f"j{place}", owner=2))
+    story.lose(1)
+    assert len(story.taken(CancelSequence)) == 3 and CancelSequence(mine) not in story.posted
+    assert [len(found(story, 2, f"j{place}").requests) for place in range(5)] == [0, 0, 0, 1, 1]
+
+
+def test_what_was_to_be_done_by_now_ends_here_whether_or_not_its_router_says_so() -> None:
+    story, number = begun(remaining_s=5.0)
+    left = story.submit(1, "s#1", name="s", kept=Kept("k"), remaining_s=7.0)
+    story.tell(events.RouterSaid(1, Cancel("s#1", lets_go=True)))
+    story.after(4.9)
+    assert story.taken(CancelSequence) == []
+    story.after(0.1)
+    assert story.last(1).refusal is Refusal.DEADLINE_EXCEEDED and story.posted[-1] == CancelSequence(number)
+    story.after(2.0)
+    assert story.posted[-1] == CancelSequence(left) and story.core.is_idle
+    assert story.core.counters["requests_too_late"] == 2
+
+
+def test_who_joins_with_more_time_keeps_it_running() -> None:
+    story, number = begun(remaining_s=5.0)
+    join(story, 2)
+    story.after(6.0)
+    story.say(number, "r#1", 1, 8)
+    assert story.tokens(2, "r~2#1") == [7, 8] and story.taken(CancelSequence) == []
+
+
+def test_who_hears_of_a_request_that_is_moved_is_told_where_it_is() -> None:
+    story, number = begun()
+    join(story, 2)
+    story.ask(9, permitted("r#1"), 3)
+    story.step((number, Output("r#1", 1, finish_reason=FinishReason.MOVED)))
+    assert (story.last(2).finish_reason, story.last(2).message) == (FinishReason.MOVED, ASKER)
+    assert story.last(1).message == "", "its own router has had it moved"
+    join(story, 2)
+    assert story.last(2).refusal is Refusal.NOT_KEPT
+
+
+def test_a_request_that_was_moved_here_is_told_from_where_anybody_is() -> None:
+    story = WorkerStory(Role.DECODE)
+    story.attach(1)
+    story.attach(2)
+    moved = make_request(range(5, 105), 50, request_id="r#2", replay=(7,))
+    number = story.submit(1, moved, name="r", kept=Kept("j"), migration=Migration(PEER, "r#1"))
+    story.step(transfers=[TransferWanted(number, 0, (3, 4))])
+    story.tell(events.HandoffEnded(number, Handoff(SequenceMoved((7, 8, 9), 101, 4), "shm", 4096, 0.01)))
+    story.tell(events.RouterSaid(2, Adopt("r", "r~2#2", 3, joins=True)))
+    story.say(number, "r#2", 3, 10)
+    assert story.tokens(2, "r~2#2") == [10]
+    assert found(story, 2).requests[0].is_whole
+    story.tell(events.RouterSaid(2, Adopt("r", "r~3#1", 0, joins=True)))
+    assert story.tokens(2, "r~3#1") == [7, 8, 9, 10]
+
+
+def test_one_name_is_one_request_for_a_router_also_where_it_joins() -> None:
+    story, number = begun()
+    join(story, 2)
+    for attempt in ("r~2#1", "r~2#1"):
+        join(story, 2, attempt)
+        assert story.last(2).refusal is Refusal.INVALID
+    story.tell(events.RouterSaid(1, Adopt("r", "r#1", 0, joins=True)))
+    assert story.last(1).refusal is Refusal.INVALID
+    story.say(number, "r#1", 1, 8)
+    assert [o.token_ids for o in story.heard(2) if o.token_ids] == [(7,), (8,)]
 
 
 def test_what_is_kept_no_more_comes_as_tokens_where_these_say_everything() -> None:

@@ -10,7 +10,7 @@ from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import DEFAULT_LIMITS, RequestLimits
-from workers.request import MAX_SCORES, HandoffReport, Output, PromptScores, Request, error_output
+from workers.request import HandoffReport, Output, PromptScores, Request, error_output, scores_at_once
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
@@ -69,8 +69,9 @@ class SequenceOutputs:
         if request.replay_token_ids:
             return []
         outputs = []
-        for start in range(max(self._num_scored, scores.first), scores.end, MAX_SCORES):
-            part = scores.part(start, start + MAX_SCORES)
+        num_tokens = scores_at_once(scores.top_ids.shape[1])
+        for start in range(max(self._num_scored, scores.first), scores.end, num_tokens):
+            part = scores.part(start, start + num_tokens)
             outputs.append(Output(request.request_id, 0, prompt_logprobs=(part,)))
             self._num_scored = part.end
         return outputs

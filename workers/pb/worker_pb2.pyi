@@ -21,7 +21,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "logit_bias", "bad_words", "stop", "stop_token_ids", "ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs", "grammar", "allowed_token_ids", "thinking")
+    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "logit_bias", "bad_words", "stop", "stop_token_ids", "ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs", "grammar", "allowed_token_ids", "thinking", "logprob_token_ids")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class SamplingParams(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     THINKING_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -66,7 +67,8 @@ class SamplingParams(_message.Message):
     grammar: str
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     thinking: ThinkingBudget
-    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., bad_words: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., include_stop: bool = ..., skip_special_tokens: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., thinking: _Optional[_Union[ThinkingBudget, _Mapping]] = ...) -> None: ...
+    logprob_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., bad_words: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., include_stop: bool = ..., skip_special_tokens: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., thinking: _Optional[_Union[ThinkingBudget, _Mapping]] = ..., logprob_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ThinkingBudget(_message.Message):
     __slots__ = ("num_tokens", "end_token_id", "closing", "start_token_id")
@@ -251,16 +253,18 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., prefill_workers: _Optional[_Iterable[_Union[WorkerAddress, _Mapping]]] = ..., remaining_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., migration: _Optional[_Union[Migration, _Mapping]] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., name: _Optional[str] = ..., key: _Optional[bytes] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Kept(_message.Message):
-    __slots__ = ("job", "num_requests", "ticket", "is_background")
+    __slots__ = ("job", "num_requests", "ticket", "is_background", "owner")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     IS_BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     job: str
     num_requests: int
     ticket: bytes
     is_background: bool
-    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_background: bool = ...) -> None: ...
+    owner: int
+    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_background: bool = ..., owner: _Optional[int] = ...) -> None: ...
 
 class Migration(_message.Message):
     __slots__ = ("source", "request_id", "permit")
@@ -367,7 +371,7 @@ class KvEvent(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., reset: bool = ..., tiers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RequestLimits(_message.Message):
-    __slots__ = ("stop_strings", "stop_characters", "stop_token_ids", "bad_words", "bad_word_tokens", "logit_bias", "allowed_token_ids")
+    __slots__ = ("stop_strings", "stop_characters", "stop_token_ids", "bad_words", "bad_word_tokens", "logit_bias", "allowed_token_ids", "logprobs")
     STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     STOP_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -375,6 +379,7 @@ class RequestLimits(_message.Message):
     BAD_WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     stop_strings: int
     stop_characters: int
     stop_token_ids: int
@@ -382,7 +387,8 @@ class RequestLimits(_message.Message):
     bad_word_tokens: int
     logit_bias: int
     allowed_token_ids: int
-    def __init__(self, stop_strings: _Optional[int] = ..., stop_characters: _Optional[int] = ..., stop_token_ids: _Optional[int] = ..., bad_words: _Optional[int] = ..., bad_word_tokens: _Optional[int] = ..., logit_bias: _Optional[int] = ..., allowed_token_ids: _Optional[int] = ...) -> None: ...
+    logprobs: int
+    def __init__(self, stop_strings: _Optional[int] = ..., stop_characters: _Optional[int] = ..., stop_token_ids: _Optional[int] = ..., bad_words: _Optional[int] = ..., bad_word_tokens: _Optional[int] = ..., logit_bias: _Optional[int] = ..., allowed_token_ids: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "fingerprint", "vocab_size", "max_model_len", "block_size", "limits", "grammars")

@@ -15,8 +15,11 @@ from workers.request import LOGPROB_FLOOR, PromptScores, TokenLogprob
 from workers.sampling.arithmetic import log_total, on_device, weights
 
 
-def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
-    """For each row the logprob and rank of its token, and the `num_top` most likely ones, best first, ties by token id.
+def token_logprobs(
+    logits_RV: Tensor, tokens: Sequence[int], alternatives: Sequence[int | Sequence[int]]
+) -> list[TokenLogprob]:
+    """For each row the logprob and rank of its token, and so many of the most likely ones or those that are named, best first, ties by
+    token id.
 
     A logprob is logit - largest - ln(sum of the weights), in double, rounded to fp32.
     """
@@ -25,9 +28,9 @@ def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[i
     logprobs_R, ranks_R = _of_tokens(logits_RV, base_R1, tokens)
     logprobs, ranks = logprobs_R.tolist(), ranks_R.tolist()
     return [
-        TokenLogprob(token, floored(logprob), _top(logits_V, base_1, count), rank)
-        for token, logprob, rank, logits_V, base_1, count in zip(
-            tokens, logprobs, ranks, logits_RV, base_R1, num_top, strict=True
+        TokenLogprob(token, floored(logprob), _alternatives(logits_V, base_1, wanted), rank)
+        for token, logprob, rank, logits_V, base_1, wanted in zip(
+            tokens, logprobs, ranks, logits_RV, base_R1, alternatives, strict=True
         )
     ]
 
@@ -82,19 +85,23 @@ def _tops(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(logits_RV: Tensor, tokens_R1: Tensor, drawn_R1: Tensor) -> Tensor:
-    """Places, from 1 on, in the order of `_top`: tokens that are likelier, or as likely with a lower id, come first."""
+    """Places, from 1 on, in the order of `_alternatives`: tokens that are likelier, or as likely with a lower id, come first."""
     ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     comes_first_RV = (logits_RV > drawn_R1) | ((logits_RV == drawn_R1) & (ids_V < tokens_R1))
     return comes_first_RV.sum(-1) + 1
 
 
-def _top(logits_V: Tensor, base_1: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    if count == 0:
+def _alternatives(logits_V: Tensor, base_1: Tensor, wanted: int | Sequence[int]) -> tuple[tuple[int, float], ...]:
+    if not wanted:
         return ()
-    count = min(count, logits_V.shape[0])
-    # topk breaks ties as it likes: take all that reach the last place, then sort them stably by value
-    threshold = logits_V.topk(count).values[-1]
-    tokens = (logits_V >= threshold).nonzero().squeeze(1)
+    if isinstance(wanted, int):
+        count = min(wanted, logits_V.shape[0])
+        # topk breaks ties as it likes: take all that reach the last place, then sort them stably by value
+        threshold = logits_V.topk(count).values[-1]
+        tokens = (logits_V >= threshold).nonzero().squeeze(1)
+    else:
+        count = len(wanted)
+        tokens = on_device(sorted(wanted), logits_V.device)
     values, order = logits_V[tokens].sort(descending=True, stable=True)
     logprobs = (values[:count].double() - base_1).float().tolist()
     return tuple((token, floored(value)) for token, value in zip(tokens[order[:count]].tolist(), logprobs, strict=True))

@@ -27,7 +27,8 @@ class RowKernel(Protocol):
     PyTorch decides there."""
 
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec]) -> list[tuple[int, TokenLogprob | None] | None]:
-        """The token of each row, and its logprobs where the spec asks for them. No spec has a forced token."""
+        """The token of each row, and its logprobs where the spec asks for as few of the most likely ones as a kernel finds; where it asks
+        for more, or for others, PyTorch finds them. No spec has a forced token."""
 
     def score_tokens(self, logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int) -> PromptScores | None:
         """As workers.sampling.logprobs.score_tokens."""
@@ -107,7 +108,13 @@ def _sample_with(kernel: RowKernel, logits_RV: Tensor, specs: Sequence[SampleSpe
     rows = [row for row in range(len(specs)) if row not in drawn]
     chosen_RV = logits_RV[rows] if drawn else logits_RV
     for row, found in zip(rows, kernel.sample(chosen_RV, [specs[row] for row in rows]), strict=True):
-        drawn[row] = sample(logits_RV[row : row + 1], [specs[row]])[0] if found is None else Drawn(*found)
+        own_1V, own = logits_RV[row : row + 1], [specs[row]]
+        if found is None:
+            drawn[row] = sample(own_1V, own)[0]
+        elif found[1] is None and specs[row].params.logprobs is not None:
+            drawn[row] = with_logprobs(own_1V, [found[0]], own)[0]
+        else:
+            drawn[row] = Drawn(*found)
     return [drawn[row] for row in range(len(specs))]
 
 
@@ -161,8 +168,8 @@ def scores_of(
 
 def with_logprobs(logits_RV: Tensor, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[Drawn]:
     """Drawn tokens with the logprobs that their rows ask for."""
-    counts = {row: spec.params.logprobs for row, spec in enumerate(specs) if spec.forced_token_id is None}
-    asked = {row: count for row, count in counts.items() if count is not None}
+    wanted = {row: spec.params.alternatives for row, spec in enumerate(specs) if spec.forced_token_id is None}
+    asked = {row: alternatives for row, alternatives in wanted.items() if alternatives is not None}
     drawn = [Drawn(token) for token in tokens]
     if asked:
         rows = list(asked)

@@ -17,6 +17,7 @@ from workers.config import WorkerConfig
 from workers.engine.messages import ForgetCache, Report, TransferWanted
 from workers.errors import Refusal, Refused
 from workers.handoff.protocol.choices import Way
+from workers.handoff.protocol.messages import Handoff, SequenceMoved
 from workers.kv_memory.memory import KvLayout
 from workers.serving import events
 from workers.serving.exports import Exports
@@ -102,6 +103,8 @@ class WorkerCore:
             case events.HandoffReleased(transfer, reason):
                 out += self._exports.release(transfer, reason)
             case events.HandoffEnded(sequence_id, outcome):
+                if isinstance(outcome, Handoff) and isinstance(outcome.done, SequenceMoved):
+                    self._requests.landed(sequence_id, outcome.done.known_token_ids)
                 out += self._fetches.ended(sequence_id, outcome, now)
             case events.SwitchRole(role):
                 out += self._standing.switch(role)

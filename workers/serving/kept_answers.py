@@ -5,22 +5,27 @@ from __future__ import annotations
 from math import inf
 
 from workers.serving.served_request import ServedRequest
+from workers.shares import Shares
 
 
 class KeptAnswers:
-    """Each is kept for `keep_s`, and all together take at most `max_bytes`, about; the oldest go first. `now` is what its
-    owner says it is."""
+    """Each is kept for `keep_s`, and all together take at most `max_bytes`, about; where they would take more, the oldest go of the
+    owner that has most. `now` is what its owner says it is."""
 
     def __init__(self, keep_s: float = 0.0, max_bytes: int = 0) -> None:
         self._keep_s = keep_s
         self._max_bytes = max_bytes
-        self._answers: dict[int, tuple[ServedRequest, float, int]] = {}
-        """By sequence id, the oldest first: with when it came, and what it takes."""
-        self.num_bytes = 0
+        self._answers: dict[int, tuple[ServedRequest, float]] = {}
+        """By sequence id, the oldest first: with when it came."""
+        self._shares: Shares[int, int] = Shares(max_bytes)
         self.now = 0.0
 
     def __len__(self) -> int:
         return len(self._answers)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._shares.total
 
     def add(self, served: ServedRequest) -> list[ServedRequest]:
         """Returns those that are to be dropped for it; it may be one of them."""
@@ -30,20 +35,14 @@ class KeptAnswers:
         num_bytes = served.num_bytes
         if num_bytes > self._max_bytes:
             return [served]
-        self._answers[served.sequence_id] = served, self.now, num_bytes
-        self.num_bytes += num_bytes
-        surplus, least = self.num_bytes - self._max_bytes, []
-        for each, _, size in self._answers.values():
-            if surplus <= 0:
-                break
-            least.append(each)
-            surplus -= size
-        return least
+        self._answers[served.sequence_id] = served, self.now
+        self._shares.add(served.sequence_id, served.job.owner, num_bytes)
+        return [self._answers[number][0] for number in self._shares.surplus()]
 
     def remove(self, served: ServedRequest) -> None:
         """It is somebody's again, or gone."""
-        _, _, num_bytes = self._answers.pop(served.sequence_id, (None, 0.0, 0))
-        self.num_bytes -= num_bytes
+        self._answers.pop(served.sequence_id, None)
+        self._shares.remove(served.sequence_id)
 
     @property
     def next_due_s(self) -> float:
@@ -53,7 +52,7 @@ class KeptAnswers:
     def expired(self, now: float) -> list[ServedRequest]:
         """Those that have been kept long enough."""
         found = []
-        for served, came_s, _ in self._answers.values():
+        for served, came_s in self._answers.values():
             if came_s + self._keep_s > now:
                 break
             found.append(served)

@@ -12,16 +12,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 
+from workers.deadlines import Deadlines
 from workers.request import FinishReason, Output
 from workers.serving.kept_answers import KeptAnswers
 from workers.serving.served_request import SERVED_REQUEST, Effect, ServedRequest, State, Turn
+from workers.shares import Shares
 from workers.wire.attach import Adopt
 
 
 class RequestTable:
     """At most `max_kept_tokens` entries are kept of each request (a token is one, each alternative among logprobs another), and at
-    most `max_orphans` requests without a session, each for `orphan_grace_s`; those of the background do not count. What has ended
-    and can be asked for by its job goes to `answers`.
+    most `max_orphans` requests without a session, each for `orphan_grace_s`; those of the background do not count, and where there are
+    more the oldest go of the tenant that has most. What has ended and can be asked for by its job goes to `answers`.
 
     An attempt's name belongs to its session: two routers may use the same one.
     """
@@ -31,7 +33,6 @@ class RequestTable:
     ) -> None:
         self.answers = KeptAnswers() if answers is None else answers
         self._max_kept = max_kept_tokens
-        self._max_orphans = max_orphans
         self._grace_s = orphan_grace_s
         self._running: dict[int, ServedRequest] = {}
         self._by_name: dict[str, ServedRequest] = {}
@@ -42,6 +43,11 @@ class RequestTable:
         """By session what has ended, as long as the frame that says so has not been written."""
         self._orphans: dict[int, ServedRequest] = {}
         """By sequence id, the oldest first."""
+        self._orphan_shares: Shares[int, int] = Shares(max_orphans)
+        self._deadlines: Deadlines[int] = Deadlines()
+        """Of what runs for its first owner, or for nobody."""
+        self._heard: dict[tuple[int, str], ServedRequest] = {}
+        """What sessions that are not the owner hear of, each with what it calls it."""
         self._by_job: dict[str, dict[str, ServedRequest]] = {}
         """The last attempt of each request of a job, by name."""
 
@@ -63,6 +69,8 @@ class RequestTable:
         if served.job is not None:
             self._by_job.setdefault(served.job.job, {})[served.name] = served
         self._owned.setdefault(served.owner, {})[served.attempt] = served
+        if served.ends_s < inf:
+            self._deadlines.add(served.sequence_id, served.ends_s)
 
     def get(self, sequence_id: int) -> ServedRequest | None:
         """One that runs. None: it was cancelled, or is no request of a router."""
@@ -92,7 +100,11 @@ class RequestTable:
 
     def listener_of(self, session: int, attempt: str) -> ServedRequest | None:
         """What a session that is not its owner hears of as `attempt`."""
-        return next((served for served in self if (session, attempt) in served.listeners), None)
+        return self._heard.get((session, attempt))
+
+    def hears(self, session: int, attempt: str) -> bool:
+        """Something runs for a session under this name, its own or another's."""
+        return self.of(session, attempt) is not None or (session, attempt) in self._heard
 
     def named(self, name: str) -> ServedRequest | None:
         """The last attempt of a request."""
@@ -115,7 +127,6 @@ class RequestTable:
             self._take(served, Turn.BREAK)
             return
         served.finish, served.last_said = output, num_said
-        served.listeners.clear()  # they have heard it
         self._take(served, Turn.FINISH, served.owner)
         if served.owner is None and served.sequence_id not in self._orphans:  # of the background: it has no grace
             self._take(served, Turn.WAIT_OUT)
@@ -137,20 +148,25 @@ class RequestTable:
         self._take(served, Turn.WAIT_OUT)
         return True
 
-    def join(self, served: ServedRequest, session: int, attempt: str, key: bytes) -> list[Output] | None:
-        """A session hears of somebody else's request from its first token on; returns what it is to hear at once. None: that is
-        not kept."""
-        outputs = served.since(0, may_lack_text=True)
+    def join(self, served: ServedRequest, session: int, adopt: Adopt) -> list[Output] | None:
+        """A session hears of somebody else's request from a position on; returns what it is to hear at once. None: that is not kept."""
+        outputs, attempt = served.since(adopt.position, may_lack_text=True), adopt.request_id
         if outputs is None:
             return None
         if served.state is State.RUNNING:
-            served.listeners[session, attempt] = key
+            served.listeners[session, attempt] = adopt.key
+            self._heard[session, attempt] = served
         return [output._replace(request_id=attempt) for output in outputs]
+
+    def leave(self, served: ServedRequest, session: int, attempt: str) -> bytes:
+        """A session does not hear of somebody else's request any more; returns the key that it had given."""
+        del self._heard[session, attempt]
+        return served.listeners.pop((session, attempt))
 
     def pass_on(self, served: ServedRequest, num_said: Callable[[int], int]) -> bool:
         """Its owner goes; the first of those who hear of it beside him is the owner now. False: there is none."""
-        for (session, attempt), key in list(served.listeners.items()):
-            del served.listeners[session, attempt]
+        for session, attempt in list(served.listeners):
+            key = self.leave(served, session, attempt)
             served.last_said, served.key = num_said(session), key
             self._take(served, Turn.TAKE_UP, session, attempt)
             return True
@@ -164,15 +180,14 @@ class RequestTable:
         return self._surplus()
 
     def _surplus(self) -> list[ServedRequest]:
-        num_too_many = len(self._orphans) if self._grace_s == 0 else max(0, len(self._orphans) - self._max_orphans)
-        return list(self._orphans.values())[:num_too_many]
+        numbers = list(self._orphans) if self._grace_s == 0 else self._orphan_shares.surplus()
+        return [self._orphans[number] for number in numbers]
 
     def orphan(self, owner: int, now: float, num_said: Callable[[int], int]) -> list[ServedRequest]:
         """A session is lost: its requests have no owner from now on, but for those that others hear of. Returns those that are too many, and those that were begun
         anew meanwhile, which nobody could take up."""
-        for served in self:
-            for listener in [each for each in served.listeners if each[0] == owner]:
-                del served.listeners[listener]
+        for session, attempt in [each for each in self._heard if each[0] == owner]:
+            self.leave(self._heard[session, attempt], session, attempt)
         lost = [*self._owned.get(owner, {}).values(), *self._unwritten.get(owner, ())]
         for served in lost.copy():
             if self.pass_on(served, num_said):
@@ -203,8 +218,13 @@ class RequestTable:
         served.state, served.owner, served.attempt = step.to, owner, attempt or served.attempt
         if step.to not in (State.RUNNING, State.ORPHANED):
             self._running.pop(served.sequence_id, None)
+            for listener in list(served.listeners):  # they have heard how it ended
+                self.leave(served, *listener)
+        if step.to is not State.ORPHANED:
+            self._deadlines.remove(served.sequence_id)
         if step.to not in (State.ORPHANED, State.LEFT):
             self._orphans.pop(served.sequence_id, None)
+            self._orphan_shares.remove(served.sequence_id)
         if step.to is not State.KEPT:
             self.answers.remove(served)
         if step.to is State.GONE:
@@ -221,6 +241,7 @@ class RequestTable:
                 pass
             case Effect.BEGIN_GRACE:
                 self._orphans[served.sequence_id] = served
+                self._orphan_shares.add(served.sequence_id, served.tenant)
             case Effect.KEEP:
                 for least in self.answers.add(served):
                     self._take(least, Turn.DROP)
@@ -256,9 +277,16 @@ class RequestTable:
 
     @property
     def next_due_s(self) -> float:
-        """When the oldest orphan's grace ends, or the oldest answer has been kept long enough; infinity: there are none."""
+        """When a request is to end, the oldest orphan's grace ends, or the oldest answer has been kept long enough; infinity: there are
+        none."""
         oldest = next(iter(self._orphans.values()), None)
-        return min(self.answers.next_due_s, inf if oldest is None else oldest.orphaned_s + self._grace_s)
+        orphan_s = inf if oldest is None else oldest.orphaned_s + self._grace_s
+        return min(self.answers.next_due_s, self._deadlines.next_due_s, orphan_s)
+
+    def past(self, now: float) -> list[ServedRequest]:
+        """What was to be done by now and runs still. Where several sessions hear of a request, their routers know until when each."""
+        found = [self._running[number] for number in self._deadlines.past(now)]
+        return [served for served in found if not served.listeners]
 
     def drop_old_answers(self, now: float) -> None:
         for served in self.answers.expired(now):

@@ -5,16 +5,17 @@ Knows no batch, no handoff and no stream; the books are RequestTable's.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 
 from workers.config import WorkerConfig
 from workers.engine.messages import AddMigrant, AddSequence, CancelSequence
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.handoff.protocol.messages import RunningSubject
-from workers.request import Output, end_output, error_output, refusal_output
+from workers.request import FinishReason, Output, end_output, error_output, refusal_output
 from workers.scheduler.sequence import Kind
 from workers.serving.events import Post
 from workers.serving.kept_answers import KeptAnswers
@@ -26,6 +27,9 @@ from workers.serving.standing import Standing
 from workers.trust.permits import is_permit
 from workers.wire.attach import Adopt, Cancel, Find, Found, Submit
 
+log = logging.getLogger(__name__)
+
+TOO_LATE = "the request was not done in time"
 QUEUE_IS_FULL = "the worker is so far behind that it takes no new request"
 
 
@@ -66,7 +70,14 @@ class Requests:
         if not is_permit(running.permit, served.key, target_id):
             self._counters["moves_not_permitted"] += 1
             return None
+        served.moves_to = target_id
         return served.sequence_id
+
+    def landed(self, sequence_id: int, token_ids: Sequence[int]) -> None:
+        """A request has moved here: its output tokens so far."""
+        served = self._table.get(sequence_id)
+        if served is not None:
+            served.landed(token_ids)
 
     def tell_time(self, now: float) -> None:
         """What ends from here on ends now."""
@@ -85,7 +96,7 @@ class Requests:
         attempt, name = request.request_id, submit.name or request.request_id
         try:
             self._standing.check_request(submit)
-            if self._table.of(session, attempt) is not None:
+            if self._table.hears(session, attempt):
                 raise InvalidRequest(f"request {attempt} is running already")
         except (InvalidRequest, Refused) as error:
             self._sessions.say(session, refusal_output(request, error))
@@ -108,6 +119,7 @@ class Requests:
             due_s=min(
                 (now + left_s for left_s in (submit.remaining_s, submit.first_token_s) if left_s > 0), default=inf
             ),
+            ends_s=now + submit.remaining_s if submit.remaining_s > 0 else inf,
             owner=session,
             key=submit.key,
             end=len(request.replay_token_ids),
@@ -116,6 +128,7 @@ class Requests:
             token_ids=array("I", request.replay_token_ids),
         )
         self._table.add(served)
+        log.debug("takes a request of %d prompt tokens", len(request.prompt_token_ids), extra=request.log_fields)
         self._observer.submitted(sequence_id, request.traceparent, now)
         if submit.migration is not None:
             return [*commands, Post(AddMigrant(sequence_id, request))]
@@ -135,7 +148,7 @@ class Requests:
             return self._give_up(owned)
         heard = table.listener_of(session, attempt)
         if heard is not None:
-            del heard.listeners[session, attempt]
+            table.leave(heard, session, attempt)
             return []
         orphan = table.orphan_as(attempt)
         return [] if orphan is None or cancel.lets_go else self._give_up(orphan)
@@ -155,17 +168,16 @@ class Requests:
                 self._sessions.say(
                     hearer, end_output(attempt, Refusal.CANCELLED, "it was cancelled by who had asked for it")
                 )
-            each.listeners.clear()
             commands += self._give_up(each)
         return commands
 
     def adopt(self, session: int, adopt: Adopt) -> None:
         """A router takes a request up where its client is, whoever had it before."""
         attempt, former = adopt.request_id, self._table.owner_of(adopt.name)
-        if adopt.joins and former is not None:
-            self._join(session, adopt)
-        elif self._table.of(session, attempt) is not None:
+        if self._table.hears(session, attempt):
             self._sessions.say(session, end_output(attempt, Refusal.INVALID, f"request {attempt} is running already"))
+        elif adopt.joins and former is not None:
+            self._join(session, adopt)
         elif not self._take_up(session, adopt):
             self._counters["adoptions_refused"] += 1
             text = f"output {adopt.position} of request {adopt.name} is not kept here"
@@ -175,10 +187,11 @@ class Requests:
 
     def _join(self, session: int, adopt: Adopt) -> None:
         served = self._table.named(adopt.name)
-        outputs = None if served is None else self._table.join(served, session, adopt.request_id, adopt.key)
+        outputs = None if served is None else self._table.join(served, session, adopt)
         self._counters["joins_refused" if outputs is None else "requests_joined"] += 1
         if outputs is None:
-            outputs = [end_output(adopt.request_id, Refusal.NOT_KEPT, f"request {adopt.name} is not kept here")]
+            text = f"output {adopt.position} of request {adopt.name} is not kept here"
+            outputs = [end_output(adopt.request_id, Refusal.NOT_KEPT, text)]
         for output in outputs:
             self._sessions.say(session, output)
 
@@ -213,9 +226,13 @@ class Requests:
         can_be_taken_up = self._table.keep(served, output)
         if served.owner is not None:
             self._sessions.say(served.owner, output)
-        for session, attempt in served.listeners:
-            self._sessions.say(session, output._replace(request_id=attempt))
+        has_moved = output.finish_reason is FinishReason.MOVED
+        for session, attempt in served.listeners:  # the owner's router has had it moved, and knows where it is
+            message = served.moves_to if has_moved else output.message
+            self._sessions.say(session, output._replace(request_id=attempt, message=message))
         if output.finish_reason is not None:
+            num_tokens, about = output.position + len(output.token_ids), served.request.log_fields
+            log.debug("a request ends after %d tokens: %s", num_tokens, output.finish_reason, extra=about)
             self._table.end(served, output, self._sessions.num_said(served.owner))
         elif not can_be_taken_up:
             return self._give_up_orphans([served])
@@ -243,13 +260,22 @@ class Requests:
 
     @property
     def next_due_s(self) -> float:
-        """When an orphan's grace ends, or an answer has been kept long enough."""
+        """When a request is to end, an orphan's grace ends, or an answer has been kept long enough."""
         return self._table.next_due_s
 
     def check_time(self, now: float) -> list[Post]:
-        """Gives up what nobody has taken up in time; what has ended is kept with the other answers."""
+        """Ends what was to be done by now, and gives up what nobody has taken up in time; what has ended is kept with the other answers."""
         self._table.drop_old_answers(now)
-        return self._give_up_orphans(self._table.expired(now))
+        commands = [command for served in self._table.past(now) for command in self._end_late(served, now)]
+        return commands + self._give_up_orphans(self._table.expired(now))
+
+    def _end_late(self, served: ServedRequest, now: float) -> list[Post]:
+        """Nobody waits any longer, whether or not its router has said so."""
+        self._counters["requests_too_late"] += 1
+        if served.owner is None:
+            return self._give_up(served)
+        self.deliver(served, error_output(served.request, Refusal.DEADLINE_EXCEEDED, TOO_LATE), now)
+        return [Post(CancelSequence(served.sequence_id))]
 
     def _give_up_orphans(self, orphans: list[ServedRequest]) -> list[Post]:
         given_up = [served for served in orphans if not self._table.wait_out(served)]

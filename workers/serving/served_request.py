@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -92,6 +93,8 @@ class ServedRequest:
     """Where it ran before, when it is taken over from there."""
     due_s: float
     """When its first token is due; infinity when nobody said."""
+    ends_s: float
+    """When it is to end, done or not; infinity when nobody said. It is for its first owner: others say for themselves."""
     owner: int | None
     """The session that hears of it; None: it is an orphan."""
     key: bytes
@@ -101,6 +104,8 @@ class ServedRequest:
     job: Kept | None = None
     cached_tokens: int = 0
     """Of the prompt, as was said with its first token."""
+    moves_to: str = ""
+    """The worker that was last permitted to take it over."""
     listeners: dict[tuple[int, str], bytes] = field(default_factory=dict)
     """Sessions that hear of it beside its owner, each with what it calls it, and the key that comes into force when it becomes
     the owner."""
@@ -144,6 +149,15 @@ class ServedRequest:
         while self.kept and self.kept[0].position == self.dropped:  # the scores of a prompt come in several outputs
             self.num_kept -= num_entries(self.kept.popleft())
         return self.owner is not None or self.is_background or self.first_kept <= self.orphaned_at
+
+    def landed(self, token_ids: Sequence[int]) -> None:
+        """It has moved here, where so many tokens of it are known: the next one said is behind them."""
+        self.token_ids, self.end = array("I", token_ids), len(token_ids)
+
+    @property
+    def tenant(self) -> int:
+        """Whose it counts as, among what is kept."""
+        return 0 if self.job is None else self.job.owner
 
     @property
     def is_background(self) -> bool:

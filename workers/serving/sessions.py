@@ -262,7 +262,11 @@ class Sessions:
         self._sessions.pop(number, None)
         self._touched.pop(number, None)
         self._sending.pop(number, None)
-        self._count_sending(min(self.num_sending, len(self._sessions)))
+        if self._sending:
+            self._count_sending(min(self.num_sending, len(self._sessions)))
+        else:  # those that are left, or come, may begin at the same moment
+            self._sending_since_s = inf
+            self._count_sending(len(self._sessions))
 
     @property
     def next_due_s(self) -> float:

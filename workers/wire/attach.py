@@ -41,6 +41,8 @@ class Kept:
     """What it takes to write the job's answer anew; routers alone can read it. With the job's first request only."""
     is_background: bool = False
     """No client waits for it: it goes on without a router for as long as it takes."""
+    owner: int = 0
+    """A number of whoever asked for it, below 2**64: what is kept is shared out among owners."""
 
 
 @dataclass(frozen=True, slots=True)

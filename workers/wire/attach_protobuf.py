@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import inf, isfinite
 
 from workers.kv_memory.memory import KvLayout
-from workers.limits import DEFAULT_LIMITS, RequestLimits
+from workers.limits import ALTERNATIVES, DEFAULT_LIMITS, RequestLimits
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, make_tuple
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, RankStatus, Role, Tier, WorkerAddress, WorkerStatus
@@ -99,6 +99,7 @@ def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
 def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
     """Raises ValueError for a model that nothing can be computed of."""
     limits = from_fields(RequestLimits, message.limits) if message.HasField("limits") else DEFAULT_LIMITS
+    limits = replace(limits, logprobs=limits.logprobs or ALTERNATIVES)
     model = replace(from_fields(ModelInfo, message), limits=limits)
     if min(model.vocab_size, model.max_model_len, model.block_size) < 1:
         raise ValueError("a model without vocabulary, context or blocks")

@@ -84,6 +84,7 @@ def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
         grammar=params.grammar,
         allowed_token_ids=params.allowed_token_ids,
         thinking=None if params.thinking is None else pb.ThinkingBudget(**fields_of(params.thinking)),
+        logprob_token_ids=params.logprob_token_ids,
     )
 
 
@@ -112,6 +113,7 @@ def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
         grammar=message.grammar,
         allowed_token_ids=tuple(message.allowed_token_ids) if message.allowed_token_ids else (),
         thinking=_thinking_from_pb(message.thinking) if message.HasField("thinking") else None,
+        logprob_token_ids=tuple(message.logprob_token_ids) if message.logprob_token_ids else (),
     )
 
 
@@ -122,7 +124,8 @@ def _thinking_from_pb(message: pb.ThinkingBudget) -> ThinkingBudget:
 
 def request_to_pb(request: Request) -> pb.Request:
     """A worker of an older version reads no parameters in a constrained request, and refuses it rather than answer freely."""
-    params, is_constrained = params_to_pb(request.params), request.params.is_constrained
+    params = params_to_pb(request.params)
+    is_constrained = request.params.is_constrained or bool(request.params.logprob_token_ids)
     return pb.Request(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,

@@ -25,8 +25,17 @@ from workers.sampling.sampler import GREEDY_BELOW
 
 _SPEC = struct.Struct("=qQffdqddfiqqqQQQQQQ")
 """`struct DrawSpec` of source/draw.h."""
+_MAX_TOP = 20
+"""Of the kernel, for each row."""
 _DRAWN = np.dtype(
-    [("token", "i8"), ("rank", "i8"), ("logprob", "f4"), ("num_top", "i4"), ("ids", "i4", 20), ("logprobs", "f4", 20)]
+    [
+        ("token", "i8"),
+        ("rank", "i8"),
+        ("logprob", "f4"),
+        ("num_top", "i4"),
+        ("ids", "i4", _MAX_TOP),
+        ("logprobs", "f4", _MAX_TOP),
+    ]
 )
 """`struct Drawn` of source/draw.h."""
 _NO_NUMBER, _OUTSIDE = -1, -2
@@ -46,11 +55,13 @@ class NativeRowKernel:
         drawn = self._run(logits_RV, b"".join(map(_packed, specs, edits)), len(specs))
         tokens: list[int] = drawn["token"].tolist()
         return [
-            None if token == _NO_NUMBER else (token, None if spec.params.logprobs is None else _logprob(drawn[row]))
+            None if token == _NO_NUMBER else (token, None if _num_top(spec) is None else _logprob(drawn[row]))
             for row, (token, spec) in enumerate(zip(tokens, specs, strict=True))
         ]
 
     def score_tokens(self, logits_RV: Tensor, tokens: Sequence[int], num_top: int, first: int) -> PromptScores | None:
+        if num_top > _MAX_TOP:
+            return None
         packed = b"".join(
             _SPEC.pack(token, 0, 0.0, -np.inf, 1.0, 0, 0.0, 0.0, 1.0, num_top, *_NO_EDITS) for token in tokens
         )
@@ -79,6 +90,12 @@ class NativeRowKernel:
         return drawn
 
 
+def _num_top(spec: SampleSpec) -> int | None:
+    """How many of the most likely tokens the kernel is to find beside the drawn one; None: it is to find no logprobs."""
+    wanted = spec.params.alternatives
+    return wanted if isinstance(wanted, int) and wanted <= _MAX_TOP else None
+
+
 def _packed(spec: SampleSpec, edits: LogitEdits | None) -> bytes:
     params = spec.params
     return _SPEC.pack(
@@ -91,7 +108,7 @@ def _packed(spec: SampleSpec, edits: LogitEdits | None) -> bytes:
         params.presence_penalty,
         params.frequency_penalty,
         params.repetition_penalty,
-        -1 if params.logprobs is None else params.logprobs,
+        -1 if (num_top := _num_top(spec)) is None else num_top,
         *(_NO_EDITS if edits is None else _addresses(edits)),
     )
 
