@@ -182,7 +182,7 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     config = ApiConfig()
     tokenizer = Tokenizer.load(str(CHECKPOINT))
     metrics = Metrics(driver)
-    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
+    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0, lambda: False), 256)
     services = Services(
         driver, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0), callers
     )
