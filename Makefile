@@ -29,8 +29,8 @@ chaos: $(TEST)
 soak: $(TEST)
 	$(BIN)/python -m cluster.sim.soak --seeds $(or $(SEEDS),1:3001)
 
-# What the fuzzers of `make test` do in seconds, for longer: messages of peers, lanes, bodies, the described API, entries in Redis, tier files, checkpoints.
-FUZZERS := $(foreach name,hostile_peers sealed_lanes api_fuzz api_document hostile_redis cluster_membership kv_tier_files hostile_checkpoints,tests/unit/test_$(name).py)
+# What the fuzzers of `make test` do in seconds, for longer: messages of peers, lanes, bodies, the described API, entries of the store, tier files, checkpoints.
+FUZZERS := $(foreach name,hostile_records hostile_peers sealed_lanes api_fuzz api_document hostile_redis cluster_membership kv_tier_files hostile_checkpoints,tests/unit/test_$(name).py)
 fuzz: $(TEST)
 	BATON_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest --timeout 7200 $(FUZZERS)
 

@@ -5,7 +5,7 @@ tokens of an answer meanwhile (gap), its longest wait for a first token where it
 /health, in milliseconds.
 
     baton serve &
-    python bench/neighbours.py [--url http://127.0.0.1:8000] [--only stop] [--json]
+    python bench/neighbours.py [--url http://127.0.0.1:8000] [--only "stop[2]" "echo[0]"] [--json]
 
 Keys come from BATON_API_KEY and BATON_ADMIN_KEY.
 """
@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -77,7 +78,7 @@ class Health:
             await asyncio.sleep(0.01)
 
 
-async def measure(url: str, only: str) -> list[dict[str, Any]]:
+async def measure(url: str, only: Sequence[str]) -> list[dict[str, Any]]:
     keys = {
         name: {"Authorization": f"Bearer {os.environ[name]}"}
         for name in ("BATON_API_KEY", "BATON_ADMIN_KEY")
@@ -95,7 +96,7 @@ async def measure(url: str, only: str) -> list[dict[str, Any]]:
         victim, health = Victim(client), Health(client)
         tasks = [asyncio.create_task(victim.run()), asyncio.create_task(health.run())]
         for case in cases(vocab_size, card["max_model_len"]):
-            if only not in case.name:
+            if not any(name in case.name for name in only):
                 continue
             body = await asyncio.to_thread(lambda case=case: json.dumps(case.body).encode())
             await victim.settle()
@@ -143,7 +144,7 @@ async def measure(url: str, only: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names hold one of these")
     parser.add_argument("--json", action="store_true", help="print the results as JSON in the end")
     args = parser.parse_args()
     print(

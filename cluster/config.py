@@ -79,6 +79,8 @@ class RayConfig:
     """Ray's dashboard, which asks for the same token."""
     dashboard_port: Annotated[int, Ge(1), Lt(65536)] = 8265
     """The next free port is taken when this one is in use."""
+    metrics_port: Annotated[int, Ge(0), Lt(65536)] = 0
+    """Where each node's figures of Ray are, Baton's gauges among them (docs/observability.md); 0: a free one."""
     object_store_bytes: Annotated[int, Ge(MIN_OBJECT_STORE_BYTES)] = 80 * 2**20
     """Shared memory for Ray's own objects; Baton puts none there. Ray needs at least 75 MiB."""
     actor_cpus: Annotated[float, Ge(0), Le(1024)] = 0.01
@@ -95,6 +97,16 @@ class RayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """Logs of workers and routers."""
+
+    format: Literal["text", "json"] = "text"
+    """json: an object a line, with time, level, name, logger, message, and request_id and trace_id where it is about a request."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is less than this is left out. debug: a line for each request that a worker takes and ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """Everything that `baton serve` starts."""
 
@@ -108,6 +120,7 @@ class ClusterConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     start_timeout_s: Seconds = 180.0
     """Each step of the start must be done within this time."""
     stop_timeout_s: Delay = 10.0

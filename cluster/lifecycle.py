@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.actors.held_ports import PortHolder
 from cluster.config import ClusterConfig
-from cluster.console.output import StepPrinter
+from cluster.console.output import StepPrinter, loading_text
 from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_cache_folder,
@@ -38,6 +38,7 @@ from cluster.store.actor_store import STORE_HOST_NAME
 from router.https import Certificate
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import usable_cpus
+from workers.status import LoadProgress
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ AT_ONCE = 16
 """Actors that are placed, and entries of the store that are written, at the same time."""
 
 
+LOOK_EVERY_S = 2.0
+"""How often workers that load are asked how far they have come."""
 AGAIN_S = 0.5
 """Between two attempts at what others must have started."""
 
@@ -239,17 +242,15 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
     cluster.routers = {name: cluster.routers[name] for name in router_names}
     with progress.step(f"loading {', '.join((*cluster.workers, *cluster.routers))}"):
         ranks = {rank: actor for name in cluster.workers for rank, actor in pools.ranks_of(name).items()}
-        await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
+        async with watched(cluster.workers, progress):
+            await wait_ready({**cluster.workers, **ranks, **cluster.routers}, config.start_timeout_s)
         with told("a router"):
             urls = [_reachable(await actor.ready.remote()) for actor in cluster.routers.values()]
             cluster.urls = tuple(dict.fromkeys(urls))
     with progress.step("connecting routers to workers"):
-        for url in cluster.urls:
-            await bounded(
-                _until_ready(url),
-                config.start_timeout_s,
-                f"the router at {url} found no workers",
-            )
+        for name, actor in cluster.routers.items():
+            with told(name):
+                await bounded(actor.until_ready.remote(), config.start_timeout_s, f"{name} found no workers")
 
 
 async def all_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -285,6 +286,34 @@ async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
+@asynccontextmanager
+async def watched(workers: Mapping[str, Any], progress: StepPrinter) -> AsyncIterator[None]:
+    """Says in the meantime how far the workers have come with their checkpoint."""
+
+    async def ask(name: str, actor: Any, into: dict[str, LoadProgress]) -> None:
+        with suppress(Exception):  # what is wrong with an actor, whoever waits for it hears
+            found = await actor.loading.remote()
+            if found.num_bytes_read < found.num_bytes:
+                into[name] = found
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            coming: dict[str, LoadProgress] = {}
+            asking = [asyncio.ensure_future(ask(name, actor, coming)) for name, actor in workers.items()]
+            _, late = await asyncio.wait(asking, timeout=LOOK_EVERY_S)
+            for each in late:
+                each.cancel()
+            if coming:
+                progress.note(loading_text(coming))
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
 async def _ready(name: str, actor: Any) -> None:
     from cluster.ray_session.failures import told  # needs Ray, whose import would hold up the preflight
 
@@ -295,19 +324,6 @@ async def _ready(name: str, actor: Any) -> None:
 def _reachable(url: str) -> str:
     """A router that listens on every address is reached here at the loopback one."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-async def _until_ready(url: str) -> None:
-    """The router announces nothing to its outside, so its readiness is asked for, ten times a second."""
-    import httpx
-
-    # Not verified: a certificate names the host that clients know, and nothing is told here.
-    async with httpx.AsyncClient(timeout=5.0, trust_env=False, verify=False) as client:
-        while True:
-            with suppress(httpx.TransportError):
-                if (await client.get(f"{url}/ready")).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
 
 
 async def _take_down(cluster: Cluster | None, folder: str, progress: StepPrinter) -> None:

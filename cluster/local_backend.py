@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from router.backend import RequestStream, RouterStatus
+from router.backend import Lookout, RequestStream, RouterStatus
 from router.job_part import NO_JOB, FoundJob, JobPart
+from router.requests.journal import Way
 from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.config import WorkerConfig
@@ -74,6 +75,12 @@ class LocalBackend:
 
     async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
         raise InvalidRequest(NO_WORKERS, "worker_id")
+
+    def lookout(self) -> Lookout:
+        return Lookout()
+
+    def ways_of(self, asked: str) -> tuple[float, tuple[Way, ...]]:
+        return 0.0, ()
 
     def role_report(self) -> RolesReport:
         return RolesReport()

@@ -9,11 +9,12 @@ from typing import Protocol
 from router.forecast.forecasts import ForecastStatus
 from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.explain import Decision
+from router.requests.journal import Incident, Way
 from router.roles import RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, merged
-from workers.status import ModelInfo, Role, WorkerStatus
+from workers.status import LoadProgress, ModelInfo, Role, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,15 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadingWorker:
+    """A worker that is on its way, and no member yet. Of a group: its first rank."""
+
+    worker_id: str
+    role: Role
+    progress: LoadProgress
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStatus:
     """The router's whole public state."""
 
@@ -38,6 +48,20 @@ class RouterStatus:
     num_running: int
     counters: tuple[tuple[str, float], ...] = ()
     forecast: ForecastStatus = field(default_factory=ForecastStatus)
+    loading: tuple[LoadingWorker, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lookout:
+    """What a router has before it and behind it. Times by its own clock, which says `now_s`."""
+
+    now_s: float = 0.0
+    ages: tuple[int, ...] = ()
+    """Requests in flight by age; see router.requests.journal.AGES_S."""
+    oldest: tuple[Way, ...] = ()
+    """Of the requests in flight."""
+    faults: tuple[Incident, ...] = ()
+    """And recoveries, the newest first."""
 
 
 class OutputStream(Protocol):
@@ -104,6 +128,14 @@ class Backend(Protocol):
 
     async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
         """Keeps a worker out of the role controller's hands, or gives it back. Raises InvalidRequest where there is none."""
+        ...
+
+    def lookout(self) -> Lookout:
+        """The requests in flight, and faults of late."""
+        ...
+
+    def ways_of(self, asked: str) -> tuple[float, tuple[Way, ...]]:
+        """Where a request, or all of an answer, has been; with the time now, as the steps' times are. Not long after its end it is forgotten."""
         ...
 
     def role_report(self) -> RolesReport:

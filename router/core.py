@@ -35,6 +35,9 @@ from router.requests.searches import Searches
 from workers.status import WorkerAddress, starts_of
 from workers.wire.attach import DumpRequest
 
+IN_ORDER = frozenset(("moved", "left"))
+"""Ends of streams that are no fault."""
+
 
 class RouterCore:
     """The router's state machine. `now` is any clock in seconds that does not go back; `secret` is 32 random bytes, where workers
@@ -108,6 +111,11 @@ class RouterCore:
             return
         if not was_up:
             self.index.attach(entry.row)
+            if before:
+                again = starts_of(before) == starts_of(entry.generation)
+                self.flights.journal.fault(
+                    now, f"is there again{'' if again else ', as a new process'}", entry.worker_id, True
+                )
             self.flights.find_again(entry, starts_of(before) == starts_of(entry.generation), now)
         if self.index.backlog:
             self.index.take_in()
@@ -134,6 +142,8 @@ class RouterCore:
         """Gives up a stream and moves its requests elsewhere. `reason` names a counter."""
         if entry.is_up:
             self.counters[f"workers_lost_{reason}"] += 1
+            if reason not in IN_ORDER:
+                self.flights.journal.fault(now, f"lost: {message or reason}", entry.worker_id)
         if entry.connection is not None:
             self._out.append(Detach(entry.worker_id, entry.connection))
         running = self.flights.running_on(entry)

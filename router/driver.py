@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import assert_never
 
-from router.backend import RequestStream, RouterStatus, WorkerView
+from router.backend import LoadingWorker, Lookout, RequestStream, RouterStatus, WorkerView
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
@@ -37,6 +37,7 @@ from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.catalogue import policy_named
 from router.policies.policy import Policy
 from router.requests.demand import DemandReport
+from router.requests.journal import Way
 from router.roles import Order, RoleDesk, RolesReport
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvalidConfig, InvalidRequest, Refusal, Refused, WorkerLost
@@ -84,6 +85,7 @@ class RouterDriver:
         self._closing: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._status_changed = asyncio.Event()
+        self._loading: tuple[LoadingWorker, ...] = ()
 
     # ---- life ----
 
@@ -102,6 +104,10 @@ class RouterDriver:
     def set_workers(self, addresses: Iterable[WorkerAddress]) -> None:
         """The cluster's members now are these."""
         self._handle(WorkersChanged(tuple(addresses)))
+
+    def set_loading(self, loading: tuple[LoadingWorker, ...]) -> None:
+        """These are on their way."""
+        self._loading = loading
 
     async def _tick(self) -> None:
         while True:
@@ -177,8 +183,21 @@ class RouterDriver:
         named = tuple((name, float(value)) for name, value in sorted(counters.items()))
         flights = core.flights
         return RouterStatus(
-            self._router_id, workers, flights.num_waiting, flights.num_running, named, core.forecasts.status()
+            self._router_id,
+            workers,
+            flights.num_waiting,
+            flights.num_running,
+            named,
+            core.forecasts.status(),
+            self._loading,
         )
+
+    def lookout(self) -> Lookout:
+        now, flights = self._clock(), self._core.flights
+        return Lookout(now, flights.ages(now), flights.oldest(), flights.journal.faults())
+
+    def ways_of(self, asked: str) -> tuple[float, tuple[Way, ...]]:
+        return self._clock(), self._core.flights.ways_of(asked)
 
     async def set_role(
         self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None

@@ -48,11 +48,11 @@ FLOORS = {
         "model", "group", "worker", "group_worker",
     ),
     "router": (
-        "resume", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
+        "resume", "line_file", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
         "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "server",
     ),
     "cluster": (
-        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
+        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "logs", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

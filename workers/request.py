@@ -210,6 +210,11 @@ class Request:
     cache_salt: int = 0
     """Unsigned 64 bit. Prompts with different salts share no cached block, in no tier and from no peer: tenants have one each."""
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log message about it carries, as `extra`."""
+        return {"request_id": self.request_id, "traceparent": self.traceparent}
+
 
 class FinishReason(StrEnum):
     STOP = "stop"

@@ -170,6 +170,15 @@ class WorkerStatus:
     """Routers that have sent it requests in the last seconds; where none has, those that are attached. 0: not said."""
 
 
+class LoadProgress(NamedTuple):
+    """How far a process has come with its checkpoint. Totals are what it will read itself; a layer counts from its first tensor on."""
+
+    num_bytes_read: int = 0
+    num_bytes: int = 0
+    num_layers_begun: int = 0
+    num_layers: int = 0
+
+
 @dataclass(slots=True)
 class Identity:
     """Who the worker is now; the worker owns it, others read."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 try:
@@ -52,10 +52,11 @@ NO_SPAN: Span = _NoSpan("")
 
 
 class _Recorded:
-    __slots__ = ("_has_ended", "_span", "traceparent")
+    __slots__ = ("_has_ended", "_span", "_zero_ns", "traceparent")
 
-    def __init__(self, span: Any) -> None:
+    def __init__(self, span: Any, zero_ns: int) -> None:
         self._span = span
+        self._zero_ns = zero_ns
         self._has_ended = False
         context = span.get_span_context()
         self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
@@ -70,7 +71,7 @@ class _Recorded:
         self._has_ended = True
         if error:
             self._span.set_status(_api.Status(_api.StatusCode.ERROR, error))
-        self._span.end(end_time=_epoch_ns(at_s))
+        self._span.end(end_time=_epoch_ns(at_s, self._zero_ns))
 
 
 def clean_traceparent(given: str) -> str:
@@ -79,7 +80,11 @@ def clean_traceparent(given: str) -> str:
 
 
 def start_span(
-    name: str, parent: str = "", at_s: float | None = None, attributes: Mapping[str, Any] | None = None
+    name: str,
+    parent: str = "",
+    at_s: float | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    wall_ns: Callable[[], int] = time.time_ns,
 ) -> Span:
     """A span below `parent` (a traceparent; "" or nonsense: a trace of its own) that began at `at_s` of time.monotonic.
 
@@ -88,8 +93,10 @@ def start_span(
     if _api is None:
         return _NoSpan(parent)
     named = {f"baton.{key}": value for key, value in (attributes or {}).items()}
-    span = _api.get_tracer("baton").start_span(name, _context(parent), attributes=named, start_time=_epoch_ns(at_s))
-    return _Recorded(span) if span.is_recording() else _NoSpan(parent)
+    zero_ns = wall_ns() - time.monotonic_ns()
+    start_ns = _epoch_ns(at_s, zero_ns)
+    span = _api.get_tracer("baton").start_span(name, _context(parent), attributes=named, start_time=start_ns)
+    return _Recorded(span, zero_ns) if span.is_recording() else _NoSpan(parent)
 
 
 def _context(parent: str) -> Any:
@@ -101,6 +108,7 @@ def _context(parent: str) -> Any:
     return _api.set_span_in_context(_api.NonRecordingSpan(context))
 
 
-def _epoch_ns(at_s: float | None) -> int | None:
-    """The API counts from 1970; everything else here uses the clock that does not jump."""
-    return None if at_s is None else time.time_ns() - int((time.monotonic() - at_s) * 1e9)
+def _epoch_ns(at_s: float | None, zero_ns: int) -> int:
+    """The API counts from 1970; everything else here uses the clock that does not jump. `zero_ns`: the time of day, as the span's
+    start saw it, at which that clock began; so a span is as long as it took, whoever sets the time of day meanwhile."""
+    return zero_ns + (time.monotonic_ns() if at_s is None else int(at_s * 1e9))

@@ -57,7 +57,13 @@ class LoadedModel(Protocol):
 
 def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "local") -> Engine:
     """An engine with the bounds of `config`. Raises InvalidConfig when its folder for KV blocks cannot be used."""
-    limits = Limits(config.max_num_seqs, config.max_batch_tokens, config.max_queue, config.local_prefill_tokens)
+    limits = Limits(
+        config.max_num_seqs,
+        config.max_batch_tokens,
+        config.max_queue,
+        config.local_prefill_tokens,
+        config.max_prefill_pause_s,
+    )
     return Engine(
         model.runner,
         limits,

@@ -13,6 +13,19 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
+from cluster.actors.ray_gauges import (
+    ROUTER_GAUGES,
+    WORKER_GAUGES,
+    RayGauges,
+    Reading,
+    is_in_ray,
+    keep_told,
+    router_reading,
+    worker_reading,
+)
+from cluster.config import LogConfig
+from cluster.logs import write_logs
+from cluster.membership.loading import follow_loading, tell_loading
 from cluster.membership.membership import (
     DOUBT_LEASES,
     ROUTERS,
@@ -34,7 +47,8 @@ from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
 from workers.machine.limits import raise_file_limit
 from workers.machine.threads import NUM_HELPERS, started_threads
-from workers.status import RankStatus, Role, WorkerAddress, WorkerStatus
+from workers.model.checkpoint.progress import loading
+from workers.status import LoadProgress, RankStatus, Role, WorkerAddress, WorkerStatus
 from workers.trust import parties
 from workers.trust.config import TlsConfig
 from workers.trust.credentials import credentials_of
@@ -77,8 +91,9 @@ class Actor(ABC):
 
     vital_thread: tuple[str, ...] = ()
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, log_config: LogConfig | None = None) -> None:
         self._name = name
+        write_logs(log_config or LogConfig(), name)
         asyncio.get_running_loop().set_default_executor(started_threads(NUM_HELPERS, "helper"))
         raise_file_limit()  # each stream is a file, and a Ray that others have started may have left it low
         threading.excepthook = self._on_thread_died
@@ -158,6 +173,7 @@ class WorkerActor(Actor):
         clock: SteadyTime,
         factory: WorkerFactory | None = None,
         secret: str = "",
+        log_config: LogConfig | None = None,
     ) -> None:
         self._secret = secret
         self._tls = tls
@@ -168,7 +184,11 @@ class WorkerActor(Actor):
         self._worker: WorkerLike | None = None
         self._registrar: Registrar | None = None
         self._loop = asyncio.get_running_loop()
-        super().__init__(worker_id)
+        super().__init__(worker_id, log_config)
+
+    async def loading(self) -> LoadProgress:
+        """How far it has come with its checkpoint; also before it is ready."""
+        return loading()
 
     async def status(self) -> WorkerStatus:
         """The worker's own account of itself."""
@@ -215,7 +235,11 @@ class WorkerActor(Actor):
         worker = make(self._config, self._name, start, role, self._on_role_change, **more)
         self._worker = worker
         is_draining = await _insist(lambda: desired_draining(store, self._name))
-        address = await worker.start()
+        telling = asyncio.create_task(tell_loading(store, self._name, role, loading))
+        try:
+            address = await worker.start()
+        finally:
+            telling.cancel()
         if is_draining:
             worker.set_draining(True)
         worker.watch_draining(self._on_drain_change)
@@ -225,7 +249,15 @@ class WorkerActor(Actor):
         self._registrar = registrar
         await _insist(registrar.register)
         self._started.set_result(address.target)
-        await registrar.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(registrar.run())
+            tasks.create_task(self._tell_ray(worker))
+
+    async def _tell_ray(self, worker: WorkerLike) -> None:
+        async def read() -> Reading:
+            return worker_reading(worker.status())
+
+        await keep_told(RayGauges("worker_id", self._name, WORKER_GAUGES), read)
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
@@ -279,6 +311,7 @@ class RouterActor(Actor):
         tls: TlsConfig,
         roles: RolesConfig,
         held_ports: str = "",
+        log_config: LogConfig | None = None,
     ) -> None:
         self._tls = tls
         self._roles_config = roles
@@ -288,12 +321,17 @@ class RouterActor(Actor):
         self._router: Any = None
         self._store: Store | None = None
         self._announcing: asyncio.Task[None] | None = None
-        super().__init__(router_id)
+        super().__init__(router_id, log_config)
 
     async def status(self) -> Any:
         """The router's RouterStatus."""
         await self.ready()
         return await asyncio.to_thread(self._router.status)
+
+    async def until_ready(self) -> None:
+        """Waits until it serves and knows a worker that decodes."""
+        await self.ready()
+        await self._router.until_ready()
 
     async def stop(self) -> None:
         """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
@@ -330,8 +368,17 @@ class RouterActor(Actor):
         async with asyncio.TaskGroup() as tasks:
             self._announcing = tasks.create_task(self._announce(self._store, url))
             tasks.create_task(self._follow(self._store, router))
+            tasks.create_task(self._follow_loading(self._store, router))
             tasks.create_task(roles.run(self._store, router))
             tasks.create_task(tenants.run(router))
+            if is_in_ray():
+                tasks.create_task(self._tell_ray())
+
+    async def _tell_ray(self) -> None:
+        async def read() -> Reading:
+            return router_reading(await asyncio.to_thread(self._router.status))
+
+        await keep_told(RayGauges("router_id", self._name, ROUTER_GAUGES), read)
 
     async def _announce(self, store: Store, url: str) -> None:
         """Keeps a lease with the router's URL, for those who look for one."""
@@ -341,6 +388,11 @@ class RouterActor(Actor):
                 if not await store.renew(ROUTERS + self._name, version, ttl_s):
                     version = await store.put(ROUTERS + self._name, url, ttl_s)
             await asyncio.sleep(ttl_s / 3)
+
+    async def _follow_loading(self, store: Store, router: Any) -> None:
+        async with aclosing(follow_loading(store)) as changes:
+            async for workers in changes:
+                router.set_loading(workers)
 
     async def _follow(self, store: Store, router: Any) -> None:
         """Feeds the router with the membership: after each change in the store, and when a grace period ends."""

@@ -102,12 +102,15 @@ class Pools:
                 self._clock,
                 factory,
                 secret,
+                config.log,
             )
         )
         followers = [
             ray.remote(RankActor)
             .options(**rank_options)
-            .remote(worker_id, rank, config.worker, config.ray.namespace, secret, config.ray.leader_timeout_s)
+            .remote(
+                worker_id, rank, config.worker, config.ray.namespace, secret, config.ray.leader_timeout_s, config.log
+            )
             for rank, rank_options in enumerate(options[1:], start=1)
         ]
         return [leader, *followers]
@@ -146,7 +149,9 @@ class Pools:
         return (
             ray.remote(RouterActor)
             .options(**self._options(router_id))
-            .remote(router_id, router, config.store, config.ray.namespace, config.tls, config.roles, held_ports)
+            .remote(
+                router_id, router, config.store, config.ray.namespace, config.tls, config.roles, held_ports, config.log
+            )
         )
 
     def find(self, name: str) -> Any | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.actors.actors import Actor, leave_for_good
 from cluster.actors.placement import rank_name
+from cluster.config import LogConfig
 from workers.config import WorkerConfig
 from workers.errors import BatonError
 from workers.status import RankStatus
@@ -41,13 +42,20 @@ class RankActor(Actor):
     vital_thread = ("group",)
 
     def __init__(
-        self, worker_id: str, rank: int, config: WorkerConfig, namespace: str, secret: str, leader_timeout_s: float
+        self,
+        worker_id: str,
+        rank: int,
+        config: WorkerConfig,
+        namespace: str,
+        secret: str,
+        leader_timeout_s: float,
+        log_config: LogConfig | None = None,
     ) -> None:
         self._worker_id, self._rank, self._config = worker_id, rank, config
         self._namespace, self._secret, self._leader_timeout_s = namespace, secret, leader_timeout_s
         self._follower: Any = None
         self._loop = asyncio.get_running_loop()
-        super().__init__(rank_name(worker_id, rank))
+        super().__init__(rank_name(worker_id, rank), log_config)
 
     async def stop(self) -> None:
         """Ends the rank's part in the group; the process stays for Ray to end."""

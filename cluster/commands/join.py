@@ -123,7 +123,8 @@ async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -
     with progress.step("waiting for the store"):
         await patiently(lambda: check_store(config.store), config.start_timeout_s, progress)
     with progress.step(f"starting {name}"):
-        router = RouterActor(name, config.router, config.store, config.ray.namespace, config.tls, config.roles)
+        store, namespace = config.store, config.ray.namespace
+        router = RouterActor(name, config.router, store, namespace, config.tls, config.roles, log_config=config.log)
         url = await router.ready()
     print(f"{name} serves at {url}; Ctrl-C removes it", flush=True)
     with suppress(asyncio.CancelledError):
@@ -146,7 +147,7 @@ async def _attach(
     from cluster.actors.pools import Pools
     from cluster.commands.running import tell_changes
     from cluster.identity.local import join, needs_certificates
-    from cluster.lifecycle import ask_head, leave, patiently, remove_actors, stop_actors, wait_ready
+    from cluster.lifecycle import ask_head, leave, patiently, remove_actors, stop_actors, wait_ready, watched
     from cluster.preflight import check_store
     from cluster.probes import Probes, ProbeServer
     from cluster.ray_session.failures import told
@@ -181,7 +182,8 @@ async def _attach(
                 actor = await asyncio.to_thread(create, pools)
             watching.append(asyncio.ensure_future(_watch(probes, actor)))
             with progress.step(f"starting {name}"):
-                await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
+                async with watched({name: actor}, progress):
+                    await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
             with told(name):
                 print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
 

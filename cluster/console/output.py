@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from shutil import get_terminal_size
 from threading import Event, Thread
 from typing import Any, TextIO
 
-from workers.status import starts_of, switches_of
+from workers.status import LoadProgress, starts_of, switches_of
+
+LINE_EVERY_S = 15.0
+MAX_NAMED = 3
+"""Workers that load, the slowest first; of the others their number is said."""
 
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -24,6 +29,8 @@ class StepPrinter:
         self._live = not quiet and self._stream.isatty()
         self.seconds: dict[str, float] = {}
         """How long each finished step took."""
+        self._note = ""
+        self._noted_s = 0.0
 
     def say(self, text: str) -> None:
         """One line."""
@@ -32,10 +39,19 @@ class StepPrinter:
                 self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
                 self._stream.flush()
 
+    def note(self, text: str) -> None:
+        """How far the step has come that is being done: beside its spinner, or as a line every LINE_EVERY_S where nobody watches."""
+        self._note = text
+        now = time.monotonic()
+        if not self._live and now - self._noted_s >= LINE_EVERY_S:
+            self._noted_s = now
+            self.say(f"    {text}")
+
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Shows that `text` is being done, then that it is done and how long it took; failed when it raises."""
-        began = time.monotonic()
+        began = self._noted_s = time.monotonic()
+        self._note = ""
         over = Event()
         spinner = Thread(target=self._spin, args=(text, over), daemon=True) if self._live else None
         if spinner:
@@ -54,7 +70,8 @@ class StepPrinter:
         at = 0
         while not over.wait(0.1):
             with suppress(OSError, ValueError):  # a terminal that is gone
-                self._stream.write(f"\r\x1b[K  {_FRAMES[at % len(_FRAMES)]} {text}")
+                line = f"  {_FRAMES[at % len(_FRAMES)]} {text}{': ' if self._note else ''}{self._note}"
+                self._stream.write(f"\r\x1b[K{line[: get_terminal_size().columns - 1]}")
                 self._stream.flush()
             at += 1
 
@@ -74,10 +91,26 @@ def status_table(status: dict[str, Any]) -> str:
     """The table from the JSON of GET /admin/status."""
     rows = [_row(view) for view in status.get("workers", ())]
     head = f"{status.get('router_id', 'router')}: {status['num_running']} running, {status['num_waiting']} waiting"
+    if coming := {each["worker_id"]: LoadProgress(**each["progress"]) for each in status.get("loading", ())}:
+        head = f"{head}\nloading: {loading_text(coming)}"
     if not rows:
         return f"{head}; no workers"
     ranks = rank_table(status)
     return f"{head}\n\n{table(_HEADINGS, rows)}" + (f"\n\n{ranks}" if ranks else "")
+
+
+def loading_text(coming: Mapping[str, LoadProgress]) -> str:
+    """`prefill-0 1.2 GiB of 42.0 GiB, layer 3 of 28`: those that are furthest behind, and the number of the others."""
+    behind = sorted(coming.items(), key=lambda item: (item[1].num_bytes_read / max(1, item[1].num_bytes), item[0]))
+    told = [f"{name} {progress_text(progress)}" for name, progress in behind[:MAX_NAMED]]
+    return "; ".join([*told, *([f"and {len(behind) - MAX_NAMED} more"] if len(behind) > MAX_NAMED else [])])
+
+
+def progress_text(progress: LoadProgress) -> str:
+    if not progress.num_bytes:
+        return "begins"
+    layers = f", layer {progress.num_layers_begun} of {progress.num_layers}" if progress.num_layers else ""
+    return f"{size(progress.num_bytes_read)} of {size(progress.num_bytes)}{layers}"
 
 
 def rank_table(status: dict[str, Any]) -> str:

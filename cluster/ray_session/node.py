@@ -71,7 +71,8 @@ def plan_member(config: RayConfig, host: str, num_cpus: int = 0) -> NodePlan:
 
 
 def _shared(config: RayConfig) -> Sequence[str]:
-    return (f"--object-store-memory={config.object_store_bytes}", "--disable-usage-stats", "--block")
+    port = (f"--metrics-export-port={config.metrics_port}",) if config.metrics_port else ()
+    return (f"--object-store-memory={config.object_store_bytes}", "--disable-usage-stats", "--block", *port)
 
 
 def _environment(config: RayConfig) -> dict[str, str]:

@@ -84,6 +84,7 @@ def start_ray(config: RayConfig, num_cpus: int, folder: str) -> RaySession:
                 job_config=job_config(),
                 _node_ip_address=LOOPBACK,
                 _temp_dir=ray_folder(folder),
+                _metrics_export_port=config.metrics_port or None,
             )
     except Exception as error:  # Ray raises many kinds here, down to bare RuntimeError and ConnectionError
         raise RayFailed(f"Ray did not start: {' '.join(str(error).split())}") from error

@@ -36,6 +36,7 @@ from router.requests.demand import DemandReport
 
 STALE_S = 3.0
 """What the router saw longer ago is nothing to act on."""
+_NO_RECORD = "the store's entry {!r:.100} is no record of roles and does not count"
 DEMAND_LEASES = 6
 """A router's measures count for so many intervals."""
 
@@ -86,7 +87,7 @@ class RolesCore:
         out: list[Command] = []
         match event:
             case StoreSeen(snapshot):
-                self.mirror.take(snapshot)
+                out += [Say(_NO_RECORD.format(key)) for key in sorted(self.mirror.take(snapshot))]
                 self.leadership.seen(self.mirror.leader)
             case Wrote(key) if key == LEADER:
                 self.leadership.wrote(event, now)
@@ -171,7 +172,7 @@ class RolesCore:
         return frozenset(
             worker_id
             for worker_id, switch in self.mirror.switches.items()
-            if switch.is_over and wall_s < switch.at_s + _rest_s(switch, config)
+            if switch.rests(wall_s, config.manual_rest_s if switch.by == OPERATOR else config.worker_rest_s)
         )
 
     def _decided(self, decision: Decision, now: float) -> list[Command]:
@@ -208,7 +209,3 @@ class RolesCore:
 
     def _keep(self, page: dict[str, object]) -> Put:
         return Put(f"{DECISIONS}{int(str(page['number'])) % self.config.decisions}", encode(page))
-
-
-def _rest_s(switch: RoleSwitch, config: RolesConfig) -> float:
-    return config.manual_rest_s if switch.by == OPERATOR else config.worker_rest_s

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from cluster.roles.records import (
     ANSWERS,
     AUDIT,
@@ -13,6 +16,7 @@ from cluster.roles.records import (
     SWITCHES,
     decode,
     demand_of,
+    number_of,
     order_of,
     switch_of,
 )
@@ -20,6 +24,8 @@ from cluster.roles.switches import RoleSwitch
 from cluster.store.store import ABSENT, Entry, Snapshot
 from router.requests.demand import DemandReport
 from router.roles import Order
+
+T = TypeVar("T")
 
 LASTING = (SWITCHES, PINS)
 """What a store that has lost its memory is told again."""
@@ -33,26 +39,45 @@ class StoreMirror:
         self._entries: dict[str, Entry] = {}
         self.lost: dict[str, str] = {}
         """Values by key that a store forgot, and that nobody has written again."""
+        self.refused: frozenset[str] = frozenset()
+        """Keys of entries that are no records of roles."""
         self.switches: dict[str, RoleSwitch] = {}
         self.pinned: frozenset[str] = frozenset()
         self.demands: dict[str, DemandReport] = {}
+        self._orders: dict[str, tuple[str, Order]] = {}
+        """By worker: its order, with the name."""
 
-    def take(self, snapshot: Snapshot) -> None:
+    def take(self, snapshot: Snapshot) -> frozenset[str]:
+        """The keys that are refused, and were not before."""
         entries = {entry.key: entry for entry in snapshot.entries}
         if self.epoch is not None and snapshot.epoch != self.epoch:
             self.lost |= {key: entry.value for key, entry in self._entries.items() if key.startswith(LASTING)}
         self.lost = {key: value for key, value in self.lost.items() if key not in entries}
         self.epoch, self._entries = snapshot.epoch, entries
-        self.switches = {
-            key.removeprefix(SWITCHES): switch
-            for key, entry in entries.items()
-            if key.startswith(SWITCHES) and (switch := switch_of(entry.value)) is not None
-        }
+        switches = self._records(SWITCHES, switch_of)
+        self.switches = {name: switch for name, switch in switches.items() if switch.worker_id == name}
         self.pinned = frozenset(key.removeprefix(PINS) for key in entries if key.startswith(PINS))
-        self.demands = {
-            key.removeprefix(DEMANDS): demand
-            for key, entry in entries.items()
-            if key.startswith(DEMANDS) and (demand := demand_of(entry.value)) is not None
+        self.demands = self._records(DEMANDS, demand_of)
+        orders = self._records(ORDERS, order_of)
+        self._orders = {name: order for name, order in orders.items() if order[1].worker_id == name}
+        known = (
+            *((SWITCHES, name) for name in self.switches),
+            *((DEMANDS, name) for name in self.demands),
+            *((ORDERS, name) for name in self._orders),
+        )
+        good = {prefix + name for prefix, name in known}
+        before, self.refused = (
+            self.refused,
+            frozenset(key for key in entries if key.startswith((SWITCHES, DEMANDS, ORDERS)) and key not in good),
+        )
+        return self.refused - before
+
+    def _records(self, prefix: str, read: Callable[[str], T | None]) -> dict[str, T]:
+        """By what follows the prefix, those that can be read."""
+        return {
+            key.removeprefix(prefix): record
+            for key, entry in self._entries.items()
+            if key.startswith(prefix) and (record := read(entry.value)) is not None
         }
 
     @property
@@ -69,13 +94,7 @@ class StoreMirror:
 
     def orders(self) -> list[tuple[Entry, str, Order]]:
         """Entry, name and order."""
-        found = []
-        for key in sorted(key for key in self._entries if key.startswith(ORDERS)):
-            entry = self._entries[key]
-            order = order_of(entry.value)
-            if order is not None:
-                found.append((entry, *order))
-        return found
+        return [(self._entries[ORDERS + worker_id], *self._orders[worker_id]) for worker_id in sorted(self._orders)]
 
     def answer(self, name: str) -> str | None:
         """To an order; None: there is none yet."""
@@ -86,8 +105,7 @@ class StoreMirror:
         """The records of a ring, oldest first."""
         records = [decode(entry.value) for key, entry in self._entries.items() if key.startswith(prefix)]
         return sorted(
-            (record for record in records if isinstance(record.get("number"), int)),
-            key=lambda record: int(str(record["number"])),
+            (record for record in records if number_of(record) is not None), key=lambda record: number_of(record) or 0
         )
 
     def audit(self) -> list[dict[str, object]]:

@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
-from cluster.roles.switches import Phase, RoleSwitch
+from pydantic import ConfigDict, ValidationError, create_model
+
+from cluster.roles.switches import RoleSwitch
 from cluster.roles.values import Decision
 from router.requests.demand import DemandReport
 from router.roles import Order
-from workers.status import Role
 
 CONTROL = "control/"
 LEADER = "control/leader"
@@ -33,6 +35,8 @@ DECISIONS = "control/decision/"
 """A ring of decisions."""
 MAX_WORDS = 500
 """Characters of a sentence that is kept."""
+MAX_NUMBERS, MAX_NUMBER = 256, 1e12
+"""In what a router has measured: how many, and how large each may be."""
 
 
 def encode(value: Any) -> str:
@@ -58,37 +62,47 @@ def decode(text: str) -> dict[str, Any]:
 
 def switch_of(text: str) -> RoleSwitch | None:
     """None: it is none."""
-    values = decode(text)
-    try:
-        roles = {name: Role(values[name]) for name in ("source", "target")}
-        switch = RoleSwitch(**{**values, **roles, "phase": Phase(values["phase"])})
-        return switch if isinstance(switch.generation, int) and isinstance(switch.worker_id, str) else None
-    except (KeyError, TypeError, ValueError):
-        return None
+    switch: RoleSwitch | None = _read(RoleSwitch, decode(text))
+    return switch if switch is not None and 0 <= switch.generation < 2**63 else None
 
 
 def demand_of(text: str) -> DemandReport | None:
-    values = decode(text)
-    try:
-        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        demand = DemandReport(**{**values, **tuples})
-        ok = len(demand.arrivals_per_s) == 3 and all(
-            isinstance(number, int | float) for number in (*demand.arrivals_per_s, demand.waiting_tokens)
-        )
-        return demand if ok else None
-    except (TypeError, ValueError):
+    """None: it is none, or holds numbers that nobody measures."""
+    demand: DemandReport | None = _read(DemandReport, decode(text))
+    if demand is None:
         return None
+    told = [getattr(demand, field.name) for field in dataclasses.fields(demand)]
+    numbers = [number for value in told for number in (value if isinstance(value, tuple) else (value,))]
+    return demand if len(numbers) <= MAX_NUMBERS and all(0 <= number <= MAX_NUMBER for number in numbers) else None
 
 
 def order_of(text: str) -> tuple[str, Order] | None:
     """With its name."""
     values = decode(text)
-    try:
-        name, order = values["name"], values["order"]
-        role = Role(order["role"]) if order["role"] is not None else None
-        return str(name), Order(**{**order, "role": role})
-    except (KeyError, TypeError, ValueError):
+    name, order = values.get("name"), _read(Order, values.get("order"))
+    return (name, order) if isinstance(name, str) and order is not None else None
+
+
+def number_of(record: Mapping[str, object]) -> int | None:
+    """Of a record in a ring; None: it is none."""
+    number = record.get("number")
+    return number if type(number) is int and 0 <= number < 2**63 else None
+
+
+def _read(kind: type, values: object) -> Any:
+    """An instance of a dataclass whose fields all have their types, every number finite; None for anything else, and for nothing at all."""
+    if not values:
         return None
+    try:
+        return _reader(kind).model_validate({"value": values}).value
+    except ValidationError:
+        return None
+
+
+@cache
+def _reader(kind: type) -> Any:
+    """A model with one field: its configuration holds for the plain dataclass below it."""
+    return create_model("Record", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), value=(kind, ...))
 
 
 @dataclass(frozen=True, slots=True)

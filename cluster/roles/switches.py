@@ -107,6 +107,10 @@ class RoleSwitch:
         """What decodes there cannot stay in the new role."""
         return self.source.can_decode and not self.target.can_decode
 
+    def rests(self, wall_s: float, rest_s: float) -> bool:
+        """It ended less than `rest_s` ago. Another host may have said when: one whose clock is far ahead adds no more than as much again."""
+        return self.is_over and abs(wall_s - self.at_s) < rest_s
+
     def entered(self, phase: Phase, turn: Turn, at_s: float, why: str = "") -> RoleSwitch:
         """The same switch in its next phase."""
         is_seen = turn in (Turn.SERVES, Turn.RESTORED)

@@ -9,6 +9,8 @@ FIELDS = 6
 # ARGV: what the keys of buckets begin with; then six for each: "draw", name, want, capacity, rate, "" - or "hold", name, want, limit,
 # ttl in ms, owner. A bucket is a hash of level and time (us); places are a hash from owner to "places until" (ms). Keys of another
 # kind, and values that are no numbers, count as none. Numbers go back as text: Redis cuts fractions off.
+# The clock of Redis may be set. Forward: buckets are full, and places free until their owners, who ask all the time, take them again.
+# Back: a bucket fills from now on, and places end no later than those that are taken now.
 ASK = f"""
 local now = redis.call('TIME')
 local now_us = tonumber(now[1]) * 1000000 + tonumber(now[2])
@@ -24,14 +26,14 @@ for at = 2, #ARGV, {FIELDS} do
     local kept = redis.call('HMGET', key, 'level', 'at')
     local level, since = tonumber(kept[1] or ''), tonumber(kept[2] or '')
     if not level or not since or level ~= level then level, since = capacity, now_us end
-    level = math.min(capacity, level + rate * math.max(0, now_us - since) / 1000000)
+    level = math.max(0, math.min(capacity, level + rate * math.max(0, now_us - since) / 1000000))
     if want < 0 then
       amount = want
     else
       amount = math.max(0, math.min(want, level))
     end
     left = math.min(capacity, level - amount)
-    redis.call('HSET', key, 'level', string.format('%.17g', left), 'at', string.format('%.0f', math.max(since, now_us)))
+    redis.call('HSET', key, 'level', string.format('%.17g', left), 'at', string.format('%.0f', now_us))
     redis.call('PEXPIRE', key, {int(FORGET_S * 1000)})
   else
     local limit, ttl_ms, owner = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4]), ARGV[at + 5]
@@ -43,13 +45,16 @@ for at = 2, #ARGV, {FIELDS} do
         redis.call('HDEL', key, fields[field])
       else
         taken = taken + tonumber(count)
+        if tonumber(ends) > now_ms + ttl_ms then
+          redis.call('HSET', key, fields[field], string.format('%s %d', count, now_ms + ttl_ms))
+        end
       end
     end
     amount = math.max(0, math.min(want, limit - taken))
     left = math.max(0, limit - taken - amount)
     if amount > 0 then
       redis.call('HSET', key, owner, string.format('%d %d', amount, now_ms + ttl_ms))
-      redis.call('PEXPIRE', key, math.max(ttl_ms, redis.call('PTTL', key)))
+      redis.call('PEXPIRE', key, ttl_ms)
     end
   end
   found[#found + 1] = string.format('%.17g', amount)

@@ -33,7 +33,8 @@ MAX_ENTRIES = 16384
 # The index is a sorted set (all scores 0, so ordered by name); it may name entries whose lease has ended.
 # Others may write to the same Redis: an entry that is no hash, has no number as its version or too long a value counts as absent,
 # and keys of another type than ours are replaced by the next write, which needs them. A revision that is gone goes on from the
-# time, so that no version comes twice.
+# time, so that no version comes twice. A lease's length stands beside its value: Redis ends it by the time of day, so one whose
+# clock was set back would keep it for longer, and whoever reads it shortens it again.
 _COMMON = f"""
 local function kind(key) return redis.call('TYPE', key).ok end
 local function version_of(key)
@@ -47,6 +48,12 @@ end
 local function epoch()
   if kind(KEYS[4]) ~= 'string' or redis.call('STRLEN', KEYS[4]) > 64 then return '' end
   return redis.call('GET', KEYS[4])
+end
+local function left_of(key)
+  local left, whole = redis.call('PTTL', key), tonumber(redis.call('HGET', key, 'ttl_ms') or '')
+  if not whole or not (whole >= 1 and whole < left) then return left end
+  redis.call('PEXPIRE', key, math.floor(whole))
+  return math.floor(whole)
 end
 """
 _WRITE = (
@@ -67,7 +74,13 @@ if not last or not string.match(last, '^%d+$') or #last > 16 or #last == 16 and 
 end
 local version = redis.call('INCR', KEYS[3])
 redis.call('HSET', KEYS[1], 'value', ARGV[2], 'version', version)
-if ARGV[3] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
+if ARGV[3] ~= '' then
+  redis.call('HSET', KEYS[1], 'ttl_ms', ARGV[3])
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+else
+  redis.call('HDEL', KEYS[1], 'ttl_ms')
+  redis.call('PERSIST', KEYS[1])
+end
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('PUBLISH', ARGV[5], ARGV[1])
 return version
@@ -77,6 +90,7 @@ _RENEW = (
     _COMMON
     + """
 if version_of(KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'ttl_ms', ARGV[2])
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
 )
@@ -100,7 +114,7 @@ for at = 2, #ARGV, 2 do
   local key = ARGV[1] .. ARGV[at]
   local version = version_of(key)
   found[#found + 1] = version or ''
-  found[#found + 1] = tostring(redis.call('PTTL', key))
+  found[#found + 1] = tostring(version and left_of(key) or -2)
   found[#found + 1] = version and version ~= ARGV[at + 1] and redis.call('HGET', key, 'value') or ''
 end
 return found
@@ -120,7 +134,7 @@ for _, name in ipairs(redis.call('ZRANGEBYLEX', KEYS[2], ARGV[2], ARGV[3], 'LIMI
     found[#found + 1] = name
     found[#found + 1] = redis.call('HGET', key, 'value')
     found[#found + 1] = version
-    found[#found + 1] = tostring(redis.call('PTTL', key))
+    found[#found + 1] = tostring(left_of(key))
   else
     redis.call('ZREM', KEYS[2], name)
   end

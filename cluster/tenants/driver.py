@@ -41,6 +41,8 @@ class TenantsDriver:
         self._seen: tuple[int, int] | None = None
         """Of the file: when it was changed, and its size."""
         self._keys: tuple[Key, ...] = ()
+        self.refused: frozenset[str] = frozenset()
+        """Keys of entries in the store that are no tenants' keys."""
 
     # ---- the router's part, from its own loop ----
 
@@ -106,9 +108,9 @@ class TenantsDriver:
 
     def _take_keys(self, snapshot: Snapshot) -> None:
         found = [(entry, decode_key(entry)) for entry in snapshot.entries]
-        for entry, key in found:
-            if key is None:
-                log.warning("the store's entry %.100r is no key of a tenant and does not count", entry.key)
+        before, self.refused = self.refused, frozenset(entry.key for entry, key in found if key is None)
+        for name in sorted(self.refused - before):
+            log.warning("the store's entry %.100r is no key of a tenant and does not count", name)
         self._keys = tuple(key for _, key in found if key is not None)
 
     def _tell(self, router: Informed) -> None:

@@ -37,7 +37,7 @@ def decode_key(entry: Entry) -> Key | None:
         record = json.loads(entry.value)
         tenant, digest = record["tenant"], bytes.fromhex(record["sha256"])
         expires_s, revoked_s = float(record["expires_s"]), float(record["revoked_s"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if not isinstance(tenant, str) or not tenant or len(digest) != 32:
         return None

@@ -230,6 +230,37 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
             ),
         ),
     ),
+    "ray": (
+        "Baton / Ray's gauges",
+        (
+            Panel(
+                "Workers by role",
+                "short",
+                (("sum by (role) (ray_baton_worker_role)", "{{role}}"),),
+                "As the workers tell Ray, without a router between.",
+                stacked=True,
+            ),
+            Panel(
+                "KV in use",
+                "percentunit",
+                (("ray_baton_worker_kv_used_ratio", "{{worker_id}}"),),
+            ),
+            Panel(
+                "Running and waiting on workers",
+                "short",
+                (
+                    ("sum(ray_baton_worker_num_running)", "running"),
+                    ("sum(ray_baton_worker_num_waiting)", "waiting"),
+                    ("sum(ray_baton_worker_num_transferring)", "handoffs"),
+                ),
+            ),
+            Panel(
+                "Switches and lost ranks since the start",
+                "short",
+                (("ray_baton_worker_switches", "{{worker_id}}"),),
+            ),
+        ),
+    ),
     "workers": (
         "Baton / Workers",
         (

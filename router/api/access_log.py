@@ -7,16 +7,11 @@ learns from them whether a prompt was one that he guesses.
 
 from __future__ import annotations
 
-import os
-import queue
 import secrets
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
 
 import xxhash
 from starlette.types import Scope
@@ -24,15 +19,13 @@ from starlette.types import Scope
 from router.api.job_run import Choice, JobProgress
 from router.api.sse import to_json
 from router.config import ApiConfig
+from router.line_file import LineFile
 from workers.errors import InvalidConfig
 from workers.kv_cache.block_hash import PromptTokens, token_bytes
 
 HASHED_TOKENS = 512
 """As in Mooncake's traces."""
 _ID_BITS = 28
-MAX_WAITING = 4096
-"""Lines; what comes while so many wait for a slow disk is counted, and left out."""
-_CLOSE_S = 5.0
 
 
 class AccessLog:
@@ -41,7 +34,14 @@ class AccessLog:
     def __init__(self, config: ApiConfig) -> None:
         """Raises InvalidConfig when the file cannot be written."""
         self._is_json = config.access_log == "json"
-        self._lines = LineFile(config.access_log_file) if config.access_log != "off" else None
+        self._lines: LineFile | None = None
+        if config.access_log != "off":
+            try:
+                self._lines = LineFile(config.access_log_file, "the access log")
+            except OSError as error:
+                raise InvalidConfig(
+                    f"router.api.access_log_file {config.access_log_file!r} cannot be written: {error.strerror}"
+                ) from error
         self._salt = secrets.token_bytes(8)
 
     def note(self, scope: Scope, status: int, begin_s: float) -> None:
@@ -101,61 +101,3 @@ class AccessLog:
         if rest := prompt[len(hashes) * HASHED_TOKENS :]:
             named.append((named[-1] if named else b"") + token_bytes(rest))
         return [xxhash.xxh3_64_intdigest(self._salt + name) >> (64 - _ID_BITS) for name in named]
-
-
-class LineFile:
-    """Appends lines to a file from a thread of its own, so that a slow disk holds up no request. Empty path: standard error."""
-
-    def __init__(self, path: str) -> None:
-        """Raises InvalidConfig."""
-        self._path = path
-        self._file: TextIO = sys.stderr
-        if path:
-            try:
-                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it stays open
-            except OSError as error:
-                raise InvalidConfig(
-                    f"router.api.access_log_file {path!r} cannot be written: {error.strerror}"
-                ) from error
-        self._waiting: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
-        self._num_lost = 0
-        self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
-        self._thread.start()
-
-    def write(self, line: str) -> None:
-        try:
-            self._waiting.put_nowait(line)
-        except queue.Full:
-            self._num_lost += 1
-
-    def close(self) -> None:
-        """Waits until what waits is written, but not long for a disk that takes nothing."""
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=_CLOSE_S)
-        self._thread.join(_CLOSE_S)
-
-    def _run(self) -> None:
-        while (line := self._waiting.get()) is not None:
-            if self._num_lost:
-                lost, self._num_lost = self._num_lost, 0
-                line = f"{to_json({'lost_lines': lost, 'status': 0})}\n{line}"
-            with suppress(OSError, ValueError):  # a full disk ends no router
-                self._reopen()
-                self._file.write(line + "\n")
-                if self._waiting.empty():
-                    self._file.flush()
-        with suppress(OSError, ValueError):
-            self._file.flush()
-            if self._path:
-                self._file.close()
-
-    def _reopen(self) -> None:
-        """Where the file was moved away, as logrotate does."""
-        if not self._path:
-            return
-        with suppress(FileNotFoundError):
-            there, own = os.stat(self._path), os.fstat(self._file.fileno())
-            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
-                return
-        self._file.close()
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115

@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
 
 from router.api.answer import Services
-from router.api.desk import STREAM, Desk
+from router.api.desk import STREAM, Desk, way_view
 from router.api.middleware import Draining
 from router.api.problems import rejected
 from router.api.schema import DrainBody, PinBody, RoleBody, parse_body
@@ -62,6 +62,16 @@ def admin_routes(services: Services, draining: Draining) -> APIRouter:
         await services.backend.set_pinned(worker_id, body.pin)
         return Response(to_json({"worker_id": worker_id, "pinned": body.pin}), media_type="application/json")
 
+    @routes.get("/admin/requests/{request_id}", response_model=None)
+    async def way_of(request_id: str) -> Response:
+        """Where a request has been: in flight, or among the last that have ended. By its id, or by that of its answer."""
+        now, ways = services.backend.ways_of(request_id)
+        if not ways:
+            message = f"this router knows no request {request_id!r:.80}, or knows it no more; another may"
+            raise rejected(404, "request_not_found", message, "request_id")
+        found = {"requests": [way_view(way, now, has_steps=True) for way in ways]}
+        return Response(to_json(found), media_type="application/json")
+
     @routes.get("/admin/roles", response_model=None)
     async def roles() -> Response:
         return Response(to_json(dict(services.backend.role_report().page)), media_type="application/json")
@@ -71,6 +81,8 @@ def admin_routes(services: Services, draining: Draining) -> APIRouter:
 
 def _router_status(status: RouterStatus) -> dict[str, Any]:
     written = dataclasses.asdict(status) | {"counters": dict(status.counters)}
+    for loading, written_loading in zip(status.loading, written["loading"], strict=True):
+        written_loading["progress"] = loading.progress._asdict()
     for kind, written_kind in zip(status.forecast.kinds, written["forecast"]["kinds"], strict=True):
         written_kind["seconds"] = dict(kind.seconds)
     for view, place in zip(status.workers, written["workers"], strict=True):

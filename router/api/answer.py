@@ -356,7 +356,8 @@ class Answer(Response):
             problem = describe(error)
             note_refusal(scope, problem)
             if problem.row.status >= 500:
-                _log.warning("a stream of job %s broke", self._job.job_id, exc_info=error)
+                job = self._job.job_id
+                _log.warning("a stream of job %s broke", job, exc_info=error, extra={"request_id": job})
             generation.close()
             await transmit(writer.broken(problem).encode(), more=False)
 

@@ -395,6 +395,12 @@ class RouterAnswer(BaseModel):
     counters: dict[str, float]
 
 
+class WaysAnswer(BaseModel):
+    """The way of a request: its steps with their times after its arrival, the worker of each, and why."""
+
+    requests: list[dict[str, Any]]
+
+
 class RolesAnswer(BaseModel):
     """Who decides on roles, and what was decided (docs/roles.md); without a role controller there is nothing in it."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from fastapi import APIRouter, Response
 
 from router.api.answer import Services
 from router.api.middleware import Draining
+from router.api.objectives import ANSWERS_WITHOUT_FAULT, FIRST_TOKEN_S, FIRST_TOKENS_IN_TIME
 from router.api.problems import rejected
 from router.api.sse import event, to_json
-from router.backend import RouterStatus, WorkerView
+from router.backend import Lookout, RouterStatus, WorkerView
+from router.requests.journal import AGES_S, Way
 
 EVERY_S = 1.0
 MAX_VIEWERS = 8
@@ -61,14 +64,15 @@ class Desk:
         self._num_viewers += 1
         try:
             while not self._draining.has_begun:
-                view = desk_view(self._services.backend.status())
+                backend = self._services.backend
+                view = desk_view(backend.status(), backend.lookout(), self._services.metrics.attainment())
                 yield event((await asyncio.to_thread(to_json, view)).encode())
                 await asyncio.sleep(EVERY_S)
         finally:
             self._num_viewers -= 1
 
 
-def desk_view(status: RouterStatus) -> dict[str, Any]:
+def desk_view(status: RouterStatus, lookout: Lookout, attained: Mapping[str, float]) -> dict[str, Any]:
     """What one event holds."""
     return {
         "router_id": status.router_id,
@@ -76,7 +80,47 @@ def desk_view(status: RouterStatus) -> dict[str, Any]:
         "num_waiting": status.num_waiting,
         "counters": dict(status.counters),
         "workers": [_worker(view) for view in status.workers],
+        "loading": [
+            {"worker_id": each.worker_id, "role": each.role.value, **each.progress._asdict()} for each in status.loading
+        ],
+        "in_flight": {
+            "ages_s": AGES_S,
+            "counts": lookout.ages,
+            "oldest": [way_view(way, lookout.now_s) for way in lookout.oldest],
+        },
+        "faults": [
+            {
+                "ago_s": round(lookout.now_s - fault.at_s, 1),
+                "what": fault.what,
+                "worker_id": fault.worker_id,
+                "is_recovery": fault.is_recovery,
+            }
+            for fault in lookout.faults
+        ],
+        "objectives": {
+            "first_token_s": FIRST_TOKEN_S,
+            "wanted": {"in_time": FIRST_TOKENS_IN_TIME, "without_fault": ANSWERS_WITHOUT_FAULT},
+            "counts": dict(attained),
+        },
     }
+
+
+def way_view(way: Way, now: float, has_steps: bool = False) -> dict[str, Any]:
+    """A request's way, with times as seconds ago."""
+    view = dataclasses.asdict(way)
+    del view["arrived_s"], view["steps"]
+    view["age_s"] = round(now - way.arrived_s, 2)
+    if has_steps:
+        view["steps"] = [
+            {
+                "after_s": round(step.at_s - way.arrived_s, 4),
+                "what": step.what,
+                "worker_id": step.worker_id,
+                "why": step.why,
+            }
+            for step in way.steps
+        ]
+    return view
 
 
 def _worker(view: WorkerView) -> dict[str, Any]:

@@ -168,6 +168,14 @@ ENDPOINTS = (
     Endpoint("get", "/admin/status", "What this router knows of its workers", answers.RouterAnswer, key="admin"),
     Endpoint("get", "/admin/ui", "The operator's page", kind="text/html", key="none"),
     Endpoint(
+        "get",
+        "/admin/requests/{request_id}",
+        "Where a request, or each part of an answer, has been: in flight, or among the last that have ended",
+        answers.WaysAnswer,
+        key="admin",
+        errors=(404,),
+    ),
+    Endpoint(
         "get", "/admin/roles", "Who decides on roles, what was decided, and why", answers.RolesAnswer, key="admin"
     ),
     Endpoint("get", "/admin/keys", "The keys of tenants, by their hashes", answers.KeysAnswer, key="admin"),

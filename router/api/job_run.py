@@ -268,7 +268,10 @@ class JobProgress:
             refusal = output.refusal or Refusal.INTERNAL
             sentence = SENTENCES.get(refusal)
             if sentence is not None:
-                _log.warning("request %s was given up: %s: %s", choice.request.request_id, refusal, output.message)
+                request, about = choice.request, choice.request.log_fields
+                _log.warning(
+                    "request %s was given up: %s: %s", request.request_id, refusal, output.message, extra=about
+                )
             raise Refused(refusal, sentence or output.message)
         if output.position != choice.num_drawn or choice.finish_reason is not None:
             raise InvariantViolated(f"choice {index} has {choice.num_drawn} tokens and got position {output.position}")

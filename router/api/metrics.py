@@ -14,6 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from router.api.objectives import attainment
 from router.api.vllm_metrics import vllm_metrics
 from router.backend import Backend, RouterStatus
 from router.roles import RolesReport
@@ -122,6 +123,10 @@ class Metrics:
     def count_request(self, path: str, status: int, refusal: str) -> None:
         """`path` outside the known endpoints counts as "other": clients do not make up label values."""
         self._requests.labels(path if path in _ENDPOINTS else "other", str(status), refusal).inc()
+
+    def attainment(self) -> dict[str, float]:
+        """As router.api.objectives.attainment."""
+        return attainment(self.ttft, self._requests)
 
     def count_refused_connection(self, reason: str) -> None:
         self._refused_connections.labels(reason).inc()

@@ -149,7 +149,7 @@ class Gate:
         except Exception as error:  # the last resort: nothing may leave without the shape of our errors
             problem = describe(error)
             if problem.row.status >= 500:
-                _log.exception("request %s failed", request_id)
+                _log.exception("request %s failed", request_id, extra={"request_id": request_id})
             note_refusal(scope, problem)
         if problem is not None and status == 0:
             await problem.response(scope["path"])(scope, receive, send_with_id)

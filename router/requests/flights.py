@@ -7,6 +7,7 @@ the wire, so what an earlier attempt still says is recognised and ignored. Knows
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 from router.config import RouterConfig
 from router.events import Command, Deliver, Explain, Reject, SendMessage
@@ -21,6 +22,7 @@ from router.requests.demand import DemandMeter, DemandReport
 from router.requests.dispatch import Dispatcher
 from router.requests.fair_queue import FairQueue
 from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAttempt, Mismatch, RetryPolicy, Treatment
+from router.requests.journal import NUM_OLDEST, Journal, Way, by_age, is_called
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.requests.sharers import Sharers
@@ -71,6 +73,7 @@ class InFlightRequests:
         """Requests that ticks have looked at."""
         self.num_tried = 0
         """How often a route was looked for."""
+        self.journal = Journal()
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -88,6 +91,20 @@ class InFlightRequests:
         """What is asked of this router, as measured."""
         share = self._dispatcher.uncached_share
         return self._demand.report(len(self._queue), self._waiting_tokens * share, len(self._attempts), share, now)
+
+    def ages(self, now: float) -> tuple[int, ...]:
+        """Requests in flight by age; see journal.AGES_S."""
+        return by_age((flight.arrived_s for flight in self._flights.values()), len(self._flights), now)
+
+    def oldest(self) -> tuple[Way, ...]:
+        """The oldest requests in flight, the oldest first."""
+        return tuple(flight.way() for flight in islice(self._flights.values(), NUM_OLDEST))
+
+    def ways_of(self, asked: str) -> tuple[Way, ...]:
+        """The ways of the requests that an operator may mean: those in flight, and of those that have ended the last ones."""
+        running = (flight.way() for name, flight in self._flights.items() if is_called(name, asked))
+        ended = (way for way in self.journal.ended() if is_called(way.request_id, asked))
+        return (*islice(running, NUM_OLDEST), *islice(ended, NUM_OLDEST))
 
     def running_on(self, entry: WorkerEntry) -> list[InFlightRequest]:
         """What decodes on a worker, without what is on its way there."""
@@ -130,6 +147,7 @@ class InFlightRequests:
         """It runs there already, or has ended there."""
         self._out.append(self._dispatcher.take_up(flight, place, now))
         self._attempts[flight.wire_id] = flight
+        flight.note(now, "taken up", place.worker_id)
 
     def waiting(self, job: str) -> tuple[InFlightRequest, ...]:
         """What waits here for a worker of a job."""
@@ -236,6 +254,10 @@ class InFlightRequests:
                 self._out.append(Explain(request_id, self._dispatcher.explain(flight, route, now)))
             self._out.append(self._dispatcher.submit(flight, route, now))
             self._attempts[flight.wire_id] = flight
+            computes = (
+                "" if flight.prefill_worker_id == flight.worker_id else f"prefill on {flight.prefill_worker_id}, "
+            )
+            flight.note(now, "sent", flight.worker_id, f"{computes}{route.reason}")
             if flight.left is not None and flight.left[0] != flight.worker_id:
                 self._leftovers.end(*flight.left)
             flight.left = None
@@ -303,6 +325,7 @@ class InFlightRequests:
     def _go_on(self, flight: InFlightRequest, incoming: MigrationAttempt, now: float) -> None:
         """The second attempt is the running one; its outputs so far follow."""
         self._end_attempt(flight)
+        flight.note(now, "moved", incoming.worker_id, f"after {len(flight.delivered)} tokens")
         flight.go_on(incoming)
         self._attempts[flight.wire_id] = flight
         self._dispatcher.note_running(flight)
@@ -316,6 +339,7 @@ class InFlightRequests:
                 flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
             flight.has_spoken = True
+            flight.note(now, "first output", flight.worker_id)
             if flight.spoke_s is None:
                 flight.spoke_s = now
                 self._demand.first_token(now - flight.arrived_s, now)
@@ -326,7 +350,7 @@ class InFlightRequests:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
             self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
-            self._forget(flight, now)
+            self._forget(flight, now, str(output.finish_reason))
 
     # ---- trouble ----
 
@@ -336,6 +360,10 @@ class InFlightRequests:
             worker_id, now
         )
         self._leftovers.add(worker_id, left)
+        if running:
+            self.journal.fault(
+                now, f"{len(running)} requests that ran there are run again", worker_id, is_recovery=True
+            )
         for flight in running:
             has_moved = flight.incoming is not None and bool(flight.incoming.buffered)
             if not has_moved and flight.history.worker_lost(self._retry):
@@ -355,7 +383,7 @@ class InFlightRequests:
             kept = flight.part.kept
             is_background = kept is not None and kept.is_background
             self._cancel_attempt(flight, flight.part.lets_go and (is_background or reason != "client_gone"))
-            self._forget(flight, now)
+            self._forget(flight, now, f"cancelled: {reason}")
 
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
@@ -400,6 +428,7 @@ class InFlightRequests:
             self._fail(flight, refusal, message, now)
             return
         self._counters[f"reruns_{refusal}"] += 1
+        flight.note(now, "runs again", flight.worker_id, f"{refusal}: {message}")
         flight.avoid_worker_id = flight.worker_id
         flight.queued_s = now
         self._enqueue(flight, now + delay_s)
@@ -410,7 +439,7 @@ class InFlightRequests:
         name, position = flight.request.request_id, len(flight.delivered)
         error = Output(name, position, finish_reason=FinishReason.ERROR, refusal=refusal, message=message)
         self._out.append(Deliver(error))
-        self._forget(flight, now)
+        self._forget(flight, now, f"{refusal}: {message}")
 
     def _cancel_attempt(self, flight: InFlightRequest, lets_go: bool = False) -> None:
         entry = self._fleet.get(flight.worker_id)
@@ -425,7 +454,10 @@ class InFlightRequests:
             self._dispatcher.end(flight.worker_id, flight.wire_id)
             flight.wire_id = ""
 
-    def _forget(self, flight: InFlightRequest, now: float) -> None:
+    def _forget(self, flight: InFlightRequest, now: float, how: str) -> None:
+        """`how` it has ended, for operators."""
+        flight.note(now, "ended", flight.worker_id, how)
+        self.journal.end(flight.way(how))
         self.migrations.drop(flight, now)
         self._end_attempt(flight)
         if flight.left is not None:

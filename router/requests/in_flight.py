@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from router.job_part import NO_JOB, JobPart
+from router.requests.journal import Step, Way, note
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import Refusal
 from workers.request import FinishReason, Output, Request, make_tuple
@@ -179,11 +180,36 @@ class InFlightRequest:
     moves_at_s: float = 0.0
     """A migration has failed: not again before this."""
     history: RetryHistory = field(default_factory=RetryHistory)
+    steps: list[Step] = field(default_factory=list)
+    """Where it has been, for operators."""
 
     @property
     def name(self) -> str:
         """By which every router and worker knows it."""
         return self.part.name or self.request.request_id
+
+    def way(self, ended: str = "") -> Way:
+        """What operators see of it; `ended`: how it has."""
+        state = "decode" if self.has_spoken else "prefill"
+        state = "moving" if self.incoming is not None else state if self.wire_id else "waiting"
+        return Way(
+            self.request.request_id,
+            self.wishes.tenant,
+            self.arrived_s,
+            len(self.request.prompt_token_ids),
+            self.cached_tokens,
+            len(self.delivered),
+            self.num_attempts,
+            self.worker_id,
+            self.prefill_worker_id,
+            "ended" if ended else state,
+            ended,
+            tuple(self.steps),
+        )
+
+    def note(self, now: float, what: str, worker_id: str = "", why: str = "") -> None:
+        """The next step of its way."""
+        note(self.steps, Step(now, what, worker_id, why))
 
     def begin_attempt(self, worker_id: str, prefill_worker_id: str) -> None:
         """Names the next attempt on the wire and remembers where it runs, and who is to compute the prompt."""

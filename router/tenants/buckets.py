@@ -81,7 +81,7 @@ class Buckets:
     def _draw(self, draw: Draw, now: float) -> Given:
         level, at_s = self._levels.pop(draw.name, (draw.capacity, now))
         amount, level = drawn(level, draw, now - at_s)
-        self._levels[draw.name] = level, max(at_s, now)
+        self._levels[draw.name] = level, now
         return Given(amount, level)
 
     def _hold(self, hold: Hold, now: float) -> Given:

@@ -38,7 +38,7 @@ def usage_of(line: str) -> Usage | None:
         written: dict[str, Any] = json.loads(line)
         usage = Usage(**{field.name: written[field.name] for field in fields(Usage)})
         usage.ended_s + usage.prompt_tokens + usage.cached_tokens + usage.completion_tokens  # are numbers
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return usage
 

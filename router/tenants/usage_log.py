@@ -1,100 +1,44 @@
-"""Writes usage as lines of JSON on a thread of its own, into files of bounded size and number; and reads them again.
-
-A disk that is full, slow or gone costs lines, which are counted, and nothing else.
-"""
+"""Writes usage as lines of JSON into files of bounded size and number; and reads them again."""
 
 from __future__ import annotations
 
-import logging
 import os
-import queue
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from io import TextIOWrapper
-from logging.handlers import QueueListener, RotatingFileHandler
 from pathlib import Path
-from typing import Any
 
+from router.line_file import LineFile, Rotation
 from router.tenants.config import UsageConfig
 from router.tenants.usage import Usage, usage_of
 from workers.errors import InvalidConfig
 
-log = logging.getLogger(__name__)
-
-MAX_WAITING = 8192
-"""Lines that wait to be written."""
 PREFIX = "usage-"
 
 
 class UsageLog:
-    """Of one router. Raises InvalidConfig when the folder cannot be made."""
+    """Of one router. Raises InvalidConfig when the folder or the file cannot be made."""
 
     def __init__(self, config: UsageConfig, router_id: str) -> None:
+        path = os.path.join(config.folder, f"{PREFIX}{router_id}.jsonl")
         try:
             os.makedirs(config.folder, mode=0o700, exist_ok=True)
+            self._lines = LineFile(path, "usage", Rotation(config.max_bytes, config.max_files))
         except OSError as error:
             raise InvalidConfig(
-                f"router.tenants.usage.folder {config.folder!r} cannot be made: {error.strerror}"
+                f"router.tenants.usage.folder {config.folder!r} cannot be made or written: {error.strerror}"
             ) from error
-        self.num_lost = 0
-        path = os.path.join(config.folder, f"{PREFIX}{router_id}.jsonl")
-        self._waiting: queue.Queue[Any] = queue.Queue(MAX_WAITING)
-        self._file = _PrivateFile(self, path, config)
-        self._listener = QueueListener(self._waiting, self._file)
-        self._listener.start()
+
+    @property
+    def num_lost(self) -> int:
+        """Lines that the disk did not take."""
+        return self._lines.num_lost
 
     def write(self, usage: Usage) -> None:
         """Soon; does not wait."""
-        try:
-            self._waiting.put_nowait(logging.makeLogRecord({"msg": usage.line()}))
-        except queue.Full:
-            self.lose("lines come faster than the disk takes them")
-
-    def lose(self, why: str) -> None:
-        """A line is not written; the first one is named in the log."""
-        self.num_lost += 1
-        if self.num_lost == 1:
-            log.warning("usage is not written, and only counted: %s", why)
+        self._lines.write(usage.line())
 
     def close(self) -> None:
-        """When all is written, or the disk has refused it."""
-        self._listener.stop()
-        with suppress(OSError):
-            self._file.close()
-
-
-class _PrivateFile(RotatingFileHandler):
-    """Only this user may read it."""
-
-    def __init__(self, owner: UsageLog, path: str, config: UsageConfig) -> None:
-        self._owner = owner
-        super().__init__(
-            path, maxBytes=config.max_bytes, backupCount=config.max_files - 1, encoding="utf-8", delay=True
-        )
-
-    def _open(self) -> TextIOWrapper:
-        return TextIOWrapper(open(self.baseFilename, "ab", opener=_open_private), encoding="utf-8")
-
-    def doRollover(self) -> None:
-        if self.backupCount:
-            super().doRollover()
-        else:  # the standard handler would go on with the same file
-            if self.stream:
-                self.stream.close()
-            os.truncate(self.baseFilename, 0)
-            self.stream = self._open()
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self._owner.lose(str(sys.exception()))
-        stream, self.stream = self.stream, None
-        if stream is not None:
-            with suppress(OSError):  # the next line tries anew
-                stream.close()
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+        """When all is written, or the disk has not taken it in time."""
+        self._lines.close()
 
 
 def read_usage(folder: Path, since_s: float) -> Iterator[Usage]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builders import PlainDetokenizer, generate_alone
+from builders import run_alone
 
 from chaos.arena import Shape
 from chaos.faults import PROCESS_KINDS, WORKER_KINDS, Fault, Kind, draw_plan
@@ -49,8 +49,8 @@ class Scenario:
 
 
 def golden_fake(request: Request) -> tuple[list[int], str]:
-    tokens = generate_alone(request, 64, max_batch_tokens=512, max_model_len=4096)
-    return tokens, "".join(PlainDetokenizer().push(token) for token in tokens)
+    outputs = run_alone(request, 64, max_batch_tokens=512, max_model_len=4096)
+    return [token for output in outputs for token in output.token_ids], "".join(output.text for output in outputs)
 
 
 def golden_real() -> Golden:

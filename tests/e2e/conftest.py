@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cluster_process import ClusterProcess
+from cluster_process import ClusterProcess, free_port
 from golden_jobs import Job, golden_jobs
 
 NUM_REQUESTS = 200
 NUM_WORKERS = 4
+RAY_METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,8 @@ def cluster() -> Iterator[ClusterProcess]:
         "worker.transfer_timeout_s=5",
         "--set",
         "router.max_local_prefill_tokens=0",
+        "--set",
+        f"ray.metrics_port={RAY_METRICS_PORT}",
     )
     yield running
     running.stop()

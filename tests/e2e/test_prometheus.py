@@ -19,6 +19,7 @@ import yaml
 from chart_queries import ELSEWHERE, panels
 from chart_render import CHART
 from cluster_process import MODEL, ClusterProcess, free_port, wait_until
+from conftest import RAY_METRICS_PORT
 from kube_tools import prometheus
 
 SCRAPE_S = 1
@@ -27,14 +28,14 @@ INTERVAL = "10s"
 
 
 class Prometheus:
-    """A server of its own with the chart's rules and one router to scrape."""
+    """A server of its own with the chart's rules, and a router and Ray's metrics to scrape."""
 
-    def __init__(self, program: Path, folder: Path, router: str) -> None:
+    def __init__(self, program: Path, folder: Path, router: str, ray: str) -> None:
         self._url = f"http://127.0.0.1:{free_port()}"
         config = {
             "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
             "rule_files": [str(CHART / "alerts.yaml")],
-            "scrape_configs": [{"job_name": "baton", "static_configs": [{"targets": [router]}]}],
+            "scrape_configs": [{"job_name": "baton", "static_configs": [{"targets": [router, ray]}]}],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         self._process = subprocess.Popen(
@@ -82,7 +83,7 @@ def server(cluster: ClusterProcess, tmp_path: Path) -> Iterator[Prometheus]:
     program = prometheus()
     if program is None:
         pytest.skip("Prometheus comes from Debian's packages only")
-    started = Prometheus(program, tmp_path, cluster.url.removeprefix("http://"))
+    started = Prometheus(program, tmp_path, cluster.url.removeprefix("http://"), f"127.0.0.1:{RAY_METRICS_PORT}")
     yield started
     started.stop()
 

@@ -27,6 +27,7 @@ CUSTOM = {
     "RayCluster",
     "LeaderWorkerSet",
     "ServiceMonitor",
+    "PodMonitor",
     "PrometheusRule",
     "ScaledObject",
     "HTTPRoute",

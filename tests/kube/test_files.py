@@ -55,13 +55,13 @@ def test_generated_files_are_up_to_date() -> None:
 def test_every_query_is_promql_over_metrics_that_the_docs_name() -> None:
     """docs/observability.md's table is compared with what routers say in tests/unit/test_api_metrics_table.py."""
     page = (ROOT / "docs" / "observability.md").read_text()
-    documented = set(re.findall(r"^\| `(baton_\w+)`", page, re.M))
+    documented = set(re.findall(r"^\| `((?:ray_)?baton_\w+)`", page, re.M))
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     asked = dict(queries())
     assert len(asked) > 40
     for where, query in asked.items():
         promql_parser.parse(query)
-        names = set(re.findall(r"\bbaton[_:][\w:]*\w", query)) - recorded
+        names = set(re.findall(r"\b(?:ray_)?baton[_:][\w:]*\w", query)) - recorded
         for name in names:
             family = re.sub(r"_(bucket|count|sum)$", "", name)
             assert (

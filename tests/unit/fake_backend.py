@@ -18,7 +18,7 @@ import openai
 from llguidance import LLMatcher
 
 from router.api.app import create_app
-from router.backend import RouterStatus, WorkerView
+from router.backend import LoadingWorker, Lookout, RouterStatus, WorkerView
 from router.config import ApiConfig, HttpConfig
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
@@ -26,6 +26,7 @@ from router.http_server import HttpServer
 from router.job_part import NO_JOB, FoundJob, JobPart
 from router.policies.explain import Decision
 from router.policies.policy import Reason
+from router.requests.journal import Way, is_called
 from router.roles import RolesReport, SwitchCount
 from router.tenants.tenancy import Tenancy
 from router.tenants.usage_log import UsageLog
@@ -199,6 +200,8 @@ class FakeBackend:
         self.roles = {"prefill-0": Role.PREFILL, "decode-0": Role.DECODE}
         self.drained: set[str] = set()
         self.pinned: set[str] = set()
+        self.seen = Lookout()
+        self.loading: tuple[LoadingWorker, ...] = ()
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
@@ -234,7 +237,7 @@ class FakeBackend:
         views = tuple(WorkerView(self._worker(name), True, 0.0, 0, speed=1.5) for name in self.roles)
         kinds = tuple(KindForecast("m/1x", 7, (("step", 0.004), ("prompt", 2e-5))) for _ in range(2))
         forecast = ForecastStatus(kinds, handoff_s=0.002)
-        return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast)
+        return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast, self.loading)
 
     async def set_role(
         self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
@@ -255,6 +258,12 @@ class FakeBackend:
 
     async def set_pinned(self, worker_id: str, is_pinned: bool) -> None:
         (self.pinned.add if is_pinned else self.pinned.discard)(worker_id)
+
+    def lookout(self) -> Lookout:
+        return self.seen
+
+    def ways_of(self, asked: str) -> tuple[float, tuple[Way, ...]]:
+        return self.seen.now_s, tuple(way for way in self.seen.oldest if is_called(way.request_id, asked))
 
     def role_report(self) -> RolesReport:
         page = {"leader": "router-0", "workers": [{"worker_id": name} for name in self.roles]}

@@ -1,4 +1,5 @@
-"""A hub of models on loopback that speaks what huggingface_hub asks: one repository, files cut off on demand, and a list of what was asked."""
+"""A hub of models on loopback that speaks what huggingface_hub and modelscope_hub ask: one repository, files cut off on demand, and a list of
+what was asked."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 REPOSITORY = "baidu/ERNIE-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,6 +27,8 @@ class Hub:
         self.downloads: list[tuple[str, str | None]] = []
         """Name and range of each GET of a file."""
         self.url = ""
+        self.asked_enough = threading.Event()
+        """Until then baidu/silent answers nobody."""
 
     def entries(self) -> list[dict[str, Any]]:
         found = []
@@ -33,6 +37,9 @@ class Hub:
                 name, size = str(path.relative_to(self.folder)), path.stat().st_size
                 found.append({"type": "file", "path": name, "size": size, "oid": self.tag(name)})
         return found
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
 
     def tag(self, name: str) -> str:
         return hashlib.sha1((self.folder / name).read_bytes()).hexdigest()
@@ -52,11 +59,23 @@ def open_hub(folder: Path) -> Iterator[Hub]:
             self._answer()
 
         def _answer(self) -> None:
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
+            if path.startswith("/api/v1/models/"):
+                self._answer_modelscope(path.removeprefix("/api/v1/models/"), dict(parse_qsl(query)))
+                return
             repository, _, rest = path.removeprefix("/api/models/").removeprefix("/").partition("/")
             name, _, rest = rest.partition("/")
             repository = f"{repository}/{name}"
-            if repository == "baidu/gated" and TOKEN not in self.headers.get("authorization", ""):
+            if repository == "baidu/closes":
+                self.close_connection = True
+            elif repository == "baidu/garbage":
+                self.wfile.write(b"\x00\xff\r\n\r\n")
+                self.close_connection = True
+            elif repository == "baidu/page":
+                self._send(200, b"<html>no JSON</html>", {"content-type": "text/html"})
+            elif repository == "baidu/silent":
+                hub.asked_enough.wait()
+            elif repository == "baidu/gated" and TOKEN not in self.headers.get("authorization", ""):
                 self._error(403, "GatedRepo")
             elif repository not in (REPOSITORY, "baidu/gated"):
                 self._error(404, "RepoNotFound")
@@ -71,6 +90,24 @@ def open_hub(folder: Path) -> Iterator[Hub]:
                     self._json(hub.entries())
             else:
                 self._file(rest.removeprefix("resolve/").partition("/")[2])
+
+        def _answer_modelscope(self, path: str, query: dict[str, str]) -> None:
+            owner, name, *rest = path.split("/")
+            repository = f"{owner}/{name}"
+            if repository == "baidu/gated" and TOKEN not in str(self.headers):
+                self._error(403, "no access")
+            elif repository not in (REPOSITORY, "baidu/gated") or query.get("Revision", "master") != "master":
+                self._error(404, "not found")
+            elif rest == ["repo", "files"]:
+                files = [
+                    {"Path": entry["path"], "Size": entry["size"], "Sha256": hub.sha256(entry["path"]), "Type": "blob"}
+                    for entry in hub.entries()
+                ]
+                self._json({"Code": 200, "Success": True, "Data": {"Files": files}})
+            elif rest == ["repo"]:
+                self._file(query["FilePath"])
+            else:
+                self._json({"Code": 200, "Success": True, "Data": {}})
 
         def _json(self, value: Any) -> None:
             self._send(200, json.dumps(value).encode(), {"content-type": "application/json"})
@@ -112,6 +149,7 @@ def open_hub(folder: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.asked_enough.set()
         server.shutdown()
         server.server_close()
         thread.join(30)

@@ -268,14 +268,15 @@ def test_the_usage_log_is_bounded_and_outlives_a_disk_that_does_not_take_it(tmp_
     (only,) = (tmp_path / "one").iterdir()
     assert only.stat().st_size <= 1 << 16 and list(read_usage(tmp_path / "one", 0.0))[-1].request_id == "r999"
 
-    full = UsageLog(UsageConfig(str(tmp_path / "full")), "router-0")
+    (tmp_path / "full").mkdir()
     os.symlink("/dev/full", tmp_path / "full" / "usage-router-0.jsonl")
+    full = UsageLog(UsageConfig(str(tmp_path / "full")), "router-0")
     for number in range(100):
         full.write(usage(number))
     full.close()
     assert full.num_lost > 0
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidConfig, match="cannot be made"):
+    with pytest.raises(InvalidConfig, match="cannot be made or written"):
         UsageLog(UsageConfig(str(tmp_path / "file" / "usage")), "router-0")
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import builders
 import byte_tokens
+import httpx
 import pytest
 import ray
 import ray_listens
@@ -70,6 +72,7 @@ def ray_here(hostile_folder: Path) -> Iterator[str]:
     for module in (byte_tokens, builders, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)
     folder = make_folder()
+    os.environ.update(RAY_metrics_report_interval_ms="1000")  # nobody waits for 10 s here
     config = load_config(None, {"worker.model": "fake", "ray.dashboard": False})
     try:
         with contextlib.chdir(hostile_folder):
@@ -275,7 +278,9 @@ async def test_a_worker_whose_engine_thread_died_is_started_again(pool: Pool, tm
     assert back["mixed-0"].role is Role.MIXED
 
 
-async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Pool) -> None:
+async def test_a_router_hears_of_workers_that_come_die_return_and_leave_and_so_do_rays_own_views(
+    pool: Pool, ray_here: str
+) -> None:
     router = pool.pools.create_router("router-0")
     pool.actors.append(router)
     prefill = await pool.worker("prefill-0", Role.PREFILL)
@@ -298,6 +303,28 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave(pool: Po
     assert second["prefill-0"] > first["prefill-0"] and second["decode-0"] == first["decode-0"]
     await prefill.stop.remote()
     await connected({"decode-0"})
+    figures = await ray_figures(
+        'ray_baton_worker_role{.*role="decode".*worker_id="decode-0".*} 1.0',
+        'ray_baton_worker_role{.*role="prefill".*worker_id="decode-0".*} 0.0',
+        'ray_baton_worker_kv_used_ratio{.*worker_id="decode-0".*}',
+        'ray_baton_router_num_workers{.*router_id="router-0".*} 1.0',
+    )
+    assert "baton_worker_num_running" in figures
+    folder = Path(with_ray(ray_here).folder)  # type: ignore[union-attr]
+    written = "".join(log.read_text() for log in (folder / "ray" / "session_latest" / "logs").glob("worker-*.err"))
+    assert re.search(r"^\S+Z INFO +decode-0 decode-0 serves ", written, re.M), written[-2000:]
+    assert re.search(r"^\S+Z INFO +router-0 .*decode-0 came", written, re.M), written[-2000:]
+
+
+async def ray_figures(*wanted: str) -> str:
+    """What this node's metrics port says, as soon as each of the patterns is in a line of it."""
+    (node,) = ray.nodes()
+    async with asyncio.timeout(BOUND_S), httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            text = (await client.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics")).text
+            if all(re.search(pattern, text) for pattern in wanted):
+                return text
+            await asyncio.sleep(0.5)  # Ray collects at its own pace
 
 
 async def test_a_store_that_died_comes_back_empty_and_everybody_registers_again(pool: Pool) -> None:

@@ -113,3 +113,10 @@ def test_a_checkpoint_without_control_tokens_has_none_to_keep_out() -> None:
     plain.decoder = decoders.Fuse()
     tokenizer = Tokenizer(plain, {"default": "{{ messages[0].content }}"}, {}, frozenset())
     assert chat_tokens(tokenizer, "aaa") == [0, 0, 0]
+
+
+@pytest.mark.parametrize("before", [0, 1, 5, (1 << 16) - 3, (1 << 16) - 1, 1 << 16, (1 << 17) - 1])
+def test_a_control_token_is_found_wherever_it_stands_in_a_long_text(before: int) -> None:
+    for text in ("x" * before + END + "y" * 70_000, "x" * before + END):
+        assert SHIPPED.control.is_in([text])
+    assert not SHIPPED.control.is_in(["x" * before + "<y>" + "y" * 70_000])

@@ -6,10 +6,12 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from browser import browser, program
 from fake_backend import FakeBackend, serve
 
 from router.api.answer import Services
@@ -22,9 +24,12 @@ from router.api.middleware import Draining
 from router.api.problems import Rejected
 from router.api.tenant_metrics import TenantMetrics
 from router.api.turns import Turns
+from router.backend import LoadingWorker, Lookout, RouterStatus
 from router.config import ApiConfig
+from router.requests.journal import Incident, Step, Way
 from router.tenants.config import TenantsConfig
 from router.tenants.tenancy import Tenancy
+from workers.status import LoadProgress, Role
 from workers.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "ernie-4.5-tiny"
@@ -64,6 +69,46 @@ def test_the_page_is_told_again_and_again_what_the_router_knows(backend: FakeBac
     assert isinstance(workers["decode-0"]["generation"], str) and workers["decode-0"]["load"]["num_free_blocks"] == 7
 
 
+def test_the_page_is_told_of_requests_faults_and_objectives_and_finds_the_way_of_one(backend: FakeBackend) -> None:
+    steps = (Step(90.5, "sent", "decode-0", "prefill on prefill-0, least_cost"), Step(91.0, "first output", "decode-0"))
+    way = Way("long-job-0", "acme", 90.0, 100, 64, 7, 1, "decode-0", "prefill-0", "decode", "", steps)
+    faults = (
+        Incident(99.0, "is there again", "decode-0", True),
+        Incident(98.0, "lost: broken pipe", "decode-0", False),
+    )
+    backend.seen = Lookout(100.0, (0, 0, 1, 0, 0, 0), (way,), faults)
+    backend.loading = (LoadingWorker("decode-1", Role.DECODE, LoadProgress(1, 4, 1, 2)),)
+    with serve(backend, ApiConfig(admin_keys=("root",))) as url:
+        headers = {"authorization": "Bearer root"}
+        client = httpx.Client(base_url=url, headers=headers, trust_env=False)
+        body = {"model": backend.model.name, "prompt": "x", "max_tokens": 2}  # type: ignore[union-attr]
+        assert client.post("/v1/completions", json=body).status_code == 200
+        with client.stream("GET", "/admin/status", headers=EVENTS) as stream:
+            (told, *_) = [json.loads(line.removeprefix("data: ")) for line in lines(stream)]
+        assert told["in_flight"]["counts"] == [0, 0, 1, 0, 0, 0] and told["in_flight"]["oldest"][0]["age_s"] == 10.0
+        assert [(fault["ago_s"], fault["is_recovery"]) for fault in told["faults"]] == [(1.0, True), (2.0, False)]
+        counts = told["objectives"]["counts"]
+        assert counts == {"first_tokens": 1.0, "in_time": 1.0, "answers": 1.0, "without_fault": 1.0}
+        assert told["loading"] == [
+            {
+                "worker_id": "decode-1",
+                "role": "decode",
+                "num_bytes_read": 1,
+                "num_bytes": 4,
+                "num_layers_begun": 1,
+                "num_layers": 2,
+            }
+        ]
+        assert client.get("/admin/status").json()["loading"][0]["progress"]["num_bytes"] == 4
+        (found,) = client.get("/admin/requests/chatcmpl-long-job").json()["requests"]
+        assert [(step["after_s"], step["worker_id"]) for step in found["steps"]] == [
+            (0.5, "decode-0"),
+            (1.0, "decode-0"),
+        ]
+        assert client.get("/admin/requests/nobody").status_code == 404
+        assert httpx.get(f"{url}/admin/requests/long-job-0", trust_env=False).status_code == 401
+
+
 def lines(stream: httpx.Response) -> list[str]:
     found = []
     for line in stream.iter_lines():
@@ -93,3 +138,53 @@ async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -
     await anext(page)
     draining.begin()
     assert [event async for event in page] == []
+
+
+class LargeFleet(FakeBackend):
+    """1,000 workers, of which some are lost; one more is on its way."""
+
+    def __init__(self) -> None:
+        super().__init__(Tokenizer.load(MODEL))
+        names = [f"{'prefill' if at % 3 == 0 else 'decode'}-{at}" for at in range(1000)]
+        self.roles = {name: Role(name.split("-")[0]) for name in names}
+        self.loading = (LoadingWorker("decode-1000", Role.DECODE, LoadProgress(21 << 30, 42 << 30, 14, 28)),)
+
+    def status(self) -> RouterStatus:
+        status = super().status()
+        workers = (replace(view, connected=at % 97 != 5) for at, view in enumerate(status.workers))
+        return replace(status, workers=tuple(workers))
+
+
+@pytest.mark.skipif(program is None, reason="there is no Chromium")
+def test_a_browser_shows_a_thousand_workers_and_drains_one_by_keyboard_after_asking(tmp_path: Path) -> None:
+    backend = LargeFleet()
+    steps = (Step(10.5, "sent", "decode-1", "least_cost"),)
+    way = Way("long-job-0", "acme", 10.0, 100, 64, 7, 2, "decode-1", "prefill-0", "decode", "", steps)
+    backend.seen = Lookout(
+        250.0, (2, 0, 0, 0, 1, 0), (way,), (Incident(240.0, "lost: broken pipe", "decode-5", False),)
+    )
+    with serve(backend, ApiConfig(admin_keys=("root",))) as url, browser(tmp_path / "browser") as page:
+        page.open(f"{url}/admin/ui#request=long-job")
+        page.wait_for("document.activeElement.id === 'key'")
+        assert "decode-5" not in page.text(), "without the key there is nothing to see"
+        page.ask("at('key').value = 'root'; at('ask').requestSubmit(); findWay()")
+        page.wait_for("at('workers').rows.length")
+        page.wait_for("at('way').rows.length")
+        text = page.text()
+        assert "989 workers 11 not connected" in text and "the first 300 of 1000" in text
+        assert "decode-1000 decode 50 % 21.0 GiB 42.0 GiB 14 of 28" in text
+        assert "long-job-0 acme 4 min 0 s decode decode-1 prefill-0 100 64 7 2" in text
+        assert "+0.500 s sent decode-1 least_cost" in text, "the way of the request that the address names"
+        assert "10 s ago decode-5 lost: broken pipe" in text
+        assert page.ask("at('workers').rows[0].cells[2].innerText") == "not connected", "those in trouble come first"
+        page.picture(tmp_path / "desk.png")
+        page.prefer_dark()
+        page.picture(tmp_path / "desk-dark.png")
+        page.ask("document.querySelector('[data-id=\\'drain decode-1\\']').focus()")
+        page.press("Enter")
+        page.wait_for("at('confirm').open")
+        assert not backend.drained, "it asks first"
+        page.ask("document.querySelector('#confirm [value=yes]').focus()")
+        page.press("Enter")
+        page.wait_for("at('events').innerText.includes('decode-1: drain is done')")
+    assert backend.drained == {"decode-1"}

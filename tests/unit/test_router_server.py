@@ -240,6 +240,27 @@ async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> 
             await RouterServer(RouterConfig(str(checkpoint), port=port), "router-0").start()
 
 
+async def test_a_router_that_shares_a_port_takes_no_connection_before_it_has_a_worker(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.server.FIRST_WORKER_S", 3600)
+    worker = FakeWorker("w-0")
+    with bind("127.0.0.1", 0, share_port=True) as kept:
+        port = kept.getsockname()[1]
+        server = RouterServer(RouterConfig(str(checkpoint), port=port, share_port=True), "router-0")
+        url = await server.start()
+        try:
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+            server.set_workers((await worker.start(),))
+            await server.until_ready()
+            async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+                assert (await client.get("/ready")).status_code == 200
+        finally:
+            await server.stop()
+            await worker.die()
+
+
 async def test_defaults_that_name_tokens_the_model_does_not_have_are_a_setting_to_change(checkpoint: Path) -> None:
     api = ApiConfig(sampling_defaults=SamplingParams(stop_token_ids=(9999,)))
     with pytest.raises(InvalidConfig, match=r"sampling_defaults\.stop_token_ids needs token ids below 257"):

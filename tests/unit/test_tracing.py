@@ -130,6 +130,15 @@ def test_a_span_ends_once(exporter: InMemorySpanExporter) -> None:
     assert found.status.status_code is StatusCode.ERROR
 
 
+def test_a_span_is_as_long_as_it_took_whoever_sets_the_clock_meanwhile(exporter: InMemorySpanExporter) -> None:
+    walls = iter((2 * 10**18, 10**18))
+    span = start_span("x", wall_ns=lambda: next(walls))
+    span.end()
+    (told,) = exporter.get_finished_spans()
+    assert told.start_time is not None and told.end_time is not None
+    assert 2 * 10**18 <= told.start_time <= told.end_time < 2 * 10**18 + 60 * 10**9
+
+
 def test_without_the_package_nothing_is_recorded_and_the_trace_is_passed_on() -> None:
     program = f"""
 import sys

@@ -196,7 +196,8 @@ class Engine:
         if result.kv_event is None:
             result.kv_event = self._kv.take_event()
         if running is not None:
-            self.last_step = work_of(running.batch, self._clock() - started)
+            self.last_step = work = work_of(running.batch, self._clock() - started)
+            self._scheduler.pace.took(work.step_s, work.step_decodes, work.step_prompt_tokens, work.step_prompt_context)
             self._note_rate()
         return result
 
@@ -315,7 +316,9 @@ class Engine:
         self._account(running, {again[place][0]: sampled for place, sampled in found.drawn.items()})
         for place, why in found.failed.items():
             live = running.lives[again[place][0]]
-            log.error("sequence %d fails", live.sequence.sequence_id, exc_info=why)
+            sequence = live.sequence
+            about = sequence.request.log_fields
+            log.error("sequence %d fails", sequence.sequence_id, exc_info=why, extra=about)
             self._sequences.fail(live, Refusal.INTERNAL, MODEL_FAILED)
         if found.lost is not None:
             self._lose(running, found.lost)

@@ -229,7 +229,8 @@ class IncomingKv:
         def adopted(error: RankLost | None) -> None:
             self._adoptions.pop(sequence_id, None)
             if error is not None:
-                log.warning("what came for sequence %d is of no use: %s", sequence_id, error)
+                about = live.sequence.request.log_fields
+                log.warning("what came for sequence %d is of no use: %s", sequence_id, error, extra=about)
             then(error is None)
 
         number = self._bites.add(blocks, lambda: self._sequences.lives.get(sequence_id) is live, adopted)

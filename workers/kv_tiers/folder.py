@@ -100,6 +100,8 @@ _PART = re.compile(r"[0-9a-f]{2}")
 """Only files with such names, in folders with such names, are ever touched: a folder named by mistake loses nothing."""
 _SCAN_FILES = 1024
 """Looked at, deleted or told of in one step of a scan."""
+_LAST_NS = 2**63 - 1
+"""The latest time of a file that is told from later ones, as a wrong clock may leave them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class BlockFolder:
                     continue
                 if entry.name.endswith(".kv") and state.st_size == self._form.file_bytes:
                     hashes.append(int(entry.name[:16], 16))
-                    times.append(state.st_mtime_ns)
+                    times.append(min(state.st_mtime_ns, _LAST_NS))
                 else:
                     num_refused += 1
                     log.warning("deleted %s: it has not the size of a block", entry.path)

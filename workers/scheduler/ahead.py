@@ -44,9 +44,8 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
     decoding = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
     if any(s.sequence_id in pieces and _needs_token(s) for s in decoding):
         return None
-    budget = scheduler.limits.max_batch_tokens
     decode: list[SequenceSlice] = []
-    for sequence in decoding[:budget]:
+    for sequence in decoding[: scheduler.limits.max_batch_tokens]:
         piece = pieces.get(sequence.sequence_id)
         start = sequence.num_computed + (len(piece.token_ids) if piece else 0)
         try:
@@ -54,18 +53,19 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
         except OutOfBlocks:
             return None
         decode.append(sequence.decode_slice() if piece is None else _late_slice(sequence, start))
-    budget -= len(decode)
+    room = scheduler.room_beside(len(decode))
     prefill: list[SequenceSlice] = []
     for sequence in active:
         if sequence.state is State.PREFILLING:
             piece = pieces.get(sequence.sequence_id)
             num_ahead = len(piece.token_ids) if piece else 0
-            length = min(sequence.num_uncomputed_prompt - num_ahead, budget)
-            if length > 0 and (length < sequence.num_uncomputed_prompt - num_ahead or sequence.can_draw):
+            num_left, start = sequence.num_uncomputed_prompt - num_ahead, sequence.num_computed + num_ahead
+            length = room.fit(num_left, start)
+            if length > 0 and (length < num_left or sequence.can_draw):
                 prefill.append(sequence.prefill_slice(length, num_ahead))
-                budget -= length
+                room.take(length, start)
     promotions: list[Sequence] = []
-    transfers = scheduler.admit(budget, prefill, promotions)
+    transfers = scheduler.admit(room, prefill, promotions)
     return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from workers.kv_cache.block_pool import OutOfBlocks
 from workers.kv_cache.manager import BlockTable, KvCacheManager
 from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
+from workers.scheduler.pace import Pace, Room
 from workers.scheduler.sequence import Effect, Kind, Sequence, State, Turn
 
 
@@ -22,6 +24,8 @@ class Limits:
     max_batch_tokens: int
     max_queue: int
     local_prefill_tokens: int
+    max_prefill_pause_s: float = math.inf
+    """How long a step's prompts may keep those waiting that decode in it; see Pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,10 @@ class Scheduler:
     active: list[Sequence] = field(default_factory=list)
     """All sequences that hold blocks, in order of admission."""
     counters: Counters = field(default_factory=Counters)
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.limits.max_prefill_pause_s)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Refused(QUEUE_FULL) at the bound."""
@@ -65,27 +73,31 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Picks the next batch and reserves what it needs; an empty batch means nothing can run."""
-        budget = self.limits.max_batch_tokens
-        decode = self._schedule_decodes(budget)
-        budget -= len(decode)
+        decode = self._schedule_decodes(self.limits.max_batch_tokens)
+        room = self.room_beside(len(decode))
         prefill: list[SequenceSlice] = []
         transfers: list[Sequence] = []
         promotions: list[Sequence] = []
         for sequence in [s for s in self.active if s.state is State.PROMOTING and _is_promoted(s)]:
             self._begin(sequence, transfers)
         for sequence in sorted((s for s in self.active if s.state is State.PREFILLING), key=lambda s: s.rank):
-            budget -= self._take_chunk(sequence, budget, prefill)
-        transfers += self.admit(budget, prefill, promotions)
+            self._take_chunk(sequence, room, prefill)
+        transfers += self.admit(room, prefill, promotions)
         return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
-    def admit(self, budget: int, prefill: list[SequenceSlice], promotions: list[Sequence]) -> list[Sequence]:
+    def room_beside(self, num_decodes: int) -> Room:
+        """What a step may take of prompts in which so many sequences decode."""
+        seconds = self.pace.allowance_s if num_decodes else math.inf
+        return Room(self.limits.max_batch_tokens - num_decodes, seconds, self.pace)
+
+    def admit(self, room: Room, prefill: list[SequenceSlice], promotions: list[Sequence]) -> list[Sequence]:
         """Starts waiting sequences; those returned have their prompt computed elsewhere, those in `promotions` wait for lower
         tiers or a peer, the first chunks of the others go to `prefill`."""
         transfers: list[Sequence] = []
         self.kv.is_making_room = False
         while self.waiting and len(self.active) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            if budget <= 0 and not self._may_go_elsewhere(sequence):
+            if room.is_full and not self._may_go_elsewhere(sequence):
                 break  # blocks that it could not use in this step are better left to others
             if not self._admit(sequence, use_tiers=True):
                 break
@@ -100,7 +112,7 @@ class Scheduler:
                 continue
             self._begin(sequence, transfers)
             if sequence.state is State.PREFILLING:
-                budget -= self._take_chunk(sequence, budget, prefill)
+                self._take_chunk(sequence, room, prefill)
         return transfers
 
     def give_promotion_up(self, sequence: Sequence) -> None:
@@ -214,13 +226,11 @@ class Scheduler:
                     break
         return list(chosen.values())
 
-    def _take_chunk(self, sequence: Sequence, budget: int, into: list[SequenceSlice]) -> int:
-        length = min(sequence.num_uncomputed_prompt, budget)
-        if length == sequence.num_uncomputed_prompt and not sequence.can_draw:
-            return 0
-        if length > 0:
+    def _take_chunk(self, sequence: Sequence, room: Room, into: list[SequenceSlice]) -> None:
+        length = room.fit(sequence.num_uncomputed_prompt, sequence.num_computed)
+        if length > 0 and (length < sequence.num_uncomputed_prompt or sequence.can_draw):
+            room.take(length, sequence.num_computed)
             into.append(sequence.prefill_slice(length))
-        return max(length, 0)
 
     def _admit(self, sequence: Sequence, use_tiers: bool = False, room: int = 0) -> bool:
         """Reserves blocks for the prompt and `room` tokens, or changes nothing. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""

@@ -194,7 +194,8 @@ class Fetches:
 
     def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: RecoveryChoice) -> None:
         me, source = self._worker_id, fetch.source.worker_id
-        log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.way)
+        about = fetch.request.log_fields
+        log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.way, extra=about)
         self._counters["handoffs_failed"] += 1
         self._counters[f"recovery_{choice.way}"] += 1
         self._counters[f"recovery_{Way.NEXT_TRANSPORT}"] += error.degradations
@@ -237,7 +238,8 @@ class Fetches:
         outcome = _of_kind(outcome, SequenceMoved)
         if isinstance(outcome, HandoffFailed):
             self._counters["migrations_in_failed"] += 1
-            log.warning("%s could not take over %s from %s: %s", self._worker_id, name, source.worker_id, outcome)
+            me, about = self._worker_id, {"request_id": name}
+            log.warning("%s could not take over %s from %s: %s", me, name, source.worker_id, outcome, extra=about)
         if not isinstance(outcome, Handoff):
             return self.decline(sequence_id)
         done = outcome.done

@@ -5,6 +5,7 @@ Knows no batch, no handoff and no stream; the books are RequestTable's.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.trust.permits import is_permit
 from workers.wire.attach import Adopt, Cancel, Find, Found, Submit
+
+log = logging.getLogger(__name__)
 
 TOO_LATE = "the request was not done in time"
 QUEUE_IS_FULL = "the worker is so far behind that it takes no new request"
@@ -125,6 +128,7 @@ class Requests:
             token_ids=array("I", request.replay_token_ids),
         )
         self._table.add(served)
+        log.debug("takes a request of %d prompt tokens", len(request.prompt_token_ids), extra=request.log_fields)
         self._observer.submitted(sequence_id, request.traceparent, now)
         if submit.migration is not None:
             return [*commands, Post(AddMigrant(sequence_id, request))]
@@ -227,6 +231,8 @@ class Requests:
             message = served.moves_to if has_moved else output.message
             self._sessions.say(session, output._replace(request_id=attempt, message=message))
         if output.finish_reason is not None:
+            num_tokens, about = output.position + len(output.token_ids), served.request.log_fields
+            log.debug("a request ends after %d tokens: %s", num_tokens, output.finish_reason, extra=about)
             self._table.end(served, output, self._sessions.num_said(served.owner))
         elif not can_be_taken_up:
             return self._give_up_orphans([served])

@@ -18,6 +18,8 @@ from workers.errors import InvariantViolated
 
 _LEFT_ALONE = ("<think>", "</think>")
 """Some vocabularies have them as control tokens. Templates look for them in earlier answers, and they end no turn."""
+_BITE = 1 << 16
+"""Characters that are searched at once."""
 
 
 class ControlText:
@@ -29,6 +31,7 @@ class ControlText:
         special = {name: token_id for name, token_id in special.items() if name not in _LEFT_ALONE}
         self._names = sorted(special, key=len, reverse=True)
         self._openings = {name[:2] for name in self._names}
+        self._firsts = {name[:1] for name in self._names}
         self._beginnings = {name[:length] for name in self._names for length in range(1, len(name))}
         self._longest = max(map(len, self._names), default=0)
         nonce = secrets.token_hex(8)  # nobody can write these by chance or on purpose
@@ -64,7 +67,14 @@ class ControlText:
         return ids
 
     def _may_hold(self, text: str) -> bool:
-        return any(opening in text for opening in self._openings) or text[-1:] in self._beginnings
+        """Looks at a bite at a time: a search lets no other thread run."""
+        if text[-1:] in self._beginnings:
+            return True
+        for start in range(0, len(text), _BITE):
+            bite = text[start : start + _BITE + 1]
+            if any(first in bite for first in self._firsts) and any(opening in bite for opening in self._openings):
+                return True
+        return False
 
     def _mark(self, text: str) -> str:
         for name in self._names:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from workers.errors import InvalidConfig
 from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.progress import ReadProgress, follow
 from workers.model.checkpoint.weight_files import open_weights, read_header, weight_files
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class Checkpoint:
             self._streams[path] = FileIO(path)
         if any(name.startswith("ernie.") for name in self._file_of_tensor):
             raise InvalidConfig(f'{folder} holds PaddlePaddle tensor names; use the "-PT" checkpoint of this model')
+        wanted = [name for name in self._file_of_tensor if not _IGNORED.search(name)]
+        self._progress = ReadProgress(wanted, sum(self._num_bytes(name) for name in wanted))
+        follow(self._progress)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -86,6 +90,7 @@ class Checkpoint:
             stored_dtype = self._check(name, shape)
             share = torch.empty((count, *shape[1:]), dtype=stored_dtype)
             row_bytes = math.prod(shape[1:]) * stored_dtype.itemsize
+            self._progress.leave_out((shape[0] - count) * row_bytes)
             self._read(name, first * row_bytes, share.view(-1).view(torch.uint8))
             return share.to(dtype)
         share = torch.empty((shape[0], count), dtype=dtype)
@@ -95,7 +100,7 @@ class Checkpoint:
 
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
-        self._check(name, shape)
+        self._progress.leave_out(self._num_bytes(name) if self._check(name, shape) else 0)
 
     def pieces(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: tuple[int, int] | None = None
@@ -132,6 +137,7 @@ class Checkpoint:
         if tuple(stored.get_shape()) != shape:
             raise InvalidConfig(f"{where} has shape {stored.get_shape()}; config.json calls for {list(shape)}")
         self._taken.add(name)
+        self._progress.begin(name)
         return self.stored_dtype(name)
 
     def _read(self, name: str, start: int, into: Tensor) -> None:
@@ -144,7 +150,12 @@ class Checkpoint:
             if not num_read:
                 raise InvalidConfig(f"{path} ends within tensor {name}")
             view, at = view[num_read:], at + num_read
+            self._progress.read(num_read)
         os.posix_fadvise(file, at, into.numel(), os.POSIX_FADV_WILLNEED)  # the disk reads on while this piece is packed
+
+    def _num_bytes(self, name: str) -> int:
+        """On disk."""
+        return math.prod(map(int, self._slice(name).get_shape())) * self.stored_dtype(name).itemsize
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Element type on disk; fp32 where there is none to read, which `take` then explains."""

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import xxhash
 
+from workers.model.checkpoint.progress import ReadProgress, follow
+
 _MAX_THREADS = 8
 """More wait for memory, and each holds a piece of its own."""
 
@@ -145,8 +147,11 @@ class PackedFile:
         if len(checksums) != len(pieces) or os.fstat(file).st_size != end:
             raise _Unusable("it has another size")
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        progress = ReadProgress((), sum(len(piece) for _, piece in pieces))
+        follow(progress)
         jobs = [
-            partial(_copy, file, at, piece, expected) for (at, piece), expected in zip(pieces, checksums, strict=True)
+            partial(_copy, file, at, piece, expected, progress)
+            for (at, piece), expected in zip(pieces, checksums, strict=True)
         ]
         run_all(jobs, self.num_threads)
 
@@ -219,13 +224,14 @@ def _read_header(file: int) -> tuple[dict[str, Any], int]:
     return header, _PREFIX.size + size
 
 
-def _copy(file: int, at: int, piece: memoryview, expected: int) -> None:
+def _copy(file: int, at: int, piece: memoryview, expected: int, progress: ReadProgress) -> None:
     view = piece
     while len(view):
         num_read = os.preadv(file, [view], at)
         if not num_read:
             raise _Unusable("it ends early")
         view, at = view[num_read:], at + num_read
+        progress.read(num_read)
     if xxhash.xxh3_64_intdigest(piece) != expected:
         raise _Unusable("a checksum differs")
 

@@ -69,7 +69,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $worker := dict "model" (include "baton.modelRoot" .) }}
 {{- with .Values.model.servedName }}{{- $_ := set $worker "served_model_name" . }}{{- end }}
 {{- $router := dict "model" (include "baton.modelRoot" .) "port" 8000 "shutdown_timeout_s" (int .Values.routers.drainSeconds) }}
-{{- $settings := dict "worker" $worker "router" (mergeOverwrite $router (deepCopy .Values.routers.router)) "store" $store "ray" (dict "token_file" "/secrets/ray-token" "address" (include "baton.rayAddress" .)) "tls" (dict "cert" "/tls/{name}.crt" "key" "/tls/{name}.key" "ca" "/tls/ca.crt") "start_timeout_s" 600 }}
+{{- $settings := dict "worker" $worker "router" (mergeOverwrite $router (deepCopy .Values.routers.router)) "store" $store "ray" (dict "token_file" "/secrets/ray-token" "address" (include "baton.rayAddress" .) "metrics_port" 8082) "tls" (dict "cert" "/tls/{name}.crt" "key" "/tls/{name}.key" "ca" "/tls/ca.crt") "start_timeout_s" 600 }}
 {{- toYaml (mergeOverwrite $settings (deepCopy .Values.config)) }}
 {{- end }}
 
