@@ -161,6 +161,7 @@ class InFlightRequests:
     def _enqueue(self, flight: InFlightRequest, ready_s: float = 0.0) -> None:
         patient_until_s = flight.arrived_s + self._config.patience_s
         due_s = flight.arrived_s + flight.wishes.ttft_s if flight.wishes.ttft_s else patient_until_s
+        late_s = due_s - self._dispatcher.lead_s(flight) if flight.wishes.ttft_s else due_s
         name, priority = flight.request.request_id, flight.request.priority
         # What runs again has been counted; the fault is not its tenant's.
         num_tokens = 0.0 if flight.num_attempts else self._dispatcher.predicted_tokens(flight)
@@ -172,6 +173,7 @@ class InFlightRequests:
             ready_s,
             due_s,
             patient_until_s,
+            late_s,
             tenant=wishes.tenant,
             weight=wishes.weight,
             num_tokens=num_tokens,
@@ -334,7 +336,7 @@ class InFlightRequests:
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
         if output.token_ids:
-            self._demand.generated(len(output.token_ids), now)
+            self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
             if flight.history.num_setbacks:
                 flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
