@@ -235,6 +235,11 @@ class Extremes:
                 },
                 {"stop_token_ids": [5] * 400_000},
             ],
+            "logprob_token_ids": [
+                {"logprobs": 1, "logprob_token_ids": list(range(5, 5 + DEFAULT_LIMITS.logprobs)), "n": 32},
+                {"logprobs": 1, "logprob_token_ids": list(range(5, 6 + DEFAULT_LIMITS.logprobs))},
+                {"logprobs": 1, "logprob_token_ids": [5] * 400_000},
+            ],
             "prompt_logprobs": [
                 {"prompt_logprobs": 20, "prompt": ids, "messages": [{"role": "user", "content": text * 300}]},
                 {"prompt_logprobs": 20, "n": 64, "echo": True},

@@ -21,18 +21,11 @@ from typing import Any
 import uvloop
 from machine_facts import machine_facts
 
-from router.api.answer import Answer, Services
-from router.api.bodies import OpenBodies
-from router.api.callers import Callers
-from router.api.chat import ChatShape
-from router.api.grammar_check import GrammarChecks
-from router.api.metrics import Metrics
-from router.api.schema import ChatBody, parse_body
-from router.api.tenant_metrics import TenantMetrics
-from router.api.translate import translate_chat
-from router.api.turns import Turns
+from router.api.app import create_app
+from router.api.middleware import Draining
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
+from router.direct import DIRECT
 from router.driver import RouterDriver, make_policy
 from router.events import Attach, FrameArrived, RequestArrived, RequestCancelled, SendMessage, Tick, WorkersChanged
 from router.tenants.config import TenantsConfig
@@ -151,6 +144,9 @@ class Link:
             self.submitted.append(message.request.request_id)
         return True
 
+    async def finish(self) -> None:
+        pass
+
     async def close(self) -> None:
         pass
 
@@ -179,37 +175,49 @@ async def token_s(num_streams: int, num_steps: int) -> float:
     status = WorkerStatus("decode-0", GENERATION, Role.MIXED, MODEL, ROOM)
     link.put(link.sealed(WorkerFrame(GENERATION, status=status)))
     await settle()
-    config = ApiConfig()
-    tokenizer = Tokenizer.load(str(CHECKPOINT))
-    metrics = Metrics(driver)
-    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
-    services = Services(
-        driver, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0), callers
-    )
+    tenancy = Tenancy(TenantsConfig())
+    app = create_app(driver, Tokenizer.load(str(CHECKPOINT)), ApiConfig(), Draining(), tenancy)
     body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":4096}'
     frames: list[bytes] = []
     sent = num_steps_sent = 0
 
-    async def send(message: Any) -> None:
+    def count(body: bytes) -> None:
         """One step at a time, as workers send them: the next frame comes when all of this one's events are on their way."""
         nonlocal sent, num_steps_sent
-        if b"data: {" in message.get("body", b""):
+        if b"data: {" in body:
             sent += 1
             if sent % num_streams == 0 and num_steps_sent < num_steps:
                 link.put(frames[num_steps_sent])
                 num_steps_sent += 1
 
-    async def receive() -> Any:
-        await asyncio.Event().wait()
+    class Writer:
+        """A connection that takes everything at once."""
+
+        is_open = True
+        write = staticmethod(count)
 
     async def one() -> None:
-        job = translate_chat(parse_body(ChatBody, body), driver.model, services.tokenizer, services.config)
-        answer = Answer(services, job, ChatShape(job, services.tokenizer))
-        await answer({"type": "http", "headers": []}, receive, send)
+        came = [{"type": "http.request", "body": body}]
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+        async def receive() -> Any:
+            return came.pop() if came else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            count(message.get("body", b""))
+
+        address = {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http", "http_version": "1.1"}
+        way = {"method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "root_path": ""}
+        offered = {"extensions": {DIRECT: Writer()}, "asgi": {"version": "3.0"}}
+        await app({"type": "http", "headers": headers, **address, **way, **offered}, receive, send)
 
     tasks = [asyncio.create_task(one()) for _ in range(num_streams)]
     while len(link.submitted) < num_streams:
         await settle()
+        for task in tasks:
+            if task.done():  # it never is, before its first token
+                task.result()
+                raise AssertionError("an answer has ended before it began")
     for position in range(num_steps):
         reason = FinishReason.LENGTH if position == num_steps - 1 else None
         outputs = [Output(name, position, (1234,), " word", finish_reason=reason) for name in link.submitted]

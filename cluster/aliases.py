@@ -176,7 +176,7 @@ ALIASES: tuple[Alias, ...] = (
     # answers
     _set("reasoning-parser", "router.api.reasoning_parser"),
     _set("tool-call-parser", "router.api.tool_parser"),
-    *_refused("formats are those in docs/api.md", "tool-parser-plugin", "reasoning-parser-plugin"),
+    *_refused("install a package that offers the format as an entry point (docs/api.md), and name it", "tool-parser-plugin", "reasoning-parser-plugin"),
     *_told(_ALWAYS, "enable-auto-tool-choice", "enable-reasoning", "enable-logprob", is_switch=True),
     *_told("llguidance reads all grammars", "guided-decoding-backend", "structured-outputs-config"),
     *_refused("logprobs are the model's, before penalties and masks", "logprobs-mode", same=("raw_logprobs",)),

@@ -1,7 +1,9 @@
-"""Turns the name of a repository on the Hugging Face Hub into a folder on this host: downloaded once, resumed when it was interrupted.
+"""Turns the name of a repository on the Hugging Face Hub or on ModelScope into a folder on this host: downloaded once, resumed when it was
+interrupted.
 
 What is taken are weights as safetensors, and files of configuration and tokenizer: nothing that could be run. HF_TOKEN, HF_ENDPOINT,
-HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own.
+HF_HOME and HF_HUB_OFFLINE are huggingface_hub's own, as MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT and MODELSCOPE_CACHE are
+modelscope_hub's.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from workers.errors import InvalidConfig
 
@@ -23,10 +25,11 @@ _UNWANTED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]
 class HubConfig:
     """Where a worker.model that is no folder is taken from."""
 
+    source: Literal["huggingface", "modelscope"] = "huggingface"
     revision: str = ""
-    """A branch, tag or commit; empty: main."""
+    """A branch, tag or commit; empty: main, on ModelScope master."""
     cache_folder: str = ""
-    """Where downloads are kept; empty: huggingface_hub's own place."""
+    """Where downloads are kept; empty: the hub's own place."""
 
 
 def is_repository(model: str) -> bool:
@@ -36,6 +39,20 @@ def is_repository(model: str) -> bool:
 
 def fetch(repository: str, config: HubConfig) -> str:
     """The folder with the checkpoint, with a bar that shows its progress. Raises InvalidConfig."""
+    from_hub = _from_modelscope if config.source == "modelscope" else _from_hugging_face
+    try:
+        return from_hub(repository, config)
+    except _NotToBeHad as error:
+        raise InvalidConfig(
+            f"cannot download the model {repository!r}: {error}; --model also takes the path of a checkpoint folder"
+        ) from error
+
+
+class _NotToBeHad(Exception):
+    """Says why."""
+
+
+def _from_hugging_face(repository: str, config: HubConfig) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -61,10 +78,48 @@ def fetch(repository: str, config: HubConfig) -> str:
     except (
         Exception
     ) as error:  # of its HTTP library, which is another one from version to version, and of what reads its answers
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    raise InvalidConfig(
-        f"cannot download the model {repository!r}: {why}; --model also takes the path of a checkpoint folder"
-    )
+        why = _in_short(error)
+    raise _NotToBeHad(why)
+
+
+def _from_modelscope(repository: str, config: HubConfig) -> str:
+    try:
+        from modelscope_hub import HubApi, errors
+    except ImportError as error:
+        raise _NotToBeHad(
+            "ModelScope needs the package modelscope-hub: pip install 'baton-serve[modelscope]'"
+        ) from error
+
+    def download(is_offline: bool) -> str:
+        found = HubApi().download_repo(
+            repository,
+            "model",
+            revision=config.revision or None,
+            cache_dir=config.cache_folder or None,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+            local_files_only=is_offline,
+        )
+        return str(found)
+
+    try:
+        return download(is_offline=False)
+    except errors.NotExistError:
+        why = "there is no such repository or revision for who asks: are the names right, or MODELSCOPE_API_TOKEN missing?"
+    except (errors.AuthenticationError, errors.PermissionDeniedError):
+        why = "its owner gives it to some only: set MODELSCOPE_API_TOKEN"
+    except errors.NetworkError as error:
+        try:
+            return download(is_offline=True)
+        except errors.HubError:
+            why = f"it is not in the cache, and ModelScope does not answer: {_in_short(error)}"
+    except Exception as error:
+        why = _in_short(error)
+    raise _NotToBeHad(why)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _bound_silence(hub: Any) -> None:

@@ -248,12 +248,9 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
             urls = [_reachable(await actor.ready.remote()) for actor in cluster.routers.values()]
             cluster.urls = tuple(dict.fromkeys(urls))
     with progress.step("connecting routers to workers"):
-        for url in cluster.urls:
-            await bounded(
-                _until_ready(url),
-                config.start_timeout_s,
-                f"the router at {url} found no workers",
-            )
+        for name, actor in cluster.routers.items():
+            with told(name):
+                await bounded(actor.until_ready.remote(), config.start_timeout_s, f"{name} found no workers")
 
 
 async def all_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -327,19 +324,6 @@ async def _ready(name: str, actor: Any) -> None:
 def _reachable(url: str) -> str:
     """A router that listens on every address is reached here at the loopback one."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-async def _until_ready(url: str) -> None:
-    """The router announces nothing to its outside, so its readiness is asked for, ten times a second."""
-    import httpx
-
-    # Not verified: a certificate names the host that clients know, and nothing is told here.
-    async with httpx.AsyncClient(timeout=5.0, trust_env=False, verify=False) as client:
-        while True:
-            with suppress(httpx.TransportError):
-                if (await client.get(f"{url}/ready")).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
 
 
 async def _take_down(cluster: Cluster | None, folder: str, progress: StepPrinter) -> None:

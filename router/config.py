@@ -60,6 +60,8 @@ class ApiConfig:
     """Larger request bodies are refused with 413."""
     max_open_body_bytes: Annotated[int, Ge(1024)] = 256 << 20
     """Of all bodies that are being received or wait to be read, beyond 64 KiB of each; a request that takes more is refused with 429."""
+    min_free_bytes: Annotated[int, Ge(0)] = 128 << 20
+    """While this host, or this container, has less memory left, bodies above 64 KiB are refused with 429; 0: never."""
     max_n: Count = 128
     """Choices per prompt."""
     max_prompts: Count = 1024

@@ -56,8 +56,9 @@ class RouterServer:
         tenants: TenantDesk | None = None,
         secret: bytes = b"",
     ) -> None:
-        """`tenants` keeps what tenants of several routers share, and `secret` is the cluster's. `desk` carries operators' orders about roles out. With `listener`, on which connections may wait already, it serves there, and not on the configured port: once a worker
-        is there, but no later than FIRST_WORKER_S after its start."""
+        """`tenants` keeps what tenants of several routers share, and `secret` is the cluster's. `desk` carries operators' orders about roles out.
+        With `listener`, on which connections may wait already, it serves there, and not on the configured port. There, and on a
+        port that others share, it serves once a worker is there, but no later than FIRST_WORKER_S after its start."""
         self._config = config
         self._credentials = credentials
         self._listener = listener
@@ -70,6 +71,7 @@ class RouterServer:
         self._driver: RouterDriver | None = None
         self._stop_asked: asyncio.Event | None = None
         self._certificate: Certificate | None = None
+        self._serves = asyncio.Event()  # on the router's thread
 
     async def start(self) -> str:
         """Loads the tokenizer and begins to serve. Returns the URL; raises InvalidConfig when the port is taken, the certificate
@@ -94,6 +96,15 @@ class RouterServer:
         host, port = listener.getsockname()[:2]
         scheme = "https" if self._certificate else "http"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    async def until_ready(self) -> None:
+        """Until it serves and a worker can decode. Raises Refused when the router does not run."""
+
+        async def both(driver: RouterDriver) -> None:
+            await driver.wait_ready()
+            await self._serves.wait()
+
+        await self.ask(both)
 
     def set_workers(self, addresses: tuple[WorkerAddress, ...]) -> None:
         """The cluster's members now are these. Takes effect soon after; a stopped router ignores it."""
@@ -188,11 +199,17 @@ class RouterServer:
             self._config.expected_output_tokens,
         )
         unix = bind_unix(self._config.uds) if self._config.uds else None
+
+        def serves() -> None:
+            self._serves.set()
+            if not started.done():
+                started.set_result(None)
+
         http = HttpServer(
             app,
             self._config.http,
             self._config.keepalive_s,
-            lambda: None if started.done() else started.set_result(None),
+            serves,
             app.state.metrics.count_refused_connection,
             LAST_WORDS_S,
             self._certificate.context if self._certificate else None,
@@ -201,7 +218,7 @@ class RouterServer:
         watching = asyncio.create_task(self._certificate.watch()) if self._certificate else None
         self._stop_asked = asyncio.Event()
         self._loop, self._driver = asyncio.get_running_loop(), driver
-        if self._listener is not None:
+        if self._comes_late:
             started.set_result(None)  # its owner tells it of workers from now on
         serving = asyncio.create_task(self._serve_http(http, driver, listener))
         asked = asyncio.create_task(self._stop_asked.wait())
@@ -228,9 +245,14 @@ class RouterServer:
             if self._usage_log is not None:
                 await asyncio.to_thread(self._usage_log.close)
 
+    @property
+    def _comes_late(self) -> bool:
+        return self._listener is not None or self._config.share_port
+
     async def _serve_http(self, http: HttpServer, driver: RouterDriver, listener: socket.socket) -> None:
-        """Those who wait since another router died had workers then, and should not be told that there are none."""
-        if self._listener is not None:
+        """Those who wait since another router died had workers then, and should not be told that there are none; nor those whom
+        the kernel would deal to this router while others that share the port have workers."""
+        if self._comes_late:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(driver.wait_ready(), FIRST_WORKER_S)
         await http.serve(sockets=[listener])
@@ -238,7 +260,7 @@ class RouterServer:
 
 def bind(host: str, port: int, share_port: bool = False) -> socket.socket:
     """A listening socket whose connections send at once (TCP_NODELAY is inherited). `share_port`: others of this user, who say so
-    as well, may listen there too. Raises InvalidConfig."""
+    as well, may listen there too; then it does not listen yet, for connections would come. Raises InvalidConfig."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -247,7 +269,8 @@ def bind(host: str, port: int, share_port: bool = False) -> socket.socket:
         if share_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
-        listener.listen(2048)
+        if not share_port:
+            listener.listen(2048)
     except OSError as error:
         listener.close()
         raise InvalidConfig(f"router.port {port} cannot be used on {host}: {error.strerror}; choose another") from error

@@ -130,10 +130,15 @@ def tokens_of(outputs: list[tuple[int, Output]], sequence_id: int) -> list[int]:
 
 def generate_alone(request: Request, num_blocks: int = 16, **limits: int) -> list[int]:
     """The tokens of a request that has an engine for itself: the golden run."""
+    return [token for output in run_alone(request, num_blocks, **limits) for token in output.token_ids]
+
+
+def run_alone(request: Request, num_blocks: int = 16, **limits: int) -> list[Output]:
+    """All that such an engine says."""
     known = vocabulary() if request.params.grammar else None
     engine = make_engine(fake_runner(num_blocks), prefix_cache=False, vocabulary=known, **limits)  # type: ignore[arg-type]
     engine.add(0, request)
-    return tokens_of(run_to_end(engine), 0)
+    return [output for _, output in run_to_end(engine)]
 
 
 def hand_over(source_runner: Runner, source: Engine, target_runner: Runner, target: Engine, request: Request) -> None:

@@ -15,6 +15,7 @@ from workers.engine.engine import Engine
 from workers.engine.fake_runner import FakeRunner
 from workers.kv_tiers.folder import BlockFolder, Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
+from workers.machine.pressure import MemoryWatch
 from workers.request import Request
 from workers.runner import BLOCK_SIZE
 from workers.status import KvEvent
@@ -38,10 +39,11 @@ class Rig:
         num_disk: int = 64,
         form: Format = FORMAT,
         clock: Callable[[], float] = time.monotonic,
+        watch: MemoryWatch | None = None,
     ) -> None:
         self.runner: FakeRunner = fake_runner(POOL_BLOCKS)
         blocks = BlockFolder(folder, form) if folder is not None else None
-        self.tiers = KvTiers(self.runner.kv_memory, num_host, blocks, num_disk)
+        self.tiers = KvTiers(self.runner.kv_memory, num_host, blocks, num_disk, watch)
         self.engine: Engine = make_engine(self.runner, tiers=self.tiers, clock=clock)
         self._ids = iter(range(1, 10_000))
 

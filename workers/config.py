@@ -139,6 +139,9 @@ class WorkerConfig:
     """On cuda, schedule and launch a step while the one before it runs. On the cpu, host and device are one."""
     max_queue: Count = 512
     """Requests waiting for admission before QUEUE_FULL."""
+    min_free_bytes: Natural = 128 << 20
+    """While this host, or this container, has less memory left, prefix blocks that the pool evicts are dropped, and not kept in host memory
+    or on disk; 0: never."""
     prefix_cache: bool = True
     kv_host_bytes: Annotated[int, Ge(-1)] = -1
     """Host memory for prefix blocks that the pool evicts; 0: none; -1: none on cpu, where the pool is host memory itself, and for a group of ranks, and on cuda four times the pool, but at most a twentieth of the memory that is available."""

@@ -336,6 +336,11 @@ class RouterActor(Actor):
         await self.ready()
         return await asyncio.to_thread(self._router.status)
 
+    async def until_ready(self) -> None:
+        """Waits until it serves and knows a worker that decodes."""
+        await self.ready()
+        await self._router.until_ready()
+
     async def stop(self) -> None:
         """Takes no more requests, lets those that run finish and ends the router; the process stays for Ray to end."""
         self._stopping = True

@@ -40,8 +40,8 @@ class RolesConfig:
     """A worker that has switched stays as it is for so long."""
     manual_rest_s: Seconds = 300.0
     """The same after an operator has switched it; --pin keeps it for good."""
-    switches_per_hour: Annotated[float, Ge(1), Le(36000)] = 120.0
-    """Of the whole cluster, in the long run. What was not used is saved up, up to one switch for each worker."""
+    switches_per_hour: Annotated[float, Ge(1), Le(36000)] = 60.0
+    """Of a worker, on average over all of them and in the long run. What was not used is saved up, up to two switches for each worker."""
     max_at_once: Share = 0.34
     """Of the workers may be switching at the same time; one always may."""
     drain_timeout_s: Seconds = 20.0

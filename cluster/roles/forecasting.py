@@ -21,13 +21,17 @@ def foretell(observation: Observation, targets: RoleTargets) -> Forecast:
     share = _mean([demand.uncached_share for demand in demands], rates, 1.0)
     waiting = sum(demand.waiting_tokens for demand in demands)
     there = sum(worker.waiting_prefill_tokens for worker in observation.workers if worker.is_up)
+    decoding = [worker for worker in observation.workers if worker.is_up and worker.num_decoding]
+    num_decoding = sum(worker.num_decoding for worker in decoding)
+    held = sum((worker.num_blocks - worker.num_free_blocks) * worker.block_size for worker in decoding)
     return Forecast(
         requests_per_s=total,
         prompt_tokens=sum(prompts) / max(1, len(prompts)),
         uncached=tuple(max(1.0, share * tokens) for tokens in prompts) or (1.0,),
         output_tokens=_mean([demand.output_tokens for demand in demands], rates, 0.0),
         backlog_tokens=waiting + there,
-        num_sequences=sum(worker.num_sequences for worker in observation.workers if worker.is_up),
+        num_sequences=num_decoding,
+        context_tokens=held / max(1, num_decoding),
         ttft_attainment=_attained([demand.ttft_s for demand in demands], rates, targets.ttft_s),
         tpot_attainment=_attained([demand.tpot_s for demand in demands], rates, targets.tpot_s),
     )

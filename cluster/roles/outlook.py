@@ -24,6 +24,8 @@ PARTIAL = 0.1
 """Of an answer's worth counts for how near its worker comes to the target: where no split keeps it, the nearer one is better."""
 REMEMBERED = 0.8
 """Sequences that decode now count so much where fewer are expected in the long run."""
+MAX_LENT_SHARE = 0.3
+"""Of a DECODE worker's time for prompts at most: routers send it what its answers do not notice. So much was seen with a short prefill side."""
 MAX_MIXED_SHARE = 0.95
 """Of a MIXED worker's time for prompts at most."""
 MARGINS = ((1.0, 0.7), (1.3, 0.3))
@@ -94,7 +96,7 @@ def _goodput(
     is_local = np.array(forecast.uncached) <= local_tokens if local_tokens else np.zeros(len(seconds), np.bool_)
     local_work = rate * float(np.mean(np.where(is_local, seconds, 0.0)))
     work = rate * float(seconds.mean()) - local_work
-    lent = np.minimum(MAX_MIXED_SHARE, local_work / np.maximum(decode, 1e-9))
+    lent = np.minimum(MAX_LENT_SHARE, local_work / np.maximum(decode, 1e-9))
     """The part of a DECODE worker's time that local prompts take."""
     lent = np.where(decode > 0, lent, 0.0)
     to_prefill: Floats = work + np.where(decode > 0, 0.0, local_work)
@@ -103,13 +105,20 @@ def _goodput(
     """The part of a MIXED worker's time that prompts take."""
     share = np.where(mixed > 0, share, 0.0)
     busy = to_prefill / np.maximum(prefill + MAX_MIXED_SHARE * mixed, 1e-9)
-    in_time = _prompts_in_time(busy, prefill + mixed, seconds, costs.handoff_s, targets.ttft_s)
+    elsewhere = seconds if is_local.all() else seconds[~is_local]
+    in_time = _prompts_in_time(busy, prefill + mixed, elsewhere, costs.handoff_s, targets.ttft_s)
+    admitted = np.minimum(1.0, FULL / np.maximum(busy, 1e-9))
     if is_local.any():
-        local_share = float(is_local.mean())
-        alone = (seconds[is_local] <= targets.ttft_s).mean()
-        in_time = np.where(decode > 0, (1 - local_share) * in_time + local_share * alone, in_time)
-    admitted = rate * np.minimum(1.0, FULL / np.maximum(busy, 1e-9))
-    served = _decodes_in_time(decode * (1 - lent), lent, mixed * (1 - share), share, admitted, forecast, costs, targets)
+        # Whoever decodes can be too busy for them, and they wait in one line with those that too few others compute.
+        lending = local_work / np.maximum(MAX_LENT_SHARE * decode, 1e-9)
+        beside = _prompts_in_time(lending, decode, seconds[is_local], 0.0, targets.ttft_s) * admitted
+        part = np.where(decode > 0, float(is_local.mean()), 0.0)
+        in_time = (1 - part) * in_time + part * beside
+        admitted = (1 - part) * admitted + part * np.minimum(1.0, FULL / np.maximum(lending, 1e-9))
+    pauses = _Pauses(lent, seconds[is_local] if is_local.any() else seconds), _Pauses(share, elsewhere)
+    served = _decodes_in_time(
+        decode * (1 - lent), mixed * (1 - share), pauses, rate * admitted, forecast, costs, targets
+    )
     good: Floats = rate * in_time * served
     return np.where((prefill + mixed > 0) & (decode + mixed > 0), good, 0.0)
 
@@ -142,17 +151,27 @@ def _prompts_in_time(busy: Floats, servers: Floats, seconds: Floats, handoff_s: 
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Pauses:
+    """What prompts take of the time of workers that decode as well."""
+
+    share: Floats
+    """Of a worker's time, [C]."""
+    seconds: Floats
+    """Of the prompts, [K]."""
+
+
 def _decodes_in_time(
     alone: Floats,
-    lent: Floats,
     shared: Floats,
-    share: Floats,
+    pauses: tuple[_Pauses, _Pauses],
     rate: Floats,
     forecast: Forecast,
     costs: Costs,
     targets: RoleTargets,
 ) -> Floats:
-    """The share of answers that are served, and in time, [C]. `alone` and `shared`: whole workers' worth of DECODE and of MIXED time."""
+    """The share of answers that are served, and in time, [C]. `alone` and `shared`: whole workers' worth of DECODE and of MIXED time, with the
+    pauses of each."""
     units = np.maximum(alone + shared, 1e-9)
     length = forecast.prompt_tokens + 0.5 * forecast.output_tokens
     each_s = costs.decode_s + length * costs.context_s
@@ -160,19 +179,43 @@ def _decodes_in_time(
     room = max(1.0, min(costs.max_num_seqs or 256, BLOCKS_USED * costs.kv_tokens / max(1.0, length)))
     load = np.minimum(tokens_per_s * each_s, FULL)
     expected = tokens_per_s * costs.step_s / (1 - load)
-    running = np.minimum(room, np.maximum(expected, REMEMBERED * forecast.num_sequences / units))
+    expected = np.clip(expected, 1.0, room)
+    # Those that decode now have contexts of their own, whatever comes.
+    left = np.clip(REMEMBERED * forecast.num_sequences / units - expected, 0.0, np.maximum(0.0, room - expected))
+    running = expected + left
     most_per_s = room / (costs.step_s + room * each_s)
     served = np.minimum(1.0, most_per_s / np.maximum(tokens_per_s, 1e-9))
-    in_alone = _steps_in_time(running, (targets.tpot_s * (1 - lent) - costs.step_s) / each_s)
-    in_shared = _steps_in_time(running, (targets.tpot_s * (1 - share) - costs.step_s) / each_s)
+    tokens = max(2.0, forecast.output_tokens)
+    step_s = costs.step_s + expected * each_s + left * (costs.decode_s + forecast.context_tokens * costs.context_s)
+    spread_s = (step_s - costs.step_s) / np.sqrt(running)
+    in_alone, in_shared = (_answers_in_time(step_s, spread_s, each, tokens, targets.tpot_s) for each in pauses)
     result: Floats = served * (alone * in_alone + shared * in_shared) / units
     return result
 
 
-def _steps_in_time(running: Floats, most: Floats) -> Floats:
-    """The share of answers on a worker with `running` sequences, give or take their root, that may have `most`: about a normal distribution."""
-    running = np.maximum(running, 1.0)
-    in_time = 1 / (1 + np.exp(np.clip(-1.7 * (most - running) / np.sqrt(running), -60, 60)))
-    near = np.clip(most / running, 0.0, 1.0)
+def _answers_in_time(step_s: Floats, spread_s: Floats, pauses: _Pauses, tokens: float, tpot_s: float) -> Floats:
+    """The share of answers of so many tokens that end in time where steps take `step_s`, give or take `spread_s`, with pauses for prompts in between, [C].
+
+    Prompts come at random: a short answer meets none, or one that it does not make good any more; a long one meets about as many as its share.
+    So the time that they take of an answer is that of a Poisson number of prompts, and none, with its chance, is told apart from some.
+    """
+    span_s = tokens * tpot_s
+    left_s, deviation_s = span_s - tokens * step_s, tokens * spread_s
+    mean_s, square = float(pauses.seconds.mean()), float((pauses.seconds**2).mean())
+    count = pauses.share * span_s / mean_s
+    none = np.exp(-count)
+    some = np.maximum(1 - none, 1e-9)
+    pause_s = count * mean_s / some
+    variance = np.maximum(0.0, (count * square + (count * mean_s) ** 2) / some - pause_s**2)
+    undisturbed = _below(left_s, deviation_s)
+    disturbed = _below(left_s - pause_s, np.sqrt(deviation_s**2 + variance))
+    in_time = none * undisturbed + (1 - none) * disturbed
+    near = np.clip(tpot_s / np.maximum(step_s + pauses.share * tpot_s, 1e-9), 0.0, 1.0)
     result: Floats = (1 - PARTIAL) * in_time + PARTIAL * near
+    return result
+
+
+def _below(most: Floats, deviation: Floats) -> Floats:
+    """About the chance of a normal variable with mean 0 to stay below `most`."""
+    result: Floats = 1 / (1 + np.exp(np.clip(-1.7 * most / np.maximum(deviation, 1e-9), -60, 60)))
     return result

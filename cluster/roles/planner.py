@@ -32,6 +32,8 @@ URGENT_GAIN = 0.25
 """A gain of this share of what is asked is worth a change back at once."""
 EFFECT_S = 30.0
 """So long after a decision its effect is measured."""
+AHEAD_S = 8.0
+"""The growth of what decodes over so many seconds is expected once more."""
 NUM_ALTERNATIVES = 5
 TOP_SHARE = 0.02
 """Of splits whose goodput is within this share of the best one, the one with the fewest moves is taken."""
@@ -41,6 +43,8 @@ ENOUGH = 0.98
 MAX_GROWTH = 4
 """The desired number of workers is looked for up to so many times the present one."""
 SIZES_EVERY_S = 5.0
+SAVED_SWITCHES = 2.0
+"""Of the budget, for each worker: a load that shifts and comes back takes most workers along twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,8 @@ class RoleController:
         self._num_decisions = 0
         self._unmeasured: deque[tuple[float, Decision, float]] = deque(maxlen=MAX_MEASURED)
         """Decisions whose effect has still to be measured, with answers a second at the time."""
+        self._decoding: deque[tuple[float, int]] = deque(maxlen=256)
+        """When so many sequences decoded."""
         self._desired = 0
         self._sized_s = float("-inf")
         self.last: Decision | None = None
@@ -96,7 +102,7 @@ class RoleController:
         if seen is None or now - seen.at_s > STALE_S or now < self._looked_s + self._config.interval_s:
             return []
         self._looked_s = now
-        forecast = foretell(seen, self._targets)
+        forecast = self._ahead(foretell(seen, self._targets), now)
         measured = self._measure(seen, forecast, now)
         decision = self._look(seen, forecast, now)
         if decision is not None:
@@ -106,6 +112,16 @@ class RoleController:
                 self._unmeasured.append((now, decision, finished))
                 measured.append(decision)
         return measured
+
+    def _ahead(self, forecast: Forecast, now: float) -> Forecast:
+        """Where more and more decode, as when answers have become longer, it is taken to go on for a while."""
+        kept, count = self._decoding, forecast.num_sequences
+        kept.append((now, count))
+        while kept[0][0] < now - AHEAD_S:
+            kept.popleft()
+        before_s, before = kept[0]
+        growth = (count - before) * AHEAD_S / max(AHEAD_S / 2, now - before_s)
+        return replace(forecast, num_sequences=count + max(0, round(growth)))
 
     def _look(self, seen: Observation, forecast: Forecast, now: float) -> Decision | None:
         costs = average(seen, self._local_tokens)
@@ -145,7 +161,7 @@ class RoleController:
 
     def _why_not(self, present: Alternative, best: Alternative, count: int, forecast: Forecast, now: float) -> str:
         """Why roles stay as they are; empty: they change."""
-        config, rate = self._config, forecast.asked_per_s
+        config, rate = self._config, forecast.requests_per_s or forecast.asked_per_s
         gain = best.goodput - present.goodput
         direction = _direction(present.split, best.split)
         before, self._direction = self._direction, direction if count else 0
@@ -183,10 +199,10 @@ class RoleController:
 
     def _room(self, num_workers: int, num_switching: int, now: float) -> int:
         """Switches that may begin now: of the budget, and beside those that are under way."""
-        most = float(num_workers)
+        most = SAVED_SWITCHES * num_workers
         if self._budget is None:
             self._budget, self._budget_s = most, now
-        per_s = self._config.switches_per_hour / 3600
+        per_s = num_workers * self._config.switches_per_hour / 3600
         self._budget = min(most, self._budget + (now - self._budget_s) * per_s)
         self._budget_s = now
         at_once = max(1, math.ceil(self._config.max_at_once * num_workers)) - num_switching

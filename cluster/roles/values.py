@@ -60,6 +60,8 @@ class Observation:
 
 CLEAR_S = 8.0
 """What waits now is to be served within this time, beside what comes."""
+LONGEST_CLEAR_S = 60.0
+"""The same of so much that it would be more than what comes: most of that is late whatever is done, and roles are for what can be in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +77,19 @@ class Forecast:
     backlog_tokens: float = 0.0
     """Prompt tokens that wait, at routers and at workers."""
     num_sequences: int = 0
-    """That decode now."""
+    """That decode soon, if what decodes now goes on growing."""
+    context_tokens: float = 0.0
+    """Of each of those that decode now, on average."""
     ttft_attainment: float = 1.0
     """Measured: the share of first tokens within the target, lately."""
     tpot_attainment: float = 1.0
 
     @property
     def asked_per_s(self) -> float:
-        """Requests a second that are to be served: those that come, and what waits within CLEAR_S."""
+        """Requests a second that are to be served: those that come, and what waits within CLEAR_S, or as many again."""
         mean = sum(self.uncached) / len(self.uncached) if self.uncached else 0.0
-        return self.requests_per_s + (self.backlog_tokens / mean / CLEAR_S if mean else 0.0)
+        waiting = self.backlog_tokens / mean if mean else 0.0
+        return self.requests_per_s + min(waiting / CLEAR_S, max(self.requests_per_s, waiting / LONGEST_CLEAR_S))
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ ROLE_SCENARIOS = {
         reshape=_burst,
     ),
     "roles_shift_and_back": Scenario(
-        "Long prompts, then long answers, then long prompts again: workers help out with prompts, and then with answers.",
+        "Long prompts, then long answers, then long prompts again: workers go over to prompts, to answers, and to prompts again.",
         settings=replace(_SIX, profile=_SLOW, num_decode=3, tpot_s=0.012),
         recipe=Recipe(requests=480, rate=8.0, prompt=1000, output=160, turns=1.0, shift=1),
     ),

@@ -18,13 +18,16 @@ from router.api.callers import owner_of
 from router.api.naming import Naming, job_of_key, key_in
 from router.api.offload import offload
 from router.api.problems import Rejected, rejected
+from router.api.prompts import check_token_ids
 from router.api.response_store import ResponseStore
 from router.api.tickets import Ticket
 from router.api.translate import Job
+from router.api.turns import with_prompt
 from router.backend import Backend
 from router.config import ApiConfig
 from router.job_part import FoundJob, JobPart
 from workers.errors import InvalidRequest, Refusal, Refused
+from workers.kv_cache.block_hash import PromptTokens
 from workers.request import Request
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
@@ -142,8 +145,9 @@ async def read_ticket(
 ) -> Inquiry:
     """What somebody has asked for before. `is_stream`: how it is to be answered now."""
     return await read_body(
-        services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream
-    )
+        services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream,
+        prompt=ticket.prompt,
+    )  # fmt: skip
 
 
 async def read_body(
@@ -157,8 +161,10 @@ async def read_body(
     earlier: list[dict[str, Any]] | None = None,
     is_stream: bool | None = None,
     is_new: bool = False,
+    prompt: tuple[int, ...] = (),
 ) -> Inquiry:
-    """`is_new`: nobody but this router has to read it the same, so it may go on from a turn that is remembered here."""
+    """`is_new`: it may go on from a turn that is remembered here; its ticket then tells other routers its prompt, which they give as
+    `prompt`."""
     model = services.backend.model
     reading = Reading(naming, owner, model, services.tokenizer, services.config, services.responses, earlier)
 
@@ -166,9 +172,16 @@ async def read_body(
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
             job = replace(job, stream=is_stream)
+        own_prompt: tuple[int, ...] = ()
         if is_new and model is not None:
+            plain = job.prompts[0].token_ids
             job = services.turns.splice(job, owner.encode(), model)
-        ticket = Ticket(kind.name, owner, naming, hashlib.sha256(raw).hexdigest(), raw, reading.earlier)
+            own_prompt = job.prompts[0].token_ids if job.prompts[0].token_ids is not plain else ()
+        elif prompt and model is not None:
+            own_prompt = PromptTokens(check_token_ids(prompt, model.vocab_size, "messages"))
+            job = with_prompt(job, own_prompt)
+        digest = hashlib.sha256(raw).hexdigest()
+        ticket = Ticket(kind.name, owner, naming, digest, raw, reading.earlier, own_prompt)
         return job, make_shape, ticket, ticket.write()
 
     # EBNF is turned into Lark's language in Python, a character at a time. What is long goes to a thread without a look at it here.

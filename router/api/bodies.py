@@ -10,6 +10,7 @@ from fastapi import Request as HttpRequest
 from router.api.middleware import too_large
 from router.config import ApiConfig
 from workers.errors import Refusal, Refused
+from workers.machine.pressure import MemoryWatch
 
 SMALL_BYTES = 64 << 10
 """So much of each body is not counted, so that large ones that are slow to come keep nobody else out."""
@@ -20,6 +21,7 @@ class OpenBodies:
 
     def __init__(self, config: ApiConfig) -> None:
         self._config = config
+        self._memory = MemoryWatch("large requests are refused", config.min_free_bytes)
         self.num_bytes = 0
 
     @asynccontextmanager
@@ -33,6 +35,8 @@ class OpenBodies:
                 if len(received) > self._config.max_body_bytes:
                     raise too_large(self._config)
                 more = max(0, len(received) - SMALL_BYTES) - counted
+                if more and self._memory.is_short:
+                    raise Refused(Refusal.QUEUE_FULL, "this host has too little memory for a request of this size", 1.0)
                 if more and self.num_bytes + more > self._config.max_open_body_bytes:
                     raise Refused(Refusal.QUEUE_FULL, "too many large requests are being received", retry_after_s=1.0)
                 self.num_bytes += more

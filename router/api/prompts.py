@@ -75,7 +75,7 @@ def check_length(num_tokens: int, info: ModelInfo, param: str, max_tokens: int =
     """Raises Rejected when prompt and output cannot both fit the context. `at_least`: there may be more tokens."""
     if num_tokens + max_tokens > info.max_model_len:
         message = (
-            f"this model's context holds {info.max_model_len} tokens; "
+            f"this model's maximum context length is {info.max_model_len} tokens; "
             f"{'at least ' if at_least else ''}{num_tokens} in {param} and {max_tokens} to generate do not fit"
         )
         raise rejected(400, "context_length_exceeded", message, param)

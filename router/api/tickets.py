@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import zlib
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ class Ticket:
     """Empty: it was too long to be kept."""
     earlier: list[dict[str, Any]] | None = None
     """The conversation that the request goes on from, where its body only names it."""
+    prompt: tuple[int, ...] = ()
+    """The tokens of its prompt, where they are not those that everybody reads in the body: it went on from a remembered turn."""
 
     @property
     def owner_number(self) -> int:
@@ -48,6 +52,7 @@ class Ticket:
             "created": self.naming.created,
             "digest": self.digest,
             "earlier": None if is_short else self.earlier,
+            "prompt": "" if is_short else base64.b64encode(array("i", self.prompt).tobytes()).decode(),
         }
         text = json.dumps(head).encode() + b"\n" + body
         return b"\0" + text if len(text) <= _PLAIN_BYTES else b"\1" + zlib.compress(text, 1)
@@ -62,6 +67,8 @@ class Ticket:
             line, _, body = text.partition(b"\n")
             head = json.loads(line)
             naming = Naming(head["job"], head["created"])
-            return cls(head["kind"], head["owner"], naming, head["digest"], body, head["earlier"])
+            prompt = array("i")
+            prompt.frombytes(base64.b64decode(head["prompt"], validate=True))
+            return cls(head["kind"], head["owner"], naming, head["digest"], body, head["earlier"], tuple(prompt))
         except (ValueError, KeyError, TypeError, zlib.error):
             return None

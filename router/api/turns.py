@@ -61,8 +61,7 @@ class Turns:
             token_ids = PromptTokens((*remembered, *prompt.token_ids[len(head) :]))
             if len(token_ids) + max(one.params.max_tokens for one in job.requests) > info.max_model_len:
                 break
-            requests = tuple(replace(one, prompt_token_ids=token_ids) for one in job.requests)
-            return replace(job, prompts=(replace(prompt, token_ids=token_ids),), requests=requests)
+            return with_prompt(job, token_ids)
         return job
 
     def put(self, digest: bytes, token_ids: bytes) -> None:
@@ -94,6 +93,12 @@ class Turns:
 
     def _hash(self, owner: bytes, text: str) -> hashlib.blake2b:
         return hashlib.blake2b(owner + text.encode(errors="surrogatepass"), key=self._secret, digest_size=24)
+
+
+def with_prompt(job: Job, token_ids: tuple[int, ...]) -> Job:
+    """A job of one prompt, which is these tokens."""
+    requests = tuple(replace(one, prompt_token_ids=token_ids) for one in job.requests)
+    return replace(job, prompts=(replace(job.prompts[0], token_ids=token_ids),), requests=requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class WorkerSeen:
     """Of a step, of a decoding sequence, of a token of its context, of a prompt token, of a token that it looks back at."""
     is_known: bool
     """Those were measured."""
+    num_decoding: int = 0
+    """Of `num_sequences`: those whose prompt is there, on a worker that decodes."""
 
     @property
     def takes_work(self) -> bool:
@@ -64,6 +66,7 @@ def workers_seen(fleet: Fleet) -> tuple[WorkerSeen, ...]:
                 status.max_batch_tokens,
                 (step_s, decode_s, context_s, prompt_s, look_s),
                 bool(table.is_known[row]),
+                load.num_running if status.role.can_decode else 0,
             )
         )
     return tuple(sorted(seen, key=lambda worker: worker.worker_id))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from router.fleet.worker_table import WorkerTable
 from router.forecast.handoffs import Accuracy, HandoffTimes
+from router.forecast.lead import Lead
 from router.forecast.steps import KindForecast, StepTimes
 
 
@@ -28,6 +29,7 @@ class Forecasts:
         self.steps = StepTimes()
         self.handoffs = HandoffTimes()
         self.ttft = Accuracy()
+        self.lead = Lead()
 
     def learn(self, table: WorkerTable) -> None:
         self.steps.learn(table)

@@ -14,12 +14,13 @@ class _Place:
     due_s: float
     order: int
     ticket: int
+    late_s: float
     patient_until_s: float
 
 
 class AdmissionQueue:
     """Lower priority value first, then whose first token is due first, then first come first served; some entries are not ready yet.
-    One that is late is in no hurry any more: those that can still be in time go first, for a while. Whoever fills it bounds it.
+    One that cannot be in time any more is in no hurry: those that still can go first, for a while. Whoever fills it bounds it.
     """
 
     def __init__(self) -> None:
@@ -39,13 +40,17 @@ class AdmissionQueue:
         ready_s: float = 0.0,
         due_s: float = 0.0,
         patient_until_s: float = 0.0,
+        late_s: float | None = None,
     ) -> None:
         """Adds a request. `order` is its arrival number; before `ready_s` (times are of the clock of `now`) it is passed over.
 
-        `due_s` is when its first token is due. When that has passed it stands in line as if it were due at `patient_until_s`.
+        `due_s` is when its first token is due. From `late_s` on, which is then unless it is given, it is too late for that, and it stands in
+        line as if it were due at `patient_until_s`.
         """
         self._next_ticket += 1
-        self._places[request_id] = _Place(priority, due_s, order, self._next_ticket, patient_until_s)
+        self._places[request_id] = _Place(
+            priority, due_s, order, self._next_ticket, due_s if late_s is None else late_s, patient_until_s
+        )
         heapq.heappush(self._delayed, (ready_s, self._next_ticket, request_id))
 
     def first(self, now: float) -> str | None:
@@ -60,7 +65,7 @@ class AdmissionQueue:
             place = self._places.get(request_id)
             if place is None or place.ticket != ticket:
                 heapq.heappop(self._ready)
-            elif due_s < now and due_s < place.patient_until_s:
+            elif place.late_s < now and due_s < place.patient_until_s:
                 later = (place.priority, place.patient_until_s, place.order, ticket, request_id)
                 heapq.heapreplace(self._ready, later)
             else:

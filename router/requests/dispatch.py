@@ -200,6 +200,10 @@ class Dispatcher:
         num_output = min(request.params.max_tokens, self._expected_output_tokens)
         return len(request.prompt_token_ids) * self.uncached_share + num_output
 
+    def lead_s(self, flight: InFlightRequest) -> float:
+        """From when it goes to its workers until its first token, as others took lately."""
+        return self._forecasts.lead.expect(len(flight.request.prompt_token_ids) * self.uncached_share)
+
     def num_blocks(self, flight: InFlightRequest) -> int:
         """KV blocks that the request is taken to need in the end."""
         return self._demand(flight).num_blocks
@@ -255,6 +259,10 @@ class Dispatcher:
 
     def note_answer(self, flight: InFlightRequest, output: Output, now: float) -> None:
         """A first output has come: what it says of the times that were foretold."""
+        if flight.num_attempts == 1:
+            self._forecasts.lead.note(
+                len(flight.request.prompt_token_ids) * self.uncached_share, now - flight.submitted_s
+            )
         if output.handoff is None:
             return
         report, decode = output.handoff, self._fleet.get(flight.worker_id)

@@ -82,6 +82,7 @@ class FairQueue:
         ready_s: float = 0.0,
         due_s: float = 0.0,
         patient_until_s: float = 0.0,
+        late_s: float | None = None,
         *,
         tenant: str = "",
         weight: float = 1.0,
@@ -95,7 +96,7 @@ class FairQueue:
         if not len(lane.queue):
             (self._back if lane.deficit > 0 else self._spent)[tenant] = lane
         self._placed[request_id] = (lane, num_tokens)
-        lane.queue.push(request_id, priority, order, ready_s, due_s, patient_until_s)
+        lane.queue.push(request_id, priority, order, ready_s, due_s, patient_until_s, late_s)
 
     def first(self, now: float) -> str | None:
         """The request to run next; it stays in the queue."""

@@ -17,6 +17,8 @@ from stream_reader import Reader
 from chaos.arena import Arena, Shape
 from chaos.faults import Fault
 from chaos.injector import Injector
+from router.api.formats.formats import TOOL_CALL
+from router.api.formats.grammars import CallableTool, call_rule, calls_rule, json_rule, whole
 from workers.request import FinishReason, Output, Request
 
 REQUEST_TIMEOUT_S = 150.0
@@ -26,6 +28,8 @@ class Recovery(StrEnum):
     """How a request came to its end, the farthest-reaching first."""
 
     LEFT = "left"
+    RESUMED = "resumed"
+    """Its router was killed, and its client went on at another."""
     REPLAYED = "replayed"
     MOVED = "moved"
     """A running request went on at another decode worker, or was asked to."""
@@ -68,7 +72,23 @@ class Result:
         return not self.leaks and not any(outcome.trouble for outcome in self.outcomes)
 
 
-WORDS = "start: /([a-z]{2,9} )+/"
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "integer", "minimum": 1, "maximum": 99999},
+        "kind": {"enum": ["order", "return"]},
+        "names": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 9},
+    },
+    "required": ["id", "kind", "names"],
+    "additionalProperties": False,
+}
+_TOOLS = (CallableTool("find", _SCHEMA, True), CallableTool("stop", None, True))
+GRAMMARS = (
+    "start: /([a-z]{2,9} )+/",
+    whole(json_rule(_SCHEMA)),
+    whole(calls_rule(call_rule(_TOOLS, TOOL_CALL, {}), is_parallel=True)),
+)
+"""A regular expression, JSON by a schema, and calls of tools as `tool_choice: required` enforces them."""
 
 
 def draw_requests(
@@ -91,7 +111,7 @@ def draw_requests(
                 temperature=dice.choice((0.0, 1.0)),
                 seed=dice.randrange(1 << 30),
                 ignore_eos=True,
-                grammar=WORDS if index % 4 == 3 else "",
+                grammar=GRAMMARS[index // 3 % 3] if index % 3 == 2 else "",
             )
         )
     return requests

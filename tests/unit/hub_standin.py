@@ -1,4 +1,5 @@
-"""A hub of models on loopback that speaks what huggingface_hub asks: one repository, files cut off on demand, and a list of what was asked."""
+"""A hub of models on loopback that speaks what huggingface_hub and modelscope_hub ask: one repository, files cut off on demand, and a list of
+what was asked."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 REPOSITORY = "baidu/ERNIE-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -36,6 +38,9 @@ class Hub:
                 found.append({"type": "file", "path": name, "size": size, "oid": self.tag(name)})
         return found
 
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+
     def tag(self, name: str) -> str:
         return hashlib.sha1((self.folder / name).read_bytes()).hexdigest()
 
@@ -54,7 +59,10 @@ def open_hub(folder: Path) -> Iterator[Hub]:
             self._answer()
 
         def _answer(self) -> None:
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
+            if path.startswith("/api/v1/models/"):
+                self._answer_modelscope(path.removeprefix("/api/v1/models/"), dict(parse_qsl(query)))
+                return
             repository, _, rest = path.removeprefix("/api/models/").removeprefix("/").partition("/")
             name, _, rest = rest.partition("/")
             repository = f"{repository}/{name}"
@@ -82,6 +90,24 @@ def open_hub(folder: Path) -> Iterator[Hub]:
                     self._json(hub.entries())
             else:
                 self._file(rest.removeprefix("resolve/").partition("/")[2])
+
+        def _answer_modelscope(self, path: str, query: dict[str, str]) -> None:
+            owner, name, *rest = path.split("/")
+            repository = f"{owner}/{name}"
+            if repository == "baidu/gated" and TOKEN not in str(self.headers):
+                self._error(403, "no access")
+            elif repository not in (REPOSITORY, "baidu/gated") or query.get("Revision", "master") != "master":
+                self._error(404, "not found")
+            elif rest == ["repo", "files"]:
+                files = [
+                    {"Path": entry["path"], "Size": entry["size"], "Sha256": hub.sha256(entry["path"]), "Type": "blob"}
+                    for entry in hub.entries()
+                ]
+                self._json({"Code": 200, "Success": True, "Data": {"Files": files}})
+            elif rest == ["repo"]:
+                self._file(query["FilePath"])
+            else:
+                self._json({"Code": 200, "Success": True, "Data": {}})
 
         def _json(self, value: Any) -> None:
             self._send(200, json.dumps(value).encode(), {"content-type": "application/json"})

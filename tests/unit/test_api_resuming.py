@@ -11,11 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_backend import error_of, serve
+from fake_backend import CHECKPOINT, error_of, serve
 from keeping_backend import KeepingBackend
 from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
 
 from router.api.retelling import BITE, Retelling
+from router.config import ApiConfig
 from workers.request import Output, Request, SamplingParams
 from workers.text.tokenizer import Tokenizer
 
@@ -81,6 +82,29 @@ def test_the_rest_of_a_stream_is_the_same_to_the_byte_on_any_router(two: Any, na
     assert header.text == "".join(told[3:])
     assert second.get(f"/v1/requests/{job}/stream").text == whole
     assert all(part.at == "decode-0" for part in backend.parts[1:])
+
+
+def test_an_answer_that_went_on_from_a_remembered_turn_is_the_same_on_a_router_that_remembers_none() -> None:
+    backend = KeepingBackend(Tokenizer.load(CHECKPOINT))
+    with (
+        serve(backend, ApiConfig(turn_memory_bytes=1 << 20)) as first,
+        serve(backend) as second,
+        httpx.Client(timeout=30) as http,
+    ):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, "return_token_ids": True}
+        turn = http.post(f"{first}/v1/chat/completions", json=body).json()
+        known = [*turn["prompt_token_ids"], *turn["choices"][0]["token_ids"]]
+        history = [*body["messages"], turn["choices"][0]["message"], {"role": "user", "content": "And then?"}]
+        asked = CHAT | {"messages": history, "stream_options": {"include_usage": True}}
+        backend.reset()
+        told = events(http.post(f"{first}/v1/chat/completions", json=asked).text)
+        assert list(backend.requests[-1].prompt_token_ids[: len(known)]) == known, "it went on from the turn"
+        (job,) = backend.tickets
+        for place in (0, 7, len(told) - 2):
+            rest = http.get(f"{second}/v1/requests/{job}/stream", params={"after": id_of(told[place])})
+            assert rest.text == "".join(told[place + 1 :]), "the usage counts the same prompt"
+        prompts = {request.prompt_token_ids for request in backend.requests}
+        assert len(backend.requests) == 4 and len(prompts) == 1, "whoever has to compute it again computes the same"
 
 
 def by_choice(told: list[str]) -> dict[int, list[str]]:

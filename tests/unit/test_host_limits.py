@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from workers.machine.limits import available_bytes, memory_kills, usable_cpus
+from workers.machine.pressure import LOOK_S, MemoryWatch
 
 GIB = 2**30
 
@@ -102,6 +103,37 @@ def test_kills_for_want_of_memory_are_the_groups_or_else_the_hosts(tmp_path: Pat
     first = vmstat | {f"{TOP}/memory/a/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n"}
     assert memory_kills(host(tmp_path / "first", first, "4:memory:/a\n")) == 1
     assert memory_kills(tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize("kind", ["version 2", "version 1", "nested"])
+def test_memory_that_runs_short_is_named_and_enough_of_it_is_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    now = 0.0
+
+    def uses(used: int) -> bool:
+        """Whether it is short, a second later."""
+        nonlocal now
+        now += LOOK_S
+        if kind == "version 1":
+            host(tmp_path, v1(f"{TOP}/memory/a", 8 * GIB, used), "4:memory:/a\n")
+        elif kind == "version 2":
+            host(tmp_path, v2(TOP, str(8 * GIB), used), "0::/\n")
+        else:
+            above = v2(f"{TOP}/pod", str(8 * GIB), used)
+            host(tmp_path, v2(f"{TOP}/pod/box", "max", GIB) | above, "0::/pod/box\n")
+        return watch.is_short
+
+    watch = MemoryWatch("less is done", 2 * GIB, lambda: available_bytes(tmp_path), lambda: now)
+    assert [uses(used * GIB) for used in (1, 6, 7, 6, 5, 1, 7)] == [False, False, True, True, False, False, True]
+    assert [record.getMessage() for record in caplog.records] == [
+        "memory is short (1024 MiB available): less is done",
+        "there is enough memory again (3072 MiB available)",
+        "memory is short (1024 MiB available): less is done",
+    ]
+    now += LOOK_S / 2
+    host(tmp_path, v2(TOP, str(8 * GIB), 0), "0::/\n")
+    assert watch.is_short, "the kernel is asked once a second"
 
 
 def test_a_process_opens_as_many_files_as_it_may() -> None:

@@ -155,6 +155,7 @@ async def test_a_spoiled_redis_keeps_no_worker_from_registering_and_no_router_fr
 @settings(
     max_examples=int(os.environ.get("BATON_FUZZ_EXAMPLES", "60")),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
 )
 @given(
     st.binary(max_size=200) | st.sampled_from([b"[" * 60_000, b'{"a":' * 12_000, EVIL.encode().encode()]),

@@ -216,6 +216,14 @@ def test_large_bodies_that_are_slow_to_come_are_bounded_and_keep_nobody_else_out
         assert any(status_of(large) == 200 for _ in range(1000)), "what was held is free again"
 
 
+def test_where_memory_is_short_small_requests_are_served_and_large_ones_wait(caplog: pytest.LogCaptureFixture) -> None:
+    with open_api(ApiConfig(min_free_bytes=1 << 60)) as api:
+        large = api.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "user": "x" * 100_000})
+        assert large.status_code == 429 and large.headers["retry-after"] == "1"
+        assert api.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert caplog.text.count("memory is short") == 1 and "large requests are refused" in caplog.text
+
+
 def test_a_request_in_small_pieces_is_served() -> None:
     with open_api(http=PATIENT) as api, closing(connect(api)) as connection:
         body = b'{"prompt":"a","max_tokens":1}'

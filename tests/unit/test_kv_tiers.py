@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tier_rig import FORMAT, GOLDEN, LAYOUT, PROMPT, damage, files_in, rig
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_tiers.folder import BlockFolder
 from workers.kv_tiers.tiers import KvTiers
+from workers.machine.pressure import MemoryWatch
 from workers.request import Request
 from workers.runner import BLOCK_SIZE
 from workers.scheduler.sequence import Kind
@@ -27,6 +29,18 @@ def test_a_prefix_that_left_the_pool_comes_back_from_host_memory() -> None:
         r.push_out()
         assert r.ask(PROMPT) == (GOLDEN, 4 * BLOCK_SIZE)
         assert r.count("kv_host_hit_blocks") == 4
+
+
+def test_while_memory_is_short_what_leaves_the_pool_is_dropped_and_tokens_are_the_same() -> None:
+    available, seconds = [0], itertools.count()
+    watch = MemoryWatch("blocks are dropped", 100, lambda: available[0], lambda: next(seconds))
+    with rig(num_host=32, watch=watch) as r:
+        assert r.ask(PROMPT) == (GOLDEN, 0)
+        r.push_out()
+        assert r.ask(PROMPT) == (GOLDEN, 0) and r.count("kv_dropped_blocks") > 0
+        available[0] = 1000
+        r.push_out()
+        assert r.ask(PROMPT) == (GOLDEN, 4 * BLOCK_SIZE)
 
 
 def test_a_prefix_that_left_the_pool_comes_back_from_disk(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -163,3 +164,28 @@ def test_an_unknown_parser_is_refused_by_name() -> None:
         InvalidConfig, match=r"router\.api\.tool_parser must be auto or one of .*hermes.*, not 'hermse'"
     ):
         check_parsers("auto", "hermse")
+
+
+def test_a_package_may_bring_a_format_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acme-1.0.dist-info").mkdir()
+    (tmp_path / "acme-1.0.dist-info" / "METADATA").write_text("Name: acme\nVersion: 1.0\n")
+    (tmp_path / "acme-1.0.dist-info" / "entry_points.txt").write_text(
+        "[baton.output_formats]\nacme = acme_format:FORMAT\nacme-odd = acme_format:ODD\nacme-lost = acme_format:LOST\n"
+    )
+    (tmp_path / "acme_format.py").write_text(
+        "from router.api.formats.formats import OutputFormat\n"
+        "FORMAT = OutputFormat(call=('<function>', '</function>'))\nODD = OutputFormat(call=('<function>', ''))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check_parsers(NONE, "acme")
+    form = output_format(NONE, "acme", "")
+    text = 'On it.<function>{"name": "f", "arguments": {"a": 1}}</function>'
+    assert read(form, [text]) == read(HERMES, [text.replace("function>", "tool_call>")])
+    for reasoning, tool, message in (
+        ("acme", NONE, "has no tags for it"),
+        (NONE, "acme-odd", "must be an OutputFormat"),
+        (NONE, "acme-lost", "cannot be loaded"),
+        (NONE, "acme-none", "installed entry point"),
+    ):
+        with pytest.raises(InvalidConfig, match=message):
+            check_parsers(reasoning, tool)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tokenizers
+from byte_tokens import write_tokenizer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fake_worker import FakeWorker, golden_text
-from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
 from router import https
@@ -34,12 +33,7 @@ from workers.request import SamplingParams
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with a byte-level tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({"</s>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    write_tokenizer(tmp_path)
     return tmp_path
 
 
@@ -244,6 +238,27 @@ async def test_a_port_that_is_taken_is_a_setting_to_change(checkpoint: Path) -> 
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"router.port {port} cannot be used"):
             await RouterServer(RouterConfig(str(checkpoint), port=port), "router-0").start()
+
+
+async def test_a_router_that_shares_a_port_takes_no_connection_before_it_has_a_worker(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.server.FIRST_WORKER_S", 3600)
+    worker = FakeWorker("w-0")
+    with bind("127.0.0.1", 0, share_port=True) as kept:
+        port = kept.getsockname()[1]
+        server = RouterServer(RouterConfig(str(checkpoint), port=port, share_port=True), "router-0")
+        url = await server.start()
+        try:
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+            server.set_workers((await worker.start(),))
+            await server.until_ready()
+            async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+                assert (await client.get("/ready")).status_code == 200
+        finally:
+            await server.stop()
+            await worker.die()
 
 
 async def test_defaults_that_name_tokens_the_model_does_not_have_are_a_setting_to_change(checkpoint: Path) -> None:

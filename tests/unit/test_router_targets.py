@@ -6,6 +6,7 @@ import pytest
 from router_story import FREE, GENERATION, MODEL, PD, Story, outputs, request, submits
 
 from router.events import Command, Reject, RequestArrived
+from router.forecast.lead import Lead
 from router.requests.admission import AdmissionQueue
 from router.wishes import Wishes
 from workers.errors import Refusal
@@ -65,6 +66,33 @@ def test_one_that_is_late_lets_those_pass_that_can_still_be_in_time_but_not_for_
     queue.push("much later", 0, 3, due_s=40.0, patient_until_s=70.0)
     queue.remove("in time")
     assert queue.first(35.0) == "late"
+
+
+def test_one_that_cannot_be_in_time_any_more_lets_those_pass_that_can() -> None:
+    queue = AdmissionQueue()
+    queue.push("long", 0, 1, due_s=4.0, patient_until_s=30.0, late_s=1.0)
+    queue.push("short", 0, 2, due_s=5.0, patient_until_s=31.0, late_s=4.5)
+    assert queue.first(0.5) == "long"
+    assert queue.first(2.0) == "short", "the long one would begin too late for its first token to be in time"
+    queue.remove("short")
+    assert queue.first(2.0) == "long"
+
+
+def test_how_long_a_first_token_takes_is_learnt_by_the_length_of_prompts() -> None:
+    lead = Lead()
+    assert lead.expect(1000) == 0.0, "nothing is foretold that was not measured"
+    for turn in range(60):
+        for num_tokens in (200, 1000, 4000):
+            lead.note(num_tokens, 0.3 + num_tokens * 1e-3 + (turn % 5) * 0.01)
+    assert 1.2 < lead.expect(1000) < 1.5 and 8.0 < lead.expect(8000) < 8.7
+    for _ in range(300):
+        for num_tokens in (200, 1000, 4000):
+            lead.note(num_tokens, 0.1 + num_tokens * 1e-4)
+    assert lead.expect(1000) < 0.3, "what was long ago does not count"
+    alike = Lead()
+    for _ in range(20):
+        alike.note(500, 0.5)
+    assert alike.expect(5000) == pytest.approx(0.5), "one length tells nothing of others"
 
 
 def test_requests_without_targets_are_served_as_ever_whatever_the_admission() -> None:

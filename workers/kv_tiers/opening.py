@@ -11,6 +11,7 @@ from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.kv_tiers.folder import BlockFolder, Format, fingerprint_bytes
 from workers.kv_tiers.tiers import KvTiers
 from workers.machine.limits import available_bytes
+from workers.machine.pressure import MemoryWatch
 
 _POOLS = 4
 _MEMORY_SHARE = 20
@@ -23,14 +24,15 @@ def open_tiers(config: WorkerConfig, memory: KvMemory, fingerprint: str, worker_
     num_host_blocks = host_bytes(config, layout) // layout.block_bytes
     if config.kv_host_bytes > 0 and num_host_blocks == 0:
         raise InvalidConfig(f"worker.kv_host_bytes is {config.kv_host_bytes}; one KV block has {layout.block_bytes}")
+    watch = MemoryWatch("prefix blocks that the pool evicts are dropped", config.min_free_bytes)
     if not config.kv_disk_folder:
-        return KvTiers(memory, num_host_blocks) if num_host_blocks else None
+        return KvTiers(memory, num_host_blocks, watch=watch) if num_host_blocks else None
     form = Format(fingerprint_bytes(fingerprint), layout.block_size, layout.block_bytes)
     num_disk_blocks = config.kv_disk_bytes // form.file_bytes
     if num_disk_blocks == 0:
         raise InvalidConfig(f"worker.kv_disk_bytes is {config.kv_disk_bytes}; one KV block needs {form.file_bytes}")
     folder = BlockFolder(Path(config.kv_disk_folder) / quote(worker_id, safe=""), form)
-    return KvTiers(memory, num_host_blocks, folder, num_disk_blocks)
+    return KvTiers(memory, num_host_blocks, folder, num_disk_blocks, watch)
 
 
 def host_bytes(config: WorkerConfig, layout: KvLayout) -> int:

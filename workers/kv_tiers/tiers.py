@@ -19,6 +19,7 @@ from workers.kv_cache.tier_book import Command, Delete, Keep, Promotion, Spill, 
 from workers.kv_memory.memory import KvMemory
 from workers.kv_tiers.disk import DiskFailed, DiskThread, ReadBlock, Written
 from workers.kv_tiers.folder import BlockFolder, Scanned, checksum
+from workers.machine.pressure import MemoryWatch
 from workers.status import Tier
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,16 @@ class KvTiers:
     """
 
     def __init__(
-        self, memory: KvMemory, num_host_blocks: int, folder: BlockFolder | None = None, num_disk_blocks: int = 0
+        self,
+        memory: KvMemory,
+        num_host_blocks: int,
+        folder: BlockFolder | None = None,
+        num_disk_blocks: int = 0,
+        watch: MemoryWatch | None = None,
     ) -> None:
+        """While `watch` says so no block comes from above; those that are here stay."""
         self._memory = memory
+        self._watch = watch
         block_bytes = memory.layout.block_bytes
         self._ledger = Ledger()
         self._book = TierBook(num_host_blocks, num_disk_blocks if folder is not None else 0, self._ledger)
@@ -79,6 +87,9 @@ class KvTiers:
 
     def demote(self, evicted: Sequence[tuple[int, BlockKey]]) -> None:
         """As LowerTiers.demote: all copies out of the pool have ended on return."""
+        if self._watch is not None and self._watch.is_short:
+            self._counters["kv_dropped_blocks"] += len(evicted)
+            return
         copies: list[tuple[int, BlockKey, int | None, View]] = []
         for block, key in evicted:
             can_write = self._disk is not None and self._disk.can_write
