@@ -57,7 +57,8 @@ class ResumingClient:
         if not urls:
             raise ValueError("a ResumingClient needs the address of a router")
         self._urls = itertools.cycle([url.rstrip("/").removesuffix("/v1") for url in urls])
-        self._url = next(self._urls)
+        self.url = next(self._urls)
+        """Of the router that is asked next."""
         self._give_up_s = give_up_s
         self._sleep = sleep
         self._is_own = http is None
@@ -96,7 +97,7 @@ class ResumingClient:
         patience = _Patience(self._give_up_s, self._sleep)
         while True:
             try:
-                answer = self._http.post(f"{self._url}{path}", content=content, headers=self._all(headers))
+                answer = self._http.post(f"{self.url}{path}", content=content, headers=self._all(headers))
             except httpx.TransportError as error:
                 self._turn_to_another(patience, error)
                 continue
@@ -111,7 +112,7 @@ class ResumingClient:
             again = {"last-event-id": last_id} if last_id else {}
             try:
                 with self._http.stream(
-                    "POST", f"{self._url}{path}", content=content, headers=self._all({**headers, **again})
+                    "POST", f"{self.url}{path}", content=content, headers=self._all({**headers, **again})
                 ) as answer:
                     if answer.status_code >= 400:
                         self._check(answer, answer.read(), patience)
@@ -143,7 +144,7 @@ class ResumingClient:
         patience = _Patience(self._give_up_s, self._sleep)
         while True:
             try:
-                answer = self._http.request(method, f"{self._url}{path}", headers=self._all(headers))
+                answer = self._http.request(method, f"{self.url}{path}", headers=self._all(headers))
                 return httpx.Response(answer.status_code, headers=_without_length(answer), content=answer.content)
             except httpx.TransportError as error:
                 self._turn_to_another(patience, error)
@@ -170,7 +171,7 @@ class ResumingClient:
     def _turn_to_another(
         self, patience: _Patience, cause: Exception, after_s: float = 0.0, is_limit: bool = False
     ) -> None:
-        self._url = next(self._urls)
+        self.url = next(self._urls)
         patience.wait(cause, after_s, is_limit)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from workers.grammar.vocabulary import GrammarVocabulary
 
@@ -30,6 +35,16 @@ class ByteTokens:
 
 
 TOKENS = ByteTokens()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer as checkpoints have them, for a router that needs some: its tokens are not those above."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({"</s>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
 
 
 def vocabulary() -> GrammarVocabulary:

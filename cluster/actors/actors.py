@@ -323,6 +323,14 @@ class RouterActor(Actor):
         self._announcing: asyncio.Task[None] | None = None
         super().__init__(router_id, log_config)
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard shows of it: also where the operator's page is, where that is known before it listens."""
+        if not self._config.port:
+            return self._name
+        scheme = "https" if self._config.cert_file else "http"
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        return f"{self._name} {scheme}://{host}:{self._config.port}/admin/ui"
+
     async def status(self) -> Any:
         """The router's RouterStatus."""
         await self.ready()

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         url, _ = client_target(args)
         if args.store or args.config or args.ray_address:
             config = config_from(args)
-            found += asyncio.run(look_at_store(config)) + look_at_ray(config)
+            found += asyncio.run(look_at_store(config))
+        found += look_at_ray(args.ray_address or "")
         found += look_at_router(url, keys["admin"])
         if args.ask and is_well(found):
             found += ask(url, keys["api"])

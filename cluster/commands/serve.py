@@ -107,6 +107,7 @@ def banner(cluster: Cluster, log: Path | None = None) -> str:
         f"Baton serves {config.worker.served_model_name or config.worker.model.rpartition('/')[2]}",
         f"  API            {'  '.join(f'{each}/v1' for each in cluster.urls)}",
         f"  workers        {pools}",
+        f"  operators      {'  '.join(f'{each}/admin/ui' for each in cluster.urls)}",
     ]
     if cluster.session.dashboard_url:
         lines.append(f"  Ray dashboard  {cluster.session.dashboard_url}")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Mapping
@@ -31,12 +32,19 @@ MAX_LOG_BYTES = 256 << 10
 MAX_LOGS = 100
 MAX_STACKS = 32
 STACK_TIMEOUT_S = 10.0
+PAGES = {
+    "status.json": "/admin/status",
+    "roles.json": "/admin/roles",
+    "metrics.txt": "/metrics",
+    "version.json": "/version",
+}
+"""Of a router, by the file that they become."""
 SECRETS = frozenset(("api_keys", "admin_keys"))
 
 
 def collect(config: ClusterConfig, url: str, admin_key: str) -> dict[str, bytes]:
     """Files by name. What cannot be had says why in its place."""
-    findings: list[Finding] = look_at_host() + asyncio.run(look_at_store(config)) + look_at_ray(config)
+    findings: list[Finding] = look_at_host() + asyncio.run(look_at_store(config)) + look_at_ray(config.ray.address)
     findings += look_at_router(url, admin_key)
     parts = {
         "doctor.txt": "\n".join(map(str, findings)).encode(),
@@ -46,7 +54,7 @@ def collect(config: ClusterConfig, url: str, admin_key: str) -> dict[str, bytes]
     with httpx.Client(
         base_url=url, timeout=LOOK_TIMEOUT_S, headers=headers, trust_env=False, verify=authorities(url)
     ) as client:
-        for name, path in (("status.json", "/admin/status"), ("metrics.txt", "/metrics"), ("version.json", "/version")):
+        for name, path in PAGES.items():
             try:
                 parts[name] = client.get(path).content
             except httpx.HTTPError as error:
@@ -102,7 +110,8 @@ def _logs() -> dict[str, bytes]:
 
 def _stacks() -> dict[str, bytes]:
     """By py-spy, which Ray brings along, of processes that are Baton's; it may need ptrace's permission."""
-    spy = shutil.which("py-spy")
+    # Beside the interpreter: an environment need not be on the path.
+    spy = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if spy is None:
         return {"stacks/none.txt": b"there is no py-spy"}
     members = [process for each in clusters() for process in processes.family(each.folder)]

@@ -99,17 +99,20 @@ async def look_at_store(config: ClusterConfig) -> list[Finding]:
     ]
 
 
-def look_at_ray(config: ClusterConfig) -> list[Finding]:
-    """Whether its head listens, where one is named."""
-    if config.ray.address in ("", "auto"):
-        return []
+def look_at_ray(address: str = "") -> list[Finding]:
+    """Whether its head listens: the one that is named (HOST:PORT), or else those of this user's clusters here."""
+    from cluster.ray_session.running import clusters
     from cluster.ray_session.session import check_listens
 
-    try:
-        check_listens(config.ray.address)
-    except BatonError as error:
-        return [warn("Ray", f"{error}; workers serve on, but none that dies is started again")]
-    return [ok("Ray", f"its head listens at {config.ray.address}")]
+    found = []
+    named = [] if address in ("", "auto") else [address]
+    for each in named or [cluster.ray_address for cluster in clusters()]:
+        try:
+            check_listens(each)
+            found.append(ok("Ray", f"its head listens at {each}"))
+        except BatonError as error:
+            found.append(warn("Ray", f"{error}; workers serve on, but none that dies is started again"))
+    return found
 
 
 def look_at_router(url: str, admin_key: str) -> list[Finding]:

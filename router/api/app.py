@@ -57,7 +57,7 @@ def create_app(
     draining = draining or Draining()
     tenancy = tenancy or Tenancy(TenantsConfig(), config.api_keys)
     metrics = Metrics(backend, config.metrics_compat)
-    tenant_metrics = TenantMetrics(metrics.registry, tenancy.config.metric_labels)
+    tenant_metrics = TenantMetrics(metrics.registry, tenancy.config.metric_labels, lambda: tenancy.is_alone)
     callers = Callers(tenancy, tenant_metrics, expected_output_tokens, usage_log)
     turns = Turns(tokenizer, config.turn_memory_bytes)
     services = Services(

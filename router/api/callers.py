@@ -42,6 +42,10 @@ def owner_of(scope: Scope) -> str:
     return caller_of(scope).owner.hex()
 
 
+def may_use(caller: Caller, model: str) -> bool:
+    return not caller.limits.models or model in caller.limits.models
+
+
 class Callers:
     """What the endpoints of one router ask of its tenants. `expected_output_tokens`: of an answer, before it is there."""
 
@@ -58,7 +62,7 @@ class Callers:
         priority that its tenant may not use."""
         caller = caller_of(scope)
         limits = caller.limits
-        if limits.models and job.model not in limits.models:
+        if not may_use(caller, job.model):
             raise rejected(403, "model_not_allowed", f"this key's tenant may not use the model {job.model!r}", "model")
         priority = job.priority
         if priority is None:

@@ -300,6 +300,7 @@ class TokenizeBody(Body):
     tools: _Tools | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: StrictBool | None = None
 

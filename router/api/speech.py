@@ -13,7 +13,7 @@ from router.api.formats.grammars import (
     one_of,
     text_with_calls,
 )
-from router.api.problems import rejected
+from router.api.problems import Rejected, rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat
 from router.api.schema import ChatBody, GenerationBody
 from router.api.structure import Wanted, read_structure
@@ -205,5 +205,9 @@ def require_model(name: str | None, model: ModelInfo | None) -> ModelInfo:
     if model is None:
         raise Refused(Refusal.NO_WORKERS, "no worker has reported a model yet")
     if name is not None and name != model.name:
-        raise rejected(404, "model_not_found", f"the model {name!r:.200} does not exist", "model")
+        raise no_model(name)
     return model
+
+
+def no_model(name: str) -> Rejected:
+    return rejected(404, "model_not_found", f"the model {name!r:.200} does not exist", "model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 OTHER = "other"
 
@@ -10,7 +12,13 @@ OTHER = "other"
 class TenantMetrics:
     """The first `max_labels` tenants have a label each; clients do not make up names of tenants, but operators make many."""
 
-    def __init__(self, registry: CollectorRegistry, max_labels: int) -> None:
+    def __init__(self, registry: CollectorRegistry, max_labels: int, is_alone: Callable[[], bool]) -> None:
+        alone = Gauge(
+            "baton_tenant_allowances_alone",
+            "1 while the common store does not answer, and this router grants tenants' allowances by itself",
+            registry=registry,
+        )
+        alone.set_function(is_alone)
         self._max_labels = max_labels
         self._named: set[str] = set()
         self._requests = Counter(

@@ -79,7 +79,12 @@ def _tokenize(services: Services, info: ModelInfo | None, raw: bytes) -> dict[st
     if body.messages is not None:
         kwargs = body.chat_template_kwargs or {}
         tools = use.tools if (use := read_tools(body.tools, None, None)) else None
-        chat = render_chat(body.messages, tokenizer, body.add_generation_prompt is not False, kwargs, tools)
+        goes_on = bool(body.continue_final_message)
+        if goes_on and body.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
+            )
+        chat = render_chat(body.messages, tokenizer, body.add_generation_prompt is not False, kwargs, tools, goes_on)
         _check_characters(chat.text, "messages")
         tokens = encode_chat(chat, tokenizer, bool(body.add_special_tokens), services.config.allow_control_tokens)
     else:

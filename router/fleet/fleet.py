@@ -70,6 +70,15 @@ class Fleet:
     def can_decode(self) -> bool:
         return self.table.num_decoding > 0
 
+    def set_backlog(self, backlog: Backlog) -> None:
+        """So much may wait at each worker from now on."""
+        if backlog == self._backlog:
+            return
+        self._backlog = backlog
+        for entry in self:
+            entry.backlog = backlog
+            entry.show_load()
+
     def set_members(self, addresses: Iterable[WorkerAddress]) -> list[WorkerEntry]:
         """Takes over a membership. Returns the workers that have moved or restarted: their streams lead nowhere.
 

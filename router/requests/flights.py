@@ -12,7 +12,7 @@ from itertools import islice
 from router.config import RouterConfig
 from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
-from router.fleet.worker_entry import WorkerEntry
+from router.fleet.worker_entry import Backlog, WorkerEntry
 from router.forecast.pace import Pace
 from router.job_part import JobPart
 from router.policies.policy import Route
@@ -25,6 +25,7 @@ from router.requests.in_flight import TREATMENTS, InFlightRequest, MigrationAtte
 from router.requests.journal import NUM_OLDEST, Journal, Way, by_age, is_called
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
+from router.requests.sharers import Sharers
 from router.wishes import Wishes
 from workers.deadlines import Deadlines
 from workers.errors import Refusal
@@ -54,6 +55,7 @@ class InFlightRequests:
         self._attempts: dict[str, InFlightRequest] = {}
         self._arrivals = Arrivals(config, fleet, dispatcher)
         self._queue = FairQueue(config.max_queue)
+        self._sharers = Sharers()
         self._deadlines: Deadlines[str] = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
@@ -122,6 +124,8 @@ class InFlightRequests:
             return
         self._counters["requests"] += 1
         self._num_arrived += 1
+        self._sharers.note(wishes.tenant, now)
+        self._share(now)
         self._arrivals.hash(flight)
         self._flights[request.request_id] = flight
         self._deadlines.add(request.request_id, self._dispatcher.ends_s(flight))
@@ -132,6 +136,12 @@ class InFlightRequests:
             return
         self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
+
+    def _share(self, now: float) -> None:
+        """What waits at a worker is computed before whatever comes, so among tenants it is little."""
+        most, num_requests = self._config.prefill_backlog_tokens, self._config.worker_backlog
+        tokens = min(most, self._config.tenants.backlog_tokens) if self._sharers.are_several(now) else most
+        self._fleet.set_backlog(Backlog(num_requests, tokens))
 
     def _take_up(self, flight: InFlightRequest, place: WorkerEntry, now: float) -> None:
         """It runs there already, or has ended there."""
@@ -379,6 +389,7 @@ class InFlightRequests:
 
     def check_time(self, now: float) -> None:
         """Fails requests that live too long, and those for which no worker has come back in time."""
+        self._share(now)
         self.migrations.check_time(now)
         self._leftovers.forget()
         for request_id in self._deadlines.past(now):

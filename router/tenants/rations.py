@@ -162,10 +162,8 @@ class Rations:
                 state.buckets[name].wanted += costs[name]
             if places is not None and lacks_place:
                 places.wanted += 1
-            elif (
-                places is not None and places.used >= places.most
-            ):  # the place that is free for it is not given back meanwhile
-                places.most, places.most_until_s = places.used + 1, now + RELEASE_S
+            elif places is not None:  # the place that is free for it is not given back meanwhile
+                places.most, places.most_until_s = max(places.most, places.held), now + RELEASE_S
         limit = places.limit if kind is Kind.CONCURRENT and places is not None else state.buckets[kind].limit
         return Shortage(kind, limit, costs.get(kind, 1), waits_s[kind])
 

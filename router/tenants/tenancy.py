@@ -24,6 +24,8 @@ CYCLE_S = 0.5
 NO_LIMITS = TenantLimits()
 ASK_TIMEOUT_S = 1.0
 """A common store that takes longer is done without."""
+ALONE_S = 5.0
+"""It is asked again after so long: requests do not wait for it each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,9 @@ class Tenancy:
         self._rations = Rations(router_id, config.slice_s, config.slice_share)
         self._alone = Buckets()
         """In place of the common ones where there are none, or while they do not answer."""
-        self._is_cut_off = False
+        self.is_alone = False
+        """The common store did not answer when it was last asked: this router grants allowances by itself."""
+        self._ask_again_s = 0.0
         self._round: asyncio.Future[None] | None = None
         """Ends with the next call for what is wanted now."""
         self._is_asked = asyncio.Event()
@@ -169,18 +173,20 @@ class Tenancy:
         asks = self._rations.asks(self._clock())
         if not asks:
             return
-        if self.desk is not None:
+        if self.desk is not None and (not self.is_alone or self._clock() >= self._ask_again_s):
             try:
                 async with asyncio.timeout(ASK_TIMEOUT_S):
                     given = await self.desk.ask(asks)
                 self._rations.given(asks, given, self._clock())
-                self._is_cut_off = False
+                if self.is_alone:
+                    log.warning("the store answers again: tenants' allowances are common to all routers")
+                self.is_alone = False
                 return
             except (BatonError, TimeoutError) as error:
-                if not self._is_cut_off:
+                if not self.is_alone:
                     log.warning(
                         "the store does not answer (%s): this router grants tenants' allowances by itself", error
                     )
-                self._is_cut_off = True
+                self.is_alone, self._ask_again_s = True, self._clock() + ALONE_S
         now = self._clock()
         self._rations.given(asks, self._alone.ask(asks, now), now)

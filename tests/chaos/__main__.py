@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 from chaos.faults import Kind
 from chaos.report import report, summary
-from chaos.run import ChaosRun, Result
+from chaos.routers import RouterRun
+from chaos.run import Result
 from chaos.scenarios import SHARES, Scenario, full
 
 
-async def run(scenarios: Sequence[Scenario]) -> list[Result]:
+async def run(scenarios: Sequence[Scenario | RouterRun]) -> list[Result]:
     results = []
     for one in scenarios:
-        chaos = ChaosRun(one.shape, one.requests, one.plan, one.golden, one.concurrency)
-        result = await chaos.run(one.name)
+        result = await one.run()
         print(summary(result), flush=True)
         results.append(result)
     return results

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from builders import FakeModel
 
@@ -154,7 +154,7 @@ class Child:
                 "pools": sorted(mapped_pools()),
                 "tasks": [place(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()],
             }
-            left["tasks"] = [name for name in left["tasks"] if "main" not in name]
+            left["tasks"] = [name for name in left["tasks"] if "serve_orders" not in name]
             if not any(left.values()) or time.monotonic() > deadline:
                 return {"left": {k: v for k, v in left.items() if v}}
             await asyncio.sleep(0.05)
@@ -169,7 +169,14 @@ def place(task: asyncio.Task[Any]) -> str:
     return " > ".join(names)
 
 
-async def main() -> None:
+class Obedient(Protocol):
+    async def start(self) -> dict[str, Any]: ...
+
+    async def handle(self, order: dict[str, Any]) -> dict[str, Any]: ...
+
+
+async def serve_orders(make: Callable[[Callable[[dict[str, Any]], None]], Obedient]) -> None:
+    """Until it is told to stop, or nobody is there any more. `make(say)`: what obeys."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(1 << 20)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -178,7 +185,7 @@ async def main() -> None:
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
-    child = Child(json.loads(sys.argv[1]), say)
+    child = make(say)
     say(await child.start())
     while line := await reader.readline():
         order = json.loads(line)
@@ -194,4 +201,4 @@ if __name__ == "__main__":
     logging.getLogger("grpc._common").setLevel(
         logging.CRITICAL
     )  # it shows each message that cannot be read, with a traceback
-    asyncio.run(main())
+    asyncio.run(serve_orders(lambda say: Child(json.loads(sys.argv[1]), say)))

@@ -33,6 +33,8 @@ class Step(StrEnum):
 ROUTER_STEPS = (Step.SUBMIT, Step.MOVE, Step.FIRST_TOKEN, Step.MIDDLE_TOKEN, Step.LAST_TOKEN)
 """Seen on the stream between router and decode worker; the others are seen on the stream between two workers."""
 HANDOFF_STEPS = tuple(step for step in Step if step not in ROUTER_STEPS)
+CLIENT_STEPS = (Step.SUBMIT, Step.FIRST_TOKEN, Step.MIDDLE_TOKEN, Step.LAST_TOKEN)
+"""Seen by clients."""
 PIECE_STEPS = (Step.FIRST_PIECE, Step.MIDDLE_PIECE, Step.LAST_PIECE)
 
 
@@ -75,6 +77,8 @@ class Kind(StrEnum):
     """The transport neither delivers a piece nor says so, until its own bound."""
     DATA_UNREACHABLE = "data_unreachable"
     """The receiver cannot connect over this transport."""
+    KILL_ROUTER = "kill_router"
+    """The router that the client talks to, where there are several."""
 
 
 MESSAGE_KINDS = (Kind.DROP, Kind.DELAY, Kind.DUPLICATE, Kind.OVERTAKE)
@@ -83,6 +87,8 @@ DATA_KINDS = tuple(kind for kind in Kind if kind.startswith("data_"))
 PREFILL_KINDS = (Kind.KILL_PREFILL, Kind.STOP_PREFILL, Kind.ZOMBIE_PREFILL, Kind.SWITCH_PREFILL)
 DECODE_KINDS = (Kind.KILL_DECODE, Kind.STOP_DECODE, Kind.ZOMBIE_DECODE, Kind.SWITCH_DECODE)
 PROCESS_KINDS = (*PREFILL_KINDS, *DECODE_KINDS)
+WORKER_KINDS = tuple(kind for kind in Kind if kind is not Kind.KILL_ROUTER)
+"""What strikes where there is one router."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,8 @@ def combinations() -> Iterator[tuple[Kind, Step]]:
                 continue  # a prefill worker has no part in these
             if kind in DATA_KINDS and step not in PIECE_STEPS:
                 continue
+            if kind is Kind.KILL_ROUTER and step not in CLIENT_STEPS:
+                continue
             if kind is Kind.DATA_UNREACHABLE and step is not Step.FIRST_PIECE:
                 continue  # connecting happens once
             yield kind, step
@@ -121,7 +129,7 @@ def is_gentle(kind: Kind, step: Step) -> bool:
 
 
 def draw_plan(
-    seed: int, transport: str, num_requests: int, kinds: Sequence[Kind] = tuple(Kind), is_move: bool = False
+    seed: int, transport: str, num_requests: int, kinds: Sequence[Kind] = WORKER_KINDS, is_move: bool = False
 ) -> list[Fault | None]:
     """A fault for each request, or None for about every tenth: each combination once, in random order, then again.
 

@@ -28,6 +28,8 @@ class Recovery(StrEnum):
     """How a request came to its end, the farthest-reaching first."""
 
     LEFT = "left"
+    RESUMED = "resumed"
+    """Its router was killed, and its client went on at another."""
     REPLAYED = "replayed"
     MOVED = "moved"
     """A running request went on at another decode worker, or was asked to."""

@@ -10,9 +10,11 @@ from typing import Any
 from builders import run_alone
 
 from chaos.arena import Shape
-from chaos.faults import PROCESS_KINDS, Fault, Kind, draw_plan
+from chaos.faults import PROCESS_KINDS, WORKER_KINDS, Fault, Kind, draw_plan
 from chaos.processes import ROOT
-from chaos.run import draw_requests
+from chaos.routers import KINDS, RouterRun, draw_router_plan
+from chaos.routers import draw_requests as routers_requests
+from chaos.run import ChaosRun, Result, draw_requests
 from workers.config import WorkerConfig
 from workers.request import Request
 
@@ -40,6 +42,10 @@ class Scenario:
     plan: list[Fault | None]
     golden: Golden
     concurrency: int
+
+    async def run(self) -> Result:
+        chaos = ChaosRun(self.shape, self.requests, self.plan, self.golden, self.concurrency)
+        return await chaos.run(self.name)
 
 
 def golden_fake(request: Request) -> tuple[list[int], str]:
@@ -76,7 +82,12 @@ def chain(transport: str) -> tuple[str, ...]:
 
 
 def prompts(
-    seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 24, num_each: int = 3
+    seed: int,
+    transport: str,
+    count: int,
+    kinds: Sequence[Kind] = WORKER_KINDS,
+    concurrency: int = 24,
+    num_each: int = 3,
 ) -> Scenario:
     """Faults at every step of prompts' handoffs and of the streams to the router; `num_each` workers of each role."""
     # In one process with its peer no worker can be stopped or killed alone; the pair goes together.
@@ -86,7 +97,9 @@ def prompts(
     return Scenario(transport, shape, requests, draw_plan(seed, transport, count, kinds), golden_fake, concurrency)
 
 
-def moves(seed: int, transport: str, count: int, kinds: Sequence[Kind] = tuple(Kind), concurrency: int = 8) -> Scenario:
+def moves(
+    seed: int, transport: str, count: int, kinds: Sequence[Kind] = WORKER_KINDS, concurrency: int = 8
+) -> Scenario:
     """Faults at every step of running requests' migrations."""
     name = f"move-{transport}"
     shape = Shape(2, 3, {**FAKE, "transports": chain(transport)}, num_blocks=192)
@@ -101,13 +114,19 @@ def memory(seed: int, count: int) -> Scenario:
     return Scenario(name, shape, draw_requests(seed, name, count), [None] * count, golden_fake, 8)
 
 
-def real(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind)) -> Scenario:
+def real(seed: int, count: int, kinds: Sequence[Kind] = WORKER_KINDS) -> Scenario:
     """The shipped model instead of the fake one; all workers survive (they take long to start), nothing else does."""
     name = "model"
     shape = Shape(2, 2, {**REAL, "transports": ("shm", "tcp", "grpc")})
     gentle = [kind for kind in kinds if kind not in PROCESS_KINDS] + [Kind.STOP_DECODE, Kind.SWITCH_PREFILL]
     requests = draw_requests(seed, name, count, lengths=(8, 24, 60))
     return Scenario(name, shape, requests, draw_plan(seed, "shm", count, gentle), golden_real(), 8)
+
+
+def routers(seed: int, count: int, kinds: Sequence[Kind] = KINDS) -> RouterRun:
+    """Routers are killed under clients that resume, beside workers."""
+    plan = draw_router_plan(seed, count, tuple(kinds))
+    return RouterRun({**FAKE, "transports": ("grpc",)}, routers_requests(seed, count), plan, golden_fake, 12)
 
 
 SHARES = {
@@ -120,23 +139,27 @@ SHARES = {
     "move-tcp": 8,
     "memory": 2,
     "model": 4,
+    "routers": 6,
 }
 """Percent of the requests."""
 
 
-def full(seed: int, num_requests: int, names: Sequence[str], kinds: Sequence[Kind]) -> list[Scenario]:
+def full(seed: int, num_requests: int, names: Sequence[str], kinds: Sequence[Kind]) -> list[Scenario | RouterRun]:
     """The named arenas; together they have `num_requests` requests, in the proportions of SHARES."""
     total = sum(SHARES[name] for name in names)
     counts = {name: num_requests * SHARES[name] // total for name in names}
     counts[names[0]] += num_requests - sum(counts.values())
-    made: list[Scenario] = []
+    made: list[Scenario | RouterRun] = []
+    of_workers = [kind for kind in kinds if kind in WORKER_KINDS]
     for name, count in counts.items():
         if name == "memory":
             made.append(memory(seed, count))
         elif name == "model":
-            made.append(real(seed, count, kinds))
+            made.append(real(seed, count, of_workers))
+        elif name == "routers":
+            made.append(routers(seed, count, kinds))
         elif name.startswith("move-"):
-            made.append(moves(seed, name.removeprefix("move-"), count, kinds))
+            made.append(moves(seed, name.removeprefix("move-"), count, of_workers))
         else:
-            made.append(prompts(seed, name, count, kinds))
+            made.append(prompts(seed, name, count, of_workers))
     return made

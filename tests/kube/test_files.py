@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
 import re
 import subprocess
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import promql_parser
 import pytest
 import yaml
 from chart_queries import panels, rules
 from chart_readme import text as readme_text
 from chart_render import CHART, ROOT, render
+from kube_tools import compose_schema
 
 from cluster.cli import make_parser
 from cluster.commands.flags import config_from
@@ -98,6 +101,19 @@ def test_the_dockerfile_is_clean_and_names_what_is_there() -> None:
         pytest.skip("hadolint's package is for Linux on x86-64 only")
     done = subprocess.run([Path(sys.executable).parent / "hadolint", DOCKERFILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_is_one_by_the_specification() -> None:
+    """Of 2021, which knew no `name`."""
+    schema = compose_schema()
+    if schema is None:
+        pytest.skip("Debian's package of Docker Compose is not to be had")
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    assert compose.pop("name") == "baton"
+    validator = jsonschema.Draft201909Validator(json.loads(schema.read_text()))
+    assert [error.message for error in validator.iter_errors(compose)] == []
+    compose["services"]["router"]["restrat"] = "always"
+    assert not validator.is_valid(compose)
 
 
 def test_the_compose_file_holds_a_cluster_that_baton_takes(tmp_path: Any) -> None:

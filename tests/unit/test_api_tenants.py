@@ -157,6 +157,11 @@ def test_keys_that_ended_models_and_priorities_are_told_apart() -> None:
             assert (response.status_code, error["code"]) == (401, code) and what in error["message"]
         denied = ask(api, "small")
         assert (denied.status_code, denied.json()["error"]["code"]) == (403, "model_not_allowed")
+        for name, count in (("small", 0), ("polite", 1)):
+            headers = {"authorization": f"Bearer {name}"}
+            assert len(api.http.get("/v1/models", headers=headers).json()["data"]) == count
+            card = api.http.get(f"/v1/models/{MODEL.name}", headers=headers)
+            assert card.status_code == (200 if count else 404)
         assert ask(api, "polite", priority=11).json()["error"]["param"] == "priority"
         for asked, given in ((None, 0), (10, 10), (0, 0)):
             assert ask(api, "polite", priority=asked).status_code == 200

@@ -255,9 +255,13 @@ def test_an_answer_goes_on_from_the_last_message(api: Api) -> None:
             model="ernie-tiny", messages=messages, extra_body=body, stream=stream
         )
         assert (joined(answer)[0]["content"] if stream else answer.choices[0].message.content) == "It is rainy."
+    told = {"messages": messages, "continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False}}
+    tokens = api.http.post("/tokenize", json=told).json()["tokens"]
+    assert tokens == list(api.backend.requests[-1].prompt_token_ids)
     for wrong in ({"messages": ASK}, {"messages": messages, "add_generation_prompt": True}):
-        response = api.http.post("/v1/chat/completions", json={"continue_final_message": True, **wrong})
-        assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
+        for path in ("/v1/chat/completions", "/tokenize"):
+            response = api.http.post(path, json={"continue_final_message": True, **wrong})
+            assert response.status_code == 400 and error_of(response)["param"] == "continue_final_message"
 
 
 def test_max_tokens_beyond_the_room_are_cut_where_that_is_asked_for(api: Api) -> None:

@@ -123,7 +123,7 @@ async def test_pages_are_bounded_and_end_with_the_router(backend: FakeBackend) -
     config, draining = ApiConfig(), Draining()
     tokenizer = Tokenizer.load(MODEL)
     metrics = Metrics(backend)
-    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0), 256)
+    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0, lambda: False), 256)
     services = Services(
         backend, tokenizer, config, metrics, OpenBodies(config), GrammarChecks(tokenizer), Turns(tokenizer, 0), callers
     )

@@ -85,7 +85,7 @@ def test_the_doctor_asks_a_router_as_helm_test_does(capsys: pytest.CaptureFixtur
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
         everything = b"".join(packed.extractfile(name).read() for name in packed.getnames())  # type: ignore[union-attr]
-    assert {"doctor.txt", "status.json", "metrics.txt", "settings.json"} <= names
+    assert {"doctor.txt", "status.json", "roles.json", "metrics.txt", "settings.json"} <= names
     assert b"decode-0" in everything and b"the-admin-key" not in everything and b"the-api-key" not in everything
     assert archive.stat().st_mode & 0o777 == 0o600
 

@@ -32,7 +32,7 @@ def shown_name(metric: Metric) -> str:
 def test_the_table_is_what_a_router_says() -> None:
     backend = FakeBackend(Tokenizer.load(ROOT / "models" / "ernie-4.5-tiny"))
     metrics = Metrics(backend)
-    TenantMetrics(metrics.registry, 1)
+    TenantMetrics(metrics.registry, 1, lambda: False)
     said = {
         shown_name(metric): metric
         for metric in Snapshot(metrics.registry, backend.status(), backend.role_report()).collect()

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tokenizers
+from byte_tokens import write_tokenizer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fake_worker import FakeWorker, golden_text
-from tokenizers import decoders, models, pre_tokenizers
 
 from cluster.settings import build
 from router import https
@@ -34,12 +33,7 @@ from workers.request import SamplingParams
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with a byte-level tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({"</s>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    write_tokenizer(tmp_path)
     return tmp_path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -13,6 +14,7 @@ from cluster.sim.settings import Settings
 from cluster.sim.simulation import simulate
 from router.events import Reject, RequestArrived
 from router.requests.fair_queue import MAX_SAVED, QUANTUM_TOKENS, FairQueue
+from router.requests.sharers import ASKS_S
 from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.wire.attach import Cancel
@@ -99,6 +101,33 @@ def test_a_full_queue_has_room_for_the_others() -> None:
         assert not any(isinstance(c, Reject) for c in alone.tell(RequestArrived(request(f"r{number}"))))
 
 
+def test_less_waits_at_workers_while_several_tenants_ask() -> None:
+    """Of prompts with 100 tokens each; what waits at a worker is computed before whatever comes."""
+    story = Story(*MIXED, max_running=1000, prefill_backlog_tokens=10_000, worker_stale_s=100.0)
+
+    def ask(tenant: str, count: int) -> int:
+        """How many of so many requests are sent at once."""
+        before = len(submits(story.commands))
+        for _ in range(count):
+            number = next(numbers)
+            prompt = tuple(range(number, number + 100))
+            story.tell(RequestArrived(request(f"r{number}", prompt), Wishes(tenant=tenant)))
+        return len(submits(story.commands)) - before
+
+    numbers = itertools.count(1)
+    assert ask("hog", 60) == 60
+    assert ask("guest", 1) == 0, "twice 3,000 tokens wait there"
+    alone = Story(*MIXED, max_running=1000, prefill_backlog_tokens=10_000, worker_stale_s=100.0)
+    alone.tell(RequestArrived(request("first"), Wishes(tenant="guest")))
+    story = alone
+    assert 2 * 1024 // 100 <= ask("hog", 60) <= 2 * 1024 // 100 + 2
+    sent = len(submits(story.commands))
+    story.ticks(ASKS_S - 1)
+    assert len(submits(story.commands)) == sent
+    story.ticks(2.0)
+    assert len(submits(story.commands)) == 61, "the guest has asked for nothing for a while"
+
+
 # ---- deadlines ----
 
 
@@ -134,7 +163,7 @@ def arrivals(tenant: str, mean_s: float, prompt: int, until_s: float, first_text
 def served(trace: list[TraceRequest]) -> dict[str, list[RequestRecord]]:
     """By tenant, two prefill and two decode workers."""
     trace = sorted(trace, key=lambda asked: asked.at_s)
-    room = {"max_queue": 256, "prefill_backlog_tokens": 1024, "worker_backlog": 1, "max_local_prefill_tokens": 0}
+    room = {"max_queue": 256, "max_local_prefill_tokens": 0}
     run = simulate(Settings(num_prefill=2, num_decode=2, router=room, worker={"max_num_seqs": 64}), trace)
     found: dict[str, list[RequestRecord]] = {"guest": [], "hog": []}
     for record in run.requests:

@@ -191,6 +191,26 @@ class StoreDesk:
         raise AssertionError
 
 
+def test_the_place_of_a_request_that_waits_for_the_next_call_is_not_given_back_with_it() -> None:
+    buckets, rations = Buckets(), Rations("r", 1.0, 0.05)
+    limits, many = TenantLimits(requests_per_min=600, max_concurrent=50), COSTS | {Kind.REQUESTS: 100.0}
+
+    def call(now: float) -> None:
+        asks = rations.asks(now)
+        rations.given(asks, buckets.ask(asks, now), now)
+
+    first = rations.admit("acme", limits, COSTS, 0.0)
+    assert first is not None and first.wait_s == 0
+    call(0.0)
+    assert rations.admit("acme", limits, COSTS, 0.0, is_last=True) is None
+    call(0.5)
+    rations.end("acme", limits, {}, 0.6)
+    short = rations.admit("acme", limits, many, 1.4)
+    assert short is not None and (short.kind, short.wait_s) == (Kind.REQUESTS, 0)
+    call(1.55)
+    assert rations.admit("acme", limits, many, 1.55, is_last=True) is None
+
+
 async def test_four_routers_on_a_real_redis_hold_a_limit_and_go_on_without_it(redis_server: RedisServer) -> None:
     store = RedisStore(redis_server.url, uuid.uuid4().hex)
     desk = StoreDesk(store)

@@ -7,7 +7,7 @@
 {{- end }}
 
 {{- define "baton.image" -}}
-{{- printf "%s:%s" .Values.image.repository (include "baton.tag" .) -}}
+{{- if .Values.image.digest }}{{ .Values.image.repository }}@{{ .Values.image.digest }}{{ else }}{{ .Values.image.repository }}:{{ include "baton.tag" . }}{{ end -}}
 {{- end }}
 
 {{- define "baton.selector" -}}
