@@ -301,9 +301,11 @@ async def watched(workers: Mapping[str, Any], progress: StepPrinter) -> AsyncIte
             await asyncio.sleep(LOOK_EVERY_S)
             coming: dict[str, LoadProgress] = {}
             asking = [asyncio.ensure_future(ask(name, actor, coming)) for name, actor in workers.items()]
-            _, late = await asyncio.wait(asking, timeout=LOOK_EVERY_S)
-            for each in late:
-                each.cancel()
+            try:
+                await asyncio.wait(asking, timeout=LOOK_EVERY_S)
+            finally:
+                for each in asking:
+                    each.cancel()
             if coming:
                 progress.note(loading_text(coming))
 
@@ -312,6 +314,7 @@ async def watched(workers: Mapping[str, Any], progress: StepPrinter) -> AsyncIte
         yield
     finally:
         watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _ready(name: str, actor: Any) -> None:
