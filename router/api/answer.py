@@ -225,7 +225,7 @@ class Answer(Response):
                 await self._send_whole(generation, progress, scope, receive, send)
         except (asyncio.CancelledError, ClientDisconnect):
             # What runs in the background has its own reader, or goes on at its worker.
-            if self._asked.key and not self._asked.is_background and not generation.has_ended:
+            if self._asked.goes_on and not self._asked.is_background and not generation.has_ended:
                 self._left = generation
             raise
         finally:

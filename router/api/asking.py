@@ -79,11 +79,13 @@ class Inquiry:
     """The ticket, as workers keep it."""
     key: str = ""
     is_background: bool = False
+    is_followed: bool = False
+    """It was asked for by its id: whoever did may do so again, and may be its only reader by now."""
 
     @property
     def goes_on(self) -> bool:
         """It runs on when its client has gone."""
-        return bool(self.key) or self.is_background
+        return bool(self.key) or self.is_background or self.is_followed
 
     def is_there(self, found: FoundJob | None) -> bool:
         """Nothing of it has to be computed again."""
@@ -144,10 +146,11 @@ async def read_ticket(
     services: Services, kind: AnswerKind, ticket: Ticket, scope: Scope, is_stream: bool | None = None
 ) -> Inquiry:
     """What somebody has asked for before. `is_stream`: how it is to be answered now."""
-    return await read_body(
+    asked = await read_body(
         services, kind, ticket.body, ticket.owner, ticket.naming, scope, earlier=ticket.earlier, is_stream=is_stream,
         prompt=ticket.prompt,
     )  # fmt: skip
+    return replace(asked, is_followed=True)
 
 
 async def read_body(

@@ -12,12 +12,12 @@ import hashlib
 import secrets
 import threading
 from array import array
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from workers.kv_cache.block_hash import PromptTokens
 from workers.request import FinishReason, Output
+from workers.shares import Shares
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -30,16 +30,17 @@ _TRIED = 4
 
 
 class Turns:
-    """What one router remembers, the oldest forgotten first. Used by several threads. Texts are kept as keyed hashes, under the key of
-    the client that had them, and the salt of its request."""
+    """What one router remembers. Where it is too much, the oldest of the client that has most are forgotten. Used by several threads.
+    Texts are kept as keyed hashes, under the key of the client that had them, and the salt of its request."""
 
     def __init__(self, tokenizer: Tokenizer, max_bytes: int) -> None:
         """`max_bytes` of tokens, 4 bytes each; 0: nothing is remembered."""
         self._tokenizer = tokenizer
         self._max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
-        self._turns: OrderedDict[bytes, bytes] = OrderedDict()
-        self._num_bytes = 0
+        self._turns: dict[bytes, bytes] = {}
+        self._counts: Shares[bytes, bytes] = Shares(MAX_TURNS)
+        self._bytes: Shares[bytes, bytes] = Shares(max_bytes)
         self._lock = threading.Lock()
 
     def splice(self, job: Job, owner: bytes, info: ModelInfo) -> Job:
@@ -48,11 +49,11 @@ class Turns:
         rendered = job.prompts[0].rendered
         if not self._max_bytes or not rendered:
             return job
-        owner += hashlib.sha256(job.cache_salt.encode()).digest()
-        job = replace(job, turn=Turn(self, self._hash(owner, rendered)))
+        secret = owner + hashlib.sha256(job.cache_salt.encode()).digest()
+        job = replace(job, turn=Turn(self, owner, self._hash(secret, rendered)))
         prompt = job.prompts[0]
         for end in prompt.turn_ends[: -_TRIED - 1 : -1]:
-            remembered = self._find(self._hash(owner, rendered[:end]).digest())
+            remembered = self._find(self._hash(secret, rendered[:end]).digest(), owner)
             if remembered is None:
                 continue
             head = tuple(self._tokenizer.encode(rendered[:end], False))
@@ -64,15 +65,16 @@ class Turns:
             return with_prompt(job, token_ids)
         return job
 
-    def put(self, digest: bytes, token_ids: bytes) -> None:
+    def put(self, digest: bytes, owner: bytes, token_ids: bytes) -> None:
         if len(token_ids) > self._max_bytes:
             return
         with self._lock:
-            self._num_bytes += len(token_ids) - len(self._turns.pop(digest, b""))
             self._turns[digest] = token_ids
-            while self._num_bytes > self._max_bytes or len(self._turns) > MAX_TURNS:
-                _, oldest = self._turns.popitem(last=False)
-                self._num_bytes -= len(oldest)
+            self._count(digest, owner)
+            for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+                del self._turns[surplus]
+                self._counts.remove(surplus)
+                self._bytes.remove(surplus)
 
     def is_plain(self, output: array[int]) -> bool:
         """Whether the text of these tokens shows all of them."""
@@ -81,12 +83,17 @@ class Turns:
     def without_end(self, output: array[int]) -> array[int]:
         return output[:-1] if output and output[-1] in self._tokenizer.eos_token_ids else output
 
-    def _find(self, digest: bytes) -> array[int] | None:
+    def _count(self, digest: bytes, owner: bytes) -> None:
+        """The newest of its owner from now on."""
+        self._counts.add(digest, owner)
+        self._bytes.add(digest, owner, len(self._turns[digest]))
+
+    def _find(self, digest: bytes, owner: bytes) -> array[int] | None:
         with self._lock:
             packed = self._turns.get(digest)
             if packed is None:
                 return None
-            self._turns.move_to_end(digest)
+            self._count(digest, owner)
         found = array("i")
         found.frombytes(packed)
         return found
@@ -106,6 +113,7 @@ class Turn:
     """Of a conversation whose next turn is generated: where it is to be remembered."""
 
     turns: Turns
+    owner: bytes
     prompt_hash: hashlib.blake2b
 
 
@@ -114,6 +122,7 @@ class TurnRecorder:
 
     def __init__(self, turn: Turn, prompt_token_ids: tuple[int, ...]) -> None:
         self._turns = turn.turns
+        self._owner = turn.owner
         self._hash = turn.prompt_hash.copy()
         self._prompt = prompt_token_ids
         self._output = array("i")
@@ -126,4 +135,4 @@ class TurnRecorder:
         if is_whole:
             said = self._turns.without_end(self._output)
             if said and self._turns.is_plain(said):
-                self._turns.put(self._hash.digest(), (array("i", self._prompt) + said).tobytes())
+                self._turns.put(self._hash.digest(), self._owner, (array("i", self._prompt) + said).tobytes())

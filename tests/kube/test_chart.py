@@ -24,6 +24,8 @@ from cluster.cli import make_parser
 from cluster.commands.flags import config_from
 from cluster.identity.folder import issue, members
 from cluster.ray_session.node import END_S
+from cluster.tenants.file import read_tenants
+from router.tenants.config import TenantLimits
 
 GOLDEN = Path(__file__).parent / "golden"
 CUSTOM = {
@@ -182,6 +184,7 @@ def test_what_pods_refer_to_is_there(case: str) -> None:
         if each["kind"] in ("Secret", "ConfigMap")
     }
     given = {"baton-redis", "baton-redis-tls", "baton-own-secrets", "baton-own-authority", "baton-api-keys"}
+    given |= {"baton-own-tenants"}
     given |= {"baton-authority"} if case == "300b-ep16-multinode" else set()  # cert-manager's
     for name, template in pods(objects):
         volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
@@ -283,6 +286,9 @@ def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tm
         (["redis.enabled=false"], "name your Redis in redis.external.host"),
         (["tls.source=existing"], "name the Secret with the authority in tls.existingSecret"),
         (["ingress.enabled=true"], "ingress.enabled needs ingress.host"),
+        (["tenants.existingSecret=a", "tenants.settings.b.weight=2"], "leave tenants.settings empty"),
+        (["tenants.existingSecret=a", "auth.insecure=true"], "tenants are told apart by their keys"),
+        (["tenants.settings.b=2"], "at '/tenants/settings/b'"),
         (["pools.decode.hostNetwork=true"], "give the nodes' addresses in networkPolicy.nodes"),
         (["mode=raycluster", "poolDefaults.podsPerWorker=2"], "mode raycluster has workers of one pod only"),
         (["poolDefaults.strategy.maxSurge=0"], "lets no pod go and none come"),
@@ -301,6 +307,27 @@ def test_an_old_kubernetes_is_refused() -> None:
     done = run_helm(4, "template", "baton", str(CHART), "--kube-version", "1.29.0", *values)
     assert "model.source imageVolume needs Kubernetes 1.33" in done.stderr
     assert KUBERNETES > "1.33"
+
+
+def test_the_file_of_tenants_is_read_where_the_routers_look_for_it(tmp_path: Path) -> None:
+    """From values that Helm has read: numbers, times and empty settings are still what they were."""
+    for case in ("21b-h200-2p6d", "external-redis-tls"):
+        objects = rendered(case)
+        ((_, template),) = [each for each in pods(objects) if each[0] == "Deployment/baton-router"]
+        (volume,) = [volume for volume in template["spec"]["volumes"] if volume["name"] == "tenants"]
+        (mount,) = [m for m in template["spec"]["containers"][0]["volumeMounts"] if m["name"] == "tenants"]
+        (config,) = [each["data"] for each in objects if each["metadata"]["name"] == "baton" and "data" in each]
+        asked = yaml.safe_load(config["baton.yaml"])["router"]["tenants"]["file"]
+        assert asked == f"{mount['mountPath']}/{volume['secret']['items'][0]['path']}"
+        assert "tenants" not in {v["name"] for n, t in pods(objects) if "router" not in n for v in t["spec"]["volumes"]}
+    (secret,) = [each for each in rendered("21b-h200-2p6d") if each["metadata"]["name"] == "baton-tenants"]
+    (tmp_path / "tenants.yaml").write_bytes(base64.b64decode(secret["data"]["tenants.yaml"]))
+    read = read_tenants(tmp_path / "tenants.yaml", 10)
+    assert read.tenants == {
+        "acme": TenantLimits(weight=2, input_tokens_per_min=2_000_000),
+        "trial": TenantLimits(requests_per_min=20),
+    }
+    assert [(key.tenant, key.expires_s) for key in read.keys] == [("acme", 1_814_313_600.0)]
 
 
 def test_the_authority_that_helm_makes_signs_for_baton(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class KeepingBackend(FakeBackend):
         """Everything waits at this router for a worker: no worker has any of it."""
         self.hang = Hang()
         """Released when a job is ended."""
+        self.pause: Hang | None = None
+        """What is taken up waits for it behind its first token."""
 
     def submit(self, request: Request, wishes: Wishes = NO_WISHES, part: JobPart = NO_JOB) -> FakeStream:
         self.parts.append(part)
@@ -40,7 +42,11 @@ class KeepingBackend(FakeBackend):
             return stream
         self.requests.append(request)
         self.wishes.append(wishes)
-        return FakeStream(self, request, [*self._regrouped(self.said[part.name], request.request_id)])
+        said = self.said[part.name]
+        if self.pause is None:
+            return FakeStream(self, request, [*self._regrouped(said, request.request_id)])
+        first, rest = (self._regrouped(some, request.request_id) for some in (said[:1], said[1:]))
+        return FakeStream(self, request, [*first, self.pause, *rest])
 
     def _regrouped(self, outputs: list[Output], request_id: str) -> list[Output]:
         groups: list[list[Output]] = [[]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_backend import CHECKPOINT, error_of, serve
+from fake_backend import CHECKPOINT, Hang, error_of, serve
 from keeping_backend import KeepingBackend
 from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
 
@@ -195,6 +195,27 @@ def test_a_request_that_waits_for_a_worker_is_queued(two: Any) -> None:
     backend.is_waiting = True
     state = second.get("/v1/requests/k").json()
     assert (state["status"], state["choices"]) == ("queued", [])
+
+
+@pytest.mark.parametrize("path", ["/v1/requests/{}/stream", "/v1/responses/{}?stream=true"])
+def test_what_a_follower_leaves_goes_on_for_a_while(two: Any, path: str) -> None:
+    """It may be the only reader: the router that the request was sent to may be gone."""
+    backend, first, second = two
+    answer = first.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 5}).json()
+    backend.pause = Hang()
+    before = num_gone(second)
+    with second.stream("GET", path.format(answer["id"])) as stream:
+        next(stream.iter_lines())
+    while num_gone(second) == before:
+        pass
+    assert not backend.cancelled and backend.parts[-1].lets_go
+    backend.pause.release()
+
+
+def num_gone(router: httpx.Client) -> float:
+    """How many clients this router has seen leave."""
+    lines = [line for line in router.get("/metrics").text.splitlines() if line.startswith("baton_requests_total{")]
+    return sum(float(line.split()[-1]) for line in lines if 'refusal="client_disconnected"' in line)
 
 
 def test_nobody_reads_what_another_key_has_asked_for(two: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from cluster.llm import LLM, SamplingParams
 from cluster.local_backend import LocalBackend
@@ -124,8 +125,20 @@ async def test_turns_belong_to_a_key_and_an_edited_one_is_not_found() -> None:
 def test_the_memory_of_turns_is_bounded() -> None:
     turns = Turns(Tokenizer.load(MODEL), max_bytes=100)
     for number in range(50):
-        turns.put(bytes([number]) * 24, bytes(40))
-        turns.put(bytes([number]) * 24, bytes(40))
-    assert turns._num_bytes == 80 and list(turns._turns) == [bytes([number]) * 24 for number in (48, 49)]
-    turns.put(b"x", bytes(101))
+        turns.put(bytes([number]) * 24, b"me", bytes(40))
+        turns.put(bytes([number]) * 24, b"me", bytes(40))
+    assert turns._bytes.total == 80 and list(turns._turns) == [bytes([number]) * 24 for number in (48, 49)]
+    turns.put(b"x", b"me", bytes(101))
     assert len(turns._turns) == 2
+
+
+def test_who_has_many_turns_pushes_out_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.load(MODEL)
+    by_bytes = Turns(tokenizer, max_bytes=80)
+    monkeypatch.setattr("router.api.turns.MAX_TURNS", 4)
+    by_count = Turns(tokenizer, max_bytes=10_000)
+    for turns in (by_bytes, by_count):
+        turns.put(b"yours", b"you", bytes(20))
+        for number in range(50):
+            turns.put(bytes([number]), b"me", bytes(20))
+        assert list(turns._turns) == [b"yours", *(bytes([number]) for number in range(47, 50))]

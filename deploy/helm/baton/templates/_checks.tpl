@@ -8,6 +8,8 @@
 {{- end }}
 {{- if and (eq .Values.model.source "imageVolume") (semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version) }}{{ fail "model.source imageVolume needs Kubernetes 1.33 (1.31 with the feature gate ImageVolume)" }}{{ end }}
 {{- if and (eq .Values.tls.source "existing") (not .Values.tls.existingSecret) }}{{ fail "tls.source is existing: name the Secret with the authority in tls.existingSecret" }}{{ end }}
+{{- if and .Values.tenants.existingSecret .Values.tenants.settings }}{{ fail "tenants.existingSecret holds the tenants: leave tenants.settings empty, or the Secret out" }}{{ end }}
+{{- if and .Values.auth.insecure (include "baton.tenantsName" .) }}{{ fail "auth.insecure serves whoever has no key, and tenants are told apart by their keys: set one of the two" }}{{ end }}
 {{- if and (not .Values.redis.enabled) (not .Values.redis.external.host) }}{{ fail "redis.enabled is false: name your Redis in redis.external.host" }}{{ end }}
 {{- if and .Values.redis.external.username (not .Values.redis.external.passwordSecret) }}{{ fail "redis.external.username needs redis.external.passwordSecret" }}{{ end }}
 {{- if and .Values.redis.external.tls.clientCertificate (not .Values.redis.external.tls.secret) }}{{ fail "redis.external.tls.clientCertificate needs redis.external.tls.secret, with tls.crt and tls.key" }}{{ end }}

@@ -30,6 +30,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.auth.existingSecret | default (printf "%s-keys" (include "baton.name" .)) -}}
 {{- end }}
 
+{{/* The Secret with the tenants' file; empty: there are no tenants. */}}
+{{- define "baton.tenantsName" -}}
+{{- if .Values.tenants.existingSecret -}}{{ .Values.tenants.existingSecret }}{{- else if .Values.tenants.settings -}}{{ include "baton.name" . }}-tenants{{- end -}}
+{{- end }}
+
 {{- define "baton.authorityName" -}}
 {{- if eq .Values.tls.source "existing" -}}{{ .Values.tls.existingSecret }}{{- else -}}{{ include "baton.name" . }}-authority{{- end -}}
 {{- end }}
@@ -69,6 +74,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $worker := dict "model" (include "baton.modelRoot" .) }}
 {{- with .Values.model.servedName }}{{- $_ := set $worker "served_model_name" . }}{{- end }}
 {{- $router := dict "model" (include "baton.modelRoot" .) "port" 8000 "shutdown_timeout_s" (int .Values.routers.drainSeconds) }}
+{{- if include "baton.tenantsName" . }}{{- $_ := set $router "tenants" (dict "file" "/tenants/tenants.yaml") }}{{- end }}
 {{- $settings := dict "worker" $worker "router" (mergeOverwrite $router (deepCopy .Values.routers.router)) "store" $store "ray" (dict "token_file" "/secrets/ray-token" "address" (include "baton.rayAddress" .) "metrics_port" 8082) "tls" (dict "cert" "/tls/{name}.crt" "key" "/tls/{name}.key" "ca" "/tls/ca.crt") "start_timeout_s" 600 }}
 {{- toYaml (mergeOverwrite $settings (deepCopy .Values.config)) }}
 {{- end }}
