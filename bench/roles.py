@@ -141,6 +141,8 @@ async def loaded_switch(cluster: ClusterProcess, jobs: list[Job]) -> tuple[float
         async with httpx.AsyncClient(base_url=cluster.url, timeout=300) as client:
             streams = [asyncio.create_task(stream(client, job, gaps)) for job in jobs]
             while running(cluster, "decode-0") < 16 or running(cluster, "decode-1") < 1:
+                if any(each.done() for each in streams):
+                    raise RuntimeError("streams have ended, and decode-0 has never had 16 of them")
                 await asyncio.sleep(0.05)
             num_there = running(cluster, "decode-0")
             if switch:
@@ -224,7 +226,7 @@ def main() -> int:
         "--set",
         "worker.max_num_seqs=32",
     ]
-    long = jobs_of([(200, 700)] * 33, 7)
+    long = jobs_of([(200, 700)] * 40, 7)
     prompts = jobs_of([(rng_prompt, 6) for rng_prompt in (1500, 2200, 3000) * 5], 8)
     answers = jobs_of([(40, 160)] * 20, 9)
     result: dict[str, Any] = {}
