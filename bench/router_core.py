@@ -2,6 +2,7 @@
 
 python bench/router_core.py
 python bench/router_core.py --workers 2 64 --requests 1000 --json
+python bench/router_core.py --metrics
 
 Figures are CPU time of one thread. Half of the workers prefill, half decode, and all hold the beginning of the prompt that arrives.
 """
@@ -20,8 +21,11 @@ from typing import Any
 
 import uvloop
 from machine_facts import machine_facts
+from prometheus_client import Histogram
+from prometheus_client.exposition import generate_latest
 
 from router.api.app import create_app
+from router.api.metrics import Metrics, Snapshot, Tally, write_open_metrics
 from router.api.middleware import Draining
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
@@ -113,6 +117,24 @@ class Fleet:
         driver._core = self.core
         times["status_s"] = [cpu_s(driver.status) for _ in range(3)]
         return {name: statistics.median(values) for name, values in times.items()}
+
+    def measure_metrics(self) -> dict[str, float]:
+        """CPU seconds of a scrape: of the router's thread, and of the one that writes; its bytes and lines."""
+        driver = RouterDriver(RouterConfig(model="unused"), "router-0", Client())
+        driver._core = self.core
+        metrics = Metrics(driver)
+        status = driver.status()
+        found = {"status_s": statistics.median(cpu_s(driver.status) for _ in range(3))}
+        for name, write in (("text", generate_latest), ("open", write_open_metrics)):
+            written = [b""]
+
+            def scrape(write: Callable[[Any], bytes] = write, written: list[bytes] = written) -> None:
+                written[0] = write(Snapshot(metrics.registry, status, driver.role_report()))
+
+            found[f"{name}_s"] = statistics.median(cpu_s(scrape) for _ in range(3))
+            found[f"{name}_bytes"] = len(written[0])
+            found[f"{name}_lines"] = written[0].count(b"\n")
+        return found
 
 
 class Link:
@@ -254,6 +276,43 @@ def wire_s(num_outputs: int) -> tuple[float, float]:
     return parse, statistics.median(cpu_s(lambda: frame_from_pb(message)) for _ in range(500))
 
 
+def observe_s(num: int = 100_000) -> dict[str, float]:
+    """CPU seconds to count one value in a histogram: of each token's and of each request's, without and with an example."""
+    buckets = tuple(0.001 * 2**n for n in range(18))
+    values = [0.0005 * (n % 5000) for n in range(num)]
+    found = {}
+    for name, histogram in (
+        ("token", Tally("a", "a", buckets)),
+        ("request", Histogram("b", "b", buckets=buckets, registry=None)),
+    ):
+        for kind, exemplar in (("plain", None), ("exemplar", {"trace_id": "a" * 32})):
+
+            def observe(histogram: Any = histogram, exemplar: dict[str, str] | None = exemplar) -> None:
+                for value in values:
+                    histogram.observe(value, exemplar)
+
+            found[f"{name}_{kind}"] = cpu_s(observe) / num
+    return found
+
+
+def show_metrics(workers: list[int], as_json: bool) -> None:
+    rows = [{"workers": count} | Fleet(count, 0, 2 << 10).measure_metrics() for count in workers]
+    spent = observe_s()
+    if as_json:
+        print(json.dumps({"machine": machine_facts(), "metrics": rows, "observe_s": spent}))
+        return
+    print("| workers | snapshot, ms | written as text, ms | bytes | lines | as OpenMetrics, ms | bytes |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['workers']} | {row['status_s'] * 1e3:.2f} | {row['text_s'] * 1e3:.1f} | {row['text_bytes']} "
+            f"| {row['text_lines']} | {row['open_s'] * 1e3:.1f} | {row['open_bytes']} |"
+        )
+    print("\n| a value counted, us | without example | with one |\n|---|---:|---:|")
+    for name in ("token", "request"):
+        print(f"| of a {name} | {spent[f'{name}_plain'] * 1e6:.2f} | {spent[f'{name}_exemplar'] * 1e6:.2f} |")
+
+
 COLUMNS = ("arrival_s", "hashing_s", "load_frame_s", "tick_s", "status_s")
 
 
@@ -263,7 +322,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--prompts", type=int, nargs="+", default=[2 << 10, 128 << 10], help="in tokens")
     parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--metrics", action="store_true", help="measure what /metrics costs instead")
     args = parser.parse_args()
+    if args.metrics:
+        show_metrics(args.workers, args.json)
+        return 0
     rows: list[dict[str, Any]] = []
     for num_workers in args.workers:
         for num_requests in args.requests:

@@ -39,6 +39,17 @@ class LoadingWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedRouter:
+    """A router of the cluster, as it has said of itself. `started_s`: since 1970."""
+
+    router_id: str
+    url: str = ""
+    host: str = ""
+    version: str = ""
+    started_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStatus:
     """The router's whole public state."""
 
@@ -49,6 +60,8 @@ class RouterStatus:
     counters: tuple[tuple[str, float], ...] = ()
     forecast: ForecastStatus = field(default_factory=ForecastStatus)
     loading: tuple[LoadingWorker, ...] = ()
+    routers: tuple[ListedRouter, ...] = ()
+    """Those of the cluster, this one too; empty where nobody keeps a list."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import assert_never
 
-from router.backend import LoadingWorker, Lookout, RequestStream, RouterStatus, WorkerView
+from router.backend import ListedRouter, LoadingWorker, Lookout, RequestStream, RouterStatus, WorkerView
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.events import (
@@ -86,6 +86,7 @@ class RouterDriver:
         self._ticker: asyncio.Task[None] | None = None
         self._status_changed = asyncio.Event()
         self._loading: tuple[LoadingWorker, ...] = ()
+        self._routers: tuple[ListedRouter, ...] = ()
 
     # ---- life ----
 
@@ -108,6 +109,10 @@ class RouterDriver:
     def set_loading(self, loading: tuple[LoadingWorker, ...]) -> None:
         """These are on their way."""
         self._loading = loading
+
+    def set_routers(self, routers: tuple[ListedRouter, ...]) -> None:
+        """The cluster's routers are these."""
+        self._routers = routers
 
     async def _tick(self) -> None:
         while True:
@@ -190,6 +195,7 @@ class RouterDriver:
             named,
             core.forecasts.status(),
             self._loading,
+            self._routers,
         )
 
     def lookout(self) -> Lookout:

@@ -17,7 +17,7 @@ import uvloop
 
 from router.api.app import create_app
 from router.api.middleware import Draining
-from router.backend import LoadingWorker, RouterStatus
+from router.backend import ListedRouter, LoadingWorker, RouterStatus
 from router.config import RouterConfig, load_sampling_defaults
 from router.driver import RouterDriver
 from router.http_server import HttpServer
@@ -119,6 +119,13 @@ class RouterServer:
         if loop is not None and driver is not None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(driver.set_loading, loading)
+
+    def set_routers(self, routers: tuple[ListedRouter, ...]) -> None:
+        """The cluster's routers are these. As `set_workers`."""
+        loop, driver = self._loop, self._driver
+        if loop is not None and driver is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(driver.set_routers, routers)
 
     def set_tenants(self, tenants: Mapping[str, TenantLimits], keys: Sequence[Key]) -> None:
         """From now on these tenants and keys count, beside those of the configuration."""

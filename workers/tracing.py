@@ -79,6 +79,12 @@ def clean_traceparent(given: str) -> str:
     return given if _TRACEPARENT.fullmatch(given) else ""
 
 
+def sampled_trace_id(traceparent: str) -> str:
+    """The trace's id where somebody keeps the trace (its flag says sampled), else nothing."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    return found[1] if found is not None and int(found[3], 16) & 1 else ""
+
+
 def start_span(
     name: str,
     parent: str = "",

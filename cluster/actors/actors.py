@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import os
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,13 +29,13 @@ from cluster.logs import write_logs
 from cluster.membership.loading import follow_loading, tell_loading
 from cluster.membership.membership import (
     DOUBT_LEASES,
-    ROUTERS,
     Registration,
     Superseded,
     desired_draining,
     desired_role,
 )
 from cluster.membership.registration import Registrar, follow_members, number_start
+from cluster.membership.routers import ROUTERS, follow_routers, keep_listed
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address
 from cluster.roles.config import RolesConfig
@@ -42,6 +43,7 @@ from cluster.store.open import open_store
 from cluster.store.store import Store, StoreConfig, StoreUnavailable
 from cluster.tenants.driver import TenantsDriver
 from cluster.tenants.records import salt_secret
+from router.backend import ListedRouter
 from router.config import RouterConfig
 from workers.config import WorkerConfig
 from workers.group.watch import GroupPlan
@@ -374,9 +376,12 @@ class RouterActor(Actor):
         url = await router.start()
         self._started.set_result(url)
         async with asyncio.TaskGroup() as tasks:
-            self._announcing = tasks.create_task(self._announce(self._store, url))
+            version = importlib.import_module("router.api.health").product_version()
+            listed = ListedRouter(self._name, url, socket.gethostname(), version, time.time())
+            self._announcing = tasks.create_task(keep_listed(store, listed, self._store_config.lease_ttl_s))
             tasks.create_task(self._follow(self._store, router))
             tasks.create_task(self._follow_loading(self._store, router))
+            tasks.create_task(self._follow_routers(self._store, router))
             tasks.create_task(roles.run(self._store, router))
             tasks.create_task(tenants.run(router))
             if is_in_ray():
@@ -388,19 +393,15 @@ class RouterActor(Actor):
 
         await keep_told(RayGauges("router_id", self._name, ROUTER_GAUGES), read)
 
-    async def _announce(self, store: Store, url: str) -> None:
-        """Keeps a lease with the router's URL, for those who look for one."""
-        version, ttl_s = 0, self._store_config.lease_ttl_s
-        while True:
-            with suppress(StoreUnavailable):
-                if not await store.renew(ROUTERS + self._name, version, ttl_s):
-                    version = await store.put(ROUTERS + self._name, url, ttl_s)
-            await asyncio.sleep(ttl_s / 3)
-
     async def _follow_loading(self, store: Store, router: Any) -> None:
         async with aclosing(follow_loading(store)) as changes:
             async for workers in changes:
                 router.set_loading(workers)
+
+    async def _follow_routers(self, store: Store, router: Any) -> None:
+        async with aclosing(follow_routers(store)) as changes:
+            async for routers in changes:
+                router.set_routers(routers)
 
     async def _follow(self, store: Store, router: Any) -> None:
         """Feeds the router with the membership: after each change in the store, and when a grace period ends."""

@@ -29,14 +29,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from cluster.doctor.findings import Finding, is_well
-    from cluster.doctor.looking import ask, look_at_host, look_at_ray, look_at_router, look_at_store
+    from cluster.doctor.looking import ask, look_at_host, look_at_ports, look_at_ray, look_at_router, look_at_store
 
     keys = {kind: first_key(args, kind) for kind in KEYS}
-    found: list[Finding] = look_at_host()
+    config = config_from(args) if args.store or args.config or args.ray_address else None
+    found: list[Finding] = look_at_host() + look_at_ports(config)
     if not args.host_only:
         url, _ = client_target(args)
-        if args.store or args.config or args.ray_address:
-            config = config_from(args)
+        if config is not None:
             found += asyncio.run(look_at_store(config))
         found += look_at_ray(args.ray_address or "")
         found += look_at_router(url, keys["admin"])

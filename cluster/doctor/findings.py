@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from cluster.doctor.ports import PortFacts
+
 MIN_FILES = 8192
 MIN_SHARED_BYTES = 256 << 20
 MIN_MEMORY_BYTES = 1 << 30
@@ -107,6 +109,24 @@ def judge_host(facts: HostFacts) -> list[Finding]:
     )
     found.append(ok("GPUs", ", ".join(facts.gpus) if facts.gpus else "none"))
     return found
+
+
+def judge_port(facts: PortFacts, own_pids: Iterable[int] = ()) -> Finding:
+    """`own_pids`: of processes that are known as Baton's, whatever their names."""
+    port = f"{facts.port} ({facts.setting})"
+    if facts.is_free:
+        return ok("port", f"{port} is free")
+    if facts.error:
+        return warn("port", f"{port}: {facts.error}; choose another host")
+    if not facts.is_taken:
+        return warn("port", f"{port} is not for this user, though nobody listens there: choose one from 1024 on")
+    if not facts.takers:
+        return warn("port", f"{port} is taken by a process that this user may not see: stop it, or choose another port")
+    own = set(own_pids)
+    takers = ", ".join(f"{each.name} (process {each.pid})" for each in facts.takers[:MAX_NAMED])
+    if any(each.pid in own or each.name.startswith(("baton", "ray::")) for each in facts.takers):
+        return ok("port", f"{port} is taken by {takers}")
+    return warn("port", f"{port} is taken by {takers}: stop it, or choose another port")
 
 
 def judge_clocks(here_s: float, redis_s: float) -> Finding:

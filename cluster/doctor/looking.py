@@ -21,10 +21,13 @@ from cluster.doctor.findings import (
     judge_answer,
     judge_clocks,
     judge_host,
+    judge_port,
     judge_workers,
     ok,
     warn,
 )
+from cluster.doctor.ports import look_at_port
+from router.config import RouterConfig
 from workers.errors import BatonError
 from workers.machine.limits import available_bytes, raise_file_limit, usable_cpus
 
@@ -63,6 +66,18 @@ def host_facts() -> HostFacts:
 
 def look_at_host() -> list[Finding]:
     return judge_host(host_facts())
+
+
+def look_at_ports(config: ClusterConfig | None) -> list[Finding]:
+    """Those that routers and workers of this host are to listen at; without settings a router's usual one. KV takes any that is free."""
+    from cluster.ray_session.running import clusters
+
+    routers = [config.router_at(at) for at in range(config.pools.routers)] if config else [RouterConfig(model="unused")]
+    wanted = [("router.port", each.host, each.port) for each in routers]
+    if config is not None:
+        wanted.append(("worker.port", config.worker.host, config.worker.port))
+    pids = [each.pid for each in clusters()]
+    return [judge_port(look_at_port(*each), pids) for each in dict.fromkeys(wanted) if each[2]]
 
 
 def _shared_bytes() -> int:

@@ -11,7 +11,6 @@ from workers.status import Role, WorkerAddress
 
 WORKERS = "workers/"
 """Registrations, one lease per worker: a new start of a worker overwrites the last one's at once."""
-ROUTERS = "routers/"
 STARTS = "starts/"
 """The number of each worker's last start, the high part of its generation; see cluster.membership.registration.number_start."""
 DRAINS = "drains/"

@@ -216,7 +216,9 @@ class Answer(Response):
             except BaseException as error:
                 span.end(repr(error))
                 raise
-        progress = account.progress = JobProgress(job, services.metrics, start_s, generation.decisions)
+        progress = account.progress = JobProgress(
+            job, services.metrics, start_s, generation.decisions, span.traceparent
+        )
         scope["state"]["work"] = progress
         try:
             if job.stream:

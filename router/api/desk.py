@@ -7,7 +7,8 @@ import base64
 import dataclasses
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from router.api.middleware import Draining
 from router.api.objectives import ANSWERS_WITHOUT_FAULT, FIRST_TOKEN_S, FIRST_TOKENS_IN_TIME
 from router.api.problems import rejected
 from router.api.sse import event, to_json
-from router.backend import Lookout, RouterStatus, WorkerView
+from router.backend import ListedRouter, Lookout, RouterStatus, WorkerView
 from router.requests.journal import AGES_S, Way
 
 EVERY_S = 1.0
 MAX_VIEWERS = 8
 """Pages that are told at once; each costs a router with 1,000 workers some 300 KB a second."""
+MAX_RANKS = 500
+"""That a page is told of one by one."""
 STREAM = "text/event-stream"
 
 
@@ -78,8 +81,10 @@ def desk_view(status: RouterStatus, lookout: Lookout, attained: Mapping[str, flo
         "router_id": status.router_id,
         "num_running": status.num_running,
         "num_waiting": status.num_waiting,
+        "routers": _routers(status),
         "counters": dict(status.counters),
         "workers": [_worker(view) for view in status.workers],
+        "ranks": list(islice(chain(_ranks(status, is_alive=False), _ranks(status, is_alive=True)), MAX_RANKS)),
         "loading": [
             {"worker_id": each.worker_id, "role": each.role.value, **each.progress._asdict()} for each in status.loading
         ],
@@ -103,6 +108,23 @@ def desk_view(status: RouterStatus, lookout: Lookout, attained: Mapping[str, flo
             "counts": dict(attained),
         },
     }
+
+
+def _routers(status: RouterStatus) -> list[dict[str, Any]]:
+    """This one too, where it is on no list. Only of itself it knows what it does."""
+    listed = status.routers
+    if all(router.router_id != status.router_id for router in listed):
+        listed = (ListedRouter(status.router_id), *listed)
+    own = {"num_running": status.num_running, "num_waiting": status.num_waiting}
+    return [dataclasses.asdict(router) | (own if router.router_id == status.router_id else {}) for router in listed]
+
+
+def _ranks(status: RouterStatus, is_alive: bool) -> Iterator[dict[str, Any]]:
+    """Of workers that are several processes."""
+    for view in status.workers:
+        for rank in view.status.ranks:
+            if rank.is_alive is is_alive:
+                yield {"worker_id": view.status.worker_id, **dataclasses.asdict(rank)}
 
 
 def way_view(way: Way, now: float, has_steps: bool = False) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from router.policies.explain import Decision
 from router.wishes import NO_WISHES, Wishes
 from workers.errors import InvariantViolated, Refusal, Refused
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, merged
+from workers.tracing import sampled_trace_id
 
 T = TypeVar("T")
 
@@ -237,9 +238,16 @@ class JobProgress:
     """All choices of one job; the only place that changes them. Times are seconds of one monotonic clock."""
 
     def __init__(
-        self, job: Job, metrics: Metrics, now_s: float, decisions: Callable[[], list[Decision | None]] = list
+        self,
+        job: Job,
+        metrics: Metrics,
+        now_s: float,
+        decisions: Callable[[], list[Decision | None]] = list,
+        traceparent: str = "",
     ) -> None:
-        """`decisions`: how the choices were routed."""
+        """`decisions`: how the choices were routed; `traceparent`: the trace that the job is an example of in the metrics."""
+        trace_id = sampled_trace_id(traceparent)
+        self._exemplar = {"trace_id": trace_id} if trace_id else None
         self.job = job
         self._metrics = metrics
         self._start_s = now_s
@@ -288,9 +296,9 @@ class JobProgress:
         if choice.first_s is None:
             choice.first_s = now_s
             self._count_cached(choice, output.cached_tokens)
-            self._metrics.ttft.observe(now_s - self._start_s)
+            self._metrics.ttft.observe(now_s - self._start_s, self._exemplar)
         elif num_new:
-            self._metrics.inter_token.observe((now_s - choice.last_s) / num_new)
+            self._metrics.inter_token.observe((now_s - choice.last_s) / num_new, self._exemplar)
         choice.last_s = now_s
         if output.handoff is not None:
             choice.handoff = output.handoff
@@ -319,7 +327,7 @@ class JobProgress:
         self.num_unfinished -= 1
         if self.num_unfinished == 0:
             self._metrics.running.dec()
-            self._metrics.e2e.observe(now_s - self._start_s)
+            self._metrics.e2e.observe(now_s - self._start_s, self._exemplar)
             self._metrics.prompt_tokens.inc(self.prompt_tokens)
             self._metrics.cached_tokens.inc(self.cached_tokens)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as open_metrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from router.api.objectives import attainment
@@ -40,6 +44,9 @@ _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.7
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 _TRANSFER_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+# All names are such as every Prometheus reads. The client's own choice would make vLLM's "vllm:" "vllm_" in samples, but not in their types.
+write_open_metrics = partial(open_metrics.generate_latest, escaping=open_metrics.ALLOWUTF8)
 
 
 class Metrics:
@@ -150,6 +157,8 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text and its content type; written in a thread, for with many workers it is long."""
         encode, content_type = choose_encoder(accept)
+        if content_type.startswith("application/openmetrics-text"):
+            encode, content_type = write_open_metrics, open_metrics.CONTENT_TYPE_LATEST
         model = self._backend.model
         named = model.name if model is not None and self._compat == "vllm" else ""
         snapshot = Snapshot(self.registry, self._backend.status(), self._backend.role_report(), named)
@@ -179,18 +188,27 @@ class Tally(Collector):
         self._documentation = documentation
         self._bounds = buckets
         self._counts = [0] * (len(buckets) + 1)
+        self._examples: list[tuple[dict[str, str], float, float] | None] = [None] * (len(buckets) + 1)
+        """Labels, value, and seconds since 1970; of each bucket the last."""
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
+    def observe(self, value: float, exemplar: dict[str, str] | None = None) -> None:
+        """`exemplar`: labels by which this value can be looked at; each bucket keeps its last one."""
+        place = bisect_left(self._bounds, value)
+        self._counts[place] += 1
         self._sum += value
+        if exemplar is not None:
+            self._examples[place] = (exemplar, value, time.time())
 
     def describe(self) -> list[Metric]:
         return [HistogramMetricFamily(self._name, self._documentation)]
 
     def collect(self) -> Iterator[Metric]:
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = [
+            (bound, float(count)) if example is None else (bound, float(count), Exemplar(*example))
+            for bound, count, example in zip(bounds, accumulate(self._counts), self._examples, strict=True)
+        ]
         yield HistogramMetricFamily(self._name, self._documentation, buckets, self._sum)
 
 

@@ -30,7 +30,8 @@ def vllm_metrics(own: Iterable[Metric], status: RouterStatus, model: str) -> Ite
             renamed = Metric(name, metric.documentation, metric.type)
             for sample in metric.samples:
                 said = {_LABELS.get(label, label): value for label, value in sample.labels.items()}
-                renamed.add_sample(name + sample.name.removeprefix(metric.name), labels | said, sample.value)
+                suffix = sample.name.removeprefix(metric.name)
+                renamed.add_sample(name + suffix, labels | said, sample.value, exemplar=sample.exemplar)
             yield renamed
     loads = [view.status.load for view in status.workers if view.connected]
     blocks, free = sum(load.num_blocks for load in loads), sum(load.num_free_blocks for load in loads)

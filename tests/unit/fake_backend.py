@@ -18,7 +18,7 @@ import openai
 from llguidance import LLMatcher
 
 from router.api.app import create_app
-from router.backend import LoadingWorker, Lookout, RouterStatus, WorkerView
+from router.backend import ListedRouter, LoadingWorker, Lookout, RouterStatus, WorkerView
 from router.config import ApiConfig, HttpConfig
 from router.forecast.forecasts import ForecastStatus
 from router.forecast.steps import KindForecast
@@ -37,7 +37,7 @@ from workers.grammar.sequence_constraint import SequenceConstraint
 from workers.grammar.vocabulary import GrammarVocabulary
 from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
 from workers.sampling.constraint import tokens_in
-from workers.status import Load, ModelInfo, Role, WorkerStatus
+from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
@@ -202,6 +202,8 @@ class FakeBackend:
         self.pinned: set[str] = set()
         self.seen = Lookout()
         self.loading: tuple[LoadingWorker, ...] = ()
+        self.routers: tuple[ListedRouter, ...] = ()
+        self.ranks: dict[str, tuple[RankStatus, ...]] = {}
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
@@ -237,7 +239,7 @@ class FakeBackend:
         views = tuple(WorkerView(self._worker(name), True, 0.0, 0, speed=1.5) for name in self.roles)
         kinds = tuple(KindForecast("m/1x", 7, (("step", 0.004), ("prompt", 2e-5))) for _ in range(2))
         forecast = ForecastStatus(kinds, handoff_s=0.002)
-        return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast, self.loading)
+        return RouterStatus("router-0", views, 2, 1, (("retries", 4.0),), forecast, self.loading, self.routers)
 
     async def set_role(
         self, worker_id: str, role: Role, force: bool = False, is_pinned: bool | None = None
@@ -280,6 +282,7 @@ class FakeBackend:
             load,
             counters=(("preemptions", 3.0),),
             is_draining=name in self.drained,
+            ranks=self.ranks.get(name, ()),
         )
 
 

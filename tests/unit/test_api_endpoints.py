@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 from fake_backend import MESSAGES, MODEL, Api, open_api
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.settings import build
@@ -20,6 +21,67 @@ def metrics(api: Api) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value for each in families for sample in each.samples
     }
+
+
+def examples(api: Api) -> dict[str, set[str]]:
+    """Traces by the name of a histogram whose buckets have them as examples."""
+    answer = api.http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    found: dict[str, set[str]] = {}
+    for family in open_metrics(answer.text):
+        for sample in family.samples:
+            if sample.exemplar is not None:
+                assert set(sample.exemplar.labels) == {"trace_id"} and sample.exemplar.value <= float(
+                    sample.labels["le"]
+                )
+                found.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
+    return found
+
+
+def test_a_monitor_that_reads_open_metrics_gets_the_same_names() -> None:
+    with open_api(ApiConfig(metrics_compat="vllm")) as api:
+        assert api.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200
+        plain, opened = (
+            {
+                sample.name
+                for family in read(api.http.get("/metrics", headers={"accept": kind}).text)
+                for sample in family.samples
+            }
+            for read, kind in (
+                (text_string_to_metric_families, "text/plain"),
+                (open_metrics, "application/openmetrics-text; version=1.0.0"),
+            )
+        )
+    assert {name for name in opened if not name.endswith("_created")} == {
+        name for name in plain if not name.endswith("_created")
+    }
+    assert "vllm:time_to_first_token_seconds_bucket" in opened
+
+
+def test_buckets_of_latencies_have_sampled_traces_as_examples_where_the_monitor_reads_open_metrics() -> None:
+    timed = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+    with open_api(ApiConfig(metrics_compat="vllm")) as api:
+        body = {"model": "ernie-tiny", "prompt": "a", "max_tokens": 3}
+        for traceparent in ("", f"00-{'a' * 32}-{'1' * 16}-00", "nonsense"):
+            answer = api.http.post("/v1/completions", json=body, headers={"traceparent": traceparent})
+            assert answer.status_code == 200
+        assert examples(api) == {}, "nobody keeps a trace that is not sampled"
+        for stream in (False, True):
+            trace_id = ("b" if stream else "c") * 32
+            answer = api.http.post(
+                "/v1/completions",
+                json={**body, "stream": stream},
+                headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"},
+            )
+            assert answer.status_code == 200
+            found = examples(api)
+            assert set(found) == {
+                *(f"baton_{name}" for name in timed),
+                *(f"vllm:{name}" for name in (*timed, "time_per_output_token_seconds")),
+            }
+            assert all(trace_id in traces for traces in found.values())
+        plain = api.http.get("/metrics")
+        assert plain.headers["content-type"].startswith("text/plain") and "trace_id" not in plain.text
 
 
 def test_the_served_model_is_listed_with_the_length_of_its_context(api: Api) -> None:

@@ -298,6 +298,10 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave_and_so_d
                 await asyncio.sleep(0.05)  # the router tells nobody of a change: it is asked
 
     first = await connected({"prefill-0", "decode-0"})
+    async with asyncio.timeout(BOUND_S):
+        while not (listed := (await router.status.remote()).routers):
+            await asyncio.sleep(0.05)
+    assert [(each.router_id, each.url) for each in listed] == [("router-0", await router.ready.remote())]
     await kill(prefill)
     second = await connected({"prefill-0", "decode-0"}, but={"prefill-0": first["prefill-0"]})
     assert second["prefill-0"] > first["prefill-0"] and second["decode-0"] == first["decode-0"]

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,19 +18,19 @@ from fake_backend import FakeBackend, serve
 from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.callers import Callers
-from router.api.desk import MAX_VIEWERS, Desk
+from router.api.desk import MAX_RANKS, MAX_VIEWERS, Desk, desk_view
 from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
 from router.api.tenant_metrics import TenantMetrics
 from router.api.turns import Turns
-from router.backend import LoadingWorker, Lookout, RouterStatus
+from router.backend import ListedRouter, LoadingWorker, Lookout, RouterStatus
 from router.config import ApiConfig
 from router.requests.journal import Incident, Step, Way
 from router.tenants.config import TenantsConfig
 from router.tenants.tenancy import Tenancy
-from workers.status import LoadProgress, Role
+from workers.status import LoadProgress, RankStatus, Role
 from workers.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "ernie-4.5-tiny"
@@ -109,6 +110,30 @@ def test_the_page_is_told_of_requests_faults_and_objectives_and_finds_the_way_of
         assert httpx.get(f"{url}/admin/requests/long-job-0", trust_env=False).status_code == 401
 
 
+def test_the_page_is_told_of_all_routers_and_of_ranks_those_that_are_gone_first() -> None:
+    backend = FakeBackend(Tokenizer.load(MODEL))
+
+    def told() -> dict[str, Any]:
+        return desk_view(backend.status(), backend.lookout(), {})
+
+    alone = {"router_id": "router-0", "url": "", "host": "", "version": "", "started_s": 0.0}
+    own = {"num_running": 1, "num_waiting": 2}
+    assert told()["routers"] == [alone | own] and told()["ranks"] == [], "a router that is on no list shows itself"
+    backend.routers = (
+        ListedRouter("router-0", "http://a:1", "a", "1", 5.0),
+        ListedRouter("router-1", "http://b:1", "b"),
+    )
+    backend.ranks["decode-0"] = tuple(
+        RankStatus(at, "host", 100 + at, 7, at != MAX_RANKS) for at in range(MAX_RANKS + 1)
+    )
+    first, second = told()["routers"]
+    assert first == {"router_id": "router-0", "url": "http://a:1", "host": "a", "version": "1", "started_s": 5.0} | own
+    assert second["router_id"] == "router-1" and "num_running" not in second
+    ranks = told()["ranks"]
+    assert len(ranks) == MAX_RANKS and [rank["rank"] for rank in ranks[:3]] == [MAX_RANKS, 0, 1]
+    assert ranks[0]["worker_id"] == "decode-0" and not ranks[0]["is_alive"] and ranks[1]["pid"] == 100
+
+
 def lines(stream: httpx.Response) -> list[str]:
     found = []
     for line in stream.iter_lines():
@@ -147,6 +172,10 @@ class LargeFleet(FakeBackend):
         super().__init__(Tokenizer.load(MODEL))
         names = [f"{'prefill' if at % 3 == 0 else 'decode'}-{at}" for at in range(1000)]
         self.roles = {name: Role(name.split("-")[0]) for name in names}
+        self.routers = tuple(
+            ListedRouter(f"router-{at}", f"http://10.0.0.{at}:8000", f"host-{at}", "0.1") for at in range(3)
+        )
+        self.ranks["decode-1"] = tuple(RankStatus(at, f"node-{at}", 40 + at, 3, at != 2, at < 2) for at in range(4))
         self.loading = (LoadingWorker("decode-1000", Role.DECODE, LoadProgress(21 << 30, 42 << 30, 14, 28)),)
 
     def status(self) -> RouterStatus:
@@ -176,6 +205,9 @@ def test_a_browser_shows_a_thousand_workers_and_drains_one_by_keyboard_after_ask
         assert "long-job-0 acme 4 min 0 s decode decode-1 prefill-0 100 64 7 2" in text
         assert "+0.500 s sent decode-1 least_cost" in text, "the way of the request that the address names"
         assert "10 s ago decode-5 lost: broken pipe" in text
+        assert "router-0 (this one) http://10.0.0.0:8000 host-0 0.1 1 2" in text
+        assert "router-2 http://10.0.0.2:8000 host-2 0.1" in text
+        assert "4 of 4" in text and "decode-1 2 gone node-2 42 3 its own" in text
         assert page.ask("at('workers').rows[0].cells[2].innerText") == "not connected", "those in trouble come first"
         page.picture(tmp_path / "desk.png")
         page.prefer_dark()

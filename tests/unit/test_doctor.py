@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +17,8 @@ from fake_backend import FakeBackend, serve
 from cluster.cli import main
 from cluster.config import load_config
 from cluster.doctor.bundle import without_secrets
-from cluster.doctor.findings import HostFacts, Verdict, is_well, judge_clocks, judge_host, judge_workers
+from cluster.doctor.findings import HostFacts, Verdict, is_well, judge_clocks, judge_host, judge_port, judge_workers
+from cluster.doctor.ports import PortFacts, Process, look_at_port, program_name
 from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
 
@@ -68,6 +72,40 @@ def test_what_is_short_on_a_host_is_a_warning() -> None:
     assert judge_clocks(100.0, 101.0).verdict is Verdict.OK and judge_clocks(100.0, 160.0).verdict is Verdict.WARN
 
 
+def test_who_has_a_port_is_said_and_what_to_do_where_it_is_not_baton() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        facts = look_at_port("router.port", "127.0.0.1", port)
+        assert [each.pid for each in facts.takers] == [os.getpid()]
+        name = facts.takers[0].name
+        other = judge_port(replace(facts, takers=(Process(os.getpid(), "nginx"),)))
+        assert other.verdict is Verdict.WARN
+        assert other.text.startswith(f"{port} (router.port) is taken by nginx (process {os.getpid()}): stop it")
+        own = judge_port(facts, own_pids=(os.getpid(),))
+        assert own.verdict is Verdict.OK and f"taken by {name} (process" in own.text
+        assert judge_port(replace(facts, takers=(Process(1, "ray::router-0"),))).verdict is Verdict.OK
+        assert "may not see" in judge_port(replace(facts, takers=())).text
+    free = judge_port(look_at_port("router.port", "127.0.0.1", port))
+    assert free.verdict is Verdict.OK and free.text == f"{port} (router.port) is free"
+    nowhere = judge_port(look_at_port("router.port", "192.0.2.1", port))
+    assert nowhere.verdict is Verdict.WARN and "'192.0.2.1' is not an address of this host" in nowhere.text
+    assert "choose one from 1024 on" in judge_port(PortFacts("router.port", 80, is_free=False)).text
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("/usr/bin/python3.11 /venv/bin/baton serve --x", "baton"),
+        ("python -m baton.cli serve", "baton"),
+        ("ray::router-0", "ray::router-0"),
+        ("/usr/sbin/nginx -g secret", "nginx"),
+        ("python3", "python3"),
+    ],
+)
+def test_a_program_is_named_without_its_arguments(words: str, name: str) -> None:
+    assert program_name(b"\0".join(words.encode().split()) + b"\0") == name
+
+
 def test_the_doctor_asks_a_router_as_helm_test_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "api").write_text("the-api-key")
     (tmp_path / "admin").write_text("the-admin-key")
@@ -94,6 +132,7 @@ def test_a_router_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
     assert main(["doctor", "--url", "http://127.0.0.1:9"]) == 1
     assert "nobody answers at http://127.0.0.1:9" in capsys.readouterr().out
     assert main(["doctor", "--host-only"]) == 0
+    assert re.search(r"^(ok|warn) +port: 8000 \(router.port\) is ", capsys.readouterr().out, re.M)
 
 
 def test_settings_leave_their_secrets_behind() -> None:
