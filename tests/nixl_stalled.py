@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import transport_ends
@@ -18,6 +19,15 @@ from workers.status import WorkerAddress
 from workers.transports.nixl import NUM_SLOTS, NixlTransport
 
 BOUND_S = 3 * TIMEOUT_S
+
+
+async def stop(child: asyncio.subprocess.Process) -> None:
+    """Returns when every thread of it stands still: a signal takes its time, and the sender would go on meanwhile."""
+    child.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{child.pid}/task")
+    async with asyncio.timeout(BOUND_S):
+        while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+            await asyncio.sleep(0.001)
 
 
 async def main() -> None:
@@ -38,7 +48,7 @@ async def main() -> None:
         before = await inbox.collect(pieces)
         await inbox.close()
 
-        child.send_signal(signal.SIGSTOP)
+        await stop(child)
         inbox = channel.inbox("stopped", target.placer(pieces, range(8)))
         collecting = asyncio.create_task(inbox.collect(pieces))
         while transport.slots.num_free == NUM_SLOTS:
@@ -63,7 +73,7 @@ async def main() -> None:
         got = target.memory.bytes[8 * LAYOUT.block_bytes :]
         is_right = bool((got == sent[: 8 * LAYOUT.block_bytes]).all())
 
-        child.send_signal(signal.SIGSTOP)  # once more, and this time the transport itself is closed meanwhile
+        await stop(child)  # once more, and this time the transport itself is closed meanwhile
         inbox = channel.inbox("closing", target.placer(pieces, range(8)))
         collecting = asyncio.create_task(inbox.collect(pieces))
         while transport.slots.num_free == NUM_SLOTS:

@@ -11,7 +11,7 @@ from workers.request import Request, SamplingParams
 from workers.runner import BLOCK_SIZE, Batch
 from workers.scheduler.ahead import schedule_ahead
 from workers.scheduler.load import work_of
-from workers.scheduler.pace import Pace
+from workers.scheduler.pace import Pace, Room
 from workers.scheduler.scheduler import Limits, Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 
@@ -19,10 +19,9 @@ PAUSE_S = 0.04
 DECODE_S = 0.004
 
 
-def sequence(number: int, num_prompt: int, max_tokens: int = 100_000) -> Sequence:
-    request = Request(
-        f"r{number}", tuple(range(5, 5 + num_prompt)), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    )
+def sequence(number: int, num_prompt: int, max_tokens: int = 100_000, first: int = 5) -> Sequence:
+    tokens = tuple(range(first, first + num_prompt))
+    request = Request(f"r{number}", tokens, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     return Sequence(number, request, Kind.LOCAL, number, max_output_tokens=max_tokens)
 
 
@@ -152,3 +151,47 @@ def test_without_a_bound_nothing_is_held_back() -> None:
     pace = Pace(math.inf)
     pace.took(100.0, 1, 512, 512)
     assert pace.tokens(pace.allowance_s, 10**6) > 10**9
+
+
+def test_prompts_that_find_no_room_in_a_step_wait_outside_and_find_what_the_first_has_computed() -> None:
+    """Forty alike, beside one that decodes: the first is computed, and the others take its blocks from the cache."""
+    host = Host(*HOSTS["two cores"])
+    beside_a_victim(host)
+    alike = [sequence(10 + at, 1500, first=7000) for at in range(40)]
+    for each in alike:
+        host.scheduler.add(each)
+    computed = sum(len(piece.token_ids) for _ in range(2) for piece in host.step().prefill)
+    assert len(host.scheduler.active) <= 3 and len(host.scheduler.waiting) >= 38
+    while not all(each.num_drawn for each in alike):
+        computed += sum(len(piece.token_ids) for piece in host.step().prefill)
+    assert computed < 2 * 1500 + 40 * 2 * BLOCK_SIZE
+
+
+def mixed_steps(pace: Pace, decode_s: float, token_s: float, count: int) -> list[int]:
+    """How many prompt tokens each of so many steps takes, where decoding and a token of a prompt take so long."""
+    taken = []
+    for _ in range(count):
+        room = Room(512, pace.allowance_s, pace)
+        tokens = room.fit(512, 0)
+        pace.took(decode_s + tokens * token_s, 1, tokens, tokens**2 // 2)
+        taken.append(tokens)
+    return taken
+
+
+@pytest.mark.parametrize("decode_s", [0.06, 0.2])
+def test_decoding_that_becomes_dearer_is_not_taken_for_prompts_for_long(decode_s: float) -> None:
+    """Prompts come without an end, so no step would only decode by itself."""
+    pace = Pace(PAUSE_S)
+    for _ in range(10):
+        pace.took(0.02, 1, 0, 0)
+    taken = mixed_steps(pace, decode_s, 1e-4, 400)
+    assert sum(taken[200:]) / 200 > 0.8 * min(512, max(decode_s, PAUSE_S) / 1e-4)
+
+
+def test_decoding_that_becomes_cheaper_does_not_make_prompts_look_free() -> None:
+    pace = Pace(PAUSE_S)
+    for _ in range(10):
+        pace.took(0.2, 1, 0, 0)
+    mixed_steps(pace, 0.2, 5e-3, 20)
+    pace.took(0.20001, 1, 64, 64 * 32)
+    assert max(mixed_steps(pace, 0.05, 5e-3, 100)[20:]) <= 128

@@ -88,8 +88,10 @@ class KvTiers:
     def demote(self, evicted: Sequence[tuple[int, BlockKey]]) -> None:
         """As LowerTiers.demote: all copies out of the pool have ended on return."""
         if self._watch is not None and self._watch.is_short:
-            self._counters["kv_dropped_blocks"] += len(evicted)
-            return
+            # For those that the host's memory holds already nothing is copied.
+            kept = [(block, key) for block, key in evicted if self._book.holds(key) is Tier.HOST]
+            self._counters["kv_dropped_blocks"] += len(evicted) - len(kept)
+            evicted = kept
         copies: list[tuple[int, BlockKey, int | None, View]] = []
         for block, key in evicted:
             can_write = self._disk is not None and self._disk.can_write

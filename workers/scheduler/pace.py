@@ -11,6 +11,8 @@ _FADE = 0.95
 """What an older step weighs for each later one; so the last twenty or so count."""
 _SPREAD = 0.02
 """How different steps must be, from 0 to 1, before it is told apart what a token takes and what those before it do."""
+_MIXED_IN_A_ROW = 16
+"""After so many steps with prompts and decoding one only decodes."""
 _FIRST_S_PER_TOKEN = 1e-4
 """Assumed of a prompt before any was computed here."""
 
@@ -28,17 +30,28 @@ class Pace:
         """Of a step's decoding."""
         self._token_s, self._pair_s = _FIRST_S_PER_TOKEN, 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._num_mixed = 0
+        """Steps with prompts and decoding since one that only decoded, which alone tells what decoding takes."""
 
     @property
     def allowance_s(self) -> float:
         """For the prompts of a step in which others decode."""
+        if self._num_mixed >= _MIXED_IN_A_ROW and not math.isinf(self._max_pause_s):
+            return 0.0
         return max(self._max_pause_s, self._decode_s)
 
     def took(self, step_s: float, num_decodes: int, prompt_tokens: int, prompt_context: int) -> None:
         """A step ended: how many sequences decoded in it, and how much of prompts it computed: tokens, and pairs with those before."""
         if not prompt_tokens:
             self._decode_s += 0.3 * (step_s - self._decode_s)
-        elif (prompt_s := step_s - (self._decode_s if num_decodes else 0.0)) > 0.0:
+            self._num_mixed = 0
+            return
+        prompt_s = step_s
+        if num_decodes:
+            self._num_mixed += 1
+            # Decoding may take less than it did; what is left for the prompts is not taken to be next to nothing then.
+            prompt_s = max(step_s - self._decode_s, self.seconds(prompt_tokens, 0) / 2)
+        if prompt_s > 0.0:
             self._learn(prompt_tokens / prompt_s, prompt_context / prompt_s)
 
     def _learn(self, tokens_per_s: float, pairs_per_s: float) -> None:
@@ -81,11 +94,12 @@ class Room:
 
     @property
     def is_full(self) -> bool:
-        return self._num_tokens <= 0 or self._seconds <= 0
+        is_short = not self._is_untouched and self._pace.tokens(self._seconds, 0) < BLOCK_SIZE
+        return self._num_tokens <= 0 or self._seconds <= 0 or is_short
 
     def fit(self, num_tokens: int, start: int) -> int:
         """How many of these tokens, behind `start` others, still fit; the first prompt of a step gets a block whatever it takes."""
-        least = BLOCK_SIZE if self._is_untouched else 0
+        least = BLOCK_SIZE if self._is_untouched and self._seconds > 0 else 0
         return max(0, min(num_tokens, self._num_tokens, max(least, self._pace.tokens(self._seconds, start))))
 
     def take(self, num_tokens: int, start: int) -> None:

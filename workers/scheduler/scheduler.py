@@ -111,8 +111,8 @@ class Scheduler:
                 promotions.append(sequence)
                 continue
             self._begin(sequence, transfers)
-            if sequence.state is State.PREFILLING:
-                self._take_chunk(sequence, room, prefill)
+            if sequence.state is State.PREFILLING and not self._take_chunk(sequence, room, prefill):
+                break
         return transfers
 
     def give_promotion_up(self, sequence: Sequence) -> None:
@@ -226,11 +226,13 @@ class Scheduler:
                     break
         return list(chosen.values())
 
-    def _take_chunk(self, sequence: Sequence, room: Room, into: list[SequenceSlice]) -> None:
+    def _take_chunk(self, sequence: Sequence, room: Room, into: list[SequenceSlice]) -> bool:
+        """False: nothing of it fits any more."""
         length = room.fit(sequence.num_uncomputed_prompt, sequence.num_computed)
         if length > 0 and (length < sequence.num_uncomputed_prompt or sequence.can_draw):
             room.take(length, sequence.num_computed)
             into.append(sequence.prefill_slice(length))
+        return length > 0
 
     def _admit(self, sequence: Sequence, use_tiers: bool = False, room: int = 0) -> bool:
         """Reserves blocks for the prompt and `room` tokens, or changes nothing. With `use_tiers` what lower tiers hold is pinned there, and `_begin` or a release must follow."""
