@@ -26,6 +26,7 @@ class HubConfig:
     """Where a worker.model that is no folder is taken from."""
 
     source: Literal["huggingface", "modelscope"] = "huggingface"
+    """The hub that is asked."""
     revision: str = ""
     """A branch, tag or commit; empty: main, on ModelScope master."""
     cache_folder: str = ""
