@@ -22,6 +22,8 @@ HOLD_S = 5.0
 """Places of a router that is gone are free again after this long."""
 RELEASE_S = 1.0
 """Places are kept for the next request for so long."""
+KEEP_S = 4.0
+"""And for one that waits for other allowances: the call that runs and its own may both take tenancy.ASK_TIMEOUT_S."""
 _NEARLY = 1e-6
 """Amounts are sums of parts of a minute's allowance."""
 MIN_PAUSE_S = 0.1
@@ -163,7 +165,7 @@ class Rations:
             if places is not None and lacks_place:
                 places.wanted += 1
             elif places is not None:  # the place that is free for it is not given back meanwhile
-                places.most, places.most_until_s = max(places.most, places.held), now + RELEASE_S
+                places.most, places.most_until_s = max(places.most, places.held), now + KEEP_S
         limit = places.limit if kind is Kind.CONCURRENT and places is not None else state.buckets[kind].limit
         return Shortage(kind, limit, costs.get(kind, 1), waits_s[kind])
 
