@@ -169,16 +169,19 @@ class Rations:
         limit = places.limit if kind is Kind.CONCURRENT and places is not None else state.buckets[kind].limit
         return Shortage(kind, limit, costs.get(kind, 1), waits_s[kind])
 
-    def end(self, tenant: str, limits: TenantLimits, extra: Mapping[Kind, float], now: float) -> None:
+    def end(
+        self, tenant: str, limits: TenantLimits, extra: Mapping[Kind, float], now: float, num_places: int = 1
+    ) -> None:
         """A request that was admitted has ended; `extra` is what it used beyond what it has paid for, below 0: less. Its `limits` are
-        of the time when it began, and count only where nothing newer is known."""
+        of the time when it began, and count only where nothing newer is known. `num_places` of those in use are free then; below 0:
+        it has given its place away before, and takes it back."""
         state = self._tenants.get(tenant) or self._state(tenant, limits, now)
         state.seen_s = now
         for kind, amount in extra.items():
             if kind in state.buckets:
                 state.buckets[kind].here -= amount
         if state.places is not None:
-            state.places.used = max(0, state.places.used - 1)
+            state.places.used = max(0, state.places.used - num_places)
 
     def readings(self, tenant: str, limits: TenantLimits, now: float) -> list[Reading]:
         """Of each allowance that has a limit."""
