@@ -57,8 +57,8 @@ def _from_hugging_face(repository: str, config: HubConfig) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
-    _bound_silence(huggingface_hub)
     try:
+        _bound_silence(huggingface_hub)  # which reads the environment: proxies, authorities
         return huggingface_hub.snapshot_download(
             repository,
             revision=config.revision or None,

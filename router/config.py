@@ -69,7 +69,8 @@ class ApiConfig:
     max_choices: Count = 2048
     """Prompts times n of one request."""
     max_background: Count = 256
-    """Responses of one tenant that one router runs in the background at once; without tenants of all together."""
+    """Responses of one tenant that one router runs in the background at once, and a fourth of what it runs of all tenants together;
+    without tenants of all."""
     client_grace_s: Delay = 30.0
     """A request with an Idempotency-Key runs on for so long when its client has gone, because it may come back; 0: not at all."""
     join_request_ids: bool = False

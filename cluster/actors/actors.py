@@ -251,15 +251,17 @@ class WorkerActor(Actor):
         self._registrar = registrar
         await _insist(registrar.register)
         self._started.set_result(address.target)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(registrar.run())
-            tasks.create_task(self._tell_ray(worker))
+        telling = asyncio.create_task(self._tell_ray(worker))
+        try:
+            await registrar.run()  # not in a group, which would wrap Superseded
+        finally:
+            telling.cancel()
 
     async def _tell_ray(self, worker: WorkerLike) -> None:
         async def read() -> Reading:
             return worker_reading(worker.status())
 
-        await keep_told(RayGauges("worker_id", self._name, WORKER_GAUGES), read)
+        await keep_told(lambda: RayGauges("worker_id", self._name, WORKER_GAUGES), read)
 
     def _plan_group(self) -> GroupPlan:
         """Rank 0 listens where the other ranks' nodes reach it, and ends processes that are of no use any more."""
@@ -391,7 +393,7 @@ class RouterActor(Actor):
         async def read() -> Reading:
             return router_reading(await asyncio.to_thread(self._router.status))
 
-        await keep_told(RayGauges("router_id", self._name, ROUTER_GAUGES), read)
+        await keep_told(lambda: RayGauges("router_id", self._name, ROUTER_GAUGES), read)
 
     async def _follow_loading(self, store: Store, router: Any) -> None:
         async with aclosing(follow_loading(store)) as changes:

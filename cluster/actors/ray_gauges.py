@@ -103,10 +103,12 @@ def is_in_ray() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-async def keep_told(gauges: RayGauges, read: Callable[[], Awaitable[Reading]]) -> None:
-    """Until cancelled. A reading that fails is left out: nobody's request depends on it."""
+async def keep_told(make: Callable[[], RayGauges], read: Callable[[], Awaitable[Reading]]) -> None:
+    """Until cancelled. A reading that fails is left out, as are gauges that Ray does not make: nobody's request depends on them."""
+    gauges: RayGauges | None = None
     while True:
         try:
+            gauges = gauges or make()
             gauges.tell(await read())
         except Exception as error:
             log.debug("Ray was not told of the load: %s", error)

@@ -32,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from cluster.doctor.looking import ask, look_at_host, look_at_ports, look_at_ray, look_at_router, look_at_store
 
     keys = {kind: first_key(args, kind) for kind in KEYS}
-    config = config_from(args) if args.store or args.config or args.ray_address else None
+    is_told = args.store or args.config or args.ray_address or args.assignments
+    config = config_from(args) if is_told else None
     found: list[Finding] = look_at_host() + look_at_ports(config)
     if not args.host_only:
         url, _ = client_target(args)
         if config is not None:
             found += asyncio.run(look_at_store(config))
-        found += look_at_ray(args.ray_address or "")
+        found += look_at_ray(config.ray.address if config is not None else "")
         found += look_at_router(url, keys["admin"])
         if args.ask and is_well(found):
             found += ask(url, keys["api"])

@@ -9,7 +9,7 @@ FIELDS = 6
 # ARGV: what the keys of buckets begin with; then six for each: "draw", name, want, capacity, rate, "" - or "hold", name, want, limit,
 # ttl in ms, owner. A bucket is a hash of level and time (us); places are a hash from owner to "places until" (ms). Keys of another
 # kind, and values that are no numbers, count as none. Numbers go back as text: Redis cuts fractions off.
-# The clock of Redis may be set. Forward: buckets are full, and places free until their owners, who ask all the time, take them again.
+# The clock of Redis may be set. Forward: buckets are full, and places are free until their owners ask again, within 2.5 s.
 # Back: a bucket fills from now on, and places end no later than those that are taken now.
 ASK = f"""
 local now = redis.call('TIME')

@@ -86,12 +86,14 @@ redis.call('PUBLISH', ARGV[5], ARGV[1])
 return version
 """
 )
+# A Redis that is full takes PEXPIRE, but refuses HSET: the length is written only where it is another one.
 _RENEW = (
     _COMMON
     + """
 if version_of(KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'ttl_ms', ARGV[2])
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+local renewed = redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if redis.call('HGET', KEYS[1], 'ttl_ms') ~= ARGV[2] then redis.call('HSET', KEYS[1], 'ttl_ms', ARGV[2]) end
+return renewed
 """
 )
 _DELETE = (

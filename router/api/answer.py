@@ -178,7 +178,8 @@ class Answer(Response):
                 self._asked = await as_first_asked(self._services, self._asked, self._found, scope)
                 self._job, self._shape = self._asked.job, self._asked.shape
             is_joined, goes_on = self._asked.is_there(self._found), self._asked.goes_on
-            account = await self._services.callers.admit(self._job, scope, is_joined, goes_on)
+            with self._services.unattended.giving_place(self._job.job_id):
+                account = await self._services.callers.admit(self._job, scope, is_joined, goes_on)
             begun = begun.pop_all()
         try:
             run = self._run(begun, account, scope, receive, send)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+TENANTS_SHARES = 4
+"""So many tenants may have all that one may have."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -32,7 +35,7 @@ class _Running:
 
 
 class BackgroundJobs:
-    """At most `services.config.max_background` of each tenant at once. `on_end` is told what came of each; a Problem: it has failed. Used
+    """At most `services.config.max_background` of each tenant at once, and TENANTS_SHARES times that in all. `on_end` is told what came of each; a Problem: it has failed. Used
     by one event loop."""
 
     def __init__(self, services: Services, on_end: Callable[[Inquiry, JobProgress, Problem | None], None]) -> None:
@@ -54,7 +57,8 @@ class BackgroundJobs:
         if job_id in self._running:
             return
         num_running = sum(each.tenant == tenant for each in self._running.values())
-        if num_running >= self._services.config.max_background:
+        most = self._services.config.max_background
+        if num_running >= most or len(self._running) >= TENANTS_SHARES * most:
             raise Refused(Refusal.QUEUE_FULL, "too many responses run in the background here", 1.0)
         running = self._running[job_id] = _Running(tenant)  # before anything is waited for
         try:

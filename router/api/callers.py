@@ -117,6 +117,9 @@ class Account:
             self._costs[Kind.OUTPUT] = min(self._costs[Kind.OUTPUT], limit)
         self.progress: JobProgress | None = None
         """Once it runs."""
+        self._has_place = True
+        """Of its tenant's max_concurrent, once it is open."""
+        self._is_closed = False
 
     async def open(self) -> None:
         """As Callers.admit."""
@@ -131,10 +134,28 @@ class Account:
         finally:
             self._scope.setdefault("state", {})[RATE_HEADERS] = rate_headers(tenancy.readings(caller))
 
+    def give_place(self) -> bool:
+        """Its place is free for another request of its tenant; what it uses is paid for when it is closed. False: it had none any
+        more."""
+        if self._is_closed or not self._has_place:
+            return False
+        self._has_place = False
+        if self._caller.tenant:
+            self._callers.tenancy.end(self._caller, {})
+        return True
+
+    def take_place_back(self) -> None:
+        """That it has given, unless it has ended."""
+        if not self._is_closed and not self._has_place:
+            self._has_place = True
+            if self._caller.tenant:
+                self._callers.tenancy.end(self._caller, {}, num_places=-1)
+
     def close(self, outcome: str, is_whole: bool = False) -> None:
         """The job has ended. `outcome` as in Usage; one that did not begin costs its tenant nothing. `is_whole`: it has run to its end
         all the same."""
         caller, job = self._caller, self._job
+        self._is_closed = True
         progress = None if self._is_joined else self.progress
         if self._is_joined:
             outcome = "joined" if outcome == "ok" else outcome
@@ -147,7 +168,7 @@ class Account:
                 if self._goes_on and outcome == "client_disconnected" and not is_whole:
                     # Nobody tells here how it goes on, and who joins it pays nothing: what was expected stays paid.
                     extra[Kind.OUTPUT] = max(0.0, extra[Kind.OUTPUT])
-            self._callers.tenancy.end(caller, extra)
+            self._callers.tenancy.end(caller, extra, int(self._has_place))
             num_cached = 0 if progress is None else progress.cached_tokens
             num_input = 0 if progress is None else progress.prompt_tokens
             self._callers.metrics.ended(caller.tenant, outcome, num_input, num_cached, num_output)

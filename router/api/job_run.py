@@ -56,6 +56,8 @@ class JobOutputs:
         self._timer: asyncio.TimerHandle | None = None
         self.is_heartbeat_due = False
         """Nothing was written for as long as a heartbeat's interval."""
+        self.is_broken = False
+        """A request was given up: it has ended, but has not run to its end."""
         self._watch_silence()
 
     @classmethod
@@ -119,7 +121,10 @@ class JobOutputs:
         self._written_s = self._loop.time()
 
     def _note(self, place: int, output: Output) -> None:
-        self._positions[place] = output.position + len(output.token_ids)
+        if output.finish_reason is FinishReason.ERROR:  # it says nothing of how far its request has come
+            self.is_broken = True
+        else:
+            self._positions[place] = output.position + len(output.token_ids)
         if output.finish_reason is not None:
             self._num_open -= 1
 

@@ -1,4 +1,7 @@
-"""How far the objectives are met, as the chart's alerts define them: counts since this router's start, from which a page makes windows."""
+"""How far the objectives are met, as the chart's alerts define them: counts since this router's start, from which a page makes windows.
+
+Answers are those of endpoints under /v1 alone; the alerts count all requests.
+"""
 
 from __future__ import annotations
 

@@ -168,9 +168,7 @@ def _keep_end(asked: Inquiry, progress: JobProgress, problem: Problem | None) ->
     shape = _shape(asked)
     if problem is None:
         shape.whole(progress)
-    elif problem.code == Refusal.CANCELLED:
-        shape.cancelled()
-    else:
+    elif problem.code != Refusal.CANCELLED:  # by another router, which knows whether it was deleted
         shape.failed(problem)
 
 

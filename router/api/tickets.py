@@ -67,8 +67,8 @@ class Ticket:
             line, _, body = text.partition(b"\n")
             head = json.loads(line)
             naming = Naming(head["job"], head["created"])
-            prompt = array("i")
-            prompt.frombytes(base64.b64decode(head["prompt"], validate=True))
+            prompt = array("i")  # which tickets of the release before do not have
+            prompt.frombytes(base64.b64decode(head.get("prompt", ""), validate=True))
             return cls(head["kind"], head["owner"], naming, head["digest"], body, head["earlier"], tuple(prompt))
         except (ValueError, KeyError, TypeError, zlib.error):
             return None

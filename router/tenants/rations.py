@@ -22,6 +22,8 @@ HOLD_S = 5.0
 """Places of a router that is gone are free again after this long."""
 RELEASE_S = 1.0
 """Places are kept for the next request for so long."""
+KEEP_S = 4.0
+"""And for one that waits for other allowances: the call that runs and its own may both take tenancy.ASK_TIMEOUT_S."""
 _NEARLY = 1e-6
 """Amounts are sums of parts of a minute's allowance."""
 MIN_PAUSE_S = 0.1
@@ -163,20 +165,23 @@ class Rations:
             if places is not None and lacks_place:
                 places.wanted += 1
             elif places is not None:  # the place that is free for it is not given back meanwhile
-                places.most, places.most_until_s = max(places.most, places.held), now + RELEASE_S
+                places.most, places.most_until_s = max(places.most, places.held), now + KEEP_S
         limit = places.limit if kind is Kind.CONCURRENT and places is not None else state.buckets[kind].limit
         return Shortage(kind, limit, costs.get(kind, 1), waits_s[kind])
 
-    def end(self, tenant: str, limits: TenantLimits, extra: Mapping[Kind, float], now: float) -> None:
+    def end(
+        self, tenant: str, limits: TenantLimits, extra: Mapping[Kind, float], now: float, num_places: int = 1
+    ) -> None:
         """A request that was admitted has ended; `extra` is what it used beyond what it has paid for, below 0: less. Its `limits` are
-        of the time when it began, and count only where nothing newer is known."""
+        of the time when it began, and count only where nothing newer is known. `num_places` of those in use are free then; below 0:
+        it has given its place away before, and takes it back."""
         state = self._tenants.get(tenant) or self._state(tenant, limits, now)
         state.seen_s = now
         for kind, amount in extra.items():
             if kind in state.buckets:
                 state.buckets[kind].here -= amount
         if state.places is not None:
-            state.places.used = max(0, state.places.used - 1)
+            state.places.used = max(0, state.places.used - num_places)
 
     def readings(self, tenant: str, limits: TenantLimits, now: float) -> list[Reading]:
         """Of each allowance that has a limit."""

@@ -130,9 +130,9 @@ class Tenancy:
         if shortage is not None:
             raise Limited(shortage)
 
-    def end(self, caller: Caller, extra: Mapping[Kind, float]) -> None:
-        """A request that was admitted has ended; `extra` as in `Rations.end`."""
-        self._rations.end(caller.tenant, caller.limits, extra, self._clock())
+    def end(self, caller: Caller, extra: Mapping[Kind, float], num_places: int = 1) -> None:
+        """A request that was admitted has ended; `extra` and `num_places` as in `Rations.end`."""
+        self._rations.end(caller.tenant, caller.limits, extra, self._clock(), num_places)
 
     def readings(self, caller: Caller) -> list[Reading]:
         return self._rations.readings(caller.tenant, caller.limits, self._clock())

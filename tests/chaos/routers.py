@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -124,7 +125,8 @@ class RouterRun:
         found = [(name, *process.addresses[name]) for name, process in self._workers.items()]
         for url, router in list(self._routers.items()):
             if url not in self._busy:
-                await router.order(do="workers", workers=found)
+                with contextlib.suppress(ConnectionError):  # killed meanwhile: told when it is back
+                    await router.order(do="workers", workers=found)
 
     async def _kill_router(self, url: str) -> bool:
         if url in self._busy:

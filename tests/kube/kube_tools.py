@@ -29,6 +29,8 @@ CRD_MODELS = tuple(
     for name in ("cert-manager@6.0.0", "gateway-api@2.0.0", "keda@2.0.0", "prometheus-operator@6.0.0")
 )
 """npm's packages with the schemas of CRDs, as their makers publish them."""
+INSTALL_S = 120.0
+"""npm and apt-get are not waited for any longer."""
 FOLDER = Path(sys.prefix) / "kube"
 
 
@@ -69,11 +71,13 @@ def crd_models() -> Path | None:
         return None
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
-        (Path(coming) / "package.json").write_text("{}")
+        installed = Path(coming) / "crds"
+        installed.mkdir()
+        (installed / "package.json").write_text("{}")
         command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *CRD_MODELS]
-        if subprocess.run(command, cwd=coming, capture_output=True).returncode != 0:
+        if not _ran(command, installed):
             return None
-        shutil.copytree(coming, folder)
+        os.replace(installed, folder)  # the whole of it, or nothing
     return folder
 
 
@@ -93,16 +97,22 @@ def _debian(name: str) -> Path | None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
         fetch = ["apt-get", "download", "-q", *DEBIAN[name]]
-        if subprocess.run(fetch, cwd=coming, capture_output=True).returncode != 0:
-            # Lists of packages may be missing or old.
-            update = subprocess.run(["apt-get", "update", "-q"], capture_output=True)
-            if update.returncode != 0 or subprocess.run(fetch, cwd=coming, capture_output=True).returncode != 0:
-                return None
+        # Lists of packages may be missing or old.
+        if not _ran(fetch, Path(coming)) and not (_ran(["apt-get", "update", "-q"]) and _ran(fetch, Path(coming))):
+            return None
         unpacked = Path(coming) / "unpacked"
         for package in Path(coming).glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
         os.replace(unpacked, folder)
     return folder
+
+
+def _ran(command: list[str], folder: Path | None = None) -> bool:
+    """Whether it ended well, and in time."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=INSTALL_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _install(package: str, path: Path) -> None:

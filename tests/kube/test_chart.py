@@ -290,6 +290,7 @@ def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tm
         (["tenants.existingSecret=a", "auth.insecure=true"], "tenants are told apart by their keys"),
         (["tenants.settings.b=2"], "at '/tenants/settings/b'"),
         (["pools.decode.hostNetwork=true"], "give the nodes' addresses in networkPolicy.nodes"),
+        (["monitoring.podMonitor=true"], "monitoring.podMonitor: name who may scrape in networkPolicy.monitors"),
         (["mode=raycluster", "poolDefaults.podsPerWorker=2"], "mode raycluster has workers of one pod only"),
         (["poolDefaults.strategy.maxSurge=0"], "lets no pod go and none come"),
         (["pools.averylongpoolname.role=mixed", "pools.averylongpoolname.replicas=1"], "averylongpoolname"),

@@ -331,9 +331,10 @@ def open_api(
     checkpoint: Path = CHECKPOINT,
     tenancy: Tenancy | None = None,
     usage_log: UsageLog | None = None,
+    kind: type[FakeBackend] = FakeBackend,
 ) -> Iterator[Api]:
     """Serves a checkpoint's tokenizer over a FakeBackend for as long as the context lasts."""
-    backend = FakeBackend(Tokenizer.load(checkpoint))
+    backend = kind(Tokenizer.load(checkpoint))
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with (
         serve(backend, config, http, tenancy, usage_log) as url,

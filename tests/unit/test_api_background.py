@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from fake_backend import serve, speak
@@ -25,10 +26,10 @@ Served = tuple[KeepingBackend, Callable[[str], openai.OpenAI]]
 
 @pytest.fixture(scope="module")
 def served(thinking_folder: Path) -> Iterator[Served]:
-    """With two tenants, each of which may have two responses in the background."""
+    """With tenants, each of which may have two responses in the background."""
     backend = KeepingBackend(Tokenizer.load(thinking_folder))
     tenancy = Tenancy(TenantsConfig(enabled=True), secret=b"s")
-    names = ("acme", "other")
+    names = ("acme", "other", "third", "fourth", "fifth")
     tenancy.set_roster({}, [Key(name, name, hashlib.sha256(name.encode()).digest()) for name in names])
     with serve(backend, ApiConfig(max_background=2), tenancy=tenancy) as url:
         clients = {name: openai.OpenAI(base_url=f"{url}/v1", api_key=name, max_retries=0) for name in names}
@@ -108,6 +109,19 @@ def test_one_that_is_deleted_is_gone_whatever_comes_of_it(both: Served) -> None:
         client("acme").responses.retrieve(running.id)
 
 
+def test_one_that_was_stopped_through_another_router_is_kept_by_nobody(both: Served) -> None:
+    backend, client = both
+    stalling(backend, Refused(Refusal.CANCELLED, "stopped"))
+    running = begin(client("fifth"))
+    backend.hang.release()
+    metrics = str(client("fifth").base_url).replace("/v1/", "/metrics")
+    while 'outcome="cancelled",tenant="fifth"} 1.0' not in httpx.get(metrics).text:
+        pass
+    backend.is_kept = False
+    with pytest.raises(openai.NotFoundError):
+        client("fifth").responses.retrieve(running.id)
+
+
 def test_a_key_that_is_sent_again_tells_how_far_its_response_is(both: Served) -> None:
     backend, client = both
     backend.is_waiting = True
@@ -131,3 +145,13 @@ def test_a_tenant_that_has_too_many_keeps_nobody_else_out(both: Served) -> None:
     for response in held:
         client("acme").responses.cancel(response.id)
     client("other").responses.cancel(other.id)
+
+
+def test_all_tenants_together_have_four_times_what_one_may_have(both: Served) -> None:
+    backend, client = both
+    stalling(backend, Refused(Refusal.CANCELLED, "stopped"))
+    held = [(name, begin(client(name))) for name in ("acme", "other", "third", "fourth") for _ in range(2)]
+    with pytest.raises(openai.RateLimitError):
+        begin(client("fifth"))
+    for name, response in held:
+        client(name).responses.cancel(response.id)

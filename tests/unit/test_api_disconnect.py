@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,16 @@ import pytest
 from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, speak
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.api.job_run import JobOutputs
+from router.api.callers import Callers
+from router.api.job_run import JobOutputs, JobProgress
+from router.api.metrics import Metrics
+from router.api.schema import CompletionBody, parse_body
+from router.api.tenant_metrics import TenantMetrics
+from router.api.translate import translate_completion
+from router.api.unattended import Unattended
+from router.config import ApiConfig
+from router.tenants.config import TenantsConfig
+from router.tenants.tenancy import Tenancy
 from workers.request import Output, Request, SamplingParams
 
 
@@ -123,3 +133,21 @@ async def test_closing_a_job_closes_all_its_streams_once(api: Api) -> None:
     generation.close()
     generation.close()
     assert api.backend.cancelled == ["a", "b"]
+
+
+async def test_what_one_client_left_is_closed_when_the_next_one_leaves_even_before_it_was_followed(api: Api) -> None:
+    api.backend.script = stall(1)
+    metrics, unattended = Metrics(api.backend), Unattended(30.0)
+    callers = Callers(Tenancy(TenantsConfig()), TenantMetrics(metrics.registry, 0, lambda: False), 256)
+    job = translate_completion(
+        parse_body(CompletionBody, b'{"prompt": "Hi"}'), MODEL, api.backend.tokenizer, ApiConfig()
+    )
+    for name in ("a", "b"):  # in one turn of the event loop
+        outputs = await JobOutputs.open(api.backend, (Request(name, (5,), SamplingParams(seed=1)),))
+        account = await callers.admit(job, {"path": "/v1/completions"}, goes_on=True)
+        account.progress = JobProgress(job, metrics, 0.0)
+        unattended.take(outputs, account.progress, account)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert api.backend.cancelled == ["a"]
+    assert metrics.registry.get_sample_value("baton_num_requests_running") == 1.0

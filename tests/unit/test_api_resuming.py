@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from fake_backend import CHECKPOINT, Hang, error_of, serve
 from keeping_backend import KeepingBackend
 from test_api_tools import ANSWER, ASK, CALLS, TOOLS, says
 
+from router.api.naming import Naming
 from router.api.retelling import BITE, Retelling
+from router.api.tickets import Ticket
 from router.config import ApiConfig
 from workers.request import Output, Request, SamplingParams
 from workers.text.tokenizer import Tokenizer
@@ -178,6 +181,16 @@ def test_what_nobody_knows_the_question_of_is_computed_anew(two: Any) -> None:
     backend.tickets = dict.fromkeys(backend.tickets, b"")
     again = second.post("/v1/chat/completions", json=CHAT | {"max_tokens": 3}, headers=headers)
     assert again.status_code == 200 and backend.parts[-1].at == ""
+
+
+@pytest.mark.parametrize("first", [b"\0", b"\1"])
+def test_a_ticket_of_the_release_before_is_read(first: bytes) -> None:
+    """While a cluster is renewed, workers have some."""
+    head = {"kind": "chat", "owner": "o", "job": "j", "created": 5, "digest": "d", "earlier": None}
+    text = json.dumps(head).encode() + b"\n{}"
+    assert Ticket.read(first + (zlib.compress(text) if first == b"\1" else text)) == Ticket(
+        "chat", "o", Naming("j", 5), "d", b"{}"
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "completion", "response", "message"])

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_backend import MESSAGES, MODEL, Api, Hang, open_api, speak
+from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, open_api, speak
+from keeping_backend import KeepingBackend
 
 from cluster.cli import main
 from cluster.settings import build
@@ -27,11 +28,13 @@ from router.tenants.tenancy import Tenancy
 from router.tenants.usage import Usage
 from router.tenants.usage_log import UsageLog, read_usage
 from workers.errors import InvalidConfig, Refusal, Refused
+from workers.request import end_output
 
 TENANTS = {
     "acme": TenantLimits(requests_per_min=3, input_tokens_per_min=1000, output_tokens_per_min=100_000),
     "small": TenantLimits(max_concurrent=1, models=("another-model",)),
     "single": TenantLimits(max_concurrent=1, output_tokens_per_min=10_000),
+    "once": TenantLimits(max_concurrent=1, requests_per_min=2),
     "slow": TenantLimits(output_tokens_per_min=120),
     "polite": TenantLimits(min_priority=0, max_priority=10, weight=3.0),
 }
@@ -50,13 +53,19 @@ KEYS = (
 
 
 @contextmanager
-def tenants(usage: Path | None = None, grace_s: float = 30.0, **settings: Any) -> Iterator[Api]:
+def tenants(
+    usage: Path | None = None,
+    grace_s: float = 30.0,
+    kind: type[FakeBackend] = FakeBackend,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
+) -> Iterator[Api]:
     config = TenantsConfig(enabled=True, **settings)
     api = ApiConfig(api_keys=("plain",), client_grace_s=grace_s)
-    tenancy = Tenancy(config, api.api_keys, secret=b"s")
+    tenancy = Tenancy(config, api.api_keys, secret=b"s", clock=clock)
     tenancy.set_roster(TENANTS, KEYS)
     log = UsageLog(UsageConfig(str(usage)), "router-0") if usage else None
-    with open_api(api, "acme", tenancy=tenancy, usage_log=log) as served:
+    with open_api(api, "acme", tenancy=tenancy, usage_log=log, kind=kind) as served:
         yield served
     if log is not None:
         log.close()
@@ -144,6 +153,95 @@ def test_what_goes_on_without_its_client_has_its_place_and_is_paid_for_as_it_end
         while 'baton_tenant_tokens_total{kind="output",tenant="single"} 101.0' not in api.http.get("/metrics").text:
             pass  # an answer is counted when it has been sent
         assert not api.backend.cancelled
+
+
+@contextmanager
+def again(api: Api, tenant: str, **body: Any) -> Iterator[httpx.Response]:
+    """Sends one request, always under the same key, and hangs up in the end."""
+    headers = {"authorization": f"Bearer {tenant}", "idempotency-key": "mine"}
+    sent = {"prompt": [1, 2, 3], "max_tokens": 100, "stream": True, **body}
+    with api.http.stream("POST", "/v1/completions", json=sent, headers=headers) as answer:
+        yield answer
+
+
+def await_gone(api: Api, num_gone: int) -> None:
+    """Until so many clients have been seen to leave."""
+    gone = f'endpoint="/v1/completions",refusal="client_disconnected",status="499"}} {num_gone}.0'
+    while gone not in api.http.get("/metrics").text:
+        pass
+
+
+def halting(backend: Any, hang: Hang) -> None:
+    backend.script = lambda each, request: [*speak(each, request)[:1], hang, *speak(each, request)[1:]]
+
+
+def test_who_comes_back_takes_the_place_over_that_his_request_has_kept() -> None:
+    with tenants(kind=KeepingBackend) as api:
+        backend, hang = api.backend, Hang()
+        assert isinstance(backend, KeepingBackend)
+        halting(backend, hang)
+        with again(api, "single") as answer:
+            next(answer.iter_lines())
+        await_gone(api, 1)
+        assert ask(api, "single").status_code == 429
+        backend.pause = Hang()
+        with again(api, "single") as joined:
+            assert joined.status_code == 200
+            lines = joined.iter_lines()
+            next(lines)
+            hang.release()
+            while 'outcome="client_disconnected",tenant="single"} 1.0' not in api.http.get("/metrics").text:
+                pass
+            assert ask(api, "single").status_code == 429, "what was given over is not given back a second time"
+            backend.pause.release()
+            assert "data: [DONE]" in list(lines)
+        while 'outcome="joined",tenant="single"} 1.0' not in (metrics := api.http.get("/metrics").text):
+            pass
+        assert 'baton_tenant_tokens_total{kind="output",tenant="single"} 100.0' in metrics, "paid for once"
+        backend.script = speak
+        assert ask(api, "single").status_code == 200
+
+
+def test_of_one_request_only_the_last_client_that_left_is_waited_for() -> None:
+    now_s = 1000.0
+    with tenants(kind=KeepingBackend, clock=lambda: now_s) as api:
+        backend = api.backend
+        assert isinstance(backend, KeepingBackend)
+        halting(backend, Hang())
+        backend.pause = Hang()
+        for num_gone in (1, 2):
+            with again(api, "once") as answer:
+                assert answer.status_code == 200
+                next(answer.iter_lines())
+            await_gone(api, num_gone)
+        while not backend.cancelled:
+            api.http.get("/metrics")
+        assert backend.cancelled == [backend.requests[0].request_id]
+        with again(api, "once") as refused:
+            assert refused.status_code == 429 and b"2 requests a minute" in refused.read()
+        now_s += 60
+        refused_now = ask(api, "once")
+        assert "1 requests at once" in refused_now.json()["error"]["message"], "who was refused took no place"
+        backend.pause.release()
+        headers = {"authorization": "Bearer once"}
+        assert api.http.get("/v1/requests/mine/stream", headers=headers).text.endswith("[DONE]\n\n")
+
+
+def test_what_failed_behind_a_client_that_left_has_not_run_to_its_end() -> None:
+    with tenants() as api:
+        hang = Hang()
+        api.backend.script = lambda backend, request: [
+            *speak(backend, request)[:2], hang, end_output(request.request_id, Refusal.WORKERS_DIED, "w-0")
+        ]  # fmt: skip
+        with again(api, "slow") as answer:
+            next(answer.iter_lines())
+        await_gone(api, 1)
+        hang.release()
+        while 'outcome="client_disconnected",tenant="slow"} 1.0' not in api.http.get("/metrics").text:
+            pass
+        api.backend.script = speak
+        left = 120 - int(ask(api, "slow", max_tokens=1).headers["x-ratelimit-remaining-output-tokens"])
+        assert left >= 50, "as where it goes on elsewhere: what was expected stays paid"
 
 
 def test_keys_that_ended_models_and_priorities_are_told_apart() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
+from cluster.actors import actors
 from cluster.config import check_roles
 from cluster.membership.membership import (
     Registration,
@@ -22,8 +25,11 @@ from cluster.membership.membership import (
 from cluster.membership.registration import MAX_START, Registrar, follow_members, number_start
 from cluster.membership.steady_time import SteadyTime
 from cluster.store.memory import MemoryStore
+from cluster.store.store import StoreConfig
+from workers.config import WorkerConfig
 from workers.errors import InvalidConfig
 from workers.status import Role, WorkerAddress
+from workers.trust.config import TlsConfig
 
 BOUND_S = 10.0
 LONG_S = 60.0
@@ -105,6 +111,53 @@ async def test_an_older_start_can_neither_register_nor_keep_nor_remove_the_newer
         await asyncio.wait_for(old.run(), BOUND_S)
     await old.withdraw()
     assert await registered(store) == [new.registration]
+
+
+class Worker:
+    """Computes nothing; serves as what a WorkerActor holds."""
+
+    def __init__(self, config: WorkerConfig, worker_id: str, start: int, role: Role, *_: object) -> None:
+        self._address = WorkerAddress(worker_id, start << 32, "127.0.0.1:1")
+
+    async def start(self) -> WorkerAddress:
+        return self._address
+
+    def watch_draining(self, on_change: object) -> None: ...
+
+
+async def test_an_actor_whose_worker_was_superseded_ends_for_good_and_faults_of_its_gauges_do_not_end_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    asked = asyncio.Event()
+
+    def no_gauges(*_: object) -> None:
+        asked.set()
+        raise OSError("Ray makes no gauges")
+
+    def end(how: str) -> None:
+        if not ended.done():
+            ended.set_result(how)
+
+    monkeypatch.setattr(actors, "open_store", lambda *_: store)
+    monkeypatch.setattr(actors, "write_logs", lambda *_: None)
+    monkeypatch.setattr(actors, "RayGauges", no_gauges)
+    monkeypatch.setattr(actors, "leave_for_good", lambda: end("for good"))
+    monkeypatch.setattr(os, "_exit", lambda code: end(f"with {code}"))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    actor = actors.WorkerActor(
+        "decode-0", WorkerConfig("fake"), Role.DECODE, StoreConfig(lease_ttl_s=0.5), "baton", TlsConfig("off"),
+        SteadyTime("", 0.0), Worker,
+    )  # fmt: skip
+    async with asyncio.timeout(BOUND_S):
+        await actor.ready()
+        await asked.wait()
+        assert not ended.done()
+        newer = await start(store)
+        await newer.register()
+        assert await ended == "for good"
+    assert await registered(store) == [newer.registration]
 
 
 async def test_a_switch_is_written_at_once_and_outlives_the_worker() -> None:

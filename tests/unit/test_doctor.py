@@ -135,6 +135,23 @@ def test_a_router_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
     assert re.search(r"^(ok|warn) +port: 8000 \(router.port\) is ", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.parametrize("where", ["file", "set", "flag", "environment"])
+def test_the_ray_that_is_looked_at_is_the_one_of_the_settings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        file = tmp_path / "baton.yaml"
+        file.write_text(f"ray: {{address: '{address}'}}\n" if where == "file" else "{}\n")
+        flags = {"set": ["--set", f"ray.address={address}"], "flag": ["--ray-address", address]}.get(
+            where, ["--config", str(file)]
+        )
+        if where == "environment":
+            monkeypatch.setenv("BATON__RAY__ADDRESS", address)
+        main(["doctor", "--url", "http://127.0.0.1:9", "--model", str(MODEL), *flags])
+    assert f"its head listens at {address}" in capsys.readouterr().out
+
+
 def test_settings_leave_their_secrets_behind() -> None:
     given = {
         "worker.model": "m",

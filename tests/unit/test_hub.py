@@ -103,6 +103,8 @@ def test_the_same_from_modelscope(tmp_path: Path) -> None:
         (["--model", REPOSITORY, "--revision", "v9"], {}, "it has no revision 'v9'"),
         (["--model", REPOSITORY], {"HF_HUB_OFFLINE": "1"}, "not in the cache"),
         (["--model", "baidu/gated"], {"HF_TOKEN": TOKEN}, "config.json is missing"),
+        (["--model", REPOSITORY], {"SSL_CERT_FILE": "/nonexistent.pem"}, f"cannot download the model '{REPOSITORY}': "),
+        (["--model", REPOSITORY], {"HTTPS_PROXY": "garbage://x", "NO_PROXY": ""}, "garbage://x"),
         (["--model", "baidu/garbage"], {}, "cannot download the model 'baidu/garbage': RemoteProtocolError"),
     ],
 )

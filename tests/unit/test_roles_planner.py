@@ -178,6 +178,16 @@ def test_flapping_is_bounded_whatever_the_load_does() -> None:
             assert not later or later[0] >= begin_s + config.worker_rest_s, seed
 
 
+def test_the_budget_bounds_switches_under_a_load_that_goes_to_and_fro() -> None:
+    """Nothing else does here: rests and the time before a reversal are shorter than each turn of the load."""
+    config = RolesConfig(mode="auto", switches_per_hour=1.0, worker_rest_s=5.0, cooldown_s=1.0, reversal_s=1.0)
+    controller, workers, count = RoleController(config, TARGETS), fleet(4, 4), 0
+    for turn in range(20):
+        decisions, workers = run(controller, workers, PROMPTS if turn % 2 else ANSWERS, 15, at_s=15.0 * turn)
+        count += sum(len(decision.moves) for decision in decisions)
+    assert 8 < count <= 2 * 8 + 8 * 300 / 3600
+
+
 def test_a_steady_load_leads_to_a_standstill() -> None:
     for load in (PROMPTS, ANSWERS, demand(30, 3000, 300)):
         for prefill in (1, 12):

@@ -15,7 +15,7 @@ from cluster.store.store import StoreUnavailable
 from router.tenants.buckets import Ask, Buckets, Given
 from router.tenants.config import TenantLimits, TenantsConfig
 from router.tenants.rations import HOLD_S, MIN_PAUSE_S, Kind, Rations
-from router.tenants.tenancy import Caller, Limited, Tenancy
+from router.tenants.tenancy import ASK_TIMEOUT_S, Caller, Limited, Tenancy
 
 COSTS = {Kind.REQUESTS: 1.0, Kind.INPUT: 100.0, Kind.OUTPUT: 0.0}
 
@@ -209,6 +209,15 @@ def test_the_place_of_a_request_that_waits_for_the_next_call_is_not_given_back_w
     assert short is not None and (short.kind, short.wait_s) == (Kind.REQUESTS, 0)
     call(1.55)
     assert rations.admit("acme", limits, many, 1.55, is_last=True) is None
+
+    rations.end("acme", limits, {}, 1.6)
+    running = rations.asks(6.0)  # gives all places back, slowly
+    short = rations.admit("acme", limits, many, 6.0)
+    assert short is not None and (short.kind, short.wait_s) == (Kind.REQUESTS, 0)
+    answered = 6.0 + ASK_TIMEOUT_S + 0.1
+    rations.given(running, buckets.ask(running, answered), answered)
+    call(answered)
+    assert rations.admit("acme", limits, many, answered, is_last=True) is None
 
 
 async def test_four_routers_on_a_real_redis_hold_a_limit_and_go_on_without_it(redis_server: RedisServer) -> None:

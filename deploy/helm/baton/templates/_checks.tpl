@@ -15,6 +15,7 @@
 {{- if and .Values.redis.external.tls.clientCertificate (not .Values.redis.external.tls.secret) }}{{ fail "redis.external.tls.clientCertificate needs redis.external.tls.secret, with tls.crt and tls.key" }}{{ end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) }}{{ fail "ingress.enabled needs ingress.host" }}{{ end }}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}{{ fail "httpRoute.enabled needs httpRoute.parentRefs, the gateways that it belongs to" }}{{ end }}
+{{- if and .Values.monitoring.podMonitor .Values.networkPolicy.enabled (not .Values.networkPolicy.monitors) }}{{ fail "monitoring.podMonitor: name who may scrape in networkPolicy.monitors, or set networkPolicy.enabled to false" }}{{ end }}
 {{- with .Values.routers.autoscaling }}{{ if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}{{ fail "routers.autoscaling.minReplicas is above maxReplicas" }}{{ end }}{{ end }}
 {{- $prefills := 0 }}{{- $decodes := 0 }}
 {{- range $name, $pool := include "baton.pools" . | fromYaml }}
