@@ -194,7 +194,7 @@ def test_a_browser_shows_a_thousand_workers_and_drains_one_by_keyboard_after_ask
     )
     with serve(backend, ApiConfig(admin_keys=("root",))) as url, browser(tmp_path / "browser") as page:
         page.open(f"{url}/admin/ui#request=long-job")
-        page.wait_for("document.activeElement.id === 'key'")
+        page.wait_for("document.activeElement?.id === 'key'")
         assert "decode-5" not in page.text(), "without the key there is nothing to see"
         page.ask("at('key').value = 'root'; at('ask').requestSubmit(); findWay()")
         page.wait_for("at('workers').rows.length")
