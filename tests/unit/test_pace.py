@@ -195,3 +195,14 @@ def test_decoding_that_becomes_cheaper_does_not_make_prompts_look_free() -> None
     mixed_steps(pace, 0.2, 5e-3, 20)
     pace.took(0.20001, 1, 64, 64 * 32)
     assert max(mixed_steps(pace, 0.05, 5e-3, 100)[20:]) <= 128
+
+
+@pytest.mark.parametrize("max_pause_s", [PAUSE_S, math.inf])
+def test_steps_that_take_no_longer_than_decoding_did_make_no_prompt_free(max_pause_s: float) -> None:
+    """However many come, with none between them that only decodes."""
+    pace = Pace(max_pause_s)
+    pace.took(0.5, 1, 0, 0)
+    for _ in range(5000):
+        pace.took(0.01, 1, 256, 256 * 128)
+    assert 0.01 / 300 < pace.seconds(256, 0) < 0.011
+    assert 200 <= pace.tokens(0.02, 0) < 10**6

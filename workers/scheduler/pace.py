@@ -13,6 +13,8 @@ _SPREAD = 0.02
 """How different steps must be, from 0 to 1, before it is told apart what a token takes and what those before it do."""
 _MIXED_IN_A_ROW = 16
 """After so many steps with prompts and decoding one only decodes."""
+_LEAST_SHARE = 1 / 256
+"""Of a step's time prompts take at least."""
 _FIRST_S_PER_TOKEN = 1e-4
 """Assumed of a prompt before any was computed here."""
 
@@ -49,8 +51,10 @@ class Pace:
         prompt_s = step_s
         if num_decodes:
             self._num_mixed += 1
-            # Decoding may take less than it did; what is left for the prompts is not taken to be next to nothing then.
-            prompt_s = max(step_s - self._decode_s, self.seconds(prompt_tokens, 0) / 2)
+            self._decode_s = min(self._decode_s, step_s)
+            # Decoding may take less than it did: what is left for the prompts is not taken to be next to nothing then.
+            foretold_s = self._token_s * prompt_tokens + self._pair_s * prompt_context
+            prompt_s = max(step_s - self._decode_s, foretold_s / 2, step_s * _LEAST_SHARE)
         if prompt_s > 0.0:
             self._learn(prompt_tokens / prompt_s, prompt_context / prompt_s)
 
@@ -79,7 +83,8 @@ class Pace:
         if math.isinf(seconds):
             return sys.maxsize
         linear, square = self._token_s + self._pair_s * start, self._pair_s / 2
-        count = int(2 * seconds / (linear + math.sqrt(linear * linear + 4 * square * seconds)))
+        divisor = linear + math.sqrt(linear * linear + 4 * square * seconds)
+        count = int(2 * seconds / divisor) if divisor > 0 else sys.maxsize
         return count - count % BLOCK_SIZE if count > BLOCK_SIZE else count
 
 
