@@ -96,6 +96,8 @@ class Execution:
         running = self.running.get(answer.key.removeprefix(SWITCHES))
         if running is None or running.version is not None:
             return []
+        if answer.version is not None and answer.version <= self._versions.get(running.switch.worker_id, ABSENT):
+            return []  # to an earlier phase, which the mirror has shown before: this one is not written yet
         if answer.failed:
             # It may have been written all the same: the next snapshot tells.
             running.written_s = now
