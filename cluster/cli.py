@@ -32,10 +32,8 @@ from cluster.commands import (
     tls,
     usage,
 )
-from cluster.commands.flags import INTERRUPTED
+from cluster.commands.flags import INTERRUPTED, OPERATOR_ERROR
 from workers.errors import BatonError
-
-OPERATOR_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from cluster.preflight import (
 from cluster.ray_session.deaths import vital_processes, watch
 from cluster.ray_session.folders import end_local, make_folder, remove_stale, secret_file
 from cluster.ray_session.janitor import dismiss, engage
+from cluster.ray_session.processes import Process
 from cluster.ray_session.room import watch_room
 from cluster.ray_session.running import note
 from cluster.ray_session.session import RaySession, join_ray, start_ray
@@ -71,6 +72,8 @@ class Cluster:
     """Who created the actors: it also holds the further ranks of workers."""
     held_ports: PortHolder | None = None
     """The routers' ports, where their processes are on this host."""
+    vital: dict[str, Process] = field(default_factory=dict)
+    """Those of Ray's processes that the cluster cannot do without, where Ray was started for it."""
 
     @property
     def url(self) -> str:
@@ -81,7 +84,7 @@ class Cluster:
         """Does `meanwhile`, for as long as a Ray that was started here lives; what becomes of its disk is told. Raises RayDied."""
         jobs = {asyncio.ensure_future(meanwhile)}
         if self.session.folder:
-            jobs.add(asyncio.ensure_future(watch(vital_processes(self.session.folder))))
+            jobs.add(asyncio.ensure_future(watch(self.vital)))
             jobs.add(asyncio.ensure_future(watch_room(self.session.folder, say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
@@ -143,8 +146,9 @@ async def launched(config: ClusterConfig, progress: StepPrinter, folder: str = "
             )
         cluster = Cluster(config, session)
         if folder:
+            cluster.vital = await asyncio.to_thread(vital_processes, folder)
             note(folder, session.address)
-        await _populate(cluster, progress)
+        await cluster.until_ray_dies(_populate(cluster, progress), progress.say)
         if folder:
             note(folder, session.address, cluster.urls)
         yield cluster

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code of a command that a signal ended."""
+OPERATOR_ERROR = 2
+"""The exit code of an error that has none of its own."""
 DEFAULT_MODEL = Path("models/ernie-4.5-tiny")
 DEFAULT_URL = "http://127.0.0.1:8000"
 _ALIAS = "alias:"

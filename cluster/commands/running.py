@@ -8,13 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, NoReturn
 
-from cluster.commands.flags import INTERRUPTED
+from cluster.commands.flags import INTERRUPTED, OPERATOR_ERROR
 from cluster.config import ClusterConfig
 from cluster.console.output import StepPrinter, generation_text
+from cluster.lifecycle import StartFailed
 from cluster.membership.membership import Registration
 from cluster.membership.registration import follow_members
+from cluster.ray_session.deaths import RayDied
 from cluster.store.open import open_store
 from workers.machine.limits import memory_kills
 
@@ -37,7 +39,7 @@ async def _run(command: Coroutine[Any, Any, int], folder: str, progress: StepPri
         if task.cancelling():
             _end_ray(folder, 0.0)
             progress.say("stopped at once")
-            _leave()
+            _leave(INTERRUPTED)
         progress.say("stopping; once more to stop at once")
         task.cancel()
 
@@ -50,8 +52,12 @@ async def _run(command: Coroutine[Any, Any, int], folder: str, progress: StepPri
     except asyncio.CancelledError:
         # The thread that was starting Ray may wait long for processes that are gone; nobody needs its answer.
         _end_ray(folder, 1.0)
-        _leave()
-        raise
+        _leave(INTERRUPTED)
+    except (RayDied, StartFailed) as error:  # so may threads that ask a Ray which is gone or hangs
+        _end_ray(folder, 1.0)
+        with suppress(OSError, ValueError):
+            print(f"baton: {error}", file=sys.stderr)
+        _leave(getattr(error, "exit_code", OPERATOR_ERROR))
 
 
 def _end_ray(folder: str, patience_s: float) -> None:
@@ -61,11 +67,11 @@ def _end_ray(folder: str, patience_s: float) -> None:
         end_local(folder, patience_s)
 
 
-def _leave() -> None:
+def _leave(exit_code: int) -> NoReturn:
     with suppress(OSError, ValueError):  # a terminal that is gone
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(exit_code)
 
 
 async def tell_changes(

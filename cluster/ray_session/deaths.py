@@ -20,12 +20,16 @@ class RayDied(BatonError):
 
 
 def vital_processes(folder: str) -> dict[str, processes.Process]:
-    """The processes of the Ray in `folder` that must live, by what Ray calls them."""
+    """The processes of the Ray in `folder` that must live, by what Ray calls them. To be asked as soon as that Ray has started:
+    one that has died already is not there to be found. Raises RayDied for it."""
     found = {}
     for process in processes.family(folder):
         for program, name in NAMES.items():
             if f"/{program} -" in process.command:
                 found[name] = process
+    for name in NAMES.values():
+        if name not in found:
+            raise RayDied(f"Ray's {name} has died while the cluster started, which ends with it: start it anew")
     return found
 
 
