@@ -1,7 +1,7 @@
 """Switches of roles on a real cluster of four small workers: how long they take, idle and loaded, and that automatic ones under load with kills change no token.
 
 python bench/roles.py --switches 60
-python bench/roles.py --switches 500 --json roles.json
+python bench/roles.py --switches 500 --automatic-only --json roles.json
 
 One run: (1) an idle worker is switched to and fro; (2) a decode worker with 16 running sequences becomes a prefill worker while other streams run on the other one, whose time
 between tokens is measured with and without the switch; (3) the controller, set to change its mind often, switches under loads that alternate between prompts and answers, a worker is killed
@@ -223,6 +223,36 @@ async def automatic(
     return told
 
 
+def by_order(cluster: ClusterProcess, count: int, result: dict[str, Any]) -> None:
+    """Parts (1) and (2)."""
+    audit = Audit(cluster)
+    idle = idle_switches(cluster, audit, count)
+    result["idle_s"] = {"count": len(idle), "p50": statistics.median(idle), "p99": quantile(idle, 0.99)}
+    print(
+        f"idle worker: {len(idle)} switches, p50 {statistics.median(idle) * 1e3:.1f} ms, p99 {quantile(idle, 0.99) * 1e3:.1f} ms",
+        flush=True,
+    )
+    audit = Audit(cluster)
+    audit.gather()
+    old = set(audit.steps)
+    before, during, num_there = asyncio.run(loaded_switch(cluster, jobs_of([(200, 700)] * 40, 7)))
+    time.sleep(1.5)
+    audit.gather()
+    audit.steps = {number: step for number, step in audit.steps.items() if number not in old}
+    (loaded,) = audit.switches("operator")
+    result["loaded"] = {
+        "sequences": num_there,
+        "took_s": took_s(loaded),
+        "p99_gap_before_s": before,
+        "p99_gap_during_s": during,
+    }
+    phases = ", ".join(f"{name} after {step['took_s'] * 1e3:.0f} ms" for name, step in loaded.items())
+    print(
+        f"loaded worker with {num_there} sequences: {took_s(loaded):.3f} s ({phases}); p99 between tokens of streams that stay: {before * 1e3:.1f} ms without, {during * 1e3:.1f} ms with it ({during / before:.2f}x)",
+        flush=True,
+    )
+
+
 def flags(settings: dict[str, Any]) -> list[str]:
     return [text for name, value in settings.items() for text in ("--set", f"roles.{name}={value}")]
 
@@ -233,8 +263,10 @@ def main() -> int:
     parser.add_argument("--kill-every", type=int, default=20, help="switches; 0: never")
     parser.add_argument("--idle", type=int, default=40, help="switches of an idle worker")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for the automatic switches")
+    parser.add_argument("--automatic-only", action="store_true", help="(3) alone, in pieces that a machine can spare")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster is stopped with it
     common = [
         "--prefill",
         "2",
@@ -246,44 +278,19 @@ def main() -> int:
         "--set",
         "worker.max_num_seqs=32",
     ]
-    long = jobs_of([(200, 700)] * 40, 7)
     prompts = jobs_of([(rng_prompt, 6) for rng_prompt in (1500, 2200, 3000) * 5], 8)
     answers = jobs_of([(40, 160)] * 20, 9)
     result: dict[str, Any] = {}
 
     cluster = ClusterProcess(*common, "--set", "roles.mode=off", "--set", "roles.manual_rest_s=1")
     try:
-        audit = Audit(cluster)
-        idle = idle_switches(cluster, audit, args.idle)
-        result["idle_s"] = {"count": len(idle), "p50": statistics.median(idle), "p99": quantile(idle, 0.99)}
-        print(
-            f"idle worker: {len(idle)} switches, p50 {statistics.median(idle) * 1e3:.1f} ms, p99 {quantile(idle, 0.99) * 1e3:.1f} ms",
-            flush=True,
-        )
-        audit = Audit(cluster)
-        audit.gather()
-        old = set(audit.steps)
-        before, during, num_there = asyncio.run(loaded_switch(cluster, long))
-        time.sleep(1.5)
-        audit.gather()
-        audit.steps = {number: step for number, step in audit.steps.items() if number not in old}
-        (loaded,) = audit.switches("operator")
-        result["loaded"] = {
-            "sequences": num_there,
-            "took_s": took_s(loaded),
-            "p99_gap_before_s": before,
-            "p99_gap_during_s": during,
-        }
         targets = asyncio.run(typical(cluster, prompts, answers))
-        result["targets"] = targets
-        phases = ", ".join(f"{name} after {step['took_s'] * 1e3:.0f} ms" for name, step in loaded.items())
-        print(
-            f"loaded worker with {num_there} sequences: {took_s(loaded):.3f} s ({phases}); p99 between tokens of streams that stay: {before * 1e3:.1f} ms without, {during * 1e3:.1f} ms with it ({during / before:.2f}x)",
-            flush=True,
-        )
+        if not args.automatic_only:
+            by_order(cluster, args.idle, result)
     finally:
         cluster.stop()
 
+    result["targets"] = targets
     print(f"targets: {targets}", flush=True)
     cluster = ClusterProcess(*common, *flags(RESTLESS | targets))
     try:
