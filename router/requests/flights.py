@@ -329,6 +329,7 @@ class InFlightRequests:
         self._end_attempt(flight)
         flight.note(now, "moved", incoming.worker_id, f"after {len(flight.delivered)} tokens")
         flight.go_on(incoming)
+        is_asked_here = not flight.part.at  # what is taken up was asked of another router, and much of it comes at once
         self._attempts[flight.wire_id] = flight
         self._dispatcher.note_running(flight)
         for output in incoming.buffered:
@@ -336,7 +337,8 @@ class InFlightRequests:
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
         if output.token_ids:
-            self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
+            if is_asked_here:
+                self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
             if flight.history.num_setbacks:
                 flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
@@ -344,14 +346,16 @@ class InFlightRequests:
             flight.note(now, "first output", flight.worker_id)
             if flight.spoke_s is None:
                 flight.spoke_s = now
-                self._demand.first_token(now - flight.arrived_s, now)
+                if is_asked_here:
+                    self._demand.first_token(now - flight.arrived_s, now)
             self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
-            self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
+            if is_asked_here:
+                self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
             self._forget(flight, now, str(output.finish_reason))
 
     # ---- trouble ----

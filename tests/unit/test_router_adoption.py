@@ -81,7 +81,7 @@ def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_h
     assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)
 
 
-def test_what_is_taken_up_does_not_tell_how_long_a_first_token_takes() -> None:
+def test_what_is_taken_up_tells_neither_how_long_a_first_token_takes_nor_of_demand() -> None:
     for at, is_learnt in (("", True), ("m-0", False)):
         story = Story(("m-0", Role.MIXED))
         for number in range(20):
@@ -90,6 +90,9 @@ def test_what_is_taken_up_does_not_tell_how_long_a_first_token_takes() -> None:
             story.output("m-0", f"r{number}#1", 0, 5, finish=True)
         assert story.count("finished_length") == 20
         assert bool(story.core.forecasts.lead.expect(3)) is is_learnt
+        demand = story.core.flights.demand(story.now)
+        seen = (demand.ttft_s, demand.tokens_per_s, demand.finished_per_s, demand.output_tokens)
+        assert [bool(each) for each in seen] == [is_learnt] * 4
 
 
 def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> None:
