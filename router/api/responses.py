@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from starlette.types import Scope
 
-from router.api.answer import Answer, Services, Shape, whole
+from router.api.answer import Answer, whole
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
 from router.api.asking import AnswerKind, Inquiry, Reading, read_asked, read_ticket
 from router.api.background import BackgroundJobs
@@ -19,6 +19,8 @@ from router.api.problems import Problem, Rejected, rejected
 from router.api.response_store import ResponseStore, Stored
 from router.api.responses_body import ResponsesBody, as_chat, echoed, read_items
 from router.api.schema import parse_body
+from router.api.services import Services
+from router.api.shapes import Shape
 from router.api.sse import named_event, to_json
 from router.api.tickets import Ticket
 from router.api.translate import Job, translate_chat
