@@ -32,6 +32,7 @@ from workers.request import FinishReason, Output
 def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
     store, background = services.responses, BackgroundJobs(services, _keep_end)
+    services.backend.on_job_ended = lambda job_id: store.forget(f"resp_{job_id}")
 
     async def find(response_id: str, scope: Scope, waits: bool = False) -> tuple[Inquiry, FoundJob] | None:
         """What workers have of a response, or what waits of it here; with `waits` until a worker has it."""
@@ -88,11 +89,11 @@ def response_routes(services: Services) -> APIRouter:
     async def delete_response(http: HttpRequest, response_id: str) -> Response:
         owner = owner_of(http.scope)
         there = await find(response_id, http.scope)
-        if there is not None:
-            background.forget(there[0].job.job_id)
-            await services.backend.find(there[0].job.job_id, ends=True)
         if not store.delete(response_id, owner) and there is None:
             raise UnknownResponse(response_id)
+        job_id = response_id.removeprefix("resp_")
+        background.forget(job_id)
+        await services.backend.find(job_id, ends=True)  # other routers may have told it, too
         return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 
     @routes.get("/v1/responses/{response_id}", response_model=None)

@@ -26,6 +26,7 @@ from router.requests.journal import NUM_OLDEST, Journal, Way, by_age, is_called
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.requests.sharers import Sharers
+from router.requests.waiting_jobs import WaitingJobs
 from router.wishes import Wishes
 from workers.deadlines import Deadlines
 from workers.errors import Refusal
@@ -59,8 +60,7 @@ class InFlightRequests:
         self._deadlines: Deadlines[str] = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
-        self._waiting_jobs: dict[str, dict[str, None]] = {}
-        """The requests in the queue, by the job that they are part of."""
+        self._waiting_jobs = WaitingJobs(fleet, out)
         self._finished = Pace()
         self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
@@ -151,7 +151,7 @@ class InFlightRequests:
 
     def waiting(self, job: str) -> tuple[InFlightRequest, ...]:
         """What waits here for a worker of a job."""
-        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.get(job, ()))
+        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.of(job))
 
     def end_job(self, job: str, now: float) -> None:
         """What waits here of a job is not wanted any more."""
@@ -179,8 +179,7 @@ class InFlightRequests:
             num_tokens=num_tokens,
         )
         self._waiting_tokens += len(flight.request.prompt_token_ids)
-        if flight.part.kept is not None:
-            self._waiting_jobs.setdefault(flight.part.kept.job, {})[name] = None
+        self._waiting_jobs.add(flight, flight.queued_s)
 
     def _dequeue(self, flight: InFlightRequest) -> None:
         if flight.request.request_id in self._queue:
@@ -189,12 +188,7 @@ class InFlightRequests:
 
     def _left_queue(self, flight: InFlightRequest) -> None:
         self._waiting_tokens -= len(flight.request.prompt_token_ids)
-        if flight.part.kept is None:
-            return
-        of_job = self._waiting_jobs[flight.part.kept.job]
-        del of_job[flight.request.request_id]
-        if not of_job:
-            del self._waiting_jobs[flight.part.kept.job]
+        self._waiting_jobs.remove(flight)
 
     def _line(self, now: float) -> WaitingLine:
         """What a request that comes now has before it."""
@@ -329,13 +323,13 @@ class InFlightRequests:
         self._end_attempt(flight)
         flight.note(now, "moved", incoming.worker_id, f"after {len(flight.delivered)} tokens")
         flight.go_on(incoming)
-        is_asked_here = not flight.part.at  # what is taken up was asked of another router, and much of it comes at once
         self._attempts[flight.wire_id] = flight
         self._dispatcher.note_running(flight)
         for output in incoming.buffered:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
+        is_asked_here = not flight.part.at  # what is taken up was asked of another router, and much of it comes at once
         if output.token_ids:
             if is_asked_here:
                 self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
@@ -366,6 +360,7 @@ class InFlightRequests:
             worker_id, now
         )
         self._leftovers.add(worker_id, left)
+        self._waiting_jobs.lose_worker(worker_id)
         if running:
             self.journal.fault(
                 now, f"{len(running)} requests that ran there are run again", worker_id, is_recovery=True
@@ -396,6 +391,7 @@ class InFlightRequests:
         self._share(now)
         self.migrations.check_time(now)
         self._leftovers.forget()
+        self._waiting_jobs.check_time(now)
         for request_id in self._deadlines.past(now):
             self.num_visited += 1
             flight = self._flights[request_id]
