@@ -71,7 +71,7 @@ class Turns:
         with self._lock:
             self._turns[digest] = token_ids
             self._count(digest, owner)
-            for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+            for surplus in {*self._counts.take_surplus(), *self._bytes.take_surplus()}:
                 del self._turns[surplus]
                 self._counts.remove(surplus)
                 self._bytes.remove(surplus)
