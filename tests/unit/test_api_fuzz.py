@@ -32,7 +32,11 @@ GOOD = {
     "max_tokens": 3,
 }
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "250"))
-SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 NUMBERS = (
     st.integers() | st.integers(-3, 30) | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**30, -0.0, 1e308])
 )
