@@ -198,6 +198,8 @@ class Engine:
         if running is not None:
             self.last_step = work = work_of(running.batch, self._clock() - started)
             self._scheduler.pace.took(work.step_s, work.step_decodes, work.step_prompt_tokens, work.step_prompt_context)
+            if not work.step_prompt_tokens:
+                self._scheduler.turns.took(work.step_s, work.step_decodes, work.step_context)
             self._note_rate()
         return result
 
