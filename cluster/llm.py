@@ -23,7 +23,8 @@ from workers import request
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
 from workers.model.loading import ServedModel
-from workers.request import Output, Request, TokenLogprob
+from workers.request import Output, Request
+from workers.token_logprobs import TokenLogprob
 from workers.worker import make_engine
 
 __all__ = ["LLM", "Completion", "PromptCompletions", "SamplingParams"]

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 from starlette.types import Scope
 
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.sse import to_json
 from router.config import ApiConfig
 from router.line_file import LineFile

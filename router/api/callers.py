@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from router.api.job_run import JobProgress
+from router.api.job_progress import JobProgress
 from router.api.problems import Problem, Rejected, Row, rejected
 from router.api.tenant_metrics import TenantMetrics
 from router.api.translate import Job, read_timeout

@@ -10,12 +10,13 @@ from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import DEFAULT_LIMITS, RequestLimits
-from workers.request import HandoffReport, Output, PromptScores, Request, error_output, scores_at_once
+from workers.request import HandoffReport, Output, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
+from workers.token_logprobs import PromptScores, scores_at_once
 
 if TYPE_CHECKING:
     from workers.grammar.grammars import Grammars
