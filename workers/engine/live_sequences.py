@@ -181,7 +181,8 @@ class LiveSequences:
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
         request.params.validate(self._vocab_size, self._limits)
-        self._grammars.check(request.params)
+        if request.params.grammar:
+            self._grammars.check()
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")
