@@ -243,7 +243,7 @@ class HandoffReport:
     degradations: int = 0
     """Times the transport was changed in mid-transfer."""
     recovery: str = ""
-    """How the last fault was answered (workers.handoff.protocol.choices.Way); empty: there was none."""
+    """How the last fault was answered (workers.handoff.protocol.choices.Recovery); empty: there was none."""
     queue_s: float = 0.0
     """From submission until the decode worker had room."""
 
