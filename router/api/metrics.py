@@ -21,7 +21,7 @@ from router.api.objectives import attainment
 from router.api.status_metrics import Snapshot
 from router.backend import Backend
 from workers.config import BEST_FIRST
-from workers.handoff.protocol.choices import Way
+from workers.handoff.protocol.choices import Recovery
 from workers.request import HandoffReport
 
 _API_PATHS = (
@@ -144,7 +144,7 @@ class Metrics:
         self._handoff_degradations.inc(report.degradations)
         # What a worker calls things makes no labels.
         if report.recovery:
-            self._recoveries.labels(report.recovery if report.recovery in set(Way) else "other").inc()
+            self._recoveries.labels(report.recovery if report.recovery in set(Recovery) else "other").inc()
         transport = report.transport if report.transport in BEST_FIRST else "other"
         if report.transport != "local":
             self._handoff_wait.labels(transport).observe(report.wait_s)

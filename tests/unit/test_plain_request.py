@@ -1,4 +1,4 @@
-"""A request that asks for nothing special runs no code of what it does not ask for."""
+"""A request that asks for nothing special runs no code of what it does not ask for, and little of the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from builders import make_engine, make_request, run_to_end
+from builders import fake_runner, make_engine, make_request, run_to_end
 from fake_backend import CHECKPOINT, FakeBackend
 from starlette.testclient import TestClient
 
@@ -19,6 +19,7 @@ from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+MAX_CALLS_OF_A_TOKEN = 45
 
 
 @contextmanager
@@ -72,3 +73,31 @@ def test_steps_without_grammars_ask_for_none() -> None:
         run_to_end(engine)
     assert "workers/scheduler/scheduler.py" in seen
     assert not [file for file in seen if file.startswith(("workers/grammar/", "workers/kv_tiers/"))]
+
+
+def test_a_token_costs_an_engine_few_calls_however_many_decode() -> None:
+    """Of Python and of what it calls: their number says how long the interpreter is held, on any machine."""
+
+    def calls_of_a_token(num_sequences: int) -> float:
+        engine = make_engine(fake_runner(4 * num_sequences), max_num_seqs=num_sequences, overlap_steps=False)
+        for number in range(num_sequences):
+            engine.add(number, make_request(range(10, 40), 60))
+        num_calls, num_steps = 0, 8
+        while engine.load().num_running < num_sequences:
+            engine.step()
+
+        def hook(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal num_calls
+            is_model = frame.f_code.co_filename.endswith("fake_runner.py")
+            num_calls += event in ("call", "c_call") and not is_model
+
+        sys.setprofile(hook)
+        try:
+            for _ in range(num_steps):
+                engine.step()
+        finally:
+            sys.setprofile(None)
+        return num_calls / num_steps / num_sequences
+
+    few, many = calls_of_a_token(8), calls_of_a_token(64)
+    assert many <= few and many < MAX_CALLS_OF_A_TOKEN, (few, many)
