@@ -12,7 +12,8 @@ from fake_backend import MODEL, Api, error_of, open_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
+from router.api.admin_schema import DrainBody, PinBody, RoleBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.config import ApiConfig
 
 BODIES = {

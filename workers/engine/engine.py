@@ -180,7 +180,8 @@ class Engine:
         """
         started = self._clock()
         self._promotions.poll(started)
-        self._fail_grammars(started)
+        if self._grammars.waiting:
+            self._fail_grammars(started)
         self.incoming.advance()
         self.outgoing.advance()
         running = self._running or self._start(self._scheduler.schedule(), None)

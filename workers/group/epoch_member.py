@@ -8,7 +8,7 @@ import time
 from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
-from workers.model.cpu.rank_runner import GroupStep, Rank
+from workers.model.decoder.rank import GroupStep, Rank
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.direct_dispatch import DirectBuffers
 from workers.model.parallel.epoch import WorldEpoch
