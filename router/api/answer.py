@@ -20,7 +20,8 @@ from router.api import sse
 from router.api.asking import Inquiry, as_first_asked
 from router.api.callers import Account
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
-from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
+from router.api.job_outputs import JobOutputs, unless_disconnected
+from router.api.job_progress import Choice, JobProgress
 from router.api.problems import describe, note_refusal
 from router.api.retelling import Retelling
 from router.api.services import Services

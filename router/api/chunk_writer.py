@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 from router.api import sse
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.problems import Problem
 from router.api.shapes import ChunkShape
 from router.api.translate import Job

@@ -19,7 +19,7 @@ from router.api.choice_fields import (
     more_fields,
 )
 from router.api.chunk_writer import ChunkWriter
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.plain_route import plain_post
 from router.api.schema import CompletionBody, parse_body
 from router.api.services import Services
