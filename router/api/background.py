@@ -13,12 +13,13 @@ from starlette.types import Scope
 
 from router.api.asking import Inquiry
 from router.api.callers import Account, caller_of
-from router.api.job_run import JobOutputs, JobProgress
+from router.api.job_outputs import JobOutputs
+from router.api.job_progress import JobProgress
 from router.api.problems import Problem, describe
 from workers.errors import BatonError, Refusal, Refused
 
 if TYPE_CHECKING:
-    from router.api.answer import Services
+    from router.api.services import Services
 
 _log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ class ResponseStore:
         self._by_id[response_id] = stored
         self._counts.add(response_id, stored.owner)
         self._bytes.add(response_id, stored.owner, stored.num_bytes)
-        for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+        for surplus in {*self._counts.take_surplus(), *self._bytes.take_surplus()}:
             self._remove(surplus)
 
     def get(self, response_id: str, owner: str) -> Stored | None:
@@ -59,6 +59,11 @@ class ResponseStore:
             return False
         self._remove(response_id)
         return True
+
+    def forget(self, response_id: str) -> None:
+        """Whoever it belongs to has had it deleted elsewhere."""
+        if response_id in self._by_id:
+            self._remove(response_id)
 
     def _remove(self, response_id: str) -> None:
         del self._by_id[response_id]

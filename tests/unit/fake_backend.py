@@ -35,10 +35,11 @@ from workers.errors import InvalidRequest
 from workers.grammar.language import engine_name
 from workers.grammar.sequence_constraint import SequenceConstraint
 from workers.grammar.vocabulary import GrammarVocabulary
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, Request
 from workers.sampling.constraint import tokens_in
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 DECISION = Decision("kv_aware", "decode-0", ("prefill-0",), Reason.LEAST_COST, False, 0.5, 0.25, 0.02, 1, 1, (), ())
@@ -191,6 +192,7 @@ class FakeBackend:
         self.script = script
         self.model: ModelInfo | None = replace(MODEL, vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size))
         self.ready = True
+        self.on_job_ended: Callable[[str], None] = lambda job: None
         self.cached_tokens = 0
         self.refusals: dict[int, Exception] = {}
         self.requests: list[Request] = []
@@ -207,7 +209,9 @@ class FakeBackend:
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
+        served = self.on_job_ended
         self.__init__(self.tokenizer, script)  # type: ignore[misc]
+        self.on_job_ended = served
 
     def is_ready(self) -> bool:
         return self.ready

@@ -35,8 +35,9 @@ from workers.handoff.protocol.messages import (
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
+from workers.token_logprobs import PromptScores, TokenLogprob
 from workers.wire import attach_protobuf as wire
 from workers.wire import request_protobuf as wire_request
 from workers.wire.attach import (
@@ -50,6 +51,7 @@ from workers.wire.attach import (
     Migration,
     RouterHello,
     Submit,
+    Waits,
     WorkerFrame,
 )
 
@@ -191,9 +193,16 @@ handoff_ups = (
     | st.builds(CancelHandoff, text)
 )
 found_requests = st.builds(FoundRequest, text, u32, u32, u32, st.none() | st.sampled_from(FinishReason), st.booleans())
-founds = st.builds(Found, u64, tuples(found_requests), u32, st.binary(max_size=20))
+founds = st.builds(Found, u64, tuples(found_requests), u32, st.binary(max_size=20), st.booleans())
 frames = st.builds(
-    WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses, tuples(founds)
+    WorkerFrame,
+    u64,
+    tuples(outputs),
+    st.none() | loads,
+    tuples(kv_events),
+    st.none() | statuses,
+    tuples(founds),
+    tuples(text),
 )
 router_messages = (
     st.builds(
@@ -212,7 +221,8 @@ router_messages = (
     )
     | st.builds(Adopt, text, text, u32, joins=st.booleans())
     | st.builds(Cancel, text, st.booleans())
-    | st.builds(Find, u64, text, st.booleans())
+    | st.builds(Find, u64, text, st.booleans(), st.booleans())
+    | st.builds(Waits, st.text("abc", min_size=1, max_size=20), u32, st.binary(max_size=20))
     | st.just(DumpRequest())
     | st.builds(RouterHello, text)
 )
