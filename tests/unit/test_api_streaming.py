@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
+from openai._streaming import SSEDecoder
 
+from router.api import sse
 from router.api.answer import ChunkWriter, Shape
 from router.api.chat import ChatShape
 from router.api.completions import CompletionShape
@@ -190,7 +192,7 @@ def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
         body = {**SAMPLED, "messages": MESSAGES, "stream": True}
         with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
-            assert [next(lines), next(lines), next(lines)] == [": heartbeat", "", ": heartbeat"]
+            assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
             hang.release()
             assert [line for line in lines if line][-1] == "data: [DONE]"
         hang = Hang()
@@ -198,6 +200,20 @@ def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
         chunks = api.client.chat.completions.create(messages=MESSAGES, stream=True, **SAMPLED)
         hang.release()
         assert texts(list(chunks), 1)[0]
+
+
+def test_openais_client_takes_no_comment_in_the_middle_of_a_stream_for_an_event() -> None:
+    hang, raw = Hang(), b""
+    with open_api(ApiConfig(heartbeat_s=0.01)) as api:
+        api.backend.script = lambda backend, request: [*speak(backend, request)[:2], hang, *speak(backend, request)[2:]]
+        body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+        with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            for part in response.iter_raw():
+                raw += part
+                if b"\nid: " in raw and raw.endswith(sse.HEARTBEAT):
+                    hang.release()
+    events = list(SSEDecoder().iter_bytes(iter([raw])))
+    assert len(events) > 3 and all(event.data for event in events), raw
 
 
 def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:
