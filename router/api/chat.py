@@ -11,7 +11,7 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Answer, ChunkWriter, Services, Shape, usage_and_trace
 from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
 from router.api.plain_route import plain_post
 from router.api.schema import ChatBody, parse_body

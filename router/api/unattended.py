@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from router.api.callers import Account
-from router.api.job_run import JobOutputs, JobProgress
+from router.api.job_outputs import JobOutputs
+from router.api.job_progress import JobProgress
 from workers.errors import BatonError
 
 
