@@ -163,7 +163,7 @@ def test_what_the_banner_says_works_and_a_stop_leaves_nothing(serve: Serve) -> N
         while not {"WorkerActor.ready", "RouterActor.ready"} <= tasks:
             assert time.monotonic() < deadline, tasks
             told = json.loads(subprocess.run(asking, capture_output=True, timeout=BOUND_S).stdout)
-            tasks = {task["name"] for task in told["data"]["result"]["result"]}
+            tasks = {task["func_or_class_name"] for task in told["data"]["result"]["result"]}
         assert not {name for name in tasks if name.startswith("StoreHost.") and name != "StoreHost.__init__"}, tasks
         assert not any(name.endswith((".loading", ".pid")) for name in tasks), tasks
 
