@@ -203,7 +203,6 @@ class TargetDriver:
             channel = await transport.connect(self._source, command.layout, command.offer.data)
             self._inbox = channel.inbox(data_id(self._transfer_id, epoch), self._place)
         except TransferFailed as error:
-            log.warning("%s to %s is not used: %s", name, self._source.worker_id, error)
             self._events.post(ConnectFailed(epoch, f"{name}: {error}"))
         except Exception as error:
             log.exception("%s could not be connected", name)
