@@ -18,7 +18,7 @@ from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import ALTERNATIVES, RequestLimits
-from workers.request import Request, SamplingParams
+from workers.request import Request
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -118,23 +118,24 @@ def make_job(
         raise InvalidRequest("priority must fit in 32 bits", "priority")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
-    params = _sampling(body, info, tokenizer, config.sampling_defaults)
+    fields = _sampling_fields(body, info, tokenizer)
     if speech is None:
         asks_for_form = not body.model_fields_set.isdisjoint(FORM_FIELDS)
         speech = Speech(wanted=read_structure(body, tokenizer.added_tokens) if asks_for_form else None)
     if speech.budget is not None:
-        params = replace(params, thinking=speech.budget)
+        fields["thinking"] = speech.budget
     if speech.wanted is not None:
-        params = replace(params, grammar=whole(speech.wanted.rule))
+        fields["grammar"] = whole(speech.wanted.rule)
     if speech.is_read and tokenizer.hides(speech.form.tags):
-        params = replace(params, skip_special_tokens=False)
+        fields["skip_special_tokens"] = False
     named = check_token_ids(body.logprob_token_ids or (), info.vocab_size, "logprob_token_ids")
     asked_in = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
     logprobs = 0 if named else _alternatives(logprobs, info, asked_in)
     prompt_logprobs = _alternatives(body.prompt_logprobs, info, "prompt_logprobs")
     scored = max(logprobs, prompt_logprobs or 0) if echo and logprobs is not None else prompt_logprobs
-    params = replace(params, logprobs=logprobs, prompt_logprobs=scored, logprob_token_ids=named)
-    params = params.with_seed(naming.seed)
+    fields |= {"logprobs": logprobs, "prompt_logprobs": scored, "logprob_token_ids": named}
+    if config.sampling_defaults.seed is None:
+        fields.setdefault("seed", naming.seed)
     logprobs = len(named) or logprobs
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
     if num_scores > config.max_prompt_scores:
@@ -147,7 +148,7 @@ def make_job(
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
         if body.clamp_max_tokens:
             max_tokens = max(1, min(max_tokens, room))
-        own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
+        own, tokens = replace(config.sampling_defaults, **fields, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size, info.limits)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         if (logprobs or 0) > ALTERNATIVES and n * max_tokens * (logprobs or 0) > config.max_alternatives:
@@ -232,8 +233,8 @@ def _cache_salt(body: GenerationBody) -> str:
     return body.cache_salt or ""
 
 
-def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defaults: SamplingParams) -> SamplingParams:
-    """The client's fields over the defaults; max_tokens and logprobs are filled in by the caller."""
+def _sampling_fields(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the client says of how tokens are drawn, by the names of SamplingParams; max_tokens and logprobs are the caller's."""
     given: dict[str, Any] = {}
     for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
         if (value := getattr(body, name)) is not None:
@@ -255,7 +256,7 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
         given["bad_words"] = _bad_words(body.bad_words, tokenizer, info.limits)
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
-    return replace(defaults, **given)
+    return given
 
 
 def _finite(value: float, param: str) -> float:
