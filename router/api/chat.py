@@ -10,7 +10,15 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer, ChunkWriter, Services, Shape, usage_and_trace
 from router.api.asking import AnswerKind, Reading, read_asked
-from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
+from router.api.choice_fields import (
+    OF_NO_PROMPT,
+    OF_NO_SERVICE,
+    LogprobWriter,
+    about_prompt,
+    end_of_choice,
+    end_of_piece,
+    more_fields,
+)
 from router.api.job_run import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
 from router.api.plain_route import plain_post
@@ -105,12 +113,14 @@ class ChatShape:
             messages: Iterable[tuple[dict[str, Any], str | None]] = read
         else:
             messages = ((_plain_message(choice), None) for choice in progress.choices)
+        messages_of = dict(zip(range(len(progress.choices)), messages, strict=True))
         answer["choices"] = lazy_each(
-            self._choice(choice, *message) for choice, message in zip(progress.choices, messages, strict=True)
+            self._choice(number, choice, *messages_of[choice.index]) for number, choice in enumerate(progress.shown())
         )
-        return answer | self._about_prompt(progress.choices[0]) | usage_and_trace(self._job, progress)
+        about_prompt = OF_NO_PROMPT | self._about_prompt(progress.choices[0])
+        return answer | OF_NO_SERVICE | about_prompt | usage_and_trace(self._job, progress)
 
-    def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    def _choice(self, number: int, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]
         content = lazy_list(
             len(entries),
@@ -118,7 +128,7 @@ class ChatShape:
             self._logprobs.size,
         )
         written: dict[str, Any] = {
-            "index": choice.index,
+            "index": number,
             "message": {"role": "assistant", **message},
             "logprobs": None if self._job.logprobs is None else {"content": content},
         }
