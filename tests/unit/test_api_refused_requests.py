@@ -52,7 +52,7 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length(api: Api
         ("temperature", "hot"),
         ("temperature", -0.1),
         ("temperature", 2.1),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.5),
         ("top_k", -2),
         ("min_p", 1.5),
@@ -115,7 +115,7 @@ def test_a_completion_field_that_cannot_be_is_400_and_named(api: Api, field: str
     [
         ("messages", []),
         ("messages", "Hi"),
-        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "system"}]),
         ("messages", [{"role": "wizard", "content": "Hi"}]),
         ("messages", [{"role": ["user"], "content": "Hi"}]),
         ("messages", [{"role": {}, "content": "Hi"}]),
