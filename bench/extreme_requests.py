@@ -109,7 +109,7 @@ class Extremes:
         text, ids = "the sky is blue and ", [5 + place % (self._vocab_size - 5) for place in range(self._full)]
         numbers = {
             "temperature": (0, 1e-9, 2, 10**400),
-            "top_p": (1e-9, 1),
+            "top_p": (0, 1e-9, 1),
             "top_k": (-1, 1, self._vocab_size, _INT64),
             "min_p": (0, 1),
             "presence_penalty": (-2, 2),
