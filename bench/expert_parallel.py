@@ -249,8 +249,9 @@ def _load_share(folder: str, native: bool, size: int, queue: Any) -> None:
 
     from workers.config import ParallelConfig, WorkerConfig
     from workers.model.checkpoint.ernie_config import ErnieConfig
-    from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
+    from workers.model.cpu.rank_runner import load_rank
     from workers.model.decoder.layers import Linear
+    from workers.model.decoder.rank import initial_placement, share_bytes
     from workers.model.parallel.collectives import Links
     from workers.model.parallel.layout import Layout
 

@@ -10,14 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from router.api.admin_schema import DrainBody, RoleBody
 from router.api.schema import (
     MAX_VALUES,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    DrainBody,
     GenerationBody,
-    RoleBody,
     StreamOptions,
     TokenizeBody,
 )

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # this checkout is measured, whatever is in
 
 from machine_facts import ForeignLoad, machine_facts  # noqa: E402
 
-from router.api.job_run import JobOutputs  # noqa: E402
+from router.api.job_outputs import JobOutputs  # noqa: E402
 from router.config import RouterConfig  # noqa: E402
 from router.driver import RouterDriver  # noqa: E402
 from workers.config import WorkerConfig  # noqa: E402

@@ -25,8 +25,9 @@ from prometheus_client import Histogram
 from prometheus_client.exposition import generate_latest
 
 from router.api.app import create_app
-from router.api.metrics import Metrics, Snapshot, Tally, write_open_metrics
+from router.api.metrics import Metrics, Tally, write_open_metrics
 from router.api.middleware import Draining
+from router.api.status_metrics import Snapshot
 from router.config import ApiConfig, RouterConfig
 from router.core import RouterCore
 from router.direct import DIRECT

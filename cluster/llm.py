@@ -24,7 +24,8 @@ from workers import request
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig, InvalidRequest, Refusal
 from workers.model.loading import ServedModel
-from workers.request import Output, Request, TokenLogprob
+from workers.request import Output, Request
+from workers.token_logprobs import TokenLogprob
 from workers.worker import make_engine
 
 __all__ = ["LLM", "BeamSearchParams", "Completion", "PromptCompletions", "SamplingParams"]
@@ -99,15 +100,15 @@ class LLM:
         if self._config.parallel.size > 1:
             raise InvalidConfig("LLM computes in this process alone: a model over several ranks needs `baton serve`")
         check_model(self._config.model)
-        self._checkpoint = ServedModel.load(self._config)
-        self._engine = make_engine(self._config, self._checkpoint)
+        self._model = ServedModel.load(self._config)
+        self._engine = make_engine(self._config, self._model)
         self._lock = threading.Lock()
         """Held by the call whose sequences are in the engine."""
         self._next_id = 0
 
     @property
     def tokenizer(self) -> Any:
-        return self._checkpoint.tokenizer
+        return self._model.tokenizer
 
     def generate(
         self,
@@ -136,7 +137,7 @@ class LLM:
         if not read:
             return []
         body = read_fields(CompletionBody, {**wanted, "prompt": None, "use_beam_search": True, "n": params.beam_width})
-        info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
+        info, tokenizer = self._model.info, self._model.tokenizer
         job = make_job(body, info, tokenizer, _BOUNDS, read, "prompt", _DEFAULT_TOKENS, params.logprobs)
         assert job.beams is not None
         searches = Searches(job.beams, job.requests, params.logprobs or 0)
@@ -185,22 +186,22 @@ class LLM:
             read.append(
                 read_chat(
                     plain,
-                    self._checkpoint.tokenizer,
-                    self._checkpoint.info,
+                    self._model.tokenizer,
+                    self._model.info,
                     add_generation_prompt,
                     False,
                     template_settings,
                     False,
                 )
             )
-        return self._generate(read, params, n, progress, self._checkpoint.info.max_model_len, "messages")
+        return self._generate(read, params, n, progress, self._model.info.max_model_len, "messages")
 
     def _read(self, prompts: str | Iterable[str] | Sequence[int] | Iterable[Sequence[int]]) -> list[Prompt]:
         """Texts or token ids, one or several. Raises InvalidRequest."""
         asked = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
         if asked and isinstance(asked[0], int):
             asked = [asked]
-        info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
+        info, tokenizer = self._model.info, self._model.tokenizer
         return [
             prompt
             for one in asked
@@ -222,25 +223,23 @@ class LLM:
             raise InvalidRequest(
                 f"{len(prompts)} prompts need one SamplingParams or as many, not {len(each)}", "params"
             )
-        generations, requests = [], []
+        answers, requests = [], []
         for prompt, own in zip(prompts, each, strict=True):
-            generation = PromptCompletions(
-                prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)]
-            )
-            generations.append(generation)
+            answer = PromptCompletions(prompt.text, list(prompt.token_ids), [Completion(index) for index in range(n)])
+            answers.append(answer)
             body = _as_body(own, n)
-            generation.prompt_logprobs = None if own.prompt_logprobs is None else [None]
-            info, tokenizer = self._checkpoint.info, self._checkpoint.tokenizer
+            answer.prompt_logprobs = None if own.prompt_logprobs is None else [None]
+            info, tokenizer = self._model.info, self._model.tokenizer
             job = make_job(body, info, tokenizer, _BOUNDS, [prompt], param, default_tokens, body.logprobs)
-            vocabulary = self._checkpoint.vocabulary
-            if job.speech.wanted is not None and vocabulary and (problem := check_job(job, vocabulary)):
-                raise InvalidRequest(problem, job.speech.wanted.param)
-            for one, choice in zip(job.requests, generation.outputs, strict=True):
+            vocabulary, wanted = self._model.vocabulary, job.speech.wanted
+            if wanted is not None and vocabulary and (problem := check_job(job, wanted, vocabulary)):
+                raise InvalidRequest(problem, wanted.param)
+            for one, choice in zip(job.requests, answer.outputs, strict=True):
                 self._engine.check(one)
-                requests.append((one, generation, choice))
+                requests.append((one, answer, choice))
         with self._lock:
             self._run(requests, progress)
-        return generations
+        return answers
 
     def _run(self, requests: list[tuple[Request, PromptCompletions, Completion]], progress: bool) -> None:
         """Steps until all are done; whatever ends it early, what is left is cancelled and leaves the engine usable."""
@@ -267,13 +266,13 @@ class LLM:
 
     def _absorb(self, owner: tuple[Request, PromptCompletions, Completion], output: Output) -> bool:
         """Adds an output to its choice; True when the choice has ended."""
-        _, generation, choice = owner
+        _, answer, choice = owner
         choice.text += output.text
         choice.token_ids += output.token_ids
         choice.logprobs += output.logprobs
         for part in output.prompt_logprobs:
-            assert generation.prompt_logprobs is not None
-            generation.prompt_logprobs[part.first :] = list(part)
+            assert answer.prompt_logprobs is not None
+            answer.prompt_logprobs[part.first :] = list(part)
         if output.finish_reason is None:
             return False
         if output.refusal is not None:

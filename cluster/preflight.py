@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.ray_session.session import port_is_free
 from cluster.store.store import StoreConfig, StoreUnavailable
-from router.config import load_sampling_defaults
+from router.sampling_defaults import load_sampling_defaults
 from workers.config import WorkerConfig
 from workers.errors import BatonError, InvalidConfig
 from workers.machine.limits import available_bytes, raise_file_limit

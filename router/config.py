@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge
@@ -15,7 +14,6 @@ from annotated_types import Ge
 from router.api.formats.formats import AUTO, check_parsers
 from router.policies.catalogue import check_name
 from router.tenants.config import TenantsConfig
-from workers.checkpoint_files import read_object
 from workers.config import Count, Delay, Natural, Port, Seconds, Text
 from workers.errors import InvalidConfig, InvalidRequest
 from workers.request import SamplingParams
@@ -110,7 +108,7 @@ class ApiConfig:
     access_log_file: str = ""
     """Lines are appended here, by all routers of a host; a file that was moved away is made anew. Empty: standard error."""
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
-    """Used for what a client leaves open, but for `max_tokens` and logprobs, which are the client's alone; see `load_sampling_defaults`.
+    """Used for what a client leaves open, but for `max_tokens` and logprobs, which are the client's alone; see router/sampling_defaults.py.
     Token ids are checked when the vocabulary is known."""
 
     def __post_init__(self) -> None:
@@ -154,30 +152,6 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
-
-
-def load_sampling_defaults(checkpoint: str | Path) -> SamplingParams:
-    """Defaults of a checkpoint's generation_config.json; `do_sample: false` there means greedy.
-
-    A missing file gives the API's own defaults. Raises InvalidConfig when a value is out of range.
-    """
-    path = Path(checkpoint) / "generation_config.json"
-    try:
-        written = read_object(path)
-    except FileNotFoundError:
-        return SamplingParams()
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    chosen = {name: written[name] for name in names if written.get(name) is not None}
-    if written.get("do_sample") is False:
-        chosen["temperature"] = 0.0
-    if chosen.get("top_k", 0) == -1:
-        chosen["top_k"] = 0
-    try:
-        defaults = replace(SamplingParams(), **chosen)
-        defaults.validate(vocab_size=1)
-    except (InvalidRequest, TypeError, OverflowError) as error:
-        raise InvalidConfig(f"{path}: {error}") from error
-    return defaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,5 +30,5 @@ NO_WISHES = Wishes()
 
 
 def session_number(name: str) -> int:
-    """The number of a session that a client calls so; 0 for the empty name."""
-    return xxhash.xxh3_64_intdigest(name.encode()) if name else 0
+    """The number of a session that a client calls so."""
+    return xxhash.xxh3_64_intdigest(name.encode())

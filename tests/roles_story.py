@@ -176,16 +176,16 @@ class RolesStory:
         match command:
             case events.Write(key, version, value, ttl_s):
                 if not reaches:
-                    return events.Wrote(key, None, failed=True)
+                    return events.Wrote(key, value, None, failed=True)
                 if version != store.version_of(key):
-                    return events.Wrote(key, None)
+                    return events.Wrote(key, value, None)
                 written = store.put(key, value, ttl_s)
                 if key.startswith(SWITCHES) and (switch := switch_of(value)) is not None:
                     self.steps.append((switch.worker_id, switch.phase.value))
                     self.on_phase(switch)
                     if name not in self.cores:  # it died right after it had written
                         return None
-                return events.Wrote(key, written)
+                return events.Wrote(key, value, written)
             case events.Renew(key, version, ttl_s):
                 if not reaches:
                     return events.Renewed(False, self.now, failed=True)

@@ -42,14 +42,14 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 FLOORS = {
     "workers": (
-        "errors", "state_table", "deadlines", "shares", "checkpoint_files", "limits", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
+        "errors", "state_table", "deadlines", "shares", "checkpoint_files", "limits", "token_logprobs", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
         "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "trace_export", "serving",
         "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
     ),
     "router": (
-        "resume", "line_file", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "wishes", "job_part", "events", "fleet",
-        "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "server",
+        "resume", "line_file", "api/formats", "fleet/worker_table", "fleet/prefix_index", "forecast", "policies", "tenants", "config", "sampling_defaults", "wishes", "job_part", "events", "fleet",
+        "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "listening", "server",
     ),
     "cluster": (
         "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "logs", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.kv_memory.memory import KvMemory
-from workers.request import PromptScores, SamplingParams, TokenLogprob
+from workers.request import SamplingParams
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 BLOCK_SIZE = 64
 """Tokens per KV block; equals the prefill tile so that a block's bits do not depend on chunking."""

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
 Owner = TypeVar("Owner", bound=Hashable)
 
+_MAX_STALE = 64
+"""Entries of the heap that count no more, beside as many as there are owners."""
+
 
 class Shares(Generic[Name, Owner]):
-    """All together take at most `most`. Where that is exceeded, the oldest go of whoever has most."""
+    """All together take at most `most`. Where that is exceeded, the oldest go of whoever has most, and of equals of whoever came
+    first. Who that is a heap knows, so that no call looks at all owners."""
 
     def __init__(self, most: float) -> None:
         self._most = most
         self._owners: dict[Name, Owner] = {}
-        self._sizes: dict[Owner, dict[Name, int]] = {}
+        self._sizes: dict[Owner, OrderedDict[Name, int]] = {}
         """By owner, the oldest first."""
         self._totals: dict[Owner, int] = {}
+        self._numbers = count()
+        self._entries: dict[Owner, tuple[int, int, Owner]] = {}
+        """An owner's entry in the heap: what it had, negative, and has not exceeded since, and its number."""
+        self._heap: list[tuple[int, int, Owner]] = []
+        """All entries, and such as count no more."""
         self.total = 0
 
     def __len__(self) -> int:
@@ -27,9 +39,16 @@ class Shares(Generic[Name, Owner]):
         """The newest of its owner from now on."""
         self.remove(name)
         self._owners[name] = owner
-        self._sizes.setdefault(owner, {})[name] = size
-        self._totals[owner] = self._totals.get(owner, 0) + size
+        self._sizes.setdefault(owner, OrderedDict())[name] = size
+        self._totals[owner] = total = self._totals.get(owner, 0) + size
         self.total += size
+        entry = self._entries.get(owner)
+        if entry is None or total > -entry[0]:
+            self._entries[owner] = entry = (-total, next(self._numbers) if entry is None else entry[1], owner)
+            heappush(self._heap, entry)
+            if len(self._heap) > 2 * len(self._entries) + _MAX_STALE:
+                self._heap = list(self._entries.values())
+                heapify(self._heap)
 
     def remove(self, name: Name) -> None:
         """One that is not here is ignored."""
@@ -41,18 +60,25 @@ class Shares(Generic[Name, Owner]):
         self.total -= size
         self._totals[owner] -= size
         if not sizes:
-            del self._sizes[owner], self._totals[owner]
+            del self._sizes[owner], self._totals[owner], self._entries[owner]
 
-    def surplus(self) -> list[Name]:
-        """What has to go so that the rest is within the bound; it stays here until it is removed."""
-        over, found = self.total - self._most, list[Name]()
-        if over <= 0:
-            return found
-        left, oldest = dict(self._totals), dict[Owner, Iterator[tuple[Name, int]]]()
-        while over > 0:
-            owner = max(left, key=lambda each: left[each])
-            name, size = next(oldest.setdefault(owner, iter(self._sizes[owner].items())))
-            left[owner] -= size
-            over -= size
+    def take_surplus(self) -> list[Name]:
+        """Removes what has to go so that the rest is within the bound."""
+        found: list[Name] = []
+        while self.total > self._most:
+            name = next(iter(self._sizes[self._who_has_most()]))
+            self.remove(name)
             found.append(name)
         return found
+
+    def _who_has_most(self) -> Owner:
+        while True:
+            entry = self._heap[0]
+            total, number, owner = entry
+            if self._entries.get(owner) is not entry:
+                heappop(self._heap)
+            elif -total == self._totals[owner]:
+                return owner
+            else:
+                self._entries[owner] = entry = (-self._totals[owner], number, owner)
+                heapreplace(self._heap, entry)

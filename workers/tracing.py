@@ -74,6 +74,13 @@ class _Recorded:
         self._span.end(end_time=_epoch_ns(at_s, self._zero_ns))
 
 
+def is_collected() -> bool:
+    """Whether somebody in this process collects spans. Whoever begins to later is not seen by what has asked before."""
+    return _api is not None and not isinstance(
+        _api.get_tracer_provider(), (_api.ProxyTracerProvider, _api.NoOpTracerProvider)
+    )
+
+
 def clean_traceparent(given: str) -> str:
     """What a client sent, when it is a traceparent of the version that is understood here, else nothing."""
     return given if _TRACEPARENT.fullmatch(given) else ""

@@ -63,6 +63,7 @@ def make_engine(config: WorkerConfig, model: LoadedModel, worker_id: str = "loca
         config.max_queue,
         config.local_prefill_tokens,
         config.max_prefill_pause_s,
+        config.max_decode_pause_s,
     )
     return Engine(
         model.runner,

@@ -12,7 +12,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from router.server import bind
+from router.listening import bind
 from workers.errors import BatonError
 
 _MAX_NAME = 200

@@ -10,9 +10,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.actors.actors import RouterActor, WorkerActor, WorkerFactory
 from cluster.actors.placement import NoRoom, bundle_order, rank_bundles, rank_name, what_is_missing
 from cluster.actors.ranks import RankActor
+from cluster.actors.router_actor import RouterActor
+from cluster.actors.worker_actor import WorkerActor, WorkerFactory
 from cluster.config import ClusterConfig
 from cluster.membership.steady_time import SteadyTime
 from cluster.ray_session.defaults import own_address

@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.actors.actors import Actor, leave_for_good
 from cluster.actors.placement import rank_name
+from cluster.actors.process import Actor, leave_for_good
 from cluster.config import LogConfig
 from workers.config import WorkerConfig
 from workers.errors import BatonError
+from workers.machine.collector import leave_what_is_there
 from workers.status import RankStatus
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class RankActor(Actor):
 
     def _tell_started(self) -> None:
         if not self._started.done():
+            leave_what_is_there()
             self._started.set_result(self._name)
 
     async def _find_leader(self) -> tuple[str, int]:

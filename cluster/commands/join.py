@@ -109,7 +109,7 @@ def run_router(args: argparse.Namespace) -> int:
 
 async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -> int:
     """A router in this process, until cancelled. Raises InvalidConfig."""
-    from cluster.actors.actors import RouterActor
+    from cluster.actors.router_actor import RouterActor
     from cluster.identity.local import needs_certificates
     from cluster.lifecycle import patiently
     from cluster.preflight import check_store

@@ -28,6 +28,8 @@ class Running:
     switch: RoleSwitch
     version: int | None
     """Of its entry in the store; None: the phase is being written."""
+    base: int
+    """Of the entry over which the phase is written."""
     before: RoleSwitch | None = None
     """What it was before that."""
     since_s: float = 0.0
@@ -61,9 +63,9 @@ class Execution:
     def begin(self, switch: RoleSwitch, version: int, now: float) -> list[Command]:
         """Intends a switch. `version` is that of the worker's entry for its last one."""
         switch = replace(switch, at_s=self._wall_s(now))
-        self.running[switch.worker_id] = Running(switch, None, None, now, written_s=now)
-        version = max(version, self._versions.get(switch.worker_id, ABSENT))
-        return [Write(SWITCHES + switch.worker_id, version, encode(switch))]
+        base = max(version, self._versions.get(switch.worker_id, ABSENT))
+        running = self.running[switch.worker_id] = Running(switch, None, base, None, now)
+        return [self._write(running, now)]
 
     def take_over(self, mirror: StoreMirror, now: float) -> list[Command]:
         """This one leads from now on: what the store has under way goes on here; what a store has forgotten is written again."""
@@ -82,7 +84,7 @@ class Execution:
             version = mirror.version(SWITCHES + worker_id)
             is_new = version > self._versions.get(worker_id, ABSENT)
             if not switch.is_over and is_new and worker_id not in self.running:
-                self.running[worker_id] = Running(switch, version, None, now)
+                self.running[worker_id] = Running(switch, version, version, None, now)
                 self._versions[worker_id] = version
                 out.append(self._audit(switch, "taken over", now))
         return out
@@ -92,21 +94,15 @@ class Execution:
         self.running.clear()
 
     def wrote(self, answer: Wrote, now: float) -> list[Command]:
-        """A phase is in the store, or somebody else has written."""
-        running = self.running.get(answer.key.removeprefix(SWITCHES))
-        if running is None or running.version is not None:
-            return []
-        if answer.version is not None and answer.version <= self._versions.get(running.switch.worker_id, ABSENT):
-            return []  # to an earlier phase, which the mirror has shown before: this one is not written yet
-        if answer.failed:
-            # It may have been written all the same: the next snapshot tells.
-            running.written_s = now
-            return []
+        """A phase is in the store. Without a version it may be there all the same, since it may have been written twice, or another one's write is:
+        the mirror tells."""
+        worker_id = answer.key.removeprefix(SWITCHES)
         if answer.version is None:
-            del self.running[running.switch.worker_id]
-            self._versions.pop(running.switch.worker_id, None)
-            self.ended.append(replace(running.switch, phase=Phase.ROLLED_BACK, why="another controller has changed it"))
             return []
+        self._versions[worker_id] = max(answer.version, self._versions.get(worker_id, ABSENT))
+        running = self.running.get(worker_id)
+        if running is None or running.version is not None or answer.value != encode(running.switch):
+            return []  # it answers what is over: the mirror has shown it before
         return self._entered(running, answer.version, now)
 
     def _entered(self, running: Running, version: int, now: float) -> list[Command]:
@@ -142,28 +138,35 @@ class Execution:
         return out + self._mend(workers, mirror, now)
 
     def _find(self, running: Running, mirror: StoreMirror, now: float) -> list[Command]:
-        """A write without an answer: it is there by now, or it is written again."""
+        """A phase that is being written: it is there by now, another one's is, or it is written again."""
         switch = running.switch
         known, version = mirror.switches.get(switch.worker_id), mirror.version(SWITCHES + switch.worker_id)
         if known == switch:
             return self._entered(running, version, now)
-        if now < running.written_s + AGAIN_S:
+        if version > running.base:
+            may_go_over = known is None or (running.before is None and known.is_over)
+            if not may_go_over:
+                del self.running[switch.worker_id]
+                why = "another controller has changed it"
+                self.ended.append(replace(switch, phase=Phase.ROLLED_BACK, why=why))
+                return []
+            running.base = version
+        elif now < running.written_s + AGAIN_S:
             return []
+        return [self._write(running, now)]
+
+    def _write(self, running: Running, now: float) -> Write:
         running.written_s = now
-        return [Write(SWITCHES + switch.worker_id, version, encode(switch))]
+        return Write(SWITCHES + running.switch.worker_id, running.base, encode(running.switch))
 
     def _go_on(self, running: Running, turn: Turn, now: float) -> list[Command]:
         switch = running.switch
         step = SWITCH.step(switch.phase, turn)
         why = why_of(turn, switch) if step.to in (Phase.UNDOING, Phase.ROLLED_BACK) and not switch.why else ""
-        version, running.before = running.version, switch
-        running.switch, running.version, running.written_s = (
-            switch.entered(step.to, turn, self._wall_s(now), why),
-            None,
-            now,
-        )
-        assert version is not None
-        return [Write(SWITCHES + switch.worker_id, version, encode(running.switch))]
+        assert running.version is not None
+        running.base, running.version, running.before = running.version, None, switch
+        running.switch = switch.entered(step.to, turn, self._wall_s(now), why)
+        return [self._write(running, now)]
 
     def _is_late(self, running: Running, now: float) -> bool:
         bound_s = (

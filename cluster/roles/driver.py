@@ -181,7 +181,7 @@ class RolesDriver:
             match command:
                 case events.Write(key, version, value, ttl_s):
                     written = await store.compare_and_set(key, version, value, ttl_s)
-                    self._handle(events.Wrote(key, written))
+                    self._handle(events.Wrote(key, value, written))
                 case events.Renew(key, version, ttl_s):
                     self._handle(events.Renewed(await store.renew(key, version, ttl_s), sent_s))
                 case events.Put(key, value, ttl_s):
@@ -191,7 +191,7 @@ class RolesDriver:
         except (StoreUnavailable, ValueError) as error:
             log.warning("the store does not take %s: %s", command.key, error)
             if isinstance(command, events.Write):
-                self._handle(events.Wrote(command.key, None, failed=True))
+                self._handle(events.Wrote(command.key, command.value, None, failed=True))
             elif isinstance(command, events.Renew):
                 self._handle(events.Renewed(False, sent_s, failed=True))
 

@@ -22,9 +22,10 @@ class StoreSeen:
 
 @dataclass(frozen=True, slots=True)
 class Wrote:
-    """A Write is answered. `version` None: another one was written before, or the store did not answer (`failed`)."""
+    """The Write of that value is answered. `version` None: another one was written before, or the store did not answer (`failed`)."""
 
     key: str
+    value: str
     version: int | None
     failed: bool = False
 

@@ -129,7 +129,7 @@ class SimRoles(CoreLoop[roles_events.Event, roles_events.Command]):
         match command:
             case roles_events.Write(key, version, value, ttl_s):
                 written = store.compare_and_set(key, version, value, ttl_s) if reaches else None
-                answer = roles_events.Wrote(key, written, failed=not reaches)
+                answer = roles_events.Wrote(key, value, written, failed=not reaches)
                 if written is not None and key.startswith(SWITCHES) and (switch := switch_of(value)) is not None:
                     because = f": {switch.why}" if switch.why else ""
                     self.world.note(f"roles: {switch.worker_id} to {switch.target} is {switch.phase}{because}")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from cluster.membership.membership import DOUBT_LEASES
 from cluster.sim.clients import Clients, Targets
+from cluster.sim.fault_injector import FaultInjector
 from cluster.sim.faults import Fault
 from cluster.sim.invariants import check_idle, check_router, check_worker
 from cluster.sim.load import TraceRequest
 from cluster.sim.network import Network
 from cluster.sim.product import (
     InvariantViolated,
-    Order,
     Output,
     Planner,
     Registration,
@@ -30,7 +29,7 @@ from cluster.sim.product import (
     router_events,
     worker_events,
 )
-from cluster.sim.record import FaultRecord, RouterSample, RunRecord, Switch, WorkerSample
+from cluster.sim.record import RouterSample, RunRecord, Switch, WorkerSample
 from cluster.sim.registry import Registered, SimStore
 from cluster.sim.roles import STORE, SimRoles
 from cluster.sim.router import SimRouter
@@ -72,10 +71,9 @@ class Simulation:
         self.workers: dict[str, SimWorker] = {}
         self.routers: dict[str, SimRouter] = {}
         self._notice = notice or (lambda now, text: None)
-        self._rng = random.Random(settings.seed)
         self._faults = sorted(faults, key=lambda fault: fault.at_s)
         self._fault_times = [WARM_UP_S + fault.at_s for fault in self._faults]
-        self._num_inflicted = 0
+        self._injector = FaultInjector(self, settings.seed)
         self._starts: Counter[str] = Counter()
         self._targets: dict[str, SimWorker] = {}
         self._registered: dict[str, Registered] = {}
@@ -112,7 +110,7 @@ class Simulation:
         for name in self.settings.routers:
             self._start_router(name)
         for fault in self._faults:
-            self.timeline.at(WARM_UP_S + fault.at_s, self._inflict, fault)
+            self.timeline.at(WARM_UP_S + fault.at_s, self._injector.inflict, fault)
         self.timeline.at(WARM_UP_S, self._sample)
         self.clients.start(WARM_UP_S)
 
@@ -166,7 +164,7 @@ class Simulation:
 
     def _leap_until(self, now: float) -> float:
         """Steps may go together until shortly before the next fault."""
-        times, at = self._fault_times, self._num_inflicted
+        times, at = self._fault_times, self._injector.num_inflicted
         return times[at] - QUIET_S if at < len(times) else float("inf")
 
     # ---- what the parts tell ----
@@ -202,62 +200,7 @@ class Simulation:
     def submitted(self, request_name: str) -> None:
         self.clients.submitted(request_name)
 
-    # ---- faults ----
-
-    def _inflict(self, fault: Fault) -> None:
-        self._num_inflicted += 1
-        for worker in self.workers.values():
-            worker.loop.catch_up()
-        self.record.faults.append(FaultRecord(fault.at_s, fault.kind, fault.target, str(fault)))
-        self.note(f"fault: {str(fault).split(' ', 1)[1]}")
-        after, network = self.timeline.after, self.network
-        match fault.kind:
-            case "kill":
-                for name in sorted(fault.targets):
-                    self._kill(name, fault.restart_s)
-            case "hang":
-                for worker in self._workers(fault):
-                    worker.freeze()
-                    after(fault.for_s, worker.thaw)
-            case "slow":
-                for worker in self._workers(fault):
-                    worker.loop.runner.slowness = fault.factor
-                    after(fault.for_s, self._slow, worker, 1.0)
-            case "cut":
-                others = frozenset(fault.others.split(",")) if fault.others else None
-                after(fault.for_s, network.mend, network.cut(fault.targets, others))
-            case "late":
-                after(fault.for_s, network.mend, network.delay(fault.targets, fault.by_s))
-            case "lose":
-                draw = self._rng.random
-                after(fault.for_s, network.mend, network.drop(fault.targets, lambda: draw() < fault.share))
-            case "store":
-                self.store.go_away()
-                after(fault.for_s, self.store.come_back, fault.is_empty)
-            case "switch" | "drain" | "undrain" | "pin" | "unpin" if self.roles:
-                for name in sorted(fault.targets):
-                    self._order(name, fault)
-            case "switch":
-                for worker in self._workers(fault):
-                    self._tell(worker, worker_events.SwitchRole(Role(fault.role)))
-            case "drain" | "undrain":
-                for worker in self._workers(fault):
-                    self._tell(worker, worker_events.SetDrain(fault.kind == "drain"))
-
-    def _order(self, worker_id: str, fault: Fault) -> None:
-        """An operator asks the first router that lives."""
-        order = Order(worker_id, force=True)
-        match fault.kind:
-            case "switch":
-                order = replace(order, role=Role(fault.role))
-            case "drain" | "undrain":
-                order = replace(order, is_draining=fault.kind == "drain")
-            case _:
-                order = replace(order, is_pinned=fault.kind == "pin")
-        for name, router in sorted(self.routers.items()):
-            if not router.is_dead:
-                self.roles[name].order(order)
-                return
+    # ---- what faults do ----
 
     def living_worker(self, worker_id: str) -> SimWorker | None:
         worker = self.workers[worker_id]
@@ -269,20 +212,15 @@ class Simulation:
             worker.handle(worker_events.SwitchRole(Role(role)))
 
     def told_draining(self, worker: SimWorker, is_draining: bool) -> None:
-        self._tell(worker, worker_events.SetDrain(is_draining))
+        self.tell(worker, worker_events.SetDrain(is_draining))
 
-    def _workers(self, fault: Fault) -> list[SimWorker]:
-        return [self.workers[name] for name in sorted(fault.targets) if not self.workers[name].is_dead]
-
-    def _tell(self, worker: SimWorker, event: worker_events.Event) -> None:
-        if not worker.defer(self._tell, worker, event):
+    def tell(self, worker: SimWorker, event: worker_events.Event) -> None:
+        """Once it does not stand still any more."""
+        if not worker.defer(self.tell, worker, event):
             worker.handle(event)
 
-    def _slow(self, worker: SimWorker, factor: float) -> None:
-        worker.loop.catch_up()
-        worker.loop.runner.slowness = factor
-
-    def _kill(self, name: str, restart_s: float | None) -> None:
+    def kill(self, name: str, restart_s: float | None) -> None:
+        """Ends a router or a worker; another process takes its place `restart_s` later, never when that is None."""
         router = self.routers.get(name)
         if router is not None:
             if router.is_dead:
@@ -398,7 +336,7 @@ class Simulation:
         record.settings = describe(self.settings)
 
     def _is_settled(self) -> bool:
-        if self._num_inflicted < len(self._faults):
+        if self._injector.num_inflicted < len(self._faults):
             return False
         living = [worker for worker in self.workers.values() if not worker.is_dead]
         return all(worker.is_idle and worker.loop.is_quiet for worker in living)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 from cluster.sim.core_loop import CoreLoop
 from cluster.sim.engine_loop import EngineLoop
-from cluster.sim.handoffs import Receiving, Sending, refuse
+from cluster.sim.handoff_source import Sending, refuse
+from cluster.sim.handoff_target import Receiving
 from cluster.sim.model import BytelessMemory, info_of, layout_of
 from cluster.sim.network import Network, Pipe
 from cluster.sim.product import (

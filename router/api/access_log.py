@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 from starlette.types import Scope
 
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.sse import to_json
 from router.config import ApiConfig
 from router.line_file import LineFile
@@ -34,8 +34,9 @@ class AccessLog:
     def __init__(self, config: ApiConfig) -> None:
         """Raises InvalidConfig when the file cannot be written."""
         self._is_json = config.access_log == "json"
+        self.is_on = config.access_log != "off"
         self._lines: LineFile | None = None
-        if config.access_log != "off":
+        if self.is_on:
             try:
                 self._lines = LineFile(config.access_log_file, "the access log")
             except OSError as error:
@@ -45,9 +46,8 @@ class AccessLog:
         self._salt = secrets.token_bytes(8)
 
     def note(self, scope: Scope, status: int, begin_s: float) -> None:
-        """A request that began at `begin_s` (of the monotonic clock) has been answered."""
-        if self._lines is None:
-            return
+        """A request that began at `begin_s` (of the monotonic clock) has been answered. Only while it is on."""
+        assert self._lines is not None
         now, took_s = time.time(), time.monotonic() - begin_s
         state, client = scope["state"], scope.get("client")
         entry = {

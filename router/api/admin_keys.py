@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
+from router.api.admin_schema import KeyBody, KeyEndBody
 from router.api.answer import Services
 from router.api.problems import rejected
-from router.api.schema import KeyBody, KeyEndBody, parse_body
+from router.api.schema import parse_body
 from router.api.sse import to_json
 from router.tenants.roster import Key
 from workers.errors import InvalidRequest

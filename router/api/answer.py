@@ -24,7 +24,8 @@ from router.api.bodies import OpenBodies
 from router.api.callers import Account, Callers
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
 from router.api.grammar_check import GrammarChecks
-from router.api.job_run import Choice, JobOutputs, JobProgress, unless_disconnected
+from router.api.job_outputs import JobOutputs, unless_disconnected
+from router.api.job_progress import Choice, JobProgress
 from router.api.metrics import Metrics
 from router.api.problems import Problem, describe, note_refusal
 from router.api.response_store import ResponseStore

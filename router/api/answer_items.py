@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from router.api.job_run import Choice
+from router.api.job_progress import Choice
 from router.api.message import MessageReader
 from router.api.translate import Job
 from workers.request import Output

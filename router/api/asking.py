@@ -176,7 +176,7 @@ async def read_body(
         if is_stream is not None:
             job = replace(job, stream=is_stream)
         own_prompt: tuple[int, ...] = ()
-        if is_new and model is not None:
+        if is_new and model is not None and services.turns.max_bytes:
             plain = job.prompts[0].token_ids
             job = services.turns.splice(job, owner.encode(), model)
             own_prompt = job.prompts[0].token_ids if job.prompts[0].token_ids is not plain else ()
@@ -194,8 +194,8 @@ async def read_body(
     read = await offload(build, len(raw), inline_bytes)
     job, make_shape, ticket, written = read
     job = services.callers.own(job, scope)
-    if model is not None:
-        await services.grammars.check(job, model)
+    if model is not None and job.speech.wanted is not None:
+        await services.grammars.check(job, job.speech.wanted, model)
     return Inquiry(kind, job, make_shape(job), ticket, written, key, reading.is_background)
 
 

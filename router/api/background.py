@@ -13,7 +13,8 @@ from starlette.types import Scope
 
 from router.api.asking import Inquiry
 from router.api.callers import Account, caller_of
-from router.api.job_run import JobOutputs, JobProgress
+from router.api.job_outputs import JobOutputs
+from router.api.job_progress import JobProgress
 from router.api.problems import Problem, describe
 from workers.errors import BatonError, Refusal, Refused
 

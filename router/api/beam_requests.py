@@ -9,10 +9,11 @@ from router.api.beams import Beam, BeamPlan, BeamSearch
 from router.api.schema import GenerationBody
 from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
-from workers.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from workers.request import FinishReason, Output, Request, SamplingParams
 from workers.status import ModelInfo
 from workers.text.output import OutputState
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.token_logprobs import TokenLogprob
 
 _MAX_PENALTY = 10.0
 _LEFT_OUT = (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from router.api.beam_requests import Searches
-from router.api.job_run import JobOutputs
+from router.api.job_outputs import JobOutputs
 from router.api.offload import offload
 from router.backend import Backend
 from router.policies.explain import Decision
 from router.wishes import Wishes
-from workers.request import FinishReason, HandoffReport, Output, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output
 from workers.text.tokenizer import Tokenizer
+from workers.token_logprobs import TokenLogprob
 
 _INLINE_BYTES = 64 << 10
 """Of a round's prompts: to put more together takes the event loop for over a millisecond."""

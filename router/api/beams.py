@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.request import TokenLogprob
+from workers.token_logprobs import TokenLogprob
 
 Alternatives = Sequence[tuple[int, float]]
 """Tokens that may come next with their log-probabilities, the likeliest first."""

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from router.api.job_run import JobProgress
+from router.api.job_progress import JobProgress
 from router.api.problems import Problem, Rejected, Row, rejected
 from router.api.tenant_metrics import TenantMetrics
 from router.api.translate import Job, read_timeout
@@ -73,7 +73,7 @@ class Callers:
             )
         wishes = job.wishes
         asked_s = read_timeout(Headers(scope=scope).get("x-request-timeout"), wishes.timeout_s)
-        salt = self.tenancy.salt(caller, job.cache_salt)
+        salt = self.tenancy.salt(caller, job.cache_salt) if caller.tenant or job.cache_salt else 0
         session = (wishes.session ^ self.tenancy.salts.of(caller.tenant)) if wishes.session else 0
         return replace(
             job,

@@ -19,7 +19,7 @@ from router.api.choice_fields import (
     end_of_piece,
     more_fields,
 )
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
 from router.api.plain_route import plain_post
 from router.api.schema import ChatBody, parse_body

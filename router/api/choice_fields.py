@@ -6,12 +6,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from router.api.job_run import Choice
+from router.api.job_progress import Choice
 from router.api.sse import Lazy, json_parts, lazy_list, to_json
 from router.api.translate import Job
 from workers.limits import ALTERNATIVES
-from workers.request import LOGPROB_FLOOR, Output, PromptScores, TokenLogprob
+from workers.request import Output
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.token_logprobs import LOGPROB_FLOOR, PromptScores, TokenLogprob
 
 
 def end_of_piece(job: Job, output: Output, reason: str | None = None) -> str:

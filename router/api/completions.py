@@ -20,7 +20,7 @@ from router.api.choice_fields import (
     end_of_piece,
     more_fields,
 )
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.plain_route import plain_post
 from router.api.schema import CompletionBody, parse_body
 from router.api.sse import json_parts, lazy_each, to_json

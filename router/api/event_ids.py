@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
-from router.api.job_run import Choice
+from router.api.job_progress import Choice
 from workers.errors import InvalidRequest
 
 MAX_NUMBERED_CHOICES = 64

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 from router.api.formats import grammars
-from router.api.structure import subschemas
+from router.api.structure import Wanted, subschemas
 from router.api.translate import Job
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.grammar.language import MISSING, engine_name
@@ -38,11 +38,9 @@ class GrammarChecks:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
         self._num_waiting = 0
 
-    async def check(self, job: Job, model: ModelInfo) -> None:
-        """Raises InvalidRequest naming the place, or Refused when too many wait to be read."""
-        wanted, grammar = job.speech.wanted, job.requests[0].params.grammar
-        if wanted is None:
-            return
+    async def check(self, job: Job, wanted: Wanted, model: ModelInfo) -> None:
+        """`wanted`: the job's. Raises InvalidRequest naming the place, or Refused when too many wait to be read."""
+        grammar = job.requests[0].params.grammar
         if self._vocabulary is None or not model.grammars:
             raise InvalidRequest(f"{'the router' if model.grammars else 'the workers'}: {MISSING}", wanted.param)
         digest = hashlib.blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -53,7 +51,7 @@ class GrammarChecks:
             raise Refused(Refusal.QUEUE_FULL, "too many grammars wait to be read", retry_after_s=1.0)
         self._num_waiting += 1
         try:
-            work = asyncio.get_running_loop().run_in_executor(self._pool, check_job, job, self._vocabulary)
+            work = asyncio.get_running_loop().run_in_executor(self._pool, check_job, job, wanted, self._vocabulary)
             problem = await asyncio.wait_for(work, _TIMEOUT_S)
         except TimeoutError:
             problem = f"{wanted.param} was not read within {_TIMEOUT_S:g} s: make it smaller"
@@ -66,10 +64,9 @@ class GrammarChecks:
             self._sound.popitem(last=False)
 
 
-def check_job(job: Job, vocabulary: GrammarVocabulary) -> str:
+def check_job(job: Job, wanted: Wanted, vocabulary: GrammarVocabulary) -> str:
     """What is wrong with the grammar of a job that has one, and where; empty: nothing."""
-    wanted, grammar = job.speech.wanted, job.requests[0].params.grammar
-    assert wanted is not None
+    grammar = job.requests[0].params.grammar
     try:
         grammar.encode()
     except UnicodeEncodeError:

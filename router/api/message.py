@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from router.api.formats.reader import CallArguments, CallStarted, Content, OutputReader, Reasoning
-from router.api.job_run import Choice
+from router.api.job_progress import Choice
 from router.api.translate import Job
 from workers.request import FinishReason, Output
 

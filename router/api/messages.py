@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Answer, Services, Shape
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
 from router.api.asking import AnswerKind, Reading, read_asked
-from router.api.job_run import Choice, JobProgress
+from router.api.job_progress import Choice, JobProgress
 from router.api.messages_body import CountBody, MessagesBody, as_chat
 from router.api.offload import offload
 from router.api.problems import Problem, anthropic_error

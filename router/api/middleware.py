@@ -126,7 +126,8 @@ class Gate:
             if not is_counted:
                 is_counted = True
                 self._metrics.count_request(scope["path"], status, state.get("refusal", ""))
-                self._access_log.note(scope, status, begin_s)
+                if self._access_log.is_on:
+                    self._access_log.note(scope, status, begin_s)
 
         async def send_with_id(message: Message) -> None:
             """Counts before the last byte goes out: whoever has the answer finds it in the metrics."""

@@ -47,7 +47,7 @@ class ResponseStore:
         self._by_id[response_id] = stored
         self._counts.add(response_id, stored.owner)
         self._bytes.add(response_id, stored.owner, stored.num_bytes)
-        for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+        for surplus in {*self._counts.take_surplus(), *self._bytes.take_surplus()}:
             self._remove(surplus)
 
     def get(self, response_id: str, owner: str) -> Stored | None:

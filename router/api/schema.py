@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from workers.errors import InvalidRequest
 from workers.limits import MAX_ALTERNATIVES, MAX_ENTRIES
 from workers.request import INT64_MAX, INT64_MIN
-from workers.status import Role
 
 Number = StrictInt | StrictFloat
 MESSAGES = Field(max_length=8192)
@@ -322,32 +321,6 @@ class DetokenizeBody(Body):
     model: StrictStr | None = None
     tokens: Annotated[list[Any], said("array", items=_TOKEN)]
     skip_special_tokens: StrictBool | None = None
-
-
-class RoleBody(Body):
-    role: Annotated[StrictStr, WithJsonSchema({"enum": list(Role)})]
-    force: StrictBool | None = None
-    pin: StrictBool | None = None
-
-
-class PinBody(Body):
-    pin: StrictBool = True
-
-
-class KeyBody(Body):
-    id: StrictStr
-    tenant: StrictStr
-    sha256: StrictStr
-    expires_s: Number | None = None
-
-
-class KeyEndBody(Body):
-    expires_s: Number | None = None
-
-
-class DrainBody(Body):
-    drain: StrictBool = True
-    force: StrictBool | None = None
 
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from router.api.formats.formats import THINK, OutputFormat, output_format
 from router.api.formats.grammars import (
@@ -16,8 +17,8 @@ from router.api.formats.grammars import (
 from router.api.problems import Rejected, rejected
 from router.api.prompts import Prompt, check_length, check_token_ids, read_chat
 from router.api.schema import ChatBody, GenerationBody
-from router.api.structure import Wanted, read_structure
-from router.api.tools import MAX_TOOLS, ToolUse, read_budget, read_thinking, read_tools
+from router.api.structure import FORM_FIELDS, Wanted, read_structure
+from router.api.tools import MAX_TOOLS, THINKING_FIELDS, ToolUse, read_budget, read_thinking, read_tools
 from router.api.web_search import with_references
 from router.config import ApiConfig
 from workers.errors import InvalidRequest, Refusal, Refused
@@ -48,7 +49,7 @@ class Speech:
     @property
     def is_read(self) -> bool:
         """Whether more than the bare text is shown, or less."""
-        return self.form.has_tags or bool(self.prefix)
+        return self.form != _AS_IT_STANDS or bool(self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,9 @@ def read_conversation(body: ChatBody, model: ModelInfo | None, tokenizer: Tokeni
                 "chat_template",
             )
         tokenizer = tokenizer.with_template(body.chat_template)
-    kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
+    kwargs: dict[str, Any] = {}
+    if not body.model_fields_set.isdisjoint(THINKING_FIELDS):
+        kwargs = read_thinking(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking, body.thinking)
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
@@ -81,7 +84,9 @@ def read_conversation(body: ChatBody, model: ModelInfo | None, tokenizer: Tokeni
         if "documents" not in tokenizer.chat_template(bool(body.tools)):
             raise InvalidRequest("this model's chat template takes no documents", "documents")
         kwargs.setdefault("documents", body.documents)
-    use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    use = None
+    if body.tools or body.tool_choice is not None:
+        use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     template = tokenizer.chat_template(use is not None)
     form = output_format(config.reasoning_parser, config.tool_parser, template)
     if use is not None and ("tools" not in template or form.call is None):
@@ -148,6 +153,8 @@ def _echoed(body: ChatBody) -> str:
 
 def _thinking_budget(body: ChatBody, speech: Speech, tokenizer: Tokenizer) -> ThinkingBudget | None:
     """None: reasoning is as long as it is. A model that marks none has nothing to be bounded."""
+    if body.model_fields_set.isdisjoint(THINKING_FIELDS):
+        return None
     budget = read_budget(body.thinking, body.thinking_token_budget, body.reasoning_max_tokens)
     tags, end = speech.form.reasoning, speech.reasoning_end
     if budget is None or tags is None:
@@ -164,7 +171,7 @@ def _wanted(
 ) -> Wanted | None:
     """The form of the answer, of the calls in it and of what stands around them; None: it may be anything."""
     form, control = speech.form, tokenizer.added_tokens
-    answer = read_structure(body, control)
+    answer = None if body.model_fields_set.isdisjoint(FORM_FIELDS) else read_structure(body, control)
     is_enforced = use is not None and (use.is_required or any(tool.is_strict for tool in use.callable()))
     if answer is None and not is_enforced:
         return None

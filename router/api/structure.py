@@ -27,6 +27,8 @@ _GUIDED = {
     "json_schema": "json",
 }
 """Fields of a body, each with the name of what it says in `structured_outputs`."""
+FORM_FIELDS = frozenset((*_GUIDED, "structured_outputs", "guided_decoding", "response_format"))
+"""Of a body that has none of them `read_structure` finds nothing."""
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties", "disable_fallback")
 
 

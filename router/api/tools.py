@@ -13,6 +13,17 @@ from workers.errors import InvalidRequest
 
 MAX_TOOLS = 128
 _MAX_BUDGET = 2**31 - 1
+THINKING_FIELDS = frozenset(
+    (
+        "chat_template_kwargs",
+        "reasoning_effort",
+        "enable_thinking",
+        "thinking",
+        "thinking_token_budget",
+        "reasoning_max_tokens",
+    )
+)
+"""A body that has none of them says nothing about thinking."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 

@@ -13,7 +13,7 @@ from router.api.naming import Naming
 from router.api.prompts import Prompt, check_length, check_token_ids, read_prompts
 from router.api.schema import ChatBody, CompletionBody, GenerationBody
 from router.api.speech import Speech, num_kept, read_conversation, require_model, speech_of
-from router.api.structure import read_structure
+from router.api.structure import FORM_FIELDS, read_structure
 from router.api.turns import Turn
 from router.config import ApiConfig
 from router.wishes import NO_WISHES, Wishes, session_number
@@ -127,12 +127,14 @@ def make_job(
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
     params = _sampling(body, info, tokenizer, config.sampling_defaults)
-    speech = speech or Speech(wanted=read_structure(body, tokenizer.added_tokens))
+    if speech is None:
+        asks_for_form = not body.model_fields_set.isdisjoint(FORM_FIELDS)
+        speech = Speech(wanted=read_structure(body, tokenizer.added_tokens) if asks_for_form else None)
     if speech.budget is not None:
         params = replace(params, thinking=speech.budget)
     if speech.wanted is not None:
         params = replace(params, grammar=whole(speech.wanted.rule))
-    if tokenizer.hides(speech.form.tags):
+    if speech.is_read and tokenizer.hides(speech.form.tags):
         params = replace(params, skip_special_tokens=False)
     named = check_token_ids(body.logprob_token_ids or (), info.vocab_size, "logprob_token_ids")
     asked_in = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
@@ -227,7 +229,11 @@ def _wishes(body: GenerationBody) -> Wishes:
         targets[f"{name}_s"] = float(value or 0.0)
     session = body.session_id or body.prompt_cache_key or (body.user if isinstance(body.user, str) else "")
     return Wishes(
-        targets["ttft_s"], targets["tpot_s"], session_number(session), bool(body.trace), read_timeout(body.timeout)
+        targets["ttft_s"],
+        targets["tpot_s"],
+        session_number(session) if session else 0,
+        bool(body.trace),
+        read_timeout(body.timeout),
     )
 
 

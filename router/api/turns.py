@@ -36,7 +36,7 @@ class Turns:
     def __init__(self, tokenizer: Tokenizer, max_bytes: int) -> None:
         """`max_bytes` of tokens, 4 bytes each; 0: nothing is remembered."""
         self._tokenizer = tokenizer
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._turns: dict[bytes, bytes] = {}
         self._counts: Shares[bytes, bytes] = Shares(MAX_TURNS)
@@ -47,7 +47,7 @@ class Turns:
         """The job with the prompt of a conversation that goes on from a turn that is remembered, and with the note that its own turns
         are to be."""
         rendered = job.prompts[0].rendered
-        if not self._max_bytes or not rendered:
+        if not rendered:
             return job
         secret = owner + hashlib.sha256(job.cache_salt.encode()).digest()
         job = replace(job, turn=Turn(self, owner, self._hash(secret, rendered)))
@@ -66,12 +66,12 @@ class Turns:
         return job
 
     def put(self, digest: bytes, owner: bytes, token_ids: bytes) -> None:
-        if len(token_ids) > self._max_bytes:
+        if len(token_ids) > self.max_bytes:
             return
         with self._lock:
             self._turns[digest] = token_ids
             self._count(digest, owner)
-            for surplus in {*self._counts.surplus(), *self._bytes.surplus()}:
+            for surplus in {*self._counts.take_surplus(), *self._bytes.take_surplus()}:
                 del self._turns[surplus]
                 self._counts.remove(surplus)
                 self._bytes.remove(surplus)

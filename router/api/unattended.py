@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from router.api.beam_run import BeamOutputs
 from router.api.callers import Account
-from router.api.job_run import JobOutputs, JobProgress
+from router.api.job_outputs import JobOutputs
+from router.api.job_progress import JobProgress
 from workers.errors import BatonError
 
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.api.document import ENDPOINTS
+from router.api.endpoints import ENDPOINTS
 from router.config import CorsConfig
 
 _SHOWN = ("x-request-id", "x-should-retry", "retry-after")

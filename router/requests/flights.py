@@ -13,7 +13,7 @@ from router.config import RouterConfig
 from router.events import Command, Deliver, Explain, Reject, SendMessage
 from router.fleet.fleet import Fleet
 from router.fleet.worker_entry import Backlog, WorkerEntry
-from router.forecast.pace import Pace
+from router.forecast.rate import Rate
 from router.job_part import JobPart
 from router.policies.policy import Route
 from router.policies.promise import WaitingLine
@@ -61,7 +61,7 @@ class InFlightRequests:
         """Of the prompts in the queue."""
         self._waiting_jobs: dict[str, dict[str, None]] = {}
         """The requests in the queue, by the job that they are part of."""
-        self._finished = Pace()
+        self._finished = Rate()
         self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
         self._leftovers = Leftovers(fleet, self.migrations, out)

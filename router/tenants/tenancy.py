@@ -62,6 +62,8 @@ class Tenancy:
     ) -> None:
         """`api_keys` as `sha256:HEX`. Without a `desk` this router is the only one. `secret` is the cluster's; empty: one is made."""
         self.config = config
+        self.needs_key = config.is_on or bool(api_keys)
+        """Nobody is served without one."""
         self.salts = Salts(secret or secrets.token_bytes(32))
         self.desk = desk
         digests = [bytes.fromhex(key.removeprefix("sha256:")) for key in api_keys]
@@ -97,11 +99,6 @@ class Tenancy:
             raise Refused(Refusal.INVALID, "this router runs by itself, without a store that could keep keys")
         await self.desk.put_key(key)
         self.roster = replace(self.roster, keys={**self.roster.keys, key.digest: key})
-
-    @property
-    def needs_key(self) -> bool:
-        """Nobody is served without one."""
-        return self.config.is_on or bool(self._own_keys)
 
     def caller(self, digest: bytes) -> Caller | Key | None:
         """Who shows a key with this SHA-256; the key itself where it does not count any more; None: nobody knows it."""

@@ -35,10 +35,11 @@ from workers.errors import InvalidRequest
 from workers.grammar.language import engine_name
 from workers.grammar.sequence_constraint import SequenceConstraint
 from workers.grammar.vocabulary import GrammarVocabulary
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, Request
 from workers.sampling.constraint import tokens_in
 from workers.status import Load, ModelInfo, RankStatus, Role, WorkerStatus
 from workers.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "ernie-4.5-tiny"
 DECISION = Decision("kv_aware", "decode-0", ("prefill-0",), Reason.LEAST_COST, False, 0.5, 0.25, 0.02, 1, 1, (), ())

@@ -12,8 +12,9 @@ from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Step, op
 
 from router.config import ApiConfig
 from workers.errors import Refusal
-from workers.request import FinishReason, Output, Request, TokenLogprob, end_output
+from workers.request import FinishReason, Output, Request, end_output
 from workers.text.tokenizer import Tokenizer
+from workers.token_logprobs import TokenLogprob
 
 COMPLETION = {"model": MODEL.name, "prompt": [5, 6, 7], "max_tokens": 3}
 TOKENS = tuple(range(300, 304))

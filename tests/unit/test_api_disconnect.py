@@ -15,7 +15,8 @@ from fake_backend import MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.api.callers import Callers
-from router.api.job_run import JobOutputs, JobProgress
+from router.api.job_outputs import JobOutputs
+from router.api.job_progress import JobProgress
 from router.api.metrics import Metrics
 from router.api.schema import CompletionBody, parse_body
 from router.api.tenant_metrics import TenantMetrics

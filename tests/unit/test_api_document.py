@@ -15,7 +15,7 @@ import pytest
 from fake_backend import MESSAGES, Api, open_api
 
 from router.api.app import create_app
-from router.api.document import ENDPOINTS
+from router.api.endpoints import ENDPOINTS
 from router.api.plain_route import plain_paths
 from router.config import ApiConfig
 

@@ -12,7 +12,8 @@ from fake_backend import MODEL, Api, error_of, open_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, DrainBody, PinBody, RoleBody, TokenizeBody
+from router.api.admin_schema import DrainBody, PinBody, RoleBody
+from router.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.config import ApiConfig
 
 BODIES = {
@@ -32,7 +33,11 @@ GOOD = {
     "max_tokens": 3,
 }
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "250"))
-SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 NUMBERS = (
     st.integers() | st.integers(-3, 30) | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**30, -0.0, 1e308])
 )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api
 
-from router.config import ApiConfig, load_sampling_defaults
+from router.config import ApiConfig
+from router.sampling_defaults import load_sampling_defaults
 from workers.errors import InvalidConfig
 from workers.request import INT64_MAX, INT64_MIN, SamplingParams
 

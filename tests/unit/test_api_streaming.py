@@ -16,7 +16,7 @@ from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, St
 from router.api.answer import ChunkWriter, Shape
 from router.api.chat import ChatShape
 from router.api.completions import CompletionShape
-from router.api.job_run import JobProgress
+from router.api.job_progress import JobProgress
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, CompletionBody, parse_body
 from router.api.translate import translate_chat, translate_completion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import inspect
 import json
@@ -173,6 +174,11 @@ def make_broken_worker(*args: Any) -> Any:
     raise InvalidConfig("the checkpoint lacks weights")
 
 
+def num_left_alone(actor: Any) -> int:
+    """Called in the actor's process: the objects that its garbage collector looks at no more."""
+    return gc.get_freeze_count()
+
+
 async def kill(actor: Any) -> int:
     """SIGKILL to the actor's process; returns its id."""
     pid: int = await actor.pid.remote()
@@ -298,6 +304,8 @@ async def test_a_router_hears_of_workers_that_come_die_return_and_leave_and_so_d
                 await asyncio.sleep(0.05)  # the router tells nobody of a change: it is asked
 
     first = await connected({"prefill-0", "decode-0"})
+    for actor in (router, prefill):
+        assert await actor.__ray_call__.remote(num_left_alone) > 50_000, "a full collection would take too long"
     async with asyncio.timeout(BOUND_S):
         while not (listed := (await router.status.remote()).routers):
             await asyncio.sleep(0.05)

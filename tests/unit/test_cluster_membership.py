@@ -7,7 +7,7 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.actors.actors import changes_between
+from cluster.actors.router_actor import changes_between
 from cluster.commands.running import describe
 from cluster.membership.membership import Membership, Registration, Tick
 from cluster.store.store import Entry, Snapshot

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.actors import actors
+from cluster.actors import process, worker_actor
 from cluster.config import check_roles
 from cluster.membership.membership import (
     Registration,
@@ -140,13 +140,14 @@ async def test_an_actor_whose_worker_was_superseded_ends_for_good_and_faults_of_
         if not ended.done():
             ended.set_result(how)
 
-    monkeypatch.setattr(actors, "open_store", lambda *_: store)
-    monkeypatch.setattr(actors, "write_logs", lambda *_: None)
-    monkeypatch.setattr(actors, "RayGauges", no_gauges)
-    monkeypatch.setattr(actors, "leave_for_good", lambda: end("for good"))
+    monkeypatch.setattr(worker_actor, "open_store", lambda *_: store)
+    monkeypatch.setattr(process, "write_logs", lambda *_: None)
+    monkeypatch.setattr(worker_actor, "leave_what_is_there", lambda: None)
+    monkeypatch.setattr(worker_actor, "RayGauges", no_gauges)
+    monkeypatch.setattr(process, "leave_for_good", lambda: end("for good"))
     monkeypatch.setattr(os, "_exit", lambda code: end(f"with {code}"))
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    actor = actors.WorkerActor(
+    actor = worker_actor.WorkerActor(
         "decode-0", WorkerConfig("fake"), Role.DECODE, StoreConfig(lease_ttl_s=0.5), "baton", TlsConfig("off"),
         SteadyTime("", 0.0), Worker,
     )  # fmt: skip

@@ -21,8 +21,8 @@ from tests.unit.test_group_ranks import Found, found, in_mid_run, only_tokens
 from workers.config import ParallelConfig, WorkerConfig
 from workers.engine.engine import Engine
 from workers.model.checkpoint.ernie_config import ErnieConfig
-from workers.model.cpu.rank_runner import initial_placement
 from workers.model.cuda.rank_runner import CudaRankRunner, CudaRanks
+from workers.model.decoder.rank import initial_placement
 from workers.model.parallel.collectives import Links
 from workers.request import Output, Request
 from workers.runner import Runner

@@ -24,7 +24,7 @@ from workers.model.cuda.step_inputs import ROW_COLUMNS, Upload, fill_decode_rows
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool
 from workers.model.decoder.layers import RMSNorm, RotaryEmbedding, rotate
-from workers.model.decoder.moe import Router
+from workers.model.decoder.moe import ExpertRouter
 from workers.model.decoder.step_plan import plan_step
 from workers.model.parallel.expert_dispatch import combine as reference_combine
 from workers.model.parallel.expert_dispatch import dispatch
@@ -169,7 +169,7 @@ def test_swiglu_is_the_reference() -> None:
 
 def test_experts_are_chosen_as_the_reference_chooses() -> None:
     scores, bias = torch.randn(4, 12), torch.randn(12) * 0.1
-    router = Router(torch.eye(12), bias, 3, 1e-12)
+    router = ExpertRouter(torch.eye(12), bias, 3, 1e-12)
     weights, experts = choose_experts(scores.to(DEVICE), bias.to(DEVICE), 3, 1e-12)
     expected_weights, expected_experts = router(scores)
     assert torch.equal(experts.cpu().long(), expected_experts)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from tests.unit.model_configs import SHIPPED, load, moe_with_shared_experts, random_tokens
 from workers.model.cpu.runner import TorchRunner
-from workers.request import Output, TokenLogprob
+from workers.request import Output
 from workers.scheduler.sequence import Kind
+from workers.token_logprobs import TokenLogprob
 
 NUM_BLOCKS = 12
 MAX_LEN = 64 * NUM_BLOCKS

@@ -85,3 +85,15 @@ def test_a_prefix_that_cannot_be_shown_is_not_held() -> None:
     engine.outgoing.hold_prefix(8, wanted.keys[:2])
     (held,) = step_until(engine, "held").held
     assert len(held.blocks) == 2, "it is a quarter of the pool that may be held, and none was"
+
+
+def test_a_sequence_that_has_ended_has_nothing_left_to_lose() -> None:
+    """A step that was launched before still holds it; its client has heard all."""
+    engine = make_engine()
+    engine.add(1, PROMPT)
+    engine.step()
+    sequence = engine.sequence(1)
+    assert sequence is not None
+    engine.cancel(1)
+    engine.incoming.lose(sequence)
+    assert engine.step().outputs == [] and engine.num_held_blocks == 0

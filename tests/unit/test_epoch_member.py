@@ -18,7 +18,7 @@ from workers.model.parallel.layout import SINGLE
 
 
 class DirectRank:
-    """As much of workers.model.cpu.rank_runner.Rank as joining and leaving take."""
+    """As much of workers.model.decoder.rank.Rank as joining and leaving take."""
 
     layout, device, is_direct = SINGLE, "cpu", False
 

@@ -34,18 +34,25 @@ NUM_STEPS = 30
 
 class Victim:
     """A sequence that decodes on an engine whose steps take, in virtual time, what the shipped model takes on two cores; requests
-    come and go beside it. What decoding takes for the contexts of others is left out: nothing bounds that."""
+    come and go beside it."""
 
     def __init__(self) -> None:
         config = WorkerConfig(model="any")
-        cost = LinearCost(0.003, 6e-5, 6e-8, 2e-5, 0.0)
+        cost = LinearCost(0.003, 6e-5, 6e-8, 2e-5, 4e-7)
         profile = Profile(cost=cost, num_blocks=64 * 128, max_model_len=LONG.max_model_len)
         memory = BytelessMemory(layout_of(profile, 1))
         self._now = 0.0
         self._clock = EngineClock(lambda: self._now)
         self._engine = Engine(
             TimedRunner(profile, memory, self._clock),
-            Limits(config.max_num_seqs, config.max_batch_tokens, config.max_queue, 0, config.max_prefill_pause_s),
+            Limits(
+                config.max_num_seqs,
+                config.max_batch_tokens,
+                config.max_queue,
+                0,
+                config.max_prefill_pause_s,
+                config.max_decode_pause_s,
+            ),
             make_detokenizer=make_detokenizer,
             eos_token_ids=(),
             max_model_len=1 << 30,

@@ -259,7 +259,7 @@ def test_a_grammar_that_takes_too_long_is_given_up() -> None:
 
 def _poll_late(grammars: Grammars) -> list[tuple[int, str]]:
     grammars._pool.shutdown(wait=True)
-    constraint = grammars._waiting[7].constraint
+    constraint = grammars.waiting[7].constraint
     constraint._matcher = None  # as long as the thread has not come to it
     return grammars.poll(1e9)
 

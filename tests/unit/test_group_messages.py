@@ -26,10 +26,11 @@ from workers.group.messages import (
 )  # fmt: skip
 from workers.group.step_codec import BatchReader, BatchWriter, decode_results, encode_results, split_by_pool
 from workers.pb import group_pb2 as pb
-from workers.request import PromptScores, SamplingParams, TokenLogprob
+from workers.request import SamplingParams
 from workers.runner import Batch, LogitEdits, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.constraint import mask_of, tokens_in
 from workers.sampling.edits import EditTracker, edits_of
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 MESSAGES: tuple[Message, ...] = (
     Hello(1, 4, 99, "host", ""),

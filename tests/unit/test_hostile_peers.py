@@ -37,8 +37,9 @@ from workers.handoff.protocol.target_session import Closed, Connected, Fail, Sen
 from workers.kv_memory.memory import JoinedKvMemory, KvLayout, KvMemory, MappedKvMemory, SharedHandle
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2 as pb
-from workers.request import Output, TokenLogprob
+from workers.request import Output
 from workers.status import PrefixHint, Role, WorkerAddress
+from workers.token_logprobs import TokenLogprob
 from workers.transports.grpc_stream import GrpcTransport
 from workers.trust.channels import bind, make_server, open_channel
 from workers.trust.parties import Kind, Party, router, worker

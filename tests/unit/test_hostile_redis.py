@@ -154,7 +154,7 @@ async def test_a_spoiled_redis_keeps_no_worker_from_registering_and_no_router_fr
 
 @settings(
     max_examples=int(os.environ.get("BATON_FUZZ_EXAMPLES", "60")),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     deadline=None,
 )
 @given(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import FrameType
 
 import pytest
 from builders import fake_layout
@@ -29,6 +31,24 @@ def test_a_cut_covers_every_layer_of_every_block_once(
     assert cut.pieces_before(first + num_blocks) == cut.num_pieces and cut.pieces_before(first) == 0
     with pytest.raises(IndexError):
         cut.slot(cut.num_pieces)
+
+
+def test_what_is_asked_of_every_piece_is_worked_out_once() -> None:
+    """A prompt of 128K tokens has thousands of pieces, and both ends ask several times for each."""
+    cut = Cut(KvLayout(4096, 28, 4, 64, 128, "bfloat16", 2), 0, 2048)
+    called: list[str] = []
+
+    def hook(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(hook)
+    try:
+        cut.slot(777)
+        cut.piece_bytes(777)
+    finally:
+        sys.setprofile(None)
+    assert called == ["slot", "piece_bytes"]
 
 
 def test_a_pool_can_be_mapped_only_as_what_it_is() -> None:

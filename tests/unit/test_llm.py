@@ -225,7 +225,11 @@ def test_a_conversation_is_read_by_the_rules_of_the_http_api(llm: LLM) -> None:
     assert "RULES" in llm.tokenizer.decode(ids({"role": "developer", "content": "RULES"}, user))
     parts = [{"type": "text", "text": "hi"}]
     assert ids({"role": "user", "content": parts}) == ids(user)
-    for bad in ({"role": "tool", "content": "42"}, {"role": "system"}, {"role": "user", "content": [{"type": "image"}]}):
+    for bad in (
+        {"role": "tool", "content": "42"},
+        {"role": "system"},
+        {"role": "user", "content": [{"type": "image"}]},
+    ):
         with pytest.raises(InvalidRequest, match="messages"):
             ids(bad, user)
     for bad in ("hi", [], user):

@@ -8,7 +8,8 @@ from pathlib import Path
 from fake_backend import FakeBackend
 from prometheus_client.core import Metric
 
-from router.api.metrics import Metrics, Snapshot
+from router.api.metrics import Metrics
+from router.api.status_metrics import Snapshot
 from router.api.tenant_metrics import TenantMetrics
 from workers.text.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from tests.unit.model_configs import (
 )
 from workers.model.cpu.self_test import linears_are_invariant
 from workers.model.decoder.layers import Linear, RMSNorm, silu
-from workers.model.decoder.moe import Router
+from workers.model.decoder.moe import ExpertRouter
 from workers.model.parallel.expert_dispatch import combine, dispatch
 
 
@@ -84,7 +84,7 @@ def test_norms_and_router_give_a_row_the_same_bits_in_any_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(70, 100, generator=generator)
     norm = RMSNorm(torch.randn(100, generator=generator), 1e-5)
-    router = Router(torch.randn(12, 100, generator=generator), torch.randn(12, generator=generator), 3, 1e-12)
+    router = ExpertRouter(torch.randn(12, 100, generator=generator), torch.randn(12, generator=generator), 3, 1e-12)
     together = (norm(x_TD), *router(x_TD))
     for part in (slice(0, 1), slice(69, 70), slice(3, 36), slice(1, 70)):
         for found, expected in zip((norm(x_TD[part]), *router(x_TD[part])), together, strict=True):

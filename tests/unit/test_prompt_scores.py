@@ -12,18 +12,19 @@ from builders import EOS, PlainDetokenizer, fake_layout, make_request
 from fake_backend import MODEL, Api, score_prompt
 
 from router.api.choice_fields import write_prompt_logprobs
-from router.api.job_run import Choice
+from router.api.job_progress import Choice
 from router.api.prompts import Prompt
 from router.api.sse import json_parts, to_json
 from router.backend import RequestStream
 from workers.engine.engine import Engine
 from workers.engine.fake_runner import FakeRunner
 from workers.kv_memory.memory import KvMemory
-from workers.request import MAX_SCORES, Output, PromptScores, Request, join
+from workers.request import Output, Request
 from workers.runner import Batch, LayerHook, Sampled, SequenceSlice
 from workers.scheduler.scheduler import Limits
 from workers.serving.sessions import MAX_FRAME_BYTES, CacheEvents, Session
 from workers.status import Load
+from workers.token_logprobs import MAX_SCORES, PromptScores, join
 from workers.wire.attach_protobuf import frame_from_pb, frame_to_pb
 
 NUM_TOP = 20

@@ -15,10 +15,11 @@ from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint
-from workers.model.cpu.rank_runner import initial_placement, load_rank, share_bytes
+from workers.model.cpu.rank_runner import load_rank
 from workers.model.cpu.runner import TorchRunner
 from workers.model.decoder.ernie import Ernie
 from workers.model.decoder.layers import compute_dtype
+from workers.model.decoder.rank import initial_placement, share_bytes
 from workers.model.native.rank import NativeRank
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.expert_placement import Placement

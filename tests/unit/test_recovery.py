@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.handoff.protocol.choices import Measured, RecoveryChoice, Situation, Way, choose
+from workers.handoff.protocol.choices import Measured, Recovery, RecoveryChoice, Situation, choose
 
 MEASURED = Measured(bandwidth=100.0, own_rate=10.0, source_rates={"prefill-1": 20.0})
 FAULT = Situation(
@@ -26,15 +26,15 @@ FAULT = Situation(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, RecoveryChoice(Way.NEXT_TRANSPORT, 2.0, True)),
-        ({"can_resend": False}, RecoveryChoice(Way.NEXT_SOURCE, 15.0, True)),
-        ({"can_resend": False, "others": ()}, RecoveryChoice(Way.LOCAL, 10.0, True)),
-        ({"can_resend": False, "remaining_s": 12.0}, RecoveryChoice(Way.LOCAL, 10.0, True)),
-        ({"source_left_s": 30.0, "remaining_s": 20.0}, RecoveryChoice(Way.NEXT_SOURCE, 15.0, True)),
-        ({"source_left_s": 30.0, "remaining_s": 12.0}, RecoveryChoice(Way.LOCAL, 10.0, True)),
-        ({"remaining_s": 1.0}, RecoveryChoice(Way.NEXT_TRANSPORT, 2.0, False)),
-        ({"remaining_s": 1.0, "missing_bytes": 100_000}, RecoveryChoice(Way.LOCAL, 10.0, False)),
-        ({"remaining_s": -3.0, "can_resend": False}, RecoveryChoice(Way.LOCAL, 10.0, False)),
+        ({}, RecoveryChoice(Recovery.NEXT_TRANSPORT, 2.0, True)),
+        ({"can_resend": False}, RecoveryChoice(Recovery.NEXT_SOURCE, 15.0, True)),
+        ({"can_resend": False, "others": ()}, RecoveryChoice(Recovery.LOCAL, 10.0, True)),
+        ({"can_resend": False, "remaining_s": 12.0}, RecoveryChoice(Recovery.LOCAL, 10.0, True)),
+        ({"source_left_s": 30.0, "remaining_s": 20.0}, RecoveryChoice(Recovery.NEXT_SOURCE, 15.0, True)),
+        ({"source_left_s": 30.0, "remaining_s": 12.0}, RecoveryChoice(Recovery.LOCAL, 10.0, True)),
+        ({"remaining_s": 1.0}, RecoveryChoice(Recovery.NEXT_TRANSPORT, 2.0, False)),
+        ({"remaining_s": 1.0, "missing_bytes": 100_000}, RecoveryChoice(Recovery.LOCAL, 10.0, False)),
+        ({"remaining_s": -3.0, "can_resend": False}, RecoveryChoice(Recovery.LOCAL, 10.0, False)),
     ],
 )
 def test_the_first_way_that_fits_is_taken_else_the_fastest(change: dict[str, object], expected: RecoveryChoice) -> None:
@@ -42,10 +42,10 @@ def test_the_first_way_that_fits_is_taken_else_the_fastest(change: dict[str, obj
 
 
 def test_what_was_never_measured_is_given_a_chance() -> None:
-    assert choose(replace(FAULT, can_resend=False, remaining_s=1.0), Measured()).way is Way.NEXT_SOURCE
+    assert choose(replace(FAULT, can_resend=False, remaining_s=1.0), Measured()).recovery is Recovery.NEXT_SOURCE
     unknown = Measured(bandwidth=100.0, own_rate=10.0)
     assert choose(replace(FAULT, can_resend=False, remaining_s=12.0), unknown) == RecoveryChoice(
-        Way.NEXT_SOURCE, 10.0, True
+        Recovery.NEXT_SOURCE, 10.0, True
     )
 
 
@@ -69,6 +69,6 @@ def test_the_way_taken_is_open_and_none_preferred_to_it_would_have_fitted(
     others = ("prefill-1",) if has_other else ()
     fault = Situation(remaining_s, missing, 10**6, tokens, can_resend, "prefill-0", others, left_s)
     choice = choose(fault, MEASURED)
-    assert choice.way is not Way.NEXT_TRANSPORT or can_resend
-    assert choice.way is not Way.NEXT_SOURCE or has_other
+    assert choice.recovery is not Recovery.NEXT_TRANSPORT or can_resend
+    assert choice.recovery is not Recovery.NEXT_SOURCE or has_other
     assert choice.fits == (choice.expected_s <= remaining_s)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from router_story import FREE, GENERATION, MODEL, Story, request, submits, the_submit
 
-from router.api.job_run import JobOutputs
+from router.api.job_outputs import JobOutputs
 from router.backend import RequestStream
 from router.config import RouterConfig
 from router.driver import RouterDriver

@@ -8,8 +8,9 @@ from router_story import GENERATION, MIXED, MODEL, Story, messages, outputs, req
 
 from router.events import RequestArrived
 from workers.errors import Refusal
-from workers.request import HandoffReport, Output, PromptScores, TokenLogprob
+from workers.request import HandoffReport, Output
 from workers.status import Role
+from workers.token_logprobs import PromptScores, TokenLogprob
 from workers.wire.attach import Cancel, WorkerFrame
 
 

@@ -20,8 +20,9 @@ from router_story import (
 
 from router.events import RequestArrived, RequestCancelled
 from workers.errors import Refusal
-from workers.request import Output, PromptScores, Request
+from workers.request import Output, Request
 from workers.status import Role, WorkerStatus, first_generation
+from workers.token_logprobs import PromptScores
 from workers.wire.attach import Adopt, Cancel, WorkerFrame
 
 

@@ -25,7 +25,8 @@ from cluster.settings import build
 from router import https
 from router.config import ApiConfig, RouterConfig
 from router.driver import RouterDriver
-from router.server import RouterServer, bind
+from router.listening import bind
+from router.server import RouterServer
 from workers.errors import InvalidConfig, Refused
 from workers.request import SamplingParams
 

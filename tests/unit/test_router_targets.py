@@ -6,7 +6,7 @@ import pytest
 from router_story import FREE, GENERATION, MODEL, PD, Story, outputs, request, submits
 
 from router.events import Command, Reject, RequestArrived
-from router.forecast.lead import Lead
+from router.forecast.forecasts import Lead
 from router.requests.admission import AdmissionQueue
 from router.wishes import Wishes
 from workers.errors import Refusal

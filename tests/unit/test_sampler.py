@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.request import LOGPROB_FLOOR, SamplingParams
+from workers.request import SamplingParams
 from workers.runner import SampleSpec
 from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.sampler import Drawn, _adjusted, _draw, sample
+from workers.token_logprobs import LOGPROB_FLOOR
 
 
 def spec(

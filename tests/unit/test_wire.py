@@ -35,8 +35,9 @@ from workers.handoff.protocol.messages import (
 from workers.kv_cache.block_hash import block_hashes
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
-from workers.request import FinishReason, HandoffReport, Output, PromptScores, Request, SamplingParams, TokenLogprob
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
 from workers.status import KvEvent, Load, ModelInfo, PrefixHint, Role, Tier, WorkerAddress, WorkerStatus
+from workers.token_logprobs import PromptScores, TokenLogprob
 from workers.wire import attach_protobuf as wire
 from workers.wire import request_protobuf as wire_request
 from workers.wire.attach import (

@@ -11,9 +11,10 @@ from worker_story import ASKER, PEER, WorkerStory, permitted
 from workers.engine.messages import CancelSequence, TransferWanted
 from workers.errors import Refusal
 from workers.handoff.protocol.messages import Handoff, SequenceMoved
-from workers.request import FinishReason, Output, TokenLogprob
+from workers.request import FinishReason, Output
 from workers.serving import events
 from workers.status import Role
+from workers.token_logprobs import TokenLogprob
 from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, Migration
 
 

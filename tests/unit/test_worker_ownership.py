@@ -10,9 +10,10 @@ from worker_story import ASKER, WorkerStory, permitted
 from workers.engine.messages import AddSequence, CancelSequence, EndMove
 from workers.errors import Refusal
 from workers.handoff.protocol.messages import RunningSubject
-from workers.request import FinishReason, Output, PromptScores, TokenLogprob
+from workers.request import FinishReason, Output
 from workers.serving import events
 from workers.status import Role
+from workers.token_logprobs import PromptScores, TokenLogprob
 from workers.trust.permits import make_permit
 from workers.wire.attach import Adopt, Cancel, DumpRequest, Submit
 

@@ -180,7 +180,8 @@ class Engine:
         """
         started = self._clock()
         self._promotions.poll(started)
-        self._fail_grammars(started)
+        if self._grammars.waiting:
+            self._fail_grammars(started)
         self.incoming.advance()
         self.outgoing.advance()
         running = self._running or self._start(self._scheduler.schedule(), None)
@@ -198,6 +199,8 @@ class Engine:
         if running is not None:
             self.last_step = work = work_of(running.batch, self._clock() - started)
             self._scheduler.pace.took(work.step_s, work.step_decodes, work.step_prompt_tokens, work.step_prompt_context)
+            if not work.step_prompt_tokens:
+                self._scheduler.turns.took(work.step_s, work.step_decodes, work.step_context)
             self._note_rate()
         return result
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from workers.kv_memory.memory import KvMemory
-from workers.request import TokenLogprob
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SequenceSlice
 from workers.sampling.constraint import tokens_in
+from workers.token_logprobs import TokenLogprob
 
 
 class FakeRunner:

@@ -10,12 +10,13 @@ from workers.engine.messages import StepResult
 from workers.errors import InvalidRequest, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import DEFAULT_LIMITS, RequestLimits
-from workers.request import HandoffReport, Output, PromptScores, Request, error_output, scores_at_once
+from workers.request import HandoffReport, Output, Request, error_output
 from workers.runner import Sampled
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Kind, Sequence
 from workers.status import PrefixHint
 from workers.text.output import Detokenizer, OutputState
+from workers.token_logprobs import PromptScores, scores_at_once
 
 if TYPE_CHECKING:
     from workers.grammar.grammars import Grammars
@@ -180,7 +181,8 @@ class LiveSequences:
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when this engine can never serve the request."""
         request.params.validate(self._vocab_size, self._limits)
-        self._grammars.check(request.params)
+        if request.params.grammar:
+            self._grammars.check()
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty", "prompt")

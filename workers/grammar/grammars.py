@@ -50,7 +50,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        self._waiting: dict[int, _Unread] = {}
+        self.waiting: dict[int, _Unread] = {}
+        """By sequence; where there are none, `poll` finds nothing."""
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         """Used by the pool's one thread alone."""
         # Its thread runs from now on: one that cannot be started later, under a full process table, would end the engine's.
@@ -58,9 +59,9 @@ class Grammars:
         self._news = threading.Event()
         self._notify: Callable[[], None] = lambda: None
 
-    def check(self, params: SamplingParams) -> None:
-        """Raises InvalidRequest when such a request can never run here."""
-        if params.grammar and self._vocabulary is None:
+    def check(self) -> None:
+        """Raises InvalidRequest when no request with a grammar can ever run here."""
+        if self._vocabulary is None:
             raise InvalidRequest(MISSING, "grammar")
 
     def begin(
@@ -69,7 +70,7 @@ class Grammars:
         """The constraint of a sequence whose output begins with these tokens; it may not be ready yet."""
         constraint = SequenceConstraint(params, self._vocab_size, self._eos)
         if params.grammar:
-            self._waiting[sequence_id] = _Unread(constraint, self._clock())
+            self.waiting[sequence_id] = _Unread(constraint, self._clock())
             if self._pool is None:
                 constraint.fail(MISSING)
             else:
@@ -78,15 +79,13 @@ class Grammars:
 
     def poll(self, now: float) -> list[tuple[int, str]]:
         """Sequences whose grammar cannot be used, each with the reason; each is told once."""
-        if not self._waiting:
-            return []
         self._news.clear()
         failed = []
-        for sequence_id, waiting in list(self._waiting.items()):
+        for sequence_id, waiting in list(self.waiting.items()):
             if not waiting.constraint.is_ready and now - waiting.since_s > MAX_COMPILE_S:
                 waiting.constraint.fail(TOO_SLOW)
             if waiting.constraint.is_ready:
-                del self._waiting[sequence_id]
+                del self.waiting[sequence_id]
                 if waiting.constraint.error:
                     failed.append((sequence_id, waiting.constraint.error))
         return failed
@@ -97,7 +96,7 @@ class Grammars:
 
     def wait(self, timeout_s: float) -> bool:
         """Returns when `poll` may find something new, or after so long; False at once when no grammar is being prepared."""
-        if not self._waiting:
+        if not self.waiting:
             return False
         self._news.wait(timeout_s)
         return True

@@ -8,7 +8,7 @@ import time
 from workers.config import ParallelConfig
 from workers.errors import DeviceStuck, RankLost
 from workers.group.messages import Done, Form, Step
-from workers.model.cpu.rank_runner import GroupStep, Rank
+from workers.model.decoder.rank import GroupStep, Rank
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.direct_dispatch import DirectBuffers
 from workers.model.parallel.epoch import WorldEpoch
@@ -106,7 +106,7 @@ class EpochMember:
 
     def _require_leave(self) -> None:
         """Dies where the thread that computes does not come back, and with it the process whose owner watches its threads
-        (cluster.actors.actors): what the GPU waits for in NVSHMEM's operations cannot be aborted, and NCCL's abort may hang too."""
+        (cluster.actors.process): what the GPU waits for in NVSHMEM's operations cannot be aborted, and NCCL's abort may hang too."""
         if not self._has_left.wait(self._stuck_s):
             raise DeviceStuck("the GPU waits for a rank that is gone, which only the end of this process can end")
 

@@ -37,7 +37,7 @@ from workers.group.step_codec import BatchReader, encode_results
 from workers.kv_memory.memory import JoinedKvMemory, KvMemory, SharedHandle
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
-from workers.model.cpu.rank_runner import Rank, group_layout, own_layout
+from workers.model.decoder.rank import Rank, group_layout, own_layout
 from workers.model.loading import RankLoader, rank_loader
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.expert_placement import Placement

@@ -25,7 +25,7 @@ from workers.group.step_codec import BatchWriter, decode_results, split_by_pool
 from workers.kv_memory.memory import KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
-from workers.model.cpu.rank_runner import Rank, group_layout, initial_placement
+from workers.model.decoder.rank import Rank, group_layout, initial_placement
 from workers.model.loading import RankLoader, rank_loader
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.epoch import start_store

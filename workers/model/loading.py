@@ -13,9 +13,10 @@ from workers.grammar.language import engine_name
 from workers.grammar.vocabulary import GrammarVocabulary
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import checkpoint_folder
-from workers.model.cpu.rank_runner import Rank, load_rank, rank_layout
+from workers.model.cpu.rank_runner import load_rank, rank_layout
 from workers.model.cpu.runner import TorchRunner
 from workers.model.decoder.model_runner import ModelRunner, served_len
+from workers.model.decoder.rank import Rank
 from workers.model.parallel.collectives import Links
 from workers.model.parallel.expert_placement import Placement
 from workers.model.parallel.layout import Layout

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.request import LOGPROB_FLOOR, PromptScores, TokenLogprob
 from workers.sampling.arithmetic import log_total, on_device, weights
+from workers.token_logprobs import LOGPROB_FLOOR, PromptScores, TokenLogprob
 
 
 def token_logprobs(

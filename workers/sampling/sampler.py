@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.request import PromptScores, SamplingParams, TokenLogprob
+from workers.request import SamplingParams
 from workers.runner import LogitEdits, SampleSpec, TokenMask
 from workers.sampling.arithmetic import on_device
 from workers.sampling.edits import changes_logits, edits_of
 from workers.sampling.filters import drop_unlikely
 from workers.sampling.logprobs import score_tokens, token_logprobs
 from workers.sampling.noise import gumbel_noise, noise_key
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 
 class RowKernel(Protocol):

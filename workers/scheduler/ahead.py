@@ -41,11 +41,12 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
         return None
     if any(s.state is State.PROMOTING for s in scheduler.active):
         return None
-    decoding = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
+    able = [s for s in active if _will_decode(s, pieces.get(s.sequence_id))]
+    decoding = scheduler.turns.choose(able)[: scheduler.limits.max_batch_tokens]
     if any(s.sequence_id in pieces and _needs_token(s) for s in decoding):
         return None
     decode: list[SequenceSlice] = []
-    for sequence in decoding[: scheduler.limits.max_batch_tokens]:
+    for sequence in decoding:
         piece = pieces.get(sequence.sequence_id)
         start = sequence.num_computed + (len(piece.token_ids) if piece else 0)
         try:
@@ -66,6 +67,7 @@ def schedule_ahead(scheduler: Scheduler, running: Batch) -> ScheduledStep | None
                 room.take(length, start)
     promotions: list[Sequence] = []
     transfers = scheduler.admit(room, prefill, promotions)
+    scheduler.turns.give(decoding)
     return ScheduledStep(Batch(tuple(prefill), tuple(decode)), tuple(transfers), tuple(promotions))
 
 

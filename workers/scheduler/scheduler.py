@@ -14,6 +14,7 @@ from workers.kv_cache.pools import PooledKvCache
 from workers.runner import Batch, SequenceSlice
 from workers.scheduler.pace import Pace, Room
 from workers.scheduler.sequence import Effect, Kind, Sequence, State, Turn
+from workers.scheduler.turns import DecodeTurns
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Limits:
     local_prefill_tokens: int
     max_prefill_pause_s: float = math.inf
     """How long a step's prompts may keep those waiting that decode in it; see Pace."""
+    max_decode_pause_s: float = math.inf
+    """How long those that decode in a step may keep each other waiting; see DecodeTurns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,11 @@ class Scheduler:
     """All sequences that hold blocks, in order of admission."""
     counters: Counters = field(default_factory=Counters)
     pace: Pace = field(init=False)
+    turns: DecodeTurns = field(init=False)
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.limits.max_prefill_pause_s)
+        self.turns = DecodeTurns(self.limits.max_decode_pause_s)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Refused(QUEUE_FULL) at the bound."""
@@ -209,10 +214,9 @@ class Scheduler:
 
     def _schedule_decodes(self, budget: int) -> list[SequenceSlice]:
         chosen: dict[int, SequenceSlice] = {}
-        decoding = (s for s in self.active if s.state is State.DECODING and s.can_draw)
-        for sequence in sorted(decoding, key=lambda s: s.rank):
-            if len(chosen) >= budget:
-                break
+        able = sorted((s for s in self.active if s.state is State.DECODING and s.can_draw), key=lambda s: s.rank)
+        decoding = self.turns.choose(able)[:budget]
+        for sequence in decoding:
             while sequence.state is State.DECODING:
                 try:
                     self.kv.grow(sequence.table, sequence.num_computed + 1)
@@ -224,6 +228,7 @@ class Scheduler:
                 else:
                     chosen[sequence.sequence_id] = sequence.decode_slice()
                     break
+        self.turns.give([sequence for sequence in decoding if sequence.sequence_id in chosen])
         return list(chosen.values())
 
     def _take_chunk(self, sequence: Sequence, room: Room, into: list[SequenceSlice]) -> bool:

@@ -156,6 +156,8 @@ class Sequence:
     """Of what parameters and tokens do to the logits; made with the first draw."""
     constraint: Constraint | None = None
     """Which tokens may be drawn; None: all."""
+    last_turn: int = 0
+    """The number of the step in which it decoded last."""
 
     @property
     def num_prompt(self) -> int:

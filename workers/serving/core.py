@@ -16,7 +16,7 @@ from typing import assert_never
 from workers.config import WorkerConfig
 from workers.engine.messages import ForgetCache, Report, TransferWanted
 from workers.errors import Refusal, Refused
-from workers.handoff.protocol.choices import Way
+from workers.handoff.protocol.choices import Recovery
 from workers.handoff.protocol.messages import Handoff, SequenceMoved
 from workers.kv_memory.memory import KvLayout
 from workers.serving import events
@@ -48,7 +48,7 @@ class WorkerCore:
         observer: Observer | None = None,
     ) -> None:
         self._standing = Standing(identity, layout, fingerprint)
-        self.counters: Counter[str] = Counter({f"recovery_{way}": 0 for way in Way})
+        self.counters: Counter[str] = Counter({f"recovery_{recovery}": 0 for recovery in Recovery})
         """Totals of what became of handoffs; the loops around the core count in it as well."""
         self.num_held_blocks = 0
         self._describe = describe

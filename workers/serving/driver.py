@@ -23,6 +23,7 @@ from workers.serving.handoffs import Handoffs
 from workers.serving.streams import Streams
 from workers.serving.traces import RequestTraces
 from workers.status import Identity, Load, ModelInfo, RankStatus, Role, WorkerStatus
+from workers.tracing import is_collected
 from workers.transports.contract import Transport
 from workers.trust.credentials import Credentials
 
@@ -74,7 +75,7 @@ class WorkerDriver:
         self.on_drain_change: Callable[[bool], None] | None = None
         self._changed = asyncio.Event()
         """Set at every report of the engine, for those who wait for the worker to be idle."""
-        observer = RequestTraces(identity.worker_id)
+        observer = RequestTraces(identity.worker_id) if is_collected() else None
         self._core = WorkerCore(config, identity, memory.layout, model.fingerprint, self._describe, observer)
         self.streams = Streams(self._handle, config.max_routers)
         self._handoffs = Handoffs(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from workers.engine.messages import Landed, MovedIn, Pulled, PullWanted, TransferLost, TransferWanted
 from workers.errors import Refusal
-from workers.handoff.protocol.choices import Measured, Plan, PullRates, RecoveryChoice, Way, is_worth_pulling
+from workers.handoff.protocol.choices import Measured, Plan, PullRates, Recovery, RecoveryChoice, is_worth_pulling
 from workers.handoff.protocol.messages import (
     Handoff,
     HandoffFailed,
@@ -182,7 +182,7 @@ class Fetches:
             choice = fetch.plan.after_fault(now)
             self._observer.handoff_ended(sequence_id, outcome, choice)
             self._lost(fetch, outcome, choice)
-            if choice.way is not Way.LOCAL:
+            if choice.recovery is not Recovery.LOCAL:
                 return self._ask_next(fetch, now)
             fetch.report = replace(fetch.report, attempts=fetch.report.attempts + 1)
             return self._compute_here(fetch)
@@ -195,16 +195,16 @@ class Fetches:
     def _lost(self, fetch: _Fetch, error: HandoffFailed, choice: RecoveryChoice) -> None:
         me, source = self._worker_id, fetch.source.worker_id
         about = fetch.request.log_fields
-        log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.way, extra=about)
+        log.warning("%s could not fetch a prompt from %s: %s: %s", me, source, error, choice.recovery, extra=about)
         self._counters["handoffs_failed"] += 1
-        self._counters[f"recovery_{choice.way}"] += 1
-        self._counters[f"recovery_{Way.NEXT_TRANSPORT}"] += error.degradations
+        self._counters[f"recovery_{choice.recovery}"] += 1
+        self._counters[f"recovery_{Recovery.NEXT_TRANSPORT}"] += error.degradations
         report = fetch.report
         fetch.report = replace(
             report,
             resends=report.resends + error.resends,
             degradations=report.degradations + error.degradations,
-            recovery=choice.way.value,
+            recovery=choice.recovery.value,
         )
 
     def _landed(self, fetch: _Fetch, handoff: Handoff) -> Commands:
@@ -213,7 +213,7 @@ class Fetches:
         self._counters["handoffs_landed"] += 1
         self._counters[f"handoffs_landed_{handoff.transport}"] += 1
         self._counters["handoff_received_bytes"] += handoff.kv_bytes
-        self._counters[f"recovery_{Way.NEXT_TRANSPORT}"] += handoff.degradations
+        self._counters[f"recovery_{Recovery.NEXT_TRANSPORT}"] += handoff.degradations
         num_computed = len(fetch.request.prompt_token_ids) - done.cached_tokens
         self.measured.landed(source, handoff.kv_bytes, handoff.transfer_s, num_computed, done.prefill_s)
         report = replace(
@@ -227,7 +227,7 @@ class Fetches:
             exposed_s=handoff.exposed_s,
             resends=so_far.resends + handoff.resends,
             degradations=so_far.degradations + handoff.degradations,
-            recovery=Way.NEXT_TRANSPORT.value if handoff.degradations else so_far.recovery,
+            recovery=Recovery.NEXT_TRANSPORT.value if handoff.degradations else so_far.recovery,
         )
         sequence_id = fetch.wanted.sequence_id
         sampled = Sampled(sequence_id, done.token_id, done.logprob)

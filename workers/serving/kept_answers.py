@@ -37,7 +37,7 @@ class KeptAnswers:
             return [served]
         self._answers[served.sequence_id] = served, self.now
         self._shares.add(served.sequence_id, served.job.owner, num_bytes)
-        return [self._answers[number][0] for number in self._shares.surplus()]
+        return [self._answers[number][0] for number in self._shares.take_surplus()]
 
     def remove(self, served: ServedRequest) -> None:
         """It is somebody's again, or gone."""

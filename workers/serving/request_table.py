@@ -180,7 +180,7 @@ class RequestTable:
         return self._surplus()
 
     def _surplus(self) -> list[ServedRequest]:
-        numbers = list(self._orphans) if self._grace_s == 0 else self._orphan_shares.surplus()
+        numbers = list(self._orphans) if self._grace_s == 0 else self._orphan_shares.take_surplus()
         return [self._orphans[number] for number in numbers]
 
     def orphan(self, owner: int, now: float, num_said: Callable[[int], int]) -> list[ServedRequest]:

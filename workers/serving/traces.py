@@ -69,7 +69,7 @@ class RequestTraces:
     ) -> None:
         span = self._handoffs.pop(sequence_id, NO_SPAN)
         if choice is not None:
-            span.set(recovery=choice.way.value, expected_s=choice.expected_s, fits=choice.fits)
+            span.set(recovery=choice.recovery.value, expected_s=choice.expected_s, fits=choice.fits)
         if isinstance(outcome, Handoff):
             span.set(
                 transport=outcome.transport,

@@ -10,7 +10,7 @@ import codecs
 import copy
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ from typing import Any
 import jinja2
 import tokenizers
 
-from workers.checkpoint_files import (
-    MAX_INDEX_BYTES,
-    MAX_TEMPLATE_BYTES,
-    MAX_TOKENIZER_BYTES,
-    read_bytes,
-    read_object,
-    read_text,
-)
 from workers.errors import InvalidConfig, InvalidRequest
-from workers.model.checkpoint.ernie_config import MAX_VOCABULARY, eos_ids
+from workers.model.checkpoint.ernie_config import MAX_VOCABULARY
 from workers.text.control_text import ControlText
 from workers.text.template_sandbox import TemplateSandbox, TooCostly
+from workers.text.token_bytes import byte_rule, longest_token
+from workers.text.tokenizer_files import (
+    needs_packages,
+    read_backend,
+    read_eos_ids,
+    read_json,
+    read_special_tokens,
+    read_templates,
+)
 
 
 class Tokenizer:
@@ -55,7 +56,7 @@ class Tokenizer:
         for template in self._templates.values():
             self._try(template)
         self.eos_token_ids = eos_token_ids
-        to_bytes, self._num_stripped = _byte_rule(json.loads(backend.decoder.__getstate__()) if backend.decoder else {})
+        to_bytes, self._num_stripped = byte_rule(json.loads(backend.decoder.__getstate__()) if backend.decoder else {})
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > MAX_VOCABULARY:
@@ -70,21 +71,21 @@ class Tokenizer:
         self._added_tokens = {token.content: token_id for token_id, token in added.items()}
         """Control tokens and others that no text is cut into."""
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._longest_token = _longest_token(json.loads(backend.to_str()), vocabulary)
+        self._longest_token = longest_token(json.loads(backend.to_str()), vocabulary)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a checkpoint folder. Raises InvalidConfig with one sentence when it has no usable tokenizer."""
         folder = Path(path)
-        backend = _load_backend(folder)
+        backend = read_backend(folder)
         # Training scripts leave these in the file; transformers sets both anew for every call, and so nobody notices.
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
-        templates = _chat_templates(folder, config)
+        config = read_json(folder / "tokenizer_config.json")
+        special_tokens = read_special_tokens(read_json(folder / "special_tokens_map.json") | config)
+        templates = read_templates(folder, config)
         try:
-            return cls(backend, templates, special_tokens, _eos_token_ids(folder, backend, special_tokens))
+            return cls(backend, templates, special_tokens, read_eos_ids(folder, backend, special_tokens))
         except InvalidConfig as error:
             raise InvalidConfig(f"{folder}: {error}") from error
 
@@ -97,8 +98,8 @@ class Tokenizer:
             return
         missing = [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]
         if missing:
-            raise InvalidConfig(_needs_packages(folder, f"missing: {' and '.join(missing)}"))
-        _chat_templates(folder, _read_json(folder / "tokenizer_config.json"))
+            raise InvalidConfig(needs_packages(folder, f"missing: {' and '.join(missing)}"))
+        read_templates(folder, read_json(folder / "tokenizer_config.json"))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Lets other threads run meanwhile: only the library's calls for several texts release the interpreter's lock."""
@@ -255,159 +256,3 @@ def _strip_start(text: str, count: int) -> str:
     while count and text.startswith(" "):
         text, count = text[1:], count - 1
     return text
-
-
-def _byte_rule(decoder: Mapping[str, Any]) -> tuple[Callable[[str], bytes], int]:
-    """How a token's name becomes bytes, and how many blanks the decoder takes from the start of a text."""
-    steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
-    replacements: list[tuple[str, str]] = []
-    byte_level = byte_fallback = False
-    num_stripped = 0
-    for step in steps:
-        match step:
-            case {"type": "ByteLevel"}:
-                byte_level = True
-            case {"type": "ByteFallback"}:
-                byte_fallback = True
-            case {"type": "Fuse"}:
-                pass
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-                replacements.append((old, new))
-            case {"type": "Metaspace", "replacement": str(blank)}:
-                replacements.append((blank, " "))
-                num_stripped = 0 if step.get("prepend_scheme") == "never" else 1
-            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
-                num_stripped = start
-            case _:
-                raise InvalidConfig(f"the tokenizer's decoder {json.dumps(step)[:80]} is not one that Baton knows")
-    alphabet = _byte_level_alphabet()
-
-    def to_bytes(token: str) -> bytes:
-        if byte_level:
-            known = all(letter in alphabet for letter in token)
-            return bytes(alphabet[letter] for letter in token) if known else token.encode()
-        for old, new in replacements:
-            token = token.replace(old, new)
-        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        return token.encode()
-
-    return to_bytes, num_stripped
-
-
-def _longest_token(definition: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int:
-    """The most characters of a text that one token can stand for; 0 where that has no bound that could be proved.
-
-    It has one where every character gets into the tokens: no step drops or shortens any, and what the vocabulary does not
-    know is spelled in bytes. A token of bytes stands for at most as many characters.
-    """
-    model, added = definition["model"], definition["added_tokens"]
-    normalizers = _steps(definition["normalizer"], "normalizers")
-    splitters = _steps(definition["pre_tokenizer"], "pretokenizers")
-    is_byte_level = any(step["type"] == "ByteLevel" for step in splitters)
-    letters = _byte_level_alphabet() if is_byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
-    keeps_all = (
-        model["type"] == "BPE"
-        and (is_byte_level or model.get("byte_fallback") is True)
-        and all(letter in vocabulary for letter in letters)
-        and all(_keeps_length(step) for step in normalizers)
-        and all(_keeps_all(step) for step in splitters)
-        and not any(token["lstrip"] or token["rstrip"] for token in added)
-    )
-    return max(map(len, vocabulary), default=0) if keeps_all else 0
-
-
-def _steps(step: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, Any]]:
-    if step is None:
-        return ()
-    return step[name] if step["type"] == "Sequence" else (step,)
-
-
-def _keeps_length(normalizer: Mapping[str, Any]) -> bool:
-    match normalizer:
-        case {"type": "Prepend"}:
-            return True
-        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-            return len(new) >= len(old)
-        case _:
-            return False
-
-
-def _keeps_all(splitter: Mapping[str, Any]) -> bool:
-    match splitter:
-        case {"type": "Split" | "Punctuation", "behavior": str(behavior)}:
-            return behavior != "Removed"
-        case {"type": kind}:
-            return kind in ("ByteLevel", "Metaspace", "Digits")
-        case _:
-            return False
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE names the printable Latin-1 bytes by themselves and the others, in order, from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def _load_backend(folder: Path) -> tokenizers.Tokenizer:
-    if (folder / "tokenizer.json").exists():
-        try:
-            return tokenizers.Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES))
-        except (InvalidConfig, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and when it panics not even that
-            raise InvalidConfig(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
-    if not (folder / "tokenizer.model").exists():
-        raise InvalidConfig(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    try:
-        from transformers import AutoTokenizer
-
-        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return tokenizers.Tokenizer.from_str(converted.backend_tokenizer.to_str())
-    except Exception as error:  # a missing package, or whatever the converter makes of the file
-        raise InvalidConfig(_needs_packages(folder, type(error).__name__)) from error
-
-
-def _needs_packages(folder: Path, why: str) -> str:
-    return (
-        f"{folder} has only a SentencePiece tokenizer.model, which needs the packages transformers and sentencepiece "
-        f"to convert ({why}); install them or put a tokenizer.json beside it"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, MAX_INDEX_BYTES) if path.exists() else {}
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token ...: plain strings, or objects with `content`."""
-    named = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in config.items())
-    return {name: value for name, value in named if name.endswith("_token") and isinstance(value, str)}
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """chat_template.jinja wins over tokenizer_config.json, where it is one template or a list of named ones."""
-    if (folder / "chat_template.jinja").exists():
-        return {"default": read_text(folder / "chat_template.jinja", MAX_TEMPLATE_BYTES)}
-    match config.get("chat_template"):
-        case str(source):
-            return {"default": source}
-        case list(named):
-            try:
-                return {entry["name"]: entry["template"] for entry in named}
-            except (KeyError, TypeError) as error:
-                raise InvalidConfig(
-                    f"{folder / 'tokenizer_config.json'} has a chat_template list that is not one of names and templates"
-                ) from error
-        case _:
-            return {}
-
-
-def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
-    """What ends a generation: generation_config.json decides, else config.json, else the tokenizer's eos_token."""
-    for name in ("generation_config.json", "config.json"):
-        if ids := eos_ids(_read_json(folder / name).get("eos_token_id"), folder / name):
-            return frozenset(ids)
-    named = backend.token_to_id(special_tokens.get("eos_token", ""))
-    return frozenset() if named is None else frozenset((named,))

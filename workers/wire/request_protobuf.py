@@ -17,17 +17,8 @@ import numpy as np
 from workers.errors import InvariantViolated, Refusal
 from workers.kv_cache.block_hash import PromptTokens
 from workers.pb import worker_pb2 as pb
-from workers.request import (
-    FinishReason,
-    HandoffReport,
-    Output,
-    PromptScores,
-    Request,
-    SamplingParams,
-    ThinkingBudget,
-    TokenLogprob,
-    make_tuple,
-)
+from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams, ThinkingBudget, make_tuple
+from workers.token_logprobs import PromptScores, TokenLogprob
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

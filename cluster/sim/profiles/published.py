@@ -77,7 +77,7 @@ def pool_blocks(
 
 
 def weight_bytes(config: ErnieConfig, weights: WeightType, parallel: ParallelConfig) -> float:
-    """Of one rank, as workers.model.cpu.rank_runner lays weights out: attention and dense layers are cut by `tensor_parallel`, experts over
+    """Of one rank, as workers.model.decoder.rank lays weights out: attention and dense layers are cut by `tensor_parallel`, experts over
     all ranks; each rank has its own shared experts and routers."""
     parameters, tensor, size, moe = Parameters.of(config), parallel.tensor_parallel, parallel.size, config.moe
     tables = parameters.table / tensor * (1 if config.tie_word_embeddings else 2)

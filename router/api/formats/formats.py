@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 
 from workers.errors import InvalidConfig
@@ -22,10 +22,6 @@ class OutputFormat:
     answer: Tags | None = None
     """What stands around the answer that a user is to see."""
     call: Tags | None = None
-
-    @property
-    def has_tags(self) -> bool:
-        return bool(self.reasoning or self.answer or self.call)
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -104,6 +100,7 @@ def _format_of(name: str, known: dict[str, OutputFormat]) -> OutputFormat:
     return form
 
 
+@lru_cache(maxsize=16)
 def output_format(reasoning_parser: str, tool_parser: str, template: str) -> OutputFormat:
     """The format of a model by its parsers' names; with `auto` by the tags that its chat template speaks of."""
     named = {part: tags for part, tags in (("reasoning", THINK), ("answer", RESPONSE)) if tags[0] in template}

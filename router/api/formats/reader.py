@@ -54,6 +54,7 @@ class OutputReader:
     def __init__(self, form: OutputFormat, opens_reasoning: bool, max_calls: int) -> None:
         """Calls beyond `max_calls` are left out."""
         self._form = form
+        self._has_tags = form != OutputFormat()
         self._max_calls = max_calls
         self._in = _In.REASONING if opens_reasoning and form.reasoning else _In.CONTENT
         self._rest = ""
@@ -147,7 +148,7 @@ class OutputReader:
             self._has_answer |= form.answer is not None and tag in form.answer
 
     def _text(self, text: str) -> None:
-        if not self._form.has_tags:
+        if not self._has_tags:
             self._give(text)
             return
         if self._at_start and self._strips_start():

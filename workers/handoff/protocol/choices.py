@@ -13,7 +13,7 @@ SMOOTHING = 0.3
 """Weight of the newest measurement."""
 
 
-class Way(StrEnum):
+class Recovery(StrEnum):
     """The order is that of preference: the first that fits the remaining time is taken."""
 
     NEXT_TRANSPORT = "next_transport"
@@ -69,9 +69,9 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryChoice:
-    """`expected_s` is the estimate for the way taken; `fits` says whether it is within the remaining time."""
+    """`expected_s` is the estimate for it; `fits` says whether it is within the remaining time."""
 
-    way: Way
+    recovery: Recovery
     expected_s: float
     fits: bool
 
@@ -86,17 +86,17 @@ def choose(situation: Situation, measured: Measured) -> RecoveryChoice:
     return RecoveryChoice(fastest, estimates[fastest], False)
 
 
-def _estimates(situation: Situation, measured: Measured) -> Mapping[Way, float]:
+def _estimates(situation: Situation, measured: Measured) -> Mapping[Recovery, float]:
     """Seconds to the first token by each way that is open, in order of preference."""
-    estimates: dict[Way, float] = {}
+    estimates: dict[Recovery, float] = {}
     if situation.can_resend:
         # The source computes on while it sends again; the later of the two ends it.
         resend_s = _duration(situation.missing_bytes, measured.bandwidth)
-        estimates[Way.NEXT_TRANSPORT] = max(situation.source_left_s, resend_s)
+        estimates[Recovery.NEXT_TRANSPORT] = max(situation.source_left_s, resend_s)
     if situation.others:
         compute_s = _duration(situation.num_tokens, measured.source_rates.get(situation.others[0]))
-        estimates[Way.NEXT_SOURCE] = compute_s + _duration(situation.total_bytes, measured.bandwidth)
-    estimates[Way.LOCAL] = _duration(situation.num_tokens, measured.own_rate)
+        estimates[Recovery.NEXT_SOURCE] = compute_s + _duration(situation.total_bytes, measured.bandwidth)
+    estimates[Recovery.LOCAL] = _duration(situation.num_tokens, measured.own_rate)
     return estimates
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from workers.errors import Refusal, Refused, TransferFailed
 from workers.kv_cache.block_hash import BlockKey, token_bytes, token_ids
 from workers.kv_memory.memory import KvLayout
-from workers.request import Request, TokenLogprob
+from workers.request import Request
 from workers.runner import BLOCK_SIZE
 from workers.status import PrefixHint, WorkerAddress
+from workers.token_logprobs import TokenLogprob
 
 # ---- what is handed over ----
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.errors import Refusal
-from workers.handoff.protocol.choices import Plan, Way, negotiate
+from workers.handoff.protocol.choices import Plan, Recovery, negotiate
 from workers.handoff.protocol.messages import (
     CancelHandoff,
     Done,
@@ -374,7 +374,7 @@ class TargetSession:
                 total_bytes=sum(sizes),
                 is_computed=self.done is not None,
             )
-            if choice.way is not Way.NEXT_TRANSPORT:
+            if choice.recovery is not Recovery.NEXT_TRANSPORT:
                 return self._take(GaveUp(f"{reason}; sending again would take too long"), now)
         if len(self.offers) > 1:
             self.offers.pop(0)

@@ -20,7 +20,6 @@ from workers.errors import DeviceStuck, InvalidConfig
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, checkpoint_folder, with_stored_head
-from workers.model.cpu.rank_runner import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
 from workers.model.cuda.device_pool import DevicePool, StagedPart
 from workers.model.cuda.ernie import CudaErnie
 from workers.model.cuda.rank_ernie import RankErnie
@@ -29,6 +28,7 @@ from workers.model.cuda.step_inputs import ROW_COLUMNS, StepInputs, Upload, fill
 from workers.model.decoder.ernie import RankPart
 from workers.model.decoder.kv_tensors import choose_layout
 from workers.model.decoder.model_runner import ModelRunner, require_bytes, served_len
+from workers.model.decoder.rank import GroupStep, describe_part, initial_placement, own_layout, share_bytes, split
 from workers.model.parallel.collectives import Links, Stages, finish, finish_both
 from workers.model.parallel.direct_dispatch import DirectBuffers, SymmetricMemory, is_available, nvshmem
 from workers.model.parallel.expert_placement import Placement
@@ -45,7 +45,7 @@ Symmetric = Callable[[Any, int, int, torch.device], SymmetricMemory]
 
 
 class CudaRankRunner(ModelRunner[RankErnie]):
-    """Implements workers.model.cpu.rank_runner.Rank."""
+    """Implements workers.model.decoder.rank.Rank."""
 
     is_staged = True
 

@@ -18,7 +18,7 @@ from workers.model.checkpoint.weights import Checkpoint, give_back_free_memory
 from workers.model.decoder.attention import attend
 from workers.model.decoder.kv_tensors import KvPool
 from workers.model.decoder.layers import FeedForward, Linear, RMSNorm, RotaryEmbedding, rotate
-from workers.model.decoder.moe import MixtureOfExperts, Router
+from workers.model.decoder.moe import ExpertRouter, MixtureOfExperts
 from workers.model.decoder.step_plan import StepPlan, plan_step
 from workers.model.parallel.collectives import Links, Stages, add_up, finish, finish_both
 from workers.model.parallel.expert_dispatch import AllToAll, ExpertTable
@@ -220,7 +220,9 @@ class Loader:
         D, E, width = self._config.hidden_size, moe.num_experts, moe.intermediate_size
         part = self._part
         bias_1E = take("mlp.moe_statics.e_score_correction_bias", 1, E, exact=True).clone()
-        router = Router(take("mlp.gate.weight", E, D, exact=True), bias_1E[0], moe.num_experts_per_token, moe.norm_min)
+        router = ExpertRouter(
+            take("mlp.gate.weight", E, D, exact=True), bias_1E[0], moe.num_experts_per_token, moe.norm_min
+        )
         num_shared = moe.num_shared_experts
         shared = _load_feed_forward(take, "mlp.shared_experts", D, width * num_shared) if num_shared else None
         if part.layout.size == 1 or part.placement is None:

@@ -19,11 +19,11 @@ from workers.grammar.language import engine_name
 from workers.kv_memory.memory import KvLayout, KvMemory
 from workers.model.checkpoint.ernie_config import ErnieConfig
 from workers.model.checkpoint.weights import Checkpoint, fingerprint
-from workers.request import PromptScores, join
 from workers.runner import BLOCK_SIZE, Batch, LayerHook, Sampled, SampleSpec, SequenceSlice
 from workers.sampling.arithmetic import DRAW_VERSION, on_device
 from workers.sampling.sampler import Drawn, RowKernel, is_plain, sample, scores_of
 from workers.status import ModelInfo
+from workers.token_logprobs import PromptScores, join
 
 _PROMPT_LOGPROB_ROWS = 64
 """Rows of logits computed at once for prompt logprobs: bounds memory to 64 * V floats."""

@@ -17,7 +17,7 @@ from workers.model.parallel.expert_dispatch import AllToAll, Exchange, ExpertTab
 from workers.model.parallel.layout import SINGLE, Layout
 
 
-class Router:
+class ExpertRouter:
     """Chooses experts, all in fp32.
 
     A correction bias decides with the probabilities who is chosen, but never enters the weights: the load balancing
@@ -47,7 +47,7 @@ class MixtureOfExperts:
 
     def __init__(
         self,
-        router: Router,
+        router: ExpertRouter,
         experts: Sequence[FeedForward],
         shared_experts: FeedForward | None,
         exchange: Exchange | None = None,

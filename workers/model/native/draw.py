@@ -15,13 +15,13 @@ from torch import Tensor
 
 from workers.errors import InvariantViolated
 from workers.model.native.library import Library
-from workers.request import LOGPROB_FLOOR, PromptScores, TokenLogprob
 from workers.runner import LogitEdits, SampleSpec
 from workers.sampling.edits import edits_of
 from workers.sampling.filters import min_p_offset
 from workers.sampling.logprobs import floored
 from workers.sampling.noise import noise_key
 from workers.sampling.sampler import GREEDY_BELOW
+from workers.token_logprobs import LOGPROB_FLOOR, PromptScores, TokenLogprob
 
 _SPEC = struct.Struct("=qQffdqddfiqqqQQQQQQ")
 """`struct DrawSpec` of source/draw.h."""

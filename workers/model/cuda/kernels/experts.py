@@ -35,7 +35,7 @@ def _choose_kernel(
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor, num_choices: int, norm_min: float) -> tuple[Tensor, Tensor]:
-    """Weights fp32 [T, k] that sum to one, and expert ids int32 [T, k], from fp32 router scores: as workers.model.decoder.moe.Router.
+    """Weights fp32 [T, k] that sum to one, and expert ids int32 [T, k], from fp32 router scores: as workers.model.decoder.moe.ExpertRouter.
 
     Of equal candidates the lowest id comes first.
     """

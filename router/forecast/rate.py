@@ -8,7 +8,7 @@ WINDOW_S = 10.0
 """What happened so long ago counts a third."""
 
 
-class Pace:
+class Rate:
     """`now` is any clock in seconds that does not go back."""
 
     def __init__(self) -> None:
