@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 from router.backend import Lookout, RequestStream, RouterStatus
@@ -28,6 +29,7 @@ class LocalBackend:
 
     def __init__(self, config: WorkerConfig, model: LoadedModel) -> None:
         self.model: ModelInfo | None = model.info
+        self.on_job_ended: Callable[[str], None] = lambda job: None
         self._engine = make_engine(config, model)
         self._max_tokens = model.info.max_model_len
         self._streams: dict[int, RequestStream] = {}

@@ -117,8 +117,12 @@ class Backend(Protocol):
         ...
 
     async def find(self, job: str, ends: bool = False) -> FoundJob:
-        """What all workers together have of a job, whichever router has sent it. `ends`: it is stopped, and kept no more."""
+        """What all workers together have of a job, whichever router has sent it, or where it waits. `ends`: it is stopped, and kept no
+        more."""
         ...
+
+    on_job_ended: Callable[[str], None]
+    """Called for a job that another router has ended. Whoever keeps something of jobs sets it."""
 
     def status(self) -> RouterStatus: ...
 

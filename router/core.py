@@ -14,6 +14,7 @@ from router.events import (
     Detach,
     Event,
     FrameArrived,
+    JobEnded,
     JobSought,
     RequestArrived,
     RequestCancelled,
@@ -129,6 +130,9 @@ class RouterCore:
             self.mover.leave(now)
         for found in frame.found:
             self.searches.take(event.worker_id, found)
+        for job in frame.ended_jobs:
+            self.flights.end_job(job, now)
+            self._out.append(JobEnded(job))
 
     # ---- which workers there are ----
 

@@ -20,6 +20,7 @@ from router.events import (
     Event,
     Explain,
     FrameArrived,
+    JobEnded,
     JobSought,
     Reject,
     RequestArrived,
@@ -78,6 +79,7 @@ class RouterDriver:
         self._clock = clock
         self._core = RouterCore(config, make_policy(config), secrets.token_bytes(32))
         self._streams: dict[str, RequestStream] = {}
+        self.on_job_ended: Callable[[str], None] = lambda job: None
         self._sought: dict[int, asyncio.Future[FoundJob]] = {}
         self._num_sought = 0
         self._links: dict[int, WorkerLink] = {}
@@ -318,6 +320,8 @@ class RouterDriver:
                 case TellFound(number, found):
                     if (asked := self._sought.get(number)) is not None and not asked.done():
                         asked.set_result(found)
+                case JobEnded(job):
+                    self.on_job_ended(job)
                 case Explain(request_id, decision):
                     if request_id in self._streams:
                         self._streams[request_id].decision = decision

@@ -139,4 +139,11 @@ class Explain:
     decision: Decision
 
 
-Command = Attach | Detach | SendMessage | Deliver | Reject | TellFound | Explain
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """Another router has ended a job: what is kept of it here is to be forgotten."""
+
+    job: str
+
+
+Command = Attach | Detach | SendMessage | Deliver | Reject | TellFound | JobEnded | Explain

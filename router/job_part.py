@@ -29,8 +29,8 @@ class FoundJob:
     """What the workers have of a job; nothing at all where `requests` is empty."""
 
     ticket: bytes = b""
-    """Empty: its first request, which has it, was not found, nor does it wait here."""
+    """Empty: its first request, which has it, was not found, nor does it wait anywhere."""
     requests: dict[str, tuple[str, FoundRequest]] = field(default_factory=dict)
     """By name, each with the worker that has most of it."""
     is_waiting: bool = False
-    """Some of it waits at this router for a worker."""
+    """Some of it waits at a router for a worker."""

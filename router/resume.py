@@ -65,7 +65,7 @@ class ResumingClient:
         self._http = http or httpx.Client(timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S), trust_env=False)
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self.num_resumed = 0
-        """How often an answer went on after its router was gone."""
+        """How often an answer that had begun went on after its router was gone."""
         self.gaps_s: list[float] = []
         """For each of these, the time from the failure to the next event."""
 
@@ -122,10 +122,10 @@ class ResumingClient:
                             if error.get("code") not in _CODES:
                                 raise RequestFailed(answer.status_code, error)
                             raise _Broken(str(error.get("message")))
-                        if failed_s:
+                        if failed_s and last_id:  # the others are begun anew
                             self.num_resumed += 1
                             self.gaps_s.append(time.monotonic() - failed_s)
-                            failed_s = 0.0
+                        failed_s = 0.0
                         patience.progress()
                         yield event
                         event_id = _field(event, "id")

@@ -15,6 +15,8 @@ try:
 except ImportError:
     _api = None  # type: ignore[assignment]
 
+_tracer = _api.get_tracer("baton") if _api is not None else None
+"""Of the provider that is set, whenever it is."""
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 Value = str | int | float | bool
@@ -103,12 +105,12 @@ def start_span(
 
     Where nobody collects spans, one that only passes its parent on.
     """
-    if _api is None:
+    if _tracer is None:
         return _NoSpan(parent)
     named = {f"baton.{key}": value for key, value in (attributes or {}).items()}
     zero_ns = wall_ns() - time.monotonic_ns()
     start_ns = _epoch_ns(at_s, zero_ns)
-    span = _api.get_tracer("baton").start_span(name, _context(parent), attributes=named, start_time=start_ns)
+    span = _tracer.start_span(name, _context(parent), attributes=named, start_time=start_ns)
     return _Recorded(span, zero_ns) if span.is_recording() else _NoSpan(parent)
 
 

@@ -109,7 +109,7 @@ class SimRouter(CoreLoop[router_events.Event, router_events.Command]):
                     stream.down.send(self.world.profile.router_s, stream.worker.hang_up, stream)
             case router_events.Reject():
                 self.world.rejected(self, command)
-            case router_events.Explain() | router_events.TellFound():
+            case router_events.Explain() | router_events.TellFound() | router_events.JobEnded():
                 pass  # no simulated client asks
             case _:
                 assert_never(command)

@@ -10,11 +10,11 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
 
 from router.api.admin_schema import DrainBody, PinBody, RoleBody
-from router.api.answer import Services
 from router.api.desk import STREAM, Desk, way_view
 from router.api.middleware import Draining
 from router.api.problems import rejected
 from router.api.schema import parse_body
+from router.api.services import Services
 from router.api.sse import to_json
 from router.backend import RouterStatus
 from workers.errors import InvalidRequest

@@ -11,9 +11,9 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from router.api.admin_schema import KeyBody, KeyEndBody
-from router.api.answer import Services
 from router.api.problems import rejected
 from router.api.schema import parse_body
+from router.api.services import Services
 from router.api.sse import to_json
 from router.tenants.roster import Key
 from workers.errors import InvalidRequest

@@ -7,9 +7,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Response
 from starlette.datastructures import Headers
@@ -17,31 +17,23 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.api import sse
-from router.api.asking import Inquiry, Seeker, as_first_asked
+from router.api.asking import Inquiry, as_first_asked
 from router.api.beam_requests import Searches
 from router.api.beam_run import BeamOutputs
-from router.api.bodies import OpenBodies
-from router.api.callers import Account, Callers
+from router.api.callers import Account
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
-from router.api.grammar_check import GrammarChecks
 from router.api.job_outputs import JobOutputs, unless_disconnected
 from router.api.job_progress import Choice, JobProgress
-from router.api.metrics import Metrics
-from router.api.problems import Problem, describe, note_refusal
-from router.api.response_store import ResponseStore
+from router.api.problems import describe, note_refusal
 from router.api.retelling import Retelling
+from router.api.services import Services
 from router.api.translate import Job
-from router.api.turns import Turns
-from router.api.unattended import Unattended
-from router.backend import Backend
-from router.config import ApiConfig
 from router.direct import DIRECT, DirectWriter
 from router.job_part import FoundJob, JobPart
 from router.policies.explain import route_of
 from router.wishes import Wishes
 from workers.errors import InvalidRequest, Refusal
 from workers.request import FinishReason, Output, Request
-from workers.text.tokenizer import Tokenizer
 from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)
@@ -54,88 +46,6 @@ _EVENTS_AT_ONCE = 1024
 """Parts of events that are kept for one write, of an answer that is told again."""
 _BODY_CHARACTERS = 1 << 17
 """Of a long answer, at least so many are sent at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What every endpoint works with."""
-
-    backend: Backend
-    tokenizer: Tokenizer
-    config: ApiConfig
-    metrics: Metrics
-    bodies: OpenBodies
-    grammars: GrammarChecks
-    turns: Turns
-    callers: Callers
-    responses: ResponseStore = field(default_factory=ResponseStore)
-    seeker: Seeker = field(init=False)
-    unattended: Unattended = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "seeker", Seeker(self.backend))
-        object.__setattr__(self, "unattended", Unattended(self.config.client_grace_s))
-
-
-class StreamWriter(Protocol):
-    """Writes the events of one stream."""
-
-    def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
-        """Events in parts, to be taken before the next ones are asked for; none when the output has nothing to show yet."""
-        ...
-
-    def last_events(self) -> list[str]:
-        """What ends a stream whose choices have ended."""
-        ...
-
-    def broken(self, problem: Problem) -> str:
-        """What ends a stream that cannot go on."""
-        ...
-
-
-class Shape(Protocol):
-    """How one endpoint writes its answers."""
-
-    is_counted: bool
-    """Its streams are written token by token, and their events counted (router/api/event_ids.py)."""
-
-    def writer(self, progress: JobProgress) -> StreamWriter:
-        """Of this job's stream."""
-        ...
-
-    def whole(self, progress: JobProgress) -> dict[str, Any]:
-        """The answer of a finished job, for `sse.json_parts`."""
-        ...
-
-
-class ChunkShape(Protocol):
-    """How an endpoint of OpenAI's older kind writes its JSON."""
-
-    @property
-    def shows_text_alone(self) -> bool:
-        """Of the pieces of a choice between its first and its last one, only the text differs."""
-        ...
-
-    def head(self) -> str:
-        """A chunk up to the opening bracket of its choices."""
-        ...
-
-    def first_piece(self, choice: Choice, output: Output) -> Iterable[str]:
-        """The entry of `choices` that shows a choice's first output; may be long."""
-        ...
-
-    def piece(self, choice: Choice, output: Output) -> str:
-        """The entry of `choices` that shows a later output; empty when there is nothing to show yet."""
-        ...
-
-    def extras(self, choice: Choice) -> Iterable[str]:
-        """Top-level fields of a choice's first chunk, each with a leading comma; may be long."""
-        ...
-
-
-def usage_and_trace(job: Job, progress: JobProgress) -> dict[str, Any]:
-    """What an answer of OpenAI's older kind ends with."""
-    return {"usage": progress.usage()} | ({"baton": progress.trace()} if job.trace else {})
 
 
 async def whole(services: Services, asked: Inquiry, found: FoundJob) -> dict[str, Any]:
@@ -283,14 +193,14 @@ class Answer(Response):
         self, generation: JobOutputs | BeamOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
     ) -> None:
         await self._gather(generation, progress)
-        parts = sse.json_parts(self._shape.whole(progress))
+        answer = self._shape.whole(progress)
         if not is_long(self._job, progress.choices):
-            response = Response("".join(parts).encode(), media_type="application/json")
+            response = Response(sse.to_json(answer).encode(), media_type="application/json")
             self._is_sent = True
             await response(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
-        async for body in _bodies(parts):
+        async for body in _bodies(sse.json_parts(answer)):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         self._is_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -411,63 +321,3 @@ async def _bodies(parts: Iterable[str]) -> AsyncIterator[bytes]:
 
     while body := await asyncio.to_thread(gather):
         yield body
-
-
-class ChunkWriter:
-    """Implements StreamWriter from prepared pieces: only what changes is encoded per output."""
-
-    def __init__(self, job: Job, shape: ChunkShape, progress: JobProgress) -> None:
-        self._job = job
-        self._shape = shape
-        self._progress = progress
-        self._head = "data: " + shape.head()
-        self._end = (',"usage":null' if job.include_usage else "") + "}\n\n"
-        self._has_frames = shape.shows_text_alone and not job.continuous_usage
-        self._frames: dict[int, tuple[str, str]] = {}
-        """By choice what stands before and after the text of every chunk between its first and its last one."""
-
-    def chunk(self, choice: Choice, output: Output) -> Iterable[str]:
-        """One event in parts, to be taken before the next one is asked for; none when the output has nothing to show yet."""
-        if choice.is_announced:
-            if self._has_frames and output.finish_reason is None:
-                if not output.text:
-                    return ()
-                before, after = self._frames.get(choice.index) or self._frame(choice)
-                return (before + sse.text_to_json(output.text) + after,)
-            if not (output.text or output.finish_reason or output.logprobs or self._job.return_token_ids):
-                return ()
-            piece = self._shape.piece(choice, output)
-            return (f"{self._head}{piece}]{self._ending()}",) if piece else ()
-        if not (output.token_ids or output.finish_reason):
-            return ()  # of the prompt only
-        first, about = self._shape.first_piece(choice, output), self._shape.extras(choice)
-        choice.is_announced = True
-        return chain((self._head,), first, ("]",), about, (self._ending(),))
-
-    def _frame(self, choice: Choice) -> tuple[str, str]:
-        before, _, after = self._shape.piece(choice, Output("", 0, (), "\0")).partition(sse.to_json("\0"))
-        frame = self._frames[choice.index] = f"{self._head}{before}", f"{after}]{self._end}"
-        return frame
-
-    def _ending(self) -> str:
-        """What follows the choices of a chunk: the same for most of them."""
-        job, progress = self._job, self._progress
-        is_traced = job.trace and not job.include_usage and not progress.num_unfinished
-        if not (job.continuous_usage or is_traced):
-            return self._end
-        extras = f',"usage":{sse.to_json(progress.usage())}' if job.continuous_usage else ""
-        if is_traced:
-            extras += f',"baton":{sse.to_json(progress.trace())}'
-        return f"{extras}}}\n\n"
-
-    def last_events(self) -> list[str]:
-        """With include_usage a chunk without choices comes before the end."""
-        if not self._job.include_usage:
-            return [sse.DONE.decode()]
-        extras = f',"usage":{sse.to_json(self._progress.usage())}'
-        if self._job.trace:
-            extras += f',"baton":{sse.to_json(self._progress.trace())}'
-        return [f"{self._head}]{extras}}}\n\n", sse.DONE.decode()]
-
-    def broken(self, problem: Problem) -> str:
-        return (sse.event(problem.body()) + sse.DONE).decode()

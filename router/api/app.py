@@ -9,7 +9,6 @@ from starlette.exceptions import HTTPException
 from router.api.access_log import AccessLog
 from router.api.admin import admin_routes
 from router.api.admin_keys import key_routes
-from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.callers import Callers
 from router.api.chat import chat_routes
@@ -23,9 +22,11 @@ from router.api.messages import message_routes
 from router.api.metrics import Metrics
 from router.api.middleware import Draining, DrainingGate, Gate
 from router.api.models import model_routes
+from router.api.plain_route import PlainRoutes
 from router.api.problems import answer_problem
 from router.api.requests import request_routes
 from router.api.responses import response_routes
+from router.api.services import Services
 from router.api.tenant_metrics import TenantMetrics
 from router.api.tokenization import tokenization_routes
 from router.api.turns import Turns
@@ -83,7 +84,8 @@ def create_app(
     for kind in (BatonError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_problem)
     app.state.access_log = AccessLog(config)
-    app.add_middleware(PlainMethods)  # the innermost layer first
+    app.add_middleware(PlainRoutes, routes=app.router)  # the innermost layer first
+    app.add_middleware(PlainMethods)
     app.add_middleware(DrainingGate, draining=draining, open_paths=MONITOR_PATHS)
     log = app.state.access_log
     app.add_middleware(Gate, config=config, metrics=services.metrics, tenancy=tenancy, access_log=log)

@@ -34,7 +34,8 @@ from workers.text.tokenizer import Tokenizer
 from workers.wire.attach import Kept
 
 if TYPE_CHECKING:
-    from router.api.answer import Services, Shape
+    from router.api.services import Services
+    from router.api.shapes import Shape
 
 CREATED_HEADER = "x-baton-created"
 """When a client first sent a request that it sends again: its answer says so, and is the same byte for byte."""

@@ -19,7 +19,7 @@ from router.api.problems import Problem, describe
 from workers.errors import BatonError, Refusal, Refused
 
 if TYPE_CHECKING:
-    from router.api.answer import Services
+    from router.api.services import Services
 
 _log = logging.getLogger(__name__)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from router.api.beams import Beam, BeamPlan, BeamSearch
 from router.api.schema import GenerationBody
@@ -22,19 +23,20 @@ _LEFT_OUT = (
 )  # fmt: skip
 
 
-def without_sampling(body: GenerationBody, params: SamplingParams) -> SamplingParams:
-    """What beams are scored with: the model's own probabilities, whatever a deployment sets by default. Raises InvalidRequest."""
+def without_sampling(body: GenerationBody, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What those fields are to be that beams are not scored by: they go by the model's own probabilities, whatever a deployment sets
+    by default. `fields`: what was read of SamplingParams. Raises InvalidRequest."""
     plain = SamplingParams()
     for name in _LEFT_OUT:
         asked = getattr(body, name)
         if asked not in (None, [], {}) and asked != getattr(plain, name):
             raise InvalidRequest(f"use_beam_search goes by the model's own probabilities: leave {name} out", name)
-    if params.prompt_logprobs is not None:
+    if fields.get("prompt_logprobs") is not None:
         raise InvalidRequest("use_beam_search tells no logprobs of the prompt: leave echo out, or logprobs", "echo")
-    if params.grammar or params.thinking:
-        asked_for = "the form of the answer, or of calls," if params.grammar else "the length of reasoning"
+    if fields.get("grammar") or fields.get("thinking"):
+        asked_for = "the form of the answer, or of calls," if fields.get("grammar") else "the length of reasoning"
         raise InvalidRequest(f"use_beam_search cannot be had where {asked_for} is enforced", "use_beam_search")
-    return replace(params, **{name: getattr(plain, name) for name in _LEFT_OUT})
+    return {name: getattr(plain, name) for name in _LEFT_OUT}
 
 
 def read_plan(

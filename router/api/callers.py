@@ -75,11 +75,15 @@ class Callers:
         asked_s = read_timeout(Headers(scope=scope).get("x-request-timeout"), wishes.timeout_s)
         salt = self.tenancy.salt(caller, job.cache_salt) if caller.tenant or job.cache_salt else 0
         session = (wishes.session ^ self.tenancy.salts.of(caller.tenant)) if wishes.session else 0
-        return replace(
-            job,
-            requests=tuple([replace(request, priority=priority, cache_salt=salt) for request in job.requests]),
-            wishes=replace(wishes, session=session, timeout_s=asked_s, tenant=caller.tenant, weight=limits.weight),
-        )
+        requests, first = job.requests, job.requests[0]
+        if (first.priority, first.cache_salt) != (priority, salt):  # they are alike in it
+            requests = tuple([replace(request, priority=priority, cache_salt=salt) for request in requests])
+        said = (wishes.session, wishes.timeout_s, wishes.tenant, wishes.weight)
+        if said != (session, asked_s, caller.tenant, limits.weight):
+            wishes = replace(wishes, session=session, timeout_s=asked_s, tenant=caller.tenant, weight=limits.weight)
+        if requests is job.requests and wishes is job.wishes:
+            return job
+        return replace(job, requests=requests, wishes=wishes)
 
     async def admit(self, job: Job, scope: Scope, is_joined: bool = False, goes_on: bool = False) -> Account:
         """Returns when the tenant's allowances have paid for the job; `is_joined`: its tokens have been paid for by who sent it

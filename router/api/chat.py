@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, ChunkWriter, Services, Shape, usage_and_trace
+from router.api.answer import Answer
 from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import (
     OF_NO_PROMPT,
@@ -19,10 +19,13 @@ from router.api.choice_fields import (
     end_of_piece,
     more_fields,
 )
+from router.api.chunk_writer import ChunkWriter
 from router.api.job_progress import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
 from router.api.plain_route import plain_post
 from router.api.schema import ChatBody, parse_body
+from router.api.services import Services
+from router.api.shapes import Shape, usage_and_trace
 from router.api.sse import lazy_each, lazy_list, to_json
 from router.api.translate import Job, translate_chat
 from workers.request import Output

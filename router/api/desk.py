@@ -14,10 +14,10 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from router.api.answer import Services
 from router.api.middleware import Draining
 from router.api.objectives import ANSWERS_WITHOUT_FAULT, FIRST_TOKEN_S, FIRST_TOKENS_IN_TIME
 from router.api.problems import rejected
+from router.api.services import Services
 from router.api.sse import event, to_json
 from router.backend import ListedRouter, Lookout, RouterStatus, WorkerView
 from router.requests.journal import AGES_S, Way

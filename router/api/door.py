@@ -16,6 +16,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -141,6 +142,7 @@ def _is_own_page(headers: Headers) -> bool:
         return False
 
 
+@lru_cache(256)
 def _name(host: str) -> str:
     """Of a Host header, without the port."""
     try:

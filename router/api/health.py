@@ -7,8 +7,8 @@ import importlib.metadata
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services
 from router.api.middleware import Draining
+from router.api.services import Services
 from router.api.sse import to_json
 from workers.errors import Refusal, Refused
 

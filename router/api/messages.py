@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services, Shape
+from router.api.answer import Answer
 from router.api.answer_items import Began, Ended, Item, ItemReader, Kind, Said, items_of
 from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.job_progress import Choice, JobProgress
@@ -17,6 +17,8 @@ from router.api.messages_body import CountBody, MessagesBody, as_chat
 from router.api.offload import offload
 from router.api.problems import Problem, anthropic_error
 from router.api.schema import parse_body
+from router.api.services import Services
+from router.api.shapes import Shape
 from router.api.speech import read_conversation
 from router.api.sse import named_event, to_json
 from router.api.translate import Job, translate_chat

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services
 from router.api.callers import caller_of, may_use
+from router.api.services import Services
 from router.api.speech import no_model, require_model
 from router.api.sse import to_json
 from workers.status import ModelInfo

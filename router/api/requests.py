@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Answer, Services
+from router.api.answer import Answer
 from router.api.asking import AnswerKind, read_ticket
 from router.api.callers import owner_of
 from router.api.chat import CHAT
@@ -17,6 +17,7 @@ from router.api.messages import MESSAGE
 from router.api.naming import jobs_called
 from router.api.problems import Rejected, rejected
 from router.api.responses import RESPONSE
+from router.api.services import Services
 from router.api.sse import to_json
 from router.api.tickets import Ticket
 from router.job_part import FoundJob

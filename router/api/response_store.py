@@ -60,6 +60,11 @@ class ResponseStore:
         self._remove(response_id)
         return True
 
+    def forget(self, response_id: str) -> None:
+        """Whoever it belongs to has had it deleted elsewhere."""
+        if response_id in self._by_id:
+            self._remove(response_id)
+
     def _remove(self, response_id: str) -> None:
         del self._by_id[response_id]
         self._counts.remove(response_id)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from starlette.types import Scope
 
-from router.api.answer import Answer, Services, Shape, whole
+from router.api.answer import Answer, whole
 from router.api.asking import AnswerKind, Inquiry, Reading, read_asked, read_ticket
 from router.api.background import BackgroundJobs
 from router.api.callers import owner_of
@@ -18,6 +18,8 @@ from router.api.problems import Problem, Rejected, rejected
 from router.api.response_shape import ResponseShape, input_items
 from router.api.responses_body import ResponsesBody, as_chat, echoed
 from router.api.schema import parse_body
+from router.api.services import Services
+from router.api.shapes import Shape
 from router.api.sse import to_json
 from router.api.tickets import Ticket
 from router.api.translate import Job, translate_chat
@@ -28,6 +30,7 @@ from workers.errors import InvalidRequest, Refusal
 def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
     store, background = services.responses, BackgroundJobs(services, _keep_end)
+    services.backend.on_job_ended = lambda job_id: store.forget(f"resp_{job_id}")
 
     async def find(response_id: str, scope: Scope, waits: bool = False) -> tuple[Inquiry, FoundJob] | None:
         """What workers have of a response, or what waits of it here; with `waits` until a worker has it."""
@@ -84,11 +87,11 @@ def response_routes(services: Services) -> APIRouter:
     async def delete_response(http: HttpRequest, response_id: str) -> Response:
         owner = owner_of(http.scope)
         there = await find(response_id, http.scope)
-        if there is not None:
-            background.forget(there[0].job.job_id)
-            await services.backend.find(there[0].job.job_id, ends=True)
         if not store.delete(response_id, owner) and there is None:
             raise UnknownResponse(response_id)
+        job_id = response_id.removeprefix("resp_")
+        background.forget(job_id)
+        await services.backend.find(job_id, ends=True)  # other routers may have told it, too
         return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 
     @routes.get("/v1/responses/{response_id}", response_model=None)

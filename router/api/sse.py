@@ -15,11 +15,13 @@ HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 _encode_text = json.encoder.encode_basestring
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_encode = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=lambda lazy: lazy.whole()
+).encode
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON on one line: also without the three characters that some clients take for line ends."""
+    """Compact JSON on one line: also without the three characters that some clients take for line ends. A Lazy value in it is made at once."""
     text = _encode(value)
     if text.isascii():
         return text
@@ -38,9 +40,10 @@ BITE = 64
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A JSON value that is made as it is written: its text, in parts."""
+    """A JSON value that is made as it is written, once: its text in `parts`, or what `whole` returns."""
 
     parts: Iterable[str]
+    whole: Callable[[], Any]
 
 
 def lazy_list(num_entries: int, entries: Callable[[range], Sequence[Any]], size: int = 1) -> Lazy:
@@ -54,7 +57,7 @@ def lazy_list(num_entries: int, entries: Callable[[range], Sequence[Any]], size:
             yield f",{text}" if start else text
         yield "]"
 
-    return Lazy(parts())
+    return Lazy(parts(), lambda: entries(range(num_entries)))
 
 
 def lazy_each(values: Iterable[Any]) -> Lazy:
@@ -68,7 +71,7 @@ def lazy_each(values: Iterable[Any]) -> Lazy:
             before = ","
         yield "]" if before == "," else "[]"
 
-    return Lazy(parts())
+    return Lazy(parts(), lambda: list(values))
 
 
 def json_parts(value: Any) -> Iterator[str]:

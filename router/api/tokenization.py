@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from router.api.answer import Services
 from router.api.offload import offload
 from router.api.prompts import check_token_ids, encode_chat, render_chat
 from router.api.schema import DetokenizeBody, TokenizeBody, parse_body
+from router.api.services import Services
 from router.api.speech import require_model
 from router.api.sse import json_parts
 from router.api.tools import read_tools

@@ -20,7 +20,7 @@ from router.wishes import NO_WISHES, Wishes, session_number
 from workers.errors import InvalidRequest
 from workers.kv_cache.block_hash import PromptTokens
 from workers.limits import ALTERNATIVES, RequestLimits
-from workers.request import Request, SamplingParams
+from workers.request import Request
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -126,26 +126,29 @@ def make_job(
         raise InvalidRequest("priority must fit in 32 bits", "priority")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     hide_output = asked == 0 and echo
-    params = _sampling(body, info, tokenizer, config.sampling_defaults)
+    fields = _sampling_fields(body, info, tokenizer)
     if speech is None:
         asks_for_form = not body.model_fields_set.isdisjoint(FORM_FIELDS)
         speech = Speech(wanted=read_structure(body, tokenizer.added_tokens) if asks_for_form else None)
     if speech.budget is not None:
-        params = replace(params, thinking=speech.budget)
+        fields["thinking"] = speech.budget
     if speech.wanted is not None:
-        params = replace(params, grammar=whole(speech.wanted.rule))
+        fields["grammar"] = whole(speech.wanted.rule)
     if speech.is_read and tokenizer.hides(speech.form.tags):
-        params = replace(params, skip_special_tokens=False)
+        fields["skip_special_tokens"] = False
     named = check_token_ids(body.logprob_token_ids or (), info.vocab_size, "logprob_token_ids")
     asked_in = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
     logprobs = 0 if named else _alternatives(logprobs, info, asked_in)
     prompt_logprobs = _alternatives(body.prompt_logprobs, info, "prompt_logprobs")
     scored = max(logprobs, prompt_logprobs or 0) if echo and logprobs is not None else prompt_logprobs
-    params = replace(params, logprobs=logprobs, prompt_logprobs=scored, logprob_token_ids=named)
-    params = (without_sampling(body, params) if body.use_beam_search else params).with_seed(naming.seed)
-    logprobs = len(named) or logprobs
+    fields |= {"logprobs": logprobs, "prompt_logprobs": scored, "logprob_token_ids": named}
+    if config.sampling_defaults.seed is None:
+        fields.setdefault("seed", naming.seed)
+    if body.use_beam_search:
+        fields |= without_sampling(body, fields)
     if n > asked_n and logprobs is None:
-        params = replace(params, logprobs=0)
+        fields["logprobs"] = 0
+    logprobs = len(named) or logprobs
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
     if num_scores > config.max_prompt_scores:
         message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
@@ -157,7 +160,7 @@ def make_job(
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
         if body.clamp_max_tokens:
             max_tokens = max(1, min(max_tokens, room))
-        own, tokens = replace(params, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
+        own, tokens = replace(config.sampling_defaults, **fields, max_tokens=max_tokens), PromptTokens(prompt.token_ids)
         own.validate(info.vocab_size, info.limits)
         check_length(len(prompt.token_ids), info, param, max_tokens)
         if (logprobs or 0) > ALTERNATIVES and n * max_tokens * (logprobs or 0) > config.max_alternatives:
@@ -256,8 +259,8 @@ def _cache_salt(body: GenerationBody) -> str:
     return body.cache_salt or ""
 
 
-def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defaults: SamplingParams) -> SamplingParams:
-    """The client's fields over the defaults; max_tokens and logprobs are filled in by the caller."""
+def _sampling_fields(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the client says of how tokens are drawn, by the names of SamplingParams; max_tokens and logprobs are the caller's."""
     given: dict[str, Any] = {}
     for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
         if (value := getattr(body, name)) is not None:
@@ -281,7 +284,7 @@ def _sampling(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer, defau
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
     if given.get("top_p") == 0:  # as OpenAI takes it: of the nucleus the likeliest token is left
         given |= {"top_p": 1.0, "top_k": 1}
-    return replace(defaults, **given)
+    return given
 
 
 def _finite(value: float, param: str) -> float:

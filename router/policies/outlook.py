@@ -66,26 +66,27 @@ class Outlook:
         self.slowing_s: Seconds = (num_output * num_others) * (decode_s + own_context * context_s)
         """What all that decodes there loses together by one more sequence."""
 
-        self.strain: Seconds = self._strain(lent + (queued_s + self.own_prefill_s) / LENT_S)
-        """0 to 1: how much of the time that the target between two tokens leaves for prompts there would be used with this one. 1 as well where
-        there is no target."""
-        self.compute_cost_s: Seconds = self.prefill_s + self.num_decoding * self.own_prefill_s * self.strain**3
+        self.strain: Seconds | None = None
+        if demand.tpot_s:
+            self.strain = self._strain(lent + (queued_s + self.own_prefill_s) / LENT_S, demand.tpot_s)
+        """0 to 1: how much of the time that the target between two tokens leaves for prompts there would be used with this one. None: there is
+        no target, and others lose all that the prompt takes."""
+        lost_s = self.num_decoding * self.own_prefill_s
+        self.compute_cost_s: Seconds = self.prefill_s + (lost_s if self.strain is None else lost_s * self.strain**3)
         """Of the prompt: until it has been computed, and what those lose that decode there and wait meanwhile: little, while all keep the
         target."""
         self.remote_cost_s: Seconds = self._of_best_other(self.compute_cost_s, self.compute_cost_s) + self.handoff_s
         """For each worker that would decode: the prompt computed by the best of the others, and moved there."""
         self.computes: Flags = candidates.computes | (
-            candidates.short & (self.strain < 1) if demand.tpot_s else candidates.short
+            candidates.short if self.strain is None else candidates.short & (self.strain < 1)
         )
         """Who may compute the prompt of what it decodes: a DECODE worker only while what decodes there keeps its target with it."""
         self.local_cost_s: Seconds = np.where(self.computes, self.compute_cost_s, np.inf)
         """The prompt computed where it decodes; infinite for who may not."""
 
-    def _strain(self, lent: Seconds) -> Seconds:
+    def _strain(self, lent: Seconds, tpot_s: float) -> Seconds:
         """`lent`: the share of its time that prompts would take from sequences that decode there."""
-        if not self.demand.tpot_s:
-            return np.ones(len(self.table))
-        left = 1 - self.decode_step_s / (PACE_MARGIN * self.demand.tpot_s)
+        left = 1 - self.decode_step_s / (PACE_MARGIN * tpot_s)
         strain: Seconds = np.where(left > lent, lent / np.maximum(left, 1e-9), 1.0)
         return strain
 

@@ -26,6 +26,7 @@ from router.requests.journal import NUM_OLDEST, Journal, Way, by_age, is_called
 from router.requests.leftovers import Leftovers
 from router.requests.migrations import Migrations
 from router.requests.sharers import Sharers
+from router.requests.waiting_jobs import WaitingJobs
 from router.wishes import Wishes
 from workers.deadlines import Deadlines
 from workers.errors import Refusal
@@ -59,8 +60,7 @@ class InFlightRequests:
         self._deadlines: Deadlines[str] = Deadlines()
         self._waiting_tokens = 0
         """Of the prompts in the queue."""
-        self._waiting_jobs: dict[str, dict[str, None]] = {}
-        """The requests in the queue, by the job that they are part of."""
+        self._waiting_jobs = WaitingJobs(fleet, out)
         self._finished = Rate()
         self._demand = DemandMeter()
         self.migrations = Migrations(config, fleet, dispatcher, out, counters, self._go_on)
@@ -151,7 +151,7 @@ class InFlightRequests:
 
     def waiting(self, job: str) -> tuple[InFlightRequest, ...]:
         """What waits here for a worker of a job."""
-        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.get(job, ()))
+        return tuple(self._flights[request_id] for request_id in self._waiting_jobs.of(job))
 
     def end_job(self, job: str, now: float) -> None:
         """What waits here of a job is not wanted any more."""
@@ -179,8 +179,7 @@ class InFlightRequests:
             num_tokens=num_tokens,
         )
         self._waiting_tokens += len(flight.request.prompt_token_ids)
-        if flight.part.kept is not None:
-            self._waiting_jobs.setdefault(flight.part.kept.job, {})[name] = None
+        self._waiting_jobs.add(flight, flight.queued_s)
 
     def _dequeue(self, flight: InFlightRequest) -> None:
         if flight.request.request_id in self._queue:
@@ -189,12 +188,7 @@ class InFlightRequests:
 
     def _left_queue(self, flight: InFlightRequest) -> None:
         self._waiting_tokens -= len(flight.request.prompt_token_ids)
-        if flight.part.kept is None:
-            return
-        of_job = self._waiting_jobs[flight.part.kept.job]
-        del of_job[flight.request.request_id]
-        if not of_job:
-            del self._waiting_jobs[flight.part.kept.job]
+        self._waiting_jobs.remove(flight)
 
     def _line(self, now: float) -> WaitingLine:
         """What a request that comes now has before it."""
@@ -335,8 +329,10 @@ class InFlightRequests:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
+        is_asked_here = not flight.part.at  # what is taken up was asked of another router, and much of it comes at once
         if output.token_ids:
-            self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
+            if is_asked_here:
+                self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
             if flight.history.num_setbacks:
                 flight.history.progress()
         if not flight.has_spoken and (output.token_ids or output.finish_reason is not None):
@@ -344,14 +340,16 @@ class InFlightRequests:
             flight.note(now, "first output", flight.worker_id)
             if flight.spoke_s is None:
                 flight.spoke_s = now
-                self._demand.first_token(now - flight.arrived_s, now)
+                if is_asked_here:
+                    self._demand.first_token(now - flight.arrived_s, now)
             self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
         self._out.append(Deliver(output))
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
-            self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
+            if is_asked_here:
+                self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
             self._forget(flight, now, str(output.finish_reason))
 
     # ---- trouble ----
@@ -362,6 +360,7 @@ class InFlightRequests:
             worker_id, now
         )
         self._leftovers.add(worker_id, left)
+        self._waiting_jobs.lose_worker(worker_id)
         if running:
             self.journal.fault(
                 now, f"{len(running)} requests that ran there are run again", worker_id, is_recovery=True
@@ -392,6 +391,7 @@ class InFlightRequests:
         self._share(now)
         self.migrations.check_time(now)
         self._leftovers.forget()
+        self._waiting_jobs.check_time(now)
         for request_id in self._deadlines.past(now):
             self.num_visited += 1
             flight = self._flights[request_id]

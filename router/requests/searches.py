@@ -11,6 +11,9 @@ from router.job_part import FoundJob
 from router.requests.in_flight import InFlightRequest
 from workers.wire.attach import Find, Found, FoundRequest
 
+NUM_RELAYS = 2
+"""So many workers tell the other routers that a job has been ended: one may be about to die."""
+
 
 @dataclass(slots=True)
 class _Search:
@@ -38,9 +41,10 @@ class Searches:
         tickets = [flight.part.kept.ticket for flight in waiting if flight.part.kept is not None]
         ticket = next(filter(None, tickets), b"")
         self._searches[number] = _Search(now, {entry.worker_id for entry in asked}, bool(waiting), ends, ticket)
-        for entry in asked:
+        for place, entry in enumerate(asked):
             assert entry.connection is not None
-            self._out.append(SendMessage(entry.worker_id, entry.connection, Find(number, job, ends)))
+            find = Find(number, job, ends, relays=ends and place < NUM_RELAYS)
+            self._out.append(SendMessage(entry.worker_id, entry.connection, find))
         if not asked:
             self._end(number)
 
@@ -50,6 +54,7 @@ class Searches:
             return
         search.waiting.discard(worker_id)
         search.ticket = search.ticket or found.ticket
+        search.is_waiting = search.is_waiting or found.is_waiting
         for each in found.requests:
             known = search.requests.get(each.name)
             if known is None or _worth(each) > _worth(known[1]):

@@ -192,6 +192,7 @@ class FakeBackend:
         self.script = script
         self.model: ModelInfo | None = replace(MODEL, vocab_size=max(MODEL.vocab_size, tokenizer.vocab_size))
         self.ready = True
+        self.on_job_ended: Callable[[str], None] = lambda job: None
         self.cached_tokens = 0
         self.refusals: dict[int, Exception] = {}
         self.requests: list[Request] = []
@@ -208,7 +209,9 @@ class FakeBackend:
 
     def reset(self, script: Script = speak) -> None:
         """As new; the server that runs over this backend stays."""
+        served = self.on_job_ended
         self.__init__(self.tokenizer, script)  # type: ignore[misc]
+        self.on_job_ended = served
 
     def is_ready(self) -> bool:
         return self.ready

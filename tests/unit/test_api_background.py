@@ -122,6 +122,19 @@ def test_one_that_was_stopped_through_another_router_is_kept_by_nobody(both: Ser
         client("fifth").responses.retrieve(running.id)
 
 
+def test_one_that_another_router_has_had_deleted_is_not_told_here_any_more(both: Served) -> None:
+    backend, client = both
+    kept = client("acme").responses.create(model="ernie-tiny", input="Hi", max_output_tokens=9)
+    backend.is_kept = False
+    assert client("acme").responses.retrieve(kept.id).id == kept.id
+    backend.on_job_ended(kept.id.removeprefix("resp_"))
+    with pytest.raises(openai.NotFoundError):
+        client("acme").responses.retrieve(kept.id)
+    mine = client("acme").responses.create(model="ernie-tiny", input="Hi", max_output_tokens=9)
+    client("acme").responses.delete(mine.id)
+    assert backend.ended[-1] == mine.id.removeprefix("resp_"), "the other routers are told, wherever it is kept"
+
+
 def test_a_key_that_is_sent_again_tells_how_far_its_response_is(both: Served) -> None:
     backend, client = both
     backend.is_waiting = True

@@ -16,7 +16,7 @@ from fake_backend import MESSAGES, Api, open_api
 
 from router.api.app import create_app
 from router.api.endpoints import ENDPOINTS
-from router.api.plain_route import plain_paths
+from router.api.plain_route import plain_endpoints
 from router.config import ApiConfig
 
 CONFIG = ApiConfig(api_keys=("key",), admin_keys=("key",), max_n=4, max_prompts=4, max_choices=8)
@@ -53,7 +53,7 @@ def test_every_endpoint_answers_as_the_document_says(keyed: Api, tmp_path: Path)
 def test_the_document_names_every_endpoint_and_no_other(keyed: Api) -> None:
     app = create_app(keyed.backend, keyed.backend.tokenizer, CONFIG)
     there = {(method, path) for path, operations in app.openapi()["paths"].items() for method in operations}
-    there |= {(method.lower(), path) for method, path in plain_paths(app.router)}
+    there |= {(method.lower(), path) for method, path in plain_endpoints(app.router)}
     assert there == {(endpoint.method, endpoint.path) for endpoint in ENDPOINTS}
 
 

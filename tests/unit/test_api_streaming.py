@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 import pytest
 from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
 
-from router.api.answer import ChunkWriter, Shape
 from router.api.chat import ChatShape
+from router.api.chunk_writer import ChunkWriter
 from router.api.completions import CompletionShape
 from router.api.job_progress import JobProgress
 from router.api.metrics import Metrics
 from router.api.schema import ChatBody, CompletionBody, parse_body
+from router.api.shapes import Shape
 from router.api.translate import translate_chat, translate_completion
 from router.config import ApiConfig
 from router.http_protocol import ChunkedWriter

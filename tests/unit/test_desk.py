@@ -15,7 +15,6 @@ import pytest
 from browser import browser, program
 from fake_backend import FakeBackend, serve
 
-from router.api.answer import Services
 from router.api.bodies import OpenBodies
 from router.api.callers import Callers
 from router.api.desk import MAX_RANKS, MAX_VIEWERS, Desk, desk_view
@@ -23,6 +22,7 @@ from router.api.grammar_check import GrammarChecks
 from router.api.metrics import Metrics
 from router.api.middleware import Draining
 from router.api.problems import Rejected
+from router.api.services import Services
 from router.api.tenant_metrics import TenantMetrics
 from router.api.turns import Turns
 from router.backend import ListedRouter, LoadingWorker, Lookout, RouterStatus

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
 
-from router.events import JobSought, RequestArrived, RequestCancelled, SendMessage, TellFound
+from router.events import JobEnded, JobSought, RequestArrived, RequestCancelled, SendMessage, TellFound
 from router.job_part import JobPart
 from workers.errors import Refusal
 from workers.status import Role
 from workers.trust.permits import make_key
-from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, WorkerFrame
+from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, Waits, WorkerFrame
 
 
 def lost(*tokens: int) -> tuple[Story, str, str]:
@@ -81,7 +81,7 @@ def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_h
     assert outputs(story.output("m-0", "r#2", 1, 6))[0].token_ids == (6,)
 
 
-def test_what_is_taken_up_does_not_tell_how_long_a_first_token_takes() -> None:
+def test_what_is_taken_up_tells_neither_how_long_a_first_token_takes_nor_of_demand() -> None:
     for at, is_learnt in (("", True), ("m-0", False)):
         story = Story(("m-0", Role.MIXED))
         for number in range(20):
@@ -90,6 +90,9 @@ def test_what_is_taken_up_does_not_tell_how_long_a_first_token_takes() -> None:
             story.output("m-0", f"r{number}#1", 0, 5, finish=True)
         assert story.count("finished_length") == 20
         assert bool(story.core.forecasts.lead.expect(3)) is is_learnt
+        demand = story.core.flights.demand(story.now)
+        seen = (demand.ttft_s, demand.tokens_per_s, demand.finished_per_s, demand.output_tokens)
+        assert [bool(each) for each in seen] == [is_learnt] * 4
 
 
 def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> None:
@@ -101,7 +104,7 @@ def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> 
 
     def sought(number: int, ends: bool = False) -> TellFound:
         commands = story.tell(JobSought(number, "j", ends))
-        assert messages(commands, Find) == [Find(number, "j", ends)]
+        assert messages(commands, Find) == [Find(number, "j", ends, relays=ends)]
         ended.extend(output.request_id for output in outputs(commands) if output.refusal is Refusal.CANCELLED)
         told = story.frame("m-0", WorkerFrame(GENERATION, found=(Found(number),)))
         (only,) = [command for command in told if isinstance(command, TellFound)]
@@ -113,3 +116,41 @@ def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> 
     assert sought(2, ends=True).found.is_waiting
     assert ended == ["j-0-0", "j-0-1"] and len(story.core.flights) == 1
     assert not sought(3).found.is_waiting
+
+
+def test_a_worker_is_told_what_waits_here_for_a_while_and_when_that_is_over() -> None:
+    story = Story(*MIXED, max_running=1)
+    first, running = the_submit(story.tell(RequestArrived(request("running"))))
+    for choice in range(2):
+        part = JobPart(Kept("j", 2, b"" if choice else b"ticket"), f"j-0-{choice}")
+        story.tell(RequestArrived(request(f"j-0-{choice}"), part=part))
+    assert not messages(story.after(0.1), Waits), "most wait for less"
+    told = [command for command in story.after(0.2) if isinstance(command, SendMessage)]
+    assert [command.message for command in told] == [Waits("j", 2, b"ticket")]
+    assert not messages(story.ticks(0.5), Waits), "once"
+    if told[0].worker_id == first:
+        first, running = the_submit(story.lose(first))  # it runs again elsewhere
+    else:
+        story.lose(told[0].worker_id)
+    assert messages(story.after(0.1), Waits) == [Waits("j", 2, b"ticket")], "another one, since that one is lost"
+    story.output(first, running.request.request_id, 0, 5, finish=True)
+    assert not messages(story.after(0.1), Waits), "its other choice waits still"
+    story.tell(RequestCancelled("j-0-0"))
+    assert messages(story.after(0.1), Waits) == [Waits("j")]
+
+
+def test_a_job_that_another_router_has_ended_waits_no_more_and_is_forgotten() -> None:
+    story = Story(("m-0", Role.MIXED), max_running=1)
+    story.tell(RequestArrived(request("running")))
+    story.tell(RequestArrived(request("j-0-0"), part=JobPart(Kept("j", 1, b"ticket"), "j-0-0")))
+    commands = story.frame("m-0", WorkerFrame(GENERATION, ended_jobs=("j", "unknown")))
+    assert [(output.request_id, output.refusal) for output in outputs(commands)] == [("j-0-0", Refusal.CANCELLED)]
+    assert [c.job for c in commands if isinstance(c, JobEnded)] == ["j", "unknown"] and len(story.core.flights) == 1
+
+
+def test_what_waits_at_another_router_is_found_as_waiting() -> None:
+    story = Story(("m-0", Role.MIXED))
+    story.tell(JobSought(1, "j"))
+    told = story.frame("m-0", WorkerFrame(GENERATION, found=(Found(1, (), 1, b"ticket", is_waiting=True),)))
+    (found,) = [command.found for command in told if isinstance(command, TellFound)]
+    assert (found.ticket, found.is_waiting, found.requests) == (b"ticket", True, {})

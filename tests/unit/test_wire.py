@@ -51,6 +51,7 @@ from workers.wire.attach import (
     Migration,
     RouterHello,
     Submit,
+    Waits,
     WorkerFrame,
 )
 
@@ -192,9 +193,16 @@ handoff_ups = (
     | st.builds(CancelHandoff, text)
 )
 found_requests = st.builds(FoundRequest, text, u32, u32, u32, st.none() | st.sampled_from(FinishReason), st.booleans())
-founds = st.builds(Found, u64, tuples(found_requests), u32, st.binary(max_size=20))
+founds = st.builds(Found, u64, tuples(found_requests), u32, st.binary(max_size=20), st.booleans())
 frames = st.builds(
-    WorkerFrame, u64, tuples(outputs), st.none() | loads, tuples(kv_events), st.none() | statuses, tuples(founds)
+    WorkerFrame,
+    u64,
+    tuples(outputs),
+    st.none() | loads,
+    tuples(kv_events),
+    st.none() | statuses,
+    tuples(founds),
+    tuples(text),
 )
 router_messages = (
     st.builds(
@@ -213,7 +221,8 @@ router_messages = (
     )
     | st.builds(Adopt, text, text, u32, joins=st.booleans())
     | st.builds(Cancel, text, st.booleans())
-    | st.builds(Find, u64, text, st.booleans())
+    | st.builds(Find, u64, text, st.booleans(), st.booleans())
+    | st.builds(Waits, st.text("abc", min_size=1, max_size=20), u32, st.binary(max_size=20))
     | st.just(DumpRequest())
     | st.builds(RouterHello, text)
 )

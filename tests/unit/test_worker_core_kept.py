@@ -13,9 +13,10 @@ from workers.errors import Refusal
 from workers.handoff.protocol.messages import Handoff, SequenceMoved
 from workers.request import FinishReason, Output
 from workers.serving import events
+from workers.serving.waiting_jobs import MAX_JOBS, MAX_TICKET_BYTES, WaitingJobs
 from workers.status import Role
 from workers.token_logprobs import TokenLogprob
-from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, Migration
+from workers.wire.attach import Adopt, Cancel, Find, Found, Kept, Migration, Waits
 
 
 def found(story: WorkerStory, session: int, job: str = "j", ends: bool = False) -> Found:
@@ -250,3 +251,38 @@ def test_a_job_that_is_ended_is_stopped_and_all_who_hear_of_it_are_told() -> Non
     assert story.last(1).refusal is story.last(2).refusal is Refusal.CANCELLED
     assert story.posted[-1] == CancelSequence(number) and story.core.is_idle
     assert found(story, 3).requests == ()
+
+
+def test_what_waits_at_one_router_is_told_to_the_others_as_long_as_it_waits_there() -> None:
+    story, _ = begun()
+    for left in (events.RouterSaid(1, Waits("w")), events.RouterLost(1)):
+        story.tell(events.RouterSaid(1, Waits("w", 2, b"question")))
+        waits = found(story, 2, "w")
+        assert (waits.is_waiting, waits.ticket, waits.num_requests, waits.requests) == (True, b"question", 2, ())
+        assert not found(story, 2, "other").is_waiting
+        story.tell(left)
+        assert not found(story, 2, "w").is_waiting, "a dead router's requests are waited for by nobody"
+
+
+def test_the_other_routers_hear_of_a_job_that_one_has_ended() -> None:
+    story, _ = begun()
+    story.tell(events.RouterSaid(2, Find(7, "j", ends=True)))
+    assert not any(frame.ended_jobs for frames in story.frames.values() for frame in frames), "others tell it"
+    story.tell(events.RouterSaid(2, Find(8, "gone", ends=True, relays=True)))
+    told = {session: [job for frame in frames for job in frame.ended_jobs] for session, frames in story.frames.items()}
+    assert told == {1: ["gone"], 2: []}, "also of one that is not here"
+
+
+def test_what_a_router_says_of_what_waits_there_is_bounded() -> None:
+    waiting = WaitingJobs()
+    for number in range(MAX_JOBS + 10):
+        waiting.say(1, Waits(f"j{number}", 1))
+    assert len(waiting) == MAX_JOBS
+    waiting.say(1, Waits("j0"))
+    waiting.say(1, Waits("large", 1, bytes(MAX_TICKET_BYTES + 1)))
+    assert waiting.get("large") is waiting.get("j0") is None
+    waiting.say(1, Waits("fits", 1, bytes(MAX_TICKET_BYTES)))
+    waiting.say(2, Waits("of another", 1, bytes(MAX_TICKET_BYTES)))
+    assert waiting.get("fits") is not None and waiting.get("of another") is not None
+    waiting.lose(1)
+    assert len(waiting) == 1

@@ -299,27 +299,40 @@ class Adopt(_message.Message):
     def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ..., key: _Optional[bytes] = ..., joins: bool = ...) -> None: ...
 
 class Find(_message.Message):
-    __slots__ = ("number", "job", "ends")
+    __slots__ = ("number", "job", "ends", "relays")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
+    RELAYS_FIELD_NUMBER: _ClassVar[int]
     number: int
     job: str
     ends: bool
-    def __init__(self, number: _Optional[int] = ..., job: _Optional[str] = ..., ends: bool = ...) -> None: ...
+    relays: bool
+    def __init__(self, number: _Optional[int] = ..., job: _Optional[str] = ..., ends: bool = ..., relays: bool = ...) -> None: ...
+
+class Waits(_message.Message):
+    __slots__ = ("job", "num_requests", "ticket")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    num_requests: int
+    ticket: bytes
+    def __init__(self, job: _Optional[str] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class DumpRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "find", "number")
+    __slots__ = ("hello", "submit", "cancel", "dump", "adopt", "find", "waits", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DUMP_FIELD_NUMBER: _ClassVar[int]
     ADOPT_FIELD_NUMBER: _ClassVar[int]
     FIND_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
@@ -327,8 +340,9 @@ class RouterMessage(_message.Message):
     dump: DumpRequest
     adopt: Adopt
     find: Find
+    waits: Waits
     number: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., find: _Optional[_Union[Find, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., dump: _Optional[_Union[DumpRequest, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., find: _Optional[_Union[Find, _Mapping]] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_transferring", "waiting_prefill_tokens", "num_free_blocks", "num_blocks", "step_s", "step_decodes", "step_context", "step_prompt_tokens", "step_prompt_context")
@@ -483,19 +497,21 @@ class FoundRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., is_whole: bool = ...) -> None: ...
 
 class Found(_message.Message):
-    __slots__ = ("number", "requests", "num_requests", "ticket")
+    __slots__ = ("number", "requests", "num_requests", "ticket", "is_waiting")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    IS_WAITING_FIELD_NUMBER: _ClassVar[int]
     number: int
     requests: _containers.RepeatedCompositeFieldContainer[FoundRequest]
     num_requests: int
     ticket: bytes
-    def __init__(self, number: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[FoundRequest, _Mapping]]] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    is_waiting: bool
+    def __init__(self, number: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[FoundRequest, _Mapping]]] = ..., num_requests: _Optional[int] = ..., ticket: _Optional[bytes] = ..., is_waiting: bool = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard", "found")
+    __slots__ = ("generation", "outputs", "load", "kv_events", "status", "number", "heard", "found", "ended_jobs")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -504,6 +520,7 @@ class WorkerFrame(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HEARD_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
+    ENDED_JOBS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     load: Load
@@ -512,7 +529,8 @@ class WorkerFrame(_message.Message):
     number: int
     heard: int
     found: _containers.RepeatedCompositeFieldContainer[Found]
-    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ..., found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ...) -> None: ...
+    ended_jobs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, generation: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., number: _Optional[int] = ..., heard: _Optional[int] = ..., found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ..., ended_jobs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_blocks", "num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "itemsize")

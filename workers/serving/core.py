@@ -27,7 +27,7 @@ from workers.serving.requests import QUEUE_IS_FULL, Requests
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
 from workers.status import Identity, Load, WorkerStatus
-from workers.wire.attach import Adopt, Cancel, DumpRequest, Find, RouterHello, RouterMessage, Submit
+from workers.wire.attach import Adopt, Cancel, DumpRequest, Find, RouterHello, RouterMessage, Submit, Waits
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,8 @@ class WorkerCore:
                 self._out += self._requests.cancel(session, message, now)
             case Find():
                 self._out += self._requests.look_up(session, message)
+            case Waits():
+                self._requests.waiting.say(session, message)
             case Adopt():
                 self._requests.adopt(session, message)
             case DumpRequest():

@@ -24,6 +24,7 @@ from workers.serving.request_table import RequestTable
 from workers.serving.served_request import ServedRequest, State
 from workers.serving.sessions import Sessions
 from workers.serving.standing import Standing
+from workers.serving.waiting_jobs import WaitingJobs
 from workers.trust.permits import is_permit
 from workers.wire.attach import Adopt, Cancel, Find, Found, Submit
 
@@ -52,6 +53,7 @@ class Requests:
         self._new_number = new_number
         self._counters = counters
         self._observer = observer
+        self.waiting = WaitingJobs()
 
     def __len__(self) -> int:
         """Those that run."""
@@ -154,13 +156,18 @@ class Requests:
         return [] if orphan is None or cancel.lets_go else self._give_up(orphan)
 
     def look_up(self, session: int, find: Find) -> list[Post]:
-        """What is here of a job; with `ends` it is here no more afterwards, and who hears of it is told."""
+        """What is here of a job, or waits at a router; with `ends` it is here no more afterwards, and who hears of it is told."""
         served = self._table.of_job(find.job)
         jobs = [each.job for each in served if each.job is not None]
         ticket = next((job.ticket for job in jobs if job.ticket), b"")
         num_requests = max((job.num_requests for job in jobs), default=0)
-        found = Found(find.number, tuple(each.found() for each in served), num_requests, ticket)
+        waits = self.waiting.get(find.job)
+        if waits is not None:
+            ticket, num_requests = ticket or waits.ticket, num_requests or waits.num_requests
+        found = Found(find.number, tuple(each.found() for each in served), num_requests, ticket, waits is not None)
         self._sessions.tell_found(session, found)
+        if find.ends and find.relays:
+            self._sessions.tell_ended(session, find.job)
         commands: list[Post] = []
         for each in served if find.ends else ():
             owner = [] if each.owner is None or each.state is not State.RUNNING else [(each.owner, each.attempt)]
@@ -211,6 +218,7 @@ class Requests:
 
     def lose_router(self, session: int, now: float) -> list[Post]:
         """What it asked for runs on for a while, for whoever takes it up."""
+        self.waiting.lose(session)
         before = self._table.num_orphans
         too_many = self._table.orphan(session, now, self._sessions.num_said)
         self._counters["requests_orphaned"] += self._table.num_orphans - before

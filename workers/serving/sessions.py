@@ -67,6 +67,8 @@ class Session:
     router_id: str
     outputs: list[Output] = field(default_factory=list)
     found: list[Found] = field(default_factory=list)
+    ended_jobs: list[str] = field(default_factory=list)
+    """That another router has ended."""
     is_status_due: bool = False
     said_load: Load | None = None
     """The load that the router heard last."""
@@ -90,7 +92,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """Something that is worth a frame of its own."""
-        return bool(self.outputs or self.found) or self.is_status_due or self.is_load_due
+        return bool(self.outputs or self.found or self.ended_jobs) or self.is_status_due or self.is_load_due
 
     def is_behind(self, events: CacheEvents) -> bool:
         """The cache has changed since it heard of it."""
@@ -106,7 +108,8 @@ class Session:
         if self.score_bytes:
             self.score_bytes -= sum(_about_bytes(output) for output in outputs if output.prompt_logprobs)
         found, self.found = tuple(self.found[:MAX_FOUND]), self.found[MAX_FOUND:]
-        frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status, found)
+        ended_jobs, self.ended_jobs = tuple(self.ended_jobs), []
+        frame = WorkerFrame(generation, outputs, load if is_new else None, changes, status, found, ended_jobs)
         self.said_load = load
         self.num_framed += count
         self.wants_frame = self.is_load_due = self.is_status_due = False
@@ -227,6 +230,13 @@ class Sessions:
         if session is not None and len(session.found) < MAX_FOUND_WAITING:
             session.found.append(found)
             self._touched[number] = session
+
+    def tell_ended(self, number: int, job: str) -> None:
+        """The router of a session has ended a job, which may wait, or be kept, at the others."""
+        for session in self._sessions.values():
+            if session.number != number and len(session.ended_jobs) < MAX_FOUND_WAITING:
+                session.ended_jobs.append(job)
+                self._touched[session.number] = session
 
     def stepped(self, load: Load, event: KvEvent | None, dump: KvEvent | None, askers: list[int], now: float) -> None:
         """What a step of the engine means for all of them."""

@@ -99,11 +99,23 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class Find:
-    """Say what is here of a job, as Found with this number. `ends`: stop what runs of it and keep nothing of it any more."""
+    """Say what is here of a job, as Found with this number. `ends`: stop what runs of it and keep nothing of it any more; with `relays` tell
+    the other routers, at which it may wait, too."""
 
     number: int
     job: str
     ends: bool = False
+    relays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A job of so many requests waits at this router for a worker: whoever asks for it is to be told so. 0 requests: it waits no more."""
+
+    job: str
+    num_requests: int = 0
+    ticket: bytes = b""
+    """As of Kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,8 @@ class Found:
     requests: tuple[FoundRequest, ...] = ()
     num_requests: int = 0
     ticket: bytes = b""
+    is_waiting: bool = False
+    """A router has said that some of it waits there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +150,7 @@ class DumpRequest:
     """Send the whole set of prefix-cache hashes again, as a KvEvent with `reset`."""
 
 
-WorkerMessage = Submit | Cancel | Adopt | Find | DumpRequest
+WorkerMessage = Submit | Cancel | Adopt | Find | Waits | DumpRequest
 """What a worker is told once a router has said who it is."""
 
 RouterMessage = RouterHello | WorkerMessage
@@ -154,6 +168,8 @@ class WorkerFrame(NamedTuple):
     kv_events: tuple[KvEvent, ...] = ()
     status: WorkerStatus | None = None
     found: tuple[Found, ...] = ()
+    ended_jobs: tuple[str, ...] = ()
+    """That another router has ended."""
 
 
 class WorkerLink(Protocol):

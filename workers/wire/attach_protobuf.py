@@ -27,6 +27,7 @@ from workers.wire.attach import (
     RouterHello,
     RouterMessage,
     Submit,
+    Waits,
     WorkerFrame,
 )
 from workers.wire.request_protobuf import (
@@ -172,7 +173,8 @@ def found_to_pb(found: Found) -> pb.Found:
     requests = [
         pb.FoundRequest(**fields_of(each) | {"finish_reason": each.finish_reason or ""}) for each in found.requests
     ]
-    return pb.Found(number=found.number, requests=requests, num_requests=found.num_requests, ticket=found.ticket)
+    fixed = {name: value for name, value in fields_of(found).items() if name != "requests"}
+    return pb.Found(requests=requests, **fixed)
 
 
 def found_from_pb(message: pb.Found) -> Found:
@@ -181,7 +183,7 @@ def found_from_pb(message: pb.Found) -> Found:
         replace(from_fields(FoundRequest, each), finish_reason=_finish_reason(each.finish_reason))
         for each in message.requests
     )
-    return Found(message.number, requests, message.num_requests, message.ticket)
+    return Found(message.number, requests, message.num_requests, message.ticket, message.is_waiting)
 
 
 def _finish_reason(name: str) -> FinishReason | None:
@@ -198,11 +200,13 @@ def frame_to_pb(frame: WorkerFrame) -> pb.WorkerFrame:
         message.status.CopyFrom(status_to_pb(frame.status))
     if frame.found:
         message.found.extend([found_to_pb(found) for found in frame.found])
+    if frame.ended_jobs:
+        message.ended_jobs.extend(frame.ended_jobs)
     return message
 
 
 def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
-    events, found = message.kv_events, message.found
+    events, found, ended_jobs = message.kv_events, message.found, message.ended_jobs
     return WorkerFrame(
         message.generation,
         tuple([output_from_pb(output) for output in message.outputs]),
@@ -210,6 +214,7 @@ def frame_from_pb(message: pb.WorkerFrame) -> WorkerFrame:
         tuple([kv_event_from_pb(event) for event in events]) if events else (),
         status_from_pb(message.status) if message.HasField("status") else None,
         tuple([found_from_pb(each) for each in found]) if found else (),
+        tuple(ended_jobs) if ended_jobs else (),
     )
 
 
@@ -242,6 +247,8 @@ def router_message_to_pb(message: RouterMessage) -> pb.RouterMessage:
             return pb.RouterMessage(adopt=pb.Adopt(**fields_of(message)))
         case Find():
             return pb.RouterMessage(find=pb.Find(**fields_of(message)))
+        case Waits():
+            return pb.RouterMessage(waits=pb.Waits(**fields_of(message)))
         case DumpRequest():
             return pb.RouterMessage(dump=pb.DumpRequest())
         case RouterHello(router_id):
@@ -258,9 +265,13 @@ def _check_key(key: bytes) -> None:
         raise ValueError(f"a key of {len(key)} bytes")
 
 
-def _kept_from_pb(message: pb.Kept) -> Kept:
+def _check_job(message: pb.Kept | pb.Waits) -> None:
     if not 0 < len(message.job) <= MAX_JOB_LETTERS or len(message.ticket) > MAX_TICKET_BYTES:
         raise ValueError(f"a job's name of {len(message.job)} letters, a ticket of {len(message.ticket)} bytes")
+
+
+def _kept_from_pb(message: pb.Kept) -> Kept:
+    _check_job(message)
     return from_fields(Kept, message)
 
 
@@ -297,6 +308,9 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             return from_fields(Adopt, message.adopt)
         case "find":
             return from_fields(Find, message.find)
+        case "waits":
+            _check_job(message.waits)
+            return from_fields(Waits, message.waits)
         case "dump":
             return DumpRequest()
         case "hello":
