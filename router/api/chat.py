@@ -111,15 +111,13 @@ class ChatShape:
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        if self._job.speech.is_read:  # now: usage counts what is read
+        shown = enumerate(progress.shown())
+        if self._job.speech.is_read:  # now, and also what is not shown: usage counts what is read
             read = [whole_message(self._job, choice) for choice in progress.choices]
-            messages: Iterable[tuple[dict[str, Any], str | None]] = read
+            choices = (self._choice(number, choice, *read[choice.index]) for number, choice in shown)
         else:
-            messages = ((_plain_message(choice), None) for choice in progress.choices)
-        messages_of = dict(zip(range(len(progress.choices)), messages, strict=True))
-        answer["choices"] = lazy_each(
-            self._choice(number, choice, *messages_of[choice.index]) for number, choice in enumerate(progress.shown())
-        )
+            choices = (self._choice(number, choice, _plain_message(choice), None) for number, choice in shown)
+        answer["choices"] = lazy_each(choices)
         about_prompt = OF_NO_PROMPT | self._about_prompt(progress.choices[0])
         return answer | OF_NO_SERVICE | about_prompt | usage_and_trace(self._job, progress)
 
