@@ -106,7 +106,7 @@ def test_protobuf_is_known_only_at_the_edge() -> None:
         ROOT / "workers" / f"{name}.py"
         for name in (
             "wire/attach_protobuf", "wire/request_protobuf", "wire/grpc_client", "worker", "serving/server", "serving/streams",
-            "group/channel", "group/step_codec", "handoff/protobuf", "handoff/transfers", "handoff/service", "handoff/source_driver",
+            "group/message_codec", "group/step_codec", "handoff/protobuf", "handoff/transfers", "handoff/service", "handoff/source_driver",
             "handoff/target_driver",
         )
     }  # fmt: skip
@@ -126,6 +126,7 @@ PURE = (
     "workers/kv_memory/pieces.py",
     "workers/group/balance.py",
     "workers/group/formation.py",
+    "workers/group/message_codec.py",
     "workers/group/messages.py",
     "workers/group/step_codec.py",
     "workers/model/parallel/layout.py",

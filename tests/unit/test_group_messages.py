@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.group.channel import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
+from workers.group import message_codec
+from workers.group.message_codec import MAX_FRAME_BYTES, PREFIX_BYTES, decode, encode, length
 from workers.group.messages import (
     BadMessage,
     Beat,
@@ -51,6 +52,18 @@ def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
     frame = encode(message)
     assert len(frame) == PREFIX_BYTES + length(frame[:PREFIX_BYTES])
     assert decode(frame[PREFIX_BYTES:]) == message
+
+
+@pytest.mark.parametrize(
+    "message", [Step(1, 2, "decode", 3, True, True, 4, [5], 6, 7, b"8"), Done(1, 2, 0.5, 3, 4, [[5], [6, 7]], b"8")]
+)
+def test_what_is_said_in_every_step_travels_whole_and_nobody_asks_what_fields_there_are(
+    message: Message, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(getattr(message, field.name) for field in fields(message)), "a field left as it is might be forgotten"
+    for table in ("_FIELDS", "_ENTRIES", "_KINDS"):
+        monkeypatch.setattr(message_codec, table, {})
+    assert decode(encode(message)[PREFIX_BYTES:]) == message
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"{}", b"\x0a\x05ab", b"\xfa\x01\x00"])
