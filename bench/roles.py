@@ -1,11 +1,12 @@
 """Switches of roles on a real cluster of four small workers: how long they take, idle and loaded, and that automatic ones under load with kills change no token.
 
 python bench/roles.py --switches 60
-python bench/roles.py --switches 500 --json roles.json
+python bench/roles.py --switches 500 --automatic-only --json roles.json
 
 One run: (1) an idle worker is switched to and fro; (2) a decode worker with 16 running sequences becomes a prefill worker while other streams run on the other one, whose time
 between tokens is measured with and without the switch; (3) the controller, set to change its mind often, switches under loads that alternate between prompts and answers, a worker is killed
-now and then, and every answer is compared with the one of a single process. Times of switches are those of the audit in the store: from intended to done.
+now and then, and every answer is compared with the one of a single process. Its targets are a little less than what both loads take with the roles that it begins with, so that no split
+keeps them and none misses them altogether. Times of switches are those of the audit in the store: from intended to done.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ from golden_jobs import Job, golden_jobs
 NUM_WORKERS = 4
 RESTLESS = {
     "mode": "auto",
-    "ttft_slo_s": 0.05,
-    "tpot_slo_s": 0.02,
     "min_gain": 0.001,
     "interval_s": 0.2,
     "cooldown_s": 0.1,
@@ -44,6 +43,10 @@ RESTLESS = {
     "switches_per_hour": 36000,
 }
 """The controller changes its mind whenever it can."""
+TIGHT = 0.85
+"""Its targets, in relation to the medians that were measured."""
+PHASE_S = 10.0
+"""So long one kind of load goes on: the controller hears of lengths of the last 8 s."""
 
 
 def quantile(values: list[float], part: float) -> float:
@@ -57,10 +60,15 @@ class Audit:
     def __init__(self, cluster: ClusterProcess) -> None:
         self._cluster = cluster
         self.steps: dict[int, dict[str, Any]] = {}
+        self.reasons: Counter[str] = Counter()
+        """Of the last look, whenever it was asked for: why roles stay or change."""
 
     def gather(self) -> None:
-        for step in self._cluster.get("/admin/roles").get("audit", ()):
+        page = self._cluster.get("/admin/roles")
+        for step in page.get("audit", ()):
             self.steps[step["number"]] = step
+        if page.get("last_look"):
+            self.reasons[page["last_look"]["reason"]] += 1
 
     def switches(self, by: str) -> list[dict[str, dict[str, Any]]]:
         """Steps by phase of each switch that has ended."""
@@ -87,9 +95,9 @@ def idle_switches(cluster: ClusterProcess, audit: Audit, count: int) -> list[flo
 
 
 async def stream(
-    client: httpx.AsyncClient, job: Job, gaps: list[tuple[float, str]], started: asyncio.Event | None = None
+    client: httpx.AsyncClient, job: Job, gaps: list[tuple[float, str]], firsts: list[float] | None = None
 ) -> list[int]:
-    """One answer's tokens; `gaps` hears each wait between two tokens."""
+    """One answer's tokens; `gaps` hears each wait between two tokens, and where, and `firsts` that for the first one."""
     body = {
         **{name: value for name, value in job.body.items() if name != "extra_body"},
         **job.body["extra_body"],
@@ -98,7 +106,7 @@ async def stream(
     tokens: list[int] = []
     own: list[float] = []
     last: float | None = None
-    where = ""
+    where, begun_s = "", time.monotonic()
     async with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
@@ -113,9 +121,9 @@ async def stream(
                     now = time.monotonic()
                     if last is not None:
                         own.append((now - last) / len(new))
+                    elif firsts is not None:
+                        firsts.append(now - begun_s)
                     last = now
-                    if started is not None:
-                        started.set()
                     tokens += new
     gaps += [(gap, where) for gap in own]
     return tokens
@@ -162,6 +170,19 @@ def running(cluster: ClusterProcess, worker_id: str) -> int:
     return int(cluster.workers()[worker_id]["load"]["num_running"])
 
 
+async def typical(cluster: ClusterProcess, prompts: list[Job], answers: list[Job]) -> dict[str, float]:
+    """Targets that are nearly kept: of the first token under the load of prompts, and between tokens under that of answers."""
+    found: list[float] = []
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=300) as client:
+        for jobs in (prompts, answers):
+            for _ in range(2):  # what counts is the second time, with everything warm
+                firsts: list[float] = []
+                gaps: list[tuple[float, str]] = []
+                await asyncio.gather(*(stream(client, job, gaps, firsts) for job in jobs))
+            found.append(statistics.median(firsts if jobs is prompts else [gap for gap, _ in gaps]))
+    return {"ttft_slo_s": round(TIGHT * found[0], 4), "tpot_slo_s": round(TIGHT * found[1], 5)}
+
+
 async def automatic(
     cluster: ClusterProcess,
     audit: Audit,
@@ -177,10 +198,9 @@ async def automatic(
     rng = random.Random(5)
     killed_at = 0
     async with httpx.AsyncClient(base_url=cluster.url, timeout=300) as client:
-        at = 0
+        began_s = time.monotonic()
         while time.monotonic() < ends_s:
-            jobs = (prompts, answers)[at % 2]
-            at += 1
+            jobs = (prompts, answers)[int((time.monotonic() - began_s) / PHASE_S) % 2]
             streams = [asyncio.create_task(stream(client, job, [])) for job in jobs]
             done = len(audit.switches("controller"))
             if kill_every and done >= killed_at + kill_every:
@@ -203,6 +223,36 @@ async def automatic(
     return told
 
 
+def by_order(cluster: ClusterProcess, count: int, result: dict[str, Any]) -> None:
+    """Parts (1) and (2)."""
+    audit = Audit(cluster)
+    idle = idle_switches(cluster, audit, count)
+    result["idle_s"] = {"count": len(idle), "p50": statistics.median(idle), "p99": quantile(idle, 0.99)}
+    print(
+        f"idle worker: {len(idle)} switches, p50 {statistics.median(idle) * 1e3:.1f} ms, p99 {quantile(idle, 0.99) * 1e3:.1f} ms",
+        flush=True,
+    )
+    audit = Audit(cluster)
+    audit.gather()
+    old = set(audit.steps)
+    before, during, num_there = asyncio.run(loaded_switch(cluster, jobs_of([(200, 700)] * 40, 7)))
+    time.sleep(1.5)
+    audit.gather()
+    audit.steps = {number: step for number, step in audit.steps.items() if number not in old}
+    (loaded,) = audit.switches("operator")
+    result["loaded"] = {
+        "sequences": num_there,
+        "took_s": took_s(loaded),
+        "p99_gap_before_s": before,
+        "p99_gap_during_s": during,
+    }
+    phases = ", ".join(f"{name} after {step['took_s'] * 1e3:.0f} ms" for name, step in loaded.items())
+    print(
+        f"loaded worker with {num_there} sequences: {took_s(loaded):.3f} s ({phases}); p99 between tokens of streams that stay: {before * 1e3:.1f} ms without, {during * 1e3:.1f} ms with it ({during / before:.2f}x)",
+        flush=True,
+    )
+
+
 def flags(settings: dict[str, Any]) -> list[str]:
     return [text for name, value in settings.items() for text in ("--set", f"roles.{name}={value}")]
 
@@ -213,8 +263,10 @@ def main() -> int:
     parser.add_argument("--kill-every", type=int, default=20, help="switches; 0: never")
     parser.add_argument("--idle", type=int, default=40, help="switches of an idle worker")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for the automatic switches")
+    parser.add_argument("--automatic-only", action="store_true", help="(3) alone, in pieces that a machine can spare")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster is stopped with it
     common = [
         "--prefill",
         "2",
@@ -226,43 +278,21 @@ def main() -> int:
         "--set",
         "worker.max_num_seqs=32",
     ]
-    long = jobs_of([(200, 700)] * 40, 7)
     prompts = jobs_of([(rng_prompt, 6) for rng_prompt in (1500, 2200, 3000) * 5], 8)
     answers = jobs_of([(40, 160)] * 20, 9)
     result: dict[str, Any] = {}
 
     cluster = ClusterProcess(*common, "--set", "roles.mode=off", "--set", "roles.manual_rest_s=1")
     try:
-        audit = Audit(cluster)
-        idle = idle_switches(cluster, audit, args.idle)
-        result["idle_s"] = {"count": len(idle), "p50": statistics.median(idle), "p99": quantile(idle, 0.99)}
-        print(
-            f"idle worker: {len(idle)} switches, p50 {statistics.median(idle) * 1e3:.1f} ms, p99 {quantile(idle, 0.99) * 1e3:.1f} ms",
-            flush=True,
-        )
-        audit = Audit(cluster)
-        audit.gather()
-        old = set(audit.steps)
-        before, during, num_there = asyncio.run(loaded_switch(cluster, long))
-        time.sleep(1.5)
-        audit.gather()
-        audit.steps = {number: step for number, step in audit.steps.items() if number not in old}
-        (loaded,) = audit.switches("operator")
-        result["loaded"] = {
-            "sequences": num_there,
-            "took_s": took_s(loaded),
-            "p99_gap_before_s": before,
-            "p99_gap_during_s": during,
-        }
-        phases = ", ".join(f"{name} after {step['took_s'] * 1e3:.0f} ms" for name, step in loaded.items())
-        print(
-            f"loaded worker with {num_there} sequences: {took_s(loaded):.3f} s ({phases}); p99 between tokens of streams that stay: {before * 1e3:.1f} ms without, {during * 1e3:.1f} ms with it ({during / before:.2f}x)",
-            flush=True,
-        )
+        targets = asyncio.run(typical(cluster, prompts, answers))
+        if not args.automatic_only:
+            by_order(cluster, args.idle, result)
     finally:
         cluster.stop()
 
-    cluster = ClusterProcess(*common, *flags(RESTLESS))
+    result["targets"] = targets
+    print(f"targets: {targets}", flush=True)
+    cluster = ClusterProcess(*common, *flags(RESTLESS | targets))
     try:
         audit = Audit(cluster)
         began_s = time.monotonic()
@@ -275,6 +305,7 @@ def main() -> int:
             f"automatic: {len(ended)} switches ({dict(outcomes)}) in {time.monotonic() - began_s:.0f} s, {told['kills']} kills, {told['requests']} requests, {told['tokens']} tokens, all as of one process",
             flush=True,
         )
+        print(f"  looks: {dict(audit.reasons)}", flush=True)
         phases_s: dict[str, list[float]] = {}
         for steps in ended:
             names = list(steps)

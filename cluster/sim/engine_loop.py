@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 from cluster.sim.model import BytelessMemory, EngineClock, TimedRunner, ends_of_run, make_detokenizer
@@ -78,7 +79,13 @@ class EngineLoop:
         self._hang_ups = hang_ups
         self._clock = EngineClock(timeline.clock)
         self.runner = TimedRunner(profile, memory, self._clock)
-        limits = Limits(config.max_num_seqs, config.max_batch_tokens, config.max_queue, config.local_prefill_tokens)
+        limits = Limits(
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.max_queue,
+            config.local_prefill_tokens,
+            config.max_prefill_pause_s,
+        )
         self.engine = Engine(
             self.runner,
             limits,
@@ -232,8 +239,8 @@ class EngineLoop:
         if self._is_stopped:
             return
         ends = leap.ends
-        last_s = ends[-1] - (ends[-2] if len(ends) > 1 else leap.begun_s)
-        result = self.engine.leap(leap.decoding, len(ends), draw_run, last_s)
+        steps_s = [end_s - begun_s for begun_s, end_s in pairwise([leap.begun_s, *ends])]
+        result = self.engine.leap(leap.decoding, steps_s, draw_run)
         for sequence in leap.decoding:
             self._content.decoded_run(sequence, len(ends))
         self.runner.num_steps += len(ends)

@@ -143,6 +143,11 @@ def test_continuous_usage_grows_strictly_up_to_the_exact_count(api: Api) -> None
     )
 
 
+def test_continuous_usage_alone_is_no_usage(api: Api) -> None:
+    body = {**SAMPLED, "messages": MESSAGES, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    assert '"usage"' not in api.http.post("/v1/chat/completions", json=body).text
+
+
 def test_a_stream_ends_with_done_and_is_one_event_per_paragraph(api: Api) -> None:
     text = api.http.post("/v1/completions", json={**SAMPLED, "prompt": "Hi", "stream": True}).text
     *chunks, done, rest = text.split("\n\n")

@@ -91,6 +91,19 @@ def test_many_steps_at_once_change_little_where_policies_learn() -> None:
             assert many[int(part * len(many))] == pytest.approx(single[int(part * len(single))], rel=0.05)
 
 
+def test_a_long_prompt_keeps_answers_beside_it_waiting_no_longer_than_the_workers_setting_allows() -> None:
+    trace = [TraceRequest(0.0, (1,), 64, 64, 400), TraceRequest(0.5, (2,), 8192, 8192, 2)]
+    gaps_s, ttfts_s = [], []
+    for pause_s in (0.02, 10.0):
+        run = Simulation(Settings(num_mixed=1, worker={"max_prefill_pause_s": pause_s}), trace).run()
+        answer, prompt = run.requests if run.requests[0].name == "r1" else reversed(run.requests)
+        gaps_s.append(answer.max_gap_s)
+        ttfts_s.append(prompt.ttft_s)
+    whole_s = Profile().step_s(8192, 8192 * 8193 // 2, 0, 0)
+    assert gaps_s[0] < 0.04 < whole_s < gaps_s[1]
+    assert ttfts_s[0] is not None and ttfts_s[1] is not None and ttfts_s[0] > ttfts_s[1]
+
+
 def test_a_small_pool_preempts_and_changes_no_token() -> None:
     profile = Profile(num_blocks=40, max_num_seqs=16)
     recipe = Recipe(requests=60, rate=20.0, prompt=300, output=250, turns=1.0, shared=0)

@@ -215,11 +215,13 @@ class Engine:
             return [], 0
         return leapers(self._scheduler, self._sequences)
 
-    def leap(self, decoding: list[Sequence], num_steps: int, draw: DrawRun, last_step_s: float) -> StepResult:
-        """Takes so many of the steps that `leapers` has found at once; the last one took `last_step_s`."""
-        leap(self._scheduler, self._sequences, decoding, num_steps, draw)
+    def leap(self, decoding: list[Sequence], steps_s: list[float], draw: DrawRun) -> StepResult:
+        """Takes at once some of the steps that `leapers` has found: one for each of `steps_s`, which says how long it took."""
+        leap(self._scheduler, self._sequences, decoding, len(steps_s), draw)
+        for step_s in steps_s:
+            self._scheduler.pace.took(step_s, len(decoding), 0, 0)
         context = sum([sequence.num_computed - 1 for sequence in decoding])
-        self.last_step, self.made_no_progress = StepWork(last_step_s, len(decoding), context), False
+        self.last_step, self.made_no_progress = StepWork(steps_s[-1], len(decoding), context), False
         result = self._sequences.take_pending()
         result.kv_event = self._kv.take_event()
         return result
