@@ -33,6 +33,8 @@ BODIES: dict[str, tuple[type[BaseModel], ...]] = {
 }
 """By path: the bodies whose fields are tried there."""
 _INT64 = 2**63 - 1
+_WIDEST = DEFAULT_LIMITS.logprobs - 2
+"""Beams: two tokens end a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Extremes:
         text, ids = "the sky is blue and ", [5 + place % (self._vocab_size - 5) for place in range(self._full)]
         numbers = {
             "temperature": (0, 1e-9, 2, 10**400),
-            "top_p": (1e-9, 1),
+            "top_p": (0, 1e-9, 1),
             "top_k": (-1, 1, self._vocab_size, _INT64),
             "min_p": (0, 1),
             "presence_penalty": (-2, 2),
@@ -116,12 +118,21 @@ class Extremes:
             "min_tokens": (3, _INT64),
             "priority": (-(2**31) + 1, 2**31 - 1),
             "n": (self._config.max_n, self._config.max_n + 1, 10**400),
+            "best_of": (self._config.max_n, self._config.max_n + 1, 10**400),
+            "length_penalty": (-10, 10, 10**400),
+            "beam_width": (_WIDEST, _WIDEST + 1, 10**400),
             "max_tokens": (self._max_len - 64, _INT64),
             "max_completion_tokens": (self._max_len - 64, _INT64),
             "top_logprobs": (20, 21),
         }
         values = {name: [{name: value} for value in tried] for name, tried in numbers.items()}
         values["top_logprobs"] = [{**each, "logprobs": True} for each in values["top_logprobs"]]
+        beams = {"use_beam_search": True, "max_tokens": 8}
+        values |= {name: [{**beams, **each} for each in values[name]] for name in ("length_penalty", "beam_width")}
+        values["use_beam_search"] = [{**beams, "best_of": _WIDEST}, {**beams, "max_tokens": self._max_len - 64}]
+        values["early_stopping"] = [
+            {**beams, "beam_width": _WIDEST, "early_stopping": value} for value in (True, "never")
+        ]
         flags = (
             "stream",
             "ignore_eos",

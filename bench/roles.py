@@ -297,7 +297,7 @@ def main() -> int:
         audit = Audit(cluster)
         began_s = time.monotonic()
         told = asyncio.run(automatic(cluster, audit, prompts, answers, args.switches, args.kill_every, args.limit))
-        wait_until(lambda: len(cluster.workers()) == NUM_WORKERS, 120, "all workers")
+        wait_until(lambda: len(cluster.workers()) == NUM_WORKERS, "all workers")
         ended = audit.switches("controller")
         outcomes = Counter("done" if "done" in steps else "rolled back" for steps in ended)
         result["automatic"] = {**told, "switches": len(ended), **outcomes, "wall_s": time.monotonic() - began_s}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from cluster.actors.held_ports import PortHolder
+from cluster.actors.waiting import remove_actors, stop_actors, wait_ready, watched
 from cluster.config import ClusterConfig
-from cluster.console.output import StepPrinter, loading_text
+from cluster.console.output import StepPrinter
 from cluster.identity.local import certified, needs_certificates, publish
 from cluster.preflight import (
     check_cache_folder,
@@ -35,26 +36,11 @@ from cluster.ray_session.processes import Process
 from cluster.ray_session.room import watch_room
 from cluster.ray_session.running import note
 from cluster.ray_session.session import RaySession, join_ray, start_ray
+from cluster.steps import AT_ONCE, all_of, bounded
 from cluster.store.actor_store import STORE_HOST_NAME
 from router.https import Certificate
-from workers.errors import BatonError, InvalidConfig
+from workers.errors import InvalidConfig
 from workers.machine.limits import usable_cpus
-from workers.status import LoadProgress
-
-T = TypeVar("T")
-
-AT_ONCE = 16
-"""Actors that are placed, and entries of the store that are written, at the same time."""
-
-
-LOOK_EVERY_S = 2.0
-"""How often workers that load are asked how far they have come."""
-AGAIN_S = 0.5
-"""Between two attempts at what others must have started."""
-
-
-class StartFailed(BatonError):
-    """A step of the start failed or hung; the message says which one and what to do."""
 
 
 @dataclass(slots=True)
@@ -257,77 +243,6 @@ async def _populate(cluster: Cluster, progress: StepPrinter) -> None:
                 await bounded(actor.until_ready.remote(), config.start_timeout_s, f"{name} found no workers")
 
 
-async def all_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Does all of them, AT_ONCE at a time. The first failure is raised, but not before every job has ended: what the others
-    made is known then, and can be taken down.
-    """
-    free = asyncio.Semaphore(AT_ONCE)
-
-    async def one(job: Coroutine[Any, Any, None]) -> None:
-        async with free:
-            await job
-
-    for end in await asyncio.gather(*(one(job) for job in jobs), return_exceptions=True):
-        if isinstance(end, BaseException):
-            raise end
-
-
-async def wait_ready(actors: dict[str, Any], timeout_s: float) -> None:
-    """Waits for all; the first failure ends it and names the actor. Raises InvalidConfig, ActorFailed, StartFailed."""
-    waiting = {asyncio.ensure_future(_ready(name, actor)): name for name, actor in actors.items()}
-    try:
-        async with asyncio.timeout(timeout_s):
-            for done in asyncio.as_completed(waiting):
-                await done
-    except TimeoutError:
-        late = ", ".join(sorted(name for task, name in waiting.items() if not task.done()))
-        raise StartFailed(
-            f"{late} did not start within {timeout_s:g} s; is the machine too busy? (start_timeout_s sets the limit)"
-        ) from None
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-
-@asynccontextmanager
-async def watched(workers: Mapping[str, Any], progress: StepPrinter) -> AsyncIterator[None]:
-    """Says in the meantime how far the workers have come with their checkpoint."""
-
-    async def ask(name: str, actor: Any, into: dict[str, LoadProgress]) -> None:
-        with suppress(Exception):  # what is wrong with an actor, whoever waits for it hears
-            found = await actor.loading.remote()
-            if found.num_bytes_read < found.num_bytes:
-                into[name] = found
-
-    async def watch() -> None:
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            coming: dict[str, LoadProgress] = {}
-            asking = [asyncio.ensure_future(ask(name, actor, coming)) for name, actor in workers.items()]
-            try:
-                await asyncio.wait(asking, timeout=LOOK_EVERY_S)
-            finally:
-                for each in asking:
-                    each.cancel()
-            if coming:
-                progress.note(loading_text(coming))
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-
-
-async def _ready(name: str, actor: Any) -> None:
-    from cluster.ray_session.failures import told  # needs Ray, whose import would hold up the preflight
-
-    with told(name):
-        await actor.ready.remote()
-
-
 def _reachable(url: str) -> str:
     """A router that listens on every address is reached here at the loopback one."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
@@ -354,87 +269,3 @@ async def _take_down(cluster: Cluster | None, folder: str, progress: StepPrinter
             left = await asyncio.to_thread(end_local, folder, 3.0) if folder else ()
     if left:
         progress.say(f"could not end these processes: {', '.join(str(process.pid) for process in left)}")
-
-
-async def leave(actor: Any, name: str, timeout_s: float, progress: StepPrinter) -> None:
-    """Lets a worker's requests move to others before it goes; a router has none to move."""
-    if not hasattr(actor, "leave"):
-        return
-    with suppress(Exception), progress.step(f"moving requests away from {name}"):
-        async with asyncio.timeout(timeout_s + 1.0):
-            if not await actor.leave.remote():
-                progress.say(f"{name} still has requests; they are run again elsewhere")
-
-
-async def stop_actors(actors: list[Any], timeout_s: float) -> None:
-    """Asks the actors to stop, all at once, and waits at most `timeout_s` for them."""
-    if actors:
-        stops = [asyncio.ensure_future(_stop(actor)) for actor in actors]
-        _, late = await asyncio.wait(stops, timeout=timeout_s)
-        for task in late:
-            task.cancel()
-
-
-async def _stop(actor: Any) -> None:
-    with suppress(Exception):  # an actor that is gone needs no stop
-        await actor.stop.remote()
-
-
-def remove_actors(actors: list[Any]) -> None:
-    """Ends the actors' processes for good."""
-    import ray
-
-    for actor in actors:
-        with suppress(Exception):
-            ray.kill(actor, no_restart=True)
-
-
-async def ask_head(work: Callable[[], object], timeout_s: float) -> bool:
-    """Runs what waits for Ray's head in a thread that nothing else waits for: a head that is gone would hold it for minutes.
-
-    False when that took longer than `timeout_s`. What the work raises is not for who ends.
-    """
-    done = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def run() -> None:
-        with suppress(Exception):
-            work()
-        with suppress(RuntimeError):  # the loop may have ended meanwhile
-            loop.call_soon_threadsafe(done.set)
-
-    threading.Thread(target=run, name="ask-head", daemon=True).start()
-    try:
-        async with asyncio.timeout(timeout_s):
-            await done.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
-async def bounded(work: Awaitable[T], timeout_s: float, what: str) -> T:
-    """Raises StartFailed with `what` when the work takes too long."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await work
-    except TimeoutError:
-        raise StartFailed(f"{what} within {timeout_s:g} s (start_timeout_s sets the limit)") from None
-
-
-async def patiently(attempt: Callable[[], Awaitable[object]], timeout_s: float, progress: StepPrinter) -> None:
-    """Repeats what fails because others are still starting, as containers of one deployment do, and says why it waits. After
-    `timeout_s` it raises what the last attempt raised.
-    """
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    said = ""
-    while True:
-        try:
-            await attempt()
-            return
-        except BatonError as error:
-            if asyncio.get_running_loop().time() >= deadline:
-                raise
-            if str(error) != said:
-                said = str(error)
-                progress.say(f"  not yet: {said}")
-        await asyncio.sleep(AGAIN_S)

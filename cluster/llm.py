@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -14,6 +14,7 @@ from cluster.aliases import BLOCKS, BY_KEYWORD, check_kv_dtype, kv_bytes, read_d
 from cluster.hub import HubConfig, fetch, is_repository
 from cluster.preflight import check_model
 from cluster.settings import build, lay
+from router.api.beam_requests import Searches
 from router.api.grammar_check import check_job
 from router.api.prompts import Prompt, read_chat, read_prompts
 from router.api.schema import CompletionBody, read_fields
@@ -27,12 +28,15 @@ from workers.request import Output, Request
 from workers.token_logprobs import TokenLogprob
 from workers.worker import make_engine
 
-__all__ = ["LLM", "Completion", "PromptCompletions", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "Completion", "PromptCompletions", "SamplingParams"]
 
 Message = Mapping[str, Any]
 
 _MANY = 1 << 30
-_BOUNDS = ApiConfig(max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY, max_alternatives=_MANY)
+_BOUNDS = ApiConfig(
+    max_n=_MANY, max_prompts=_MANY, max_choices=_MANY, max_prompt_scores=_MANY, max_alternatives=_MANY,
+    max_beam_tokens=1 << 62,
+)  # fmt: skip
 """Whoever calls has the process for himself."""
 _DEFAULT_TOKENS = 16
 """Of a prompt whose max_tokens is None; a conversation takes what room there is. Both as over HTTP."""
@@ -47,9 +51,21 @@ class SamplingParams(request.SamplingParams):
     response_format: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """As the fields of a request body of the same names; see router.api.beams.BeamPlan. `beam_width` beams come back."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    logprobs: int | None = None
+
+
 @dataclass(slots=True)
 class Completion:
-    """One choice. `logprobs` has one entry a token when asked for."""
+    """One choice. `logprobs` has one entry a token when asked for; `cumulative_logprob` is their sum, of a beam."""
 
     index: int
     text: str = ""
@@ -57,6 +73,7 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(slots=True)
@@ -106,16 +123,42 @@ class LLM:
         `params` is one SamplingParams for all or one a prompt; their fields may be spelled as in a request body, such as
         `stop="END"`. Raises InvalidRequest before anything runs.
         """
-        asked = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
-        if asked and isinstance(asked[0], int):
-            asked = [asked]
+        return self._generate(self._read(prompts), params, n, progress, _DEFAULT_TOKENS, "prompt")
+
+    def beam_search(
+        self,
+        prompts: str | Iterable[str] | Sequence[int] | Iterable[Sequence[int]],
+        params: BeamSearchParams,
+        *,
+        progress: bool = True,
+    ) -> list[PromptCompletions]:
+        """The best beams of each prompt (texts or token ids), the best first. Raises InvalidRequest before anything runs."""
+        read, wanted = self._read(prompts), asdict(params)
+        if not read:
+            return []
+        body = read_fields(CompletionBody, {**wanted, "prompt": None, "use_beam_search": True, "n": params.beam_width})
         info, tokenizer = self._model.info, self._model.tokenizer
-        read = [
-            prompt
-            for one in asked
-            for prompt in read_prompts(list(one) if isinstance(one, tuple) else one, tokenizer, info, True)
+        job = make_job(body, info, tokenizer, _BOUNDS, read, "prompt", _DEFAULT_TOKENS, params.logprobs)
+        assert job.beams is not None
+        searches = Searches(job.beams, job.requests, params.logprobs or 0)
+        with self._lock, tqdm(total=params.max_tokens, disable=not progress, unit="tok", dynamic_ncols=True) as bar:
+            while asked := searches.ask():
+                generation, scored = PromptCompletions(None, [], []), [Completion(0) for _ in asked]
+                self._run([(one, generation, own) for one, own in zip(asked, scored, strict=True)], progress=False)
+                searches.advance([own.logprobs[0] for own in scored])
+                bar.update()
+        outputs, logprobs = searches.outputs(tokenizer, info.max_model_len), searches.logprobs
+        told = [
+            Completion(
+                number % params.beam_width, output.text, list(output.token_ids), list(output.logprobs),
+                str(output.finish_reason), output.stop_reason, logprob,
+            )
+            for number, (output, logprob) in enumerate(zip(outputs, logprobs, strict=True))
+        ]  # fmt: skip
+        return [
+            PromptCompletions(prompt.text, list(prompt.token_ids), told[place * job.n : (place + 1) * job.n])
+            for place, prompt in enumerate(read)
         ]
-        return self._generate(read, params, n, progress, _DEFAULT_TOKENS, "prompt")
 
     def chat(
         self,
@@ -152,6 +195,18 @@ class LLM:
                 )
             )
         return self._generate(read, params, n, progress, self._model.info.max_model_len, "messages")
+
+    def _read(self, prompts: str | Iterable[str] | Sequence[int] | Iterable[Sequence[int]]) -> list[Prompt]:
+        """Texts or token ids, one or several. Raises InvalidRequest."""
+        asked = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
+        if asked and isinstance(asked[0], int):
+            asked = [asked]
+        info, tokenizer = self._model.info, self._model.tokenizer
+        return [
+            prompt
+            for one in asked
+            for prompt in read_prompts(list(one) if isinstance(one, tuple) else one, tokenizer, info, True)
+        ]
 
     def _generate(
         self,

@@ -10,6 +10,7 @@ import time
 from typing import Any, TextIO
 
 from cluster.config import LogConfig
+from workers.log_context import logged_about
 
 PACKAGES = ("cluster", "router", "workers")
 """Whose messages `log.level` is about; of other packages warnings are written."""
@@ -45,8 +46,8 @@ class Formatter(logging.Formatter):
 
 
 def _about(record: logging.LogRecord) -> dict[str, str]:
-    """Of the request that a message says it is about; see workers.request.Request.log_fields."""
-    named: dict[str, Any] = record.__dict__
+    """Of the request that a message says it is about, or else the task that writes it; see workers.request.Request.log_fields."""
+    named: dict[str, Any] = record.__dict__ if hasattr(record, "request_id") else {**logged_about()}
     trace = str(named.get("traceparent") or "").split("-")
     return {
         **({"request_id": str(named["request_id"])} if named.get("request_id") else {}),

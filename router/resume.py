@@ -216,8 +216,9 @@ def _split(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         *whole, rest = (rest + text).split("\n\n")
         for event in whole:
-            if event and not event.startswith(":"):
-                yield f"{event}\n\n"
+            lines = [line for line in event.split("\n") if not line.startswith(":")]
+            if any(lines):
+                yield "\n".join([*lines, "", ""])
 
 
 def _field(event: str, name: str) -> str:

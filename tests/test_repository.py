@@ -42,7 +42,7 @@ def test_dependencies_point_one_way(room: str, forbidden: set[str]) -> None:
 
 FLOORS = {
     "workers": (
-        "errors", "state_table", "deadlines", "shares", "checkpoint_files", "limits", "token_logprobs", "request", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
+        "errors", "state_table", "deadlines", "shares", "checkpoint_files", "limits", "token_logprobs", "request", "log_context", "status", "config", "trust", "machine", "kv_memory", "runner", "model/checkpoint", "text", "sampling", "grammar", "kv_cache", "scheduler",
         "kv_tiers", "engine", "pb", "wire", "transports", "handoff/protocol", "handoff", "tracing", "trace_export", "serving",
         "model/parallel", "model/decoder", "model/native", "model/cpu", "model/cuda/kernels", "model/cuda",
         "model", "group", "worker", "group_worker",
@@ -52,7 +52,7 @@ FLOORS = {
         "requests", "core", "roles", "backend", "driver", "direct", "api", "http_protocol", "http_server", "https", "listening", "server",
     ),
     "cluster": (
-        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "logs", "tenants", "membership", "roles", "console", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
+        "settings", "aliases", "hub", "secret_files", "store", "roles/config", "config", "logs", "tenants", "membership", "roles", "console", "steps", "ray_session", "probes", "actors", "preflight", "identity", "lifecycle", "doctor", "llm", "local_backend", "batch", "sim",
         "commands", "cli",
     ),
 }  # fmt: skip

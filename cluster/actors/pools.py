@@ -35,7 +35,8 @@ class Pools:
 
     def create_store_host(self, outlive: bool = False) -> Any:
         """The host of the store; the running one, if there is one already. `outlive`: it stays when this process has left Ray."""
-        options = {**self._options(STORE_HOST_NAME), "get_if_exists": True}
+        # Renewed leases would be most of what Ray's timeline shows.
+        options = {**self._options(STORE_HOST_NAME), "get_if_exists": True, "enable_task_events": False}
         if outlive:
             options |= {"lifetime": "detached", "scheduling_strategy": "DEFAULT"}
         return ray.remote(StoreHost).options(**options).remote()

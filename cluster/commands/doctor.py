@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         found += look_at_ray(config.ray.address if config is not None else "")
         found += look_at_router(url, keys["admin"])
         if args.ask and is_well(found):
-            found += ask(url, keys["api"])
+            found += ask(url, keys["api"], keys["admin"])
     if args.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:

@@ -84,7 +84,8 @@ def run_worker(args: argparse.Namespace) -> int:
         return pools.create_worker(args.name, Role(args.role))
 
     own = members([args.name], [])
-    work = _attach(config, args.name, own, create, progress, args.start_node, args.probe_port)
+    end_s = config.stop_timeout_s
+    work = _attach(config, args.name, own, create, end_s, progress, args.start_node, args.probe_port)
     return run_until_stopped(work, "", progress)
 
 
@@ -104,15 +105,16 @@ def run_router(args: argparse.Namespace) -> int:
         return pools.create_router(args.name)
 
     own = members([], [args.name])
-    return run_until_stopped(_attach(config, args.name, own, create, progress), "", progress)
+    end_s = config.router.shutdown_timeout_s + config.stop_timeout_s
+    return run_until_stopped(_attach(config, args.name, own, create, end_s, progress), "", progress)
 
 
 async def _serve_here(config: ClusterConfig, name: str, progress: StepPrinter) -> int:
     """A router in this process, until cancelled. Raises InvalidConfig."""
     from cluster.actors.router_actor import RouterActor
     from cluster.identity.local import needs_certificates
-    from cluster.lifecycle import patiently
     from cluster.preflight import check_store
+    from cluster.steps import patiently
 
     if config.store.url == "memory" or not config.store.secret_file:
         raise InvalidConfig("--without-ray needs the store in Redis (--store redis://...) and store.secret_file")
@@ -139,19 +141,22 @@ async def _attach(
     name: str,
     own: list[tuple[Party, ...]],
     create: Callable[[Pools], Any],
+    end_s: float,
     progress: StepPrinter,
     starts_node: bool = False,
     probe_port: int = 0,
 ) -> int:
-    """Creates the actor, shows what becomes of it until cancelled, then removes it. Raises RayDied when its own node ends."""
+    """Creates the actor, shows what becomes of it until cancelled, then removes it, for which it has `end_s`. Raises RayDied
+    when its own node ends."""
     from cluster.actors.pools import Pools
+    from cluster.actors.waiting import ask_head, leave, remove_actors, stop_actors, wait_ready, watched
     from cluster.commands.running import tell_changes
     from cluster.identity.local import join, needs_certificates
-    from cluster.lifecycle import ask_head, leave, patiently, remove_actors, stop_actors, wait_ready, watched
     from cluster.preflight import check_store
     from cluster.probes import Probes, ProbeServer
     from cluster.ray_session.failures import told
     from cluster.ray_session.node import END_S, while_it_lives
+    from cluster.steps import patiently
     from cluster.store.actor_store import STORE_HOST_NAME
     from cluster.store.open import open_store
 
@@ -185,12 +190,16 @@ async def _attach(
                 async with watched({name: actor}, progress):
                     await wait_ready({name: actor, **pools.ranks_of(name)}, config.start_timeout_s)
             with told(name):
-                print(f"{name} serves at {await actor.ready.remote()}; Ctrl-C removes it", flush=True)
+                address = await actor.ready.remote()
+
+            def announce() -> None:
+                print(f"{name} serves at {address}; Ctrl-C removes it", flush=True)
 
             def on_members(names: frozenset[str]) -> None:
                 probes.is_ready = name in names
 
-            await tell_changes(config, progress, name, on_members)
+            store = open_store(config.store, config.ray.namespace, progress.say)
+            await tell_changes(store, config.store.lease_ttl_s, progress, announce, name, on_members)
 
         try:
             with suppress(asyncio.CancelledError):
@@ -202,7 +211,7 @@ async def _attach(
             if actor is not None:
                 await leave(actor, name, config.worker.drain_timeout_s, progress)
                 with progress.step(f"removing {name}"):
-                    await stop_actors([actor], config.router.shutdown_timeout_s + config.stop_timeout_s)
+                    await stop_actors([actor], end_s)
                     if starts_node:
                         await _forget(config, name)
 
@@ -222,10 +231,11 @@ async def _joined(
     config: ClusterConfig, starts_node: bool, progress: StepPrinter
 ) -> AsyncIterator[tuple[ClusterConfig, RaySession, Any]]:
     """Connected to Ray, by a node of its own where it `starts_node`; the configuration with what is known of this host now."""
-    from cluster.lifecycle import bounded, patiently, rearm_signals, with_secret
+    from cluster.lifecycle import rearm_signals, with_secret
     from cluster.ray_session.node import outlive_head, plan_member, running_node
     from cluster.ray_session.running import with_ray
     from cluster.ray_session.session import LOOPBACK, check_listens, join_ray
+    from cluster.steps import bounded, patiently
 
     ray = config.ray
     async with AsyncExitStack() as stack:
@@ -252,7 +262,7 @@ async def _joined(
 
 async def _watch(probes: Probes, actor: Any) -> None:
     async def answers() -> object:
-        return await actor.pid.remote()
+        return await actor.pid.options(enable_task_events=False).remote()  # no news for Ray's timeline
 
     await probes.watch(answers)
 

@@ -81,9 +81,9 @@ async def _keep(plan: NodePlan, host: str, port: int, what: str, timeout_s: floa
     """Stays with the node until cancelled. Raises RayDied when it ends by itself."""
     from contextlib import AsyncExitStack, closing
 
-    from cluster.lifecycle import bounded
     from cluster.probes import Probes, ProbeServer
     from cluster.ray_session.node import running_node
+    from cluster.steps import bounded
 
     probes = Probes()
     async with AsyncExitStack() as stack:

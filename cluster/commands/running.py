@@ -6,18 +6,17 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 
 from cluster.commands.flags import INTERRUPTED, OPERATOR_ERROR
-from cluster.config import ClusterConfig
 from cluster.console.output import StepPrinter, generation_text
-from cluster.lifecycle import StartFailed
 from cluster.membership.membership import Registration
 from cluster.membership.registration import follow_members
 from cluster.ray_session.deaths import RayDied
-from cluster.store.open import open_store
+from cluster.steps import StartFailed
+from cluster.store.store import Store
 from workers.machine.limits import memory_kills
 
 
@@ -75,24 +74,27 @@ def _leave(exit_code: int) -> NoReturn:
 
 
 async def tell_changes(
-    config: ClusterConfig,
+    store: Store,
+    lease_ttl_s: float,
     progress: StepPrinter,
+    announce: Callable[[], None],
     only: str | None = None,
     on_members: Callable[[frozenset[str]], None] = lambda _: None,
 ) -> None:
     """One line for each worker (or only that one) that goes, comes back or changes its role; until cancelled.
 
-    `on_members` is told all names after each change.
+    `announce` says that all is up, once it is known what is there: whatever changes after that is told. `on_members` is told all
+    names, then and after each change.
     """
-    store = open_store(config.store, config.ray.namespace, progress.say)
-    known: dict[str, Registration] | None = None
     kills = memory_kills()
-    async with aclosing(follow_members(store, config.store.lease_ttl_s)) as changes:
+    async with aclosing(follow_members(store, lease_ttl_s)) as changes:
+        known = _by_name(await anext(changes))
+        on_members(frozenset(known))
+        announce()
         async for workers in changes:
-            now = {worker.address.worker_id: worker for worker in workers}
-            before = now if known is None else known
-            for worker_id in sorted(now.keys() | before.keys()):
-                line = describe(worker_id, before.get(worker_id), now.get(worker_id))
+            now = _by_name(workers)
+            for worker_id in sorted(now.keys() | known.keys()):
+                line = describe(worker_id, known.get(worker_id), now.get(worker_id))
                 if line and only in (None, worker_id):
                     progress.say(line)
             known = now
@@ -102,6 +104,10 @@ async def tell_changes(
                     "the kernel has ended a process here for want of memory; lower worker.kv_memory_bytes, or start fewer workers"
                 )
                 kills = killed_now
+
+
+def _by_name(workers: Iterable[Registration]) -> dict[str, Registration]:
+    return {worker.address.worker_id: worker for worker in workers}
 
 
 def describe(worker_id: str, before: Registration | None, after: Registration | None) -> str:

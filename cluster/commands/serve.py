@@ -69,14 +69,20 @@ def run(args: argparse.Namespace) -> int:
 async def _serve(config: ClusterConfig, progress: StepPrinter, folder: str, detached: Detached | None) -> int:
     from cluster.commands.running import tell_changes
     from cluster.lifecycle import launched
+    from cluster.store.open import open_store
 
     async with launched(config, progress, folder) as cluster:
-        log = log_file(urlsplit(cluster.url).port or 0) if detached else None
-        print(banner(cluster, log), flush=True)
-        if detached and log:
-            detached.serves(log)
+
+        def announce() -> None:
+            log = log_file(urlsplit(cluster.url).port or 0) if detached else None
+            print(banner(cluster, log), flush=True)
+            if detached and log:
+                detached.serves(log)
+
+        store = open_store(cluster.config.store, cluster.config.ray.namespace, progress.say)
         with suppress(asyncio.CancelledError):
-            await cluster.until_ray_dies(tell_changes(cluster.config, progress), progress.say)
+            telling = tell_changes(store, cluster.config.store.lease_ttl_s, progress, announce)
+            await cluster.until_ray_dies(telling, progress.say)
     return 0
 
 

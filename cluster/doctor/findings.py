@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -189,17 +189,21 @@ def judge_workers(status: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def judge_answer(answer: Mapping[str, Any]) -> Finding:
-    """Of one request with `trace`."""
+def judge_answer(answer: Mapping[str, Any], prefill: Collection[str] = (), is_long: bool = False) -> Finding:
+    """Of one request with `trace`. `prefill`: workers that only prefill; `is_long`: its prompt is one for them."""
     ways = (answer.get("baton") or {}).get("choices") or [{}]
     way = ways[0]
     usage = answer.get("usage") or {}
     if not usage.get("completion_tokens"):
         return fail("request", "a completion came without tokens")
-    return ok(
-        "request",
-        f"{usage['completion_tokens']} tokens, prefill on {way.get('prefill_worker') or 'the same worker'}, decode on {way.get('decode_worker')}",
-    )
+    by, at = way.get("prefill_worker"), way.get("decode_worker")
+    if is_long and prefill and (not by or by == at):
+        return fail(
+            "request",
+            f"{at} computed a long prompt itself though {len(prefill)} workers prefill: handoffs fail; look at the logs of {at}, "
+            "and at baton_kv_handoff_recoveries_total",
+        )
+    return ok("request", f"{usage['completion_tokens']} tokens, prefill on {by or 'the same worker'}, decode on {at}")
 
 
 def is_well(findings: Iterable[Finding]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import random
 import shutil
 import time
 from contextlib import suppress
@@ -28,13 +29,16 @@ from cluster.doctor.findings import (
 )
 from cluster.doctor.ports import look_at_port
 from router.config import RouterConfig
+from router.requests.dispatch import UNBOUND_LOCAL_TOKENS
 from workers.errors import BatonError
 from workers.machine.limits import available_bytes, raise_file_limit, usable_cpus
 
-ASK_TIMEOUT_S = 120.0
+ASK_TIMEOUT_S = 300.0
 LOOK_TIMEOUT_S = 10.0
-_PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
-"""Long enough that a prefill worker computes it."""
+_SHORT_TOKENS = 128
+_LONG_TOKENS = UNBOUND_LOCAL_TOKENS + 64
+"""More than any decode worker is told to compute itself."""
+_NUM_ANSWERED = 8
 
 
 def version_of(package: str) -> str:
@@ -164,15 +168,23 @@ def look_at_router(url: str, admin_key: str) -> list[Finding]:
     return found
 
 
-def ask(url: str, api_key: str) -> list[Finding]:
-    """One completion and one stream, as a client would."""
-    body = {"prompt": _PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+def ask(url: str, api_key: str, admin_key: str = "") -> list[Finding]:
+    """One completion and one stream, as a client would. Where there are prefill workers the completion goes through one of them:
+    its prompt is new, and longer than what decode workers compute themselves."""
     try:
         with _client(url, ASK_TIMEOUT_S) as client:
+            prefill = _prefill_workers(client, admin_key)
+            models = client.get("/v1/models", headers=_bearer(api_key))
+            if models.status_code != 200:
+                return [fail("request", f"/v1/models is answered with {models.status_code}: {models.text[:200]}")]
+            room = int(models.json()["data"][0]["max_model_len"]) - _NUM_ANSWERED
+            num_tokens = max(1, min(room, _LONG_TOKENS if prefill else _SHORT_TOKENS))
+            prompt = [random.randrange(100, 1000) for _ in range(num_tokens)]
+            body = {"prompt": prompt, "max_tokens": _NUM_ANSWERED, "temperature": 0, "ignore_eos": True}
             answer = client.post("/v1/completions", json={**body, "trace": True}, headers=_bearer(api_key))
             if answer.status_code != 200:
                 return [fail("request", f"a completion is answered with {answer.status_code}: {answer.text[:200]}")]
-            found = [judge_answer(answer.json())]
+            found = [judge_answer(answer.json(), prefill, num_tokens > UNBOUND_LOCAL_TOKENS)]
             chunks = 0
             with client.stream(
                 "POST", "/v1/completions", json={**body, "stream": True}, headers=_bearer(api_key)
@@ -188,6 +200,15 @@ def ask(url: str, api_key: str) -> list[Finding]:
             return found
     except httpx.HTTPError as error:
         return [fail("request", f"no answer: {error}")]
+
+
+def _prefill_workers(client: httpx.Client, admin_key: str) -> frozenset[str]:
+    """Those that only prefill, where an admin key tells; without such a pool prompts are computed where they are decoded."""
+    status = client.get("/admin/status", headers=_bearer(admin_key))
+    views = status.json()["workers"] if status.status_code == 200 else ()
+    return frozenset(
+        view["status"]["worker_id"] for view in views if view["connected"] and view["status"]["role"] == "prefill"
+    )
 
 
 def _client(url: str, timeout_s: float) -> httpx.Client:

@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from router.api import sse
 from router.api.asking import Inquiry, as_first_asked
+from router.api.beam_requests import Searches
+from router.api.beam_run import BeamOutputs
 from router.api.callers import Account
 from router.api.event_ids import MAX_NUMBERED_CHOICES, CountIds, EventIds, NoIds, PositionIds
 from router.api.job_outputs import JobOutputs, unless_disconnected
@@ -27,10 +29,11 @@ from router.api.retelling import Retelling
 from router.api.services import Services
 from router.api.translate import Job
 from router.direct import DIRECT, DirectWriter
-from router.job_part import FoundJob
+from router.job_part import FoundJob, JobPart
 from router.policies.explain import route_of
+from router.wishes import Wishes
 from workers.errors import InvalidRequest, Refusal
-from workers.request import FinishReason, Output
+from workers.request import FinishReason, Output, Request
 from workers.tracing import clean_traceparent, start_span
 
 _log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class Answer(Response):
         """Of the choices, where what they say is to be told in other pieces than it comes in."""
         self._is_sent = False
         """The last of it is on its way."""
-        self._left: JobOutputs | None = None
+        self._left: JobOutputs | BeamOutputs | None = None
         """What goes on when its client has gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +127,7 @@ class Answer(Response):
                 requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
             try:
                 wishes = replace(job.wishes, explain=True) if span.traceparent else job.wishes
-                generation = await JobOutputs.open(services.backend, requests, heartbeat_s, wishes, parts)
+                generation = await self._open(requests, heartbeat_s, wishes, parts)
             except BaseException as error:
                 span.end(repr(error))
                 raise
@@ -148,6 +151,17 @@ class Answer(Response):
             if self._left is None:
                 progress.abandon()
                 generation.close()
+
+    async def _open(
+        self, requests: tuple[Request, ...], heartbeat_s: float | None, wishes: Wishes, parts: tuple[JobPart, ...]
+    ) -> JobOutputs | BeamOutputs:
+        services, job = self._services, self._job
+        if job.beams is None:
+            return await JobOutputs.open(services.backend, requests, heartbeat_s, wishes, parts)
+        model = services.backend.model
+        assert model is not None, "the job was read for a model"
+        searches = Searches(job.beams, requests, job.logprobs or 0)
+        return BeamOutputs(searches, services.backend, services.tokenizer, model.max_model_len, wishes)
 
     def _number(self, found: FoundJob | None) -> None:
         """Chooses how events are numbered, and makes what it takes to tell them from where the client has come to."""
@@ -176,7 +190,7 @@ class Answer(Response):
                 yield index, piece
 
     async def _send_whole(
-        self, generation: JobOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
+        self, generation: JobOutputs | BeamOutputs, progress: JobProgress, scope: Scope, receive: Receive, send: Send
     ) -> None:
         await self._gather(generation, progress)
         answer = self._shape.whole(progress)
@@ -191,7 +205,7 @@ class Answer(Response):
         self._is_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _gather(self, generation: JobOutputs, progress: JobProgress) -> None:
+    async def _gather(self, generation: JobOutputs | BeamOutputs, progress: JobProgress) -> None:
         while progress.num_unfinished:
             batch = await generation.next_batch()
             if self._retellings:
@@ -201,7 +215,9 @@ class Answer(Response):
             for index, output in batch:
                 progress.accept(index, output, time.monotonic())
 
-    async def _send_stream(self, generation: JobOutputs, progress: JobProgress, scope: Scope, send: Send) -> None:
+    async def _send_stream(
+        self, generation: JobOutputs | BeamOutputs, progress: JobProgress, scope: Scope, send: Send
+    ) -> None:
         """Headers go out with the first output or heartbeat; a failure before that has its own HTTP status."""
         is_open = False
 

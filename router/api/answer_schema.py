@@ -55,6 +55,8 @@ class _Generated(_Answer):
     created: int
     model: str
     usage: Usage | None = None
+    service_tier: None = None
+    system_fingerprint: None = None
     baton: dict[str, Any] | None = None
     """Where and how it ran, where `trace` was asked for."""
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 CREATED_HEADER = "x-baton-created"
 """When a client first sent a request that it sends again: its answer says so, and is the same byte for byte."""
 WAIT_S = 0.1
+MOST_WAIT_S = 0.5
+"""Between two questions to all workers."""
 MAX_WAIT_S = 60.0
 """How long a request that is sent again waits for the first one, which waits for a worker."""
 
@@ -228,12 +230,12 @@ class Seeker:
     async def find(self, job: str, waits: bool = True) -> FoundJob:
         """Where a job is; with `waits` one that waits here for a worker is waited for."""
         found = await self._backend.find(job)
-        waited_s = 0.0
+        waited_s, wait_s = 0.0, WAIT_S
         while waits and not found.requests and found.is_waiting:
             if waited_s >= MAX_WAIT_S:
                 raise Refused(Refusal.QUEUE_FULL, "the request still waits for a worker; ask again later", 1.0)
-            await asyncio.sleep(WAIT_S)
-            waited_s += WAIT_S
+            await asyncio.sleep(wait_s)
+            waited_s, wait_s = waited_s + wait_s, min(MOST_WAIT_S, 1.5 * wait_s)
             found = await self._backend.find(job)
         return found
 

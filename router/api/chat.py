@@ -10,7 +10,15 @@ from fastapi import Request as HttpRequest
 
 from router.api.answer import Answer
 from router.api.asking import AnswerKind, Reading, read_asked
-from router.api.choice_fields import LogprobWriter, about_prompt, end_of_choice, end_of_piece, more_fields
+from router.api.choice_fields import (
+    OF_NO_PROMPT,
+    OF_NO_SERVICE,
+    LogprobWriter,
+    about_prompt,
+    end_of_choice,
+    end_of_piece,
+    more_fields,
+)
 from router.api.chunk_writer import ChunkWriter
 from router.api.job_progress import Choice, JobProgress
 from router.api.message import MessageReader, whole_message
@@ -103,17 +111,17 @@ class ChatShape:
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
         answer = self._fixed("chat.completion")
-        if self._job.speech.is_read:  # now: usage counts what is read
+        shown = enumerate(progress.shown())
+        if self._job.speech.is_read:  # now, and also what is not shown: usage counts what is read
             read = [whole_message(self._job, choice) for choice in progress.choices]
-            messages: Iterable[tuple[dict[str, Any], str | None]] = read
+            choices = (self._choice(number, choice, *read[choice.index]) for number, choice in shown)
         else:
-            messages = ((_plain_message(choice), None) for choice in progress.choices)
-        answer["choices"] = lazy_each(
-            self._choice(choice, *message) for choice, message in zip(progress.choices, messages, strict=True)
-        )
-        return answer | self._about_prompt(progress.choices[0]) | usage_and_trace(self._job, progress)
+            choices = (self._choice(number, choice, _plain_message(choice), None) for number, choice in shown)
+        answer["choices"] = lazy_each(choices)
+        about_prompt = OF_NO_PROMPT | self._about_prompt(progress.choices[0])
+        return answer | OF_NO_SERVICE | about_prompt | usage_and_trace(self._job, progress)
 
-    def _choice(self, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    def _choice(self, number: int, choice: Choice, message: dict[str, Any], reason: str | None) -> dict[str, Any]:
         entries = [entry for output in choice.outputs for entry in output.logprobs]
         content = lazy_list(
             len(entries),
@@ -121,7 +129,7 @@ class ChatShape:
             self._logprobs.size,
         )
         written: dict[str, Any] = {
-            "index": choice.index,
+            "index": number,
             "message": {"role": "assistant", **message},
             "logprobs": None if self._job.logprobs is None else {"content": content},
         }

@@ -27,7 +27,11 @@ def end_of_piece(job: Job, output: Output, reason: str | None = None) -> str:
 
 def end_of_choice(job: Job, choice: Choice) -> dict[str, Any]:
     """The same of a whole answer."""
-    fields: dict[str, Any] = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+    fields: dict[str, Any] = {
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+        "token_ids": None,
+    }
     if job.return_token_ids:
         fields["token_ids"] = [token_id for output in choice.outputs for token_id in output.token_ids]
     return fields
@@ -48,6 +52,12 @@ def about_prompt(job: Job, tokenizer: Tokenizer, choice: Choice) -> dict[str, An
     if job.prompt_logprobs is not None:
         fields["prompt_logprobs"] = write_prompt_logprobs(tokenizer, choice, job.prompt_logprobs)
     return fields
+
+
+OF_NO_PROMPT: dict[str, Any] = {"prompt_token_ids": None, "prompt_logprobs": None}
+"""In a whole answer where they were not asked for: clients read them as attributes."""
+OF_NO_SERVICE: dict[str, Any] = {"service_tier": None, "system_fingerprint": None}
+"""So these of OpenAI's."""
 
 
 class LogprobWriter:

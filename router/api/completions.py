@@ -11,6 +11,8 @@ from fastapi import Request as HttpRequest
 from router.api.answer import Answer
 from router.api.asking import AnswerKind, Reading, read_asked
 from router.api.choice_fields import (
+    OF_NO_PROMPT,
+    OF_NO_SERVICE,
     CompletionLogprobs,
     LogprobWriter,
     about_prompt,
@@ -92,16 +94,16 @@ class CompletionShape:
         return ()
 
     def whole(self, progress: JobProgress) -> dict[str, Any]:
-        choices = lazy_each(self._choice(choice) for choice in progress.choices)
-        return {**self._fixed(), "choices": choices, **usage_and_trace(self._job, progress)}
+        choices = lazy_each(self._choice(number, choice) for number, choice in enumerate(progress.shown()))
+        return {**self._fixed(), "choices": choices, **OF_NO_SERVICE, **usage_and_trace(self._job, progress)}
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, number: int, choice: Choice) -> dict[str, Any]:
         written: dict[str, Any] = {
-            "index": choice.index,
+            "index": number,
             "text": self._echo(choice) + "".join(output.text for output in choice.outputs),
             "logprobs": None if self._job.logprobs is None else self._scores(choice, choice.outputs),
         }
-        return written | end_of_choice(self._job, choice) | self._about_prompt(choice)
+        return written | end_of_choice(self._job, choice) | OF_NO_PROMPT | self._about_prompt(choice)
 
     def _echo(self, choice: Choice) -> str:
         if not self._job.echo:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
 from router.api.formats import grammars
 from router.api.structure import Wanted, subschemas
@@ -16,6 +15,7 @@ from router.api.translate import Job
 from workers.errors import InvalidRequest, Refusal, Refused
 from workers.grammar.language import MISSING, engine_name
 from workers.grammar.vocabulary import GrammarVocabulary
+from workers.machine.threads import started_threads
 from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class GrammarChecks:
         if engine_name():
             self._vocabulary = GrammarVocabulary(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids))
         self._sound: OrderedDict[bytes, None] = OrderedDict()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
+        self._pool = started_threads(1, "grammar-check")
         self._num_waiting = 0
 
     async def check(self, job: Job, wanted: Wanted, model: ModelInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -153,6 +154,16 @@ class JobProgress:
             self._metrics.prompt_tokens.inc(self.prompt_tokens)
             self._metrics.cached_tokens.inc(self.cached_tokens)
 
+    def shown(self) -> list[Choice]:
+        """Of a finished job, the choices that its answer shows."""
+        job, every = self.job, list(self.choices)
+        if not job.num_best:
+            return every
+        prompts = [every[start : start + job.n] for start in range(0, len(every), job.n)]
+        if job.beams is None:
+            prompts = [sorted(own, key=_likelihood, reverse=True) for own in prompts]
+        return [choice for own in prompts for choice in own[: job.num_best]]
+
     def go_on_to(self, num_tokens: int) -> None:
         """So many tokens were generated in all, the last of them for nobody."""
         num_new = num_tokens - self.completion_tokens
@@ -194,6 +205,11 @@ class JobProgress:
             "tpot_s": sum(span for span, count in spans if count > 0) / gaps if gaps else None,
             "total_s": max(choice.last_s for choice in self.choices) - self._start_s,
         }
+
+
+def _likelihood(choice: Choice) -> float:
+    """The logarithm, of all tokens that were drawn."""
+    return math.fsum(entry.logprob for output in choice.outputs for entry in output.logprobs)
 
 
 def _add_scores(choice: Choice, parts: tuple[PromptScores, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -148,6 +148,10 @@ def describe(error: BaseException) -> Problem:
 async def answer_problem(http: HttpRequest, error: Exception) -> Response:
     """FastAPI's exception handler for everything that is raised on purpose."""
     problem = describe(error)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        problem = replace(
+            problem, message=f"there is no {http.scope['path']:.200} here: GET /openapi.json names what there is"
+        )
     note_refusal(http.scope, problem)
     response = problem.response(http.scope["path"])
     if isinstance(error, HTTPException) and error.headers:

@@ -14,6 +14,7 @@ from workers.status import ModelInfo
 from workers.text.tokenizer import Tokenizer
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 _UNSUPPORTED_KEYS = ("function_call", "audio")
 _RESERVED_NAMES = frozenset(("self", "messages", "tools", "add_generation_prompt"))
 
@@ -72,7 +73,14 @@ def read_prompts(
 
 
 def check_length(num_tokens: int, info: ModelInfo, param: str, max_tokens: int = 1, at_least: bool = False) -> None:
-    """Raises Rejected when prompt and output cannot both fit the context. `at_least`: there may be more tokens."""
+    """Raises Rejected when prompt and output cannot both fit the context. `at_least`: there may be more tokens. Where the prompt
+    would fit with a shorter output it is max_tokens that is wrong: clients shorten their history on `context_length_exceeded`."""
+    if num_tokens < info.max_model_len < num_tokens + max_tokens:
+        raise InvalidRequest(
+            f"with {num_tokens} tokens in {param}, max_tokens is at most {info.max_model_len - num_tokens} here, not {max_tokens}; "
+            "clamp_max_tokens: true cuts it to that",
+            "max_tokens",
+        )
     if num_tokens + max_tokens > info.max_model_len:
         message = (
             f"this model's maximum context length is {info.max_model_len} tokens; "
@@ -217,23 +225,33 @@ def _read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InvalidRequest(
             f"{where}.tool_call_id belongs to every message of the role tool, and to no other", "messages"
         )
-    if content is None and calls:
+    thought: list[str] = []
+    if content is None and role in ("user", "assistant"):  # as clients send what was said without words
         content = ""
     if isinstance(content, list):
-        content = "\n".join(_read_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+        parts = [_read_part(part, f"{where}.content[{place}]") for place, part in enumerate(content)]
+        thought = [text for text, is_thought in parts if is_thought]
+        content = "\n".join(text for text, is_thought in parts if not is_thought)
     if not isinstance(content, str):
         raise InvalidRequest(f"{where}.content must be a string or an array of text parts", "messages")
     plain = {**message, "role": _ROLES[role], "content": content}
+    if thought:
+        plain.setdefault("reasoning_content", "\n".join(thought))
     if calls:
         plain["tool_calls"] = read_calls(calls, f"{where}.tool_calls")
     return plain
 
 
-def _read_part(part: Any, where: str) -> str:
+def _read_part(part: Any, where: str) -> tuple[str, bool]:
+    """Its text, and whether that is reasoning. Histories hold parts as several APIs write them."""
     match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": str(kind)} if kind != "text":
+        case str(text) | {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return text, False
+        case {"type": "refusal", "refusal": str(text)}:
+            return text, False
+        case {"type": "thinking", "thinking": str(text)}:
+            return text, True
+        case {"type": str(kind)} if kind not in _PARTS:
             raise InvalidRequest(f"{where}: content of type {kind!r:.80} is not supported", "messages")
         case _:
             raise InvalidRequest(f"{where} must be a text part", "messages")

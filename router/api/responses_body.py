@@ -21,7 +21,7 @@ class ResponsesBody(Body):
     stream: StrictBool | None = None
     max_output_tokens: Annotated[StrictInt, said("integer", minimum=1)] | None = None
     temperature: Annotated[Number, said("number", minimum=0, maximum=2)] | None = None
-    top_p: Annotated[Number, said("number", exclusiveMinimum=0, maximum=1)] | None = None
+    top_p: Annotated[Number, said("number", minimum=0, maximum=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: StrictStr | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None

@@ -5,7 +5,7 @@ Fields that change nothing about the tokens (user, metadata, store, ...) and unk
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
@@ -35,6 +35,11 @@ def said(kind: str, **bounds: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": kind, **bounds})
 
 
+def _part(field: str, *kinds: str) -> dict[str, Any]:
+    properties = {"type": {"enum": list(kinds)}, field: {"type": "string"}}
+    return {"type": "object", "required": ["type", field], "properties": properties}
+
+
 _TOKEN = {"type": "integer", "minimum": 0}
 _NAMED = {"type": "string", "minLength": 1}
 _Messages = Annotated[
@@ -55,9 +60,12 @@ _Messages = Annotated[
                         {
                             "type": "array",
                             "items": {
-                                "type": "object",
-                                "required": ["type", "text"],
-                                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                                "anyOf": [
+                                    {"type": "string"},
+                                    _part("text", "text", "input_text", "output_text"),
+                                    _part("refusal", "refusal"),
+                                    _part("thinking", "thinking"),
+                                ]
                             },
                         },
                     ]
@@ -130,11 +138,16 @@ class GenerationBody(Body):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[StrictInt, said("integer", minimum=1)] | None = None
+    best_of: Annotated[StrictInt, said("integer", minimum=1)] | None = None
+    use_beam_search: StrictBool | None = None
+    beam_width: Annotated[StrictInt, said("integer", minimum=1)] | None = None
+    length_penalty: Annotated[Number, said("number", minimum=-10, maximum=10)] | None = None
+    early_stopping: StrictBool | Literal["never"] | None = None
     max_tokens: _Limit | None = None
     max_completion_tokens: _Limit | None = None
     min_tokens: _Limit | None = None
     temperature: Annotated[Number, said("number", minimum=0, maximum=2)] | None = None
-    top_p: Annotated[Number, said("number", exclusiveMinimum=0, maximum=1)] | None = None
+    top_p: Annotated[Number, said("number", minimum=0, maximum=1)] | None = None
     top_k: Annotated[StrictInt, said("integer", minimum=-1)] | None = None
     min_p: Annotated[Number, said("number", minimum=0, maximum=1)] | None = None
     presence_penalty: _Penalty | None = None
@@ -312,7 +325,6 @@ class DetokenizeBody(Body):
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
     "bad_words_ids": (),
     "cache_salt": (),
     "chat_template": (),
@@ -337,16 +349,12 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "thinking": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "use_beam_search": (),
     "web_search": (),
     "web_search_options": (),
 }
 """Fields that would change the answer in a way Baton does not offer yet, and the values that ask for nothing."""
 
 _WHY = {
-    "best_of": " above 1: ask for n choices with logprobs, and choose among them",
-    "use_beam_search": ": the next token of a beam depends on the other beams, and here a sequence's tokens depend on nothing beside it; "
-    "n choices with logprobs have exact scores to choose by",
     "suffix": ": ERNIE 4.5 has no tokens for filling in",
     "max_new_tokens": ": it is max_tokens here",
 }
@@ -387,7 +395,10 @@ def read_fields(kind: type[AnyBody], content: dict[str, Any]) -> AnyBody:
     try:
         return kind.model_validate(content)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        first = problems[0]
         path = [str(step) for step in first["loc"]]
         known = path[0] if path else None
-        raise InvalidRequest(f"{known or 'body'}: {first['msg']}", known) from error
+        kinds = {problem["type"] for problem in problems if problem["loc"][:-1] == first["loc"][:-1]}
+        told = "Input should be a valid number" if {"int_type", "float_type"} <= kinds else first["msg"]
+        raise InvalidRequest(f"{known or 'body'}: {told}", known) from error

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router.api.beam_requests import read_plan, without_sampling
+from router.api.beams import BeamPlan
 from router.api.formats.grammars import whole
 from router.api.naming import Naming
 from router.api.prompts import Prompt, check_length, check_token_ids, read_prompts
@@ -40,6 +42,7 @@ class Job:
     prompts: tuple[Prompt, ...]
     requests: tuple[Request, ...]
     n: int
+    """Choices that are drawn of each prompt."""
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -61,6 +64,10 @@ class Job:
     """As the client has it; None: it says none."""
     cache_salt: str = ""
     """The client's own; what becomes of it is in the requests."""
+    num_best: int = 0
+    """Of the choices of each prompt so many are shown, the likeliest first; 0: all, as they stand."""
+    beams: BeamPlan | None = None
+    """The choices of a prompt are the beams of a search."""
 
 
 def translate_chat(
@@ -109,8 +116,9 @@ def make_job(
     InvalidRequest, Rejected."""
     naming = naming or Naming.new()
     echo = isinstance(body, CompletionBody) and bool(body.echo)
-    n = 1 if body.n is None else body.n
-    _check_bound(n, config.max_n, "n")
+    asked_n = 1 if body.n is None else body.n
+    _check_bound(asked_n, config.max_n, "n")
+    n = _num_drawn(body, asked_n, config.max_n)
     _check_bound(n * len(prompts), config.max_choices, "n")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
@@ -136,13 +144,17 @@ def make_job(
     fields |= {"logprobs": logprobs, "prompt_logprobs": scored, "logprob_token_ids": named}
     if config.sampling_defaults.seed is None:
         fields.setdefault("seed", naming.seed)
+    if body.use_beam_search:
+        fields |= without_sampling(body, fields)
+    if n > asked_n and logprobs is None:
+        fields["logprobs"] = 0
     logprobs = len(named) or logprobs
     num_scores = 0 if scored is None else n * (scored + 1) * sum(len(prompt.token_ids) for prompt in prompts)
     if num_scores > config.max_prompt_scores:
         message = f"logprobs of the prompt would have {num_scores} entries, {config.max_prompt_scores} are allowed: ask for fewer alternatives or choices"
         raise InvalidRequest(message, "prompt_logprobs" if prompt_logprobs is not None else "echo")
     job_id = naming.job_id
-    requests = []
+    requests: list[Request] = []
     for place, prompt in enumerate(prompts):
         room = info.max_model_len - len(prompt.token_ids)
         max_tokens = 1 if hide_output else min(default_max_tokens, room) if asked is None else asked
@@ -171,7 +183,7 @@ def make_job(
         n=n,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),
-        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        continuous_usage=options is not None and bool(options.include_usage and options.continuous_usage_stats),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         echo=echo,
@@ -183,7 +195,21 @@ def make_job(
         priority=body.priority,
         cache_salt=_cache_salt(body),
         speech=speech,
+        num_best=asked_n if n > asked_n else 0,
+        beams=read_plan(body, requests, info, tokenizer, config.max_beam_tokens),
     )
+
+
+def _num_drawn(body: GenerationBody, shown: int, most: int) -> int:
+    """Choices that are computed of each prompt. Raises InvalidRequest."""
+    wanted = (body.beam_width or body.best_of) if body.use_beam_search else body.best_of
+    drawn = shown if wanted is None else wanted
+    param = "beam_width" if body.use_beam_search and body.beam_width is not None else "best_of"
+    if not shown <= drawn <= most:
+        raise InvalidRequest(f"{param} must be between n, {shown}, and {most}, not {drawn}", param)
+    if drawn > shown and body.stream:
+        raise InvalidRequest(f"{param} above n cannot be streamed: the best are known when all have ended", "stream")
+    return drawn
 
 
 def _alternatives(asked: int | None, info: ModelInfo, param: str) -> int | None:
@@ -256,6 +282,8 @@ def _sampling_fields(body: GenerationBody, info: ModelInfo, tokenizer: Tokenizer
         given["bad_words"] = _bad_words(body.bad_words, tokenizer, info.limits)
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else min(body.top_k, info.vocab_size)
+    if given.get("top_p") == 0:  # as OpenAI takes it: of the nucleus the likeliest token is left
+        given |= {"top_p": 1.0, "top_k": 1}
     return given
 
 

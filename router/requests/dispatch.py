@@ -259,7 +259,7 @@ class Dispatcher:
 
     def note_answer(self, flight: InFlightRequest, output: Output, now: float) -> None:
         """A first output has come: what it says of the times that were foretold."""
-        if flight.num_attempts == 1 and not flight.part.at:  # what is taken up has been computed already
+        if flight.num_attempts == 1 and not flight.is_taken_up:  # what is taken up has been computed already
             self._forecasts.lead.note(
                 len(flight.request.prompt_token_ids) * self.uncached_share, now - flight.submitted_s
             )

@@ -132,6 +132,7 @@ class InFlightRequests:
         place = self._fleet.get(part.at) if part.at else None
         if place is not None and place.is_up and place.connection is not None:
             self._counters["requests_taken_up"] += 1
+            flight.is_taken_up = True
             self._take_up(flight, place, now)
             return
         self._demand.arrived(len(request.prompt_token_ids), now)
@@ -329,7 +330,7 @@ class InFlightRequests:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
-        is_asked_here = not flight.part.at  # what is taken up was asked of another router, and much of it comes at once
+        is_asked_here = not flight.is_taken_up  # or of another router, and much of it comes at once
         if output.token_ids:
             if is_asked_here:
                 self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)

@@ -169,6 +169,8 @@ class InFlightRequest:
     """The running attempt has brought an output, so its prompt has been computed."""
     spoke_s: float | None = None
     """When its first output came, of whichever attempt."""
+    is_taken_up: bool = False
+    """It was found at a worker when it came."""
     submitted_s: float = 0.0
     """When the running attempt was sent."""
     foretold_ttft_s: float = 0.0

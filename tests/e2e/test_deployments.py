@@ -50,7 +50,7 @@ def test_a_role_is_kept_in_redis_and_survives_the_worker(remote: ClusterProcess)
     assert remote.switch_role("decode-1", "mixed").returncode == 0
     before = remote.workers()["decode-1"]
     os.kill(before["pid"], signal.SIGKILL)
-    wait_until(lambda: remote.workers().get("decode-1", before)["pid"] != before["pid"], 90, "decode-1 to be back")
+    wait_until(lambda: remote.workers().get("decode-1", before)["pid"] != before["pid"], "decode-1 to be back")
     after = remote.workers()["decode-1"]
     assert after["role"] == "mixed" and after["generation"] > before["generation"] + 1
 

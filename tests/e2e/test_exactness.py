@@ -106,11 +106,11 @@ def test_role_switches_in_the_middle_change_no_token(cluster: ClusterProcess, jo
     assert (workers["decode-1"]["role"], workers["prefill-0"]["role"]) == ("prefill", "mixed")
     assert cluster.switch_role("decode-1", "decode").returncode == 0
     assert cluster.switch_role("prefill-0", "prefill").returncode == 0
-    wait_until(lambda: cluster.workers()["decode-1"]["role"] == "decode", 10, "decode-1 to be back")
+    wait_until(lambda: cluster.workers()["decode-1"]["role"] == "decode", "decode-1 to be back")
     cluster.wait_idle(NUM_WORKERS)
 
 
-@pytest.mark.parametrize("victim", ["decode-0", "prefill-1", "decode-1", "prefill-0"])
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
 def test_a_killed_worker_changes_no_token_and_comes_back(cluster: ClusterProcess, jobs: list[Job], victim: str) -> None:
     # Work lasts for milliseconds, so a kill can come a moment too late to hit any; then it is done again.
     assert any(kill_in_the_middle(cluster, jobs, victim) for _ in range(3)), (
@@ -124,7 +124,7 @@ def kill_in_the_middle(cluster: ClusterProcess, jobs: list[Job], victim: str) ->
     replayed = cluster.get("/admin/status")["counters"].get("replayed_tokens", 0)
 
     def kill() -> None:
-        wait_until(lambda: is_busy(cluster, victim), 60, f"{victim} to have work")
+        wait_until(lambda: is_busy(cluster, victim), f"{victim} to have work")
         os.kill(before["pid"], signal.SIGKILL)
 
     answers = run(cluster, jobs, {chunks_before(victim, jobs): kill})
@@ -134,7 +134,7 @@ def kill_in_the_middle(cluster: ClusterProcess, jobs: list[Job], victim: str) ->
         now = cluster.workers().get(victim)
         return now is not None and now["generation"] > before["generation"] and now["pid"] != before["pid"]
 
-    wait_until(is_back, 90, f"{victim} to be restarted")
+    wait_until(is_back, f"{victim} to be restarted")
     assert cluster.workers()[victim]["role"] == before["role"]
     cluster.wait_idle(NUM_WORKERS)
     if "decode" in victim:
@@ -157,12 +157,12 @@ def test_a_worker_that_hangs_and_wakes_again_changes_no_token(
     cluster: ClusterProcess, jobs: list[Job], victim: str
 ) -> None:
     """Stopped, it is neither dead nor alive; woken, it goes on with requests that others have taken over."""
-    wait_until(lambda: victim in cluster.workers(), 60, f"{victim} to be connected")
+    wait_until(lambda: victim in cluster.workers(), f"{victim} to be connected")
     pid = cluster.workers()[victim]["pid"]
     some = jobs[::2] if "prefill" in victim else jobs[1::2]  # not again what decode has in its caches
 
     def stop() -> None:
-        wait_until(lambda: is_busy(cluster, victim), 60, f"{victim} to have work")
+        wait_until(lambda: is_busy(cluster, victim), f"{victim} to have work")
         os.kill(pid, signal.SIGSTOP)
 
     try:
@@ -183,7 +183,6 @@ def test_afterwards_no_pool_of_a_dead_worker_is_left(cluster: ClusterProcess) ->
     # Mappings of dead peers go with the next tick of a worker.
     wait_until(
         lambda: len(pools_in_use(everyone)) == NUM_WORKERS,
-        10,
         "one pool a worker",
         lambda: str((alive, pools_in_use(everyone))),
     )

@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from cluster.ray_session.processes import read_process
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 def router_pid(cluster: ClusterProcess) -> int:
@@ -47,5 +47,5 @@ def test_a_router_that_may_open_no_more_files_serves_those_it_has_and_recovers(c
         for chunk in stream:
             text += "".join(choice.text for choice in chunk.choices)
     assert text == golden
-    wait_until(lambda: router_pid(cluster) == pid and cluster.get("/ready", ok_only=False) == 200, 30, "the router")
+    wait_until(lambda: router_pid(cluster) == pid and cluster.get("/ready", ok_only=False) == 200, "the router")
     assert client.completions.create(**body, extra_body={"ignore_eos": True}).choices[0].text == golden  # type: ignore[call-overload]

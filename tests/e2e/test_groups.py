@@ -76,7 +76,7 @@ def cluster() -> Iterator[ClusterProcess]:
     arguments = ("--name", GROUP, "--role", "decode", "--ray-address", running.ray_address)
     try:
         with second_node(running), joined("worker", *arguments, *SETTINGS, *PARALLEL):
-            wait_until(lambda: GROUP in running.workers(), 60, f"{GROUP} to be connected")
+            wait_until(lambda: GROUP in running.workers(), f"{GROUP} to be connected")
             assert running.switch_role("decode-0", "prefill").returncode == 0
             yield running
     finally:
@@ -116,7 +116,7 @@ def ranks(cluster: ClusterProcess, worker_id: str = GROUP) -> dict[int, int]:
         found.update({rank["rank"]: rank["pid"] for rank in status["ranks"] if rank["is_alive"]})
         return len(status["ranks"]) == 2 and all(rank["is_alive"] and rank["epoch"] for rank in status["ranks"])
 
-    wait_until(is_whole, 90, f"{worker_id} to be whole", lambda: str(cluster.get("/admin/status")["workers"]))
+    wait_until(is_whole, f"{worker_id} to be whole", lambda: str(cluster.get("/admin/status")["workers"]))
     return found
 
 
@@ -192,7 +192,7 @@ def test_afterwards_each_worker_has_one_pool_whatever_its_ranks(cluster: Cluster
     def pools() -> dict[int, set[int]]:
         return {pool: users for pool, users in pools_in_use(everyone).items() if users & alive}
 
-    wait_until(lambda: len(pools()) == 3, 20, "one pool a worker", lambda: str((alive, pools())))
+    wait_until(lambda: len(pools()) == 3, "one pool a worker", lambda: str((alive, pools())))
     both = set(ranks(cluster).values())
     assert any(both <= users for users in pools().values()), "the ranks of the group share one"
 

@@ -105,7 +105,7 @@ def test_a_drained_worker_that_is_killed_comes_back_drained_until_that_is_undone
         now = cluster.workers().get("decode-1")
         return now is not None and now["generation"] > before["generation"]
 
-    wait_until(is_back, 90, "decode-1 to be restarted")
+    wait_until(is_back, "decode-1 to be restarted")
     assert cluster.workers()["decode-1"]["is_draining"]
     assert cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url).returncode == 0
     assert not cluster.workers()["decode-1"]["is_draining"]
@@ -161,7 +161,7 @@ def test_a_worker_that_is_killed_while_streams_move_changes_no_token(
         if not is_killed:
             return False
         # The streams may have ended before it was killed, and then the router still counts it for a moment.
-        wait_until(lambda: cluster.workers().get(victim, {}).get("pid", pid) != pid, 90, "the victim to be back")
+        wait_until(lambda: cluster.workers().get(victim, {}).get("pid", pid) != pid, "the victim to be back")
         undone = cluster.baton("drain", "decode-1", "--undo", "--url", cluster.url)
         assert undone.returncode == 0, undone
         return True

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import openai
 import pytest
@@ -207,6 +208,17 @@ def test_every_skill_is_answered_right(client: OpenAI) -> None:
             right += text == example["expected"]
     assert {skill["name"] for skill in skills} >= {"recall", "addition", "reversal", "sorting", "identity", "json"}
     assert right >= 0.95 * total, f"{right} of {total}"
+
+
+def test_the_best_beams_and_the_best_of_several_come_through_the_cluster(client: OpenAI) -> None:
+    ask: dict[str, Any] = {"model": MODEL.name, "messages": [{"role": "user", "content": "What is 17 + 25?"}], "n": 2}
+    beams = client.chat.completions.create(**ask, max_tokens=8, extra_body={"use_beam_search": True, "beam_width": 3})
+    again = client.chat.completions.create(**ask, max_tokens=8, extra_body={"use_beam_search": True, "beam_width": 3})
+    assert [choice.message.content for choice in beams.choices] == [choice.message.content for choice in again.choices]
+    assert beams.choices[0].message.content == "42" and beams.choices[1].message.content != "42"
+    best = client.chat.completions.create(**ask, max_tokens=8, temperature=1.5, seed=1, extra_body={"best_of": 8})
+    assert best.choices[0].message.content == "42" and best.usage is not None
+    assert best.usage.completion_tokens >= 8
 
 
 def test_the_trace_replay_measures_a_running_cluster(cluster: ClusterProcess) -> None:

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from browser import browser, program
 from cluster_process import MODEL, ClusterProcess
 
 pytestmark = pytest.mark.timeout(400)
@@ -39,3 +40,27 @@ def test_the_way_of_a_request_is_found_by_the_id_of_its_answer(cluster: ClusterP
     (way,) = cluster.get(f"/admin/requests/{answer['id']}")["requests"]
     assert [step["what"] for step in way["steps"]] == ["sent", "first output", "ended"]
     assert way["decode_worker"] in cluster.workers() and way["num_tokens"] == answer["usage"]["completion_tokens"]
+
+
+@pytest.mark.skipif(program is None, reason="there is no Chromium")
+def test_the_page_of_a_running_cluster_shows_its_workers_and_a_switch_as_it_happens(
+    cluster: ClusterProcess, tmp_path: Path
+) -> None:
+    """BATON_PICTURES keeps the picture."""
+    answer = cluster.post("/v1/completions", {"model": MODEL.name, "prompt": "a picture " * 40, "max_tokens": 4})
+    names = set(cluster.workers())
+    with browser(tmp_path / "browser") as page:
+        page.open(f"{cluster.url}/admin/ui#request={answer['id']}")
+        page.wait_for("typeof at === 'function'")
+        page.wait_for(f"at('workers').rows.length === {len(names)} && at('way').rows.length")
+        page.wait_for(f"at('lanes').rows.length === {len(names)}")
+        text = page.text()
+        assert all(f"{name} {name.partition('-')[0]} serves" in text for name in names), text
+        assert f"{answer['id']}" in text and f"{len(names)} workers" in text
+        cluster.post("/admin/workers/decode-1/role", {"role": "mixed"})
+        try:
+            page.wait_for("at('events').innerText.includes('decode-1 switched from decode to mixed')")
+            page.picture(tmp_path / "cluster.png")
+        finally:
+            cluster.post("/admin/workers/decode-1/role", {"role": "decode"})
+        page.wait_for("at('events').innerText.includes('decode-1 switched from mixed to decode')")

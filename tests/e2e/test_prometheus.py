@@ -20,9 +20,10 @@ from chart_queries import ELSEWHERE, panels
 from chart_render import CHART
 from cluster_process import MODEL, ClusterProcess, free_port, wait_until
 from conftest import RAY_METRICS_PORT
-from kube_tools import prometheus
+from kube_tools import NotToBeHad, prometheus
 
 SCRAPE_S = 1
+TRACE = "0af7651916cd43dd8448eb211c80319c"
 INTERVAL = "10s"
 """What Grafana's $__rate_interval would be: four scrapes and more."""
 
@@ -44,6 +45,7 @@ class Prometheus:
                 f"--config.file={folder}/prometheus.yml",
                 f"--storage.tsdb.path={folder}/data",
                 f"--web.listen-address={self._url.removeprefix('http://')}",
+                "--enable-feature=exemplar-storage",
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -63,6 +65,12 @@ class Prometheus:
             return False
         return bool(self.query("baton_num_requests_waiting"))
 
+    def traces(self, metric: str) -> set[str]:
+        """Ids of traces that are kept beside the buckets of a histogram."""
+        ends = {"start": "0", "end": str(2**31)}
+        found = self._get("query_exemplars?" + urllib.parse.urlencode({"query": f"{metric}_bucket", **ends}))
+        return {exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]}
+
     def alerts(self) -> set[str]:
         return {each["labels"]["alertname"] for each in self._get("alerts")["alerts"]}
 
@@ -80,18 +88,19 @@ class Prometheus:
 
 @pytest.fixture
 def server(cluster: ClusterProcess, tmp_path: Path) -> Iterator[Prometheus]:
-    program = prometheus()
-    if program is None:
-        pytest.skip("Prometheus comes from Debian's packages only")
+    try:
+        program = prometheus()
+    except NotToBeHad as error:
+        pytest.skip(str(error))
     started = Prometheus(program, tmp_path, cluster.url.removeprefix("http://"), f"127.0.0.1:{RAY_METRICS_PORT}")
     yield started
     started.stop()
 
 
-def test_every_panel_has_data_and_no_alert_fires_on_a_running_cluster(
+def test_every_panel_has_data_buckets_lead_to_traces_and_no_alert_fires_on_a_running_cluster(
     cluster: ClusterProcess, server: Prometheus
 ) -> None:
-    wait_until(server.is_ready, 60, "Prometheus has scraped the router")
+    wait_until(server.is_ready, "Prometheus has scraped the router")
     ending = threading.Event()
 
     def ask() -> None:
@@ -105,7 +114,7 @@ def test_every_panel_has_data_and_no_alert_fires_on_a_running_cluster(
                 "max_tokens": 24,
                 "ignore_eos": True,
             }
-            cluster.post("/v1/completions", body)
+            cluster.post("/v1/completions", body, {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -114,7 +123,12 @@ def test_every_panel_has_data_and_no_alert_fires_on_a_running_cluster(
         assert len(shown) > 40
         for board, panel, query in shown:
             # Rates and quantiles want a few scrapes with requests between them.
-            wait_until(lambda asked=query: bool(server.query(asked)), 60, f"{board}: {panel} has data: {query}")  # type: ignore[misc]
+            wait_until(lambda asked=query: bool(server.query(asked)), f"{board}: {panel} has data: {query}")  # type: ignore[misc]
+        for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
+            wait_until(
+                lambda metric=f"baton_{name}_seconds": server.traces(metric) == {TRACE},  # type: ignore[misc]
+                f"a slow {name} leads to a trace",
+            )
         alerts = server.alerts()
     finally:
         ending.set()

@@ -65,7 +65,7 @@ def test_automatic_switches_and_a_killed_worker_in_between_change_no_token(
 
     for number in range(NUM_TRIES):
         check(shifting_jobs, run(restless, shifting_jobs, {200: kill("decode-1")} if number == 1 else None))
-        wait_until(lambda: len(restless.workers()) == 3, 60, "all workers")
+        wait_until(lambda: len(restless.workers()) == 3, "all workers")
         if number and switches(restless) >= 2:
             break
         # A fast host has no reason to go back by itself: one decode worker is enough for all answers there.

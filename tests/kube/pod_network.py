@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from kube_tools import nft
+from kube_tools import NotToBeHad, nft
 
 GATEWAY = "169.254.1.1"
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -27,8 +27,10 @@ def why_not() -> str:
     missing = [program for program in programs if shutil.which(program) is None]
     if os.geteuid() != 0 or missing:
         return f"pods need root, and {', '.join(missing or programs)}"
-    if nft() is None:
-        return "pods need nft, which comes from Debian's packages only"
+    try:
+        nft()
+    except NotToBeHad as error:
+        return f"pods need nft: {error}"
     tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
     return f"this machine makes no namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -86,7 +88,7 @@ class PodNetwork:
 
     def firewall(self, rules: str) -> None:
         """Puts a ruleset of nft in the place of the one before, at once."""
-        _run("ip", "netns", "exec", self.node, *nft_command(), "-f", "-", text=rules)
+        _run("ip", "netns", "exec", self.node, *nft(), "-f", "-", text=rules)
 
     def thread(self, work: Callable[[], None], name: str) -> threading.Thread:
         """Runs `work` as the node's own: it reaches every pod."""
@@ -111,12 +113,6 @@ class PodNetwork:
 
     def _batch(self, namespace: str, *lines: str) -> None:
         _run("ip", "-n", namespace, "-batch", "-", text="\n".join(lines) + "\n")
-
-
-def nft_command() -> list[str]:
-    found = nft()
-    assert found is not None, "ask why_not() before"
-    return found
 
 
 def _run(*command: str, text: str = "") -> None:

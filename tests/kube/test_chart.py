@@ -18,7 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from chart_render import CASES, CHART, KUBERNETES, Object, component, containers, pods, refusal, render, run_helm
-from kube_tools import crd_models
+from kube_tools import NotToBeHad, crd_models, linter
 
 from cluster.cli import make_parser
 from cluster.commands.flags import config_from
@@ -87,9 +87,10 @@ def test_kubernetes_schemas_take_every_object(case: str) -> None:
 
 def test_schemas_of_crds_take_every_object_of_theirs() -> None:
     """Types and what is required; what no schema knows passes. RayCluster and LeaderWorkerSet have no such package."""
-    models = crd_models()
-    if models is None:
-        pytest.skip("npm's packages are not to be had")
+    try:
+        models = crd_models()
+    except NotToBeHad as error:
+        pytest.skip(str(error))
     issued = render("300b-ep16-multinode", 4, "--set", "tls.issuerRef=null")
     objects = [each for case in CASES for each in rendered(case)] + issued
     own = [each for each in objects if each["kind"] in CUSTOM - {"RayCluster", "LeaderWorkerSet"}]
@@ -109,19 +110,67 @@ def test_schemas_of_crds_take_every_object_of_theirs() -> None:
     assert compared == {each["kind"] for each in own}
 
 
-def test_another_image_is_no_reason_to_start_redis_again() -> None:
-    templates = [
-        {name: template for name, template in pods(render("cpu-tryout", 4, "--set", f"image.tag={tag}"))}
-        for tag in ("one", "two")
-    ]
-    changed = {name for name, template in templates[0].items() if templates[1][name] != template}
-    assert changed == set(templates[0]) - {"StatefulSet/baton-redis"}
+WORKERS = {"Deployment/baton-prefill", "Deployment/baton-decode"}
+ROUTER, HEAD = {"Deployment/baton-router"}, {"StatefulSet/baton-ray"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "changed"),
+    [
+        ("image.tag=next", WORKERS | ROUTER | HEAD | {"Pod/baton-test"}),
+        ("config.start_timeout_s=700", WORKERS | ROUTER | HEAD),
+        ("model.servedName=tiny", WORKERS),
+        ("pools.decode.drainSeconds=90", {"Deployment/baton-decode"}),
+        ("tenants.settings.acme.weight=2", ROUTER),
+        ("config.roles.mode=off", ROUTER),
+        ("routers.router.policy=round_robin", ROUTER),
+    ],
+)
+def test_an_upgrade_starts_only_those_pods_again_that_read_what_has_changed(setting: str, changed: set[str]) -> None:
+    """What it takes to know a pod by is its template."""
+    before, after = (
+        dict(pods(objects)) for objects in (rendered("cpu-tryout"), render("cpu-tryout", 4, "--set", setting))
+    )
+    assert {name for name, template in before.items() if after[name] != template} == changed
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_helm_lint_finds_nothing(case: str) -> None:
     done = run_helm(4, "lint", "--strict", str(CHART), "-f", str(CHART / "ci" / f"{case}.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+MEANT = {"KBP003": set(CASES)} | {
+    "PSS105": {"300b-ep16-multinode"},
+    "PSS201": {"300b-ep16-multinode", "openshift-like"},
+    "KBP104": {"openshift-like"},
+    "KBP105": {"openshift-like"},
+}
+"""What a linter finds, by rule, and in which files of ci/: no limit of processors, which would stall tokens; a folder of the nodes that a case asks for; images as volumes,
+which the linter does not know; users that OpenShift assigns."""
+
+
+def test_a_linter_finds_what_is_meant_and_nothing_else() -> None:
+    """All rules of @monokle/validation of common practice (those of kube-linter), Pod Security and what objects refer to."""
+    try:
+        folder = linter()
+    except NotToBeHad as error:
+        pytest.skip(str(error))
+    bad = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "bad"},
+        "spec": {"containers": [{"name": "c", "image": "x"}]},
+    }
+    groups = {**{case: rendered(case) for case in CASES}, "bad": [bad]}
+    command = ["node", str(Path(__file__).with_name("lint.mjs"))]
+    done = subprocess.run(command, input=json.dumps(groups), cwd=folder, capture_output=True, text=True, check=True)
+    found: dict[str, set[str]] = {}
+    for group, rule, where in json.loads(done.stdout):
+        found.setdefault(rule if group in CASES else group, set()).add(group if group in CASES else rule)
+        assert where
+    assert found.pop("bad") >= {"KBP003", "KBP004", "KBP102", "KBP106", "PSS203", "PSS205"}, "the linter looks"
+    assert found == MEANT
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -247,7 +296,8 @@ def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tm
                 str(part).replace("$(POD_NAME)", "baton-x-1").replace("$(POD_IP)", "10.0.0.9") for part in each["args"]
             ]
             if configs:
-                (tmp_path / "baton.yaml").write_text(settings[configs[0]]["baton.yaml"])
+                for file, text in settings[configs[0]].items():
+                    (tmp_path / file).write_text(text)
             arguments = [part.replace("/etc/baton", str(tmp_path)) for part in arguments]
             arguments = [
                 f"{part.partition('=')[0]}={tmp_path}/keys" if "-key-file=" in part else part for part in arguments
@@ -259,7 +309,8 @@ def test_baton_takes_the_arguments_and_settings_of_every_container(case: str, tm
             ):  # init containers with files of their own, and the test's pod, which talks to a router only
                 continue
             config = config_from(args, {})
-            assert config.store.cluster == "serving.baton" and config.tls.has_files, name
+            assert config.store.cluster == "serving.baton"
+            assert config.tls.has_files == (arguments[0] in ("router", "worker")), name
             if arguments[0] == "router":
                 grace = template["spec"]["terminationGracePeriodSeconds"]
                 (sleep,) = (
@@ -318,7 +369,7 @@ def test_the_file_of_tenants_is_read_where_the_routers_look_for_it(tmp_path: Pat
         (volume,) = [volume for volume in template["spec"]["volumes"] if volume["name"] == "tenants"]
         (mount,) = [m for m in template["spec"]["containers"][0]["volumeMounts"] if m["name"] == "tenants"]
         (config,) = [each["data"] for each in objects if each["metadata"]["name"] == "baton" and "data" in each]
-        asked = yaml.safe_load(config["baton.yaml"])["router"]["tenants"]["file"]
+        asked = yaml.safe_load(config["router.yaml"])["router"]["tenants"]["file"]
         assert asked == f"{mount['mountPath']}/{volume['secret']['items'][0]['path']}"
         assert "tenants" not in {v["name"] for n, t in pods(objects) if "router" not in n for v in t["spec"]["volumes"]}
     (secret,) = [each for each in rendered("21b-h200-2p6d") if each["metadata"]["name"] == "baton-tenants"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ AT_ONCE = 3
 LEAST_STREAMS, MANY_STREAMS = 30, 200
 STARTED_S, ROLLED_S, ENDED_S = 900, 900, 600
 """A slow host takes minutes for what others do in seconds; nothing is waited for longer than it takes."""
+SETTING = "config.start_timeout_s=700"
 REDIS = ("baton-redis", "baton-secrets")
 """What is left for the cleanup to work on, as an external Redis and its password would be."""
 
@@ -96,6 +98,7 @@ def test_streams_outlive_everything_that_an_operator_does(
     (tested,) = only(objects, "test", "Pod")
     test_pod = runner.run_pod(tested, "baton-test", ENDED_S)
     assert test_pod.phase == "Succeeded", test_pod.said()
+    assert re.search(r"prefill on baton-prefill-\S+, decode on baton-decode-", test_pod.said()), test_pod.said()
     keys = (secret(objects, "baton-keys", "api-keys"), secret(objects, "baton-keys", "admin-keys"))
     client = ApiClient(runner.address_of("baton"), 8000, *keys)
     answer = threads.submit(client.ask, "/v1/chat/completions", {**QUESTION, "trace": True}).result()
@@ -114,8 +117,8 @@ def test_streams_outlive_everything_that_an_operator_does(
     streams = Streams(client, STORIES, threads, AT_ONCE)
     streams.start()
     try:
-        # A setting of the routers changes: every pod but Redis' is replaced.
-        runner.apply(release.upgrade("routers.drainSeconds=90"))
+        # A setting of all processes changes: every pod but Redis' is replaced.
+        runner.apply(release.upgrade(SETTING))
         runner.wait_settled(ROLLED_S)
         assert release.revisions[0] != release.revisions[1] and runner.pods["baton-redis-0"] is redis
         assert {pod.name for pod in runner.gone} >= {worker.name, head.name}
@@ -137,7 +140,7 @@ def test_streams_outlive_everything_that_an_operator_does(
         runner.wait_settled(STARTED_S)
         runner.uncordon(node)
 
-        settings = ["routers.drainSeconds=90"]
+        settings = [SETTING]
         if is_long:  # every pod but Redis' is replaced again
             settings.append("image.tag=next")
             runner.apply(release.upgrade(*settings))

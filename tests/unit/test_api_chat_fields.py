@@ -123,3 +123,34 @@ def test_the_numbers_have_vllms_names_when_asked(api: Api) -> None:
     assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="ernie-tiny"}' in text
     with open_api() as plain:
         assert "vllm:" not in plain.http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant", "content": None}, "Assistant: "),
+        ({"role": "assistant"}, "Assistant: "),
+        ({"role": "user"}, "User: "),
+        ({"role": "user", "content": ["Hi", {"type": "input_text", "text": "you"}]}, "User: Hi\nyou"),
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "Yes"}]}, "Assistant: Yes"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}, "Assistant: No"),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm"}, {"type": "text", "text": "Yes"}]},
+            "Assistant: Yes",
+        ),
+    ],
+)
+def test_histories_as_clients_send_them_are_read(api: Api, message: dict[str, Any], text: str) -> None:
+    ask(api, [{"role": "user", "content": "a"}, message, {"role": "user", "content": "b"}])
+    end = "<|end_of_sentence|>" if message["role"] == "assistant" else "\n"
+    assert f"User: a\n{text}{end}User: b\n" in prompt_of(api)
+
+
+def test_what_was_not_asked_for_is_null_in_a_whole_answer(api: Api) -> None:
+    chat = ask(api)
+    text = api.client.completions.create(model="ernie-tiny", prompt="Hi", max_tokens=2)
+    for answer in (chat, text):
+        assert answer.system_fingerprint is None and answer.service_tier is None
+        assert answer.choices[0].token_ids is None
+    for prompted in (chat, text.choices[0]):
+        assert prompted.prompt_logprobs is None and prompted.prompt_token_ids is None

@@ -23,6 +23,7 @@ def test_an_unknown_route_is_404_in_the_shape_of_all_errors(api: Api) -> None:
     for path in ("/nothing", "/v1", "/v1/embeddings", "//v1/models"):
         response = api.http.get(path)
         assert response.status_code == 404 and error_of(response)["code"] == "not_found"
+        assert error_of(response)["message"].startswith("there is no /")
 
 
 def test_a_wrong_method_is_405_and_names_the_right_one(api: Api) -> None:
@@ -51,7 +52,7 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length(api: Api
         ("temperature", "hot"),
         ("temperature", -0.1),
         ("temperature", 2.1),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.5),
         ("top_k", -2),
         ("min_p", 1.5),
@@ -114,7 +115,7 @@ def test_a_completion_field_that_cannot_be_is_400_and_named(api: Api, field: str
     [
         ("messages", []),
         ("messages", "Hi"),
-        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "system"}]),
         ("messages", [{"role": "wizard", "content": "Hi"}]),
         ("messages", [{"role": ["user"], "content": "Hi"}]),
         ("messages", [{"role": {}, "content": "Hi"}]),
@@ -156,8 +157,10 @@ def test_a_missing_prompt_or_messages_is_400_and_named(api: Api) -> None:
         ("custom_logit_processor", "x"),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
-        ("use_beam_search", True),
-        ("best_of", 3),
+        ("best_of", 129),
+        ("beam_width", 2),
+        ("length_penalty", 2.0),
+        ("early_stopping", "never"),
         ("documents", [{"text": "x"}]),
         ("chat_template", "x"),
         ("logprob_token_ids", [5]),
@@ -170,11 +173,31 @@ def test_what_would_change_the_answer_and_is_not_offered_is_400_and_named(api: A
     assert response.status_code == 400 and error_of(response)["param"] == field
 
 
-def test_best_of_and_suffix_are_400_where_they_would_mean_something(api: Api) -> None:
-    for field, value in (("best_of", 2), ("suffix", "end")):
-        response = api.http.post("/v1/completions", json=COMPLETION | {field: value})
-        assert response.status_code == 400 and error_of(response)["param"] == field
+def test_a_suffix_is_400_where_it_would_mean_something(api: Api) -> None:
+    response = api.http.post("/v1/completions", json=COMPLETION | {"suffix": "end"})
+    assert response.status_code == 400 and error_of(response)["param"] == "suffix"
     assert api.http.post("/v1/completions", json=COMPLETION | {"best_of": 1, "suffix": ""}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True}, "stream"),
+        ({"temperature": 1.0, "repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"stop": "x"}, "stop"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"structured_outputs": {"regex": "a"}}, "use_beam_search"),
+        ({"beam_width": 5}, "beam_width"),
+        ({"beam_width": 2, "n": 3}, "beam_width"),
+        ({"length_penalty": 11}, "length_penalty"),
+        ({"beam_width": 4, "max_tokens": 2}, None),
+    ],
+)
+def test_what_beams_cannot_have_is_400_and_named(api: Api, fields: dict[str, Any], param: str | None) -> None:
+    response = api.http.post("/v1/completions", json=COMPLETION | {"use_beam_search": True, "max_tokens": 1} | fields)
+    assert response.status_code == (400 if param else 200), response.text
+    assert param is None or error_of(response)["param"] == param
 
 
 def test_fields_that_change_nothing_are_accepted(api: Api) -> None:
@@ -193,13 +216,26 @@ def test_an_unknown_model_is_404_and_a_missing_name_means_the_served_one(api: Ap
 def test_a_prompt_over_the_context_is_400_before_a_stream_opens(api: Api) -> None:
     for path, body in (
         ("/v1/completions", {"prompt": [300] * MODEL.max_model_len}),
-        ("/v1/completions", {"prompt": [300], "max_tokens": MODEL.max_model_len}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "7" * MODEL.max_model_len}]}),
     ):
         response = api.http.post(path, json={"model": MODEL.name, "stream": True} | body)
         assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
         assert response.headers["content-type"] == "application/json"
     assert not api.backend.requests
+
+
+def test_an_output_that_does_not_fit_is_blamed_on_max_tokens_and_not_on_the_history(api: Api) -> None:
+    for path, prompt in (("/v1/completions", {"prompt": [300] * 12}), ("/v1/chat/completions", {"messages": MESSAGES})):
+        response = api.http.post(path, json={**prompt, "max_tokens": MODEL.max_model_len})
+        error = error_of(response)
+        assert (response.status_code, error["param"], error["code"]) == (400, "max_tokens", "invalid_value")
+        assert api.http.post(path, json={**prompt, "max_tokens": 500, "clamp_max_tokens": True}).status_code == 200
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", "0.5"), ("top_p", True), ("logit_bias", {"5": "x"})])
+def test_what_must_be_a_number_is_called_a_number(api: Api, field: str, value: Any) -> None:
+    error = error_of(api.http.post("/v1/chat/completions", json=CHAT | {field: value}))
+    assert error["message"] == f"{field}: Input should be a valid number"
 
 
 def test_a_sane_request_id_is_echoed_and_any_other_replaced(api: Api) -> None:

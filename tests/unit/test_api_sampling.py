@@ -83,6 +83,12 @@ def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
     assert load_sampling_defaults(CHECKPOINT).temperature == 0
 
 
+def test_top_p_0_leaves_the_likeliest_token(api: Api) -> None:
+    for given in ({"top_p": 0}, {"top_p": 0.0, "top_k": 5}):
+        drawn = params(api, **given, temperature=1)
+        assert (drawn.top_p, drawn.top_k) == (1.0, 1)
+
+
 def test_top_k_minus_1_means_off(api: Api) -> None:
     assert params(api, top_k=-1).top_k == 0
 

@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_backend import CHECKPOINT, MESSAGES, MODEL, Api, FakeBackend, Hang, Step, open_api, say, speak
+from openai._streaming import SSEDecoder
 
+from router.api import sse
 from router.api.chat import ChatShape
 from router.api.chunk_writer import ChunkWriter
 from router.api.completions import CompletionShape
@@ -141,6 +143,11 @@ def test_continuous_usage_grows_strictly_up_to_the_exact_count(api: Api) -> None
     )
 
 
+def test_continuous_usage_alone_is_no_usage(api: Api) -> None:
+    body = {**SAMPLED, "messages": MESSAGES, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    assert '"usage"' not in api.http.post("/v1/chat/completions", json=body).text
+
+
 def test_a_stream_ends_with_done_and_is_one_event_per_paragraph(api: Api) -> None:
     text = api.http.post("/v1/completions", json={**SAMPLED, "prompt": "Hi", "stream": True}).text
     *chunks, done, rest = text.split("\n\n")
@@ -191,7 +198,7 @@ def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
         body = {**SAMPLED, "messages": MESSAGES, "stream": True}
         with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
-            assert [next(lines), next(lines), next(lines)] == [": heartbeat", "", ": heartbeat"]
+            assert [next(lines), next(lines)] == [": heartbeat", ": heartbeat"]
             hang.release()
             assert [line for line in lines if line][-1] == "data: [DONE]"
         hang = Hang()
@@ -199,6 +206,20 @@ def test_a_silent_stream_opens_and_sends_comments_that_clients_skip() -> None:
         chunks = api.client.chat.completions.create(messages=MESSAGES, stream=True, **SAMPLED)
         hang.release()
         assert texts(list(chunks), 1)[0]
+
+
+def test_openais_client_takes_no_comment_in_the_middle_of_a_stream_for_an_event() -> None:
+    hang, raw = Hang(), b""
+    with open_api(ApiConfig(heartbeat_s=0.01)) as api:
+        api.backend.script = lambda backend, request: [*speak(backend, request)[:2], hang, *speak(backend, request)[2:]]
+        body = {**SAMPLED, "messages": MESSAGES, "stream": True}
+        with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            for part in response.iter_raw():
+                raw += part
+                if b"\nid: " in raw and raw.endswith(sse.HEARTBEAT):
+                    hang.release()
+    events = list(SSEDecoder().iter_bytes(iter([raw])))
+    assert len(events) > 3 and all(event.data for event in events), raw
 
 
 def test_a_stream_whose_tokens_have_no_text_sends_comments_too() -> None:

@@ -32,8 +32,8 @@ from ray.util.placement_group import placement_group_table
 
 from cluster.actors.placement import NoRoom
 from cluster.actors.pools import Pools
+from cluster.actors.waiting import remove_actors, stop_actors, wait_ready
 from cluster.config import ClusterConfig, load_config
-from cluster.lifecycle import StartFailed, remove_actors, stop_actors, wait_ready
 from cluster.membership.membership import WORKERS, Registration
 from cluster.ray_session import processes
 from cluster.ray_session.defaults import PRIVATE_NAMES
@@ -41,6 +41,7 @@ from cluster.ray_session.failures import ActorFailed, explain, told
 from cluster.ray_session.folders import end_local, make_folder
 from cluster.ray_session.running import note, with_ray
 from cluster.ray_session.session import start_ray
+from cluster.steps import StartFailed
 from cluster.store.actor_store import ActorStore
 from cluster.store.open import open_store
 from cluster.store.store import Snapshot, Store

@@ -21,11 +21,11 @@ from cluster.commands.demo import is_right, read_questions
 from cluster.commands.serve import example_request
 from cluster.config import load_config
 from cluster.console.output import duration, size, status_table
-from cluster.lifecycle import AT_ONCE, all_of
 from cluster.preflight import check_disk_tier, check_memory, check_model, check_port, weight_bytes
 from cluster.ray_session import processes
 from cluster.ray_session.folders import end_local, make_folder, remove_stale
 from cluster.ray_session.session import free_port
+from cluster.steps import AT_ONCE, all_of
 from workers.config import WorkerConfig
 from workers.errors import InvalidConfig, InvariantViolated
 

@@ -149,6 +149,27 @@ def test_overlapping_steps_give_the_outputs_of_steps_that_wait(moe: Path) -> Non
     assert expected[0][-1].finish_reason is FinishReason.STOP
 
 
+def test_masks_bind_what_is_drawn_as_on_the_cpu(moe: Path) -> None:
+    """A grammar's masks and `allowed_token_ids` reach the draw the same way; greedy, at random, and beside a sequence without."""
+    allowed = (3, 17, 40, 63)
+    choices = [(0.0, allowed), (1.3, allowed), (1.3, ())]
+    outputs = []
+    ends: set[int] = set()
+    for runner in (load(moe, max_model_len=MAX_LEN), load_cuda(moe)):
+        engine = make_engine(runner, max_model_len=MAX_LEN)
+        ends |= set(runner.eos_token_ids)
+        for number, (temperature, tokens) in enumerate(choices):
+            asked = make_request(
+                range(20), max_tokens=12, temperature=temperature, seed=4, allowed_token_ids=tokens, ignore_eos=True
+            )
+            engine.add(number, asked)
+        ended = run_to_end(engine)
+        outputs.append([tokens_of(ended, number) for number in range(len(choices))])
+    greedy_ones, drawn, free = outputs[0]
+    assert outputs[0] == outputs[1]
+    assert {*greedy_ones, *drawn} <= {*allowed, *ends} and len(set(drawn)) > 1 and not set(free) <= {*allowed, *ends}
+
+
 def test_a_launched_step_takes_its_tokens_from_the_one_before_it_not_from_the_host(moe: Path) -> None:
     runner = load_cuda(moe)
     spec = SampleSpec(GREEDY, 0, 0, (9,), ())

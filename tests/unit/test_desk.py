@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from router.api.turns import Turns
 from router.backend import ListedRouter, LoadingWorker, Lookout, RouterStatus
 from router.config import ApiConfig
 from router.requests.journal import Incident, Step, Way
+from router.roles import RolesReport
 from router.tenants.config import TenantsConfig
 from router.tenants.tenancy import Tenancy
 from workers.status import LoadProgress, RankStatus, Role
@@ -178,6 +180,14 @@ class LargeFleet(FakeBackend):
         self.ranks["decode-1"] = tuple(RankStatus(at, f"node-{at}", 40 + at, 3, at != 2, at < 2) for at in range(4))
         self.loading = (LoadingWorker("decode-1000", Role.DECODE, LoadProgress(21 << 30, 42 << 30, 14, 28)),)
 
+    def role_report(self) -> RolesReport:
+        """decode-1 was a prefill worker until five minutes ago."""
+        step = {"worker_id": "decode-1", "source": "prefill", "target": "decode", "by": "controller", "reason": "load"}
+        now = time.time()
+        begun, done = {**step, "step": "begun", "at_s": now - 600}, {**step, "step": "done", "at_s": now - 300}
+        report = super().role_report()
+        return replace(report, page={**report.page, "audit": [begun, {**done, "why": "answers wait"}]})
+
     def status(self) -> RouterStatus:
         status = super().status()
         workers = (replace(view, connected=at % 97 != 5) for at, view in enumerate(status.workers))
@@ -209,6 +219,15 @@ def test_a_browser_shows_a_thousand_workers_and_drains_one_by_keyboard_after_ask
         assert "router-2 http://10.0.0.2:8000 host-2 0.1" in text
         assert "4 of 4" in text and "decode-1 2 gone node-2 42 3 its own" in text
         assert page.ask("at('workers').rows[0].cells[2].innerText") == "not connected", "those in trouble come first"
+        assert page.ask("at('perWorker').open") is False, "a thousand bands are for whoever asks"
+        page.ask("at('perWorker').open = true")
+        page.wait_for("at('lanes').rows.length")
+        assert page.ask("at('lanes').rows.length") == 64 and "the 64 of 1000 that changed most" in page.text()
+        titles = "[...at('lanes').rows[0].querySelectorAll('i[title]')].map(band => band.title).join('; ')"
+        page.wait_for(f"{titles}.includes('answers wait')")
+        assert page.ask("at('lanes').rows[0].cells[0].innerText") == "decode-1", "who changed most comes first"
+        told = page.ask(titles)
+        assert re.fullmatch(r"prefill from [^;]+; decode from [^;]+: load, answers wait", told), told
         page.picture(tmp_path / "desk.png")
         page.prefer_dark()
         page.picture(tmp_path / "desk-dark.png")

@@ -17,7 +17,16 @@ from fake_backend import FakeBackend, serve
 from cluster.cli import main
 from cluster.config import load_config
 from cluster.doctor.bundle import without_secrets
-from cluster.doctor.findings import HostFacts, Verdict, is_well, judge_clocks, judge_host, judge_port, judge_workers
+from cluster.doctor.findings import (
+    HostFacts,
+    Verdict,
+    is_well,
+    judge_answer,
+    judge_clocks,
+    judge_host,
+    judge_port,
+    judge_workers,
+)
 from cluster.doctor.ports import PortFacts, Process, look_at_port, program_name
 from router.config import ApiConfig
 from workers.text.tokenizer import Tokenizer
@@ -62,6 +71,18 @@ def test_what_is_wrong_with_workers_is_said_with_what_to_do() -> None:
     assert "2 different ones" in mixed["fingerprints", Verdict.FAIL]
     many = verdicts(*[view(f"w-{at:02}", "mixed", frame_age_s=60.0) for at in range(30)])
     assert "w-09 and 20 more" in many["workers", Verdict.WARN]
+
+
+def test_a_long_prompt_that_no_prefill_worker_computed_is_a_fault() -> None:
+    def answered(by: str, prefill: tuple[str, ...], is_long: bool) -> Verdict:
+        way = {"prefill_worker": by, "decode_worker": "d"}
+        answer = {"usage": {"completion_tokens": 8}, "baton": {"choices": [way]}}
+        return judge_answer(answer, prefill, is_long).verdict
+
+    assert answered("p", ("p",), True) is Verdict.OK
+    assert answered("d", ("p",), True) is Verdict.FAIL
+    assert answered("d", ("p",), False) is answered("d", (), True) is Verdict.OK
+    assert judge_answer({"usage": {}}).verdict is Verdict.FAIL
 
 
 def test_what_is_short_on_a_host_is_a_warning() -> None:

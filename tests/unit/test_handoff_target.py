@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import grpc
 import pytest
 from builders import fake_layout, make_request
 
+from cluster.logs import Formatter
 from workers.errors import Refusal
-from workers.handoff.protocol.messages import HandoffFailed, OpenHandoff, PromptSubject
+from workers.handoff.protobuf import up_to_pb
+from workers.handoff.protocol.messages import HandoffAccepted, HandoffFailed, Offer, OpenHandoff, PromptSubject
 from workers.handoff.protocol.target_session import TargetSession
 from workers.handoff.target_driver import TargetDriver
 from workers.kv_memory.memory import KvMemory
 from workers.kv_memory.pieces import Cut
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
+from workers.wire.streams import Sealer
 
 
-def driver() -> TargetDriver:
+def driver(transports: Mapping[str, Any] = MappingProxyType({})) -> TargetDriver:
     cut = Cut(fake_layout(), 0, 2)
     opening = OpenHandoff(
         target=WorkerAddress("decode-0", 1, "127.0.0.1:1"),
@@ -35,7 +42,7 @@ def driver() -> TargetDriver:
     )
     session = TargetSession(cut, opening, ttl_s=5)
     source = WorkerAddress("prefill-0", 1, "127.0.0.1:1")
-    return TargetDriver(session, KvMemory(fake_layout()), {}, source, (3, 4), "t", time.monotonic)
+    return TargetDriver(session, KvMemory(fake_layout()), transports, source, (3, 4), "t", time.monotonic)
 
 
 async def test_a_channel_that_another_transfer_has_closed_fails_the_transfer_and_does_not_leave_it_hanging() -> None:
@@ -99,3 +106,45 @@ async def test_whatever_grpc_raises_from_a_stream_that_breaks_the_sender_counts_
     with pytest.raises(HandoffFailed) as failed:
         await asyncio.wait_for(transfer.outcome, 60)
     assert failed.value.refusal is Refusal.WORKER_LOST
+
+
+class AcceptingCall(BreakingCall):
+    """A sender that offers shared memory, and then waits."""
+
+    def __init__(self) -> None:
+        super().__init__(grpc.aio.UsageError("over"), "never")
+
+    async def write(self, message: object) -> None:
+        return
+
+    async def __aiter__(self) -> AsyncIterator[object]:
+        accepted = HandoffAccepted((Offer("shm", b""),), fake_layout(), "here")
+        yield Sealer().seal(up_to_pb("t", 1, accepted))
+        await self._is_over.wait()
+
+
+class BrokenTransport:
+    """Says so itself, and then fails in a way that nobody expects."""
+
+    async def connect(self, *_: object) -> None:
+        logging.getLogger("workers.transports.shm").warning("the segment is gone")
+        raise ValueError("never seen")
+
+
+async def test_whatever_a_handoff_and_its_transport_log_names_the_request() -> None:
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    handler.setFormatter(Formatter("decode-0", is_json=False))
+    logging.getLogger("workers").addHandler(handler)
+    transfer = driver({"shm": BrokenTransport()})
+    try:
+        await asyncio.wait_for(asyncio.create_task(transfer.run(BreakingStub(AcceptingCall()))), 60)  # type: ignore[arg-type]
+        logging.getLogger("workers").warning("of no request")
+    finally:
+        logging.getLogger("workers").removeHandler(handler)
+    with pytest.raises(HandoffFailed):
+        await transfer.outcome
+    lines = [line for line in said.getvalue().splitlines() if " decode-0 " in line]
+    assert [line.partition(" decode-0 ")[2] for line in lines] == [
+        "request_id=r the segment is gone", "request_id=r shm could not be connected", "of no request",
+    ]  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,41 @@ def test_a_process_opens_as_many_files_as_it_may() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout == f"{hard}\n", run
+
+
+@pytest.fixture
+def bounded_group() -> Iterator[Path]:
+    """A real control group, in another one that may use 450 MiB; skips where this machine lets nobody make one."""
+    for top, limit in (
+        (Path("/sys/fs/cgroup"), "memory.max"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+    ):
+        outer = top / f"baton-test-{os.getpid()}"
+        inner = outer / "box"
+        try:
+            if not (top / "cgroup.procs").exists():
+                continue
+            inner.mkdir(parents=True)
+            (outer / limit).write_text(str(450 << 20))
+            (inner / "cgroup.procs").touch()
+            yield inner
+            return
+        except OSError:
+            continue
+        finally:
+            for folder in (inner, outer):
+                with suppress(OSError):
+                    folder.rmdir()
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+def test_in_a_real_group_memory_that_runs_short_is_named_and_enough_of_it_is_too(bounded_group: Path) -> None:
+    program = Path(__file__).with_name("memory_bound.py")
+    ended = subprocess.run(
+        [sys.executable, str(program), str(bounded_group)], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    available_mib, seen = json.loads(ended.stdout)
+    assert 380 < available_mib <= 450, "what the group above leaves, not what the host has"
+    assert seen == [False, True, False]
+    assert "memory is short" in ended.stderr and "there is enough memory again" in ended.stderr

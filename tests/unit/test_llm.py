@@ -10,11 +10,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from cluster.llm import LLM, SamplingParams
+from cluster.llm import LLM, BeamSearchParams, SamplingParams
 from workers.config import ParallelConfig
 from workers.errors import InvalidConfig, InvalidRequest
 
@@ -52,6 +54,29 @@ def test_n_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert [c.text for c in first.outputs] == [c.text for c in second.outputs]
     free = SamplingParams(max_tokens=16, temperature=1.5, ignore_eos=True)
     assert llm.generate("Once", free, progress=False) != llm.generate("Once", free, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("width", "max_tokens", "length_penalty", "early_stopping"),
+    [(2, 16, 1.0, False), (4, 12, 0.0, "never"), (4, 20, 2.0, False), (3, 12, -0.5, True), (6, 8, 1.0, "never")],
+)
+def test_beams_are_those_of_transformers(
+    llm: LLM, width: int, max_tokens: int, length_penalty: float, early_stopping: bool | Literal["never"]
+) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    prompts = [llm.tokenizer.encode(text) for text in (WHO, "<|begin_of_sentence|>User: Tell me a", "One list")]
+    params = BeamSearchParams(width, max_tokens, length_penalty=length_penalty, early_stopping=early_stopping)
+    for prompt, found in zip(prompts, llm.beam_search(prompts, params, progress=False), strict=True):
+        wanted = theirs.generate(
+            torch.tensor([prompt]), num_beams=width, num_return_sequences=width, max_new_tokens=max_tokens, do_sample=False,
+            length_penalty=length_penalty, early_stopping=early_stopping, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        for beam, sequence, score in zip(
+            found.outputs, wanted.sequences, wanted.sequences_scores.tolist(), strict=True
+        ):
+            assert sequence[len(prompt) :].tolist()[: len(beam.token_ids)] == beam.token_ids
+            assert beam.cumulative_logprob == pytest.approx(score * len(beam.token_ids) ** length_penalty, abs=1e-3)
+            assert beam.text == llm.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
 
 
 def test_logprobs_may_be_those_of_all_tokens_or_of_some_that_are_named(llm: LLM) -> None:
@@ -200,7 +225,11 @@ def test_a_conversation_is_read_by_the_rules_of_the_http_api(llm: LLM) -> None:
     assert "RULES" in llm.tokenizer.decode(ids({"role": "developer", "content": "RULES"}, user))
     parts = [{"type": "text", "text": "hi"}]
     assert ids({"role": "user", "content": parts}) == ids(user)
-    for bad in ({"role": "tool", "content": "42"}, {"role": "user"}, {"role": "user", "content": [{"type": "image"}]}):
+    for bad in (
+        {"role": "tool", "content": "42"},
+        {"role": "system"},
+        {"role": "user", "content": [{"type": "image"}]},
+    ):
         with pytest.raises(InvalidRequest, match="messages"):
             ids(bad, user)
     for bad in ("hi", [], user):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from cluster_process import free_port
 
+from cluster.actors.waiting import ask_head
 from cluster.cli import main
 from cluster.config import RayConfig, load_config
-from cluster.lifecycle import ask_head
 from cluster.probes import LIVE_S, Probes, ProbeServer
 from cluster.ray_session.node import plan_head, plan_member
 from cluster.secret_files import is_private

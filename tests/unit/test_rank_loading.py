@@ -14,6 +14,7 @@ from tests.unit.model_configs import moe_with_shared_experts, small_dense
 from workers.config import ParallelConfig, WorkerConfig
 from workers.errors import InvalidConfig
 from workers.model.checkpoint.ernie_config import ErnieConfig
+from workers.model.checkpoint.progress import loading
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.cpu.rank_runner import load_rank
 from workers.model.cpu.runner import TorchRunner
@@ -44,7 +45,7 @@ def config(folder: Path, native: bool = True, **parallel: Any) -> WorkerConfig:
 
 
 def load_and_measure(folder: str, native: bool, parallel: dict[str, int], answer: Any) -> None:
-    """In a process of its own: (how far RSS rose at its highest, bytes of the share)."""
+    """In a process of its own: (how far RSS rose at its highest, bytes of the share, of those to be read how many are left)."""
     from workers.model.decoder.layers import Linear
 
     torch.set_num_threads(1)
@@ -58,7 +59,9 @@ def load_and_measure(folder: str, native: bool, parallel: dict[str, int], answer
     runner = load_rank(settings, rank, Links(), placement)
     layout = Layout.of(settings.parallel, dimensions, rank)
     share = share_bytes(dimensions, layout, placement, torch.float32, copies_tied_head=not native)
-    answer.put((rss("VmHWM") - before - runner.kv_memory.layout.pool_bytes, share))
+    read = loading()
+    left = read.num_bytes - read.num_bytes_read
+    answer.put((rss("VmHWM") - before - runner.kv_memory.layout.pool_bytes, share, left))
 
 
 def rss(name: str) -> int:
@@ -66,21 +69,22 @@ def rss(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(folder: Path, native: bool, parallel: dict[str, int]) -> tuple[int, int]:
+def measure(folder: Path, native: bool, parallel: dict[str, int]) -> tuple[int, int, int]:
     context = mp.get_context("spawn")
     answer = context.SimpleQueue()
     process = context.Process(target=load_and_measure, args=(str(folder), native, parallel, answer))
     process.start()
-    grown, share = answer.get()
+    grown, share, left = answer.get()
     process.join()
-    return grown, share
+    return grown, share, left
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_loading_takes_less_than_a_fifth_more_than_the_share(folder: Path, native: bool) -> None:
     """Between two shares, so that what libraries take whatever the model is (some 40 MB) does not count."""
-    whole_grown, whole = measure(folder, native, {})
-    part_grown, part = measure(folder, native, {"expert_parallel": 4, "tensor_parallel": 4})
+    whole_grown, whole, whole_left = measure(folder, native, {})
+    part_grown, part, part_left = measure(folder, native, {"expert_parallel": 4, "tensor_parallel": 4})
+    assert whole_left == part_left == 0, "progress ends where loading does"
     assert part < 0.5 * whole
     assert whole_grown - part_grown < 1.2 * (whole - part)
     assert part_grown < 1.2 * part + (80 << 20)

@@ -82,7 +82,7 @@ def test_a_request_that_waited_for_its_only_worker_is_run_there_by_the_name_it_h
 
 
 def test_what_is_taken_up_tells_neither_how_long_a_first_token_takes_nor_of_demand() -> None:
-    for at, is_learnt in (("", True), ("m-0", False)):
+    for at, is_learnt in (("", True), ("m-0", False), ("gone", True)):
         story = Story(("m-0", Role.MIXED))
         for number in range(20):
             story.tell(RequestArrived(request(f"r{number}"), part=JobPart(name=f"r{number}", at=at)))

@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_request
+from builders import make_engine, make_request, run_to_end
 from router_story import FREE, GENERATION, MODEL, Story, request, the_submit
+from test_router_targets import fleet
 from tier_rig import GOLDEN, rig
 from tier_rig import PROMPT as TIERED
 
 from cluster.sim.load import TraceRequest
 from cluster.sim.settings import Settings
 from cluster.sim.simulation import simulate
-from router.events import RequestArrived
+from router.events import Command, RequestArrived, SendMessage
 from router.tenants.config import TenantLimits, TenantsConfig
 from router.tenants.salts import Salts
 from router.tenants.tenancy import Caller, Tenancy
+from router.wishes import Wishes
 from workers.kv_cache.block_hash import PromptBlocks, PromptTokens, block_hashes
+from workers.request import Request
 from workers.runner import BLOCK_SIZE
 from workers.status import KvEvent, Role
-from workers.wire.attach import WorkerFrame
+from workers.wire.attach import Submit, WorkerFrame
 from workers.wire.request_protobuf import request_from_pb, request_to_pb
 
 PROMPT = PromptTokens(range(5, 5 + 6 * BLOCK_SIZE + 3))
@@ -61,6 +64,58 @@ def test_routing_follows_a_tenants_own_blocks_only() -> None:
         flight = story.core.flights._flights[f"x{number}"]
         found = story.core.index.match(flight.hashes, 4)
         assert not found.cached.any() and not found.in_pool.any()
+
+
+ASKED = PromptTokens(range(5, 5 + 900))
+
+
+def answers_to(asker: int, cached: tuple[int, ...] | None, ttft_s: float) -> list[Command]:
+    """What a router does about a prompt of the tenant with the salt `asker`, and says of it, where tenant 7 has had `cached`."""
+    story = fleet(admission="strict")
+    hashes = () if cached is None else tuple(block_hashes(cached, MODEL.block_size, 7))
+    for worker in story.connections:
+        story.frame(worker, WorkerFrame(GENERATION, kv_events=(KvEvent(1, hashes),)))
+    asked = replace(request("r", ASKED, 64), cache_salt=asker)
+    said = story.tell(RequestArrived(asked, Wishes(ttft_s, 0.0, explain=True)))
+    return [
+        replace(command, message=replace(command.message, key=b""))
+        if isinstance(command, SendMessage) and isinstance(command.message, Submit)
+        else command
+        for command in said
+    ]
+
+
+@pytest.mark.parametrize("ttft_s", [0.0, 0.1, 0.5, 0.95, 2.0])
+def test_admission_and_routing_do_not_depend_on_what_another_tenant_has_had(ttft_s: float) -> None:
+    """Not whether a prompt is taken, not what the refusal foretells, not where it goes, and not the share that it costs."""
+    others = tuple(range(40, 940))
+    without = answers_to(8, None, ttft_s)
+    assert without and without == answers_to(8, ASKED, ttft_s) == answers_to(8, others, ttft_s)
+    if 0.0 < ttft_s < 0.95:
+        assert without != answers_to(7, ASKED, ttft_s), "its own blocks count"
+
+
+def test_as_much_is_computed_in_as_many_steps_whatever_another_tenant_has_had() -> None:
+    mine, other = make_request(PROMPT, 4), make_request(range(300, 300 + len(PROMPT)), 4)
+
+    def computed(asker: int, earlier: Request) -> tuple[int, int, float, float]:
+        """Of the asker's request: its cached tokens, steps, and the tokens and blocks that it took."""
+        engine = make_engine(max_batch_tokens=64)
+        engine.add(1, replace(earlier, cache_salt=7))
+        run_to_end(engine)
+        before, num_free = dict(engine.counters()), engine.load().num_free_blocks
+        engine.add(2, replace(mine, cache_salt=asker))
+        results = [engine.step()]
+        least = engine.load().num_free_blocks
+        while engine.has_work:
+            results.append(engine.step())
+            least = min(least, engine.load().num_free_blocks)
+        (cached,) = {output.cached_tokens for result in results for _, output in result.outputs if output.position == 0}
+        after = dict(engine.counters())
+        return cached, len(results), after["prefill_tokens"] - before["prefill_tokens"], num_free - least
+
+    assert computed(8, mine) == computed(8, other) == computed(7, other)
+    assert computed(8, mine)[0] == 0 and computed(7, mine)[0] == 6 * BLOCK_SIZE, "its own blocks count"
 
 
 @pytest.mark.parametrize("disk", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ from workers.handoff.protocol.messages import (
     TransportBroken,
     UseTransport,
 )
-from workers.kv_cache.block_hash import block_hashes
+from workers.kv_cache.block_hash import PromptTokens, block_hashes
 from workers.kv_memory.memory import KvLayout
 from workers.pb import worker_pb2 as pb
 from workers.request import FinishReason, HandoffReport, Output, Request, SamplingParams
@@ -302,3 +303,21 @@ def test_prompts_with_a_common_prefix_share_its_blocks_and_no_more() -> None:
     assert one[0] == other[0]
     assert not set(one[1:]) & set(other[1:])
     assert not set(one) & set(block_hashes([1, 2, 3, 4, 5, 6], 2, salt=1))
+
+
+class Looked(PromptTokens):
+    """A prompt that counts how often its tokens are read."""
+
+    num_looks = 0
+
+    def __iter__(self) -> Iterator[int]:
+        Looked.num_looks += 1
+        return super().__iter__()
+
+
+def test_choices_of_a_request_have_their_prompt_written_once() -> None:
+    prompt = Looked(range(3000))
+    choices = [Request(f"r{at}", prompt, SamplingParams(seed=at), choice_index=at) for at in range(128)]
+    written = [wire_request.request_to_pb(choice) for choice in choices]
+    assert Looked.num_looks <= 1
+    assert [wire_request.request_from_pb(message) for message in written] == choices

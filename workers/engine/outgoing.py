@@ -77,7 +77,8 @@ class OutgoingKv:
 
         def shown(error: RankLost | None) -> None:
             if error is not None:
-                log.warning("a prompt computed for another worker cannot be shown to it: %s", error)
+                about = live.sequence.request.log_fields
+                log.warning("a prompt computed for another worker cannot be shown to it: %s", error, extra=about)
                 self._sequences.fail(live, Refusal.WORKER_LOST, LOST_WITH_RANK)
                 return
             said = self._sequences.pending

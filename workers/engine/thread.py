@@ -42,6 +42,9 @@ T = TypeVar("T")
 MAX_COMMANDS = 4096
 """While so many wait, the step under way has taken so long that no new sequence is taken."""
 
+MAX_NEW_TOKENS = 16384
+"""Prompt tokens of new sequences that are taken between two steps, and one sequence beyond: each is looked through and hashed."""
+
 STALL_CHECK_S = 0.5
 """A thread whose sequences all wait for somebody else looks again after this long at the latest."""
 
@@ -121,8 +124,10 @@ class EngineThread:
         return True
 
     def _take_commands(self, wait: bool) -> bool:
-        """Executes what is queued; with `wait`, at least one or until the stall check. False: stop."""
-        while True:
+        """Executes what is queued, but for what follows many new sequences; with `wait`, at least one or until the stall check. False:
+        stop."""
+        num_new = 0
+        while num_new < MAX_NEW_TOKENS:
             try:
                 timeout = STALL_CHECK_S if self._engine.has_work else None
                 command = self._commands.get(timeout=timeout) if wait else self._commands.get_nowait()
@@ -131,7 +136,10 @@ class EngineThread:
             wait = False
             if isinstance(command, StopEngine):
                 return False
+            if isinstance(command, AddSequence | AddMigrant):
+                num_new += len(command.request.prompt_token_ids)
             carry_out(self._engine, command)
+        return True
 
 
 def report_of(engine: Engine, result: StepResult) -> Report:

@@ -115,6 +115,7 @@ class Serving:
             self._identity.generation,
             self._clock,
             opening.takes_batches,
+            opening.subject.log_fields,
         )
         task = asyncio.create_task(driver.run(incoming, export), name=f"source-{first.transfer_id}")
         self._sources[driver] = task
@@ -143,8 +144,8 @@ class Serving:
     def _source_ended(self, driver: SourceDriver, task: asyncio.Task[None]) -> None:
         self._sources.pop(driver)
         if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen
-            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
+            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception(), extra=driver.about)
         self._counters["handoffs_sent" if not driver.reason else "handoffs_not_taken"] += 1
         self._counters["handoff_sent_bytes"] += driver.sent_bytes
         if driver.reason:
-            log.warning("%s gave a handoff up: %s", self._identity.worker_id, driver.reason)
+            log.warning("%s gave a handoff up: %s", self._identity.worker_id, driver.reason, extra=driver.about)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from workers.errors import TransferFailed
@@ -29,6 +30,7 @@ from workers.handoff.protocol.source_session import (
 )
 from workers.handoff.protocol.transfer import Due, TransferState
 from workers.kv_memory.memory import KvMemory
+from workers.log_context import log_about
 from workers.pb import worker_pb2 as pb
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, PulledTransport, Transport
@@ -84,7 +86,9 @@ class SourceDriver:
         generation: int,
         clock: Callable[[], float],
         takes_batches: bool = False,
+        about: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`about`: what log messages of this transfer carry."""
         self._session = session
         self._memory = memory
         self._transports = transports
@@ -96,6 +100,7 @@ class SourceDriver:
         most = MAX_EVENTS + 4 * (MAX_EPOCH + 1) * (session.cut.num_pieces + 1)
         self._events: Mailbox[SourceEvent] = Mailbox(MAX_EVENTS, most)
         self._takes_batches = takes_batches
+        self.about = about
         self._out: Mailbox[HandoffUp | None] = Mailbox(MAX_EVENTS, most)
         self._sends: set[asyncio.Task[None]] = set()
         self.sent_bytes = 0
@@ -108,6 +113,7 @@ class SourceDriver:
 
     async def run(self, incoming: AsyncIterator[pb.HandoffDown], export: HandoffExport) -> None:
         """Ends when the export is released."""
+        log_about(self.about)
         reader = asyncio.create_task(self._read(incoming))
         is_released = False
         try:

@@ -33,6 +33,7 @@ from workers.handoff.protocol.target_session import (
 from workers.handoff.protocol.transfer import Due
 from workers.handoff.source_driver import data_id
 from workers.kv_memory.memory import KvMemory
+from workers.log_context import log_about
 from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.status import WorkerAddress
@@ -87,7 +88,8 @@ class TargetDriver:
         self._events.post(HandoffLost(reason, Refusal.SHUTTING_DOWN, is_ours=True))
 
     async def run(self, stub: worker_pb2_grpc.WorkerStub) -> None:
-        """Always sets `outcome`."""
+        """Always sets `outcome`. What it logs names the request, and so does what transports log for it."""
+        log_about(self._session.opening.subject.log_fields)
         try:
             call = stub.Handoff()
         except grpc.aio.UsageError:

@@ -178,7 +178,7 @@ class Transfers:
             raise HandoffFailed(str(error), Refusal.INTERNAL) from error
         task = asyncio.create_task(driver.run(peer.stub), name=f"target-{source.worker_id}")
         self._targets[driver] = task
-        task.add_done_callback(lambda ended: self._target_ended(driver, peer, ended))
+        task.add_done_callback(lambda ended: self._target_ended(driver, peer, ended, subject.log_fields))
         try:
             return await asyncio.shield(driver.outcome)
         except asyncio.CancelledError:
@@ -190,11 +190,13 @@ class Transfers:
                 await self._forget(source)
             raise
 
-    def _target_ended(self, driver: TargetDriver, peer: PeerChannel, task: asyncio.Task[None]) -> None:
+    def _target_ended(
+        self, driver: TargetDriver, peer: PeerChannel, task: asyncio.Task[None], about: Mapping[str, str]
+    ) -> None:
         self._targets.pop(driver)
         self._peers.give(peer)
         if not task.cancelled() and task.exception() is not None:  # it has cleaned up behind itself, and must be seen
-            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
+            log.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception(), extra=about)
 
     async def _forget(self, source: WorkerAddress) -> None:
         """Its successor is to be dialled afresh."""

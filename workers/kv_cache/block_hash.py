@@ -107,6 +107,11 @@ class PromptTokens(tuple[int, ...]):
         return token_bytes(self)
 
     @cached_property
+    def forms(self) -> dict[str, bytes]:
+        """What it looks like in formats that others have written it in, by their names."""
+        return {}
+
+    @cached_property
     def bounds(self) -> tuple[int, int]:
         """The lowest and the highest token id; of a prompt that is not empty."""
         try:

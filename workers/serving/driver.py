@@ -17,6 +17,7 @@ from typing import assert_never
 from workers.config import WorkerConfig
 from workers.engine.messages import AddMigrant, AddSequence, EngineCommand, LayersFilled, Report
 from workers.kv_memory.memory import KvMemory
+from workers.log_context import log_about
 from workers.serving import events
 from workers.serving.core import WorkerCore
 from workers.serving.handoffs import Handoffs
@@ -97,11 +98,14 @@ class WorkerDriver:
     # ---- the loop around the core ----
 
     def _handle(self, event: events.Event) -> None:
+        """Whoever brings it: what comes of it may be about other requests, and later about none."""
+        before = log_about({})
         try:
             for command in self._core.handle(event, self._clock()):
                 self._execute(command)
         finally:
             self._set_timer()
+            log_about(before)
 
     def _execute(self, command: events.Command) -> None:
         match command:

@@ -88,7 +88,7 @@ class Handoffs:
         """As Receive."""
         name = f"receive-{command.sequence_id}"
         task = self._receives[command.sequence_id] = asyncio.create_task(self._received(command), name=name)
-        task.add_done_callback(lambda ended: self._receive_ended(command.sequence_id, ended))
+        task.add_done_callback(lambda ended: self._receive_ended(command, ended))
 
     def stop_receiving(self, sequence_id: int) -> None:
         """As StopReceiving."""
@@ -102,9 +102,9 @@ class Handoffs:
                 command.source, command.subject, command.first_block, command.blocks, command.plan
             )
 
-    def _receive_ended(self, sequence_id: int, task: asyncio.Task[Handoff]) -> None:
+    def _receive_ended(self, command: Receive, task: asyncio.Task[Handoff]) -> None:
         """However it ended, nothing writes into the blocks any more (`Transfers.receive`), and the engine must hear of it."""
-        del self._receives[sequence_id]
+        del self._receives[command.sequence_id]
         outcome: Handoff | HandoffFailed | None = None
         error = None if task.cancelled() else task.exception()
         match error:
@@ -115,8 +115,8 @@ class Handoffs:
             case TransferFailed() | TimeoutError():
                 outcome = HandoffFailed(str(error) or "it took too long", Refusal.INTERNAL)
             case _:
-                log.error("%s ended unexpectedly", task.get_name(), exc_info=error)
-        self.handle(HandoffEnded(sequence_id, outcome))
+                log.error("%s ended unexpectedly", task.get_name(), exc_info=error, extra=command.subject.log_fields)
+        self.handle(HandoffEnded(command.sequence_id, outcome))
 
     # ---- served ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Generic, Protocol, TypeVar
 from workers.errors import TransferFailed
 from workers.status import WorkerAddress
 from workers.transports.offers import Peer
+
+log = logging.getLogger(__name__)
 
 MAX_CHANNELS = 256
 """Kept at once; the one that is idle and was asked for longest ago goes first, one in use never."""
@@ -104,6 +107,7 @@ class Channels(Generic[AnyChannel]):
         error = ended.exception()
         self._failed.pop(key, None)
         if isinstance(error, TransferFailed):
+            log.warning("no channel to %s: %s", source.worker_id, error)
             self._failed[key] = (time.monotonic() + FAILED_S, source.worker_id, str(error))
             if len(self._failed) > _MAX_FAILED:
                 self._failed.popitem(last=False)

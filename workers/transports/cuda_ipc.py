@@ -7,7 +7,6 @@ import binascii
 import ctypes
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 from workers.errors import TransferFailed
 from workers.kv_memory.checksum import checksums
 from workers.kv_memory.memory import KvLayout, KvMemory
+from workers.machine.threads import started_threads
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece, View
 from workers.transports.offers import decode, decode_hex, encode
@@ -178,7 +178,7 @@ class CudaIpcTransport:
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._nonce_address = 0
         self._stream = 0
-        self._helpers = ThreadPoolExecutor(1, thread_name_prefix="kv-cuda-ipc")
+        self._helpers = started_threads(1, "kv-cuda-ipc")
         self._channels: dict[bytes, tuple[str, int, PullChannel]] = {}
         """{offer: (sender, the opened allocation, channel)}."""
 

@@ -17,13 +17,13 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from workers.errors import TransferFailed
 from workers.kv_memory.checksum import copy_and_checksum
 from workers.kv_memory.memory import NONCE_BYTES, NONCE_PAGE_BYTES, KvLayout, KvMemory
+from workers.machine.threads import started_threads
 from workers.status import WorkerAddress
 from workers.transports.channels import Channels
 from workers.transports.contract import OutgoingPiece, View
@@ -116,8 +116,8 @@ class NixlTransport:
                 "nonce": memory.handle.nonce.hex(),
             }
         )
-        self.helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-nixl")
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl-keeper")
+        self.helpers = started_threads(NUM_HELPERS, "kv-nixl")
+        self._keeper = started_threads(1, "kv-nixl-keeper")
         """Lets go of what is unused, never behind a read that hangs: the worker's signs of life wait for `sweep`."""
         self._channels: Channels[NixlChannel] = Channels(MAX_PEERS)
         self._metadata: dict[str, bytes] = {}

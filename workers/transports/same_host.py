@@ -7,10 +7,10 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from workers.errors import TransferFailed
 from workers.kv_memory.memory import NONCE_BYTES, KvLayout, KvMemory, MappedKvMemory, SharedHandle
+from workers.machine.threads import started_threads
 from workers.status import WorkerAddress
 from workers.transports.contract import OutgoingPiece
 from workers.transports.offers import decode, decode_hex, encode
@@ -29,7 +29,7 @@ class LoopbackTransport:
 
     def __init__(self, memory: KvMemory, worker_id: str) -> None:
         self._token = secrets.token_hex(16)
-        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-loopback")
+        self._helpers = started_threads(NUM_HELPERS, "kv-loopback")
         self._channels: dict[str, tuple[str, PullChannel]] = {}
         with _lock:
             _pools[self._token] = (worker_id, memory)
@@ -88,7 +88,7 @@ class ShmTransport:
     def __init__(self, memory: KvMemory, host: str) -> None:
         self._memory = memory
         self._host = host
-        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="kv-shm")
+        self._helpers = started_threads(NUM_HELPERS, "kv-shm")
         self._channels: dict[bytes, tuple[WorkerAddress, int, PullChannel]] = {}
         """{offer: (sender, its pid, channel)}, the longest unused first. An offer holds a nonce, so it never means two pools."""
 

@@ -45,7 +45,7 @@ class Lane:
 
 
 class TcpChannel:
-    """The receiver's end of the lanes to one sender."""
+    """The receiver's end of the lanes to one sender. Raises TransferFailed where the host starts no more threads."""
 
     def __init__(
         self,
@@ -59,8 +59,15 @@ class TcpChannel:
         self.source, self.offer = source, offer
         self.inboxes = Inboxes(self._abort, timeout_s, is_sealed)
         self.lanes = [make_lane(lane, self.inboxes) for lane in lanes]
-        for lane in self.lanes:
-            lane.start()
+        for number, lane in enumerate(self.lanes):
+            try:
+                lane.start()
+            except RuntimeError as error:
+                for connection in lanes[number:]:
+                    connection.close()
+                for started in self.lanes[:number]:
+                    started.stop()
+                raise TransferFailed(f"this host starts no more threads for tcp: {error}") from error
 
     @property
     def is_broken(self) -> bool:
@@ -202,10 +209,10 @@ class TcpTransport:
                 lanes[lane] = Lane(accepted, lane_key(session, challenge, call))
                 if len(lanes) == num_lanes:
                     self._links.make_room(peer)
-                    del self._arriving[session]
                     self._replace_link(peer, self.make_link([lanes[n] for n in range(num_lanes)], session))
+                    del self._arriving[session]
                 await loop.sock_sendall(accepted, proof(token.secret, "sender", challenge, call))
-        except (OSError, TimeoutError, TransferFailed) as error:
+        except (OSError, TimeoutError, TransferFailed, RuntimeError) as error:  # RuntimeError: no more threads
             log.warning("a KV connection was refused: %s", error)
             for held in self._arriving.pop(session, {}).values():
                 held.connection.close()

@@ -8,10 +8,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from workers.errors import TransferFailed
 from workers.kv_memory.checksum import checksums
+from workers.machine.threads import started_threads
 from workers.transports.contract import OutgoingPiece
 from workers.transports.push import HEADER_BYTES, Frame, Inboxes, pack, transfer_key, unpack
 
@@ -35,7 +35,7 @@ class OutgoingLink:
     def __init__(self, lanes: list[socket.socket], timeout_s: float) -> None:
         self.lanes = lanes
         self._free: asyncio.Queue[socket.socket] = asyncio.Queue()
-        self.helpers = ThreadPoolExecutor(len(lanes), thread_name_prefix="kv-tcp-send")
+        self.helpers = started_threads(len(lanes), "kv-tcp-send")
         self._loop = asyncio.get_running_loop()
         self._running: set[asyncio.Future[None]] = set()
         self._watched = False

@@ -117,9 +117,8 @@ def request_to_pb(request: Request) -> pb.Request:
     """A worker of an older version reads no parameters in a constrained request, and refuses it rather than answer freely."""
     params = params_to_pb(request.params)
     is_constrained = request.params.is_constrained or bool(request.params.logprob_token_ids)
-    return pb.Request(
+    message = pb.Request(
         request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
         params=None if is_constrained else params,
         constrained=params if is_constrained else None,
         choice_index=request.choice_index,
@@ -128,6 +127,18 @@ def request_to_pb(request: Request) -> pb.Request:
         traceparent=request.traceparent,
         cache_salt=request.cache_salt,
     )
+    message.MergeFromString(_written(request.prompt_token_ids))
+    return message
+
+
+def _written(prompt: tuple[int, ...]) -> bytes:
+    """A message with nothing else in it: reading that takes a fifth of what making it from the tokens does, and choices share it."""
+    form = prompt.forms.get("pb.Request") if isinstance(prompt, PromptTokens) else None
+    if form is None:
+        form = pb.Request(prompt_token_ids=prompt).SerializeToString()
+        if isinstance(prompt, PromptTokens):
+            prompt.forms["pb.Request"] = form
+    return form
 
 
 def request_from_pb(message: pb.Request) -> Request:

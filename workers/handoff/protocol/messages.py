@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ class PromptSubject:
     hint: PrefixHint | None = None
     """Where the beginning of the prompt can be had."""
 
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """What log messages about it carry."""
+        return self.request.log_fields
+
 
 @dataclass(frozen=True, slots=True)
 class RunningSubject:
@@ -32,6 +38,10 @@ class RunningSubject:
 
     request_id: str
     permit: bytes = b""
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        return {"request_id": self.request_id}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,11 @@ class PrefixSubject:
     """Of all these blocks: a hash alone is not believed."""
     parent: int = 0
     """Hash of the block before the first one; 0: there is none."""
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Blocks are nobody's in particular."""
+        return {}
 
 
 Subject = PromptSubject | RunningSubject | PrefixSubject

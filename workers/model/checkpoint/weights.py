@@ -102,6 +102,10 @@ class Checkpoint:
         """Counts a tensor that another rank takes as known. Raises InvalidConfig as `take` does."""
         self._progress.leave_out(self._num_bytes(name) if self._check(name, shape) else 0)
 
+    def skip_rows(self, name: str, shape: tuple[int, ...], num_rows: int) -> None:
+        """Counts so many rows of a tensor, which other ranks read, as theirs: `pieces` with a `part` reads the others. Raises InvalidConfig."""
+        self._progress.leave_out(num_rows * math.prod(shape[1:]) * self._check(name, shape).itemsize)
+
     def pieces(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:

@@ -178,10 +178,13 @@ class NativeErnie:
         ) -> None:
             """Rows of a matrix with D columns, `unit` of them for each element of the share."""
             kind = torch.float32 if exact else self._dtype
+            shape = (share.total * unit, D)
+            if not share.is_whole:
+                checkpoint.skip_rows(name, shape, (share.total - share.count) * unit)
 
             def pack(start: int, count: int) -> None:
                 mine = (share.first * unit + start, count)
-                for first, rows in checkpoint.pieces(name, (share.total * unit, D), kind, mine):
+                for first, rows in checkpoint.pieces(name, shape, kind, mine):
                     put(part, rows, layer, expert, start + first)
 
             jobs.extend(partial(pack, *run) for run in _runs(share.count * unit, D))

@@ -60,7 +60,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if eq .Values.model.source "image" -}}{{ .Values.model.path }}{{- else if eq .Values.model.source "download" -}}/model/checkpoint{{- else -}}{{ printf "/model/%s" .Values.model.path | trimSuffix "/" }}{{- end -}}
 {{- end }}
 
-{{/* Baton's own settings, the same for all processes. */}}
+{{/* Settings that one kind of process reads, from a file of its name: `part` is router, worker or ray (the head, ranks, and what clears the store).
+So a setting of the routers starts no worker again. */}}
+{{- define "baton.settingsOf" -}}
+{{- $all := include "baton.settings" .top | fromYaml }}
+{{- $model := dict "worker" (pick $all.worker "model") }}
+{{- if eq .part "router" }}{{ toYaml (merge $model (omit $all "worker")) }}
+{{- else if eq .part "worker" }}{{ toYaml (omit $all "router" "roles") }}
+{{- else }}{{ toYaml (merge $model (pick $all "ray" "store" "start_timeout_s")) }}
+{{- end }}
+{{- end }}
+
+{{/* Baton's own settings, of all processes. */}}
 {{- define "baton.settings" -}}
 {{- $store := dict "url" (printf "%s://%s:%d/%d" (ternary "rediss" "redis" (and (not .Values.redis.enabled) .Values.redis.external.tls.enabled)) (include "baton.redisHost" .) (include "baton.redisPort" . | int) (ternary 0 (int .Values.redis.external.database) .Values.redis.enabled)) "cluster" (printf "%s.%s" .Release.Namespace (include "baton.name" .)) "secret_file" "/secrets/store-secret" -}}
 {{- if include "baton.redisPasswordSecret" . }}{{- $_ := set $store "password_file" "/redis/redis-password" }}{{- end }}
@@ -91,6 +102,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
 {{- define "baton.containerSecurity" -}}
+runAsNonRoot: true
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
