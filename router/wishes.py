@@ -24,6 +24,9 @@ class Wishes:
     tenant: str = ""
     """Whose request it is; empty: of nobody in particular. Tenants share the queue by `weight`."""
     weight: float = 1.0
+    round: int = 0
+    """Of a beam search, whose rounds are requests of one token each, the number from 1; 0: of none. Rounds do not tell how long answers
+    are; from the second on they are no arrivals either, and no target for first tokens counts."""
 
 
 NO_WISHES = Wishes()

@@ -26,7 +26,8 @@ class Arrivals:
 
     def with_defaults(self, wishes: Wishes) -> Wishes:
         """With the config's targets where the client has named none."""
-        ttft_s, tpot_s = wishes.ttft_s or self._config.ttft_target_s, wishes.tpot_s or self._config.tpot_target_s
+        ttft_s = 0.0 if wishes.round > 1 else wishes.ttft_s or self._config.ttft_target_s
+        tpot_s = wishes.tpot_s or self._config.tpot_target_s
         return (
             wishes
             if (ttft_s, tpot_s) == (wishes.ttft_s, wishes.tpot_s)

@@ -135,7 +135,8 @@ class InFlightRequests:
             flight.is_taken_up = True
             self._take_up(flight, place, now)
             return
-        self._demand.arrived(len(request.prompt_token_ids), now)
+        if wishes.round <= 1:
+            self._demand.arrived(len(request.prompt_token_ids), now)
         self._enqueue(flight)
 
     def _share(self, now: float) -> None:
@@ -330,9 +331,10 @@ class InFlightRequests:
             self.take(output, incoming.worker_id, now)
 
     def _deliver(self, flight: InFlightRequest, output: Output, now: float) -> None:
-        is_asked_here = not flight.is_taken_up  # or of another router, and much of it comes at once
+        # What is taken up was asked of another router, and much of it comes at once; a round of a search is no answer.
+        is_answer_here = not flight.is_taken_up and not flight.wishes.round
         if output.token_ids:
-            if is_asked_here:
+            if is_answer_here:
                 self._demand.generated(len(output.token_ids), flight.spoke_s or now, now)
             if flight.history.num_setbacks:
                 flight.history.progress()
@@ -341,7 +343,7 @@ class InFlightRequests:
             flight.note(now, "first output", flight.worker_id)
             if flight.spoke_s is None:
                 flight.spoke_s = now
-                if is_asked_here:
+                if is_answer_here:
                     self._demand.first_token(now - flight.arrived_s, now)
             self._dispatcher.note_answer(flight, output, now)
             self._dispatcher.release(flight)
@@ -349,7 +351,7 @@ class InFlightRequests:
         if output.finish_reason is not None:
             self._counters[f"finished_{output.finish_reason}"] += 1
             self._finished.note(now)
-            if is_asked_here:
+            if is_answer_here:
                 self._demand.ended(len(flight.delivered), now - (flight.spoke_s or now), now)
             self._forget(flight, now, str(output.finish_reason))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from router_story import GENERATION, MIXED, Story, messages, outputs, request, submits, the_submit
 
 from router.events import JobEnded, JobSought, RequestArrived, RequestCancelled, SendMessage, TellFound
 from router.job_part import JobPart
+from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.status import Role
 from workers.trust.permits import make_key
@@ -93,6 +95,18 @@ def test_what_is_taken_up_tells_neither_how_long_a_first_token_takes_nor_of_dema
         demand = story.core.flights.demand(story.now)
         seen = (demand.ttft_s, demand.tokens_per_s, demand.finished_per_s, demand.output_tokens)
         assert [bool(each) for each in seen] == [is_learnt] * 4
+
+
+def test_the_rounds_of_a_search_are_one_arrival_and_no_answers() -> None:
+    story = Story(("m-0", Role.MIXED))
+    for number in range(20):
+        story.tell(RequestArrived(request(f"r{number}", max_tokens=1), Wishes(round=number + 1)))
+        story.after(0.5)
+        story.output("m-0", f"r{number}#1", 0, 5, finish=True)
+    demand = story.core.flights.demand(story.now)
+    assert story.count("finished_length") == 20 and demand.prompt_tokens == (3,) * 9
+    assert demand.arrivals_per_s[2] == pytest.approx(0.1, rel=0.1)
+    assert not (demand.ttft_s or demand.tokens_per_s or demand.finished_per_s or demand.output_tokens)
 
 
 def test_what_waits_here_of_a_job_is_told_with_its_ticket_and_ends_with_it() -> None:

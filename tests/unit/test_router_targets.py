@@ -150,6 +150,9 @@ def test_targets_of_the_settings_hold_for_requests_that_name_none() -> None:
     story = fleet(admission="strict", ttft_target_s=0.5)
     assert refusals(arrive(story, "long", 1000))
     assert not refusals(arrive(story, "patient", 1000, ttft_s=5.0))
+    for number in (1, 2):
+        commands = story.tell(RequestArrived(request(f"round {number}", tuple(range(1000))), Wishes(round=number)))
+        assert bool(refusals(commands)) is (number == 1), "only the first round of a search has a first token"
 
 
 def test_one_that_has_waited_too_long_is_given_up_before_work_is_spent_on_it() -> None:
