@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,6 +27,8 @@ NO_WORKERS = "there are no workers here"
 
 class LocalBackend:
     """Implements router.backend.Backend. `start` and everything after it on one event loop; what waits is bounded by whoever submits."""
+
+    request_timeout_s = math.inf
 
     def __init__(self, config: WorkerConfig, model: LoadedModel) -> None:
         self.model: ModelInfo | None = model.info

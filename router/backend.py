@@ -121,6 +121,11 @@ class Backend(Protocol):
         more."""
         ...
 
+    @property
+    def request_timeout_s(self) -> float:
+        """The longest life of a request, waiting included."""
+        ...
+
     on_job_ended: Callable[[str], None]
     """Called for a job that another router has ended. Whoever keeps something of jobs sets it."""
 

@@ -88,8 +88,8 @@ class ApiConfig:
     """Alternatives of one request's output tokens where it asks for more than 20 for each: n times max_tokens times those. Each takes some
     100 bytes here until its answer is written."""
     max_beam_tokens: Natural = 1 << 24
-    """What one beam search may take: beam_width times max_tokens, which is how many requests it makes, times the tokens of prompt and
-    answer, which each of them may have."""
+    """What the beam searches of one request may take: of each prompt beam_width times max_tokens, which is how many requests of one
+    token it makes, times the tokens of prompt and answer, which each of them may have; of all its prompts together."""
     allow_chat_template: bool = False
     """Whether a client may send a chat template of its own (`chat_template`), which runs in the sandbox that checkpoints' run in."""
     turn_memory_bytes: Natural = 0

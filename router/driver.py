@@ -133,6 +133,10 @@ class RouterDriver:
     def is_ready(self) -> bool:
         return self._core.fleet.can_decode
 
+    @property
+    def request_timeout_s(self) -> float:
+        return self._config.request_timeout_s
+
     async def wait_ready(self) -> None:
         """Until some worker can decode. Without an end where none comes."""
         while not self.is_ready():

@@ -40,9 +40,10 @@ def without_sampling(body: GenerationBody, fields: Mapping[str, Any]) -> dict[st
 
 
 def read_plan(
-    body: GenerationBody, requests: Sequence[Request], info: ModelInfo, tokenizer: Tokenizer, most: int
+    body: GenerationBody, requests: Sequence[Request], width: int, info: ModelInfo, tokenizer: Tokenizer, most: int
 ) -> BeamPlan | None:
-    """None: no beams are asked for. `most`: what one search may take (ApiConfig.max_beam_tokens). Raises InvalidRequest."""
+    """None: no beams are asked for. `requests`: `width` of each prompt. `most`: what all searches of one job together may take
+    (ApiConfig.max_beam_tokens). Raises InvalidRequest."""
     penalty = 1.0 if body.length_penalty is None else body.length_penalty
     if not body.use_beam_search:
         for name, is_set in (
@@ -60,7 +61,6 @@ def read_plan(
     params = requests[0].params
     max_tokens = min(request.params.max_tokens for request in requests)
     ends = frozenset() if params.ignore_eos else tokenizer.eos_token_ids
-    width = body.beam_width or body.best_of or body.n or 1
     plan = BeamPlan(width, max_tokens, ends | set(params.stop_token_ids), float(penalty), body.early_stopping or False)
     if plan.num_alternatives > (known := min(info.limits.logprobs, info.vocab_size)):
         raise InvalidRequest(
@@ -68,11 +68,10 @@ def read_plan(
             f"there are tokens that end a text, and worker.limits.logprobs allows {known}",
             "beam_width",
         )
-    longest = max(len(request.prompt_token_ids) for request in requests)
-    if (work := width * max_tokens * (longest + max_tokens)) > most:
+    if (work := sum(max_tokens * (len(request.prompt_token_ids) + max_tokens) for request in requests)) > most:
         raise InvalidRequest(
-            f"beam_width times max_tokens times the tokens of prompt and answer is {work} here, and at most {most} "
-            "(router.api.max_beam_tokens): ask for fewer max_tokens or a smaller beam_width",
+            f"beam_width times max_tokens times the tokens of prompt and answer is {work} here, of all prompts together, and at most "
+            f"{most} (router.api.max_beam_tokens): ask for fewer max_tokens, a smaller beam_width or fewer prompts",
             "max_tokens",
         )
     return plan
@@ -83,30 +82,31 @@ class Searches:
 
     def __init__(self, plan: BeamPlan, requests: Sequence[Request], num_top: int = 0) -> None:
         """`requests`: `width` of each prompt, which say what its beams are to be asked with. `num_top` alternatives are to be told."""
-        self._plan = plan
+        self.width = plan.width
         self._requests = requests
         self._num_top = max(num_top, plan.num_alternatives)
         self._searches = [BeamSearch(plan) for _ in requests[:: plan.width]]
-        self._round = 0
+        self.num_rounds = 0
+        """That are over."""
 
     @property
     def num_bytes(self) -> int:
         """Of the prompts that `ask` would make."""
-        lengths = [len(first.prompt_token_ids) + self._round for first in self._requests[:: self._plan.width]]
+        lengths = [len(first.prompt_token_ids) + self.num_rounds for first in self._requests[:: self.width]]
         return sum(4 * length * len(search.open) for length, search in zip(lengths, self._searches, strict=True))
 
     def ask(self) -> tuple[Request, ...]:
         """One request for each open beam; its only token's alternatives are what is wanted. None: all searches are over."""
         asked: list[Request] = []
         for place, search in enumerate(self._searches):
-            first = self._requests[place * self._plan.width]
+            first = self._requests[place * self.width]
             params = replace(
                 first.params, max_tokens=1, temperature=0.0, ignore_eos=True, stop_token_ids=(), logprobs=self._num_top
             )
             asked += [
                 replace(
                     first,
-                    request_id=f"{first.request_id}-{self._round}-{number}",
+                    request_id=f"{first.request_id}-{self.num_rounds}-{number}",
                     prompt_token_ids=PromptTokens((*first.prompt_token_ids, *beam.token_ids)),
                     params=params,
                 )
@@ -117,9 +117,19 @@ class Searches:
             _ = request.prompt_token_ids.packed  # here, because this may be a thread
         return tuple(asked)
 
+    @property
+    def num_scores(self) -> int:
+        """Alternatives that `advance` chooses from."""
+        return self._num_top * sum(len(search.open) for search in self._searches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all of `outputs`."""
+        return sum(len(beam.tokens) for search in self._searches for beam in search.best)
+
     def advance(self, scores: Sequence[TokenLogprob]) -> None:
         """What came for each request of the last `ask`, in order."""
-        self._round += 1
+        self.num_rounds += 1
         rest = iter(scores)
         for search in self._searches:
             if search.open:

@@ -196,15 +196,16 @@ def make_job(
         cache_salt=_cache_salt(body),
         speech=speech,
         num_best=asked_n if n > asked_n else 0,
-        beams=read_plan(body, requests, info, tokenizer, config.max_beam_tokens),
+        beams=read_plan(body, requests, n, info, tokenizer, config.max_beam_tokens),
     )
 
 
 def _num_drawn(body: GenerationBody, shown: int, most: int) -> int:
     """Choices that are computed of each prompt. Raises InvalidRequest."""
-    wanted = (body.beam_width or body.best_of) if body.use_beam_search else body.best_of
+    wanted, param = body.best_of, "best_of"
+    if body.use_beam_search and body.beam_width is not None:
+        wanted, param = body.beam_width, "beam_width"
     drawn = shown if wanted is None else wanted
-    param = "beam_width" if body.use_beam_search and body.beam_width is not None else "best_of"
     if not shown <= drawn <= most:
         raise InvalidRequest(f"{param} must be between n, {shown}, and {most}, not {drawn}", param)
     if drawn > shown and body.stream:

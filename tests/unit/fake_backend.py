@@ -187,6 +187,8 @@ class FakeStream:
 class FakeBackend:
     """`script` makes the steps of each request; `refusals` maps the number of a submission to what it raises."""
 
+    request_timeout_s = 600.0
+
     def __init__(self, tokenizer: Tokenizer, script: Script = speak) -> None:
         self.tokenizer = tokenizer
         self.script = script

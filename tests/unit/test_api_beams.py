@@ -97,6 +97,12 @@ def test_what_a_search_may_take_is_bounded() -> None:
         assert response.status_code == 400 and response.json()["error"]["param"] == "max_tokens"
         api.backend.reset(small_model)
         assert api.http.post("/v1/completions", json=COMPLETION | BEAMS | {"max_tokens": 2}).status_code == 200
+        for prompts, status in (([[5], [6]], 200), ([[5], [6], [7], [8]], 400)):  # 4 x 2 x (1 + 2) each, and 71 in all
+            body = COMPLETION | BEAMS | {"max_tokens": 2, "prompt": prompts}
+            assert api.http.post("/v1/completions", json=body).status_code == status
+        for name in ("beam_width", "best_of"):
+            response = api.http.post("/v1/completions", json=COMPLETION | {"use_beam_search": True, name: 0})
+            assert response.status_code == 400 and response.json()["error"]["param"] == name
 
 
 def test_the_best_of_several_are_those_that_were_likeliest(api: Api) -> None:
