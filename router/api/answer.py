@@ -80,7 +80,7 @@ class Answer(Response):
         """Of the choices, where what they say is to be told in other pieces than it comes in."""
         self._is_sent = False
         """The last of it is on its way."""
-        self._left: JobOutputs | BeamOutputs | None = None
+        self._left: JobOutputs | None = None
         """What goes on when its client has gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,8 +142,8 @@ class Answer(Response):
                 await self._send_whole(generation, progress, scope, receive, send)
         except (asyncio.CancelledError, ClientDisconnect):
             # What runs in the background has its own reader, or goes on at its worker.
-            if self._asked.goes_on and not self._asked.is_background and not generation.has_ended:
-                self._left = generation
+            if isinstance(generation, JobOutputs) and self._asked.goes_on and not self._asked.is_background:
+                self._left = None if generation.has_ended else generation
             raise
         finally:
             span.set(completion_tokens=progress.completion_tokens, **route_of(generation.decisions()))

@@ -87,8 +87,8 @@ class Inquiry:
 
     @property
     def goes_on(self) -> bool:
-        """It runs on when its client has gone."""
-        return bool(self.key) or self.is_background or self.is_followed
+        """It runs on when its client has gone, who may come back to it. Nobody can come back to beams: workers keep none."""
+        return self.job.beams is None and (bool(self.key) or self.is_background or self.is_followed)
 
     def is_there(self, found: FoundJob | None) -> bool:
         """Nothing of it has to be computed again."""
@@ -177,6 +177,10 @@ async def read_body(
     def build() -> tuple[Job, Callable[[Job], Shape], Ticket, bytes]:
         job, make_shape = kind.read(raw, reading)
         if is_stream is not None:
+            if is_stream and job.num_best:
+                raise InvalidRequest(
+                    "a request with best_of above n has no stream: the best are known when all have ended"
+                )
             job = replace(job, stream=is_stream)
         own_prompt: tuple[int, ...] = ()
         if is_new and model is not None and services.turns.max_bytes:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from router.api.beam_run import BeamOutputs
 from router.api.callers import Account
 from router.api.job_outputs import JobOutputs
 from router.api.job_progress import JobProgress
@@ -31,7 +30,7 @@ class Unattended:
         self._followers: dict[str, _Follower] = {}
         """By job."""
 
-    def take(self, outputs: JobOutputs | BeamOutputs, progress: JobProgress, account: Account) -> None:
+    def take(self, outputs: JobOutputs, progress: JobProgress, account: Account) -> None:
         """What is said from now on is read by nobody. In the end all of these are closed."""
         job_id = progress.job.job_id
         if job_id in self._followers:  # two followers would take two places of the router for one job
@@ -63,7 +62,7 @@ class Unattended:
             follower.account.take_place_back()
             raise
 
-    async def _follow(self, outputs: JobOutputs | BeamOutputs) -> None:
+    async def _follow(self, outputs: JobOutputs) -> None:
         try:
             async with asyncio.timeout(self._grace_s):
                 while not outputs.has_ended:

@@ -36,12 +36,12 @@ def stall(after: int) -> Any:
     return script
 
 
-def post(api: Api, path: str, body: dict[str, Any]) -> socket.socket:
+def post(api: Api, path: str, body: dict[str, Any], headers: str = "") -> socket.socket:
     """A connection that has sent its request and not read the answer."""
     content = json.dumps(body).encode()
     connection = socket.create_connection((urlsplit(api.url).hostname, urlsplit(api.url).port), timeout=30)
     kind = "content-type: application/json"
-    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{kind}\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{kind}\r\ncontent-length: {len(content)}\r\n{headers}\r\n"
     connection.sendall(head.encode() + content)
     return connection
 
@@ -59,6 +59,16 @@ def test_a_client_that_goes_away_cancels_all_choices_of_all_prompts(api: Api, st
         assert api.backend.wait_until(lambda backend: len(backend.requests) == 6)
         assert not api.backend.cancelled
     assert api.backend.wait_until(everything_was_cancelled)
+
+
+def test_a_beam_search_does_not_run_on_for_a_client_that_cannot_come_back_to_it() -> None:
+    with open_api(ApiConfig(client_grace_s=1000.0)) as api:
+        api.backend.script = stall(0)
+        body = {"prompt": ["a", "b"], "use_beam_search": True, "beam_width": 2}
+        with closing(post(api, "/v1/completions", body, "idempotency-key: k\r\n")):
+            assert api.backend.wait_until(lambda backend: len(backend.requests) == 2)
+            assert not api.backend.cancelled
+        assert api.backend.wait_until(everything_was_cancelled)
 
 
 def test_closing_an_openai_stream_cancels_its_request(api: Api) -> None:

@@ -210,6 +210,16 @@ def test_a_request_that_waits_for_a_worker_is_queued(two: Any) -> None:
     assert (state["status"], state["choices"]) == ("queued", [])
 
 
+def test_the_best_of_several_choices_have_no_stream(two: Any) -> None:
+    backend, first, second = two
+    body = {"prompt": "Hi", "max_tokens": 4, "best_of": 3, "n": 1}
+    answer = first.post("/v1/completions", json=body, headers={"idempotency-key": "k"}).json()
+    refused = second.get("/v1/requests/k/stream")
+    assert refused.status_code == 400 and "best_of" in error_of(refused)["message"]
+    again = second.post("/v1/completions", json=body, headers={"idempotency-key": "k"}).json()
+    assert again["choices"] == answer["choices"] and backend.parts[-1].at == "decode-0"
+
+
 @pytest.mark.parametrize("path", ["/v1/requests/{}/stream", "/v1/responses/{}?stream=true"])
 def test_what_a_follower_leaves_goes_on_for_a_while(two: Any, path: str) -> None:
     """It may be the only reader: the router that the request was sent to may be gone."""
