@@ -140,6 +140,8 @@ class LLM:
         info, tokenizer = self._model.info, self._model.tokenizer
         job = make_job(body, info, tokenizer, _BOUNDS, read, "prompt", _DEFAULT_TOKENS, params.logprobs)
         assert job.beams is not None
+        for one in job.requests:
+            self._engine.check(one)
         searches = Searches(job.beams, job.requests, params.logprobs or 0)
         with self._lock, tqdm(total=params.max_tokens, disable=not progress, unit="tok", dynamic_ncols=True) as bar:
             while asked := searches.ask():
