@@ -142,7 +142,6 @@ def hashed(key: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-@lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether a name or address means this host and is reached from it alone."""
     if host == "localhost" or host.endswith(".localhost"):

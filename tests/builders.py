@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -60,6 +61,7 @@ def make_engine(
     max_batch_tokens: int = 128,
     max_queue: int = 64,
     local_prefill_tokens: int = 0,
+    max_decode_pause_s: float = math.inf,
     max_model_len: int = 1024,
     prefix_cache: bool = True,
     overlap_steps: bool = True,
@@ -70,7 +72,7 @@ def make_engine(
 ) -> Engine:
     return Engine(
         runner or fake_runner(),
-        Limits(max_num_seqs, max_batch_tokens, max_queue, local_prefill_tokens),
+        Limits(max_num_seqs, max_batch_tokens, max_queue, local_prefill_tokens, max_decode_pause_s=max_decode_pause_s),
         make_detokenizer=lambda request: PlainDetokenizer(),
         eos_token_ids=(EOS,),
         max_model_len=max_model_len,

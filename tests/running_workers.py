@@ -12,6 +12,7 @@ import grpc
 from builders import FakeModel
 
 from workers.config import WorkerConfig
+from workers.pb import worker_pb2 as pb
 from workers.pb import worker_pb2_grpc
 from workers.request import Output, Request
 from workers.status import Role, WorkerAddress, WorkerStatus
@@ -52,7 +53,10 @@ class Attached:
         return self
 
     async def send(self, message: RouterMessage) -> None:
-        await self._call.write(self._sealer.seal(router_message_to_pb(message)))
+        await self.send_raw(router_message_to_pb(message))
+
+    async def send_raw(self, message: pb.RouterMessage) -> None:
+        await self._call.write(self._sealer.seal(message))
 
     async def submit(self, request: Request, *prefill: WorkerAddress, generation: int | None = None) -> None:
         await self.send(Submit(request, self.address.generation if generation is None else generation, prefill))

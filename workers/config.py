@@ -135,9 +135,9 @@ class WorkerConfig:
     max_prefill_pause_s: Seconds = 0.04
     """How long the prompts of a step may keep sequences waiting that decode in it, or as long as decoding takes, if that is longer: long
     prompts are computed in as many steps as that needs."""
-    max_decode_pause_s: Seconds = 0.04
-    """How long the contexts of sequences that decode in one step may keep each other waiting, or as long as a step takes anyway, if that
-    is longer: where it would be longer, the long ones decode in turns."""
+    max_decode_pause_s: Seconds = 0.08
+    """How long a step may take for the contexts of sequences that decode in it, or twice as long as one with little in it, if that is
+    longer: where it would be longer and some are short, the long ones decode in turns."""
     overlap_steps: bool = True
     """On cuda, schedule and launch a step while the one before it runs. On the cpu, host and device are one."""
     max_queue: Count = 512

@@ -61,6 +61,8 @@ class Shares(Generic[Name, Owner]):
         self._totals[owner] -= size
         if not sizes:
             del self._sizes[owner], self._totals[owner], self._entries[owner]
+            if not self._entries:
+                self._heap.clear()
 
     def take_surplus(self) -> list[Name]:
         """Removes what has to go so that the rest is within the bound."""

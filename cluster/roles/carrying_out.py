@@ -33,9 +33,13 @@ class Running:
     before: RoleSwitch | None = None
     """What it was before that."""
     since_s: float = 0.0
+    """When the last phase that is in the store began."""
+    writing_s: float = 0.0
+    """Since when the phase is being written."""
     acted_s: float = float("-inf")
     """When the phase's effect was last asked for."""
     written_s: float = 0.0
+    """When it was sent to the store last."""
 
 
 class Execution:
@@ -64,7 +68,7 @@ class Execution:
         """Intends a switch. `version` is that of the worker's entry for its last one."""
         switch = replace(switch, at_s=self._wall_s(now))
         base = max(version, self._versions.get(switch.worker_id, ABSENT))
-        running = self.running[switch.worker_id] = Running(switch, None, base, None, now)
+        running = self.running[switch.worker_id] = Running(switch, None, base, None, now, now)
         return [self._write(running, now)]
 
     def take_over(self, mirror: StoreMirror, now: float) -> list[Command]:
@@ -112,19 +116,22 @@ class Execution:
         running.since_s, running.acted_s = now, float("-inf")
         if before is not None:
             self.phase_s.setdefault(before.phase.value, deque(maxlen=MAX_TIMES)).append(took_s)
-        out: list[Command] = [self._audit(switch, switch.phase.value, now, took_s)]
         if switch.is_over:
-            del self.running[switch.worker_id]
-            self.counts[switch.source.value, switch.target.value, switch.by, switch.phase.value] += 1
-            self.ended.append(switch)
-        return out
+            return self._end(switch, now, took_s)
+        return [self._audit(switch, switch.phase.value, now, took_s)]
+
+    def _end(self, switch: RoleSwitch, now: float, took_s: float = 0.0) -> list[Command]:
+        del self.running[switch.worker_id]
+        self.counts[switch.source.value, switch.target.value, switch.by, switch.phase.value] += 1
+        self.ended.append(switch)
+        return [self._audit(switch, switch.phase.value, now, took_s)]
 
     def advance(self, workers: Mapping[str, WorkerSeen], mirror: StoreMirror, now: float) -> list[Command]:
         """Looks at every switch, and does what is due."""
         out = self._adopt(mirror, now)
         for running in list(self.running.values()):
             if running.version is None:
-                out += self._find(running, mirror, now)
+                out += self._find(running, workers, mirror, now)
                 continue
             worker = workers.get(running.switch.worker_id)
             turn = judge(running.switch, worker, self._is_safe(running.switch, workers), self._is_late(running, now))
@@ -137,14 +144,16 @@ class Execution:
                     out += effects
         return out + self._mend(workers, mirror, now)
 
-    def _find(self, running: Running, mirror: StoreMirror, now: float) -> list[Command]:
-        """A phase that is being written: it is there by now, another one's is, or it is written again."""
+    def _find(
+        self, running: Running, workers: Mapping[str, WorkerSeen], mirror: StoreMirror, now: float
+    ) -> list[Command]:
+        """A phase that is being written: it is there by now, another one's is, or it is written again, but not for ever."""
         switch = running.switch
         known, version = mirror.switches.get(switch.worker_id), mirror.version(SWITCHES + switch.worker_id)
         if known == switch:
             return self._entered(running, version, now)
         if version > running.base:
-            may_go_over = known is None or (running.before is None and known.is_over)
+            may_go_over = known in (None, running.before) or (running.before is None and known.is_over)
             if not may_go_over:
                 del self.running[switch.worker_id]
                 why = "another controller has changed it"
@@ -153,7 +162,23 @@ class Execution:
             running.base = version
         elif now < running.written_s + AGAIN_S:
             return []
+        elif version == ABSENT:
+            running.base = ABSENT  # its entry is gone: a cluster has begun anew on this store, or the entry was damaged
+        if running.written_s >= running.writing_s + self._config.step_timeout_s:
+            return self._let_go(running, workers.get(switch.worker_id), now)
         return [self._write(running, now)]
+
+    def _let_go(self, running: Running, worker: WorkerSeen | None, now: float) -> list[Command]:
+        """The store does not take the phase. The worker takes work again if this switch has had it take none; that may take as long again."""
+        switch, before = running.switch, running.before
+        drained_here = switch.drained_here and before is not None and before.drained_here and not switch.was_drained
+        is_held = drained_here and worker is not None and worker.is_up and worker.is_draining
+        if is_held and now < running.writing_s + 2 * self._config.step_timeout_s:
+            if now < running.acted_s + AGAIN_S:
+                return []
+            running.acted_s = now
+            return [SetDraining(switch.worker_id, False)]
+        return self._end(replace(switch, phase=Phase.ROLLED_BACK, why="the store did not take it in time"), now)
 
     def _write(self, running: Running, now: float) -> Write:
         running.written_s = now
@@ -164,7 +189,7 @@ class Execution:
         step = SWITCH.step(switch.phase, turn)
         why = why_of(turn, switch) if step.to in (Phase.UNDOING, Phase.ROLLED_BACK) and not switch.why else ""
         assert running.version is not None
-        running.base, running.version, running.before = running.version, None, switch
+        running.base, running.version, running.before, running.writing_s = running.version, None, switch, now
         running.switch = switch.entered(step.to, turn, self._wall_s(now), why)
         return [self._write(running, now)]
 

@@ -30,7 +30,12 @@ from workers.errors import InvalidRequest, Refusal
 def response_routes(services: Services) -> APIRouter:
     routes = APIRouter()
     store, background = services.responses, BackgroundJobs(services, _keep_end)
-    services.backend.on_job_ended = lambda job_id: store.forget(f"resp_{job_id}")
+
+    def on_job_ended(job_id: str) -> None:
+        background.forget(job_id)  # it may not have stored it yet
+        store.forget(f"resp_{job_id}")
+
+    services.backend.on_job_ended = on_job_ended
 
     async def find(response_id: str, scope: Scope, waits: bool = False) -> tuple[Inquiry, FoundJob] | None:
         """What workers have of a response, or what waits of it here; with `waits` until a worker has it."""
@@ -122,7 +127,7 @@ def response_routes(services: Services) -> APIRouter:
         return _json(_shape(asked).cancelled())
 
     @routes.get("/v1/responses/{response_id}/input_items", response_model=None)
-    async def listinput_items(http: HttpRequest, response_id: str) -> Response:
+    async def list_input_items(http: HttpRequest, response_id: str) -> Response:
         owner = owner_of(http.scope)
         stored = store.get(response_id, owner)
         there = await find(response_id, http.scope) if stored is None else None

@@ -59,7 +59,7 @@ class PlainMethods:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope.get("method")
         if method == "HEAD":
-            await self._head({**scope, "method": "GET"}, receive, send)
+            await self._head({**scope, "method": "GET"}, receive, self._naming_all(scope, send))
         elif method == "OPTIONS" and (methods := self._methods(scope)):
             await Response(status_code=204, headers={"allow": ", ".join(methods)})(scope, receive, send)
         else:

@@ -5,7 +5,9 @@ Knows no queue. A worker forgets what it was told when the router's stream ends,
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 
 import xxhash
 
@@ -17,6 +19,10 @@ from workers.wire.attach import Waits
 
 TOLD_AFTER_S = 0.2
 """Most requests wait for less, and nobody asks for them so soon."""
+MAX_TOLD_AT_ONCE = 64
+"""In one tick, by all workers: what waits longer than requests usually do comes before them on no stream."""
+MAX_TOLD_BYTES = 16 << 20
+"""Of tickets, to one worker: it keeps no more of one router."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +34,7 @@ class _Job:
     """Ids of its requests that wait."""
     at: tuple[str, int] | None = None
     """The worker that was told, and the stream."""
+    num_told_bytes: int = 0
 
 
 class WaitingJobs:
@@ -38,7 +45,9 @@ class WaitingJobs:
         self._out = out
         self._jobs: dict[str, _Job] = {}
         self._untold: dict[str, None] = {}
-        """Those no worker has been told of, the oldest first."""
+        """Those no worker has been told of: as they came, then those whose worker was lost or has been told enough."""
+        self._told_bytes: Counter[str] = Counter()
+        """By worker."""
         self._over: list[tuple[str, tuple[str, int]]] = []
         """Those that wait no more, with who is to be told. Not at once: their workers may not have them yet."""
 
@@ -65,6 +74,7 @@ class WaitingJobs:
             del self._jobs[kept.job]
             self._untold.pop(kept.job, None)
             if job.at is not None:
+                self._told_bytes[job.at[0]] -= job.num_told_bytes
                 self._over.append((kept.job, job.at))
 
     def of(self, job: str) -> tuple[str, ...]:
@@ -74,29 +84,36 @@ class WaitingJobs:
 
     def lose_worker(self, worker_id: str) -> None:
         """Others are to be told of what it was told."""
+        del self._told_bytes[worker_id]
         for name, job in self._jobs.items():
             if job.at is not None and job.at[0] == worker_id:
                 job.at = None
                 self._untold[name] = None
 
     def check_time(self, now: float) -> None:
-        """Tells workers what has changed."""
+        """Tells workers what has changed. One that waits again is told anew, perhaps to another worker."""
         over, self._over = self._over, []
         for name, at in over:
-            if name not in self._jobs:  # or it waits again, and they know so
-                self._say(at, Waits(name))
+            self._say(at, Waits(name))
         due = []
-        for name in self._untold:
+        for name in islice(self._untold, MAX_TOLD_AT_ONCE):
             if self._jobs[name].since_s + TOLD_AFTER_S > now:
                 break
             due.append(name)
         workers = [entry for entry in self._fleet if entry.is_up and entry.connection is not None] if due else []
         for name in due if workers else ():
-            job, entry = self._jobs[name], workers[xxhash.xxh3_64_intdigest(name.encode()) % len(workers)]
-            assert entry.connection is not None
-            job.at = entry.worker_id, entry.connection
-            del self._untold[name]
-            self._say(job.at, Waits(name, job.num_requests, job.ticket))
+            self._tell(name, workers[xxhash.xxh3_64_intdigest(name.encode()) % len(workers)])
+
+    def _tell(self, name: str, entry: WorkerEntry) -> None:
+        job = self._jobs[name]
+        del self._untold[name]
+        if self._told_bytes[entry.worker_id] + len(job.ticket) > MAX_TOLD_BYTES:
+            self._untold[name] = None  # others come before it next time
+            return
+        assert entry.connection is not None
+        job.at, job.num_told_bytes = (entry.worker_id, entry.connection), len(job.ticket)
+        self._told_bytes[entry.worker_id] += job.num_told_bytes
+        self._say(job.at, Waits(name, job.num_requests, job.ticket))
 
     def _say(self, at: tuple[str, int], waits: Waits) -> None:
         entry: WorkerEntry | None = self._fleet.get(at[0])

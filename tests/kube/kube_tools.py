@@ -99,7 +99,7 @@ def _debian(name: str) -> Path:
                 _run(["apt-get", "update", "-q"])
                 _run(fetch, coming)
             for package in coming.glob("*.deb"):
-                _run(["dpkg-deb", "-x", str(package), str(coming / "unpacked")])
+                subprocess.run(["dpkg-deb", "-x", str(package), str(coming / "unpacked")], check=True)
             os.replace(coming / "unpacked", folder)
     return folder
 

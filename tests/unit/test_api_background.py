@@ -54,6 +54,13 @@ def ended(client: openai.OpenAI, response_id: str) -> Any:
     return found
 
 
+def wait_for_outcome(client: openai.OpenAI, outcome: str, tenant: str) -> None:
+    """Until the tenant's first request with that outcome is over."""
+    metrics = str(client.base_url).replace("/v1/", "/metrics")
+    while f'outcome="{outcome}",tenant="{tenant}"}} 1.0' not in httpx.get(metrics).text:
+        pass
+
+
 def stalling(backend: KeepingBackend, *then: Any) -> None:
     """After two tokens nothing comes until the job is ended."""
     backend.script = lambda each, request: [*speak(each, request)[:2], backend.hang, *then]
@@ -114,9 +121,7 @@ def test_one_that_was_stopped_through_another_router_is_kept_by_nobody(both: Ser
     stalling(backend, Refused(Refusal.CANCELLED, "stopped"))
     running = begin(client("fifth"))
     backend.hang.release()
-    metrics = str(client("fifth").base_url).replace("/v1/", "/metrics")
-    while 'outcome="cancelled",tenant="fifth"} 1.0' not in httpx.get(metrics).text:
-        pass
+    wait_for_outcome(client("fifth"), "cancelled", "fifth")
     backend.is_kept = False
     with pytest.raises(openai.NotFoundError):
         client("fifth").responses.retrieve(running.id)
@@ -133,6 +138,19 @@ def test_one_that_another_router_has_had_deleted_is_not_told_here_any_more(both:
     mine = client("acme").responses.create(model="ernie-tiny", input="Hi", max_output_tokens=9)
     client("acme").responses.delete(mine.id)
     assert backend.ended[-1] == mine.id.removeprefix("resp_"), "the other routers are told, wherever it is kept"
+
+
+def test_one_that_another_router_has_had_deleted_as_it_ended_is_kept_by_nobody(both: Served) -> None:
+    """A worker's frame may bring that the job is over together with its last output, which is taken a turn later."""
+    backend, client = both
+    backend.script = lambda each, request: [*speak(each, request)[:-1], backend.hang, speak(each, request)[-1]]
+    running = begin(client("third"))
+    backend.on_job_ended(running.id.removeprefix("resp_"))
+    backend.hang.release()
+    wait_for_outcome(client("third"), "ok", "third")
+    backend.is_kept = False
+    with pytest.raises(openai.NotFoundError):
+        client("third").responses.retrieve(running.id)
 
 
 def test_a_key_that_is_sent_again_tells_how_far_its_response_is(both: Served) -> None:

@@ -225,10 +225,15 @@ def test_a_prompt_over_the_context_is_400_before_a_stream_opens(api: Api) -> Non
 
 
 def test_an_output_that_does_not_fit_is_blamed_on_max_tokens_and_not_on_the_history(api: Api) -> None:
-    for path, prompt in (("/v1/completions", {"prompt": [300] * 12}), ("/v1/chat/completions", {"messages": MESSAGES})):
-        response = api.http.post(path, json={**prompt, "max_tokens": MODEL.max_model_len})
-        error = error_of(response)
-        assert (response.status_code, error["param"], error["code"]) == (400, "max_tokens", "invalid_value")
+    bodies = {"/v1/completions": {"prompt": [300] * 12}, "/v1/chat/completions": {"messages": MESSAGES}}
+    for path, prompt in bodies.items():
+        for is_stream in (False, True):
+            response = api.http.post(path, json={**prompt, "max_tokens": MODEL.max_model_len, "stream": is_stream})
+            error = error_of(response)
+            assert (response.status_code, error["param"], error["code"]) == (400, "max_tokens", "invalid_value")
+            assert response.headers["content-type"] == "application/json"
+    assert not api.backend.requests
+    for path, prompt in bodies.items():
         assert api.http.post(path, json={**prompt, "max_tokens": 500, "clamp_max_tokens": True}).status_code == 200
 
 

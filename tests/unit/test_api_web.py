@@ -61,7 +61,8 @@ def test_head_is_answered_as_get_and_options_with_the_methods_of_a_path(api: Api
             assert head.headers["content-length"] == str(len(api.http.get(path).content))
     stream = api.http.head("/admin/status", headers={"accept": "text/event-stream"})
     assert stream.status_code == 200 and stream.headers["content-type"].startswith("text/event-stream")
-    assert api.http.head("/v1/completions").status_code == 405
+    refused = api.http.head("/v1/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "OPTIONS, POST"
     assert api.http.head("/nothing").status_code == 404
     allowed = api.http.options("/v1/responses/resp_1")
     assert allowed.status_code == 204 and allowed.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"

@@ -33,12 +33,12 @@ class Decoding:
         self.all.append(new)
         return new
 
-    def step(self) -> list[Sequence]:
+    def step(self, held_up_s: float = 0.0) -> list[Sequence]:
         chosen = self.turns.choose(self.all)
         self.turns.give(chosen)
         base_s, sequence_s, token_s = self.cost
         context = sum(each.num_computed for each in chosen)
-        self.steps.append(base_s + sequence_s * len(chosen) + token_s * context)
+        self.steps.append(base_s + sequence_s * len(chosen) + token_s * context + held_up_s)
         self.turns.took(self.steps[-1], len(chosen), context)
         for each in chosen:
             each.num_computed += 1
@@ -83,6 +83,38 @@ def test_a_model_that_is_slow_at_everything_decodes_all_of_them_at_once(num_sequ
         host.add(2000)
     steps = [len(host.step()) for _ in range(400)]
     assert steps.count(num_sequences + 1) >= 396, "but for a few that show what a step takes with little in it"
+
+
+@pytest.mark.parametrize("num_long", [1, 7, 14])
+def test_so_it_does_where_it_never_decodes_one_alone(num_long: int) -> None:
+    host = Decoding(0.05, 0.001, 1e-6)
+    host.add(20)
+    for _ in range(num_long):
+        host.add(2000)
+    steps = [len(host.step()) for _ in range(400)]
+    assert steps.count(num_long + 1) >= 390
+
+
+@pytest.mark.parametrize("held_up_s", [0.3, 1.0])
+@pytest.mark.parametrize("num_long", [1, 3, 15])
+def test_a_step_that_something_else_held_up_is_forgotten(num_long: int, held_up_s: float) -> None:
+    host = Decoding(0.01, 1e-4, 1e-7)
+    host.add(20)
+    for _ in range(20):
+        host.step()
+    for at in range(num_long):
+        host.add(3000 + 20 * at)
+    host.step(held_up_s)
+    for _ in range(1000):
+        host.step()
+    assert [len(host.step()) for _ in range(100)] == [num_long + 1] * 100
+
+
+def test_where_none_is_short_all_decode_however_long_that_takes() -> None:
+    host = Decoding(0.01, 1e-4, 1e-5)
+    for at in range(8):
+        host.add(3000 + 500 * at)
+    assert [len(host.step()) for _ in range(200)] == [8] * 200
 
 
 def test_one_that_takes_longer_than_a_step_may_decodes_all_the_same() -> None:
@@ -135,11 +167,11 @@ def test_a_scheduler_has_long_contexts_take_turns_and_so_does_what_is_launched_a
 
 def test_what_was_decided_and_not_done_is_nobodys_turn() -> None:
     host = Decoding(0.001, 0.0, 1e-5)
-    for _ in range(4):
-        host.add(3000)
+    for context in (20, 3000, 3000, 3000, 3000):
+        host.add(context)
     for _ in range(20):
         host.step()
     first = host.turns.choose(host.all)
-    assert len(first) < 4 and host.turns.choose(host.all) == first
+    assert len(first) < 5 and host.turns.choose(host.all) == first
     host.turns.give(first)
     assert host.turns.choose(host.all) != first

@@ -43,3 +43,14 @@ async def test_between_two_steps_no_more_prompts_are_taken_than_a_bite_and_all_i
     assert len(taken) == -(-10 // bite) and all(len(each) <= 2 for each in taken), "what is cancelled is not there"
     assert thread._take_commands(wait=False)
     assert len(tokens_of(run_to_end(engine), 9)) == 2
+
+
+async def test_a_thread_that_is_told_to_stop_looks_at_nothing_more_that_waits() -> None:
+    engine = make_engine(fake_runner(1000), max_model_len=10_000, max_batch_tokens=8192, max_queue=4096)
+    thread = EngineThread(engine, asyncio.get_running_loop(), lambda report: None)
+    request = make_request([5 + at % 900 for at in range(5000)], 2)
+    for number in range(400):
+        thread.post(AddSequence(number, request, Kind.LOCAL))
+    thread.start()
+    await thread.stop()
+    assert engine.sequence(399) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from functools import partial
@@ -135,6 +136,22 @@ async def test_tokens_outside_the_vocabulary_are_replayed_by_nobody() -> None:
         finally:
             await attached.close()
         await idle(made)
+
+
+async def test_what_a_later_router_says_besides_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """One warning a stream, and nothing else comes of it."""
+    caplog.set_level(logging.DEBUG, "workers.serving.streams")
+    async with running("decode-0", Role.MIXED) as (_, address):
+        attached = await Attached(address).start()
+        try:
+            for _ in range(3):
+                await attached.send_raw(pb.RouterMessage())
+            await attached.submit(make_request([1, 2, 3], 4, request_id="good"))
+            assert sum(len(output.token_ids) for output in await attached.finish("good")) == 4
+        finally:
+            await attached.close()
+    levels = [record.levelno for record in caplog.records if "sent a message that cannot be read" in record.message]
+    assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]
 
 
 async def test_a_prefix_is_taken_from_members_only() -> None:

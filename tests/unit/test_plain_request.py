@@ -79,7 +79,9 @@ def test_a_token_costs_an_engine_few_calls_however_many_decode() -> None:
     """Of Python and of what it calls: their number says how long the interpreter is held, on any machine."""
 
     def calls_of_a_token(num_sequences: int) -> float:
-        engine = make_engine(fake_runner(4 * num_sequences), max_num_seqs=num_sequences, overlap_steps=False)
+        engine = make_engine(
+            fake_runner(4 * num_sequences), max_num_seqs=num_sequences, overlap_steps=False, max_decode_pause_s=60.0
+        )
         for number in range(num_sequences):
             engine.add(number, make_request(range(10, 40), 60))
         num_calls, num_steps = 0, 8

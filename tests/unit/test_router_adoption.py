@@ -7,6 +7,7 @@ from router_story import GENERATION, MIXED, Story, messages, outputs, request, s
 
 from router.events import JobEnded, JobSought, RequestArrived, RequestCancelled, SendMessage, TellFound
 from router.job_part import JobPart
+from router.requests.waiting_jobs import MAX_TOLD_AT_ONCE, MAX_TOLD_BYTES
 from router.wishes import Wishes
 from workers.errors import Refusal
 from workers.status import Role
@@ -151,6 +152,40 @@ def test_a_worker_is_told_what_waits_here_for_a_while_and_when_that_is_over() ->
     assert not messages(story.after(0.1), Waits), "its other choice waits still"
     story.tell(RequestCancelled("j-0-0"))
     assert messages(story.after(0.1), Waits) == [Waits("j")]
+
+
+def test_a_worker_hears_that_a_job_waits_no_more_though_it_has_waited_again_meanwhile() -> None:
+    """Both workers refuse it before the next tick, and it leaves the queue again before anybody is told anew."""
+    story = Story(*MIXED, max_running=1)
+    first, running = the_submit(story.tell(RequestArrived(request("running"))))
+    story.tell(RequestArrived(request("j-0-0"), part=JobPart(Kept("j", 1, b"ticket"), "j-0-0")))
+    (told,) = [c for c in story.ticks(0.4) if isinstance(c, SendMessage) and isinstance(c.message, Waits)]
+    worker, submit = the_submit(story.output(first, running.request.request_id, 0, 5, finish=True))
+    worker, submit = the_submit(story.refuse(worker, submit.request.request_id, Refusal.QUEUE_FULL))
+    assert not submits(story.refuse(worker, submit.request.request_id, Refusal.QUEUE_FULL))
+    later = [c for c in story.ticks(1.0) if isinstance(c, SendMessage)]
+    assert [(c.worker_id, c.message) for c in later if isinstance(c.message, Waits)] == [(told.worker_id, Waits("j"))]
+    assert submits(list(later)), "it runs"
+
+
+def test_a_worker_that_comes_up_is_told_little_at_once_and_no_more_than_it_keeps() -> None:
+    """Everything has waited for it; requests are to come first."""
+    story = Story(("m-0", Role.MIXED), max_running=1)
+    story.tell(RequestArrived(request("running")))
+    story.lose("m-0")
+    for number in range(MAX_TOLD_AT_ONCE + 9):
+        story.tell(RequestArrived(request(f"j{number}"), part=JobPart(Kept(f"j{number}", 1, b"t"), f"j{number}")))
+    large = bytes(MAX_TOLD_BYTES // 2 - MAX_TOLD_AT_ONCE)
+    for name in ("a", "b", "c"):
+        story.tell(RequestArrived(request(name), part=JobPart(Kept(name, 1, large), name)))
+    assert not messages(story.after(1.0), Waits)
+    story.report("m-0", Role.MIXED)
+    assert len(messages(story.after(0.1), Waits)) == MAX_TOLD_AT_ONCE
+    told = messages(story.after(0.1), Waits)
+    assert [waits.job for waits in told][-2:] == ["a", "b"] and len(told) == 11
+    assert not messages(story.ticks(0.5), Waits), "there is no room for the third"
+    story.tell(RequestCancelled("a"))
+    assert messages(story.ticks(0.2), Waits) == [Waits("a"), Waits("c", 1, large)]
 
 
 def test_a_job_that_another_router_has_ended_waits_no_more_and_is_forgotten() -> None:

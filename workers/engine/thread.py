@@ -74,6 +74,7 @@ class EngineThread:
 
             engine.outgoing.on_layers = tell
         self._commands: queue.SimpleQueue[EngineCommand] = queue.SimpleQueue()
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -88,8 +89,9 @@ class EngineThread:
         return True
 
     async def stop(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after the step under way."""
-        self._commands.put(StopEngine())
+        """Ends the thread after the step under way; what waits for it is not looked at any more."""
+        self._is_stopping = True
+        self._commands.put(StopEngine())  # it may wait for a command
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             log.error("the engine thread did not end within %s s", timeout_s)
@@ -134,7 +136,7 @@ class EngineThread:
             except queue.Empty:
                 return True
             wait = False
-            if isinstance(command, StopEngine):
+            if self._is_stopping or isinstance(command, StopEngine):
                 return False
             if isinstance(command, AddSequence | AddMigrant):
                 num_new += len(command.request.prompt_token_ids)

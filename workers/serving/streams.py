@@ -110,12 +110,14 @@ class Streams:
         return hello
 
     async def _read(self, number: int, stream: _Stream, messages: AsyncIterator[pb.RouterMessage]) -> None:
+        level = logging.WARNING
         try:
             async for message in messages:
                 try:
                     parsed = router_message_from_pb(message)
                 except ValueError as error:
-                    log.warning("%s sent a message that cannot be read: %s", stream.router_id, error)
+                    log.log(level, "%s sent a message that cannot be read: %s", stream.router_id, error)
+                    level = logging.DEBUG  # a router of a later version sends such with every job
                     continue
                 self._handle(RouterSaid(number, parsed))
         except StreamDamaged as error:

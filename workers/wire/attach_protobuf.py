@@ -307,6 +307,8 @@ def router_message_from_pb(message: pb.RouterMessage) -> RouterMessage:
             _check_key(message.adopt.key)
             return from_fields(Adopt, message.adopt)
         case "find":
+            if message.find.ends and len(message.find.job) > MAX_JOB_LETTERS:  # it would be relayed
+                raise ValueError(f"a job's name of {len(message.find.job)} letters")
             return from_fields(Find, message.find)
         case "waits":
             _check_job(message.waits)
