@@ -15,7 +15,7 @@ from router.api.beam_requests import Searches
 from router.api.beam_run import BeamOutputs
 from router.api.beams import BeamPlan
 from router.wishes import NO_WISHES
-from workers.errors import Refusal, Refused
+from workers.errors import InvariantViolated, Refusal, Refused
 from workers.request import FinishReason, Output, Request, SamplingParams, end_output
 from workers.text.tokenizer import Tokenizer
 from workers.token_logprobs import TokenLogprob
@@ -78,16 +78,20 @@ def test_a_full_queue_does_not_cost_what_is_computed_already(api: Api) -> None:
     assert api.http.post("/v1/completions", json=BODY).status_code == 429, "nothing has been computed"
 
 
-def test_a_token_without_logprobs_is_an_error_and_shifts_no_others(api: Api) -> None:
-    def says_nothing(backend: FakeBackend, request: Request) -> list[Step]:
-        steps = small_model(backend, request)
-        return [step._replace(logprobs=()) for step in steps if isinstance(step, Output)]
+@pytest.mark.parametrize("number", [0, 1])
+async def test_a_token_without_logprobs_is_an_error_and_shifts_no_others(number: int) -> None:
+    def speaks(backend: FakeBackend, request: Request) -> list[Step]:
+        is_silent = request.request_id.startswith(f"j-{number}-")
+        steps = [step for step in small_model(backend, request) if isinstance(step, Output)]
+        return [step._replace(logprobs=()) if is_silent else step for step in steps]
 
-    for number in range(2):
-        silent = iter([*[small_model] * number, says_nothing, *[small_model] * 9])
-        api.backend.reset(lambda backend, request: next(silent)(backend, request))  # noqa: B023
-        response = api.http.post("/v1/completions", json=BODY | {"prompt": [[5, 6], [7]]})
-        assert response.status_code == 500 and len(api.backend.requests) == 2
+    tokenizer = Tokenizer.load(CHECKPOINT)
+    requests = [Request(f"j-{place}-0", (5, 6, place), SamplingParams(max_tokens=2)) for place in range(2)]
+    searches = Searches(BeamPlan(1, 2, frozenset()), requests)
+    outputs = BeamOutputs(searches, FakeBackend(tokenizer, speaks), tokenizer, 512, NO_WISHES)
+    with pytest.raises(InvariantViolated, match="logprobs"):
+        await outputs.next_batch()
+    assert searches.num_scores == 2, "no search has gone on"
 
 
 def test_each_prompt_has_its_own_cached_tokens(api: Api) -> None:
