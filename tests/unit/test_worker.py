@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 
 import grpc
@@ -207,9 +208,12 @@ async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits(
         call = worker_pb2_grpc.WorkerStub(channel).Attach()
         sealer = Sealer()
         await call.write(sealer.seal(router_message_to_pb(RouterHello("stopped"))))
-        for index in range(12):
-            request = make_request([index + 5] * 5, 3800, request_id=f"r{index}")
-            await call.write(sealer.seal(router_message_to_pb(Submit(request, address.generation))))
+        is_written = False
+        with contextlib.suppress(grpc.aio.AioRpcError):  # on a slow host it is cut off before all is written
+            for index in range(12):
+                request = make_request([index + 5] * 5, 3800, request_id=f"r{index}")
+                await call.write(sealer.seal(router_message_to_pb(Submit(request, address.generation))))
+            is_written = True
         other = await Attached(address).start()
         async with asyncio.timeout(60):
             while not dict((await other.idle()).counters).get("routers_cut"):
@@ -218,7 +222,8 @@ async def test_a_router_that_stops_reading_is_cut_off_while_a_write_to_it_waits(
             async with asyncio.timeout(30):
                 async for _ in call:  # what had been written before
                     pass
-        assert ended.value.code() is grpc.StatusCode.ABORTED
+        # What grpc.aio says of a write that fails stands for the status that comes after it.
+        assert ended.value.code() is (grpc.StatusCode.ABORTED if is_written else grpc.StatusCode.INTERNAL)
         request = make_request(range(5, 105), 20)
         await other.submit(request)
         assert tokens(await other.finish("r")) == generate_alone(request)
