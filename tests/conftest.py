@@ -1,5 +1,5 @@
 """What all tests share: a Redis where one is asked for; kernels in Triton's interpreter on machines without a GPU; no time
-limit for an example of hypothesis or for making it, which a busy machine would break."""
+limit for an example of hypothesis, which a busy machine would break."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from redis_server import RedisServer
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 if not torch.cuda.is_available():

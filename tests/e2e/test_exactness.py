@@ -110,7 +110,7 @@ def test_role_switches_in_the_middle_change_no_token(cluster: ClusterProcess, jo
     cluster.wait_idle(NUM_WORKERS)
 
 
-@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-1", "decode-1", "prefill-0"])
 def test_a_killed_worker_changes_no_token_and_comes_back(cluster: ClusterProcess, jobs: list[Job], victim: str) -> None:
     # Work lasts for milliseconds, so a kill can come a moment too late to hit any; then it is done again.
     assert any(kill_in_the_middle(cluster, jobs, victim) for _ in range(3)), (
